@@ -1,0 +1,4 @@
+"""What a run is: typed sections, how they are composed and checked. Needs no torch.
+
+Not here: how a section becomes an object (`jobs/assemble.py`).
+"""

@@ -1,0 +1,100 @@
+"""Rules about what a job reads from disk: token files, tokenizers, checkpoints, prompts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hybrid_train.config.names import nearest
+from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.train import TrainJob
+
+_SUFFIXES = (".bin", ".idx")
+
+
+def token_files_exist(job: TrainJob) -> Iterator[Problem]:
+    """Token files are named by prefix and come in pairs."""
+    if job.data.kind != "files":
+        return
+    if not job.data.train:
+        rule = "needs at least one prefix of a .bin and .idx file; or choose data=quickstart"
+        yield Problem("data.train", "[]", rule)
+    for name in ("train", "validation"):
+        for prefix in getattr(job.data, name):
+            yield from _prefix_problems(f"data.{name}", prefix)
+
+
+def _prefix_problems(path: str, prefix: str) -> Iterator[Problem]:
+    """Yield what is wrong with one prefix."""
+    if prefix.endswith(_SUFFIXES):
+        yield Problem(path, prefix, "must be named without .bin or .idx", prefix[:-4])
+        return
+    lacking = [prefix + suffix for suffix in _SUFFIXES if not Path(prefix + suffix).is_file()]
+    if lacking:
+        siblings = {str(file)[:-4] for file in _entries(Path(prefix).parent, "*.idx")}
+        rule = f"there is no file {' and no '.join(lacking)}"
+        yield Problem(path, prefix, rule, nearest(prefix, siblings))
+
+
+def _entries(folder: Path, glob: str) -> list[Path]:
+    """List a folder; one that cannot be read has no entries."""
+    try:
+        return sorted(folder.glob(glob))
+    except OSError:
+        return []
+
+
+def tokenizer_exists(job: TrainJob) -> Iterator[Problem]:
+    """Token files of one's own come with the tokenizer that made them."""
+    folder = job.data.tokenizer
+    if job.data.kind != "files":
+        return
+    if folder is None:
+        yield Problem("data.tokenizer", None, "must name the folder of the tokenizer of data.train")
+    elif not (Path(folder) / "tokenizer.json").is_file():
+        yield Problem("data.tokenizer", folder, "must be a folder with a tokenizer.json in it")
+
+
+def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:
+    """A start from a checkpoint needs that checkpoint."""
+    load = job.checkpoint.load
+    if load is None and job.checkpoint.load_only is not None:
+        value = job.checkpoint.load_only.name
+        yield Problem("checkpoint.load_only", value, "needs checkpoint.load=PATH", "null")
+    if load is not None and not Path(load).is_dir():
+        yield _no_folder("checkpoint.load", load)
+
+
+def _no_folder(path: str, folder: str) -> Problem:
+    """Say that a run folder or checkpoint is not there, and which one is alike."""
+    siblings = {str(entry) for entry in _entries(Path(folder).parent, "*") if entry.is_dir()}
+    return Problem(path, folder, "there is no such folder", nearest(folder, siblings))
+
+
+def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
+    """The run folder is made where nothing stands in its way."""
+    if not job.run_dir.strip():
+        yield Problem("run_dir", '""', "must name a folder", "runs/train")
+        return
+    for place in (Path(job.run_dir), *Path(job.run_dir).parents):
+        if place.exists() and not place.is_dir():
+            yield Problem("run_dir", job.run_dir, f"{place} is a file, not a folder")
+
+
+FILE_RULES = (
+    run_dir_can_be_a_folder,
+    token_files_exist,
+    tokenizer_exists,
+    checkpoint_to_load_exists,
+)
+
+
+def generation_problems(job: GenerateJob) -> Iterator[Problem]:
+    """Yield what a generation job lacks on disk or in its prompts."""
+    if not Path(job.checkpoint).is_dir():
+        yield _no_folder("checkpoint", job.checkpoint)
+    if not job.prompt and job.prompt_file is None:
+        yield Problem(
+            "prompt", "[]", "needs prompt=TEXT (repeat it for several) or prompt_file=PATH"
+        )
+    if job.prompt_file is not None and not Path(job.prompt_file).is_file():
+        yield Problem("prompt_file", job.prompt_file, "there is no such file")

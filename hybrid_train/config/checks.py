@@ -1,0 +1,347 @@
+"""Rules across the sections of a training run, and the nearest value that keeps them.
+
+Each rule is a small function in the table `RULES`. Rules of one section alone stand beside its
+fields (`schema/`), rules about files in `check_files.py`; rules of a layer kind apply only where
+the pattern has it. Where a comment names a file, it is one of Megatron-Core 0.19.2.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from pathlib import Path
+
+from hybrid_train.config.check_files import FILE_RULES, generation_problems
+from hybrid_train.config.pattern import Pattern, parse, repair
+from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.data import Quickstart
+from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.runtime import Device, Kernels
+from hybrid_train.config.schema.schedule import Wsd
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.units import is_tokens, tokens
+
+_SEARCH_WIDTH = 4096  # how far from a value the nearest legal one is looked for
+
+Rule = Callable[[TrainJob, int], Iterator[Problem]]
+
+
+def check(job: TrainJob | GenerateJob, world_size: int) -> Iterator[Problem]:
+    """Yield every broken rule of a job whose sections are sound by themselves.
+
+    Args:
+        job: the job.
+        world_size: number of processes it runs on.
+    """
+    if isinstance(job, GenerateJob):
+        yield from generation_problems(job)
+        return
+    found = _broken(job, world_size)
+    broken = {rule for _, rule in found}
+    for problem, rule in found:
+        yield _with_nearest(problem, rule, job, world_size, broken)
+    for file_rule in FILE_RULES:
+        yield from file_rule(job)
+
+
+def mended(job: TrainJob | GenerateJob, problems: Iterable[Problem]) -> TrainJob | GenerateJob:
+    """Return a copy with the nearest legal values in place, so that other rules can be tried."""
+    copied = copy.deepcopy(job)
+    for problem in problems:
+        if problem.nearest is not None:
+            section_path, _, name = problem.path.rpartition(".")
+            setattr(_section(copied, section_path), name, problem.nearest)
+    return copied
+
+
+def _section(job: object, path: str) -> object:
+    """Return the section at a dotted path; the job itself for an empty one."""
+    return reduce(getattr, path.split("."), job) if path else job
+
+
+def _broken(job: TrainJob, world_size: int) -> list[tuple[Problem, Rule]]:
+    """Apply the table; a pattern that cannot be read leaves nothing to compare with."""
+    unreadable: list[tuple[Problem, Rule]] = [
+        (problem, _pattern_is_legal) for problem in _pattern_is_legal(job, world_size)
+    ]
+    if unreadable:
+        return unreadable
+    return [(problem, rule) for rule in RULES for problem in rule(job, world_size)]
+
+
+def _with_nearest(
+    problem: Problem, rule: Rule, job: TrainJob, world_size: int, broken: set[Rule]
+) -> Problem:
+    """Add the nearest whole number that mends the rule, best one that breaks no other."""
+    value = problem.value
+    if problem.nearest is not None or not isinstance(value, int) or isinstance(value, bool):
+        return problem
+    section_path, _, name = problem.path.rpartition(".")
+    trial = copy.deepcopy(job)
+    section = _section(trial, section_path)
+    second_best: int | None = None
+    for distance in range(1, _SEARCH_WIDTH):
+        for candidate in (value - distance, value + distance):
+            setattr(section, name, candidate)
+            if candidate < 1 or any(p.path == problem.path for p in rule(trial, world_size)):
+                continue
+            if {still for _, still in _broken(trial, world_size)} <= broken:
+                return Problem(problem.path, value, problem.rule, candidate)
+            second_best = second_best or candidate
+        if second_best is not None and distance > abs(second_best - value) + 64:
+            break
+    return Problem(problem.path, value, problem.rule, second_best)
+
+
+def _divides(path: str, degree: int, sizes: dict[str, int]) -> Iterator[Problem]:
+    """Yield a problem for each size that a degree does not divide."""
+    for name, size in sizes.items():
+        if size % degree:
+            yield Problem(path, degree, f"must divide {name} ({size})")
+
+
+def _expert_tensor(parallel: Parallel) -> int:
+    """Return how many ways one expert is split."""
+    return parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
+
+
+def _splits_sequence(parallel: Parallel) -> bool:
+    """Tell whether norms are split along the sequence too."""
+    return parallel.tensor > 1 if parallel.sequence is None else parallel.sequence
+
+
+def _pattern(job: TrainJob) -> Pattern:
+    return parse(job.model.pattern)
+
+
+def _pattern_is_legal(job: TrainJob, _: int) -> Iterator[Problem]:
+    try:
+        parse(job.model.pattern)
+    except ValueError as error:
+        yield Problem("model.pattern", job.model.pattern, str(error), repair(job.model.pattern))
+
+
+def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    plan = job.parallel
+    dense = plan.tensor * plan.pipeline * plan.context
+    sparse = _expert_tensor(plan) * plan.expert * plan.pipeline
+    needed = math.lcm(dense, sparse)
+    if world_size % needed:
+        degrees = f"tensor {plan.tensor}, pipeline {plan.pipeline}, context {plan.context}"
+        experts = f"expert {plan.expert}, expert_tensor {_expert_tensor(plan)}"
+        rule = f"needs a multiple of {needed} processes, not {world_size}"
+        legal = math.ceil(world_size / needed) * needed
+        hint = f"torchrun --nproc-per-node {legal} -m hybrid_train train ..."
+        yield Problem("parallel", f"{degrees}; {experts}", rule, hint)
+
+
+def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
+    model, pattern = job.model, _pattern(job)
+    sizes = {}
+    if pattern.count("*"):
+        sizes["model.attention.heads"] = model.attention.heads
+    if pattern.count("M"):
+        sizes["model.mamba.heads"] = model.mamba.heads
+        sizes["model.mamba.groups"] = model.mamba.groups
+    if pattern.count("-"):
+        sizes["model.mlp.intermediate_size"] = model.mlp.intermediate_size
+    if pattern.count("E") and model.moe.shared_intermediate_size is not None:
+        sizes["model.moe.shared_intermediate_size"] = model.moe.shared_intermediate_size
+    if pattern.mtp_depths:  # the projection that joins token and hidden state is column-parallel
+        sizes["model.hidden_size"] = model.hidden_size
+    yield from _divides("parallel.tensor", job.parallel.tensor, sizes)
+
+
+def _tensor_fits_kv_heads(job: TrainJob, _: int) -> Iterator[Problem]:
+    # Fewer key heads than ranks are repeated (transformer/attention.py, num_query_groups).
+    tensor, kv_heads = job.parallel.tensor, job.model.attention.kv_heads
+    if _pattern(job).count("*") and kv_heads % tensor and tensor % kv_heads:
+        rule = f"must divide model.attention.kv_heads ({kv_heads}) or be a multiple of it"
+        yield Problem("parallel.tensor", tensor, rule)
+
+
+def _query_heads_share_kv_heads(job: TrainJob, _: int) -> Iterator[Problem]:
+    sizes = job.model.attention
+    if _pattern(job).count("*"):
+        path = "model.attention.kv_heads"
+        yield from _divides(path, sizes.kv_heads, {"model.attention.heads": sizes.heads})
+
+
+def _mamba_heads_share_groups(job: TrainJob, _: int) -> Iterator[Problem]:
+    sizes = job.model.mamba
+    if _pattern(job).count("M"):
+        path = "model.mamba.groups"
+        yield from _divides(path, sizes.groups, {"model.mamba.heads": sizes.heads})
+
+
+def _context_splits_mamba(job: TrainJob, _: int) -> Iterator[Problem]:
+    # Mamba layers are split by heads; few groups are repeated (ssm/mamba_context_parallel.py).
+    plan, sizes = job.parallel, job.model.mamba
+    if not _pattern(job).count("M") or sizes.heads % plan.tensor or sizes.groups % plan.tensor:
+        return
+    heads, groups = sizes.heads // plan.tensor, sizes.groups // plan.tensor
+    yield from _divides("parallel.context", plan.context, {"model.mamba.heads / tensor": heads})
+    if groups % plan.context and plan.context % groups:
+        rule = f"must divide model.mamba.groups / tensor ({groups}) or be a multiple of it"
+        yield Problem("parallel.context", plan.context, rule)
+
+
+def _context_needs_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
+    if job.parallel.context > 1 and _pattern(job).count("*") and not _may_have_gpu(job):
+        rule = "attention split along the sequence runs on a GPU only so far"
+        yield Problem("parallel.context", job.parallel.context, rule, 1)
+
+
+def _may_have_gpu(job: TrainJob) -> bool:
+    """Tell whether the run may be on a GPU, as far as can be seen without torch."""
+    if job.runtime.device is Device.auto:
+        return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+    return job.runtime.device is Device.cuda
+
+
+def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan, sizes = job.parallel, job.model.moe
+    if not _pattern(job).count("E"):
+        if plan.expert > 1:
+            yield Problem("parallel.expert", plan.expert, "the pattern has no expert layers (E)", 1)
+        return
+    yield from _divides("parallel.expert", plan.expert, {"model.moe.experts": sizes.experts})
+    path = "parallel.tensor" if plan.expert_tensor is None else "parallel.expert_tensor"
+    width = {"model.moe.intermediate_size": sizes.intermediate_size}
+    yield from _divides(path, _expert_tensor(plan), width)
+
+
+def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan = job.parallel
+    if plan.sequence is True and plan.tensor == 1:
+        yield Problem("parallel.sequence", True, "needs parallel.tensor > 1", "null")
+    if plan.sequence is False and plan.tensor > 1 and _pattern(job).count("E"):
+        # transformer/moe/moe_layer.py refuses to train so
+        yield Problem("parallel.sequence", False, "must be on: experts and tensor > 1", "true")
+
+
+def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan, length = job.parallel, job.train.sequence_length
+    # Each context rank takes one early and one late piece, so that causal work is equal.
+    pieces = 2 * plan.context if plan.context > 1 else 1
+    if _splits_sequence(plan):
+        pieces = math.lcm(pieces, plan.context * plan.tensor)
+    if length % pieces:
+        rule = f"must be a multiple of {pieces} to split along the sequence"
+        yield Problem("train.sequence_length", length, rule)
+
+
+def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
+    depths, length = _pattern(job).mtp_depths, job.train.sequence_length
+    if depths and length <= depths:
+        rule = f"must be longer than the {depths} MTP depths of the pattern"
+        yield Problem("train.sequence_length", length, rule)
+
+
+def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    plan, train = job.parallel, job.train
+    data_parallel = world_size // (plan.tensor * plan.pipeline * plan.context)
+    if data_parallel == 0:
+        return  # too few processes: reported as such
+    ranks = f"{data_parallel} data-parallel ranks"
+    unit = data_parallel
+    if plan.virtual_pipeline > 1:  # pipeline_parallel/schedules.py, interleaved groups
+        unit, ranks = unit * plan.pipeline, f"{ranks} x {plan.pipeline} pipeline stages"
+    per_rank, rest = divmod(train.global_batch, unit)
+    if rest:
+        rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
+        yield Problem("train.global_batch", train.global_batch, rule)
+    elif per_rank % train.microbatch:
+        rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
+        yield Problem("train.microbatch", train.microbatch, rule)
+
+
+def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan, pattern = job.parallel, _pattern(job)
+    wanted = plan.pipeline * plan.virtual_pipeline
+    if plan.virtual_pipeline > 1 and (plan.pipeline == 1 or not pattern.is_cut):
+        rule = "needs parallel.pipeline > 1 and a pattern cut with |"
+        yield Problem("parallel.virtual_pipeline", plan.virtual_pipeline, rule, 1)
+    elif pattern.is_cut and len(pattern.stages) != wanted:
+        rule = f"has {len(pattern.stages)} stages; pipeline x virtual_pipeline is {wanted}"
+        recut = pattern.cut(wanted) if wanted <= len(pattern.main) else None
+        yield Problem("model.pattern", job.model.pattern, rule, recut)
+    elif not pattern.is_cut and len(pattern.main) % plan.pipeline:
+        rule = f"must divide the {len(pattern.main)} main layers, or cut the pattern with |"
+        yield Problem("parallel.pipeline", plan.pipeline, rule)
+
+
+def _phases_fit_the_run(job: TrainJob, _: int) -> Iterator[Problem]:
+    decay = job.schedule.decay_tokens if isinstance(job.schedule, Wsd) else "0"
+    if not all(map(is_tokens, (job.train.tokens, job.schedule.warmup_tokens, decay))):
+        return  # reported where they stand
+    room = tokens(job.train.tokens)
+    warmup = job.schedule.warmup_tokens
+    if tokens(warmup) > room:
+        rule = f"must not exceed train.tokens ({job.train.tokens})"
+        yield Problem("schedule.warmup_tokens", warmup, rule, str(max(0, room - tokens(decay))))
+        room = tokens(decay) if tokens(decay) <= room else room
+    else:
+        room -= tokens(warmup)
+    if tokens(decay) > room:
+        rule = f"and warm-up ({warmup}) must fit into train.tokens ({job.train.tokens})"
+        yield Problem("schedule.decay_tokens", decay, rule, str(room))
+
+
+def _vocabulary_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
+    tensor, multiple = job.parallel.tensor, job.model.vocab_multiple
+    size = job.model.vocab_size
+    if size is None and isinstance(job.data, Quickstart):
+        size = job.data.vocab_size
+    # Without a size the multiple itself must split, whatever the tokenizer brings.
+    padded = multiple if size is None else math.ceil(size / multiple) * multiple
+    if padded % tensor:
+        rule = f"pads the vocabulary to {padded}; parallel.tensor ({tensor}) must divide that"
+        legal = math.ceil(multiple / tensor) * tensor
+        yield Problem("model.vocab_multiple", multiple, rule, legal)
+
+
+def _vocabulary_holds_the_tokens(job: TrainJob, _: int) -> Iterator[Problem]:
+    size = job.model.vocab_size
+    if size is not None and isinstance(job.data, Quickstart) and size < job.data.vocab_size:
+        rule = f"must be at least data.vocab_size ({job.data.vocab_size})"
+        yield Problem("model.vocab_size", size, rule, job.data.vocab_size)
+
+
+def _fused_kernels_need_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
+    if job.runtime.kernels is Kernels.fused and job.runtime.device is Device.cpu:
+        yield Problem("runtime.kernels", "fused", "run on a GPU; runtime.device is cpu", "plain")
+
+
+def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
+    # The gather is of the shards that the distributed optimizer has just updated.
+    plan = job.parallel
+    if plan.overlap_param_gather and not plan.distributed_optimizer:
+        rule = "needs parallel.distributed_optimizer=true"
+        yield Problem("parallel.overlap_param_gather", True, rule, "false")
+    elif plan.overlap_param_gather and not plan.overlap_grad_reduce:
+        rule = "needs parallel.overlap_grad_reduce=true"
+        yield Problem("parallel.overlap_param_gather", True, rule, "false")
+
+
+RULES: tuple[Rule, ...] = (
+    _processes_fit_the_degrees,
+    _stages_match_the_pattern,
+    _tensor_splits_every_layer,
+    _tensor_fits_kv_heads,
+    _query_heads_share_kv_heads,
+    _mamba_heads_share_groups,
+    _context_splits_mamba,
+    _context_needs_a_gpu,
+    _experts_are_split,
+    _sequence_parallel_fits,
+    _sequence_is_split_evenly,
+    _mtp_has_tokens_to_predict,
+    _batch_is_whole_microbatches,
+    _phases_fit_the_run,
+    _vocabulary_is_split,
+    _vocabulary_holds_the_tokens,
+    _fused_kernels_need_a_gpu,
+    _overlaps_build_on_each_other,
+)

@@ -1,0 +1,255 @@
+"""From names and overrides to a typed, checked job; and a run's own config back from its folder.
+
+Nothing is written and no process group is needed: every process composes for itself.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from hybrid_train.config import checks, overrides, registry
+from hybrid_train.config.names import nearest
+from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
+from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.train import TrainJob
+
+FROZEN_NAME = "config.yaml"  # of the config in a run folder
+RAW_KEYS = {"generate": ("prompt",)}  # keys that take text as it stands
+_WHAT_IS_READY = {
+    "train": "`hybrid-train recipes` lists experiments with everything set",
+    "generate": "`hybrid-train generate --help` lists the settings",
+}
+_COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+@dataclass
+class Draft:
+    """A composed config and what was wrong on the way to it."""
+
+    config: DictConfig
+    problems: list[Problem]
+    wrong_groups: set[str]  # groups whose choice does not exist
+
+
+def conf_dir() -> Path:
+    """Return the folder of YAML files.
+
+    Raises:
+        UserError: if it is in none of the places where it may lie.
+    """
+    own = os.environ.get("HYBRID_TRAIN_CONF")
+    source_tree = Path(__file__).resolve().parents[2] / "conf"
+    wheel = Path(sys.prefix) / "share" / "hybrid_train" / "conf"
+    places = [Path(own).resolve()] if own else [source_tree, wheel]
+    for place in places:
+        if (place / "train.yaml").is_file():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise UserError(
+        f"no folder with the configuration (train.yaml in it) at {looked}; install the package "
+        "again, or set HYBRID_TRAIN_CONF to the conf folder"
+    )
+
+
+@contextmanager
+def config_loader(job_name: str) -> Iterator[ConfigLoader]:
+    """Open Hydra on the conf folder for as long as the block lasts."""
+    registry.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), job_name=job_name, version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def group_names(job_name: str) -> list[str]:
+    """Return the config groups of a job, in the order of its defaults list."""
+    root = cast("DictConfig", OmegaConf.load(conf_dir() / f"{job_name}.yaml"))
+    return [
+        str(group) for entry in root.defaults if isinstance(entry, DictConfig) for group in entry
+    ]
+
+
+def draft(job_name: str, lines: Sequence[str]) -> Draft:
+    """Compose without checks; settings that do not fit are left out and reported."""
+    with config_loader(job_name) as loader:
+        groups = group_names(job_name)
+        given = overrides.read(lines, groups, RAW_KEYS.get(job_name, ()))
+        problems, wrong, choices = given.problems, set(), []
+        # With folders of the user's own, Hydra itself says which choices there are.
+        own_folders = any(one.key_or_group == "hydra.searchpath" for one in given.groups)
+        for override in given.groups:
+            problem = None if own_folders else _wrong_choice(loader, override)
+            if problem is None:
+                choices.append(str(override.input_line))
+            else:
+                problems.append(problem)
+                wrong.add(override.key_or_group)
+        try:
+            config = hydra_compose(job_name, choices)
+        except _COMPOSE_ERRORS as error:
+            raise ConfigError([*problems, _composition_problem(error)]) from error
+    for override in given.values:
+        problems.extend(overrides.set_value(config, override, groups))
+    for key, texts in given.texts.items():
+        OmegaConf.update(config, key, texts)
+    return Draft(config, problems, wrong)
+
+
+def _wrong_choice(loader: ConfigLoader, override: Override) -> Problem | None:
+    """Return a problem if the group has no such choice."""
+    choice = override.value()
+    if override.is_hydra_override() or override.is_delete() or choice is None:
+        return None
+    options = loader.get_group_options(override.key_or_group)
+    if choice in options:
+        return None
+    rule = f"must be one of {', '.join(options)}"
+    return Problem(override.key_or_group, choice, rule, nearest(str(choice), options))
+
+
+def _composition_problem(error: BaseException) -> Problem:
+    """Turn what Hydra says about files and values into one problem: the key, the file, why."""
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    rule, _, rest = text.partition(" Config search path:")[0].partition("full_key: ")
+    inner: BaseException | None = error
+    while inner is not None and not rest:  # Hydra leaves the key to the exception inside its own
+        rest = getattr(inner, "full_key", None) or ""
+        inner = inner.__cause__ or inner.__context__
+    return Problem(rest.split()[0] if rest else "conf", "(as composed)", rule.strip())
+
+
+@overload
+def compose(job_name: Literal["train"], lines: Sequence[str]) -> TrainJob: ...
+@overload
+def compose(job_name: Literal["generate"], lines: Sequence[str]) -> GenerateJob: ...
+@overload
+def compose(job_name: str, lines: Sequence[str]) -> TrainJob | GenerateJob: ...
+def compose(job_name: str, lines: Sequence[str]) -> TrainJob | GenerateJob:
+    """Compose a job from overrides and check it as a whole.
+
+    Args:
+        job_name: name of a root in `conf/`.
+        lines: overrides as on the command line, `train.tokens=2M`, `experiment=quickstart`.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    composed = draft(job_name, lines)
+    config = composed.config
+    missing = [key for key in overrides.setting_names(config) if _is_missing(config, key)]
+    try:
+        if not missing and not composed.wrong_groups:
+            job = cast("TrainJob | GenerateJob", OmegaConf.to_object(config))
+            found = _job_problems(job)
+        else:
+            found = list(_section_problems(config))
+    except OmegaConfBaseException as error:
+        found = [_composition_problem(error)]
+    advice = ""
+    if missing and not composed.wrong_groups:  # a wrong choice leaves its section empty
+        found.extend(Problem(key, "???", "is not set") for key in missing)
+        advice = _WHAT_IS_READY[job_name]
+    refused = {problem.path for problem in composed.problems}  # left out, so reported once
+    found = composed.problems + [problem for problem in found if problem.path not in refused]
+    if found:
+        raise ConfigError(found, advice)
+    return job
+
+
+def _job_problems(job: TrainJob | GenerateJob) -> list[Problem]:
+    """Check the sections, then the rules across them with the sections mended."""
+    found = list(collect(job))
+    known = {problem.path for problem in found}
+    across = checks.check(checks.mended(job, found), world_size())
+    return found + [problem for problem in across if problem.path not in known]
+
+
+def _is_missing(config: DictConfig, key: str) -> bool:
+    """Tell whether a setting has no value; what is computed from such a one does not count."""
+    parent, _, name = key.rpartition(".")
+    return OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name)
+
+
+def _section_problems(config: DictConfig) -> Iterator[Problem]:
+    """Yield the problems of the sections that are complete."""
+    for name in map(str, config):
+        if not isinstance(config._get_node(name), DictConfig):
+            continue
+        try:
+            section = OmegaConf.to_object(config[name])
+        except (MissingMandatoryValue, InterpolationToMissingValueError):
+            continue  # what is missing is reported by itself
+        yield from collect(section, name)
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def to_yaml(job: TrainJob | GenerateJob) -> str:
+    """Write a job as YAML, every value resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(job))
+
+
+def to_dict(job: TrainJob | GenerateJob) -> dict[str, Any]:
+    """Return a job as plain nested data, enums by name."""
+    plain = OmegaConf.to_container(OmegaConf.structured(job), enum_to_str=True)
+    return cast("dict[str, Any]", plain)
+
+
+def freeze(job: TrainJob, run_dir: Path) -> None:
+    """Write the config of a run into its folder; a reader never sees half of it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target = run_dir / FROZEN_NAME
+    half = target.with_suffix(".yaml.tmp")
+    half.write_text(to_yaml(job), encoding="utf-8")
+    half.replace(target)
+
+
+def load(run_dir: Path) -> TrainJob:
+    """Read the config of a run back from its folder, sections of the kind that was chosen.
+
+    Raises:
+        UserError: if the folder has no config.
+        ConfigError: if the config does not fit this version's settings.
+    """
+    path = run_dir / FROZEN_NAME
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    try:
+        saved = OmegaConf.load(path)
+        typed = OmegaConf.structured(TrainJob)
+        for group in typed:
+            _choose_kind(typed, saved, str(group))
+        return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
+    except _COMPOSE_ERRORS as error:
+        raise ConfigError([_composition_problem(error)], f"read from {path}") from error
+
+
+def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
+    """Put the schema of the saved kind in place of the general one."""
+    kind = OmegaConf.select(saved, f"{group}.kind")
+    if kind is None:
+        return
+    known = registry.kinds(group)
+    if kind not in known:
+        raise ConfigError([Problem(f"{group}.kind", kind, f"must be one of {', '.join(known)}")])
+    typed[group] = OmegaConf.structured(known[kind])

@@ -1,0 +1,132 @@
+"""What a config offers and where it comes from: for help, `--cfg` and `--info`."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from inspect import getsource
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.nodes import EnumNode
+
+from hybrid_train.config.compose import conf_dir, config_loader, draft, group_names
+from hybrid_train.config.overrides import node_at, setting_names
+from hybrid_train.config.problems import ConfigError
+
+_COMMENTED = re.compile(r"^    (\w+): .*?#\s*(.+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of a job."""
+
+    name: str  # dotted path
+    default: str
+    comment: str
+
+
+def choices(job_name: str) -> dict[str, dict[str, str]]:
+    """Return the choices of every group of a job, each with the first comment of its file."""
+    return {group: descriptions(group) for group in group_names(job_name)}
+
+
+def descriptions(group: str) -> dict[str, str]:
+    """Return the files of a group by name, each with its first comment."""
+    return {file.stem: _first_comment(file) for file in sorted((conf_dir() / group).glob("*.yaml"))}
+
+
+def _first_comment(file: Path) -> str:
+    """Return the first comment of a YAML file that is no directive to Hydra."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").rstrip()
+    return ""
+
+
+def settings(job_name: str, lines: Sequence[str]) -> Iterator[Setting]:
+    """Yield every key of a job with its value after the overrides, as written.
+
+    Raises:
+        ConfigError: if an override does not fit.
+    """
+    config = sound_draft(job_name, lines)
+    comments = dict(_comments(config))
+    written: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    for name in setting_names(config):
+        value = written
+        for part in name.split("."):
+            value = value[part]
+        if not isinstance(value, dict) and not name.endswith(".kind"):  # the group sets the kind
+            node = node_at(config, name)
+            members = list(node.enum_type.__members__) if isinstance(node, EnumNode) else []
+            remarks = [", ".join(members), comments.get(name, "").replace("None:", "null:")]
+            yield Setting(name, _shown(value), "; ".join(filter(None, remarks)))
+
+
+def sound_draft(job_name: str, lines: Sequence[str]) -> DictConfig:
+    """Compose without checks of values; raise if an override does not fit."""
+    composed = draft(job_name, lines)
+    if composed.problems:
+        raise ConfigError(composed.problems)
+    return composed.config
+
+
+def _shown(value: object) -> str:
+    """Write a value as one would on the command line."""
+    if value == "???":
+        return "(to be set)"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _comments(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the comment that stands beside each field in its schema."""
+    schema = OmegaConf.get_type(config)
+    if schema is None or not dataclasses.is_dataclass(schema):
+        return
+    for owner in reversed(schema.__mro__[:-1]):
+        for name, comment in _COMMENTED.findall(getsource(owner)):
+            yield f"{prefix}{name}", comment
+    for name in map(str, config):
+        section = config._get_node(name)
+        if isinstance(section, DictConfig):
+            yield from _comments(section, f"{prefix}{name}.")
+
+
+def config_text(job_name: str, lines: Sequence[str], part: str, *, resolve: bool) -> str:
+    """Return the composed config as YAML.
+
+    Args:
+        job_name: name of a root in `conf/`.
+        lines: overrides.
+        part: "job", "hydra" or "all".
+        resolve: whether interpolations give way to their values.
+    """
+    config = sound_draft(job_name, lines)
+    if part == "job":
+        return OmegaConf.to_yaml(config, resolve=resolve)
+    with config_loader(job_name) as loader:
+        whole = loader.load_configuration(job_name, [], RunMode.RUN, from_shell=False)
+    hydra = OmegaConf.to_yaml(OmegaConf.create({"hydra": whole.hydra}), resolve=False)
+    return hydra if part == "hydra" else hydra + OmegaConf.to_yaml(config, resolve=resolve)
+
+
+def print_info(job_name: str, lines: Sequence[str], what: str) -> None:
+    """Let Hydra print where the config comes from."""
+    sound_draft(job_name, lines)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with config_loader(job_name):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            hydra.show_info(what, config_name=job_name, overrides=list(lines), run_mode=RunMode.RUN)
+    finally:  # Hydra 1.3 prints through the root logger and leaves it at DEBUG
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -1,0 +1,69 @@
+"""What is wrong with a configuration, collected so that one edit can fix all of it."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule: where, what stands there, the rule, and the nearest legal value."""
+
+    path: str
+    value: object
+    rule: str
+    nearest: object | None = None  # what the user could write instead; None if nothing is near
+
+    def under(self, prefix: str) -> "Problem":
+        """Return the same problem with its path put below `prefix`."""
+        return dataclasses.replace(self, path=f"{prefix}.{self.path}" if prefix else self.path)
+
+    def __str__(self) -> str:
+        hint = "" if self.nearest is None else f"; nearest: {self.nearest}"
+        return f"{self.path} = {self.value}: {self.rule}{hint}"
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints its text without a traceback."""
+
+    everywhere = False  # whether all processes of a run raise it: then the first alone says it
+
+
+class ConfigError(UserError):
+    """The configuration cannot run; the text lists every problem, then the advice."""
+
+    def __init__(self, problems: Iterable[Problem], advice: str = "") -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        plural = "problem" if count == 1 else "problems"
+        text = f"{count} {plural} in the configuration; nothing was started:\n{lines}"
+        super().__init__(f"{text}\n{advice}" if advice else text)
+
+
+def collect(section: Any, prefix: str = "") -> Iterator[Problem]:
+    """Walk a tree of dataclasses and yield what each `problems` method reports, with full paths."""
+    own = getattr(section, "problems", None)
+    if own is not None:
+        for problem in own():
+            yield problem.under(prefix)
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from collect(value, f"{prefix}.{field.name}" if prefix else field.name)
+
+
+def at_least(minimum: float, **values: float | None) -> Iterator[Problem]:
+    """Yield a problem for each named value below `minimum`; None counts as unset."""
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            yield Problem(name, value, f"must be at least {minimum}", minimum)
+
+
+def within(low: float, high: float, **values: float | None) -> Iterator[Problem]:
+    """Yield a problem for each named value outside [low, high]; None counts as unset."""
+    for name, value in values.items():
+        if value is not None and not low <= value <= high:
+            nearest = low if value < low else high
+            yield Problem(name, value, f"must lie in [{low}, {high}]", nearest)

@@ -1,0 +1,19 @@
+"""Number formats of weights, activations and reductions."""
+
+import enum
+from dataclasses import dataclass
+
+
+class NumberFormat(enum.Enum):
+    """Format of the matrix products."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(kw_only=True)
+class Precision:
+    """Format of the matrix products; master weights and moments are always float32."""
+
+    format: NumberFormat = NumberFormat.bf16
+    reduce_gradients_in_fp32: bool = True

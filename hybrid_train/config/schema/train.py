@@ -1,0 +1,63 @@
+"""The root of a training run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.config.schema.data import Data
+from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.objective import NextToken
+from hybrid_train.config.schema.optimizer import AdamW
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import Precision
+from hybrid_train.config.schema.runtime import Runtime
+from hybrid_train.config.schema.schedule import Schedule
+from hybrid_train.config.schema.tracking import Tracking
+from hybrid_train.config.units import TOKENS_RULE, is_tokens
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Length and batch of the run. Batches are counted in sequences."""
+
+    tokens: str = MISSING  # "2M"; the run ends at the first step that reaches this
+    sequence_length: int = MISSING
+    microbatch: int = 1  # sequences of one forward pass of one data-parallel rank
+    global_batch: int = MISSING  # sequences of one step over all ranks
+    seed: int = 1234
+    validation_interval: int = 100  # steps; 0: only at the end
+    validation_batches: int = 20  # global batches of one validation
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not is_tokens(self.tokens):
+            yield Problem("tokens", self.tokens, TOKENS_RULE)
+        yield from at_least(
+            1,
+            sequence_length=self.sequence_length,
+            microbatch=self.microbatch,
+            global_batch=self.global_batch,
+            validation_batches=self.validation_batches,
+        )
+        yield from at_least(0, seed=self.seed, validation_interval=self.validation_interval)
+
+
+@dataclass(kw_only=True)
+class TrainJob:
+    """Everything a training run needs to know."""
+
+    run_dir: str = MISSING
+    train: Train = field(default_factory=Train)
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    data: Data = field(default_factory=Data)
+    optimizer: AdamW = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Schedule)
+    objective: NextToken = field(default_factory=NextToken)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    runtime: Runtime = field(default_factory=Runtime)

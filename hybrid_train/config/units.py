@@ -1,0 +1,32 @@
+"""Lengths of training as people write them: "2M" tokens, "1.5T" tokens."""
+
+import re
+
+_FACTORS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_PATTERN = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kMBT]?)")
+TOKENS_RULE = "must be a number of tokens, such as 500000, 500k, 2M, 1.5B or 25T"
+
+
+def tokens(text: str) -> int:
+    """Read a number of tokens: "2M" -> 2000000.
+
+    Raises:
+        ValueError: if the text is no number with an optional suffix k, M, B or T.
+    """
+    match = _PATTERN.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} {TOKENS_RULE}")
+    return round(float(match[1]) * _FACTORS[match[2]])
+
+
+def is_tokens(text: str) -> bool:
+    """Tell whether `tokens` can read the text."""
+    return _PATTERN.fullmatch(text.strip()) is not None
+
+
+def show_tokens(count: float) -> str:
+    """Write a number of tokens the short way: 2000000 -> "2M", 1234567 -> "1.23M"."""
+    for suffix in "TBMk":
+        if count >= _FACTORS[suffix]:
+            return f"{count / _FACTORS[suffix]:.3g}{suffix}"
+    return f"{count:g}"

@@ -1,0 +1,62 @@
+"""What holds for every test: one thread per worker, fixed seeds, GPU tests only beside a GPU."""
+
+import importlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch and numpy are imported: workers would fight for the cores otherwise.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A test module may import Megatron before the emulation of a device is in place; its small helpers
+# would then be compiled on first use, for many seconds.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git", ".venv", "__pycache__", "*.egg-info", "build", "dist", "runs", "quickstart", ".*_cache"
+)
+
+# The same examples in every run, and no deadline: a busy machine must not fail a test.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where torch sees no CUDA device; torch is imported only for them."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not importlib.import_module("torch").cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Seed every generator in use: a test sees the same numbers alone and in a suite."""
+    random.seed(1234)
+    np.random.seed(1234)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree that a test may build and run in."""
+    copy = tmp_path_factory.mktemp("source") / "hybrid_train"
+    if not (ROOT / ".git").exists():  # an unpacked source distribution
+        return Path(shutil.copytree(ROOT, copy, ignore=NOT_SOURCE))
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():  # git still lists a file that was deleted and not committed
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy

@@ -1,0 +1,255 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_train.config import registry
+from hybrid_train.config.compose import compose, conf_dir, draft, freeze, group_names, load, to_yaml
+from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.schema.data import Quickstart
+from hybrid_train.config.schema.runtime import Device
+from hybrid_train.config.schema.schedule import Cosine, Wsd
+
+EXPERIMENTS = sorted(file.stem for file in (conf_dir() / "experiment").glob("*.yaml"))
+QUICKSTART = "experiment=quickstart"
+
+
+def problems(*lines: str, job: str = "train") -> dict[str, Problem]:
+    """Compose what cannot run; return the problems by path."""
+    with pytest.raises(ConfigError) as error:
+        compose(job, lines)
+    return {problem.path: problem for problem in error.value.problems}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_checks(name: str) -> None:
+    job = compose("train", [f"experiment={name}"])
+    assert job.run_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("line", ["schedule=cosine", "data=files", "model=tiny"])
+def test_an_experiment_leaves_the_choice_of_other_parts_open(name: str, line: str) -> None:
+    assert draft("train", [f"experiment={name}", line]).problems == []
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_a_frozen_config_is_read_back_equal(schedule: str, tmp_path: Path) -> None:
+    job = compose("train", [QUICKSTART, f"schedule={schedule}", "train.tokens=200k"])
+    freeze(job, tmp_path / "run")
+    assert load(tmp_path / "run") == job
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_choice_of_a_group_gives_its_own_class() -> None:
+    job = compose("train", [QUICKSTART, "schedule=cosine", "schedule.final_lr_ratio=0.5"])
+    assert type(job.schedule) is Cosine
+    assert job.schedule.final_lr_ratio == 0.5
+    assert type(job.data) is Quickstart
+
+
+def test_phases_of_the_schedule_follow_the_length_of_training() -> None:
+    schedule = compose("train", [QUICKSTART, "schedule=wsd", "train.tokens=2M"]).schedule
+    assert isinstance(schedule, Wsd)
+    assert (schedule.warmup_tokens, schedule.decay_tokens) == ("40000", "400000")
+
+
+def test_lengths_stay_as_they_are_written() -> None:
+    assert compose("train", [QUICKSTART, "train.tokens=1e6"]).train.tokens == "1e6"
+    assert compose("train", [QUICKSTART, "train.tokens=300000"]).train.tokens == "300000"
+
+
+def test_plus_signs_only_name_settings_that_exist() -> None:
+    assert compose("train", [QUICKSTART, "++train.seed=7"]).train.seed == 7
+    assert problems(QUICKSTART, "+trian.seed=7")["trian.seed"].nearest == "train.seed=7"
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    found = problems(
+        QUICKSTART,
+        "model=quikstart",
+        "trian.tokens=1",
+        "parallel.tensor=two",
+        "optimizer.beta1=3",
+        "run_dir=a(b",
+        "lonely",
+    )
+    assert found["model"].nearest == "quickstart"
+    assert found["trian.tokens"].nearest == "train.tokens=1"
+    assert found["parallel.tensor"].rule == "must be a whole number"
+    assert found["optimizer.beta1"].nearest == 1
+    assert found["run_dir"].nearest == """'run_dir="a(b"'"""
+    assert found["lonely"].rule == "write settings as KEY=VALUE"
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "rule"),
+    [
+        ("schedule.decay_shape=linaer", "schedule.decay_shape", "must be one of linear, cosine"),
+        ("parallel.sequence=yess", "parallel.sequence", "must be true or false"),
+        ("schedule.peak_lr=fast", "schedule.peak_lr", "must be a number"),
+        ("train.seed=1.5", "train.seed", "must be a whole number"),
+        ("train.seed=null", "train.seed", "must be a whole number"),
+        ("model.moe=3", "model.moe", "is a section"),
+        ("~train.seed", "train.seed", "cannot be removed"),
+        ("train.seed=1,2", "train.seed", "several values need --multirun"),
+        ("schedule.kind=cosine", "schedule.kind", "is set by the choice of schedule"),
+        ("optimizer.beta3=1", "optimizer.beta3", "there is no such setting"),
+        ("train.tokens=soon", "train.tokens", "must be a number of tokens"),
+        ("train.sequence_length=0", "train.sequence_length", "must be at least 1"),
+        ("parallel.tensor=0", "parallel.tensor", "must be at least 1"),
+        ("run_dir=${nowhere}", "run_dir", "nowhere"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_path_and_rule(
+    line: str, path: str, rule: str
+) -> None:
+    assert rule in problems(QUICKSTART, "schedule=wsd", line)[path].rule
+
+
+def test_a_setting_of_another_choice_is_named_as_such() -> None:
+    found = problems(QUICKSTART, "schedule=cosine", "schedule.decay_tokens=1k")
+    rule = "schedule=cosine has no such setting; schedule=wsd has"
+    assert found["schedule.decay_tokens"].rule == rule
+
+
+def test_without_an_experiment_all_missing_values_are_listed() -> None:
+    with pytest.raises(ConfigError, match="hybrid-train recipes") as error:
+        compose("train", ["parallel.expert=0"])
+    found = {problem.path: problem.rule for problem in error.value.problems}
+    for path in ("train.tokens", "model.pattern", "schedule.peak_lr"):
+        assert found[path] == "is not set"
+    assert found["parallel.expert"] == "must be at least 1"
+
+
+def own_experiment(folder: Path, text: str) -> list[str]:
+    """Write an experiment into a folder of the user's own; return the overrides that find it."""
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    return [f"hydra.searchpath=[file://{folder}]", "experiment=mine"]
+
+
+def test_experiments_of_ones_own_may_lie_elsewhere(tmp_path: Path) -> None:
+    lines = own_experiment(tmp_path, "defaults: [quickstart]\ntrain: {seed: 7}\n")
+    job = compose("train", lines)
+    assert (job.train.seed, job.model.hidden_size) == (7, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "rule"),
+    [
+        ("trian: {tokens: 1}\n", "trian", "In 'experiment/mine'"),
+        ("train: {seed: x}\n", "train.seed", "could not be converted to Integer"),
+        ("train: {seed: 1\n", "conf", "mine.yaml"),
+        ("defaults: [override /model: nope]\n", "conf", "Could not find 'model/nope'"),
+    ],
+)
+def test_a_fault_in_a_yaml_file_names_the_file_and_the_key(
+    tmp_path: Path, text: str, path: str, rule: str
+) -> None:
+    assert rule in problems(*own_experiment(tmp_path, text))[path].rule
+
+
+def test_prompts_are_taken_as_they_stand(tmp_path: Path) -> None:
+    texts = ["def f(x: int):\n", "a, {b} = 'c'", "-x"]
+    lines = [f"checkpoint={tmp_path}", *(f"prompt={text}" for text in texts), "top_k=5"]
+    job = compose("generate", lines)
+    assert job.prompt == texts
+    assert job.top_k == 5
+
+
+def test_generation_names_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    found = problems(f"checkpoint={tmp_path}/quikstart", job="generate")
+    assert found["checkpoint"].nearest == f"{tmp_path}/quickstart"
+    assert "prompt" in found
+
+
+def test_a_folder_without_a_config_is_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        load(tmp_path)
+
+
+def test_a_frozen_config_that_does_not_fit_says_where(tmp_path: Path) -> None:
+    text = to_yaml(compose("train", [QUICKSTART]))
+    (tmp_path / "config.yaml").write_text(text.replace("peak_lr", "peek_lr"))
+    with pytest.raises(ConfigError, match=r"schedule\.peek_lr"):
+        load(tmp_path)
+    (tmp_path / "config.yaml").write_text(text.replace("kind: cosine", "kind: zigzag"))
+    with pytest.raises(ConfigError, match="must be one of constant, cosine, wsd"):
+        load(tmp_path)
+
+
+def test_a_conf_folder_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRID_TRAIN_CONF", str(tmp_path))
+    with pytest.raises(UserError, match="HYBRID_TRAIN_CONF") as error:
+        conf_dir()
+    assert str(tmp_path) in str(error.value)
+
+
+def test_an_installed_package_finds_its_conf_folder_below_the_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "share" / "hybrid_train" / "conf"
+    installed.parent.mkdir(parents=True)
+    installed.symlink_to(conf_dir())
+    monkeypatch.delenv("HYBRID_TRAIN_CONF", raising=False)
+    package = tmp_path / "lib" / "hybrid_train" / "config" / "compose.py"
+    monkeypatch.setattr("hybrid_train.config.compose.__file__", str(package))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert conf_dir() == installed
+    installed.unlink()
+    with pytest.raises(UserError, match="no folder with the configuration") as error:
+        conf_dir()
+    assert str(installed) in str(error.value)
+    assert str(tmp_path / "lib" / "conf") in str(error.value)
+
+
+def test_every_yaml_file_says_in_a_line_what_it_is() -> None:
+    for file in conf_dir().rglob("*.yaml"):
+        comments = [
+            line
+            for line in file.read_text().splitlines()[:2]
+            if line.startswith("# ") and "@package" not in line
+        ]
+        assert comments, file
+        assert len(comments[0]) <= 100, file
+
+
+def test_every_choice_of_every_group_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    # Token files have to exist, and experiments choose for themselves; both are tested above.
+    groups = [group for group in group_names("train") if group not in ("data", "experiment")]
+    choices = {g: sorted(f.stem for f in (conf_dir() / g).glob("*.yaml")) for g in groups}
+    for turn in range(max(map(len, choices.values()))):
+        lines = [f"{group}={names[turn % len(names)]}" for group, names in choices.items()]
+        compose("train", [QUICKSTART, "train.microbatch=1", *lines])
+
+
+def test_every_schema_names_its_own_kind() -> None:
+    for (group, kind), schema in registry.SCHEMAS.items():
+        if kind != "base" and group != "job":
+            assert schema.__dataclass_fields__["kind"].default == kind
+
+
+def test_composing_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from hybrid_train.config.compose import compose\n"
+        "import hybrid_train.jobs.cli\n"
+        "compose('train', ['experiment=quickstart'])\n"
+        "assert not {'torch', 'megatron', 'numpy'} & set(sys.modules)\n"
+    )
+    path = os.pathsep.join([str(conf_dir().parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_device_is_read_by_name() -> None:
+    assert compose("train", [QUICKSTART, "runtime.device=cpu"]).runtime.device is Device.cpu
