@@ -1,0 +1,4 @@
+"""Tensor functions: a readable reference first, a fast twin beside it.
+
+Not here: modules with parameters (`model`).
+"""

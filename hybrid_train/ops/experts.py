@@ -1,0 +1,152 @@
+"""Feed-forward experts on tokens sorted by expert, and squared ReLU.
+
+Dimensions: T tokens (sorted by expert), I input width, F inner width, O output width, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """Return max(x, 0)^2, element by element.
+
+    Source: So et al., arXiv:2109.08668, section 3 (Primer).
+    """
+    y: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """Keeps max(x, 0) and nothing else: its sign and its value are all that the backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        positive: Tensor = ctx.saved_tensors[0]
+        return (grad * positive).mul_(2)
+
+
+def grouped_linear(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Multiply each token by the matrix of its expert.
+
+    Args:
+        x: tokens sorted by expert, [T, I].
+        weights: one matrix [O, I] per expert.
+        counts: tokens of each expert; the sum is T, zeros are legal.
+
+    Returns:
+        [T, O]. An expert without tokens gets a gradient of zeros, not None.
+
+    Raises:
+        ValueError: if `counts` does not fit `x` or `weights`.
+    """
+    _require_counts(x, weights, counts)
+    y: Tensor = _GroupedLinear.apply(x, tuple(counts), *weights)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Every expert writes its rows of one output; nothing is concatenated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.counts = counts
+        return _products(x, [w.T for w in weights], counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        return _products(grad, weights, ctx.counts), None, *_weight_grads(grad, x, ctx.counts)
+
+
+def expert_mlp(
+    x: Tensor,
+    up_weights: Sequence[Tensor],
+    down_weights: Sequence[Tensor],
+    counts: Sequence[int],
+    probs: Tensor,
+) -> Tensor:
+    """Apply to each token the MLP of its expert: down(relu(up(x))^2 * prob).
+
+    Args:
+        x: tokens sorted by expert, [T, I].
+        up_weights: one matrix [F, I] per expert.
+        down_weights: one matrix [O, F] per expert.
+        counts: tokens of each expert; the sum is T, zeros are legal.
+        probs: router weight of each token, [T].
+
+    Returns:
+        [T, O].
+
+    Raises:
+        ValueError: if `counts` does not fit the other arguments.
+    """
+    _require_counts(x, up_weights, counts)
+    _require_counts(x, down_weights, counts)
+    y: Tensor = _ExpertMlp.apply(x, probs, tuple(counts), *up_weights, *down_weights)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ExpertMlp(torch.autograd.Function):
+    """Keeps the input and max(up(x), 0); the scaled square is computed again where needed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, probs: Tensor, counts: tuple[int, ...], *weights: Tensor
+    ) -> Tensor:
+        ups, downs = weights[: len(counts)], weights[len(counts) :]
+        positive = _products(x, [w.T for w in ups], counts).relu_()
+        ctx.save_for_backward(x, probs, positive, *weights)
+        ctx.counts = counts
+        inner = positive.square().mul_(probs[:, None])
+        return _products(inner, [w.T for w in downs], counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, probs, positive, *weights = ctx.saved_tensors
+        counts = ctx.counts
+        ups, downs = weights[: len(counts)], weights[len(counts) :]
+        inner = positive.square().mul_(probs[:, None])
+        grads_down = _weight_grads(grad, inner, counts)
+        grad_inner = _products(grad, downs, counts)
+        # sum(grad * positive^2), and 2 * grad * positive * prob, share grad * positive.
+        shared = grad_inner.mul_(positive)
+        grad_probs = torch.linalg.vecdot(shared, positive).to(probs.dtype)
+        grad_up = shared.mul_(2 * probs[:, None])
+        grads_up = _weight_grads(grad_up, x, counts)
+        return _products(grad_up, ups, counts), grad_probs, None, *grads_up, *grads_down
+
+
+def _products(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Multiply the rows of each expert by its matrix: [T, I] with E times [I, O] -> [T, O]."""
+    y = x.new_empty(x.shape[0], matrices[0].shape[1])
+    for rows, out, matrix in zip(x.split(counts), y.split(counts), matrices, strict=True):
+        torch.mm(rows, matrix, out=out)
+    return y
+
+
+def _weight_grads(grad: Tensor, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Gradients [O, I] of the matrices; a product over no tokens is a matrix of zeros."""
+    parts = zip(grad.split(counts), x.split(counts), strict=True)
+    return [rows.T @ tokens for rows, tokens in parts]
+
+
+def _require_counts(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """Raise ValueError unless there is one count per expert and they add up to the tokens."""
+    if len(counts) != len(weights):
+        raise ValueError(f"{len(counts)} counts for {len(weights)} experts; needs one each")
+    if sum(counts) != x.shape[0]:
+        raise ValueError(f"counts add up to {sum(counts)}, but there are {x.shape[0]} tokens")

@@ -1,0 +1,86 @@
+"""RMSNorm, and RMSNorm over groups of channels behind a gate (Mamba-2)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide each vector by its root mean square and scale it: x / sqrt(mean(x^2) + eps) * weight.
+
+    Args:
+        x: [..., C].
+        weight: [C].
+        eps: added to the mean square.
+
+    Returns:
+        [..., C] in the type of `x`; the arithmetic is float32, or float64 if `x` is.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
+    """
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y: Tensor = _RmsNorm.apply(x.to(kind), weight.to(kind), eps)  # type: ignore[no-untyped-call]
+    return y.to(x.dtype)
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, group_size: int
+) -> Tensor:
+    """Multiply by silu(gate), then apply RMSNorm within each group of channels.
+
+    Args:
+        x: [..., C].
+        gate: [..., C], or None where the gate is already in `x`.
+        weight: [C].
+        eps: added to the mean square.
+        group_size: channels that share a root mean square; divides C.
+
+    Returns:
+        [..., C] in the type of `x`.
+
+    Raises:
+        ValueError: if `group_size` does not divide C.
+
+    Source: Dao and Gu, arXiv:2405.21060, section 7 (extra normalisation); gate before norm.
+    """
+    if x.shape[-1] % group_size:
+        raise ValueError(f"group_size = {group_size}: must divide the {x.shape[-1]} channels")
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(kind)
+    if gate is not None:
+        y = y * F.silu(gate.to(kind))
+    groups = y.unflatten(-1, (-1, group_size))
+    scaled: Tensor = _RmsNorm.apply(groups, weight.to(kind).unflatten(0, (-1, group_size)), eps)  # type: ignore[no-untyped-call]
+    return scaled.flatten(-2).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm over the last dimension; the weight covers the last one or two dimensions.
+
+    Keeps the input and one factor per vector.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(_dot(x, x) / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        unit = x * inverse
+        grad_weight = (grad * unit).flatten(0, -1 - weight.dim()).sum(0)
+        scaled = grad * weight
+        along = _dot(scaled, unit) / x.shape[-1]
+        return scaled.addcmul_(unit, along, value=-1).mul_(inverse), grad_weight, None
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product over the last dimension, kept with size one."""
+    product: Tensor = torch.linalg.vecdot(x, y)
+    return product.unsqueeze(-1)

@@ -1,0 +1,72 @@
+"""The causal convolution against torch's, finite differences, and its own single steps."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_train.ops.conv import causal_conv, conv_state, conv_step
+
+
+def conv_inputs(length: int, taps: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((2, length, 3), (3, taps), (3,), (2, 3, taps - 1))
+    x, weight, bias, past = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    return x, weight, bias, past
+
+
+@pytest.mark.parametrize("length", [1, 3, 9], ids="length={}".format)
+@pytest.mark.parametrize("activation", [True, False], ids="silu={}".format)
+def test_causal_conv_equals_a_padded_depthwise_conv1d(length: int, activation: bool) -> None:
+    x, weight, bias, past = conv_inputs(length)
+    padded = torch.cat((past, x.transpose(1, 2)), dim=2)
+    expected = F.conv1d(padded, weight[:, None], bias, groups=3).transpose(1, 2)
+    if activation:
+        expected = F.silu(expected)
+    actual = causal_conv(x, weight, bias, activation=activation, initial_state=past)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 6], ids="length={}".format)
+@pytest.mark.parametrize("activation", [True, False], ids="silu={}".format)
+@pytest.mark.parametrize("taps", [1, 2, 4], ids="taps={}".format)
+def test_causal_conv_passes_gradcheck(length: int, activation: bool, taps: int) -> None:
+    inputs = tuple(t.requires_grad_() for t in conv_inputs(length, taps))
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> Tensor:
+        return causal_conv(x, weight, bias, activation=activation, initial_state=past)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradcheck(
+        lambda x, weight: causal_conv(x, weight, None, activation=activation), inputs[:2]
+    )
+
+
+@pytest.mark.parametrize("size", [3, 4], ids="state={}".format)
+def test_steps_equal_the_whole_sequence(size: int) -> None:
+    x, weight, bias, _ = conv_inputs(9)
+    whole = causal_conv(x, weight, bias)
+    cut = 2  # shorter than the kernel: the state holds zeros of before the start
+    state, outputs = conv_state(x[:, :cut], size), [whole[:, :cut]]
+    for t in range(cut, 9):
+        y, state = conv_step(state, x[:, t], weight, bias)
+        outputs.append(y[:, None])
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+    torch.testing.assert_close(state, conv_state(x, size))
+
+
+def test_bfloat16_is_computed_in_float32() -> None:
+    x, weight, bias, _ = (t.bfloat16() for t in conv_inputs(9))
+    y = causal_conv(x.requires_grad_(), weight, bias)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    expected = causal_conv(x.detach().float(), weight.float(), bias.float())
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=0)  # rounded once
+
+
+def test_a_state_that_is_too_short_is_refused() -> None:
+    x, weight, bias, past = conv_inputs(9)
+    with pytest.raises(ValueError, match="initial_state has shape"):
+        causal_conv(x, weight, bias, initial_state=past[:, :, 1:])

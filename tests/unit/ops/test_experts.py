@@ -1,0 +1,83 @@
+"""Experts on sorted tokens against one plain MLP per expert."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
+
+COUNTS = [3, 0, 4]  # the middle expert has no tokens
+
+
+def expert_inputs() -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    ups, downs = [normal(6, 5) for _ in COUNTS], [normal(5, 6) for _ in COUNTS]
+    return normal(sum(COUNTS), 5), ups, downs, normal(sum(COUNTS))
+
+
+def test_expert_mlp_equals_a_loop_over_experts() -> None:
+    x, ups, downs, probs = expert_inputs()
+    inputs = [x, probs, *ups, *downs]
+    rows = zip(x.split(COUNTS), probs.split(COUNTS), ups, downs, strict=True)
+    expected = torch.cat([((F.relu(t @ u.T) ** 2) * p[:, None]) @ d.T for t, p, u, d in rows])
+    actual = expert_mlp(x, ups, downs, COUNTS, probs)
+    torch.testing.assert_close(actual, expected)
+    weight = torch.linspace(-1, 1, actual.numel(), dtype=torch.float64).view_as(actual)
+    torch.testing.assert_close(
+        torch.autograd.grad((actual * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+    )
+
+
+def test_expert_mlp_and_grouped_linear_pass_gradcheck() -> None:
+    x, ups, downs, probs = expert_inputs()
+
+    def mlp(x: Tensor, probs: Tensor, *weights: Tensor) -> Tensor:
+        return expert_mlp(x, weights[:3], weights[3:], COUNTS, probs)
+
+    assert torch.autograd.gradcheck(mlp, (x, probs, *ups, *downs))
+    assert torch.autograd.gradcheck(lambda x, *w: grouped_linear(x, w, COUNTS), (x, *ups))
+
+
+def test_an_expert_without_tokens_gets_a_gradient_of_zeros() -> None:
+    x, ups, downs, probs = expert_inputs()
+    expert_mlp(x, ups, downs, COUNTS, probs).sum().backward()
+    assert torch.equal(ups[1].grad, torch.zeros_like(ups[1]))
+    assert torch.equal(downs[1].grad, torch.zeros_like(downs[1]))
+
+
+def test_no_tokens_at_all_are_legal() -> None:
+    x, ups, downs, probs = expert_inputs()
+    y = expert_mlp(x[:0], ups, downs, [0, 0, 0], probs[:0])
+    y.sum().backward()
+    assert y.shape == (0, 5)
+    assert torch.equal(ups[0].grad, torch.zeros_like(ups[0]))
+
+
+def test_bfloat16_tokens_keep_their_type_beside_float32_probs() -> None:
+    x, ups, downs, probs = expert_inputs()
+    half = [t.detach().bfloat16().requires_grad_() for t in (x, *ups, *downs)]
+    weights = probs.detach().float().requires_grad_()
+    y = expert_mlp(half[0], half[1:4], half[4:], COUNTS, weights)
+    y.sum().backward()
+    assert y.dtype == half[0].grad.dtype == torch.bfloat16
+    assert weights.grad.dtype == torch.float32
+
+
+def test_counts_that_do_not_fit_are_refused() -> None:
+    x, ups, downs, probs = expert_inputs()
+    with pytest.raises(ValueError, match="2 counts for 3 experts"):
+        grouped_linear(x, ups, [3, 4])
+    with pytest.raises(ValueError, match="counts add up to 8, but there are 7 tokens"):
+        expert_mlp(x, ups, downs, [3, 1, 4], probs)
+
+
+def test_squared_relu_is_the_square_of_relu_and_passes_gradcheck() -> None:
+    x = torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert squared_relu(x).tolist() == [0.0, 0.0, 0.25, 9.0]
+    assert torch.autograd.gradcheck(squared_relu, (x,))

@@ -1,0 +1,47 @@
+"""The norms against torch's, transformers' and finite differences."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hybrid_train.ops.norm import gated_rms_norm, rms_norm
+
+
+def test_rms_norm_equals_torch_and_passes_gradcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (8,), weight, 1e-5))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight))
+
+
+@pytest.mark.parametrize("group_size", [8, 4, 2], ids="group={}".format)
+@pytest.mark.parametrize("gated", [True, False], ids="gate={}".format)
+def test_gated_norm_equals_gate_then_norm_of_each_group(group_size: int, gated: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gate = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = x * F.silu(gate) if gated else x
+    groups = y.view(2, 3, -1, group_size)
+    expected = groups / (groups.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    actual = gated_rms_norm(x, gate if gated else None, weight, 1e-5, group_size)
+    torch.testing.assert_close(actual, expected.view(2, 3, 8) * weight)
+    assert torch.autograd.gradcheck(
+        lambda x, z, w: gated_rms_norm(x, z if gated else None, w, 1e-5, group_size) + 0 * z,
+        (x.detach().requires_grad_(), gate.detach().requires_grad_(), weight),
+    )
+
+
+def test_bfloat16_is_computed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, generator=generator).bfloat16().requires_grad_()
+    y = rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-5)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    expected = rms_norm(x.detach().float(), torch.ones(8), 1e-5)
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=0)  # rounded once
+
+
+def test_a_group_size_that_does_not_divide_the_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match="group_size = 3: must divide the 8 channels"):
+        gated_rms_norm(torch.ones(1, 8), None, torch.ones(8), 1e-5, 3)
