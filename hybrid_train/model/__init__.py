@@ -1,0 +1,4 @@
+"""The hybrid model: build it, count it.
+
+Not here: losses and steps (`training`).
+"""

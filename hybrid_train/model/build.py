@@ -1,0 +1,119 @@
+"""A checked job -> the model chunks that this process holds."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.runtime import Kernels
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.model import megatron
+from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.model.init import initialize
+from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec
+from hybrid_train.model.translate import init_std, transformer_config
+from hybrid_train.runtime import optional
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The chunks of this process, their Megatron config, and what their parts are made of."""
+
+    chunks: list[Hybrid]
+    config: TransformerConfig
+    kernels: dict[str, str]  # part of the model -> whose kernels it runs on, in words
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """Round up, so that the rows split evenly and products are fast."""
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_model(
+    job: TrainJob, groups: ProcessGroupCollection, vocab_size: int, *, on_gpu: bool
+) -> BuiltModel:
+    """Build and initialise this process's part of the model.
+
+    Raises:
+        UserError: if the wanted kernels are not there, or another megatron-core is.
+    """
+    megatron.require_version()
+    parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu)
+    config = transformer_config(job, on_gpu=on_gpu)
+    spec = hybrid_spec(parts, mamba_chunk_size=job.model.mamba.chunk_size)
+    chunks = [
+        _build_chunk(job, config, spec, groups, vocab_size, chunk)
+        for chunk in range(job.parallel.virtual_pipeline)
+    ]
+    initialize(chunks, std=init_std(job.model), num_layers=config.num_layers, seed=job.train.seed)
+    return BuiltModel(chunks, config, kernels)
+
+
+def _build_chunk(
+    job: TrainJob,
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    groups: ProcessGroupCollection,
+    vocab_size: int,
+    chunk: int,
+) -> Hybrid:
+    virtual = job.parallel.virtual_pipeline
+    stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
+    model = Hybrid(
+        config=config,
+        hybrid_stack_spec=spec,
+        vocab_size=padded_vocab_size(vocab_size, job.model.vocab_multiple),
+        max_sequence_length=job.train.sequence_length,
+        hybrid_layer_pattern=job.model.pattern,
+        pre_process=stage == 0 and chunk == 0,
+        post_process=stage == last_stage and chunk == virtual - 1,
+        share_embeddings_and_output_weights=job.model.tie_embeddings,
+        pg_collection=groups,
+        vp_stage=chunk if virtual > 1 else None,
+    )
+    model.model_type = ModelType.encoder_or_decoder
+    megatron.mark_mtp_routers(model)
+    return model.to(torch.cuda.current_device())
+
+
+def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, str]]:
+    """Take the libraries where they can run; say of each part what was taken, and why."""
+    megatron.use_aux_loss_record()
+    if not on_gpu:
+        megatron.use_gradient_accumulation()
+        megatron.use_direct_products()
+    fused = _usable(("transformer_engine",), wanted, on_gpu=on_gpu)
+    mamba = _usable(("mamba_ssm", "causal_conv1d"), wanted, on_gpu=on_gpu)
+    if fused is not None:
+        megatron.use_plain_layers()
+    if mamba is not None:
+        megatron.use_plain_mamba()
+    layers = f"plain PyTorch ({fused})" if fused else "Transformer Engine"
+    parts = {
+        "linear layers, norms, experts": layers,
+        "attention": f"PyTorch scaled dot product ({fused})" if fused else "Transformer Engine",
+        "Mamba scan and convolution": f"plain PyTorch ({mamba})" if mamba else "mamba-ssm",
+        "cross-entropy": "plain PyTorch (ours on every device)",
+    }
+    return (PLAIN if fused else fused_parts()), parts
+
+
+def _usable(libraries: tuple[str, ...], wanted: Kernels, *, on_gpu: bool) -> str | None:
+    """Return None if all libraries can be used, else the reason why they are not."""
+    if wanted is Kernels.fused:
+        for library in libraries:
+            optional.require(library, "runtime.kernels=fused")
+        if not on_gpu:
+            raise UserError("runtime.kernels=fused needs a GPU; use runtime.kernels=plain or auto")
+        return None
+    if wanted is Kernels.plain:
+        return "asked for"
+    if not on_gpu:
+        return "no GPU"
+    missing = [library for library in libraries if not optional.available(library)]
+    return f"{' and '.join(missing)} not installed" if missing else None

@@ -1,0 +1,93 @@
+"""The hybrid language model: Megatron-Core's, with losses of every prediction depth as output.
+
+Dimensions: S sequence, B batch, V vocabulary, D prediction depths of MTP.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.multi_token_prediction import roll_tensor
+from torch import Tensor
+
+from hybrid_train.ops.vocab_parallel import cross_entropy
+
+
+class Hybrid(HybridModel):
+    """Megatron's HybridModel whose MTP losses are returned instead of added behind the scenes.
+
+    Core adds each MTP loss to the gradient inside the forward pass, divided by the token count of
+    this rank and microbatch alone (Megatron-LM#7452, finding 3, core 0.19.2). Returned as rows of
+    the output, every depth gets the denominator of the whole step from the objective.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        inference_context: Any = None,
+    ) -> Tensor:
+        """Run the chunk of the model that this pipeline stage holds.
+
+        Args:
+            input_ids: tokens, [B, S].
+            position_ids: positions, [B, S]; only MTP looks at them.
+            attention_mask: unused, attention is causal.
+            decoder_input: unused, tokens are embedded here.
+            labels: next token of each token, [B, S]; None for logits.
+            inference_context: cache of a running generation.
+
+        Returns:
+            Before the last stage hidden states, [S, B, hidden]; on the last one, with labels, the
+            cross-entropy of the next token and of each MTP depth, [1 + D, B, S] in float32, else
+            logits over the whole vocabulary, [B, S, V]; with a cache those of the last position.
+        """
+        hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, inference_context=inference_context
+        )
+        if not self.post_process:
+            return hidden
+        if labels is None:
+            if inference_context is not None:
+                hidden = hidden[-1:]  # decoding looks at the last position alone
+            logits = self._logits(hidden)
+            return gather_from_tensor_model_parallel_region(
+                logits.transpose(0, 1), group=self.pg_collection.tp
+            )
+        if not self.mtp_process:
+            return self._losses(hidden, labels).unsqueeze(0)
+        return self._losses_of_all_depths(hidden, input_ids, position_ids, labels)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states to this rank's part of the vocabulary, [S, B, V / tp]."""
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return logits
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = self._logits(hidden)
+        losses = cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
+        return losses.transpose(0, 1)
+
+    def _losses_of_all_depths(
+        self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        states = self.mtp(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            hidden_states=hidden,
+            attention_mask=None,
+            embedding=self.embedding,
+        )
+        losses = []
+        for depth_hidden in states.chunk(1 + self.mtp_num_depths, dim=0):
+            losses.append(self._losses(depth_hidden, labels))
+            labels, _ = roll_tensor(labels, shifts=-1, dims=-1, cp_group=self.pg_collection.cp)
+        return torch.stack(losses)

@@ -1,0 +1,92 @@
+"""First values of the weights: the same numbers under every parallel layout.
+
+Each tensor of the whole model is drawn from a generator seeded by its name, and a process keeps
+the part it holds. Formulas: the initialisation of the released training code and configurations
+(normal with 0.9 / sqrt(hidden), residual outputs divided by sqrt(layers), Mamba-2 as in Dao and
+Gu, arXiv:2405.21060, reference code).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
+from torch import Tensor
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes that softplus(dt_bias) starts from
+A_MIN, A_MAX = 1.0, 16.0  # decay rates that exp(A_log) starts from
+_PACKED_PARTS = ("z", "x", "B", "C", "dt")  # in_proj and conv1d are stored by part
+_RESIDUAL_OUTPUTS = ("out_proj", "linear_proj", "linear_fc2", "fc2_latent_proj")
+
+
+def initialize(
+    chunks: Sequence[torch.nn.Module], *, std: float, num_layers: int, seed: int
+) -> None:
+    """Overwrite every parameter of the model chunks of this process."""
+    for chunk in chunks:
+        storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+        for shard in _shards(chunk):
+            if shard.data.untyped_storage().data_ptr() in storages:
+                _fill(shard, std=std, num_layers=num_layers, seed=seed)
+
+
+def _shards(chunk: Any) -> Iterator[ShardedTensor]:
+    """Yield each tensor of the chunk with its place in the whole model; packed ones by part."""
+    sharded = chunk.sharded_state_dict()
+    apply_factories(sharded)
+    pending = list(sharded.values())
+    while pending:
+        item = pending.pop()
+        if isinstance(item, ShardedTensor):
+            yield item
+        elif isinstance(item, dict | list):
+            pending.extend(item.values() if isinstance(item, dict) else item)
+        assert not isinstance(item, ShardedTensorFactory)
+
+
+@torch.no_grad()
+def _fill(shard: ShardedTensor, *, std: float, num_layers: int, seed: int) -> None:
+    # Leading axes that only number experts or stages belong to the name, not to the tensor.
+    numbered = shard.prepend_axis_num
+    name = f"{seed}/{shard.key}/{shard.global_offset[:numbered]}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator(device=shard.data.device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    whole = torch.empty(shard.global_shape[numbered:], device=shard.data.device)
+    draw(shard.key, whole, std=std, num_layers=num_layers, generator=generator)
+    for axis, (start, size) in enumerate(
+        zip(shard.global_offset[numbered:], shard.data.shape, strict=True)
+    ):
+        whole = whole.narrow(axis, start, size)
+    shard.data.copy_(whole)
+
+
+def draw(
+    key: str, whole: Tensor, *, std: float, num_layers: int, generator: torch.Generator
+) -> None:
+    """Fill one whole tensor in place by the rule that its name asks for."""
+    parts = key.split(".")
+    if parts[-1] in _PACKED_PARTS:
+        parts.pop()
+    module, leaf = parts[-2], parts[-1]
+    if module == "conv1d":  # fan-in: the taps of one channel
+        bound = 1 / math.sqrt(whole.shape[-1]) if leaf == "weight" else 0.5
+        whole.uniform_(-bound, bound, generator=generator)
+    elif leaf == "A_log":
+        whole.uniform_(A_MIN, A_MAX, generator=generator).log_()
+    elif leaf == "dt_bias":
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = whole.uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
+        whole.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    elif leaf == "D" or "norm" in module or leaf == "layer_norm_weight":
+        whole.fill_(1.0)
+    else:
+        residual = any(output in parts for output in _RESIDUAL_OUTPUTS)
+        scale = std / math.sqrt(num_layers) if residual else std
+        whole.normal_(0.0, scale, generator=generator)

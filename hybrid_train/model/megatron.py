@@ -1,0 +1,168 @@
+"""Gateway to Megatron-Core's models: its version, and the symbols we put in its place.
+
+Each replacement below names the line of core 0.19.2 that makes it necessary. When the pinned
+version changes, read them again.
+"""
+
+import contextlib
+import functools
+import types
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.ssm import mamba_mixer
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import moe_layer, router
+from torch import Tensor
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.model import plain
+from hybrid_train.model.aux_losses import AUX_LOSSES
+from hybrid_train.ops import mixer, mixer_step
+from hybrid_train.ops.linear import add_product, linear
+
+CORE_VERSION = "0.19.2"
+
+
+def require_version() -> None:
+    """Raise a UserError if another megatron-core is installed than the one we know."""
+    found = version("megatron-core")
+    if found != CORE_VERSION:
+        raise UserError(
+            f"megatron-core {found} is installed, but {CORE_VERSION} is needed; "
+            f"install it: pip install megatron-core=={CORE_VERSION}"
+        )
+
+
+def use_plain_layers() -> None:
+    """Let core build our layers where it names Transformer Engine's itself."""
+    _replace(hybrid_block, TENorm=plain.Norm)  # hybrid_block.py 215: final norm of the stack
+    _replace(moe_layer, HAVE_TE=True, TELinear=plain.DuplicatedLinear)  # moe_layer.py 266: latent
+
+
+def use_plain_mamba() -> None:
+    """Let core's Mamba mixer run our scan, convolution and gated norm (mamba_mixer.py 202)."""
+    _replace(
+        mamba_mixer,
+        HAVE_MAMBA_SSM=True,
+        ExtendedRMSNorm=plain.GatedNorm,
+        mamba_split_conv1d_scan_combined=mixer.mamba_split_conv1d_scan_combined,
+        mamba_chunk_scan_combined=mixer.mamba_chunk_scan_combined,
+        causal_conv1d_fn=mixer_step.causal_conv1d_fn,
+        causal_conv1d_update=mixer_step.causal_conv1d_update,
+        selective_state_update=mixer_step.selective_state_update,
+        MAMBA_HAS_STATE_DTYPE=False,
+    )
+
+
+def use_gradient_accumulation() -> None:
+    """Let linear layers add to the gradient buffer as they multiply (layers.py 680).
+
+    Core asks apex's extension for it; without one the product is stored, then added.
+    """
+
+    def add(x: Tensor, grad: Tensor, main_grad: Tensor) -> None:
+        add_product(main_grad, grad, x)
+
+    fused = types.SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+    layers.fused_weight_gradient_mlp_cuda = fused
+    _replace(layers, _grad_accum_fusion_available=True)
+
+
+def use_aux_loss_record() -> None:
+    """Record balance losses by layer in a table of ours.
+
+    Core's has one slot per MTP depth, but a depth may hold several layers: an IndexError with
+    "*E*E/*E" (router.py 588, Megatron-LM#7172).
+    """
+    _replace(router, get_moe_metrics_tracker=lambda: AUX_LOSSES)
+
+
+def mark_mtp_routers(model: Any) -> None:
+    """Tell the routers of the MTP block where they are.
+
+    Core's hybrid stack does not (hybrid_block.py 191), so the balance loss of a block that serves
+    several depths would count once for each.
+    """
+    if getattr(model, "mtp", None) is not None:
+        for module in model.mtp.modules():
+            if isinstance(module, router.TopKRouter):
+                module.is_mtp_layer = True
+
+
+def _replace(module: Any, **symbols: Any) -> None:
+    for name, value in symbols.items():
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        setattr(module, name, value)
+
+
+def use_batched_decoding() -> None:
+    """Let the Mamba mixers decode several sequences at once.
+
+    With a static cache core passes one token of each of B sequences on as B tokens of a single
+    sequence: the first state takes them all, without a word (mamba_mixer.py 700-714).
+    """
+    _replace(mamba_mixer.MambaMixer, _ssm_decode=_decode_batch)
+
+
+_ssm_decode = mamba_mixer.MambaMixer._ssm_decode
+
+
+def _decode_batch(mixer: Any, packed: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Advance the mixer by one token: packed [1, B, width] -> [1, B, inner]."""
+    if kwargs.get("batch_indices") is not None:  # dynamic batching has turned it already
+        return _ssm_decode(mixer, packed, *args, **kwargs)
+    return _ssm_decode(mixer, packed.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+
+
+def use_direct_products() -> None:
+    """Let a linear layer that talks to no other rank be its product alone (layers.py 755).
+
+    What core wraps around it serves tensor parallelism, and costs a small model on a CPU a sixth of
+    each decoding step; the product itself is the fastest one we know.
+    """
+    _replace(layers, linear_with_grad_accumulation_and_async_allreduce=_linear)
+
+
+_split_linear = layers.linear_with_grad_accumulation_and_async_allreduce
+
+
+@functools.wraps(_split_linear)  # with the attribute `warned` that core keeps on it
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    if InferenceMode.is_active():  # by `inference` alone, where no sequence is split
+        return torch.nn.functional.linear(input, weight, bias)
+    if bias is not None or kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]:
+        return _split_linear(input, weight, bias, *args, **kwargs)
+    # A weight that the embedding shares gets gradients elsewhere too: they meet in an ordinary one.
+    shared = getattr(weight, "zero_out_wgrad", False)
+    buffer = None if shared else getattr(weight, "main_grad", None)
+    if buffer is not None:
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return linear(input, weight, buffer)
+
+
+def mamba_mixers(model: torch.nn.Module) -> list[Any]:
+    """Return the Mamba mixers of a module, in order."""
+    return [part for part in model.modules() if isinstance(part, mamba_mixer.MambaMixer)]
+
+
+def static_context(num_sequences: int, max_length: int) -> Any:
+    """Return an empty cache of Megatron for sequences of equal length, decoded together."""
+    return StaticInferenceContext(num_sequences, max_length)
+
+
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """Let core's layers use the cache they are given, without gradients, for one forward pass."""
+    with torch.inference_mode(), InferenceMode.active():
+        yield
+
+
+def parameter_count(chunks: list[torch.nn.Module]) -> int:
+    """Count the parameters that this process holds."""
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters())

@@ -1,0 +1,284 @@
+"""Layers in plain PyTorch with the names and the parallel split of Transformer Engine's.
+
+Each class takes the place of the Megatron class that its docstring names, with the same
+constructor, the same parameter names and the same sharded checkpoint keys, so that one spec, one
+checkpoint and one parity test serve both. They run on any device.
+
+Dimensions: S sequence, B batch, H hidden, T tokens routed to this rank.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from hybrid_train.ops.experts import expert_mlp
+from hybrid_train.ops.norm import gated_rms_norm, rms_norm
+
+
+def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
+    """Make the weight of a norm over the hidden axis, whole on every tensor-parallel rank."""
+    weight = Parameter(
+        torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
+    )
+    # Under sequence parallelism each rank sees a part of the tokens: Megatron sums the parts.
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm over the hidden axis; stands for TENorm."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        has_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _norm_weight(hidden_size, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedNorm(torch.nn.Module):
+    """Grouped RMSNorm of the Mamba mixer, split over tensor ranks; stands for ExtendedRMSNorm."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert not norm_before_gate, "the family gates before the norm"
+        self.eps = eps
+        self.group_size = group_size or hidden_size
+        self.weight = Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.tp_group: Any = None  # set by the mixer
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return _sharded(self, prefix, {"weight": 0}, sharded_offsets, self.tp_group, metadata)
+
+
+class NormColumnLinear(ColumnParallelLinear):
+    """RMSNorm, then a linear split by columns; stands for TELayerNormColumnParallelLinear."""
+
+    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        self.layer_norm_weight = _norm_weight(input_size, self.config)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        normed = rms_norm(input_, self.layer_norm_weight, self.config.layernorm_epsilon)
+        return super().forward(normed, *args, **kwargs)
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """Linear with the whole weight on every rank; stands for TELinear in "duplicated" mode."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert parallel_mode == "duplicated"
+        assert not bias, "the family has no linear bias"
+        self.weight = Parameter(
+            torch.empty(
+                output_size,
+                input_size,
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+        )
+        if config.perform_initialization:
+            init_method(self.weight)
+        self.weight.allreduce = True  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.tensor_model_parallel = False  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return linear(x, self.weight), None
+
+
+class GroupedLinear(torch.nn.Module):
+    """The same linear of every local expert, as weight0, weight1, ...; stands for TEGroupedLinear.
+
+    Holds the weights only; `Experts` multiplies.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        size: tuple[int, int],
+        split_axis: int,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.split_axis = split_axis
+        self.groups = groups
+        shape = list(size)
+        shape[split_axis] //= groups.expt_tp.size()
+        own_groups = (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        )
+        for expert in range(num_experts):
+            weight = Parameter(
+                torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+            )
+            set_tensor_model_parallel_attributes(weight, True, split_axis, 1)
+            weight.allreduce = not own_groups  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{expert}", weight)
+
+    def weights(self) -> list[Tensor]:
+        """Return the weight of each local expert."""
+        return [getattr(self, f"weight{expert}") for expert in range(self.num_experts)]
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Give every expert its place on a new first axis, so that any split can load it."""
+        total = self.groups.ep.size() * self.num_experts
+        first = self.groups.ep.rank() * self.num_experts
+        sharded: dict[str, Any] = {}
+        for expert, weight in enumerate(self.weights()):
+            offsets = (*sharded_offsets, (len(sharded_offsets), first + expert, total))
+            one = make_sharded_tensors_for_checkpoint(
+                {"weight": weight},
+                prefix,
+                {"weight": self.split_axis},
+                offsets,
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+            )[f"{prefix}weight"]
+            one.replica_id = (*one.replica_id[:2], self.groups.expt_dp.rank())
+            sharded[f"{prefix}weight{expert}"] = one
+        return sharded
+
+
+class Experts(MegatronModule):
+    """The routed experts of one layer on this rank; stands for TEGroupedMLP."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        outer = config.moe_latent_size or config.hidden_size
+        inner = config.moe_ffn_hidden_size
+        self.linear_fc1 = GroupedLinear(num_local_experts, (inner, outer), 0, config, pg_collection)
+        self.linear_fc2 = GroupedLinear(num_local_experts, (outer, inner), 1, config, pg_collection)
+
+    def forward(
+        self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Run tokens [T, H], sorted by expert, each through its own; probs [T] weigh them."""
+        counts = tokens_per_expert.tolist()
+        up, down = self.linear_fc1.weights(), self.linear_fc2.weights()
+        return expert_mlp(tokens, up, down, counts, probs), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are never deferred here."""
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        sharded: dict[str, Any] = {}
+        for name in ("linear_fc1", "linear_fc2"):
+            part = getattr(self, name).sharded_state_dict(
+                f"{prefix}{name}.", sharded_offsets, metadata
+            )
+            for tensor in part.values():  # the key that Megatron's sequential experts use too
+                tensor.key = tensor.key.replace(f"{prefix}{name}.", f"{prefix}experts.{name}.")
+            sharded.update(part)
+        return sharded
+
+
+class Attention(MegatronModule):
+    """Causal softmax attention with grouped queries; stands for TEDotProductAttention."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1, "context parallel attention needs other kernels"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attend: query [S, B, heads, D], key and value [S', B, kv_heads, D] -> [S, B, heads*D].
+
+        The last query stands at the last key, as in cached decoding.
+        """
+        queries, keys = query.shape[0], key.shape[0]
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        mask = None
+        if 1 < queries < keys:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+            mask = ones.tril(diagonal=keys - queries)
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
+
+
+def _sharded(
+    module: torch.nn.Module,
+    prefix: str,
+    axes: dict[str, int],
+    offsets: tuple[Any, ...],
+    tp_group: Any,
+    metadata: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return make_sharded_tensors_for_checkpoint(
+        module.state_dict(prefix="", keep_vars=True),
+        prefix,
+        axes,
+        offsets,
+        tp_group=tp_group,
+        dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+    )

@@ -1,0 +1,166 @@
+"""The parts of a hybrid model in two flavours, put together by one builder.
+
+Plain is PyTorch on any device; fused is Transformer Engine. Both give the same parameter names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from hybrid_train.model import plain
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes one flavour is made of."""
+
+    norm: Any
+    norm_column_linear: Any  # a norm and the linear behind it, in one module
+    column_linear: Any
+    row_linear: Any
+    attention: Any
+    experts: Callable[..., Any]
+
+
+PLAIN = Parts(
+    norm=plain.Norm,
+    norm_column_linear=plain.NormColumnLinear,
+    column_linear=ColumnParallelLinear,
+    row_linear=RowParallelLinear,
+    attention=plain.Attention,
+    experts=plain.Experts,
+)
+
+
+def fused_parts() -> Parts:
+    """Return the classes of Transformer Engine; it must be installed."""
+    return Parts(
+        norm=te.TENorm,
+        norm_column_linear=te.TELayerNormColumnParallelLinear,
+        column_linear=te.TEColumnParallelLinear,
+        row_linear=te.TERowParallelLinear,
+        attention=te.TEDotProductAttention,
+        experts=partial(
+            TEGroupedMLP,
+            submodules=GroupedMLPSubmodules(
+                linear_fc1=te.TEColumnParallelGroupedLinear,
+                linear_fc2=te.TERowParallelGroupedLinear,
+            ),
+        ),
+    )
+
+
+def hybrid_spec(parts: Parts, *, mamba_chunk_size: int) -> ModuleSpec:
+    """Return the spec of a stack of M, *, - and E layers with MTP, made of `parts`."""
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            mamba_layer=_mamba_layer(parts, mamba_chunk_size),
+            attention_layer=_attention_layer(parts),
+            mlp_layer=_mlp_layer(parts),
+            moe_layer=_moe_layer(parts),
+            mtp_block_spec=_mtp_block(parts),
+        ),
+    )
+
+
+def _mamba_layer(parts: Parts, chunk_size: int) -> ModuleSpec:
+    mixer = ModuleSpec(
+        module=MambaMixer,
+        params={"chunk_size": chunk_size},
+        submodules=MambaMixerSubmodules(
+            in_proj=parts.norm_column_linear, out_proj=parts.row_linear
+        ),
+    )
+    return ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(mixer=mixer, mamba_bda=get_bias_dropout_add),
+    )
+
+
+def _attention_layer(parts: Parts) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=parts.norm_column_linear,
+            core_attention=parts.attention,
+            linear_proj=parts.row_linear,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=attention, self_attn_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _mlp_layer(parts: Parts) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=parts.norm_column_linear, linear_fc2=parts.row_linear)
+    return ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
+            mlp=partial(MLP.as_mlp_submodule, submodules=linears), mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _moe_layer(parts: Parts) -> ModuleSpec:
+    shared = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
+    layer = partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            experts=parts.experts, shared_experts=partial(SharedExpertMLP, submodules=shared)
+        ),
+    )
+    return ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.norm, mlp=layer, mlp_bda=get_bias_dropout_add
+        ),
+    )
+
+
+def _mtp_block(parts: Parts) -> ModuleSpec:
+    depth = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=parts.norm,
+            hnorm=parts.norm,
+            eh_proj=parts.column_linear,
+            mtp_model_layer=None,  # built from the pattern
+            layer_norm=parts.norm,
+        ),
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[depth]),
+    )

@@ -1,0 +1,125 @@
+"""Our sections -> Megatron's TransformerConfig, as one table to read from top to bottom."""
+
+import math
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hybrid_train.config.pattern import Pattern, parse
+from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.precision import NumberFormat
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.ops.experts import squared_relu
+
+DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
+
+
+def init_std(model: Model) -> float:
+    """Return the standard deviation of new weights: 0.9 / sqrt(hidden) as in the released models.
+
+    Source: the init_method_std of the published training configurations.
+    """
+    return model.init_std if model.init_std is not None else 0.9 / math.sqrt(model.hidden_size)
+
+
+def sequence_parallel(job: TrainJob) -> bool:
+    """Tell whether norms are split along the sequence: on with tensor parallelism unless said."""
+    chosen = job.parallel.sequence
+    return job.parallel.tensor > 1 if chosen is None else chosen and job.parallel.tensor > 1
+
+
+def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
+    """Translate a checked job; Megatron checks the combination once more."""
+    pattern = parse(job.model.pattern)
+    dtype = DTYPES[job.precision.format]
+    return TransformerConfig(
+        **_shape(job.model, pattern),
+        **_experts(job, pattern),
+        **_mtp(job, pattern),
+        **_layout(job, dtype),
+        # what all models of the family share
+        is_hybrid_model=True,
+        normalization="RMSNorm",
+        activation_func=squared_relu,
+        gated_linear_unit=False,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        attention_backend=AttnBackend.auto,
+        # how it runs
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        init_method_std=init_std(job.model),
+        perform_initialization=False,  # model/init.py does it, the same under every layout
+        calculate_per_token_loss=True,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=on_gpu,
+        gradient_accumulation_fusion=not on_gpu,
+        cuda_graph_impl="none",
+    )
+
+
+def _shape(model: Model, pattern: Pattern) -> dict[str, object]:
+    return {
+        "num_layers": len(pattern.main),
+        "hidden_size": model.hidden_size,
+        "layernorm_epsilon": model.norm_eps,
+        "num_attention_heads": model.attention.heads,
+        "num_query_groups": model.attention.kv_heads,
+        "kv_channels": model.attention.head_dim,
+        "ffn_hidden_size": model.mlp.intermediate_size,
+        "mamba_num_heads": model.mamba.heads,
+        "mamba_head_dim": model.mamba.head_dim,
+        "mamba_num_groups": model.mamba.groups,
+        "mamba_state_dim": model.mamba.state_size,
+    }
+
+
+def _experts(job: TrainJob, pattern: Pattern) -> dict[str, object]:
+    if "E" not in pattern.main + (pattern.mtp or ""):
+        return {}
+    moe = job.model.moe
+    return {
+        "num_moe_experts": moe.experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.intermediate_size,
+        "moe_shared_expert_intermediate_size": moe.shared_intermediate_size,
+        "moe_latent_size": moe.latent_size,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": moe.scaling_factor,
+        "moe_router_enable_expert_bias": True,  # at rate 0 it stays 0, and loads are counted
+        "moe_router_bias_update_rate": moe.bias_update_rate,
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": job.objective.moe_aux_loss_scale,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+    }
+
+
+def _mtp(job: TrainJob, pattern: Pattern) -> dict[str, object]:
+    if not pattern.mtp_depths:
+        return {}
+    return {
+        "mtp_num_layers": pattern.mtp_depths,
+        "mtp_loss_scaling_factor": job.objective.mtp_loss_scale,
+        "mtp_use_repeated_layer": job.model.mtp.repeated_block,
+    }
+
+
+def _layout(job: TrainJob, dtype: torch.dtype) -> dict[str, object]:
+    parallel = job.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": (
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
+        "sequence_parallel": sequence_parallel(job),
+        "pipeline_dtype": dtype,
+    }

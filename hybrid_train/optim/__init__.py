@@ -1,0 +1,4 @@
+"""Optimizer and learning-rate schedules.
+
+Not here: when a step is taken (`training`).
+"""

@@ -1,0 +1,115 @@
+"""Gateway to Megatron's optimizers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import utils
+from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from hybrid_train.config.schema.optimizer import AdamW
+from hybrid_train.config.schema.parallel import Parallel
+
+
+def build_optimizer(
+    adamw: AdamW,
+    parallel: Parallel,
+    chunks: list[Any],
+    dtype: torch.dtype,
+    on_bad_norm: Callable[[float], None],
+) -> MegatronOptimizer:
+    """Build AdamW over wrapped model chunks, its state split over data-parallel ranks if asked.
+
+    Args:
+        adamw: coefficients; the learning rate is set before every step.
+        parallel: whether and how the state is split.
+        chunks: model chunks wrapped for data parallelism.
+        dtype: of the parameters; master weights are float32.
+        on_bad_norm: called with a gradient norm that is not finite, before anything changes.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=0.0,
+        weight_decay=adamw.weight_decay,
+        adam_beta1=adamw.beta1,
+        adam_beta2=adamw.beta2,
+        adam_eps=adamw.eps,
+        clip_grad=adamw.clip_grad_norm,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    for (
+        group
+    ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
+        group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
+    _use_fused_kernel(optimizer)
+    _use_fused_clipping()
+    _watch_norm(optimizer, on_bad_norm)
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Set the rate of the next step for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+
+
+def _norm_of_all(
+    _: int, __: Tensor, lists: list[list[Tensor]], *___: object
+) -> tuple[Tensor, None]:
+    """L2 norm over many tensors in one pass, under the signature of apex's multi_tensor_l2norm."""
+    norms = torch._foreach_norm(lists[0])
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+
+
+def _scale_in_place(_: int, __: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    """Scale many tensors, under the signature of apex's multi_tensor_scale."""
+    torch._foreach_mul_(lists[1], scale)  # Megatron passes the same tensors as source and target
+
+
+def _use_fused_clipping() -> None:
+    """Core's stand-ins for apex copy each gradient, and read each norm back alone (utils.py 1325).
+
+    Only where core has to use them.
+    """
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm_of_all
+        clip_grads.multi_tensor_scale_impl = _scale_in_place
+
+
+def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
+    """Take torch's one-kernel AdamW; by default it loops over the parameters on a CPU.
+
+    Its moments start at zero here rather than at the first step: Megatron asks for their step
+    count when it loads a checkpoint (distrib_optimizer.py 838, core 0.19.2).
+    """
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        for group in inner.param_groups:
+            if "fused" not in group:  # Transformer Engine's, which is fused by itself
+                return
+            group["fused"] = True
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _watch_norm(optimizer: MegatronOptimizer, on_bad_norm: Callable[[float], None]) -> None:
+    norm_of = optimizer.get_grad_norm
+
+    def checked() -> float:
+        norm = norm_of()
+        if not math.isfinite(norm):
+            on_bad_norm(float(norm))
+        return norm
+
+    optimizer.get_grad_norm = checked

@@ -1,0 +1,4 @@
+"""Who talks to whom: degrees, rank coordinates, process groups.
+
+Not here: how a model is cut (`model`).
+"""

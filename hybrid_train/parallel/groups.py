@@ -1,0 +1,28 @@
+"""Builds Megatron's process groups from our section; the only reader of its parallel state."""
+
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hybrid_train.config.schema.parallel import Parallel
+
+
+def build_groups(parallel: Parallel, timeout_s: float) -> ProcessGroupCollection:
+    """Split the processes of the run into groups along each parallel axis."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_groups() -> None:
+    """Forget the groups, so that a later run in this process can build its own."""
+    parallel_state.destroy_model_parallel()

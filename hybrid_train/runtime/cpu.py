@@ -1,0 +1,229 @@
+"""Lets code written for CUDA run on a CPU: each CUDA call of Megatron-Core has a stand-in here.
+
+Installed once, before megatron.core is imported, and only where the user runs on the CPU. It
+changes `torch` for the whole process, so it refuses to work beside a visible GPU.
+"""
+
+import contextlib
+import ctypes
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from hybrid_train.config.problems import UserError
+
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "rand", "randn", "arange", "as_tensor")
+_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+}
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # options of mallopt in malloc.h
+_installed = False
+
+
+class _Stream:
+    """A queue of work: on a CPU everything is already done."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def wait_stream(self, _: object) -> None:
+        pass
+
+    def wait_event(self, _: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return event or _Event()
+
+
+class _Event(_Stream):
+    """A point in a queue of work."""
+
+    def record(self, *_: object) -> None:
+        pass
+
+    def wait(self, *_: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+_STREAM = _Stream()
+
+
+@contextlib.contextmanager
+def _no_context(*_: object, **__: object) -> Iterator[None]:
+    yield
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
+
+
+def _on_cpu(device: Any) -> Any:
+    """Replace a CUDA device by the CPU, whatever way it is written."""
+    if device is None or isinstance(device, int):
+        return "cpu" if device is not None else None
+    return "cpu" if str(device).startswith("cuda") else device
+
+
+def _redirect(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _cuda_rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cuda_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(state)
+
+
+def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Report the CUDA spelling of a tensor's type, which Megatron's optimizers look for."""
+
+    def typed(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        return _TYPE_NAMES.get(result, result) if isinstance(result, str) else result
+
+    return typed
+
+
+def _splits_as_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+    """Gloo wants lists of ints where NCCL also takes arrays and tensors."""
+
+    def as_list(splits: Any) -> list[int] | None:
+        return None if splits is None else [int(n) for n in splits]
+
+    @functools.wraps(all_to_all)
+    def exchange(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        return all_to_all(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
+        )
+
+    return exchange
+
+
+class _Done:
+    """Handle of a collective that is over."""
+
+    def wait(self, *_: object, **__: object) -> bool:
+        return True
+
+
+def _keep(*_: object) -> None:
+    """What a reduction over one process does."""
+
+
+def _copy(output: torch.Tensor, given: torch.Tensor) -> None:
+    """What a gather or a scatter over one process does; in place, as Megatron calls it, nothing."""
+    if output.data_ptr() != given.data_ptr():
+        output.copy_(given)
+
+
+def _skip_alone(collective: Callable[..., Any], alone: Callable[..., None]) -> Callable[..., Any]:
+    """Do without gloo in a group of one, where it copies every buffer twice."""
+
+    @functools.wraps(collective)
+    def maybe(*args: Any, group: Any = None, async_op: bool = False, **kwargs: Any) -> Any:
+        if torch.distributed.get_world_size(group) > 1:
+            return collective(*args, group=group, async_op=async_op, **kwargs)
+        alone(*args[:2])
+        return _Done() if async_op else None
+
+    return maybe
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next step instead of giving each back to the system.
+
+    Otherwise every large temporary is mapped and zeroed anew. Elsewhere than on glibc, nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 1 << 30)):
+        mallopt(option, value)
+
+
+def install() -> None:
+    """Redirect CUDA calls to the CPU for the rest of this process.
+
+    Raises:
+        UserError: if a GPU is visible; its real calls would be hidden.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise UserError(
+            "runtime.device=cpu, but a GPU is visible to this process; hide it "
+            "(CUDA_VISIBLE_DEVICES=) or use runtime.device=cuda"
+        )
+    _redirect_device_calls()
+    _redirect_tensors()
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    _redirect_megatron_generators()
+    _installed = True
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: object) -> Any:
+    """Stand in for torch.compile: compiling core's small helpers takes 9 to 38 s on a CPU."""
+    return function if function is not None else (lambda decorated: decorated)
+
+
+def _redirect_device_calls() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: "cpu"
+    cuda.set_device = cuda.synchronize = cuda.empty_cache = _nothing
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *_: _STREAM
+    cuda.stream = cuda.device = _no_context
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.get_rng_state, cuda.set_rng_state = _cuda_rng_state, _set_cuda_rng_state
+    cuda.manual_seed = torch.default_generator.manual_seed
+    cuda.manual_seed_all = _nothing  # torch.manual_seed calls it
+    cuda.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing)
+
+
+def _redirect_tensors() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _redirect(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    tensor.type = _tensor_type(tensor.type)
+    distributed: Any = torch.distributed
+    distributed.all_to_all_single = _splits_as_lists(distributed.all_to_all_single)
+    distributed.all_reduce = _skip_alone(distributed.all_reduce, _keep)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(distributed, name, _skip_alone(getattr(distributed, name), _copy))
+
+
+def _redirect_megatron_generators() -> None:
+    """Megatron's tracker of random states asks CUDA generators by functions of its own."""
+    from megatron.core.tensor_parallel import random  # after the calls above are in place
+
+    random._get_cuda_rng_state = _cuda_rng_state
+    random._set_cuda_rng_state = _set_cuda_rng_state

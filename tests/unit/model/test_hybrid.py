@@ -1,0 +1,99 @@
+"""Rows of the output: the cross-entropy of the next token and of each MTP depth."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, batch_of, some_rows, tiny_job, tiny_model
+
+pytestmark = MEGATRON_WARNINGS
+
+
+def losses_of(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        rows: Tensor = model(tokens, torch.arange(LENGTH).expand_as(tokens), None, labels=labels)
+    return rows
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+
+@pytest.mark.parametrize(("pattern", "rows"), [("M*-", 1), ("M-/*E", 2), ("M-/*E/*E", 3)])
+def test_there_is_one_row_more_than_depths(groups: Any, pattern: str, rows: int) -> None:
+    model = tiny_model(tiny_job(pattern), groups)
+    batch = batch_of(some_rows(3))
+    losses = losses_of(model, batch.tokens, batch.labels)
+    assert losses.shape == (rows, 3, LENGTH)
+    assert losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)
+def test_first_row_is_the_cross_entropy_of_the_logits(groups: Any, tied: bool) -> None:
+    job = tiny_job("ME*-/*E")
+    job.model.tie_embeddings = tied
+    model = tiny_model(job, groups)
+    batch = batch_of(some_rows(3))
+    with torch.no_grad():
+        logits = model(batch.tokens)
+    assert logits.shape == (3, LENGTH, 64)  # the padded rows too
+    losses = losses_of(model, batch.tokens, batch.labels)
+    torch.testing.assert_close(losses[0], cross_entropy(logits, batch.labels))
+
+
+def test_row_of_a_depth_equals_its_parts_put_together_by_hand(groups: Any) -> None:
+    """DeepSeek-V3, arXiv:2412.19437, eq. 21 to 23: h' = layers(proj[norm(embedding); norm(h)])."""
+    model = tiny_model(tiny_job("M-/*E"), groups)
+    depth = model.mtp.layers[0]
+    batch = batch_of(some_rows(3))
+    with torch.no_grad():
+        hidden = model.decoder(model.embedding(batch.tokens, None), attention_mask=None)
+        embedded = model.embedding(F.pad(batch.tokens[:, 1:], (0, 1)), None)
+        joined = torch.cat([depth.enorm(embedded), depth.hnorm(hidden)], dim=-1)
+        inner = depth.mtp_model_layer(joined @ depth.eh_proj.weight.T, attention_mask=None)
+        logits = depth.final_layernorm(inner) @ model.output_layer.weight.T
+    expected = cross_entropy(logits.transpose(0, 1)[:, :-1], batch.labels[:, 1:])
+    losses = losses_of(model, batch.tokens, batch.labels)
+    torch.testing.assert_close(losses[1, :, :-1], expected)
+
+
+def test_depth_k_at_place_t_is_about_the_label_at_t_plus_k(groups: Any) -> None:
+    model = tiny_model(tiny_job("M-/*E/*E"), groups)
+    batch = batch_of(some_rows(1))
+    place = 7
+    changed = batch.labels.clone()
+    changed[0, place] = (changed[0, place] + 1) % VOCAB
+    before = losses_of(model, batch.tokens, batch.labels)
+    after = losses_of(model, batch.tokens, changed)
+    assert (before != after).nonzero().tolist() == [[k, 0, place - k] for k in range(3)]
+
+
+def test_depth_k_sees_no_token_behind_the_one_before_its_label(groups: Any) -> None:
+    model = tiny_model(tiny_job("M*-/*E/*E"), groups).eval()
+    batch = batch_of(some_rows(1))
+    place = 9
+    changed = batch.tokens.clone()
+    changed[0, place] = (changed[0, place] + 1) % VOCAB
+    before = losses_of(model, batch.tokens, batch.labels)
+    after = losses_of(model, changed, batch.labels)
+    for k in range(3):
+        # Products over other rows of a batch may be rounded differently, hence no equality.
+        torch.testing.assert_close(after[k, 0, : place - k], before[k, 0, : place - k])
+        assert not torch.isclose(after[k, 0, place - k], before[k, 0, place - k])
+
+
+def test_every_parameter_gets_a_gradient_from_the_sum_of_all_rows(
+    groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    # Core keeps a scale on the class, in another shape here than where its schedule sets it.
+    scale = torch.ones(1)
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
+    model = tiny_model(tiny_job(), groups)
+    batch = batch_of(some_rows(4))
+    model(batch.tokens, batch.position_ids, None, labels=batch.labels).sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []

@@ -1,0 +1,121 @@
+"""Plain layers against formulas, and their names in checkpoints."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import MEGATRON_WARNINGS, tiny_job, tiny_model
+
+pytestmark = MEGATRON_WARNINGS
+
+
+@pytest.fixture(scope="module")
+def config(groups: Any) -> Any:
+    from hybrid_train.model.translate import transformer_config
+
+    return transformer_config(tiny_job("*E"), on_gpu=False)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax over the keys up to the query's own, one query, head and sequence at a time."""
+    length, batch, heads, width = q.shape
+    out = torch.zeros(length, batch, heads, width)
+    for t in range(length):
+        seen = len(k) - length + t + 1  # the last query stands at the last key
+        for b in range(batch):
+            for head in range(heads):
+                group = head // (heads // k.shape[2])
+                scores = k[:seen, b, group] @ q[t, b, head] / width**0.5
+                out[t, b, head] = scores.softmax(dim=0) @ v[:seen, b, group]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (1, 7), (3, 7)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_a_naive_softmax(
+    config: Any, queries: int, keys: int, kv_heads: int
+) -> None:
+    from hybrid_train.model.plain import Attention
+
+    q = torch.randn(queries, 2, 4, 8)
+    k, v = torch.randn(keys, 2, kv_heads, 8), torch.randn(keys, 2, kv_heads, 8)
+    torch.testing.assert_close(Attention(config)(q, k, v, None), naive_attention(q, k, v))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [9, 0, 0, 0]])
+def test_grouped_experts_equal_a_loop_over_experts(
+    config: Any, groups: Any, counts: list[int]
+) -> None:
+    from hybrid_train.model.plain import Experts
+
+    experts = Experts(4, config, pg_collection=groups)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    tokens, probs = torch.randn(9, 16), torch.rand(9)
+    expected = []
+    start = 0
+    for e, count in enumerate(counts):
+        up = getattr(experts.linear_fc1, f"weight{e}")
+        down = getattr(experts.linear_fc2, f"weight{e}")
+        mine = slice(start, start + count)
+        inner = torch.relu(tokens[mine] @ up.T) ** 2
+        expected.append((inner * probs[mine, None]) @ down.T)
+        start += count
+    found, bias = experts(tokens, torch.tensor(counts), probs)
+    assert bias is None
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_norm_and_linear_in_one_equal_both_by_themselves(groups: Any) -> None:
+    model = tiny_model(tiny_job("*"), groups)
+    linear = model.decoder.layers[0].self_attention.linear_qkv
+    torch.nn.init.uniform_(linear.layer_norm_weight, 0.5, 1.5)
+    x = torch.randn(5, 2, 32)
+    normed = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * linear.layer_norm_weight
+    found, bias = linear(x)
+    assert bias is None
+    torch.testing.assert_close(found, normed @ linear.weight.T)
+
+
+LAYERS = {
+    "M": [
+        "mixer.A_log", "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "mixer.out_proj.weight",
+        "mixer.in_proj.layer_norm_weight",
+        *(f"mixer.in_proj.weight.{part}" for part in ("z", "x", "B", "C", "dt")),
+        *(f"mixer.conv1d.{leaf}.{part}" for leaf in ("weight", "bias") for part in ("x", "B", "C")),
+    ],
+    "*": [
+        "self_attention.linear_qkv.weight", "self_attention.linear_qkv.layer_norm_weight",
+        "self_attention.linear_proj.weight",
+    ],
+    "-": ["mlp.linear_fc1.weight", "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc2.weight"],
+    "E": [
+        "pre_mlp_layernorm.weight", "mlp.router.weight", "mlp.router.expert_bias",
+        "mlp.fc1_latent_proj.weight", "mlp.fc2_latent_proj.weight",
+        "mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight",
+        "mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight",
+    ],
+}  # fmt: skip
+
+
+def stored_keys(model: Any) -> set[str]:
+    """Names under which a checkpoint stores the tensors of a model."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from hybrid_train.model.init import _shards
+
+    return {shard.key for shard in _shards(model) if isinstance(shard, ShardedTensor)}
+
+
+@pytest.mark.parametrize("letter", LAYERS)
+def test_checkpoints_store_a_layer_under_the_names_of_transformer_engine(
+    groups: Any, letter: str
+) -> None:
+    """Names as Megatron writes them on a GPU with its TE spec, core 0.19.2."""
+    keys = stored_keys(tiny_model(tiny_job(letter), groups))
+    outside = {"embedding.word_embeddings.weight", "output_layer.weight"}
+    layer = {key.removeprefix("decoder.layers.0.") for key in keys if "layers.0." in key}
+    assert layer == set(LAYERS[letter])
+    assert outside <= keys
