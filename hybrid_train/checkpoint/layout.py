@@ -1,0 +1,89 @@
+"""Where checkpoints stand in a run folder, and which of them are whole.
+
+    RUN/config.yaml  RUN/tokenizer/  RUN/checkpoints/step_00000500/{position.json, ...}
+
+A checkpoint is written under a name that ends in `.partial` and renamed when it is whole, so a
+folder with a final name is always complete.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid_train.config.problems import UserError
+
+FOLDER = "checkpoints"
+POSITION = "position.json"
+PARTIAL = ".partial"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One complete checkpoint."""
+
+    path: Path
+    step: int
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder it belongs to."""
+        return self.path.parent.parent
+
+    def position(self) -> dict[str, int]:
+        """Read the position of the run: step, tokens, sequences."""
+        text = (self.path / POSITION).read_text(encoding="utf-8")
+        return {name: int(value) for name, value in json.loads(text).items()}
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return run_dir / FOLDER / f"step_{step:08d}"
+
+
+def write_position(folder: Path, position: Mapping[str, int]) -> None:
+    """Write the position of the run into a checkpoint."""
+    (folder / POSITION).write_text(json.dumps(dict(position)) + "\n", encoding="utf-8")
+
+
+def complete(run_dir: Path) -> list[Found]:
+    """List the complete checkpoints of a run, oldest first."""
+    found = [_found(path) for path in (run_dir / FOLDER).glob("step_*")]
+    return sorted((one for one in found if one is not None), key=lambda one: one.step)
+
+
+def latest(run_dir: Path) -> Found | None:
+    """Return the newest complete checkpoint of a run."""
+    return max(complete(run_dir), key=lambda one: one.step, default=None)
+
+
+def locate(path: Path) -> Found:
+    """Find the checkpoint that the user means by a run folder or a checkpoint of it.
+
+    Raises:
+        UserError: if there is none; says what stands there instead.
+    """
+    one = _found(path.absolute())
+    newest = one or latest(path.absolute())
+    if newest is not None:
+        return newest
+    if not path.exists():
+        raise UserError(
+            f"no checkpoint: {path} does not exist; give a run folder or one of its "
+            f"{FOLDER}/step_* folders"
+        )
+    if path.name.endswith(PARTIAL):
+        raise UserError(f"{path} was never finished; give another of {path.parent}/step_*")
+    raise UserError(
+        f"no checkpoint in {path}: neither a complete step_* folder nor a run folder with one "
+        f"under {FOLDER}/"
+    )
+
+
+def _found(path: Path) -> Found | None:
+    match = _NAME.fullmatch(path.name)
+    if match is None or not (path / POSITION).is_file():
+        return None
+    return Found(path, int(match[1]))

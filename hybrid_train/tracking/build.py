@@ -1,0 +1,43 @@
+"""From the tracking section to the trackers of a run, on rank 0."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybrid_train.config.schema.tracking import Tracking, WandbMode
+from hybrid_train.runtime import optional
+from hybrid_train.tracking.jsonl import FILE_NAME, JsonLines
+from hybrid_train.tracking.tracker import Tracker
+
+
+def build_trackers(
+    tracking: Tracking, run_dir: Path, resume_step: int, config: Mapping[str, Any]
+) -> list[Tracker]:
+    """Open metrics.jsonl and what else the section asks for. The console is made apart.
+
+    Args:
+        tracking: the section.
+        run_dir: folder of the run; everything is written below it.
+        resume_step: step of the checkpoint that the run goes on from; 0 for a fresh run.
+        config: the whole config of the run as plain data, for W&B.
+
+    Raises:
+        UserError: if a library is asked for that is missing or broken, or W&B has no login.
+    """
+    wants_wandb = tracking.wandb.mode is not WandbMode.disabled
+    if tracking.tensorboard:
+        optional.require("tensorboard", "tracking.tensorboard=true")
+    if wants_wandb:
+        optional.require("wandb", f"tracking.wandb.mode={tracking.wandb.mode.value}")
+    # What may still be refused comes first, metrics.jsonl last: a refused start changes no file.
+    # The gateways import their libraries, which takes seconds; so only where they are wanted.
+    trackers: list[Tracker] = []
+    if wants_wandb:
+        from hybrid_train.tracking.wandb import WeightsAndBiases
+
+        trackers.append(WeightsAndBiases(tracking.wandb, run_dir, config))
+    if tracking.tensorboard:
+        from hybrid_train.tracking.tensorboard import TensorBoard
+
+        trackers.append(TensorBoard(run_dir / "tensorboard", resume_step))
+    return [JsonLines(run_dir / FILE_NAME, resume_step), *trackers]

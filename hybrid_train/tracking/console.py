@@ -1,0 +1,133 @@
+"""What the user sees while a run goes on: a bar on a terminal, else a line per interval."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from hybrid_train.config.units import show_tokens
+from hybrid_train.tracking.metrics import metric, show, show_duration
+
+_RECENT_STEPS = 30  # the rate behind the time left is that of these
+# Names and widths of the columns of a plain line; what is missing leaves its column out.
+_LINE = {"loss": 7, "lr": 8, "grad_norm": 6, "tokens_per_s": 6, "step_time_s": 6, "mfu": 6}
+_BAR = ("loss", "tokens_per_s", "step_time_s", "mfu")
+_VALIDATION = ("validation_loss", "unigram_loss")
+
+
+class Console:
+    """Shows progress; a tracker as the others are, that can also say a sentence.
+
+    On a terminal a bar moves with every step, and lines appear above it at validation. Elsewhere
+    there is a line at the first step, every `interval` steps, at validation and at the last step.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        start_tokens: int = 0,
+        interval: int = 10,
+        terminal: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start to show.
+
+        Args:
+            total_tokens: tokens of the whole run.
+            start_tokens: tokens seen before this process; not 0 where a run resumes.
+            interval: steps between plain lines.
+            terminal: whether there is one; None: look at the standard output.
+            clock: seconds, for the time left.
+        """
+        self._total = total_tokens
+        self._interval = interval
+        self._clock = clock
+        self._recent = deque([(clock(), start_tokens)], maxlen=_RECENT_STEPS + 1)
+        self._pending: str | None = None  # line of the last step, if it was not printed
+        self._started = False
+        self._bar: Progress | None = None
+        if sys.stdout.isatty() if terminal is None else terminal:
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=total_tokens, completed=start_tokens, text="")
+            self._bar.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step. `tokens` must be among the metrics."""
+        tokens = int(metrics["tokens"])
+        self._recent.append((self._clock(), tokens))
+        left = f"left {show_duration(self.seconds_left())}"
+        line = _line(step, self._total, metrics, left)
+        validated = any(name in metrics for name in _VALIDATION)
+        if self._bar is not None:
+            figures = [f"step {step}"]
+            figures += [_figure(name, metrics[name]) for name in _BAR if name in metrics]
+            self._bar.update(self._task, completed=tokens, text="  ".join([*figures, left]))
+            if validated:
+                self.say(line)
+            return
+        self._pending = line
+        is_last = tokens >= self._total
+        if not self._started or validated or is_last or step % self._interval == 0:
+            self.say(line)
+            self._pending = None
+        self._started = True
+
+    def say(self, text: str) -> None:
+        """Print a message; above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
+    def seconds_left(self) -> float:
+        """Estimate the time to finish from the last steps, pauses for validation included."""
+        (first_time, first_tokens), (last_time, last_tokens) = self._recent[0], self._recent[-1]
+        seen = last_tokens - first_tokens
+        missing = max(0, self._total - last_tokens)
+        if missing == 0:
+            return 0.0
+        return missing * (last_time - first_time) / seen if seen > 0 else float("inf")
+
+    def close(self) -> None:
+        """End the bar; print the last step, if it is still missing."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._pending is not None:
+            self.say(self._pending)
+            self._pending = None
+
+
+def _bar() -> Progress:
+    text = TextColumn(
+        "{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+    )
+    percentage = TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True))
+    # Written to the real terminal, at most four times a second: the run comes first.
+    return Progress(
+        percentage,
+        BarColumn(bar_width=None),
+        text,
+        console=RichConsole(force_terminal=True),
+        expand=True,
+        refresh_per_second=4,
+    )
+
+
+def _figure(name: str, value: float, width: int = 0) -> str:
+    """Write one value with its label, padded on the left: "loss  4.3210"."""
+    return f"{metric(name).label or name} {show(name, value):>{width}}"
+
+
+def _line(step: int, total_tokens: int, metrics: Mapping[str, float], left: str) -> str:
+    """Write a step as one line of columns: step, tokens, figures, time left, validation."""
+    tokens = f"{show('tokens', metrics['tokens'])}/{show_tokens(total_tokens)}"
+    columns = [f"step {step:>6}", f"tokens {tokens:>11}"]
+    columns += [_figure(name, metrics[name], w) for name, w in _LINE.items() if name in metrics]
+    columns.append(f"{left:<11}")
+    columns += [_figure(name, metrics[name]) for name in _VALIDATION if name in metrics]
+    return "  ".join(columns).rstrip()

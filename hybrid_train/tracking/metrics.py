@@ -1,0 +1,119 @@
+"""The list of metrics: what each is called, in which unit, and how it is shown.
+
+Whoever logs takes the name from here; a name that is not in the list is refused.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hybrid_train.config.units import show_tokens
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. A name with a number at its end belongs to a family: `mtp_loss_{}`."""
+
+    name: str
+    unit: str
+    meaning: str
+    show: Callable[[float], str]
+    label: str = ""  # short name on the console; empty: the name
+
+
+def show_duration(seconds: float) -> str:
+    """Write a time the short way: 45 s -> "45s", 130 s -> "2m10s", 3900 s -> "1h05m"."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def show_step_time(seconds: float) -> str:
+    """Write the time of one step: 0.0123 s -> "12ms", 1.234 s -> "1.23s"."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f}ms"
+    return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.1f}s"  # noqa: PLR2004 - digits only
+
+
+_NATS = "nats per token"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("step", "", "optimizer steps done", _whole),
+        Metric("tokens", "tokens", "tokens seen by all ranks since the start", show_tokens),
+        Metric("loss", _NATS, "cross-entropy of the next token on the batch", _loss),
+        Metric("lr", "", "learning rate of the step", "{:.2e}".format),
+        Metric("grad_norm", "", "norm of the gradient before clipping", "{:.3f}".format),
+        Metric("tokens_per_s", "tokens/s", "speed of all ranks", show_tokens, "tok/s"),
+        Metric("step_time_s", "s", "wall time of the step", show_step_time, "time"),
+        Metric("mfu", "", "share of the peak that the model's FLOPs reach", "{:.1%}".format, "MFU"),
+        Metric("mtp_loss_{}", _NATS, "cross-entropy at an MTP depth, from 1", _loss),
+        Metric("moe_aux_loss", "", "load-balance loss, before its weight", "{:.4f}".format),
+        Metric(
+            "expert_load_{}",
+            "",
+            "tokens of the busiest expert over the mean, by layer number from 1",
+            "{:.2f}".format,
+        ),
+        Metric(
+            "expert_load_mtp_{}",
+            "",
+            "the same for the MoE layers of an MTP block, numbered from 1 within it",
+            "{:.2f}".format,
+        ),
+        Metric("validation_loss", _NATS, "cross-entropy on the validation part", _loss, "val"),
+        Metric("validation_mtp_loss_{}", _NATS, "the same at an MTP depth, from 1", _loss),
+        Metric(
+            "unigram_loss",
+            _NATS,
+            "cross-entropy of the train unigram distribution on the validation part",
+            _loss,
+            "unigram",
+        ),
+    )
+}
+
+
+def mtp_loss(depth: int) -> str:
+    """Name the loss of an MTP depth; the first depth is 1."""
+    return f"mtp_loss_{depth}"
+
+
+def expert_load(layer: int, *, in_mtp: bool = False) -> str:
+    """Name the load of a MoE layer; the first layer of the model is 1, of whatever kind."""
+    return f"expert_load_{'mtp_' if in_mtp else ''}{layer}"
+
+
+def metric(name: str) -> Metric:
+    """Look up a metric by name, members of families included.
+
+    Raises:
+        ValueError: if it is not in the list.
+    """
+    stem, _, number = name.rpartition("_")
+    found = METRICS.get(f"{stem}_{{}}" if number.isdecimal() else name)
+    if found is None:
+        raise ValueError(f"{name!r} is no metric; add it to hybrid_train/tracking/metrics.py")
+    return found
+
+
+def show(name: str, value: float) -> str:
+    """Write a value as the user sees it."""
+    return metric(name).show(value)

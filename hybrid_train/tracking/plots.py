@@ -1,0 +1,101 @@
+"""The loss curve of a run as a picture, from its metrics.jsonl."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrid_train.config.units import show_tokens
+from hybrid_train.tracking.jsonl import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TRAIN, _VALIDATION, _BASELINE = "#2f6fb5", "#d1495b", "#777777"
+_MTP = ("#8fb339", "#e09f3e", "#7b5ea7", "#4fb0ae")
+_SMOOTH_SHARE = 0.03  # the smoothed curve averages over this share of the run
+
+Points = tuple[list[float], list[float]]  # tokens, values
+
+
+def plot_losses(metrics_jsonl: Path, path: Path) -> None:
+    """Draw the losses over tokens into a PNG; the folder is made.
+
+    Shown are the train loss (each step faint, smoothed strong), the validation loss, the loss of
+    each MTP depth, and the unigram cross-entropy as a level to compare with, as far as logged.
+
+    Args:
+        metrics_jsonl: the metrics of the run.
+        path: the picture.
+    """
+    # Takes about a second to import, which a run pays at its end only.
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics_jsonl)
+    with mpl.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)  # draws without a display
+        axes = figure.add_subplot()
+        _draw_losses(axes, lines)
+        _decorate(axes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Average over about `window` values centred on each, so that the curve does not lag behind.
+
+    Towards the start, where losses fall fast, it shrinks and stays centred; at the end it is cut
+    off. Values that are not finite are left out.
+    """
+    result = []
+    for i in range(len(values)):
+        reach = min(window // 2, i)
+        near = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
+        result.append(sum(near) / len(near) if near else math.nan)
+    return result
+
+
+def _draw_losses(axes: "Axes", lines: Sequence[dict[str, float]]) -> None:
+    tokens, values = _points(lines, "loss")
+    axes.plot(tokens, values, color=_TRAIN, linewidth=0.8, alpha=0.3)
+    axes.plot(tokens, _curve(values), color=_TRAIN, linewidth=2, label="train")
+    tokens, values = _points(lines, "validation_loss")
+    if values:
+        label = f"validation, last {values[-1]:.3f}"
+        axes.plot(tokens, values, "o-", color=_VALIDATION, markersize=5, linewidth=1, label=label)
+    _, baseline = _points(lines, "unigram_loss")
+    if baseline:
+        label = f"unigram {baseline[-1]:.3f}"
+        axes.axhline(baseline[-1], color=_BASELINE, linestyle="--", linewidth=1.2, label=label)
+    for color, name in zip(_MTP * 4, _mtp_names(lines), strict=False):
+        tokens, values = _points(lines, name)
+        label = f"MTP depth {name.rpartition('_')[2]}"
+        axes.plot(tokens, _curve(values), color=color, linewidth=0.9, label=label, zorder=1)
+
+
+def _curve(values: Sequence[float]) -> list[float]:
+    return smoothed(values, round(_SMOOTH_SHARE * len(values)))
+
+
+def _decorate(axes: "Axes") -> None:
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.xaxis.set_major_formatter(lambda value, _: show_tokens(value))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _points(lines: Sequence[dict[str, float]], name: str) -> Points:
+    """Return tokens and values of the lines that have the metric."""
+    having = [line for line in lines if name in line and "tokens" in line]
+    return [line["tokens"] for line in having], [line[name] for line in having]
+
+
+def _mtp_names(lines: Sequence[dict[str, float]]) -> list[str]:
+    return sorted({name for line in lines for name in line if name.startswith("mtp_loss_")})

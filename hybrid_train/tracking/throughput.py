@@ -1,0 +1,97 @@
+"""Speed of training: tokens/s, step time, and MFU against a stated peak."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+# Dense BF16 peaks in TFLOP/s by a part of the device name; the first match wins. Source: data
+# sheets, as collected in torchtitan `tools/utils.py`.
+_GPU_PEAKS_TFLOPS = {
+    "GB300": 2500,
+    "GB200": 2500,
+    "B300": 2250,
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+}
+_PRODUCT_SIZE = 1024  # rows and columns; large enough that the product is bound by arithmetic
+_MEASURE_S = 0.2
+_LEAST_PRODUCTS = 5  # on a busy machine some are slowed down by others
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one device can do at most, and where the figure comes from."""
+
+    flops: float | None  # per second; None: not known
+    source: str  # for the user, shown once
+
+
+def peak_flops(device: torch.device, peak_tflops: float | None = None) -> Peak:
+    """Find the peak of one device, which MFU is a share of.
+
+    Args:
+        device: a GPU is looked up by its name; a CPU is measured, with the threads of this process.
+        peak_tflops: the figure of the user, which goes first.
+    """
+    if peak_tflops is not None:
+        return Peak(peak_tflops * 1e12, f"{peak_tflops:g} TFLOP/s (runtime.peak_tflops)")
+    if device.type == "cuda":
+        return gpu_peak(torch.cuda.get_device_name(device))
+    return _measured_peak()
+
+
+def gpu_peak(name: str) -> Peak:
+    """Look up the dense BF16 peak of a GPU by its name."""
+    for part, tflops in _GPU_PEAKS_TFLOPS.items():
+        if part in name:
+            return Peak(tflops * 1e12, f"{tflops} TFLOP/s (dense BF16 peak of {name})")
+    return Peak(None, f"not known for {name}, so no MFU; give it as runtime.peak_tflops")
+
+
+def _measured_peak() -> Peak:
+    """Time a float32 matrix product; the best of as many as fit into the time, of five at least."""
+    own = torch.Generator()  # the random numbers of the run are left where a checkpoint put them
+    a = torch.rand(_PRODUCT_SIZE, _PRODUCT_SIZE, generator=own)
+    b = torch.rand(_PRODUCT_SIZE, _PRODUCT_SIZE, generator=own)
+    a @ b  # the first one starts the threads
+    timings: list[float] = []
+    while sum(timings) < _MEASURE_S or len(timings) < _LEAST_PRODUCTS:
+        start = time.perf_counter()
+        a @ b
+        timings.append(time.perf_counter() - start)
+    flops = 2 * _PRODUCT_SIZE**3 / min(timings)
+    threads = torch.get_num_threads()
+    return Peak(
+        flops,
+        f"{flops / 1e9:.0f} GFLOP/s (float32 matrix product of {_PRODUCT_SIZE} x {_PRODUCT_SIZE}, "
+        f"timed at start with {threads} thread{'s' if threads > 1 else ''})",
+    )
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns tokens and seconds into the metrics of speed."""
+
+    flops_per_token: float  # of training; `flops_per_token(...).training` in model/counts.py
+    peak_flops: float | None  # of one device, per second; None: no MFU
+    num_devices: int
+
+    def measure(self, tokens: int, step_time_s: float) -> dict[str, float]:
+        """Return tokens_per_s, step_time_s and, where the peak is known, mfu.
+
+        MFU is the model's FLOPs of the tokens over what all devices could do in that time
+        (Chowdhery et al., arXiv:2204.02311, appendix B).
+
+        Args:
+            tokens: tokens of the step, over all ranks.
+            step_time_s: wall time of the step.
+        """
+        tokens_per_s = tokens / step_time_s
+        measured = {"tokens_per_s": tokens_per_s, "step_time_s": step_time_s}
+        if self.peak_flops is not None:
+            peak = self.peak_flops * self.num_devices
+            measured["mfu"] = tokens_per_s * self.flops_per_token / peak
+        return measured

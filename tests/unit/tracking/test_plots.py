@@ -1,0 +1,57 @@
+"""The loss plot is drawn from what was logged, whatever that is."""
+
+import math
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from hybrid_train.tracking.jsonl import JsonLines
+from hybrid_train.tracking.plots import plot_losses, smoothed
+
+
+def run(folder: Path, steps: int, **more: float) -> Path:
+    path = folder / "metrics.jsonl"
+    lines = JsonLines(path)
+    for step in range(1, steps + 1):
+        lines.log(step, {"tokens": 1000 * step, "loss": 6 / step, **more})
+    lines.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"validation_loss": 3.0, "unigram_loss": 6.0},
+        {"mtp_loss_1": 4.0, "mtp_loss_2": 5.0},
+        {"validation_loss": math.nan},
+    ],
+    ids=["train only", "validation", "MTP", "not finite"],
+)
+def test_a_picture_is_drawn_of_whatever_was_logged(tmp_path: Path, more: dict[str, float]) -> None:
+    path = tmp_path / "plots" / "loss.png"
+    plot_losses(run(tmp_path, 5, **more), path)
+    picture = imread(path)
+    assert picture.shape[0] > 400
+    assert picture.std() > 0  # not blank
+
+
+def test_one_step_is_enough_for_a_picture(tmp_path: Path) -> None:
+    plot_losses(run(tmp_path, 1), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_smoothing_leaves_a_constant_and_the_inside_of_a_line_alone() -> None:
+    assert smoothed([2.0] * 9, 5) == [2.0] * 9
+    line = [float(i) for i in range(9)]
+    assert smoothed(line, 5)[:7] == line[:7]  # a window that is cut off at the end lags by a bit
+
+
+def test_smoothing_by_one_changes_nothing() -> None:
+    assert smoothed([3.0, 1.0, 2.0], 1) == [3.0, 1.0, 2.0]
+
+
+def test_smoothing_skips_what_is_not_finite() -> None:
+    assert smoothed([1.0, math.nan, 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
+    assert math.isnan(smoothed([math.nan], 3)[0])
