@@ -1,0 +1,4 @@
+"""Text from a model: cache, sampling, decoding.
+
+Not here: reading checkpoints (`checkpoint`).
+"""

@@ -1,0 +1,107 @@
+"""Config sections -> objects: the only wiring of models, optimizers, objectives and checkpoints."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.megatron import read_weights
+from hybrid_train.config import compose
+from hybrid_train.config.pattern import Pattern, parse
+from hybrid_train.config.schema.runtime import Runtime
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.units import tokens
+from hybrid_train.data.tokenizers import Tokenizer
+from hybrid_train.model.build import BuiltModel, build_model
+from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.model.translate import DTYPES
+from hybrid_train.optim.megatron import build_optimizer
+from hybrid_train.parallel.groups import build_groups
+from hybrid_train.runtime.seeds import start_tracker
+from hybrid_train.training import megatron
+from hybrid_train.training.engine import Engine
+from hybrid_train.training.next_token import NextToken
+from hybrid_train.training.nonfinite import raise_bad_norm
+
+TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
+_log = logging.getLogger(__name__)
+
+
+def build_engine(
+    job: TrainJob, built: BuiltModel, groups: ProcessGroupCollection, device: torch.device
+) -> Engine:
+    """Wire a model to its optimizer and objective."""
+    pattern = parse(job.model.pattern)
+    chunks = megatron.wrap(built.chunks, built.config, job.parallel, job.precision)
+    dtype = DTYPES[job.precision.format]
+    return Engine(
+        chunks=chunks,
+        optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
+        objective=NextToken(
+            depths=pattern.mtp_depths,
+            mtp_loss_scale=job.objective.mtp_loss_scale,
+            context_group=groups.cp,
+        ),
+        finalizer=megatron.Finalizer(built.config),
+        groups=groups,
+        schedule=job.schedule,
+        device=device,
+        token_budget=tokens(job.train.tokens),
+        microbatch=job.train.microbatch,
+        sequences_per_step=job.train.global_batch,
+        sequence_length=job.train.sequence_length,
+        expert_layers=_expert_layers(pattern.main, pattern.mtp),
+        num_experts=job.model.moe.experts,
+        num_routers=_num_routers(pattern, repeated_block=job.model.mtp.repeated_block),
+    )
+
+
+def _num_routers(pattern: Pattern, *, repeated_block: bool) -> int:
+    blocks = min(pattern.mtp_depths, 1) if repeated_block else pattern.mtp_depths
+    return pattern.main.count("E") + blocks * (pattern.mtp or "").count("E")
+
+
+def _expert_layers(main: str, mtp: str | None) -> list[tuple[bool, int]]:
+    return [
+        (in_mtp, layer)
+        for in_mtp, letters in ((False, main), (True, mtp or ""))
+        for layer, letter in enumerate(letters, start=1)
+        if letter == "E"
+    ]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model on one process, ready to run."""
+
+    model: Hybrid
+    tokenizer: Tokenizer
+    job: TrainJob
+
+
+def load_model(checkpoint: str, runtime: Runtime) -> LoadedModel:
+    """Load the weights of a run, trained under whatever layout, into one process.
+
+    Args:
+        checkpoint: a run folder or one checkpoint of it.
+        runtime: device and kernels; the process must be started.
+
+    Raises:
+        UserError: if there is no complete checkpoint.
+    """
+    found = layout.locate(Path(checkpoint))
+    job = compose.load(found.run_dir)
+    job.parallel = type(job.parallel)()
+    job.model.pattern = job.model.pattern.replace("|", "")
+    job.runtime = runtime
+    tokenizer = Tokenizer.load(found.run_dir / TOKENIZER)
+    start_tracker()
+    groups = build_groups(job.parallel, runtime.timeout_s)
+    vocab_size = job.model.vocab_size or tokenizer.vocab_size
+    built = build_model(job, groups, vocab_size, on_gpu=torch.cuda.is_available())
+    read_weights(found.path, built.chunks, groups)
+    _log.info("loaded %s, trained for %d steps", found.path, found.step)
+    return LoadedModel(built.chunks[0], tokenizer, job)

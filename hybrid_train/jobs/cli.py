@@ -1,0 +1,174 @@
+"""The command line: finds the job, composes its config, runs it, and says what went wrong.
+
+Exit codes: 0 done, 1 a fault of the program (with its traceback), 2 something the user can mend
+(one message on stderr), 130 interrupted. A command that ends with 2 before the job starts has
+written nothing. Job modules are imported when they run: help and errors need no torch.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from hybrid_train.config.names import nearest
+from hybrid_train.config.problems import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One word of the command line."""
+
+    summary: str
+    module: str  # has run(job) for a composed job, run(arguments) for another
+    composed: bool = True  # whether conf/NAME.yaml describes it
+
+
+JOBS = {
+    "train": Job("train a model, or go on with a run that stopped", "hybrid_train.jobs.train"),
+    "generate": Job("write text with a trained model", "hybrid_train.jobs.generate"),
+    "recipes": Job(
+        "list the experiments that are ready to run", "hybrid_train.jobs.recipes", False
+    ),
+}
+FLAGS = {
+    "--help": "this text, or that of a job: hybrid-train train --help",
+    "--cfg job": "print the composed config and stop; hydra or all: with Hydra's own part",
+    "--resolve": "with --cfg: put values in place of ${...}",
+    "--info": "say where the config comes from: all, defaults, defaults-tree, searchpath, ...",
+    "--multirun": "run every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
+    "--version": "print the version",
+}
+FIRST_SPEAKS_S = 5.0
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        start = _command(given)
+    except UserError as error:
+        # Every process of a job finds the same fault; the first says it. The others wait, since
+        # torchrun ends all of them, the first included, as soon as one is gone.
+        if os.environ.get("RANK", "0") == "0":
+            _complain(str(error))
+        else:
+            time.sleep(FIRST_SPEAKS_S)
+        return 2
+    try:
+        return start() or 0
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank and error.everywhere:
+            time.sleep(FIRST_SPEAKS_S)
+        else:
+            _complain(f"rank {rank}: {error}" if rank else str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"hybrid-train: {text}\n")
+    sys.stderr.flush()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options between the overrides; what is wrong becomes a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see hybrid-train --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--info", "-i", nargs="?", const="all", choices=_INFO)
+    return parser
+
+
+def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
+    """Check a command line and return what it starts.
+
+    Raises:
+        UserError: if it cannot run.
+    """
+    options = _parser().parse_intermixed_args(arguments)
+    if options.version:
+        return _version
+    if not options.words:
+        return _help_text(None, ()) if options.help or not arguments else _no_job()
+    name, *words = options.words
+    if name not in JOBS:
+        near = nearest(name, JOBS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(JOBS)}"
+        raise UserError(f"there is no job {name!r}; {hint} See hybrid-train --help")
+    return _job_command(name, words, options)
+
+
+def _no_job() -> NoReturn:
+    raise UserError(f"which job? There are {', '.join(JOBS)}; see hybrid-train --help")
+
+
+def _job_command(
+    name: str, words: Sequence[str], options: argparse.Namespace
+) -> Callable[[], int | None]:
+    """Return what a job's command line starts."""
+    job = JOBS[name]
+    if options.help:
+        return _help_text(name, words)
+    if not job.composed:
+        return lambda: importlib.import_module(job.module).run(list(words))
+    from hybrid_train.config import compose, describe  # Hydra takes a moment to import
+
+    if options.cfg:
+        return _printer(describe.config_text(name, words, options.cfg, resolve=options.resolve))
+    if options.info:
+        return lambda: describe.print_info(name, words, options.info)
+    if options.multirun:
+        from hybrid_train.jobs import multirun
+
+        return multirun.plan(name, words)
+    config = compose.compose(name, words)
+    return lambda: _run(job, config)
+
+
+def _run(job: Job, config: Any) -> int | None:
+    code: int | None = importlib.import_module(job.module).run(config)
+    return code
+
+
+def _printer(text: str) -> Callable[[], None]:
+    def write() -> None:
+        sys.stdout.write(text)
+
+    return write
+
+
+def _help_text(name: str | None, words: Sequence[str]) -> Callable[[], None]:
+    """Return what prints the help of all jobs, or of one."""
+    from hybrid_train.jobs import help as help_page
+
+    if name is None or not JOBS[name].composed:
+        jobs = {known: job.summary for known, job in JOBS.items()}
+        return lambda: help_page.show_jobs(jobs, FLAGS)
+    return lambda: help_page.show_job(name, JOBS[name].summary, words)
+
+
+def _version() -> None:
+    try:
+        number = importlib.metadata.version("hybrid_train")
+    except importlib.metadata.PackageNotFoundError:
+        number = "(source tree, not installed)"
+    sys.stdout.write(f"hybrid-train {number}\n")

@@ -1,0 +1,67 @@
+"""The help pages: all jobs; one job with its groups and settings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from hybrid_train.config import describe
+
+_EXAMPLES = {
+    "a first run": "hybrid-train train experiment=quickstart",
+    "what there is": "hybrid-train recipes",
+    "other values": "hybrid-train train experiment=quickstart train.tokens=2M run_dir=runs/longer",
+    "two processes": "torchrun --nproc-per-node 2 -m hybrid_train train experiment=quickstart "
+    "parallel.tensor=2",
+    "text": 'hybrid-train generate checkpoint=runs/quickstart prompt="def main("',
+}
+_PIPED_WIDTH = 120  # columns where there is no terminal to ask
+
+
+def console() -> Console:
+    """Return a console for pages of text, readable in a pipe too."""
+    plain = Console(highlight=False, markup=False)
+    return (
+        plain if plain.is_terminal else Console(highlight=False, markup=False, width=_PIPED_WIDTH)
+    )
+
+
+def table(rows: Iterable[Sequence[str]], heads: Sequence[str] | None = None) -> Table:
+    """Lay out rows in columns without lines; the last column wraps."""
+    layout = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=heads is not None)
+    listed = list(rows)
+    width = len(listed[0]) if listed else 0
+    for column in range(width):
+        layout.add_column(heads[column] if heads else "", overflow="fold", no_wrap=column == 0)
+    for row in listed:
+        layout.add_row(*row)
+    return layout
+
+
+def show_jobs(jobs: Mapping[str, str], flags: Mapping[str, str]) -> None:
+    """Print what `hybrid-train` can do."""
+    page = console()
+    page.print("Usage: hybrid-train JOB [GROUP=CHOICE ...] [KEY=VALUE ...] [OPTIONS]\n\nJobs")
+    page.print(table((f"  {name}", summary) for name, summary in jobs.items()))
+    page.print("\nOptions")
+    page.print(table((f"  {flag}", meaning) for flag, meaning in flags.items()))
+    page.print("\nExamples")
+    page.print(table((f"  {aim}", command) for aim, command in _EXAMPLES.items()), soft_wrap=True)
+    page.print("\nhybrid-train JOB --help lists the groups and keys of a job.")
+
+
+def show_job(name: str, summary: str, lines: Sequence[str]) -> None:
+    """Print the groups of a job with their choices, and its keys with their defaults."""
+    keys = list(describe.settings(name, lines))  # first: nothing is printed if an override is wrong
+    page = console()
+    page.print(f"hybrid-train {name}: {summary}\n")
+    page.print(f"Usage: hybrid-train {name} [GROUP=CHOICE ...] [KEY=VALUE ...] [OPTIONS]\n")
+    page.print("Groups: each choice sets several keys (GROUP=CHOICE)")
+    rows = [
+        (f"  {group}={choice}" if choice else f"  {group}", description)
+        for group, options in describe.choices(name).items()
+        for choice, description in options.items()
+    ]
+    page.print(table(rows))
+    page.print("\nKeys (KEY=VALUE) and their values" + (" with these overrides" if lines else ""))
+    page.print(table((f"  {key.name}", key.default, key.comment) for key in keys))

@@ -1,0 +1,70 @@
+"""Several runs from one command line: every combination of the values, one after the other."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from hybrid_train.config.compose import RAW_KEYS, compose
+from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.schema.train import TrainJob
+
+
+def plan(name: str, lines: Sequence[str]) -> Callable[[], int]:
+    """Check every combination and return what runs them.
+
+    Raises:
+        UserError: under torchrun.
+        ConfigError: if any combination cannot run.
+    """
+    if "RANK" in os.environ:
+        raise UserError("--multirun starts processes of its own; call it without torchrun")
+    listed = commands(name, lines)
+    return lambda: run_all(listed)
+
+
+def commands(name: str, lines: Sequence[str]) -> list[list[str]]:
+    """Return one command per combination; run number n gets the run folder `run_dir`/n.
+
+    Raises:
+        ConfigError: if any combination cannot run.
+    """
+    texts = [line for line in lines if line.partition("=")[0] in RAW_KEYS.get(name, ())]
+    listed, problems = [], []
+    for number, combination in enumerate(combinations([o for o in lines if o not in texts])):
+        try:
+            job = compose(name, [*combination, *texts])
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+            continue
+        own = [f'run_dir="{job.run_dir}/{number}"'] if isinstance(job, TrainJob) else []
+        given = [line for line in combination if not (own and line.startswith("run_dir="))]
+        listed.append([sys.executable, "-m", "hybrid_train", name, *given, *own, *texts])
+    if problems:
+        raise ConfigError(problems)
+    return listed
+
+
+def combinations(lines: Sequence[str]) -> list[list[str]]:
+    """Expand sweeps: ["a=1,2", "b=3"] -> [["a=1", "b=3"], ["a=2", "b=3"]]."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(lines))
+    except HydraException as error:
+        raise ConfigError([Problem("--multirun", " ".join(lines), str(error))]) from error
+    return [list(one) for batch in BasicSweeper.split_arguments(parsed, None) for one in batch]
+
+
+def run_all(listed: Sequence[Sequence[str]]) -> int:
+    """Run the commands one after the other; return the first exit code that is not 0."""
+    codes = []
+    for number, command in enumerate(listed):
+        sys.stderr.write(f"run {number + 1} of {len(listed)}: {' '.join(command[3:])}\n")
+        codes.append(subprocess.run(command, check=False).returncode)
+    failed = [str(number) for number, code in enumerate(codes) if code]
+    if failed:
+        sys.stderr.write(f"hybrid-train: these runs failed: {', '.join(failed)}\n")
+    return next((code for code in codes if code), 0)

@@ -1,0 +1,120 @@
+"""Claims the folder of a run: new, or that of the same run."""
+
+import dataclasses
+import enum
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.config import compose
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.train import TrainJob
+
+# What may change when a run goes on; everything else makes it another run.
+_MAY_CHANGE = (
+    "run_dir",
+    "runtime.",
+    "tracking.",
+    "checkpoint.",
+    "parallel.",
+    "train.tokens",
+    "train.microbatch",
+    "train.validation_",
+    "schedule.warmup_tokens",  # as a share of train.tokens, they grow with it
+    "schedule.decay_tokens",
+    "model.mamba.chunk_size",
+)
+_BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
+_log = logging.getLogger(__name__)
+
+
+def require_same_run(job: TrainJob) -> None:
+    """Refuse a folder that holds something else; say what goes on with other values.
+
+    Raises:
+        UserError: if the folder is no run folder, or the run in it has another config.
+    """
+    run_dir = Path(job.run_dir)
+    if not run_dir.exists() or not any(run_dir.iterdir()):
+        return
+    if not (run_dir / compose.FROZEN_NAME).is_file():
+        raise UserError(
+            f"{run_dir} is not a run folder: it has no {compose.FROZEN_NAME}, and it is not empty; "
+            "choose another run_dir=..."
+        )
+    saved = compose.load(run_dir)
+    changes = [(key, old, new) for key, old, new in differences(saved, job)]
+    foreign = [change for change in changes if not change[0].startswith(_MAY_CHANGE)]
+    if foreign:
+        lines = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in foreign)
+        raise UserError(
+            f"{run_dir} belongs to a run with another config:\n{lines}\n"
+            "Choose another run_dir=..., or start from its weights: "
+            f"checkpoint.load={run_dir} checkpoint.load_only=weights run_dir=..."
+        )
+    for key, old, new in changes:
+        _log.info("%s: %s before, %s from here on", key, old, new)
+
+
+def require_same_model(job: TrainJob, found: layout.Found) -> None:
+    """Refuse a checkpoint of another model, before anything is built.
+
+    Raises:
+        UserError: with every setting that differs.
+    """
+    saved = compose.load(found.run_dir).model
+    lines = [
+        f"  model.{key}: {old} there, {new} here"
+        for key, old, new in differences(saved, job.model)
+        if not f"model.{key}".startswith(_MAY_CHANGE)
+    ]
+    if lines:
+        text = "\n".join(lines)
+        raise UserError(f"checkpoint.load={found.path} is of another model:\n{text}")
+
+
+def require_space(run_dir: Path, num_parameters: int) -> None:
+    """Refuse to start where not even one checkpoint would fit.
+
+    Raises:
+        UserError: with the room that is needed and the room that is there.
+    """
+    folder = run_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = num_parameters * _BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk is full: a checkpoint needs about {needed / 1e6:.0f} MB, and {folder} has "
+            f"{free / 1e6:.0f} MB free; free space or choose another run_dir=..."
+        )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """Yield each setting in which two configs differ, with both values.
+
+    A vocabulary that the new config leaves to the tokenizer is no difference.
+    """
+    if type(old) is not type(new):
+        yield prefix.rstrip("."), type(old).__name__, type(new).__name__
+        return
+    for field in dataclasses.fields(old):
+        key, before, after = (
+            f"{prefix}{field.name}",
+            getattr(old, field.name),
+            getattr(new, field.name),
+        )
+        if dataclasses.is_dataclass(before):
+            yield from differences(before, after, f"{key}.")
+        elif before != after and not (
+            isinstance(old, Model) and field.name == "vocab_size" and after is None
+        ):
+            yield key, _show(before), _show(after)
+
+
+def _show(value: object) -> object:
+    return value.value if isinstance(value, enum.Enum) else value

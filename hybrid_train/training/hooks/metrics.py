@@ -1,0 +1,33 @@
+"""Tells the trackers what each step did."""
+
+from hybrid_train.tracking.throughput import Throughput
+from hybrid_train.tracking.tracker import Tracker
+from hybrid_train.training.hook import Hook
+from hybrid_train.training.loop import Run
+from hybrid_train.training.report import StepReport
+
+
+class LogMetrics(Hook):
+    """One record a step, on the main process; comes after the hooks that add to the report."""
+
+    def __init__(self, tracker: Tracker, throughput: Throughput) -> None:
+        self._tracker = tracker
+        self._throughput = throughput
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        speed = self._throughput.measure(run.engine.tokens_per_step, report.seconds)
+        record = {
+            "tokens": run.state.tokens,
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            **speed,
+            **report.metrics,
+        }
+        self._tracker.log(run.state.step, record)
+
+    def fit_end(self, run: Run) -> None:
+        self._tracker.close()
+
+    def fit_failed(self, run: Run) -> None:
+        self._tracker.close()

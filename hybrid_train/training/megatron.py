@@ -1,0 +1,118 @@
+"""Gateway to Megatron's training machinery: data parallelism, schedules, gradient finalisation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Module
+
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import Precision
+
+Chunks = list[DistributedDataParallel]
+
+
+def wrap(
+    chunks: Sequence[Module], config: TransformerConfig, parallel: Parallel, precision: Precision
+) -> Chunks:
+    """Wrap the model chunks of this process for data parallelism."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=precision.reduce_gradients_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    wrapped = [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    if parallel.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return wrapped
+
+
+def run_schedule(
+    chunks: Chunks,
+    forward_step: Callable[..., Any],
+    batches: list[Any],
+    *,
+    shape: tuple[int, int],
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    """Run all microbatches of a step through Megatron's schedule for this layout.
+
+    Args:
+        chunks: the model chunks of this process.
+        forward_step: (iterator of microbatches, chunk) -> (output, loss function).
+        batches: the microbatches.
+        shape: sequences and tokens per sequence of a microbatch, [B, S].
+        forward_only: no gradients.
+
+    Returns:
+        What the loss function reported for each microbatch; empty but on the last pipeline stage.
+    """
+    iterators: list[Iterator[Any]] = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
+        forward_only=forward_only,
+    )
+
+
+class Finalizer:
+    """Megatron's reduction of gradients, which first notes how many tokens each expert got.
+
+    The reduction updates the expert biases from these counts and then forgets them.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self.expert_counts: dict[tuple[bool, int], Tensor] = {}  # (in MTP, layer from 1) -> counts
+        self._biases: list[tuple[Tensor, Tensor]] = []  # of each router, and a copy from before
+        config.finalize_model_grads_func = self
+
+    def __call__(self, chunks: Chunks, *args: Any, **kwargs: Any) -> None:
+        """Take the place of `finalize_model_grads`."""
+        self.expert_counts, self._biases = {}, []
+        for chunk in chunks:
+            for module in chunk.module.modules():
+                if isinstance(module, TopKRouter):  # MTP blocks of several depths share a place
+                    place = (module.is_mtp_layer, module.layer_number)
+                    counts = self.expert_counts.get(place, 0)
+                    self.expert_counts[place] = counts + module.local_tokens_per_expert
+                    self._biases.append((module.expert_bias, module.expert_bias.clone()))
+        finalize_model_grads(chunks, *args, **kwargs)
+
+    def restore_expert_biases(self) -> None:
+        """Take back the update of the expert biases, of a step that turned out to be bad."""
+        for bias, before in self._biases:
+            bias.copy_(before)
+
+
+def zero_gradients(chunks: Chunks) -> None:
+    """Empty the gradient buffers."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+
+
+def non_finite_gradients(chunks: Chunks) -> list[str]:
+    """Name the parameters of this process whose gradient is not finite, in order of the model."""
+    return [
+        name
+        for chunk in chunks
+        for name, parameter in chunk.module.named_parameters()
+        if not torch.isfinite(parameter.main_grad).all()
+    ]

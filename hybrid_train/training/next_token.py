@@ -1,0 +1,56 @@
+"""Cross-entropy of the next token, with the losses of the MTP depths.
+
+Dimensions: B batch, S sequence, D prediction depths.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.multi_token_prediction import roll_tensor
+from torch import Tensor
+from torch.nn import Module
+
+from hybrid_train.data.batch import Batch
+from hybrid_train.training.objective import LossFunction
+
+
+class NextToken:
+    """Mean cross-entropy plus `mtp_loss_scale` times the mean over depths of the MTP losses.
+
+    Depth k predicts one token further than depth k - 1, so it has fewer valid tokens; each depth
+    is divided by its own count over all ranks and microbatches of the step.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.2, eq. 24 and 25.
+    """
+
+    def __init__(self, *, depths: int, mtp_loss_scale: float, context_group: Any) -> None:
+        self.names = ("loss", *(f"mtp_loss_{depth + 1}" for depth in range(depths)))
+        self._scale = mtp_loss_scale / depths if depths else 0.0
+        self._context_group = context_group
+
+    def count(self, batches: Sequence[Batch]) -> Tensor:
+        return torch.stack([self._masks(batch).sum(dim=(1, 2)) for batch in batches]).sum(dim=0)
+
+    def forward(self, model: Module, batch: Batch, totals: Tensor) -> tuple[Tensor, LossFunction]:
+        losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        return losses, lambda output: self._weigh(output, batch, totals)
+
+    def _weigh(
+        self, losses: Tensor, batch: Batch, totals: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum losses [1 + D, B, S], so that division by the main count normalises every depth."""
+        masks = self._masks(batch)
+        sums = (losses * masks).sum(dim=(1, 2))
+        weights = self._scale * totals[0] / totals.clamp(min=1)
+        weights[0] = 1.0
+        # Megatron divides what it gets in place: the report needs sums of its own.
+        return sums @ weights, masks[0].sum().int(), {"sums": sums.detach().clone()}
+
+    def _masks(self, batch: Batch) -> Tensor:
+        """Return where the label of each depth counts, [1 + D, B, S]."""
+        masks = [batch.loss_mask]
+        for _ in self.names[1:]:
+            shifted, _ = roll_tensor(masks[-1], shifts=-1, dims=-1, cp_group=self._context_group)
+            masks.append(shifted)
+        return torch.stack(masks)

@@ -1,0 +1,14 @@
+"""What one step tells the hooks."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StepReport:
+    """Outcome of one step, the same on every rank."""
+
+    loss: float  # cross-entropy of the next token, nats per valid token of the whole batch
+    grad_norm: float  # before clipping
+    lr: float
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)  # by name of tracking/metrics.py

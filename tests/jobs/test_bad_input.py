@@ -1,0 +1,109 @@
+"""Wrong commands: one message that names culprit and remedy, and nothing is written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.jobs.command import Finished, arguments, contents, finish, start, train
+
+pytestmark = pytest.mark.xdist_group("bad input")
+
+
+def assert_refused(finished: Finished, run_dir: Path, *texts: str) -> None:
+    """Check the exit code, the message, and that the run folder was not made."""
+    assert finished.code == 2, finished.said
+    assert "hybrid-train: " in finished.err
+    assert "Traceback" not in finished.said
+    for text in texts:
+        assert text in finished.err
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "texts"),
+    [
+        (["train.tokns=2M"], ["train.tokns", "train.tokens"]),
+        (["model.pattern=MXM"], ["model.pattern = MXM", "'X'", "nearest: MM"]),
+        (["train.global_batch=many"], ["train.global_batch = many", "whole number"]),
+        (["parallel.expert=3"], ["parallel.expert = 3", "model.moe.experts (4)", "nearest: 2"]),
+        (
+            ["parallel.tensor=3"],
+            ["parallel.tensor = 3", "model.attention.heads (4)", "nearest: 1"],
+        ),
+        (
+            ["data=files", "data.train=[nowhere/text]", "data.tokenizer=nowhere"],
+            ["data.train = nowhere/text", "no file nowhere/text.bin", "data.tokenizer = nowhere"],
+        ),
+        (["checkpoint.load=nowhere"], ["checkpoint.load = nowhere", "no such folder"]),
+        (["experiment=tiny_cpuu"], ["experiment = tiny_cpuu", "nearest: tiny_cpu"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_a_config_that_cannot_run_is_refused(
+    overrides: list[str], texts: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert_refused(train(run_dir, *overrides), run_dir, *texts)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    wrong = ("train.seed=-1", "modle.hidden_size=64", "schedule.peak_lr=fast", "checkpoint.keep=0")
+    keys = ("train.seed", "modle.hidden_size", "schedule.peak_lr", "checkpoint.keep")
+    assert_refused(train(run_dir, *wrong), run_dir, "4 problems in the configuration", *keys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_is_not_replaced_by_the_cpu_in_silence(tmp_path: Path, corpus: Path) -> None:
+    run_dir = tmp_path / "run"
+    finished = train(run_dir, f"data.folder={corpus}", "runtime.device=cuda")
+    assert_refused(
+        finished, run_dir, "runtime.device=cuda", "torch sees no GPU", "runtime.device=cpu"
+    )
+
+
+def test_a_truncated_index_is_refused(tmp_path: Path, corpus: Path) -> None:
+    copy, run_dir = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(corpus, copy)
+    folder = copy / "vocab-512"
+    whole = (folder / "train.idx").read_bytes()
+    (folder / "train.idx").write_bytes(whole[: len(whole) // 2])
+    before = contents(copy)
+    for data in (
+        [f"data.folder={copy}"],
+        ["data=files", f"data.train=[{folder}/train]", f"data.tokenizer={folder}/tokenizer"],
+    ):
+        finished = train(run_dir, *data)
+        assert_refused(
+            finished, run_dir, f"{folder}/train.idx is truncated", "write the files anew"
+        )
+    assert contents(copy) == before
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear reader")
+    finished = train(tmp_path, f"data.folder={corpus}")
+    assert finished.code == 2
+    assert f"{tmp_path} is not a run folder" in finished.err
+    assert "run_dir=" in finished.err
+    assert "Traceback" not in finished.said
+    assert list(contents(tmp_path)) == ["letter.txt"]
+
+
+def test_under_torchrun_a_wrong_config_is_told_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    finished = train(run_dir, "train.tokns=2M", processes=2)
+    assert finished.code != 0
+    assert finished.err.count("train.tokns") == 1
+    assert not run_dir.exists()
+
+
+def test_under_torchrun_a_wrong_folder_is_told_once(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear reader")
+    words = arguments(tmp_path, f"data.folder={corpus}", "parallel.tensor=2")
+    finished = finish(start(*words, processes=2))
+    assert finished.code != 0
+    assert finished.err.count("is not a run folder") == 1
+    assert list(contents(tmp_path)) == ["letter.txt"]

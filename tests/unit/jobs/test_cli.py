@@ -1,0 +1,230 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.problems import ConfigError, UserError
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.jobs import cli, multirun
+
+ROOT = conf_dir().parent
+QUICKSTART = "experiment=quickstart"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run every command in an empty folder of its own, outside any launcher."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYBRID_TRAIN_CONF", str(conf_dir()))
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return what a command that works prints."""
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return what a command that fails prints; it writes nothing to the disk."""
+    assert cli.main(arguments) == 2
+    assert list(Path.cwd().iterdir()) == []
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("recipes", "--help")])
+def test_help_lists_every_job(capsys: pytest.CaptureFixture[str], arguments: tuple) -> None:
+    text = output(capsys, *arguments)
+    for name, job in cli.JOBS.items():
+        assert re.search(rf"^  {name} +{job.summary}", text, re.MULTILINE)
+    for flag in cli.FLAGS:
+        assert flag in text
+    assert "torchrun --nproc-per-node 2 -m hybrid_train train experiment=quickstart" in text
+
+
+def test_help_of_a_job_shows_groups_choices_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "train", "--help")
+    assert re.search(r"parallel=tp2 +Tensor parallel 2", text)
+    assert re.search(r"experiment=quickstart +A small hybrid", text)
+    assert re.search(r"train\.tokens +\(to be set\) +\"2M\"", text)
+    assert re.search(r"checkpoint\.interval +500 +steps between saves", text)
+    assert re.search(r"runtime\.device +auto +auto, cpu, cuda", text)
+    assert not re.search(r"\.kind ", text)
+
+
+def test_help_of_a_job_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "train", "schedule=constant", "schedule.peak_lr=0.5", "--help")
+    assert re.search(r"schedule\.peak_lr +0\.5", text)
+    assert "schedule.decay_tokens" not in text
+
+
+def test_the_printed_config_is_the_composed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("train", QUICKSTART, "schedule=wsd", "train.tokens=3M", "--cfg", "job")
+    text = output(capsys, *asked)
+    assert "tokens: 3M" in text
+    assert "decay_tokens: ${share:" in text
+    resolved = output(capsys, *asked, "--resolve")
+    assert "decay_tokens: '600000'" in resolved
+
+
+@pytest.mark.parametrize("part", ["hydra", "all"])
+def test_hydras_own_part_is_printed_on_request(
+    capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    text = output(capsys, "train", QUICKSTART, "--cfg", part)
+    assert text.startswith("hydra:")
+    assert ("run_dir: runs/quickstart" in text) == (part == "all")
+
+
+def test_info_says_where_the_config_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", QUICKSTART, "--info", "defaults"]) == 0
+    assert "experiment/quickstart" in capsys.readouterr().out
+
+
+def test_recipes_lists_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "recipes")
+    for file in (conf_dir() / "experiment").glob("*.yaml"):
+        job = compose("train", [f"experiment={file.stem}"])
+        assert re.search(rf"^{file.stem} +{re.escape(job.model.pattern)} +", text, re.MULTILINE)
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    version = r"hybrid-train (\d+\.\d+\.\d+|\(source tree, not installed\))\n"
+    assert re.fullmatch(version, output(capsys, "--version"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("trian",), "did you mean train?"),
+        (("dance",), "there are train, generate, recipes"),
+        (("--multirun",), "which job?"),
+        (("train", "--force"), "unrecognized arguments: --force"),
+        (("train", "--cfg", "jobs"), "invalid choice: 'jobs'"),
+        (("recipes", "a=1"), "recipes takes no settings"),
+        (("train", QUICKSTART, "trian.tokens=1"), "nearest: train.tokens=1"),
+        (("train", QUICKSTART, "trian.tokens=1", "--cfg", "job"), "nearest: train.tokens=1"),
+        (("train", "trian.tokens=1", "--help"), "nearest: train.tokens=1"),
+        (("train", "model=quikstart"), "nearest: quickstart"),
+        (("train", QUICKSTART, "model.pattern=MEXM"), "^ 'X' is no kind of layer"),
+        (("train",), "train.tokens = ???: is not set"),
+        (("generate", "checkpoint=nowhere", "prompt=x"), "there is no such folder"),
+        (("train", QUICKSTART, "train.seed=1,2"), "need --multirun"),
+    ],
+)
+def test_what_cannot_run_is_explained_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], text: str
+) -> None:
+    told = complaint(capsys, *arguments)
+    assert told.startswith("hybrid-train: ")
+    assert text in told
+    assert "Traceback" not in told
+
+
+def test_only_the_first_process_explains_a_wrong_config(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "FIRST_SPEAKS_S", 0)
+    assert complaint(capsys, "train", "model=quikstart") == ""
+
+
+def started(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
+    """Let the job `train` be another function."""
+    module = ModuleType("hybrid_train.jobs.train")
+    vars(module)["run"] = run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_a_job_gets_its_typed_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainJob] = []
+    started(monkeypatch, seen.append)
+    assert cli.main(["train", QUICKSTART, "train.seed=7"]) == 0
+    assert seen[0].train.seed == 7
+
+
+def test_what_a_job_refuses_is_told_with_the_rank(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: TrainJob) -> None:
+        raise UserError("the disk is full")
+
+    started(monkeypatch, refuse)
+    assert complaint(capsys, "train", QUICKSTART) == "hybrid-train: the disk is full\n"
+    monkeypatch.setenv("RANK", "1")
+    assert complaint(capsys, "train", QUICKSTART) == "hybrid-train: rank 1: the disk is full\n"
+
+
+def test_an_interrupted_job_ends_with_the_code_of_shells(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: TrainJob) -> None:
+        raise KeyboardInterrupt
+
+    started(monkeypatch, interrupt)
+    assert cli.main(["train", QUICKSTART]) == 130
+    assert capsys.readouterr().err == "hybrid-train: interrupted\n"
+
+
+def test_a_sweep_is_one_command_per_combination() -> None:
+    lines = [QUICKSTART, "train.seed=1,2", "run_dir=out", "optimizer.beta2=0.9,0.95"]
+    commands = [command[4:] for command in multirun.commands("train", lines)]
+    seeds_and_betas = [(1, 0.9), (1, 0.95), (2, 0.9), (2, 0.95)]
+    assert commands == [
+        [QUICKSTART, f"train.seed={seed}", f"optimizer.beta2={beta}", f'run_dir="out/{number}"']
+        for number, (seed, beta) in enumerate(seeds_and_betas)
+    ]
+
+
+def test_a_sweep_leaves_prompts_alone(tmp_path: Path) -> None:
+    lines = [f"checkpoint={tmp_path}", "prompt=f(a, b):", "top_k=1,2"]
+    commands = multirun.commands("generate", lines)
+    assert [command[-1] for command in commands] == ["prompt=f(a, b):"] * 2
+    assert [command[-2] for command in commands] == ["top_k=1", "top_k=2"]
+
+
+def test_a_sweep_with_a_wrong_combination_starts_nothing() -> None:
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        multirun.plan("train", [QUICKSTART, "train.seed=1,two"])
+
+
+def test_a_sweep_is_refused_under_torchrun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert "without torchrun" in complaint(capsys, "train", QUICKSTART, "train.seed=1,2", "-m")
+
+
+def test_a_sweep_goes_on_after_a_failed_run_and_tells_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands = [[sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3, 0, 4)]
+    assert multirun.run_all(commands) == 3
+    assert "these runs failed: 1, 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("--version",), 0), (("train", "trian.tokens=1"), 2)]
+)
+def test_the_process_ends_with_the_exit_code(
+    empty_folder: Path, arguments: tuple[str, ...], code: int
+) -> None:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", "-m", "hybrid_train", *arguments]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(empty_folder.iterdir()) == []

@@ -1,0 +1,242 @@
+"""One optimizer step against sums done by hand."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_train.config.schema.model import Mtp
+from hybrid_train.config.schema.objective import NextToken
+from hybrid_train.config.schema.schedule import Schedule, Wsd
+from tests.tiny import (
+    BATCH,
+    LENGTH,
+    MEGATRON_WARNINGS,
+    batch_of,
+    microbatches,
+    some_rows,
+    tiny_engine,
+    tiny_job,
+    tiny_model,
+)
+
+if TYPE_CHECKING:
+    from hybrid_train.training.engine import Engine
+
+pytestmark = MEGATRON_WARNINGS
+RATE = 1e-3
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def engine_of(groups: Any, pattern: str, **sections: Any) -> "Engine":
+    return tiny_engine(tiny_job(pattern, **sections), groups)
+
+
+def state_of(engine: "Engine") -> dict[str, Tensor]:
+    """Copies of all parameters and buffers."""
+    state = engine.chunks[0].module.state_dict()
+    return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def uneven_mask() -> Tensor:
+    """Sequences with 16, 9, 0 and 1 labels that count."""
+    mask = torch.zeros(BATCH, LENGTH)
+    mask[0] = 1
+    mask[1, 3:12] = 1
+    mask[3, -1] = 1
+    return mask
+
+
+def test_four_microbatches_of_one_equal_one_of_four(groups: Any) -> None:
+    rows, mask = some_rows(), uneven_mask()
+    runs = []
+    for size in (4, 1):
+        job = tiny_job()
+        job.train.microbatch = size
+        job.objective.moe_aux_loss_scale = 0.1  # large enough to be seen in the gradient
+        engine = tiny_engine(job, groups)
+        batches = microbatches(rows, size, mask)
+        reports = [engine.step(batches, tokens_seen=0) for _ in range(3)]
+        runs.append((reports, state_of(engine)))
+    (whole, whole_state), (parts, part_state) = runs
+    for one, other in zip(whole, parts, strict=True):
+        # Sums of at most 64 losses, whose order differs: 64 half ulps.
+        assert other.loss == pytest.approx(one.loss, rel=32 * EPSILON)
+        assert other.metrics == pytest.approx(one.metrics, rel=32 * EPSILON)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=32 * EPSILON)
+    # Adam's update is rate * (gradient / its own size), so it inherits the relative error of the
+    # gradient: 32 ulps of 3 steps of the rate. An element whose gradient is nothing but rounding
+    # may go anywhere within its 3 steps; there are few, so the mean is compared.
+    for name, value in whole_state.items():
+        off = (part_state[name] - value).abs().mean()
+        assert off <= 3 * RATE * 32 * EPSILON, name
+
+
+def test_loss_is_the_mean_over_the_labels_that_count(groups: Any) -> None:
+    engine = engine_of(groups, "M*-")
+    rows, mask = some_rows(), uneven_mask()
+    with torch.no_grad():
+        logits = engine.chunks[0].module(rows[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    expected = (losses * mask.flatten()).sum() / mask.sum()
+    report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
+    assert report.loss == pytest.approx(expected.item(), rel=32 * EPSILON)
+
+
+def test_gradient_norm_is_that_of_the_mean_loss(groups: Any) -> None:
+    engine = engine_of(groups, "M*-")
+    # A twin without gradient buffers: linear layers add to these and return no gradient.
+    model = tiny_model(tiny_job("M*-"), groups)
+    rows, mask = some_rows(), uneven_mask()
+    losses = model(rows[:, :-1], labels=rows[:, 1:])[0]
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad((losses * mask).sum() / mask.sum(), weights)
+    expected = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
+    assert report.grad_norm == pytest.approx(expected.item(), rel=32 * EPSILON)
+
+
+def test_rate_of_a_step_is_that_of_the_tokens_seen_before_it(groups: Any) -> None:
+    schedule = Wsd(peak_lr=RATE, warmup_tokens="1000", decay_tokens="1000", final_lr_ratio=0.0)
+    engine = engine_of(groups, "-", schedule=schedule)
+    batches = microbatches(some_rows(), 2)
+    before = state_of(engine)
+    assert engine.step(batches, tokens_seen=0).lr == 0
+    assert all(torch.equal(value, before[name]) for name, value in state_of(engine).items())
+    assert engine.step(batches, tokens_seen=500).lr == RATE / 2
+    moved = (state_of(engine)["output_layer.weight"] - before["output_layer.weight"]).abs().max()
+    assert (
+        0 < moved <= 2 * RATE
+    )  # Adam moves by the rate or less, 1 / sqrt(1 - beta2) at the very most
+    assert engine.step(batches, tokens_seen=1_000_000).lr == 0
+
+
+def routers_of(engine: "Engine") -> list[Any]:
+    modules = engine.chunks[0].module.modules()
+    return [module for module in modules if type(module).__name__ == "TopKRouter"]
+
+
+def direct_routing(hidden: Tensor, router: Any, top_k: int) -> tuple[Tensor, Tensor]:
+    """Tokens per expert, and the balance loss averaged over sequences, of hidden [S, B, H].
+
+    Source: DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20: experts * sum over experts of (share of
+    choices) * (mean of normalised scores), for each sequence by itself.
+    """
+    scores = torch.sigmoid(hidden.float() @ router.weight.float().T)  # [S, B, experts]
+    chosen = (scores + router.expert_bias).topk(top_k, dim=-1).indices
+    taken = F.one_hot(chosen, scores.shape[-1]).sum(dim=2).float()
+    normalised = scores / scores.sum(dim=-1, keepdim=True)
+    shares = taken.mean(dim=0) / top_k
+    losses = scores.shape[-1] * (shares * normalised.mean(dim=0)).sum(dim=-1)
+    return taken.sum(dim=(0, 1)), losses.mean()
+
+
+@pytest.mark.parametrize("repeated", [True, False], ids="repeated={}".format)
+def test_expert_loads_and_balance_loss_are_those_of_the_routing(
+    groups: Any, repeated: bool
+) -> None:
+    job = tiny_job("EM*E/*E/*E")
+    job.model.mtp = Mtp(repeated_block=repeated)
+    engine = tiny_engine(job, groups)
+    loads: dict[tuple[bool, int], Tensor] = {}
+    losses = []
+
+    def listen(router: Any, inputs: tuple[Tensor, ...], _: object) -> None:
+        with torch.no_grad():
+            taken, loss = direct_routing(inputs[0], router, job.model.moe.top_k)
+        place = (router.is_mtp_layer, router.layer_number)
+        loads[place] = loads.get(place, torch.zeros(())) + taken
+        losses.append(loss)
+
+    for router in routers_of(engine):
+        router.register_forward_hook(listen)
+    metrics = engine.step(microbatches(some_rows(), 2), tokens_seen=0).metrics
+    ratios = {place: (load.max() / load.mean()).item() for place, load in loads.items()}
+    assert metrics["expert_load_1"] == pytest.approx(ratios[False, 1])
+    assert metrics["expert_load_4"] == pytest.approx(ratios[False, 4])
+    assert metrics["expert_load_mtp_2"] == pytest.approx(ratios[True, 2])
+    first, fourth, *mtp = torch.stack(losses).view(2, 4).mean(dim=0)  # 2 microbatches of 4 runs
+    layers = [first, fourth, torch.stack(mtp).mean()] if repeated else [first, fourth, *mtp]
+    # Means of means: as many roundings as there are tokens in a sequence.
+    expected = torch.stack(layers).mean().item()
+    assert metrics["moe_aux_loss"] == pytest.approx(expected, rel=LENGTH * EPSILON)
+
+
+def test_weight_of_the_balance_loss_reaches_the_gradient_of_the_router(groups: Any) -> None:
+    """The gradient is linear in the weight: its slope is the gradient of the balance loss."""
+    rows = some_rows()
+    gradients = []
+    for weight in (1e-4, 1.0):
+        job = tiny_job("E", objective=NextToken(moe_aux_loss_scale=weight))
+        job.optimizer.clip_grad_norm = 0.0  # which scales the gradient in place
+        engine = tiny_engine(job, groups)
+        (router,) = routers_of(engine)
+        seen: list[Tensor] = []
+        handle = router.register_forward_hook(
+            lambda _, x, __, seen=seen: seen.append(x[0].detach())
+        )
+        engine.step(microbatches(rows, 4), tokens_seen=0)
+        handle.remove()
+        gradients.append(router.weight.main_grad.clone())
+    leaf = tiny_engine(tiny_job("E"), groups)
+    (fresh,) = routers_of(leaf)
+    loss = direct_routing(seen[0], fresh, 2)[1]
+    (expected,) = torch.autograd.grad(loss, [fresh.weight])
+    slope = (gradients[1] - gradients[0]) / (1.0 - 1e-4)
+    # Sums over the tokens of the step, whose largest terms are those of the larger gradient.
+    size = BATCH * LENGTH * EPSILON * gradients[1].abs().max().item()
+    torch.testing.assert_close(slope, expected, rtol=0, atol=size)
+
+
+def test_validation_changes_nothing_and_returns_masked_means(groups: Any) -> None:
+    rows, mask = some_rows(), uneven_mask()
+    plain, with_validation = engine_of(groups, "ME*E/*E"), engine_of(groups, "ME*E/*E")
+    batches, others = microbatches(rows, 2), microbatches(rows, 2)
+    plain.step(batches, tokens_seen=0)
+    with_validation.step(others, tokens_seen=0)
+    model = with_validation.chunks[0].module
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = state_of(with_validation)
+    found = with_validation.evaluate([batch_of(rows[i : i + 2], mask[i : i + 2]) for i in (0, 2)])
+
+    assert all(
+        torch.equal(value, before[name]) for name, value in state_of(with_validation).items()
+    )
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    assert model.training
+    with torch.no_grad():
+        losses = model(rows[:, :-1], batch_of(rows).position_ids, labels=rows[:, 1:])
+    shifted = F.pad(mask[:, 1:], (0, 1))  # the last label has no successor
+    assert found["loss"] == pytest.approx((losses[0] * mask).sum().item() / mask.sum().item())
+    expected = (losses[1] * shifted).sum().item() / shifted.sum().item()
+    assert found["mtp_loss_1"] == pytest.approx(expected)
+    one, other = plain.step(batches, tokens_seen=0), with_validation.step(others, tokens_seen=0)
+    assert (other.loss, other.grad_norm, other.metrics) == (one.loss, one.grad_norm, one.metrics)
+
+
+def test_a_step_can_be_repeated_to_the_bit(groups: Any) -> None:
+    runs = []
+    for _ in range(2):
+        engine = engine_of(groups, "MEM*M-/*E/*E", schedule=Schedule(peak_lr=RATE))
+        batches = microbatches(some_rows(), 2)
+        reports = [engine.step(batches, tokens_seen=0) for _ in range(2)]
+        runs.append(([(r.loss, r.grad_norm, r.metrics) for r in reports], state_of(engine)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+
+
+def test_tied_embeddings_get_the_gradients_of_both_their_uses(groups: Any) -> None:
+    job = tiny_job("M-")
+    job.model.tie_embeddings = True
+    job.optimizer.clip_grad_norm = 0.0
+    rows = some_rows()
+    plain = tiny_model(job, groups)  # without gradient buffers: the gradients are autograd's own
+    batch = batch_of(rows)
+    plain(batch.tokens, batch.position_ids, None, labels=batch.labels).mean().backward()
+    engine = tiny_engine(job, groups)
+    engine.step(microbatches(rows, BATCH), tokens_seen=0)
+    name = "embedding.word_embeddings.weight"
+    tied = engine.chunks[0].module.get_parameter(name)
+    torch.testing.assert_close(tied.main_grad, plain.get_parameter(name).grad)
