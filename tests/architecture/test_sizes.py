@@ -1,0 +1,55 @@
+"""Files and functions stay small enough to be read at once."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(
+    path
+    for folder in ("hybrid_train", "launch", "data_tools", "docker", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+PACKAGE = [path for path in SOURCES if path.is_relative_to(ROOT / "hybrid_train")]
+FILE_LINES = 400
+FUNCTION_LINES = 60
+USUAL_FUNCTION_LINES = 40
+USUAL_SHARE = 0.95
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def function_lengths(path: Path) -> dict[str, int]:
+    """Lines of each function of a file, its docstring and decorators not counted."""
+    lengths = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                doc = node.body[0]
+                assert doc.end_lineno is not None
+                lines -= doc.end_lineno - doc.lineno + 1
+            lengths[f"{name_of(path)}:{node.lineno} {node.name}"] = lines
+    return lengths
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_file_has_at_most_400_lines(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= FILE_LINES, f"{lines} lines: split it by subject"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_function_is_longer_than_60_lines(path: Path) -> None:
+    long = {name: n for name, n in function_lengths(path).items() if n > FUNCTION_LINES}
+    assert not long
+
+
+def test_95_percent_of_the_functions_fit_within_40_lines() -> None:
+    lengths = {name: n for path in PACKAGE for name, n in function_lengths(path).items()}
+    long = {name: n for name, n in lengths.items() if n > USUAL_FUNCTION_LINES}
+    assert len(long) <= (1 - USUAL_SHARE) * len(lengths), long
