@@ -31,12 +31,12 @@ def initialize(
     """Overwrite every parameter of the model chunks of this process."""
     for chunk in chunks:
         storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-        for shard in _shards(chunk):
+        for shard in sharded_tensors(chunk):
             if shard.data.untyped_storage().data_ptr() in storages:
                 _fill(shard, std=std, num_layers=num_layers, seed=seed)
 
 
-def _shards(chunk: Any) -> Iterator[ShardedTensor]:
+def sharded_tensors(chunk: Any) -> Iterator[ShardedTensor]:
     """Yield each tensor of the chunk with its place in the whole model; packed ones by part."""
     sharded = chunk.sharded_state_dict()
     apply_factories(sharded)

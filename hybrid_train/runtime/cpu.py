@@ -125,6 +125,57 @@ def _splits_as_lists(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
     return exchange
 
 
+def _gather_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ranks give different numbers of rows, which NCCL takes and gloo does not."""
+
+    @functools.wraps(all_gather)
+    def gather(
+        parts: list[torch.Tensor], given: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        shapes = {part.shape for part in parts}
+        if len(shapes) == 1:
+            return all_gather(parts, given, group=group, async_op=async_op)
+        assert not async_op, "an uneven gather is over when it returns"
+        most = max(map(len, parts))
+        whole = given.new_empty(len(parts) * most, *given.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, _with_rows(given, most), group=group)
+        for part, padded in zip(parts, whole.chunk(len(parts)), strict=True):
+            part.copy_(padded[: len(part)])
+        return None
+
+    return gather
+
+
+def _scatter_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ranks take different numbers of rows, which NCCL gives and gloo does not."""
+
+    @functools.wraps(reduce_scatter)
+    def scatter(
+        output: torch.Tensor,
+        parts: list[torch.Tensor],
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        shapes = {part.shape for part in parts}
+        if len(shapes) == 1:
+            return reduce_scatter(output, parts, op, group=group, async_op=async_op)
+        assert not async_op, "an uneven scatter is over when it returns"
+        most = max(map(len, parts))
+        own = output.new_empty(most, *output.shape[1:])
+        padded = torch.cat([_with_rows(part, most) for part in parts])
+        torch.distributed.reduce_scatter_tensor(own, padded, op=op, group=group)
+        output.copy_(own[: len(output)])
+        return None
+
+    return scatter
+
+
+def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Add rows of zeros at the end."""
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
 class _Done:
     """Handle of a collective that is over."""
 
@@ -216,6 +267,8 @@ def _redirect_tensors() -> None:
     tensor.type = _tensor_type(tensor.type)
     distributed: Any = torch.distributed
     distributed.all_to_all_single = _splits_as_lists(distributed.all_to_all_single)
+    distributed.all_gather = _gather_uneven(distributed.all_gather)
+    distributed.reduce_scatter = _scatter_uneven(distributed.reduce_scatter)
     distributed.all_reduce = _skip_alone(distributed.all_reduce, _keep)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         setattr(distributed, name, _skip_alone(getattr(distributed, name), _copy))

@@ -1,0 +1,16 @@
+"""Imports that every process of a distributed test needs, made once in the process they fork from.
+
+Nothing here may compute in parallel: a fork does not take the threads along.
+"""
+
+import warnings
+
+import torch
+
+from hybrid_train.runtime import cpu
+
+warnings.simplefilter("ignore")  # Megatron's, of its own defaults; nobody reads them in a rank
+torch.set_num_threads(1)  # the ranks share the cores of one machine
+cpu.install()
+
+import hybrid_train.jobs.pretraining  # noqa: E402, F401 - after the emulation is in place
