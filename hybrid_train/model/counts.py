@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and cache sizes of a model, from its section of the config alone.
+"""Parameters, tensors, FLOPs and cache sizes of a model, from its section of the config alone.
 
 Plain integers and no torch, so that a login node can check a job before it is submitted.
 
@@ -40,6 +40,18 @@ class ParameterCount:
     def active_without_embedding(self) -> int:
         """Active weights without the input embedding; the figure that model cards publish."""
         return self.active - self.active_by_kind["embedding"]
+
+
+@dataclass(frozen=True)
+class TensorCount:
+    """Tensors of a model in the Hugging Face layout: one for each expert and projection."""
+
+    by_kind: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All tensors."""
+        return sum(self.by_kind.values())
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,33 @@ def parameters(model: Model, vocab_size: int) -> ParameterCount:
             block += sum(of_layer(model, letter) for letter in pattern.mtp)
             counted["mtp"] = block * (1 if model.mtp.repeated_block else pattern.mtp_depths)
     return ParameterCount(by_kind=table, active_by_kind=active)
+
+
+def tensors(model: Model) -> TensorCount:
+    """Count the tensors of the Hugging Face layout, by kind of layer.
+
+    Source: names of the published checkpoints, `backbone.layers.L.mixer.*`; the totals agree with
+    their files to the unit.
+    """
+    pattern = parse(model.pattern)
+    table = {"embedding": 1, "head": 0 if model.tie_embeddings else 1, "final_norm": 1}
+    table.update(_by_kind(model, pattern.main, layer_tensors))
+    if pattern.mtp:
+        block = 4 + sum(layer_tensors(model, letter) for letter in pattern.mtp)  # eh_proj, 3 norms
+        table["mtp"] = block * (1 if model.mtp.repeated_block else pattern.mtp_depths)
+    return TensorCount(by_kind=table)
+
+
+def layer_tensors(model: Model, letter: str) -> int:
+    """Count the tensors of one layer, its norm included."""
+    if letter != "E":
+        # M: in_proj, out_proj, convolution and its bias, A_log, D, dt_bias, gated norm;
+        # *: queries, keys, values, output; -: up, down.
+        return 1 + {"M": 8, "*": 4, "-": 2}[letter]
+    moe = model.moe
+    pairs = moe.experts + (moe.shared_intermediate_size is not None) + (moe.latent_size is not None)
+    bias = moe.bias_update_rate > 0
+    return 1 + 1 + bias + 2 * pairs  # norm, router, its bias; up and down, or in and out
 
 
 def layer_parameters(model: Model, letter: str) -> int:
