@@ -152,5 +152,5 @@ def test_a_rung_follows_the_rules_of_the_ladder(
     size = tokens(name.removeprefix("ladder_").replace("m", "M").replace("b", "B"))
     assert count.total == pytest.approx(size, rel=0.05)  # the name
     assert tokens(job.train.tokens) / count.active == pytest.approx(20, rel=0.1)
-    # Written with two digits.
-    assert job.schedule.peak_lr == pytest.approx(3e-3 * (128 / job.model.hidden_size) ** 0.5, rel=0.05)
+    rate = 3e-3 * (128 / job.model.hidden_size) ** 0.5
+    assert job.schedule.peak_lr == pytest.approx(rate, rel=0.05)  # written with two digits
