@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 
+from hybrid_train.config import degrees
 from hybrid_train.config.check_files import FILE_RULES, generation_problems
+from hybrid_train.config.degrees import expert_tensor, splits_sequence
 from hybrid_train.config.pattern import Pattern, parse, repair
 from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.check import CheckJob
+from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.schedule import Wsd
 from hybrid_train.config.schema.train import TrainJob
@@ -24,10 +27,11 @@ from hybrid_train.config.units import is_tokens, tokens
 
 _SEARCH_WIDTH = 4096  # how far from a value the nearest legal one is looked for
 
+Job = TrainJob | GenerateJob | CountJob
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 
 
-def check(job: TrainJob | GenerateJob, world_size: int) -> Iterator[Problem]:
+def check(job: Job, world_size: int) -> Iterator[Problem]:
     """Yield every broken rule of a job whose sections are sound by themselves.
 
     Args:
@@ -37,6 +41,8 @@ def check(job: TrainJob | GenerateJob, world_size: int) -> Iterator[Problem]:
     if isinstance(job, GenerateJob):
         yield from generation_problems(job)
         return
+    if isinstance(job, CountJob):  # it has one section
+        return
     found = _broken(job, world_size)
     broken = {rule for _, rule in found}
     for problem, rule in found:
@@ -45,7 +51,7 @@ def check(job: TrainJob | GenerateJob, world_size: int) -> Iterator[Problem]:
         yield from file_rule(job)
 
 
-def mended(job: TrainJob | GenerateJob, problems: Iterable[Problem]) -> TrainJob | GenerateJob:
+def mended(job: Job, problems: Iterable[Problem]) -> Job:
     """Return a copy with the nearest legal values in place, so that other rules can be tried."""
     copied = copy.deepcopy(job)
     for problem in problems:
@@ -94,21 +100,15 @@ def _with_nearest(
     return Problem(problem.path, value, problem.rule, second_best)
 
 
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(1, round(value / unit)) * unit
+
+
 def _divides(path: str, degree: int, sizes: dict[str, int]) -> Iterator[Problem]:
     """Yield a problem for each size that a degree does not divide."""
     for name, size in sizes.items():
         if size % degree:
             yield Problem(path, degree, f"must divide {name} ({size})")
-
-
-def _expert_tensor(parallel: Parallel) -> int:
-    """Return how many ways one expert is split."""
-    return parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
-
-
-def _splits_sequence(parallel: Parallel) -> bool:
-    """Tell whether norms are split along the sequence too."""
-    return parallel.tensor > 1 if parallel.sequence is None else parallel.sequence
 
 
 def _pattern(job: TrainJob) -> Pattern:
@@ -123,17 +123,21 @@ def _pattern_is_legal(job: TrainJob, _: int) -> Iterator[Problem]:
 
 
 def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Problem]:
-    plan = job.parallel
-    dense = plan.tensor * plan.pipeline * plan.context
-    sparse = _expert_tensor(plan) * plan.expert * plan.pipeline
-    needed = math.lcm(dense, sparse)
-    if world_size % needed:
-        degrees = f"tensor {plan.tensor}, pipeline {plan.pipeline}, context {plan.context}"
-        experts = f"expert {plan.expert}, expert_tensor {_expert_tensor(plan)}"
+    plan, needed = job.parallel, degrees.processes_unit(job.parallel)
+    if world_size % needed == 0:
+        return
+    numbers = (
+        f"tensor {plan.tensor}, pipeline {plan.pipeline}, context {plan.context}; "
+        f"expert {plan.expert}, expert_tensor {expert_tensor(plan)}"
+    )
+    legal = _nearest_multiple(world_size, needed)
+    if isinstance(job, CheckJob):
+        rule = f"must be a multiple of {needed} for {numbers}"
+        yield Problem("processes", world_size, rule, legal)
+    else:
         rule = f"needs a multiple of {needed} processes, not {world_size}"
-        legal = math.ceil(world_size / needed) * needed
         hint = f"torchrun --nproc-per-node {legal} -m hybrid_train train ..."
-        yield Problem("parallel", f"{degrees}; {experts}", rule, hint)
+        yield Problem("parallel", numbers, rule, hint)
 
 
 def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -209,7 +213,7 @@ def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
     yield from _divides("parallel.expert", plan.expert, {"model.moe.experts": sizes.experts})
     path = "parallel.tensor" if plan.expert_tensor is None else "parallel.expert_tensor"
     width = {"model.moe.intermediate_size": sizes.intermediate_size}
-    yield from _divides(path, _expert_tensor(plan), width)
+    yield from _divides(path, expert_tensor(plan), width)
 
 
 def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -225,11 +229,12 @@ def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:
     plan, length = job.parallel, job.train.sequence_length
     # Each context rank takes one early and one late piece, so that causal work is equal.
     pieces = 2 * plan.context if plan.context > 1 else 1
-    if _splits_sequence(plan):
+    if splits_sequence(plan):
         pieces = math.lcm(pieces, plan.context * plan.tensor)
     if length % pieces:
         rule = f"must be a multiple of {pieces} to split along the sequence"
-        yield Problem("train.sequence_length", length, rule)
+        nearest = _nearest_multiple(length, pieces)
+        yield Problem("train.sequence_length", length, rule, nearest)
 
 
 def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -241,35 +246,37 @@ def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
 
 def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
     plan, train = job.parallel, job.train
-    data_parallel = world_size // (plan.tensor * plan.pipeline * plan.context)
-    if data_parallel == 0:
-        return  # too few processes: reported as such
-    ranks = f"{data_parallel} data-parallel ranks"
-    unit = data_parallel
-    if plan.virtual_pipeline > 1:  # pipeline_parallel/schedules.py, interleaved groups
+    # A wrong number of processes is reported as such; here the nearest legal one counts.
+    processes = _nearest_multiple(world_size, degrees.processes_unit(plan))
+    unit = degrees.data_parallel(plan, processes)
+    ranks = f"{unit} data-parallel ranks"
+    if plan.virtual_pipeline > 1:  # pipeline_parallel/schedules.py 1145, interleaved groups
         unit, ranks = unit * plan.pipeline, f"{ranks} x {plan.pipeline} pipeline stages"
     per_rank, rest = divmod(train.global_batch, unit)
-    if rest:
+    if rest or not per_rank:
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        yield Problem("train.global_batch", train.global_batch, rule)
+        nearest = _nearest_multiple(train.global_batch, unit * train.microbatch)
+        yield Problem("train.global_batch", train.global_batch, rule, nearest)
     elif per_rank % train.microbatch:
         rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
         yield Problem("train.microbatch", train.microbatch, rule)
 
 
 def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
+    # Without cuts of the user's own the layers are cut by their cost (model/stages.py).
     plan, pattern = job.parallel, _pattern(job)
-    wanted = plan.pipeline * plan.virtual_pipeline
-    if plan.virtual_pipeline > 1 and (plan.pipeline == 1 or not pattern.is_cut):
-        rule = "needs parallel.pipeline > 1 and a pattern cut with |"
+    stages = plan.pipeline * plan.virtual_pipeline
+    if plan.virtual_pipeline > 1 and plan.pipeline == 1:
+        rule = "needs parallel.pipeline > 1"
         yield Problem("parallel.virtual_pipeline", plan.virtual_pipeline, rule, 1)
-    elif pattern.is_cut and len(pattern.stages) != wanted:
-        rule = f"has {len(pattern.stages)} stages; pipeline x virtual_pipeline is {wanted}"
-        recut = pattern.cut(wanted) if wanted <= len(pattern.main) else None
-        yield Problem("model.pattern", job.model.pattern, rule, recut)
-    elif not pattern.is_cut and len(pattern.main) % plan.pipeline:
-        rule = f"must divide the {len(pattern.main)} main layers, or cut the pattern with |"
-        yield Problem("parallel.pipeline", plan.pipeline, rule)
+    elif stages > len(pattern.main):
+        name = "pipeline" if plan.pipeline > len(pattern.main) else "virtual_pipeline"
+        rule = f"makes {stages} stages of {len(pattern.main)} main layers; each needs one"
+        yield Problem(f"parallel.{name}", getattr(plan, name), rule)
+    elif pattern.is_cut and len(pattern.stages) != stages:
+        rule = f"has {len(pattern.stages)} stages; pipeline x virtual_pipeline is {stages}"
+        uncut = pattern.cut([len(pattern.main)])
+        yield Problem("model.pattern", job.model.pattern, rule, str(uncut))
 
 
 def _phases_fit_the_run(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -295,7 +302,7 @@ def _vocabulary_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
     if size is None and isinstance(job.data, Quickstart):
         size = job.data.vocab_size
     # Without a size the multiple itself must split, whatever the tokenizer brings.
-    padded = multiple if size is None else math.ceil(size / multiple) * multiple
+    padded = degrees.padded_vocab_size(size or multiple, multiple)
     if padded % tensor:
         rule = f"pads the vocabulary to {padded}; parallel.tensor ({tensor}) must divide that"
         legal = math.ceil(multiple / tensor) * tensor

@@ -28,6 +28,8 @@ from omegaconf.errors import (
 from hybrid_train.config import checks, overrides, registry
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
+from hybrid_train.config.schema.check import CheckJob
+from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.train import TrainJob
 
@@ -35,7 +37,9 @@ FROZEN_NAME = "config.yaml"  # of the config in a run folder
 RAW_KEYS = {"generate": ("prompt",)}  # keys that take text as it stands
 _WHAT_IS_READY = {
     "train": "`hybrid-train recipes` lists experiments with everything set",
+    "check": "`hybrid-train recipes` lists experiments with everything set",
     "generate": "`hybrid-train generate --help` lists the settings",
+    "count": "`hybrid-train models` lists the models that have a name: model=NAME",
 }
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -80,10 +84,14 @@ def config_loader(job_name: str) -> Iterator[ConfigLoader]:
 
 def group_names(job_name: str) -> list[str]:
     """Return the config groups of a job, in the order of its defaults list."""
+    found: list[str] = []
     root = cast("DictConfig", OmegaConf.load(conf_dir() / f"{job_name}.yaml"))
-    return [
-        str(group) for entry in root.defaults if isinstance(entry, DictConfig) for group in entry
-    ]
+    for entry in root.defaults:
+        if isinstance(entry, DictConfig):
+            found += [str(group) for group in entry if "/schema/" not in str(group)]
+        elif (conf_dir() / f"{entry}.yaml").is_file():  # another job, which this one is based on
+            found += group_names(str(entry))
+    return found
 
 
 def draft(job_name: str, lines: Sequence[str]) -> Draft:
@@ -138,10 +146,14 @@ def _composition_problem(error: BaseException) -> Problem:
 @overload
 def compose(job_name: Literal["train"], lines: Sequence[str]) -> TrainJob: ...
 @overload
+def compose(job_name: Literal["check"], lines: Sequence[str]) -> CheckJob: ...
+@overload
 def compose(job_name: Literal["generate"], lines: Sequence[str]) -> GenerateJob: ...
 @overload
-def compose(job_name: str, lines: Sequence[str]) -> TrainJob | GenerateJob: ...
-def compose(job_name: str, lines: Sequence[str]) -> TrainJob | GenerateJob:
+def compose(job_name: Literal["count"], lines: Sequence[str]) -> CountJob: ...
+@overload
+def compose(job_name: str, lines: Sequence[str]) -> checks.Job: ...
+def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     """Compose a job from overrides and check it as a whole.
 
     Args:
@@ -156,7 +168,7 @@ def compose(job_name: str, lines: Sequence[str]) -> TrainJob | GenerateJob:
     missing = [key for key in overrides.setting_names(config) if _is_missing(config, key)]
     try:
         if not missing and not composed.wrong_groups:
-            job = cast("TrainJob | GenerateJob", OmegaConf.to_object(config))
+            job = cast("checks.Job", OmegaConf.to_object(config))
             found = _job_problems(job)
         else:
             found = list(_section_problems(config))
@@ -173,11 +185,13 @@ def compose(job_name: str, lines: Sequence[str]) -> TrainJob | GenerateJob:
     return job
 
 
-def _job_problems(job: TrainJob | GenerateJob) -> list[Problem]:
+def _job_problems(job: checks.Job) -> list[Problem]:
     """Check the sections, then the rules across them with the sections mended."""
     found = list(collect(job))
     known = {problem.path for problem in found}
-    across = checks.check(checks.mended(job, found), world_size())
+    mended = checks.mended(job, found)
+    processes = mended.processes if isinstance(mended, CheckJob) else world_size()
+    across = checks.check(mended, processes)
     return found + [problem for problem in across if problem.path not in known]
 
 
@@ -204,12 +218,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def to_yaml(job: TrainJob | GenerateJob) -> str:
+def to_yaml(job: checks.Job) -> str:
     """Write a job as YAML, every value resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(job))
 
 
-def to_dict(job: TrainJob | GenerateJob) -> dict[str, Any]:
+def to_dict(job: checks.Job) -> dict[str, Any]:
     """Return a job as plain nested data, enums by name."""
     plain = OmegaConf.to_container(OmegaConf.structured(job), enum_to_str=True)
     return cast("dict[str, Any]", plain)

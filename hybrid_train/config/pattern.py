@@ -8,7 +8,9 @@ Source: the hybrid pattern strings of Nemotron-H (arXiv:2504.03624); the cuts an
 those that Megatron-Core 0.19.2 reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "experts"}
 LEGAL = ", ".join(f"{letter} ({kind})" for letter, kind in KINDS.items())
@@ -43,18 +45,16 @@ class Pattern:
         """Count the layers of one kind, those of each MTP depth included."""
         return self.layers.count(letter)
 
-    def cut(self, num_stages: int) -> "Pattern":
-        """Return the pattern cut into stages of equal length, the first ones longer by one.
+    def cut(self, lengths: Sequence[int]) -> "Pattern":
+        """Return the pattern cut into stages of so many main layers each; of one: without cuts.
 
         Raises:
-            ValueError: if there are more stages than main layers.
+            ValueError: if a stage has no layer, or the stages have not as many as the main part.
         """
-        if not 1 <= num_stages <= len(self.main):
-            raise ValueError(f"{len(self.main)} layers cannot make {num_stages} stages")
-        length, longer = divmod(len(self.main), num_stages)
-        ends = [(stage + 1) * length + min(stage + 1, longer) for stage in range(num_stages)]
-        starts = [0, *ends[:-1]]
-        stages = tuple(self.main[start:end] for start, end in zip(starts, ends, strict=True))
+        if min(lengths) < 1 or sum(lengths) != len(self.main):
+            raise ValueError(f"{len(self.main)} layers cannot make stages of {list(lengths)}")
+        ends = list(accumulate(lengths))
+        stages = tuple(self.main[start:end] for start, end in pairwise([0, *ends]))
         return Pattern(stages, self.mtp, self.mtp_depths)
 
     def __str__(self) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Data, Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.model import Model
@@ -26,7 +28,9 @@ from hybrid_train.config.units import is_tokens, tokens
 
 SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "train"): TrainJob,
+    ("job", "check"): CheckJob,
     ("job", "generate"): GenerateJob,
+    ("job", "count"): CountJob,
     ("model", "base"): Model,
     ("parallel", "base"): Parallel,
     ("precision", "base"): Precision,

@@ -11,6 +11,7 @@ from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import compose
+from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.train import TrainJob
@@ -18,8 +19,8 @@ from hybrid_train.config.units import show_tokens, tokens
 from hybrid_train.data.build import DataBundle, build_data, check_data
 from hybrid_train.jobs import run_folder
 from hybrid_train.jobs.assemble import TOKENIZER, build_engine
-from hybrid_train.model import counts
-from hybrid_train.model.build import build_model, padded_vocab_size
+from hybrid_train.model import counts, stages
+from hybrid_train.model.build import build_model
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
@@ -167,6 +168,9 @@ def _build(
         job.precision.format.value,
         device,
     )
+    if job.parallel.pipeline > 1:
+        for line in stages.describe(stages.stages(job, _rows(job))):
+            _log.info("  %s", line)
     for part, kernels in built.kernels.items():
         _log.info("  %s: %s", part, kernels)
     return build_engine(job, built, groups, device)

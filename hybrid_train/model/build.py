@@ -1,6 +1,5 @@
 """A checked job -> the model chunks that this process holds."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +8,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron
+from hybrid_train.model import megatron, stages
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec
@@ -29,11 +29,6 @@ class BuiltModel:
     kernels: dict[str, str]  # part of the model -> whose kernels it runs on, in words
 
 
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Round up, so that the rows split evenly and products are fast."""
-    return math.ceil(vocab_size / multiple) * multiple
-
-
 def build_model(
     job: TrainJob, groups: ProcessGroupCollection, vocab_size: int, *, on_gpu: bool
 ) -> BuiltModel:
@@ -46,8 +41,9 @@ def build_model(
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu)
     config = transformer_config(job, on_gpu=on_gpu)
     spec = hybrid_spec(parts, mamba_chunk_size=job.model.mamba.chunk_size)
+    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     chunks = [
-        _build_chunk(job, config, spec, groups, vocab_size, chunk)
+        _build_chunk(job, config, spec, groups, rows, chunk)
         for chunk in range(job.parallel.virtual_pipeline)
     ]
     initialize(chunks, std=init_std(job.model), num_layers=config.num_layers, seed=job.train.seed)
@@ -59,7 +55,7 @@ def _build_chunk(
     config: TransformerConfig,
     spec: ModuleSpec,
     groups: ProcessGroupCollection,
-    vocab_size: int,
+    vocab_rows: int,
     chunk: int,
 ) -> Hybrid:
     virtual = job.parallel.virtual_pipeline
@@ -67,9 +63,9 @@ def _build_chunk(
     model = Hybrid(
         config=config,
         hybrid_stack_spec=spec,
-        vocab_size=padded_vocab_size(vocab_size, job.model.vocab_multiple),
+        vocab_size=vocab_rows,
         max_sequence_length=job.train.sequence_length,
-        hybrid_layer_pattern=job.model.pattern,
+        hybrid_layer_pattern=str(stages.cut(job, vocab_rows)),
         pre_process=stage == 0 and chunk == 0,
         post_process=stage == last_stage and chunk == virtual - 1,
         share_embeddings_and_output_weights=job.model.tie_embeddings,

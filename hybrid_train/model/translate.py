@@ -117,6 +117,10 @@ def _layout(job: TrainJob, dtype: torch.dtype) -> dict[str, object]:
         "virtual_pipeline_model_parallel_size": (
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
+        # Batched, two ranks would mistake each other's activations for gradients: each is the
+        # other's next and previous (core 0.19.2, p2p_communication.py 15, Megatron-LM#1450).
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -80,7 +80,7 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             microbatches = [batch.to(self.device) for batch in batches]
-            sums, totals = self._run(microbatches, forward_only=True)
+            sums, totals = self._run(self._filled_up(microbatches), forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         values = (_sum_over_processes(sums) / totals).tolist()
@@ -94,6 +94,16 @@ class Engine:
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         count = self.sequences_per_step // (self.microbatch * self.groups.dp.size())
         return [batch.to(self.device) for batch in islice(batches, count)]
+
+    def _filled_up(self, microbatches: list[Batch]) -> list[Batch]:
+        """Add microbatches without labels until an interleaved schedule takes them.
+
+        It takes multiples of the pipeline ranks only (core 0.19.2, schedules.py 1145).
+        """
+        if len(self.chunks) == 1 or not microbatches:
+            return microbatches
+        empty = replace(microbatches[0], loss_mask=torch.zeros_like(microbatches[0].loss_mask))
+        return microbatches + [empty] * (-len(microbatches) % self.groups.pp.size())
 
     def _run(self, microbatches: list[Batch], *, forward_only: bool) -> tuple[Tensor, Tensor]:
         """Run the schedule; return this process's share of the loss sums, and all valid tokens."""

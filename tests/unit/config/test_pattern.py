@@ -25,17 +25,17 @@ def test_counts_of_all_kinds_add_up_to_the_layers(pattern: Pattern) -> None:
     assert sum(pattern.count(kind) for kind in KINDS) == total
 
 
-@given(patterns, st.integers(1, 8))
-def test_cutting_keeps_the_layers_and_balances_the_stages(pattern: Pattern, stages: int) -> None:
-    if stages > len(pattern.main):
-        with pytest.raises(ValueError, match="cannot make"):
-            pattern.cut(stages)
-        return
-    cut = pattern.cut(stages)
-    lengths = [len(stage) for stage in cut.stages]
+@given(patterns, st.lists(st.integers(0, 6), min_size=1, max_size=6))
+def test_cutting_makes_the_asked_stages_of_the_same_layers(
+    pattern: Pattern, lengths: list[int]
+) -> None:
+    if min(lengths) < 1 or sum(lengths) != len(pattern.main):
+        with pytest.raises(ValueError, match="cannot make stages"):
+            pattern.cut(lengths)
+        lengths = [1] * len(pattern.main)
+    cut = pattern.cut(lengths)
     assert cut.layers == pattern.layers
-    assert len(lengths) == stages
-    assert max(lengths) - min(lengths) <= 1
+    assert [len(stage) for stage in cut.stages] == lengths
 
 
 @given(patterns)

@@ -57,7 +57,7 @@ def test_built_size_is_the_counted_one_with_other_choices(groups: Any, change: s
 def test_vocabulary_is_padded_to_the_next_multiple(
     groups: Any, size: int, multiple: int, padded: int
 ) -> None:
-    from hybrid_train.model.build import padded_vocab_size
+    from hybrid_train.config.degrees import padded_vocab_size
 
     assert padded_vocab_size(size, multiple) == padded
 

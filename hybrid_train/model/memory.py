@@ -1,0 +1,132 @@
+"""What one process holds of a model: parameters, and the bytes of what training keeps of them.
+
+Plain integers and no torch. Not counted: activations, and buffers such as the expert biases.
+"""
+
+from dataclasses import dataclass
+
+from hybrid_train.config.degrees import data_parallel, expert_data_parallel, expert_tensor
+from hybrid_train.config.pattern import parse
+from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import NumberFormat
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.model import counts
+
+_FP32, _HALF = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one process, by the processes that hold the same ones."""
+
+    dense: int  # repeated over data-parallel and context ranks
+    expert: int = 0  # routed experts, repeated over fewer where they are split by number
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.dense + self.expert
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(self.dense + other.dense, self.expert + other.expert)
+
+    def times(self, number: int) -> "Held":
+        """Return so many of them."""
+        return Held(number * self.dense, number * self.expert)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process keeps from step to step."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # float32 master weights, where the weights are not, and both moments
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def held(
+    model: Model, parallel: Parallel, layers: str, vocab_rows: int, *, first: bool, last: bool
+) -> Held:
+    """Count the parameters that one process holds of a pipeline stage.
+
+    Args:
+        model: sizes and pattern.
+        parallel: degrees; the stage is split over tensor and expert ranks.
+        layers: main layers of the stage.
+        vocab_rows: rows of the embedding as they are stored.
+        first: whether it is the first stage, with the embedding.
+        last: whether it is the last stage, with final norm, head and MTP.
+    """
+    pattern = parse(model.pattern)
+    matrix = Held(vocab_rows * model.hidden_size // parallel.tensor)
+    found = matrix if first else Held(0)
+    for letter in layers:
+        found += _layer(model, parallel, letter)
+    if not last:
+        return found
+    found += Held(model.hidden_size)
+    if not (model.tie_embeddings and first):
+        found += matrix
+    if pattern.mtp:
+        found += _mtp(model, parallel)
+        if not first:  # MTP embeds the tokens once more: a copy on the last stage
+            found += matrix
+    return found
+
+
+def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
+    """Return the bytes that training keeps of the parameters of one process.
+
+    The distributed optimizer splits its state over the processes that hold the same parameters
+    (Rajbhandari et al., arXiv:1910.02054, stage 1); moments are float32, and so are master weights
+    (core 0.19.2, optimizer/distrib_optimizer.py).
+    """
+    full = job.precision.format is NumberFormat.fp32
+    in_fp32 = full or job.precision.reduce_gradients_in_fp32
+    state = 2 * _FP32 if full else 3 * _FP32
+    dense, expert = parameters.dense, parameters.expert
+    if job.parallel.distributed_optimizer:
+        copies = data_parallel(job.parallel, processes) * job.parallel.context
+        dense = -(-dense // copies)
+        expert = -(-expert // expert_data_parallel(job.parallel, processes))
+    return Memory(
+        weights=parameters.total * (_FP32 if full else _HALF),
+        gradients=parameters.total * (_FP32 if in_fp32 else _HALF),
+        optimizer=(dense + expert) * state,
+    )
+
+
+def _layer(model: Model, parallel: Parallel, letter: str) -> Held:
+    """Count one layer: its norm is whole on every rank, all else is split over tensor ranks."""
+    if letter == "E":
+        return _experts(model, parallel)
+    split = counts.layer_parameters(model, letter) - model.hidden_size
+    return Held(model.hidden_size + split // parallel.tensor)
+
+
+def _experts(model: Model, parallel: Parallel) -> Held:
+    """Count an expert layer: norm, router and latent projections are whole on every rank."""
+    moe = model.moe
+    whole = model.hidden_size * (1 + moe.experts + 2 * (moe.latent_size or 0))
+    shared = 2 * model.hidden_size * (moe.shared_intermediate_size or 0)
+    routed = moe.experts * 2 * (moe.latent_size or model.hidden_size) * moe.intermediate_size
+    return Held(
+        dense=whole + shared // parallel.tensor,
+        expert=routed // (parallel.expert * expert_tensor(parallel)),
+    )
+
+
+def _mtp(model: Model, parallel: Parallel) -> Held:
+    """Count the MTP blocks: eh_proj (h x 2h) is split, three norms are whole."""
+    pattern = parse(model.pattern)
+    hidden = model.hidden_size
+    block = Held(2 * hidden**2 // parallel.tensor + 3 * hidden)
+    for letter in pattern.mtp:
+        block += _layer(model, parallel, letter)
+    return block.times(1 if model.mtp.repeated_block else pattern.mtp_depths)
