@@ -34,6 +34,10 @@ JOBS = {
     "recipes": Job(
         "list the experiments that are ready to run", "hybrid_train.jobs.recipes", False
     ),
+    "models": Job("list the models that have a name", "hybrid_train.jobs.models", False),
+    "count": Job(
+        "count parameters, tensors, FLOPs and cache of a model", "hybrid_train.jobs.count"
+    ),
 }
 FLAGS = {
     "--help": "this text, or that of a job: hybrid-train train --help",

@@ -16,6 +16,7 @@ _EXAMPLES = {
     "text": 'hybrid-train generate checkpoint=runs/quickstart prompt="def main("',
 }
 _PIPED_WIDTH = 120  # columns where there is no terminal to ask
+_UNLIMITED_WIDTH = 10_000  # columns; what a table would take if it could
 
 
 def console() -> Console:
@@ -36,6 +37,18 @@ def table(rows: Iterable[Sequence[str]], heads: Sequence[str] | None = None) -> 
     for row in listed:
         layout.add_row(*row)
     return layout
+
+
+def show_numbers(page: Console, rows: Sequence[Sequence[str]], heads: Sequence[str]) -> None:
+    """Print a table whose columns are numbers, but for the first; no number is ever broken."""
+    layout = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column, head in enumerate(heads):
+        layout.add_column(head, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        layout.add_row(*row)
+    unlimited = page.options.update(width=_UNLIMITED_WIDTH)
+    page.width = max(page.width, page.measure(layout, options=unlimited).maximum)
+    page.print(layout)
 
 
 def show_jobs(jobs: Mapping[str, str], flags: Mapping[str, str]) -> None:

@@ -73,6 +73,10 @@ class FlopCount:
         """
         return 3 * self.forward
 
+    def training_of(self, kind: str) -> int:
+        """The share of one kind in `training`."""
+        return 3 * self.by_kind[kind]
+
 
 @dataclass(frozen=True)
 class CacheSize:

@@ -55,6 +55,11 @@ def composed(name: str, data: list[str], monkeypatch: pytest.MonkeyPatch) -> Tra
     return compose("train", [f"experiment={name}", *data])
 
 
+@pytest.mark.parametrize("name", OWN_DATA)
+def test_an_experiment_with_data_of_its_own_runs_as_it_is(name: str) -> None:
+    assert compose("train", [f"experiment={name}"]).run_dir == f"runs/{name}"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_passes_the_checks_on_its_processes(
     name: str, data: list[str], monkeypatch: pytest.MonkeyPatch

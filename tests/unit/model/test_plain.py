@@ -102,11 +102,9 @@ LAYERS = {
 
 def stored_keys(model: Any) -> set[str]:
     """Names under which a checkpoint stores the tensors of a model."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from hybrid_train.model.init import sharded_tensors
 
-    from hybrid_train.model.init import _shards
-
-    return {shard.key for shard in _shards(model) if isinstance(shard, ShardedTensor)}
+    return {shard.key for shard in sharded_tensors(model)}
 
 
 @pytest.mark.parametrize("letter", LAYERS)
