@@ -1,31 +1,37 @@
 """Gateway to Megatron's distributed checkpoints: what is stored, under which global names."""
 
-import contextlib
 import logging
 import queue
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
+from hybrid_train.checkpoint.differences import Stored, compare
+from hybrid_train.checkpoint.optimizer_state import (
+    MASTER,
+    STEP,
+    StatePart,
+    set_step_count,
+    state_key,
+    state_parts,
+    step_count,
+)
+from hybrid_train.checkpoint.places import places
 from hybrid_train.config.problems import UserError
+from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
 
-# Optimizer state by model parameter, so that any other layout can load it.
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
 _log = logging.getLogger(__name__)
 
 
@@ -38,128 +44,173 @@ class Content:
     groups: ProcessGroupCollection
 
 
+class Writing:
+    """A checkpoint that a thread of this process writes, with those of the other processes."""
+
+    def __init__(self, request: AsyncRequest) -> None:
+        self._request = request
+        self._thread = threading.Thread(target=self._write, name="checkpoint")
+        self._thread.start()
+
+    def _write(self) -> None:
+        if self._request.async_fn is None:  # all that is here is written by others
+            return
+        rank, _, results = self._request.async_fn_args
+        try:
+            self._request.async_fn(rank, self._request.preload_fn(), results)
+        except BaseException as error:  # told to all processes by `finish`
+            results.put(RuntimeError(f"{type(error).__name__}: {error}"))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this process has written its part."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for this process, then complete the checkpoint; every process calls this.
+
+        Raises:
+            CheckpointException: on every process, if any of them could not write.
+        """
+        self._thread.join()
+        for conclude in self._request.finalize_fns:
+            conclude()
+
+
 def write(folder: Path, content: Content) -> None:
     """Write model, optimizer and random states into an empty folder; every process calls this."""
-    models = _models(content.chunks, content.groups)
-    sharded: dict[str, Any] = {
-        **models,
-        "optimizer": content.optimizer.sharded_state_dict(models, metadata=_metadata(content)),
-        "random": _sharded_random_state(),
-    }
+    start_writing(folder, content, copy=False).finish()
+
+
+def start_writing(folder: Path, content: Content, *, copy: bool) -> Writing:
+    """Begin to write into an empty folder; every process calls this.
+
+    Args:
+        folder: where to.
+        content: model and optimizer.
+        copy: write from a copy in host memory, so that training may go on meanwhile.
+    """
+    tensors = _stored(content)
+    if copy:
+        _copy_to_host(tensors)
     # Megatron core 0.19.2 would start a process for this queue (filesystem_async.py 65), which
     # takes as long as the start of the run; all is written by threads of this process.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(sharded, str(folder))
+    request = dist_checkpointing.save(
+        _numbered(tensors), str(folder), async_sharded_save=True, async_strategy="mcore"
+    )
+    return Writing(request)
+
+
+def _stored(content: Content) -> list[ShardedTensor]:
+    found = places(content.chunks, content.groups)
+    state = state_parts(content.optimizer, found)
+    steps = torch.tensor([step_count(content.optimizer)])
+    return [
+        *(place.weight for place in found),
+        *(part.tensor for part in state),
+        ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
+        *_sharded_random_state().values(),
+    ]
+
+
+def _copy_to_host(tensors: Iterable[ShardedTensor]) -> None:
+    """Replace what this process will write by copies; from a GPU all are under way at once."""
+    for tensor in tensors:
+        if is_main_replica(tensor.replica_id):
+            tensor.data = tensor.data.detach().to("cpu", non_blocking=True, copy=True)
+    torch.cuda.synchronize()
+
+
+def _numbered(tensors: Iterable[ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Make the dictionary that Megatron asks for; its keys do not reach the file."""
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
 def read(folder: Path, content: Content) -> None:
-    """Load model, optimizer and, on as many processes as before, random states."""
-    models = _models(content.chunks, content.groups)
-    sharded: dict[str, Any] = {
-        **models,
-        "optimizer": content.optimizer.sharded_state_dict(
-            models, is_loading=True, metadata=_metadata(content)
-        ),
-    }
+    """Load model, optimizer and, on as many processes as before, random states.
+
+    Raises:
+        UserError: if the checkpoint is of another model; MTP alone may be more or less.
+    """
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    same_world = stored["random.torch"].global_shape[0] == dist.get_world_size()
+    found = places(content.chunks, content.groups)
+    differences = compare(folder, stored, found)
+    _require_optimizer_state(folder, stored)
+    state = state_parts(content.optimizer, found)
+    steps = torch.zeros(1, dtype=torch.int64)
+    random = _sharded_random_state()
+    same_world = all(part.global_shape == stored[part.key].global_shape for part in random.values())
+    _load(
+        folder,
+        [
+            *(_best_of(place.weight, stored) for place in differences.shared(found)),
+            *(part.tensor for part in state if part.is_stored(stored)),
+            ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
+            *(random.values() if same_world else ()),
+        ],
+    )
+    new = [part for part in state if not part.is_stored(stored)]
+    _begin(folder, new, stored)
+    set_step_count(content.optimizer, int(steps.item()))
     if same_world:
-        sharded["random"] = _sharded_random_state()
-    loaded = dist_checkpointing.load(sharded, str(folder))
-    _load_models(content.chunks, loaded)
-    _load_optimizer(content.optimizer, loaded["optimizer"])
-    if same_world:
-        restore_random_state({k: v[0] for k, v in loaded["random"].items()})
-    else:
+        restore_random_state({name: part.data[0] for name, part in random.items()})
+    elif ranks.is_main():
         _log.warning("another number of processes than before: random states start anew")
 
 
-def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroupCollection) -> None:
-    """Load the weights alone, into wrapped or bare model chunks."""
-    _load_models(chunks, dist_checkpointing.load(_models(chunks, groups), str(folder)))
-
-
-def _metadata(content: Content) -> dict[str, Any]:
-    return {**_OPTIMIZER_FORMAT, "dp_cp_group": content.groups.dp_cp}
-
-
-def _models(chunks: list[Any], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return the sharded state of each chunk; without the empty extra states of linear layers."""
-    metadata = {"dp_cp_group": groups.dp_cp}
-    return {
-        f"model{number}": {
-            name: value
-            for name, value in bare(chunk).sharded_state_dict(metadata=metadata).items()
-            if not name.endswith("_extra_state")
-        }
-        for number, chunk in enumerate(chunks)
-    }
-
-
-def _load_models(chunks: list[Any], loaded: Mapping[str, Any]) -> None:
-    for number, chunk in enumerate(chunks):
-        missing, unexpected = bare(chunk).load_state_dict(loaded[f"model{number}"], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
-        assert not missing, missing
-        assert not unexpected, unexpected
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load what Megatron's distributed checkpoint gave back.
-
-    Two corrections for torch's AdamW, core 0.19.2: the loader asks each parameter's saved tensors
-    for a step count that it left out (distrib_optimizer.py 1223), and it gives all parameters one
-    shared count, which a step would then raise once for each of them (distrib_optimizer.py 1040).
-    """
-    _require_same_parts(optimizer, state)
-    with _without_step_tensors():
-        optimizer.load_state_dict(state)
-    for part in optimizer.chained_optimizers:
-        for moments in part.optimizer.state.values():
-            if "step" in moments:
-                moments["step"] = moments["step"].clone()
-
-
-def _require_same_parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """Refuse state of another number of optimizers: split experts have one of their own."""
-    count = len(optimizer.chained_optimizers)
-    parts = [state] if count == 1 else [state.get(number, {}) for number in range(count)]
-    if not all("optimizer" in part or "param_groups" in part for part in parts):
-        raise UserError(
-            "the optimizer state was saved with experts split (parallel.expert > 1) and is loaded "
-            "without, or the other way round, which is not possible yet; keep parallel.expert, or "
-            "start from the weights alone: checkpoint.load_only=weights run_dir=..."
+def _require_optimizer_state(folder: Path, stored: Stored) -> None:
+    if STEP not in stored:
+        error = UserError(
+            f"{folder} holds no optimizer state that this version reads; start from its weights: "
+            "checkpoint.load_only=weights run_dir=..."
         )
+        error.everywhere = True
+        raise error
 
 
-@contextlib.contextmanager
-def _without_step_tensors() -> Iterator[None]:
-    copy_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
+def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroupCollection) -> None:
+    """Load the weights alone, into wrapped or bare model chunks; every process calls this.
 
-    def copy_present(self: DistributedOptimizer, parameter: Any, tensors: dict[str, Any]) -> None:
-        copy_tensors(self, parameter, {"step": None, **tensors})
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = copy_present
-    try:
-        yield
-    finally:
-        DistributedOptimizer._set_main_param_and_optimizer_states = copy_tensors
+    Raises:
+        UserError: if the checkpoint is of another model; MTP alone may be more or less.
+    """
+    found = places(chunks, groups)
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    shared = compare(folder, stored, found).shared(found)
+    _load(folder, [place.weight for place in shared])
 
 
-def bare(chunk: Any) -> Any:
-    """Return the model inside its wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+def _load(folder: Path, tensors: list[ShardedTensor]) -> None:
+    """Load into the memory of the tensors."""
+    memory = [tensor.data.data_ptr() for tensor in tensors]
+    loaded = dist_checkpointing.load(_numbered(tensors), str(folder))
+    assert memory == [loaded[str(number)].data_ptr() for number in range(len(tensors))]
+
+
+def _best_of(weight: ShardedTensor, stored: Stored) -> ShardedTensor:
+    """Take a float32 weight from its master, where the run that saved it kept one."""
+    master = state_key(MASTER, weight.key)
+    if weight.dtype == torch.float32 and master in stored:
+        return replace(weight, key=master)
+    return weight
+
+
+def _begin(folder: Path, new: list[StatePart], stored: Stored) -> None:
+    """Begin state that is not in the checkpoint: moments at zero, masters with their weights."""
+    for part in new:
+        if part.kind != MASTER:
+            part.tensor.data.zero_()
+    masters = [part for part in new if part.kind == MASTER and part.weight_key in stored]
+    _load(folder, [replace(part.tensor, key=part.weight_key) for part in masters])
 
 
 def _sharded_random_state() -> dict[str, ShardedTensor]:
     """Give the states of this process its row of a table over all processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
-
-    def row(name: str, state: Tensor) -> ShardedTensor:
-        return ShardedTensor.from_rank_offsets(
+    return {
+        name: ShardedTensor.from_rank_offsets(
             f"random.{name}", state.unsqueeze(0), (0, rank, world)
         )
-
-    return {name: row(name, state) for name, state in random_state().items()}
+        for name, state in random_state().items()
+    }

@@ -1,54 +1,94 @@
 """Saves and loads whole checkpoints: atomically, with the position of the run."""
 
+import contextlib
 import errno
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid_train.checkpoint import layout, megatron
 from hybrid_train.checkpoint.megatron import Content
+from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
 from hybrid_train.checkpoint.retention import keep_newest
 from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 
 _PROBE_BYTES = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_log = logging.getLogger(__name__)
 
 
-def save(run_dir: Path, content: Content, position: Mapping[str, int], *, keep: int) -> Path:
-    """Write a checkpoint of all processes; it appears under its name when it is whole.
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint that is being written; every process has one."""
+
+    final: Path
+    position: Mapping[str, int]
+    plan: Plan
+    keep: int
+    writing: megatron.Writing
+
+    def is_written(self) -> bool:
+        """Tell whether all processes have written their parts; every process calls this."""
+        done = torch.tensor(int(self.writing.is_done), device=torch.cuda.current_device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done.item())
+
+    def finish(self) -> Path:
+        """Wait until it is written, and give it its name; every process calls this.
+
+        Raises:
+            UserError: if the disk is full; the older checkpoints are untouched.
+        """
+        partial = _partial(self.final)
+        with _removed_on_failure(self.final):
+            self.writing.finish()
+            ranks.main_first(lambda: _publish(partial, self))
+        return self.final
+
+
+def start(
+    run_dir: Path, content: Content, position: Mapping[str, int], *, keep: int, copy: bool
+) -> Saving:
+    """Begin to write a checkpoint of all processes; it gets its name when it is whole.
 
     Args:
         run_dir: the run folder.
         content: model and optimizer.
         position: step, tokens and sequences; "step" names the folder.
         keep: newest checkpoints that stay.
+        copy: write from a copy in host memory, so that training may go on until `finish`.
 
     Raises:
         UserError: if the disk is full; the older checkpoints are untouched.
     """
     final = layout.path_of(run_dir, position["step"])
-    partial = final.with_name(final.name + layout.PARTIAL)
-    try:
-        ranks.main_first(lambda: _empty(partial))
-        megatron.write(partial, content)
-        ranks.main_first(lambda: _publish(partial, final, position, keep))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        explained = _explained(error, partial, final)
-        if ranks.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise explained from error
-    return final
+    with _removed_on_failure(final):
+        ranks.main_first(lambda: _empty(_partial(final)))
+        writing = megatron.start_writing(_partial(final), content, copy=copy)
+    return Saving(final, position, plan_of(content), keep, writing)
+
+
+def save(run_dir: Path, content: Content, position: Mapping[str, int], *, keep: int) -> Path:
+    """Write a checkpoint and wait for it; see `start`."""
+    return start(run_dir, content, position, keep=keep, copy=False).finish()
 
 
 def load(found: layout.Found, content: Content) -> dict[str, int]:
     """Load weights, optimizer and random states; return the position of the run.
 
     Raises:
-        UserError: if the checkpoint is damaged.
+        UserError: if the checkpoint is damaged, or of another model.
     """
+    before, now = read_plan(found.path), plan_of(content)
+    if before and before != now and ranks.is_main():
+        _log.info("going on under %s, saved under %s", in_words(now), in_words(before))
     try:
         megatron.read(found.path, content)
     except CheckpointException as error:
@@ -63,18 +103,36 @@ def _causes(error: CheckpointException) -> str:
     return ", ".join(f"{failure[0]} (rank {rank})" for rank, failure in error.failures.items())
 
 
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + layout.PARTIAL)
+
+
 def _empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
-def _publish(partial: Path, final: Path, position: Mapping[str, int], keep: int) -> None:
-    layout.write_position(partial, position)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    keep_newest(final.parent.parent, keep)
+def _publish(partial: Path, saving: Saving) -> None:
+    write_plan(partial, saving.plan)
+    layout.write_position(partial, saving.position)
+    if saving.final.exists():
+        shutil.rmtree(saving.final)
+    partial.rename(saving.final)
+    keep_newest(saving.final.parent.parent, saving.keep)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(final: Path) -> Iterator[None]:
+    """Remove what a save that fails has written, and explain the failure."""
+    partial = _partial(final)
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        explained = _explained(error, partial, final)
+        if ranks.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise explained from error
 
 
 def _explained(error: BaseException, partial: Path, final: Path) -> BaseException:
@@ -87,6 +145,10 @@ def _explained(error: BaseException, partial: Path, final: Path) -> BaseExceptio
         return UserError(
             f"the disk is full: {final} could not be written and was removed; older checkpoints "
             "are whole. Free space, or lower checkpoint.keep, and start again: the run resumes"
+        )
+    if isinstance(error, CheckpointException):
+        return UserError(
+            f"{final} could not be written: {_causes(error)}; older checkpoints are whole"
         )
     return error
 

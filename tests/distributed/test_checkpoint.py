@@ -156,15 +156,6 @@ def test_one_process_reaches_the_moments_of_two(runs: Any) -> None:
                 assert off <= 1e-3 * expected[moment].norm()
 
 
-def test_optimizer_state_of_split_experts_is_refused_without_a_split(runs: Any) -> None:
-    from hybrid_train.checkpoint import store
-
-    folder, groups = runs
-    engine = engine_of(Parallel(), groups, seed=9)
-    with pytest.raises(UserError, match=r"keep parallel.expert.*load_only=weights"):
-        store.load(layout.locate(folder / "expert"), content_of(engine, groups))
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_process_reads_the_weights_of_two(runs: Any, name: str) -> None:
     from hybrid_train.checkpoint.megatron import read_weights

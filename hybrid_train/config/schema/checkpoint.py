@@ -19,6 +19,7 @@ class Checkpoint:
 
     interval: int = 500  # steps between saves; 0: only at the end
     keep: int = 2  # newest checkpoints that stay
+    async_save: bool = True  # train on while it is written, from a copy in host memory
     load: str | None = None  # a run folder or one checkpoint of it
     load_only: LoadOnly | None = None  # None: weights, optimizer and position
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+import sys
 import time
 from pathlib import Path
 
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.megatron import Content
+from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
@@ -21,15 +23,31 @@ def content_of(engine: Engine) -> Content:
     return Content(engine.chunks, engine.optimizer, engine.groups)
 
 
+@dataclasses.dataclass
+class _InFlight:
+    """The save that is being written."""
+
+    saving: store.Saving
+    start: float
+    waited_s: float  # time that training stood still for it
+
+
 class SaveCheckpoints(Hook):
-    """Writes a checkpoint; the newest `keep` stay."""
+    """Writes a checkpoint; the newest `keep` stay.
+
+    With `async_save` training goes on while it is written, from a copy in host memory. It gets its
+    name at the first step that finds it written by all processes, and before the next save.
+    """
 
     def __init__(self, settings: Checkpoint, run_dir: Path, saved_step: int) -> None:
         self._settings = settings
         self._run_dir = run_dir
         self._saved_step = saved_step  # of the newest checkpoint of this run
+        self._in_flight: _InFlight | None = None
 
     def step_end(self, run: Run, report: StepReport) -> None:
+        if self._in_flight is not None and self._in_flight.saving.is_written():
+            self._finish()
         interval = self._settings.interval
         if interval and run.state.step % interval == 0:
             self._save(run)
@@ -37,11 +55,38 @@ class SaveCheckpoints(Hook):
     def fit_end(self, run: Run) -> None:
         if run.state.step > self._saved_step:
             self._save(run)
+        self._finish()
+
+    def fit_failed(self, run: Run) -> None:
+        """Complete the save in flight, if what ended the run ends it on all processes alike."""
+        error = sys.exception()
+        if isinstance(error, UserError) and error.everywhere:
+            try:
+                self._finish()
+            except (Exception, KeyboardInterrupt) as failure:
+                _log.warning("the save in flight was lost: %s", failure)
 
     def _save(self, run: Run) -> None:
+        self._finish()
         start = time.perf_counter()
-        position = dataclasses.asdict(run.state)
-        content = content_of(run.engine)
-        path = store.save(self._run_dir, content, position, keep=self._settings.keep)
         self._saved_step = run.state.step
-        _log.info("saved %s in %.1f s", path, time.perf_counter() - start)
+        saving = store.start(
+            self._run_dir,
+            content_of(run.engine),
+            dataclasses.asdict(run.state),
+            keep=self._settings.keep,
+            copy=self._settings.async_save,
+        )
+        self._in_flight = _InFlight(saving, start, time.perf_counter() - start)
+        if not self._settings.async_save:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._in_flight is None:
+            return
+        done, self._in_flight = self._in_flight, None
+        start = time.perf_counter()
+        path = done.saving.finish()
+        end = time.perf_counter()
+        waited_s = done.waited_s + end - start
+        _log.info("saved %s in %.1f s, training waited %.1f s", path, end - done.start, waited_s)

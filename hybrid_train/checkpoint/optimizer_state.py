@@ -1,0 +1,193 @@
+"""The optimizer's tensors under the names and places of the parameters they belong to.
+
+    optimizer.exp_avg.KEY  optimizer.exp_avg_sq.KEY  optimizer.master.KEY  optimizer.step
+
+KEY is the name of a weight in the checkpoint. How Megatron chains optimizers (one more for split
+experts), in which buffers it flattens parameters and how it deals them out to data-parallel ranks
+leaves no trace, so state that was saved under one layout is read under any other. A master weight
+is stored where the weight itself is not float32. Rates, decays and betas are not stored: the config
+says them.
+
+Core 0.19.2 has a format of its own for this, "fully_reshardable" (distrib_optimizer.py 1690). It is
+not used: its tree mirrors the chain of optimizers (optimizer.py 1556), so a checkpoint with split
+experts cannot be read without, and on saving every data-parallel rank gathers the whole state.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from torch import Tensor
+
+from hybrid_train.checkpoint.boxes import boxes
+from hybrid_train.checkpoint.differences import Stored
+from hybrid_train.checkpoint.places import Place
+
+PREFIX = "optimizer."
+MASTER = "master"
+STEP = f"{PREFIX}step"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def state_key(kind: str, weight_key: str) -> str:
+    """Return the name of an optimizer tensor in a checkpoint."""
+    return f"{PREFIX}{kind}.{weight_key}"
+
+
+@dataclass(frozen=True)
+class StatePart:
+    """A box of one optimizer tensor of the whole model; loading into it loads the optimizer."""
+
+    kind: str  # "exp_avg", "exp_avg_sq" or "master"
+    weight_key: str
+    tensor: ShardedTensor
+
+    def is_stored(self, stored: Stored) -> bool:
+        """Tell whether a checkpoint can fill it: not if it lacks the weight, or only the master."""
+        return self.tensor.key in stored or (self.kind != MASTER and self.weight_key in stored)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What an optimizer of this process keeps for a range of a parameter's elements."""
+
+    parameter: Tensor
+    start: int  # first element of the range
+    tensors: dict[str, Tensor]  # by kind, flat
+    is_only_copy: bool  # no other data-parallel rank keeps the same range
+
+    @property
+    def stop(self) -> int:
+        """Element behind the last one of the range."""
+        return self.start + next(iter(self.tensors.values())).numel()
+
+
+def state_parts(optimizer: MegatronOptimizer, places: Sequence[Place]) -> list[StatePart]:
+    """List moments and master weights of this process by the places of their parameters."""
+    of_parameter: dict[int, list[Place]] = {}
+    for place in places:
+        of_parameter.setdefault(id(place.owner), []).append(place)
+    return [
+        part
+        for piece in _pieces(optimizer)
+        for place in of_parameter[id(piece.parameter)]
+        for part in _overlap(piece, place)
+    ]
+
+
+def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
+    """Cut what a piece and a place have in common into boxes of the whole tensor."""
+    weight = place.weight
+    start = max(piece.start, place.start)
+    stop = min(piece.stop, place.start + math.prod(weight.local_shape))
+    for box in boxes(weight.local_shape, start - place.start, stop - place.start):
+        for kind, values in piece.tensors.items():
+            part = values[start - piece.start :][: box.numel]
+            tensor = _box_of(weight, state_key(kind, weight.key), part, box.offset, box.size)
+            if piece.is_only_copy:
+                tensor.replica_id = (*tensor.replica_id[:2], 0)  # the third is the data rank
+            yield StatePart(kind, weight.key, tensor)
+        start += box.numel
+
+
+def _box_of(
+    weight: ShardedTensor, key: str, values: Tensor, offset: tuple[int, ...], size: tuple[int, ...]
+) -> ShardedTensor:
+    """Give values the place of a box of a weight."""
+    numbered = weight.prepend_axis_num  # leading axes that only number experts
+    size = (1,) * numbered + size
+    offset = (0,) * numbered + offset
+    return replace(
+        weight,
+        key=key,
+        data=values.detach().view(size),
+        dtype=values.dtype,
+        local_shape=size,
+        global_offset=tuple(a + b for a, b in zip(weight.global_offset, offset, strict=True)),
+        axis_fragmentations=None,  # boxes make no regular grid
+        prepend_axis_num=0,
+    )
+
+
+def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
+    """Yield what each chained optimizer of this process keeps; moments exist from here on."""
+    for part in _working(optimizer):
+        if not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+        for parameter, start, master in _updated_by(part):
+            state = part.optimizer.state[master]
+            tensors = {kind: state[kind].view(-1) for kind in _MOMENTS}
+            if parameter.dtype != torch.float32:
+                tensors[MASTER] = master.view(-1)
+            yield _Piece(parameter, start, tensors, isinstance(part, DistributedOptimizer))
+
+
+def _working(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """Yield the chained optimizers that have parameters; a stage may lack those of a kind."""
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            yield part
+
+
+def _updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield each parameter, its first element that is updated here, and the updated weights."""
+    if isinstance(part, DistributedOptimizer):
+        assert not part.config.use_precision_aware_optimizer, "it has no float32 master weights"
+        ours = [
+            *_pairs(part.model_fp32_groups, part.shard_fp32_groups),
+            *_pairs(part.model_float16_groups, part.shard_fp32_from_float16_groups),
+        ]
+        for parameter, master in ours:
+            yield parameter, part._get_model_param_range_map(parameter)["param"].start, master
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        for parameter, master in _pairs(part.float16_groups, part.fp32_from_float16_groups):
+            yield parameter, 0, master
+        for parameter, _ in _pairs(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups):
+            yield parameter, 0, parameter
+    else:
+        assert isinstance(part, FP32Optimizer), type(part)
+        for parameter in part.get_parameters():
+            yield parameter, 0, parameter
+
+
+def _pairs(ones: list[list[Tensor]], others: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for group, other in zip(ones, others, strict=True):
+        yield from zip(group, other, strict=True)
+
+
+def step_count(optimizer: MegatronOptimizer) -> int:
+    """Return how many steps the optimizer has taken; every process calls this."""
+    counts = [int(holder["step"]) for holder in _step_holders(optimizer) if "step" in holder]
+    most = torch.tensor(max(counts, default=0), device=torch.cuda.current_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most.item())
+
+
+def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Set the count of all parameters, of new ones too.
+
+    Adam's correction of the bias towards zero is then missing in a new parameter's first steps,
+    which are smaller for it, as in a warmup.
+    """
+    for holder in _step_holders(optimizer):
+        if isinstance(holder.get("step"), Tensor):
+            holder["step"].fill_(steps)
+        else:
+            holder["step"] = steps
+
+
+def _step_holders(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
+    """Yield what counts steps: torch's AdamW by parameter, Transformer Engine's by group."""
+    for part in _working(optimizer):
+        by_parameter = isinstance(part.optimizer, torch.optim.AdamW)
+        yield from part.optimizer.state.values() if by_parameter else part.optimizer.param_groups

@@ -1,0 +1,213 @@
+"""Checkpoints saved under one layout and loaded under another: the pairs, and what came of them.
+
+Every layout takes two steps from the same first weights, saves, and takes three more; then every
+pair loads what one layout saved under another, saves it again, and takes the three steps too.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hybrid_train.config.schema.model import Attention, Mamba
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.runtime import cpu
+from tests.distributed.launch import run_distributed
+from tests.tiny import microbatches, some_rows, tiny_engine, tiny_job
+
+BEFORE, AFTER = 2, 3  # steps before the save, and after it
+CUTS = {
+    1: "MEM*M-E*/*E/*E",
+    2: "MEM*|M-E*/*E/*E",
+    4: "M|EM*|M-|E*/*E/*E",  # pieces of 1, 3, 2 and 2 layers
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan and how many processes run it."""
+
+    processes: int
+    parallel: Parallel
+    bf16: bool = False
+
+
+ONE = "one process"
+LAYOUTS = {
+    ONE: Layout(1, Parallel()),
+    "DP2": Layout(2, Parallel()),
+    "DP2, optimizer whole": Layout(2, Parallel(distributed_optimizer=False)),
+    "DP4": Layout(4, Parallel()),
+    "TP2": Layout(2, Parallel(tensor=2)),
+    "TP4": Layout(4, Parallel(tensor=4)),
+    "PP2": Layout(2, Parallel(pipeline=2)),
+    "PP4 uneven": Layout(4, Parallel(pipeline=4)),
+    "PP2 x VPP2": Layout(2, Parallel(pipeline=2, virtual_pipeline=2)),
+    "EP2": Layout(2, Parallel(expert=2)),
+    "ETP2": Layout(2, Parallel(expert_tensor=2)),
+    "TP2 x EP2": Layout(2, Parallel(tensor=2, expert=2, expert_tensor=1)),
+    "TP2 x DP2": Layout(4, Parallel(tensor=2)),
+    "PP2 x EP2": Layout(4, Parallel(pipeline=2, expert=2)),
+    "DP2, bfloat16": Layout(2, Parallel(), bf16=True),
+    "TP2 x EP2, bfloat16": Layout(
+        2, Parallel(tensor=2, expert=2, expert_tensor=1, distributed_optimizer=False), bf16=True
+    ),
+}
+PAIRS = (
+    ("EP2", ONE),
+    (ONE, "EP2"),
+    ("TP2", "PP2"),
+    ("PP2", "TP2"),
+    ("DP2", "DP2, optimizer whole"),
+    ("DP2, optimizer whole", "EP2"),
+    ("DP4", "TP2"),
+    ("TP4", "DP2"),
+    ("TP2", "TP4"),
+    ("PP4 uneven", "PP2 x VPP2"),
+    ("PP2 x VPP2", "PP4 uneven"),
+    ("ETP2", "TP2 x EP2"),
+    ("TP2 x EP2", "ETP2"),
+    ("EP2", "TP2 x DP2"),
+    ("TP2 x DP2", "PP2 x EP2"),
+    ("PP2 x EP2", ONE),
+    ("DP2, bfloat16", "TP2 x EP2, bfloat16"),
+    ("TP2 x EP2, bfloat16", "DP2, bfloat16"),
+)
+SIZES = sorted({layout.processes for layout in LAYOUTS.values()})
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one pair."""
+
+    saved_under: str
+    loaded_under: str
+    expected: list[float]  # losses of the three steps of the run that never stopped
+    found: list[float]
+    tensors: int  # of the checkpoint: weights and optimizer state
+    different: list[str]  # of those, what was not equal to the bit when saved again
+
+
+def reshard_table(folder: Path | None = None) -> list[Row]:
+    """Run every pair; files go to `folder`, or to a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return reshard_table(Path(temporary))
+    for part in (_save, _load):
+        for size in SIZES:
+            run_distributed(part, size, folder)
+    return [_row(folder, *pair) for pair in PAIRS]
+
+
+def _row(folder: Path, source: str, target: str) -> Row:
+    again = folder / _again(source, target)
+    before, after = stored_tensors(folder / source), stored_tensors(again)
+    different = [
+        key
+        for key in sorted(before.keys() | after.keys())
+        if key not in before or key not in after or not torch.equal(before[key], after[key])
+    ]
+    return Row(source, target, _losses(folder / source), _losses(again), len(before), different)
+
+
+def stored_tensors(run_dir: Path) -> dict[str, Tensor]:
+    """Read every tensor of the only checkpoint in a run folder, but the random states."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    reader = FileSystemReader(checkpoint)
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("random.")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def job_of(layout: Layout) -> TrainJob:
+    stages = layout.parallel.pipeline * layout.parallel.virtual_pipeline
+    job = tiny_job(CUTS[stages], parallel=layout.parallel)
+    job.model.attention = Attention(heads=4, kv_heads=4, head_dim=8)  # split four ways too
+    job.model.mamba = Mamba(heads=4, head_dim=16, state_size=8, groups=4, chunk_size=8)
+    job.train.microbatch = 1
+    if layout.bf16:
+        job.precision = Precision(format=NumberFormat.bf16)
+    return job
+
+
+def _save(folder: Path) -> None:
+    """Under each layout of as many processes: two steps, a checkpoint, three steps."""
+    from hybrid_train.checkpoint import store
+
+    for name, engine in _engines():
+        batches = _batches(engine)
+        for _ in range(BEFORE):
+            engine.step(batches, tokens_seen=0)
+        store.save(folder / name, _content(engine), {"step": BEFORE}, keep=1)
+        _go_on(engine, batches, folder / name)
+
+
+def _load(folder: Path) -> None:
+    """Load what other layouts saved, all into the same engine; save it again; three steps."""
+    from hybrid_train.checkpoint import layout, store
+
+    for name, engine in _engines(seed=99):
+        for source, target in PAIRS:
+            if target == name:
+                store.load(layout.locate(folder / source), _content(engine))
+                run_dir = folder / _again(source, target)
+                store.save(run_dir, _content(engine), {"step": BEFORE}, keep=1)
+                _go_on(engine, _batches(engine), run_dir)
+
+
+def _engines(seed: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield an engine for each layout of as many processes as there are."""
+    cpu.install()
+    from hybrid_train.parallel.groups import build_groups, destroy_groups
+    from hybrid_train.runtime.seeds import start_tracker
+
+    for name, layout in LAYOUTS.items():
+        if layout.processes == dist.get_world_size():
+            groups = build_groups(layout.parallel, timeout_s=60)
+            start_tracker()
+            job = job_of(layout)
+            job.train.seed = seed or job.train.seed
+            yield name, tiny_engine(job, groups)
+            destroy_groups()
+
+
+def _batches(engine: Any) -> Any:
+    """Deal the sequences of a step out to the data-parallel ranks in turn."""
+    groups = engine.groups
+    return microbatches(some_rows()[groups.dp.rank() :: groups.dp.size()], 1)
+
+
+def _content(engine: Any) -> Any:
+    from hybrid_train.checkpoint.megatron import Content
+
+    return Content(engine.chunks, engine.optimizer, engine.groups)
+
+
+def _go_on(engine: Any, batches: Any, run_dir: Path) -> None:
+    losses = [engine.step(batches, tokens_seen=0).loss for _ in range(AFTER)]
+    if dist.get_rank() == 0:
+        (run_dir / "losses.json").write_text(json.dumps(losses))
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return list(json.loads((run_dir / "losses.json").read_text()))
+
+
+def _again(source: str, target: str) -> str:
+    return f"{source} under {target}"
