@@ -1,0 +1,91 @@
+"""Prints the tables of the parity suite; `make parity` runs it.
+
+python -m tests.parity layouts [NAME ...]     every layout against one process
+python -m tests.parity faults                 planted faults and what found them
+python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+
+from tests.parity.draws import describe, draw
+from tests.parity.faults import FAULTS
+from tests.parity.layouts import LAYOUTS
+from tests.parity.suite import Reference
+from tests.parity.verdict import Verdict
+
+
+def main() -> int:
+    """Print the asked tables; return 1 if a case disagrees or a fault stays hidden."""
+    wanted, names = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("all", [])
+    tables: dict[str, Callable[[Sequence[str]], bool]] = {
+        "layouts": _layouts, "faults": _faults, "draw": _draws,
+    }  # fmt: skip
+    if wanted == "all":
+        return int(not all([_layouts([]), _faults([])]))
+    if wanted not in tables:
+        sys.exit(__doc__)
+    return int(not tables[wanted](names))
+
+
+def _layouts(names: Sequence[str]) -> bool:
+    print(_HEADER)
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Reference(folder)
+        loss, norm = (reference.reports[0][name] for name in ("loss", "grad_norm"))
+        print(f"{'one process':26} {1:9} {loss:10.6f} {norm:10.6f}")
+        verdicts = [
+            _show(name, case.processes, reference.compare(case))
+            for name, case in LAYOUTS.items()
+            if not names or name in names
+        ]
+    return all(verdicts)
+
+
+def _draws(seeds: Sequence[str]) -> bool:
+    print(_HEADER)
+    verdicts = []
+    for seed in map(int, seeds):
+        case = draw(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            verdict = Reference(folder, case).compare(case)
+        verdicts.append(_show(f"draw {seed}", case.processes, verdict))
+        print(f"  {describe(case)}")
+    return all(verdicts)
+
+
+def _faults(_: Sequence[str]) -> bool:
+    print(f"{'planted fault':52} {'layout':7} what found it")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Reference(folder)
+        for name, fault in FAULTS.items():
+            problems = reference.compare(LAYOUTS[fault.layout], name).problems
+            hits = [problem for problem in problems if fault.symptom in problem]
+            print(f"{name:52} {fault.layout:7} {hits[0] if hits else 'NOT FOUND'}")
+            found.append(bool(hits))
+    return all(found)
+
+
+_HEADER = (
+    f"{'layout':26} {'processes':>9} {'loss':>10} {'grad norm':>10} {'numbers':>8} "
+    f"{'gradients':>10} {'weights':>8}   worst gradient\n"
+    f"{'':58} {'(ulps)':>8} {'(ulps)':>10} {'(way)':>8}"
+)
+
+
+def _show(name: str, processes: int, verdict: Verdict) -> bool:
+    print(
+        f"{name:26} {processes:9} {verdict.loss:10.6f} {verdict.grad_norm:10.6f} "
+        f"{verdict.number_ulps:8.1f} {verdict.gradient_ulps:10.1f} {verdict.weight_way:8.1e}   "
+        f"{verdict.worst_gradient}",
+        flush=True,
+    )
+    for problem in verdict.problems[:5]:
+        print(f"  {problem}")
+    return not verdict.problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Typical faults of parallel training, planted on purpose: the parity suite must find each.
+
+All are of the kind that real code bases have had: nothing crashes, and the loss falls.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+_NORM = "decoder.layers.0.mixer.in_proj.layer_norm_weight"
+_IN_PROJ = "decoder.layers.0.mixer.in_proj.weight"
+_LATENT = "decoder.layers.1.mlp.fc1_latent_proj.weight"
+_EXPERT = "decoder.layers.1.mlp.experts.linear_fc1.weight0"
+Plant = Callable[[Any, pytest.MonkeyPatch], None]  # (engine, patch)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How to plant a fault into a built engine, where it matters, and what must be noticed."""
+
+    plant: Plant
+    layout: str  # of layouts.LAYOUTS
+    symptom: str  # part of the words of a problem
+
+
+@contextlib.contextmanager
+def planted(name: str | None, engine: Any) -> Iterator[None]:
+    """Run with one fault, or without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            FAULTS[name].plant(engine, patch)
+        yield
+
+
+def _parameter(engine: Any, name: str) -> Any:
+    return dict(engine.chunks[0].module.named_parameters())[name]
+
+
+def _norm_is_not_reduced(engine: Any, _: pytest.MonkeyPatch) -> None:
+    """Take the mark off by which Megatron knows that ranks saw different tokens."""
+    _parameter(engine, _NORM).sequence_parallel = False
+
+
+def _aux_loss_is_not_scaled(_: Any, patch: pytest.MonkeyPatch) -> None:
+    """Leave the factor of the context-parallel size out of the gradient of the balance loss."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    scale = MoEAuxLossAutoScaler.set_loss_scale
+    patch.setattr(MoEAuxLossAutoScaler, "set_loss_scale", lambda value: scale(value / 2))
+
+
+def _mtp_denominator_is_of_the_rank(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    """Divide the MTP losses by the rank's own share of the valid tokens."""
+    objective = engine.objective
+    forward, count = objective.forward, objective.count
+
+    def with_own_totals(model: Any, batch: Any, totals: Tensor) -> Any:
+        own = count([batch]) * (totals[0] / count([batch])[0])
+        return forward(model, batch, torch.cat([totals[:1], own[1:]]))
+
+    patch.setattr(objective, "forward", with_own_totals)
+
+
+def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
+    """Split the rows z, x, B, C, dt of in_proj as if they were one part."""
+    from hybrid_train.model.megatron import mamba_mixers
+
+    mixer = mamba_mixers(engine.chunks[0])[0]
+    weight, tp = _parameter(engine, _IN_PROJ), engine.groups.tp
+    ranks = [torch.empty_like(weight) for _ in range(tp.size())]
+    dist.all_gather(ranks, weight.detach(), group=tp)
+    sizes = [mixer.d_inner_local_tp] * 2 + [mixer.ngroups_local_tp * mixer.d_state] * 2
+    parts = zip(*(rank.split([*sizes, mixer.nheads_local_tp]) for rank in ranks), strict=True)
+    whole = torch.cat([row for part in parts for row in part])
+    weight.data.copy_(whole.chunk(tp.size())[tp.rank()])
+    engine.optimizer.reload_model_params()
+
+
+def _expert_bias_is_not_synchronised(_: Any, patch: pytest.MonkeyPatch) -> None:
+    """Let every rank move its expert biases by its own tokens."""
+    from megatron.core.distributed import finalize_model_grads
+
+    def by_own_tokens(tokens: Tensor, bias: Tensor, rate: float, **_: Any) -> Tensor:
+        return bias + torch.sign(tokens.mean(dim=-1, keepdim=True) - tokens) * rate
+
+    patch.setattr(finalize_model_grads, "get_updated_expert_bias", by_own_tokens)
+
+
+def _counted_twice(name: str) -> Plant:
+    """Double one gradient on its way to the optimizer."""
+
+    def plant(engine: Any, patch: pytest.MonkeyPatch) -> None:
+        reduce = engine.finalizer
+
+        def reduce_and_double(chunks: Any, *args: Any, **kwargs: Any) -> None:
+            parameter = dict(chunks[0].module.named_parameters()).get(name)
+            if parameter is not None:
+                parameter.main_grad *= 2
+            reduce(chunks, *args, **kwargs)
+
+        patch.setattr(engine.chunks[0].config, "finalize_model_grads_func", reduce_and_double)
+
+    return plant
+
+
+FAULTS = {
+    "sequence-parallel norm without its all-reduce": Fault(_norm_is_not_reduced, "TP2", _NORM),
+    "balance loss without the context-parallel factor": Fault(
+        _aux_loss_is_not_scaled, "CP2", "gradient of decoder.layers.1.mlp.router.weight"
+    ),
+    "MTP denominator of one rank": Fault(_mtp_denominator_is_of_the_rank, "DP2", "gradient of mtp"),
+    "in_proj split in one piece": Fault(_in_proj_is_split_in_one_piece, "TP2", "loss of step 1"),
+    "expert bias of one rank": Fault(
+        _expert_bias_is_not_synchronised, "DP2", "copies of decoder.layers.1.mlp.router.expert_bias"
+    ),
+    "norm counted twice": Fault(_counted_twice(_NORM), "TP2", _NORM),
+    "expert counted twice": Fault(_counted_twice(_EXPERT), "EP2", "experts.linear_fc1.weight"),
+    "latent projection counted twice": Fault(_counted_twice(_LATENT), "TP2", _LATENT),
+}

@@ -1,0 +1,38 @@
+"""The layouts of the parity table."""
+
+from hybrid_train.config.schema.parallel import Parallel
+from tests.parity.case import Case, case_of
+
+_TWO_STAGES = "MEM*M|-E*/*E/*E"
+_FOUR_STAGES = "M|EM*|M-E|*/*E/*E"  # one layer, three, three, one and the MTP depths
+
+LAYOUTS: dict[str, Case] = {
+    "TP2": case_of(Parallel(tensor=2)),
+    "TP4": case_of(Parallel(tensor=4)),
+    "PP2": case_of(Parallel(pipeline=2), _TWO_STAGES),
+    "PP4 uneven": case_of(Parallel(pipeline=4), _FOUR_STAGES),
+    "VPP2 x PP2": case_of(Parallel(pipeline=2, virtual_pipeline=2), _FOUR_STAGES),
+    "EP2": case_of(Parallel(expert=2)),
+    "EP4": case_of(Parallel(expert=4)),
+    "ETP2": case_of(Parallel(expert_tensor=2)),
+    "TP2, ETP1": case_of(Parallel(tensor=2, expert_tensor=1)),
+    "CP2": case_of(Parallel(context=2)),
+    "CP4": case_of(Parallel(context=4)),
+    "DP2": case_of(Parallel(), data=2),
+    "DP4": case_of(Parallel(), data=4),
+    "DP2, whole optimizer": case_of(Parallel(distributed_optimizer=False), data=2),
+    "DP2, overlapped": case_of(
+        Parallel(overlap_grad_reduce=True, overlap_param_gather=True), data=2
+    ),
+    "TP2 x PP2": case_of(Parallel(tensor=2, pipeline=2), _TWO_STAGES),
+    "TP2 x CP2": case_of(Parallel(tensor=2, context=2)),
+    "EP2 x CP2": case_of(Parallel(expert=2, context=2)),
+    "TP2 x EP2": case_of(Parallel(tensor=2, expert=2), data=2),
+    "TP2 x EP2 x DP2, ETP1": case_of(Parallel(tensor=2, expert=2, expert_tensor=1), data=2),
+    "PP2 x EP2 x DP2": case_of(Parallel(pipeline=2, expert=2), _TWO_STAGES, data=2),
+    "TP2 x CP2 x PP2": case_of(Parallel(tensor=2, context=2, pipeline=2), _TWO_STAGES),
+    "TP2 x EP2 x PP2": case_of(Parallel(tensor=2, expert=2, pipeline=2), _TWO_STAGES, data=2),
+    "VPP2 x PP2 x TP2 x DP2": case_of(
+        Parallel(pipeline=2, virtual_pipeline=2, tensor=2), _FOUR_STAGES, data=2
+    ),
+}

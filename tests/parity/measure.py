@@ -1,0 +1,132 @@
+"""Steps of a case on the processes it needs, compared with those of one process.
+
+The error of a part of a tensor is the root mean square of its difference. That of a gradient is
+given in ulps: float32's spacing at the root mean square of the whole gradient.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_train.data.batch import Batch
+from tests.parity.case import STEPS, Case, rows_of
+from tests.tiny import VOCAB, microbatches, tiny_engine
+
+EPSILON = torch.finfo(torch.float32).eps
+START, REFERENCE = "start", "reference.pt"
+
+
+@dataclass
+class Outcome:
+    """What a rank computed: the numbers of every step, and its errors against the reference."""
+
+    reports: list[dict[str, float]]
+    gradients: dict[str, float] = field(default_factory=dict)  # ulps, of the first step
+    weights: dict[str, float] = field(default_factory=dict)  # after the last step
+    copies: dict[str, str] = field(default_factory=dict)  # part of a weight -> digest of its bits
+
+
+def write_reference(case: Case, folder: str) -> list[dict[str, float]]:
+    """Write a checkpoint, then take steps on one process; write gradients and last weights.
+
+    Returns:
+        The numbers of every step.
+    """
+    from hybrid_train.checkpoint.megatron import Content, write
+    from tests.parity import shards
+
+    with _engine(case) as engine:
+        Path(folder, START).mkdir()
+        write(Path(folder, START), Content(engine.chunks, engine.optimizer, engine.groups))
+        batches = _batches(case, engine)
+        first = _numbers(engine.step(batches, tokens_seen=0))
+        gradients = shards.assemble(shards.gradients(engine.chunks))
+        reports = [first, *(_numbers(engine.step(batches, tokens_seen=0)) for _ in range(1, STEPS))]
+        weights = shards.assemble(shards.weights(engine.chunks))
+        torch.save({"gradients": gradients, "weights": weights}, Path(folder, REFERENCE))
+    return reports
+
+
+def measure(case: Case, folder: str, fault: str | None = None) -> Outcome:
+    """Load the checkpoint of the reference, take the same steps on this rank, and compare.
+
+    Args:
+        case: what to run.
+        folder: where `write_reference` wrote.
+        fault: name of a fault to plant, for the test that it is found.
+    """
+    from hybrid_train.checkpoint.megatron import read_weights
+    from tests.parity import faults
+
+    reference = torch.load(Path(folder, REFERENCE), mmap=True)
+    with _engine(case) as engine:
+        read_weights(Path(folder, START), engine.chunks, engine.groups)
+        engine.optimizer.reload_model_params()
+        with faults.planted(fault, engine):
+            return _compared(engine, case, reference)
+
+
+def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) -> Outcome:
+    from tests.parity import shards
+
+    batches = _batches(case, engine)
+    outcome = Outcome([_numbers(engine.step(batches, tokens_seen=0))])
+    outcome.gradients = _errors(shards.gradients(engine.chunks), reference["gradients"], True)
+    for _ in range(1, STEPS):
+        outcome.reports.append(_numbers(engine.step(batches, tokens_seen=0)))
+    held = list(shards.weights(engine.chunks))
+    outcome.weights = _errors(held, reference["weights"])
+    outcome.copies = {f"{s.key} at {s.place}": _digest(s.value) for s in held}
+    return outcome
+
+
+@contextlib.contextmanager
+def _engine(case: Case) -> Iterator[Any]:
+    from hybrid_train.parallel.groups import build_groups, destroy_groups
+    from hybrid_train.runtime.seeds import start_tracker
+
+    groups = build_groups(case.job.parallel, timeout_s=60)
+    try:
+        start_tracker()
+        yield tiny_engine(case.job, groups)
+    finally:
+        destroy_groups()
+
+
+def _batches(case: Case, engine: Any) -> Iterator[Batch]:
+    """Deal the microbatches of the whole step out to the data-parallel ranks in turn."""
+    size, rank = engine.groups.dp.size(), engine.groups.dp.rank()
+    microbatch = case.job.train.microbatch
+    rows, mask = (part.split(microbatch)[rank::size] for part in rows_of(case.job, VOCAB))
+    return microbatches(torch.cat(rows), microbatch, torch.cat(mask))
+
+
+def _numbers(report: Any) -> dict[str, float]:
+    return {"loss": report.loss, "grad_norm": report.grad_norm, **report.metrics}
+
+
+def _errors(
+    shards: Iterable[Any], whole: dict[str, Tensor], in_ulps: bool = False
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for shard in shards:
+        reference = whole[shard.key]
+        error = _size(shard.value - reference[shard.place])
+        if in_ulps and error > 0:
+            error /= max(EPSILON * _size(reference), torch.finfo(torch.float64).tiny)
+        found[shard.key] = max(found.get(shard.key, 0.0), error)
+    return found
+
+
+def _size(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).hexdigest()

@@ -1,0 +1,103 @@
+"""Whether a case agrees with one process, within what the order of float32 sums can do.
+
+Where a tolerance comes from. Every layout adds the same float32 terms in another order. Rounding a
+sum of K terms is a walk of K steps of half an ulp, sqrt(K) / 2 ulps; through L products one after
+the other the walks add up likewise, sqrt(L * K) / 2.
+
+- Losses: means over the 128 tokens of a step of what went through about 20 sums of at most 164
+  terms; the mean averages the errors of single tokens out: sqrt(20 * 164) / 2, about 30 ulps for
+  one token, are the bound for all.
+- Gradients: forward and backward, about 20 sums; the longest is that of a decay rate (A_log), over
+  128 tokens x 8 channels x 8 states: sqrt(20 * 8192) / 2, about 200 ulps. The largest found is 60.
+- Weights after three steps: Adam's update is the rate times a quotient that inherits the gradient's
+  error, some 1e-5 of the rate; but an element whose gradient is nothing but rounding may go
+  anywhere within its three steps. A hundredth of the way that all elements can go leaves room for
+  one such element in ten thousand, and none for a tensor that goes elsewhere.
+
+A gradient counted twice is off by 8 million ulps. Copies of one weight on several ranks must agree
+to the bit: they may never drift apart.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tests.parity.case import RATE, STEPS
+from tests.parity.measure import EPSILON, Outcome
+
+NUMBER_ULPS = 30
+GRADIENT_ULPS = 200
+WEIGHT_WAY = 0.01 * STEPS * RATE
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest deviations of a case, and in words what is beyond its tolerance."""
+
+    loss: float
+    grad_norm: float
+    number_ulps: float
+    gradient_ulps: float
+    worst_gradient: str
+    weight_way: float  # share of the way that weights can go in the steps taken
+    problems: list[str]
+
+
+def judge(outcomes: Sequence[Outcome], reference: Sequence[dict[str, float]]) -> Verdict:
+    """Compare what every rank computed with the numbers of one process."""
+    gradients = _largest(outcome.gradients for outcome in outcomes)
+    weights = _largest(outcome.weights for outcome in outcomes)
+    numbers = {
+        f"{name} of step {step + 1}": _ulps(found[name], expected[name])
+        for outcome in outcomes
+        for step, (found, expected) in enumerate(zip(outcome.reports, reference, strict=True))
+        for name in expected
+    }
+    problems = [
+        *_beyond(numbers, NUMBER_ULPS, "ulps"),
+        *_beyond({f"gradient of {k}": v for k, v in gradients.items()}, GRADIENT_ULPS, "ulps"),
+        *_beyond({f"weight {k}": v for k, v in weights.items()}, WEIGHT_WAY, "(root mean square)"),
+        *_drifted(outcomes),
+    ]
+    if any(outcome.reports != outcomes[0].reports for outcome in outcomes):
+        problems.append("ranks report different numbers")
+    worst = max(gradients, key=gradients.__getitem__)
+    first = outcomes[0].reports[0]
+    return Verdict(
+        loss=first["loss"],
+        grad_norm=first["grad_norm"],
+        number_ulps=max(numbers.values()),
+        gradient_ulps=gradients[worst],
+        worst_gradient=worst,
+        weight_way=max(weights.values()) / (STEPS * RATE),
+        problems=problems,
+    )
+
+
+def _ulps(found: float, expected: float) -> float:
+    return abs(found - expected) / (EPSILON * abs(expected)) if found != expected else 0.0
+
+
+def _largest(deviations: Iterator[dict[str, float]]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for of_rank in deviations:
+        for key, value in of_rank.items():
+            largest[key] = max(largest.get(key, 0.0), value)
+    return largest
+
+
+def _beyond(deviations: dict[str, float], tolerance: float, unit: str) -> Iterator[str]:
+    for name, value in sorted(deviations.items(), key=lambda item: -item[1]):
+        if not value <= tolerance:  # NaN is beyond, too
+            yield f"{name} is off by {value:.3g} {unit}; {tolerance:.3g} are allowed"
+
+
+def _drifted(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yield the weights of which two ranks hold different copies of one part."""
+    seen: dict[str, str] = {}
+    drifted = set()
+    for outcome in outcomes:
+        for part, digest in outcome.copies.items():
+            if seen.setdefault(part, digest) != digest:
+                drifted.add(part)
+    for part in sorted(drifted):
+        yield f"ranks hold different copies of {part}"
