@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
-from pathlib import Path
 
 from hybrid_train.config import degrees
 from hybrid_train.config.check_files import FILE_RULES, generation_problems
@@ -191,19 +190,6 @@ def _context_splits_mamba(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.context", plan.context, rule)
 
 
-def _context_needs_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
-    if job.parallel.context > 1 and _pattern(job).count("*") and not _may_have_gpu(job):
-        rule = "attention split along the sequence runs on a GPU only so far"
-        yield Problem("parallel.context", job.parallel.context, rule, 1)
-
-
-def _may_have_gpu(job: TrainJob) -> bool:
-    """Tell whether the run may be on a GPU, as far as can be seen without torch."""
-    if job.runtime.device is Device.auto:
-        return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
-    return job.runtime.device is Device.cuda
-
-
 def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
     plan, sizes = job.parallel, job.model.moe
     if not _pattern(job).count("E"):
@@ -340,7 +326,6 @@ RULES: tuple[Rule, ...] = (
     _query_heads_share_kv_heads,
     _mamba_heads_share_groups,
     _context_splits_mamba,
-    _context_needs_a_gpu,
     _experts_are_split,
     _sequence_parallel_fits,
     _sequence_is_split_evenly,

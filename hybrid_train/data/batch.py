@@ -3,10 +3,13 @@
 Dimensions: B sequences of a microbatch, L sequence length in tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from hybrid_train.ops.context import own_pieces
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`."""
-        return Batch(
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-        )
+        return self._map(lambda field: field.to(device, non_blocking=True))
+
+    def part_of(self, rank: int, size: int) -> "Batch":
+        """Return what one of `size` context-parallel ranks holds of each sequence, [B, L / size].
+
+        Raises:
+            ValueError: if the sequences do not split; see `ops.context`.
+        """
+        return self._map(lambda field: own_pieces(field, rank, size, dim=1))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -24,8 +25,10 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
+from hybrid_train.ops.attention import causal_attention, split_causal_attention
+from hybrid_train.ops.context import in_order
 from hybrid_train.ops.experts import expert_mlp
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
 
@@ -243,27 +246,31 @@ class Experts(MegatronModule):
 
 
 class Attention(MegatronModule):
-    """Causal softmax attention with grouped queries; stands for TEDotProductAttention."""
+    """Causal softmax attention with grouped queries; stands for TEDotProductAttention.
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    Under context parallelism the keys and values of all ranks are gathered; in the backward pass
+    their gradients are summed and dealt out again.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **_: Any
+    ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "context parallel attention needs other kernels"
+        self.context_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attend: query [S, B, heads, D], key and value [S', B, kv_heads, D] -> [S, B, heads*D].
 
         The last query stands at the last key, as in cached decoding.
         """
-        queries, keys = query.shape[0], key.shape[0]
-        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        mask = None
-        if 1 < queries < keys:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-            mask = ones.tril(diagonal=keys - queries)
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=q.shape[1] != k.shape[1]
+        group = self.context_group
+        if group.size() == 1:
+            return causal_attention(query, key, value)
+        key, value = (
+            in_order(gather_from_sequence_parallel_region(part, group=group), group.size(), dim=0)
+            for part in (key, value)
         )
-        return out.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
+        return split_causal_attention(query, key, value, group.rank(), group.size())
 
 
 def _sharded(

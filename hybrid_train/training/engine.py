@@ -79,7 +79,7 @@ class Engine:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            microbatches = [batch.to(self.device) for batch in batches]
+            microbatches = [self._own(batch) for batch in batches]
             sums, totals = self._run(self._filled_up(microbatches), forward_only=True)
         for chunk in self.chunks:
             chunk.train()
@@ -93,7 +93,11 @@ class Engine:
 
     def _take(self, batches: Iterator[Batch]) -> list[Batch]:
         count = self.sequences_per_step // (self.microbatch * self.groups.dp.size())
-        return [batch.to(self.device) for batch in islice(batches, count)]
+        return [self._own(batch) for batch in islice(batches, count)]
+
+    def _own(self, batch: Batch) -> Batch:
+        """Return what this process sees of a microbatch of its data-parallel rank."""
+        return batch.part_of(self.groups.cp.rank(), self.groups.cp.size()).to(self.device)
 
     def _filled_up(self, microbatches: list[Batch]) -> list[Batch]:
         """Add microbatches without labels until an interleaved schedule takes them.

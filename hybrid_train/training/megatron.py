@@ -108,6 +108,18 @@ def zero_gradients(chunks: Chunks) -> None:
         chunk.zero_grad_buffer()
 
 
+def complete_parameters(chunks: Chunks) -> None:
+    """Gather the parameters that other data-parallel ranks have updated; every process calls this.
+
+    With `overlap_param_gather` each rank has only its own updates until the next forward pass, so
+    whoever reads the weights between two steps has to ask for the rest.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            with torch.no_grad():
+                chunk.start_param_sync(force_sync=True)
+
+
 def non_finite_gradients(chunks: Chunks) -> list[str]:
     """Name the parameters of this process whose gradient is not finite, in order of the model."""
     return [

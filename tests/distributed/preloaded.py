@@ -3,6 +3,7 @@
 Nothing here may compute in parallel: a fork does not take the threads along.
 """
 
+import logging
 import warnings
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from hybrid_train.runtime import cpu
 
 warnings.simplefilter("ignore")  # Megatron's, of its own defaults; nobody reads them in a rank
+logging.getLogger("megatron").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # the ranks share the cores of one machine
 cpu.install()
 

@@ -4,6 +4,7 @@ All are of the kind that real code bases have had: nothing crashes, and the loss
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,12 +85,13 @@ def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
 
 def _expert_bias_is_not_synchronised(_: Any, patch: pytest.MonkeyPatch) -> None:
     """Let every rank move its expert biases by its own tokens."""
-    from megatron.core.distributed import finalize_model_grads
+    # The package has a function of the same name.
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
 
     def by_own_tokens(tokens: Tensor, bias: Tensor, rate: float, **_: Any) -> Tensor:
         return bias + torch.sign(tokens.mean(dim=-1, keepdim=True) - tokens) * rate
 
-    patch.setattr(finalize_model_grads, "get_updated_expert_bias", by_own_tokens)
+    patch.setattr(module, "get_updated_expert_bias", by_own_tokens)
 
 
 def _counted_twice(name: str) -> Plant:

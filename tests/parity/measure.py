@@ -73,6 +73,7 @@ def measure(case: Case, folder: str, fault: str | None = None) -> Outcome:
 
 
 def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) -> Outcome:
+    from hybrid_train.training.megatron import complete_parameters
     from tests.parity import shards
 
     batches = _batches(case, engine)
@@ -80,6 +81,7 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
     outcome.gradients = _errors(shards.gradients(engine.chunks), reference["gradients"], True)
     for _ in range(1, STEPS):
         outcome.reports.append(_numbers(engine.step(batches, tokens_seen=0)))
+    complete_parameters(engine.chunks)
     held = list(shards.weights(engine.chunks))
     outcome.weights = _errors(held, reference["weights"])
     outcome.copies = {f"{s.key} at {s.place}": _digest(s.value) for s in held}

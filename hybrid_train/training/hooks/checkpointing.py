@@ -10,6 +10,7 @@ from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
@@ -19,7 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 def content_of(engine: Engine) -> Content:
-    """Name what a checkpoint of this run holds."""
+    """Name what a checkpoint of this run holds, and complete it; every process calls this."""
+    megatron.complete_parameters(engine.chunks)
     return Content(engine.chunks, engine.optimizer, engine.groups)
 
 

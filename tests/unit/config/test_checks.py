@@ -57,7 +57,6 @@ CASES = [
         "mamba.groups / tensor (6)",
         2,
     ),
-    ("parallel.context=2", 2, "parallel.context", "runs on a GPU only", 1),
     ("parallel.expert=3", 3, "parallel.expert", "moe.experts (4)", 1),
     ("parallel.expert=2 model.pattern=M-", 2, "parallel.expert", "no expert layers", 1),
     ("parallel.expert_tensor=3", 3, "parallel.expert_tensor", "moe.intermediate_size", 1),

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.tiny import MEGATRON_WARNINGS, tiny_job, tiny_model
 
@@ -16,32 +15,6 @@ def config(groups: Any) -> Any:
     from hybrid_train.model.translate import transformer_config
 
     return transformer_config(tiny_job("*E"), on_gpu=False)
-
-
-def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax over the keys up to the query's own, one query, head and sequence at a time."""
-    length, batch, heads, width = q.shape
-    out = torch.zeros(length, batch, heads, width)
-    for t in range(length):
-        seen = len(k) - length + t + 1  # the last query stands at the last key
-        for b in range(batch):
-            for head in range(heads):
-                group = head // (heads // k.shape[2])
-                scores = k[:seen, b, group] @ q[t, b, head] / width**0.5
-                out[t, b, head] = scores.softmax(dim=0) @ v[:seen, b, group]
-    return out.flatten(2)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (1, 7), (3, 7)])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_equals_a_naive_softmax(
-    config: Any, queries: int, keys: int, kv_heads: int
-) -> None:
-    from hybrid_train.model.plain import Attention
-
-    q = torch.randn(queries, 2, 4, 8)
-    k, v = torch.randn(keys, 2, kv_heads, 8), torch.randn(keys, 2, kv_heads, 8)
-    torch.testing.assert_close(Attention(config)(q, k, v, None), naive_attention(q, k, v))
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [9, 0, 0, 0]])

@@ -1,0 +1,31 @@
+"""How a sequence is split over the ranks of context parallelism: one early and one late piece each.
+
+A sequence of length L is cut into 2 * P pieces; rank r of P holds the pieces r and 2P - 1 - r, so
+that causal attention is the same work for every rank.
+
+Source: megatron-core 0.19.2, utils.py, get_batch_on_this_cp_rank.
+"""
+
+import torch
+from torch import Tensor
+
+
+def own_pieces(whole: Tensor, rank: int, size: int, *, dim: int) -> Tensor:
+    """Return the two pieces of a rank, one behind the other: length L -> L / size along `dim`.
+
+    Raises:
+        ValueError: if the length is no multiple of 2 * size.
+    """
+    if size == 1:
+        return whole
+    length = whole.shape[dim]
+    if length % (2 * size):
+        raise ValueError(f"a sequence of {length} does not split into {2 * size} pieces")
+    pieces = whole.chunk(2 * size, dim)
+    return torch.cat([pieces[rank], pieces[-1 - rank]], dim)
+
+
+def in_order(gathered: Tensor, size: int, *, dim: int) -> Tensor:
+    """Put the pieces of all ranks, gathered rank after rank, into the order of the sequence."""
+    pieces = gathered.chunk(2 * size, dim)
+    return torch.cat([*pieces[0::2], *reversed(pieces[1::2])], dim)
