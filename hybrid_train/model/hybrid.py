@@ -22,6 +22,16 @@ class Hybrid(HybridModel):
     the output, every depth gets the denominator of the whole step from the objective.
     """
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.share_embeddings_and_output_weights and self.mtp_process:
+            # Behind the first pipeline stage core 0.19.2 allocates a head that nothing reads and
+            # that its own checkpoints refuse (hybrid_model.py 322, language_module.py 497).
+            self.output_layer.weight = None
+            # What head and embedding add to one weight meets in its ordinary gradient; without the
+            # mark, which core sets on a single stage only, that of the embedding is lost.
+            self.embedding.word_embeddings.weight.zero_out_wgrad = True
+
     def forward(
         self,
         input_ids: Tensor,

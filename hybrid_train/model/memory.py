@@ -71,7 +71,7 @@ def held(
     if not last:
         return found
     found += Held(model.hidden_size)
-    if not (model.tie_embeddings and first):
+    if not (model.tie_embeddings and (first or pattern.mtp)):
         found += matrix
     if pattern.mtp:
         found += _mtp(model, parallel)

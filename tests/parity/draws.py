@@ -27,7 +27,8 @@ def describe(case: Case) -> str:
     job, default = case.job, Parallel()
     plan = {k: v for k, v in vars(job.parallel).items() if v != getattr(default, k)}
     split = ", ".join(f"{name}={value}" for name, value in plan.items()) or "data parallel"
-    return f"{case.processes} processes, {split}, {job.model.pattern}"
+    tied = ", tied" if job.model.tie_embeddings else ""
+    return f"{case.processes} processes, {split}, {job.model.pattern}{tied}"
 
 
 def _any_case(rng: random.Random) -> Case:
