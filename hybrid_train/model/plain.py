@@ -142,7 +142,8 @@ class DuplicatedLinear(torch.nn.Module):
 class GroupedLinear(torch.nn.Module):
     """The same linear of every local expert, as weight0, weight1, ...; stands for TEGroupedLinear.
 
-    Holds the weights only; `Experts` multiplies.
+    Holds the weights only; `Experts` multiplies. It asks for them by calling the module, since
+    Megatron waits in a hook of that call for weights that are still on their way to this rank.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class GroupedLinear(torch.nn.Module):
             weight.allreduce = not own_groups  # type: ignore[attr-defined]
             self.register_parameter(f"weight{expert}", weight)
 
-    def weights(self) -> list[Tensor]:
+    def forward(self) -> list[Tensor]:
         """Return the weight of each local expert."""
         return [getattr(self, f"weight{expert}") for expert in range(self.num_experts)]
 
@@ -185,7 +186,7 @@ class GroupedLinear(torch.nn.Module):
         total = self.groups.ep.size() * self.num_experts
         first = self.groups.ep.rank() * self.num_experts
         sharded: dict[str, Any] = {}
-        for expert, weight in enumerate(self.weights()):
+        for expert, weight in enumerate(self.forward()):
             offsets = (*sharded_offsets, (len(sharded_offsets), first + expert, total))
             one = make_sharded_tensors_for_checkpoint(
                 {"weight": weight},
@@ -222,7 +223,7 @@ class Experts(MegatronModule):
     ) -> tuple[Tensor, None]:
         """Run tokens [T, H], sorted by expert, each through its own; probs [T] weigh them."""
         counts = tokens_per_expert.tolist()
-        up, down = self.linear_fc1.weights(), self.linear_fc2.weights()
+        up, down = self.linear_fc1(), self.linear_fc2()
         return expert_mlp(tokens, up, down, counts, probs), None
 
     def backward_dw(self) -> None:
