@@ -102,12 +102,12 @@ def batch_of(rows: Tensor, mask: Tensor | None = None) -> Batch:
     """One microbatch of these rows; every label counts unless `mask` says otherwise."""
     tokens, labels = rows[:, :-1], rows[:, 1:]
     mask = torch.ones(tokens.shape) if mask is None else mask
-    return Batch(tokens, labels, mask, torch.arange(LENGTH).expand_as(tokens))
+    return Batch(tokens, labels, mask, torch.arange(tokens.shape[1]).expand_as(tokens))
 
 
 def microbatches(rows: Tensor, size: int, mask: Tensor | None = None) -> Iterator[Batch]:
     """The rows in microbatches of `size`, again and again."""
-    mask = torch.ones(len(rows), LENGTH) if mask is None else mask
+    mask = torch.ones(rows[:, 1:].shape) if mask is None else mask
     while True:
         for part, part_mask in zip(rows.split(size), mask.split(size), strict=True):
             yield batch_of(part, part_mask)

@@ -7,7 +7,6 @@ when one is done: starting them anew for every test would take longer than the t
 import atexit
 import contextlib
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -47,17 +46,23 @@ def run_distributed(function: Callable[..., Any], num_processes: int, *args: Any
 
 @dataclass
 class _Pool:
-    """Processes that wait for functions; their outcomes arrive in one queue, in causal order."""
+    """Processes that wait for functions; their outcomes arrive in one queue, in causal order.
+
+    They meet in a store that this process serves: a port that was looked up and freed again could
+    be somebody else's by the time a rank binds it.
+    """
 
     processes: list[BaseProcess] = field(default_factory=list)
     pipes: list[Connection] = field(default_factory=list)
     outcomes: Any = None
+    store: Any = None
+    runs: int = 0
 
     def run(self, function: Callable[..., Any], size: int, args: tuple[Any, ...]) -> list[Any]:
         self._grow(size)
-        port = _free_port()
+        self.runs += 1
         for rank, pipe in enumerate(self.pipes[:size]):
-            pipe.send((function, rank, size, port, args))
+            pipe.send((function, rank, size, (self.store.port, str(self.runs)), args))
         try:
             return self._wait(size)
         except BaseException:
@@ -85,7 +90,10 @@ class _Pool:
 
     def _grow(self, size: int) -> None:
         if self.outcomes is None:
+            from torch.distributed import TCPStore
+
             self.outcomes = _FORKED.SimpleQueue()
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self.processes) < size:
             here, there = _FORKED.Pipe()
             process = _FORKED.Process(target=_serve, args=(there, self.outcomes), daemon=True)
@@ -99,7 +107,7 @@ class _Pool:
             process.kill()
         for process in self.processes:
             process.join()
-        self.processes, self.pipes, self.outcomes = [], [], None
+        self.processes, self.pipes, self.outcomes, self.store = [], [], None, None
 
 
 _POOL = _Pool()
@@ -110,9 +118,9 @@ def _serve(pipe: Connection, outcomes: Any) -> None:
     """Run one function after the other until the parent is gone."""
     with contextlib.suppress(EOFError):
         while True:
-            function, rank, size, port, args = pipe.recv()
+            function, rank, size, meeting, args = pipe.recv()
             try:
-                value = _run_rank(function, rank, size, port, args)
+                value = _run_rank(function, rank, size, meeting, args)
             except BaseException:
                 failure = f"rank {rank}:\n{traceback.format_exc()[-30_000:]}"
                 outcomes.put((rank, failure, None))
@@ -122,28 +130,26 @@ def _serve(pipe: Connection, outcomes: Any) -> None:
 
 
 def _run_rank(
-    function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    meeting: tuple[int, str],  # port and prefix of the store
+    args: tuple[Any, ...],
 ) -> Any:
     from torch import distributed as dist
 
     # As torchrun sets them, so that the tested code finds what it finds there.
     os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),
         LOCAL_WORLD_SIZE=str(size),
     )
-    dist.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    port, prefix = meeting
+    store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, timeout=timeout))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     value = function(*args)
     dist.barrier()
     dist.destroy_process_group()
     return value
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
