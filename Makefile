@@ -18,7 +18,7 @@ PYTHON_MISSING = Python 3.12 with its venv module is needed and was not found; \
   install it (Debian and Ubuntu: python3.12-venv) or name it with "make PYTHON=/path/to/python3.12".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format bench clean
+.PHONY: help setup train test lint format parity bench clean
 
 help: ## list the targets
 	@echo 'make TARGET'
@@ -48,6 +48,9 @@ lint: $(VENV)/installed-dev ## style, import layers, types, size limits, shell s
 format: $(VENV)/installed-dev ## put the code into its standard form
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+parity: $(VENV)/installed-dev ## compare every parallel layout with one process; plant faults
+	$(VENV)/bin/python -m tests.parity $(ARGS)
 
 bench: $(VENV)/installed-dev ## time a training step against transformers
 	$(VENV)/bin/python tests/benchmarks/train_step.py $(ARGS)

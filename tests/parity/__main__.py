@@ -8,11 +8,12 @@ python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
 from tests.parity.layouts import LAYOUTS
-from tests.parity.suite import Reference
+from tests.parity.suite import Suite
 from tests.parity.verdict import Verdict
 
 
@@ -32,11 +33,11 @@ def main() -> int:
 def _layouts(names: Sequence[str]) -> bool:
     print(_HEADER)
     with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(folder)
-        loss, norm = (reference.reports[0][name] for name in ("loss", "grad_norm"))
-        print(f"{'one process':26} {1:9} {loss:10.6f} {norm:10.6f}")
+        suite = Suite(Path(folder))
+        report = suite.reference(next(iter(LAYOUTS.values())))[0]
+        print(f"{'one process':26} {1:9} {report['loss']:10.6f} {report['grad_norm']:10.6f}")
         verdicts = [
-            _show(name, case.processes, reference.compare(case))
+            _show(name, case.processes, suite.compare(case))
             for name, case in LAYOUTS.items()
             if not names or name in names
         ]
@@ -46,25 +47,24 @@ def _layouts(names: Sequence[str]) -> bool:
 def _draws(seeds: Sequence[str]) -> bool:
     print(_HEADER)
     verdicts = []
-    for seed in map(int, seeds):
-        case = draw(seed)
-        with tempfile.TemporaryDirectory() as folder:
-            verdict = Reference(folder, case).compare(case)
-        verdicts.append(_show(f"draw {seed}", case.processes, verdict))
-        print(f"  {describe(case)}")
+    with tempfile.TemporaryDirectory() as folder:
+        suite = Suite(Path(folder))
+        for seed in map(int, seeds):
+            case = draw(seed)
+            verdicts.append(_show(f"draw {seed}", case.processes, suite.compare(case)))
+            print(f"  {describe(case)}")
     return all(verdicts)
 
 
 def _faults(_: Sequence[str]) -> bool:
-    print(f"{'planted fault':52} {'layout':7} what found it")
+    print(f"{'planted fault':52} {'layout':10} what found it")
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(folder)
+        suite = Suite(Path(folder))
         for name, fault in FAULTS.items():
-            problems = reference.compare(LAYOUTS[fault.layout], name).problems
-            hits = [problem for problem in problems if fault.symptom in problem]
-            print(f"{name:52} {fault.layout:7} {hits[0] if hits else 'NOT FOUND'}")
-            found.append(bool(hits))
+            hit = fault.noticed(suite.compare(LAYOUTS[fault.layout], name).problems)
+            print(f"{name:52} {fault.layout:10} {hit or 'NOT FOUND'}", flush=True)
+            found.append(hit is not None)
     return all(found)
 
 

@@ -5,7 +5,7 @@ All are of the kind that real code bases have had: nothing crashes, and the loss
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ class Fault:
     plant: Plant
     layout: str  # of layouts.LAYOUTS
     symptom: str  # part of the words of a problem
+
+    def noticed(self, problems: Sequence[str]) -> str | None:
+        """Return the problem that gives it away."""
+        return next((problem for problem in problems if self.symptom in problem), None)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,12 @@ from hybrid_train.config.schema.parallel import Parallel
 from tests.parity.case import Case, case_of
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
+_DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
 _FOUR_STAGES = "M|EM*|M-E|*/*E/*E"  # one layer, three, three, one and the MTP depths
 
 LAYOUTS: dict[str, Case] = {
     "TP2": case_of(Parallel(tensor=2)),
+    "TP2, whole sequences": case_of(Parallel(tensor=2, sequence=False), _DENSE),
     "TP4": case_of(Parallel(tensor=4)),
     "PP2": case_of(Parallel(pipeline=2), _TWO_STAGES),
     "PP4 uneven": case_of(Parallel(pipeline=4), _FOUR_STAGES),

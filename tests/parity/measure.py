@@ -32,7 +32,7 @@ class Outcome:
     copies: dict[str, str] = field(default_factory=dict)  # part of a weight -> digest of its bits
 
 
-def write_reference(case: Case, folder: str) -> list[dict[str, float]]:
+def write_reference(case: Case, folder: Path) -> list[dict[str, float]]:
     """Write a checkpoint, then take steps on one process; write gradients and last weights.
 
     Returns:
@@ -42,18 +42,18 @@ def write_reference(case: Case, folder: str) -> list[dict[str, float]]:
     from tests.parity import shards
 
     with _engine(case) as engine:
-        Path(folder, START).mkdir()
-        write(Path(folder, START), Content(engine.chunks, engine.optimizer, engine.groups))
+        (folder / START).mkdir()
+        write(folder / START, Content(engine.chunks, engine.optimizer, engine.groups))
         batches = _batches(case, engine)
         first = _numbers(engine.step(batches, tokens_seen=0))
         gradients = shards.assemble(shards.gradients(engine.chunks))
         reports = [first, *(_numbers(engine.step(batches, tokens_seen=0)) for _ in range(1, STEPS))]
         weights = shards.assemble(shards.weights(engine.chunks))
-        torch.save({"gradients": gradients, "weights": weights}, Path(folder, REFERENCE))
+        torch.save({"gradients": gradients, "weights": weights}, folder / REFERENCE)
     return reports
 
 
-def measure(case: Case, folder: str, fault: str | None = None) -> Outcome:
+def measure(case: Case, folder: Path, fault: str | None = None) -> Outcome:
     """Load the checkpoint of the reference, take the same steps on this rank, and compare.
 
     Args:
@@ -64,9 +64,9 @@ def measure(case: Case, folder: str, fault: str | None = None) -> Outcome:
     from hybrid_train.checkpoint.megatron import read_weights
     from tests.parity import faults
 
-    reference = torch.load(Path(folder, REFERENCE), mmap=True)
+    reference = torch.load(folder / REFERENCE, mmap=True)
     with _engine(case) as engine:
-        read_weights(Path(folder, START), engine.chunks, engine.groups)
+        read_weights(folder / START, engine.chunks, engine.groups)
         engine.optimizer.reload_model_params()
         with faults.planted(fault, engine):
             return _compared(engine, case, reference)
@@ -84,7 +84,9 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
     complete_parameters(engine.chunks)
     held = list(shards.weights(engine.chunks))
     outcome.weights = _errors(held, reference["weights"])
-    outcome.copies = {f"{s.key} at {s.place}": _digest(s.value) for s in held}
+    outcome.copies = {
+        f"{s.key} at {s.place}": digest(s.value.contiguous().numpy().tobytes()) for s in held
+    }
     return outcome
 
 
@@ -130,5 +132,10 @@ def _size(tensor: Tensor) -> float:
     return tensor.square().mean().sqrt().item()
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+def _bits(tensor: Tensor) -> str:
+    return digest(tensor.contiguous().numpy().tobytes())
+
+
+def digest(content: bytes) -> str:
+    """Return a short name of some bytes."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,26 +1,45 @@
-"""One process as the reference of a model, and cases compared with it."""
+"""One process as the reference of each model, and cases compared with it."""
 
 import copy
+from pathlib import Path
 
 from hybrid_train.config.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
 from tests.parity import measure
-from tests.parity.case import Case, parity_job
+from tests.parity.case import Case
 from tests.parity.verdict import Verdict, judge
 
 
-class Reference:
-    """What one process computes with the model of a case; its files lie in an empty folder."""
+class Suite:
+    """Runs cases; what one process computes with their model is written once, to a folder."""
 
-    def __init__(self, folder: str, case: Case | None = None) -> None:
-        job = copy.deepcopy(case.job if case else parity_job())
-        job.parallel = Parallel()
-        job.model.pattern = job.model.pattern.replace("|", "")
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        alone = Case(job, processes=1)
-        self.reports = run_distributed(measure.write_reference, 1, alone, folder)[0]
+        self._reports: dict[str, list[dict[str, float]]] = {}
+
+    def reference(self, case: Case) -> list[dict[str, float]]:
+        """Return the numbers of every step of the model of a case on one process."""
+        alone, name = _alone(case), self._name(case)
+        if name not in self._reports:
+            (self._folder / name).mkdir()
+            ranks = run_distributed(measure.write_reference, 1, alone, self._folder / name)
+            self._reports[name] = ranks[0]
+        return self._reports[name]
 
     def compare(self, case: Case, fault: str | None = None) -> Verdict:
         """Run a case on its processes, perhaps with a planted fault."""
-        outcomes = run_distributed(measure.measure, case.processes, case, self._folder, fault)
-        return judge(outcomes, self.reports)
+        reports = self.reference(case)
+        folder = self._folder / self._name(case)
+        outcomes = run_distributed(measure.measure, case.processes, case, folder, fault)
+        return judge(outcomes, reports, case.job)
+
+    def _name(self, case: Case) -> str:
+        job = _alone(case).job
+        return measure.digest(repr((job.model, job.train)).encode())
+
+
+def _alone(case: Case) -> Case:
+    job = copy.deepcopy(case.job)
+    job.parallel = Parallel()
+    job.model.pattern = job.model.pattern.replace("|", "")
+    return Case(job, processes=1)
