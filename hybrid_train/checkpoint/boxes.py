@@ -30,6 +30,9 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """
     if start >= stop:
         return
+    if not shape:
+        yield Box((), ())
+        return
     if len(shape) == 1:
         yield Box((start,), (stop - start,))
         return

@@ -7,6 +7,7 @@ folder with a final name is always complete.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,16 @@ def path_of(run_dir: Path, step: int) -> Path:
 def write_position(folder: Path, position: Mapping[str, int]) -> None:
     """Write the position of the run into a checkpoint."""
     (folder / POSITION).write_text(json.dumps(dict(position)) + "\n", encoding="utf-8")
+
+
+def sync(folder: Path) -> None:
+    """Have the disk hold the files of a folder and their names, before anything relies on them."""
+    for path in (*(one for one in folder.iterdir() if one.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def complete(run_dir: Path) -> list[Found]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid_train.checkpoint import layout, megatron
 from hybrid_train.checkpoint.megatron import Content
@@ -19,7 +18,6 @@ from hybrid_train.checkpoint.retention import keep_newest
 from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 
-_PROBE_BYTES = 2**20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
@@ -40,11 +38,15 @@ class Saving:
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return bool(done.item())
 
+    def wait(self) -> None:
+        """Wait until this process has written its part, and leave it at that."""
+        self.writing.wait()
+
     def finish(self) -> Path:
         """Wait until it is written, and give it its name; every process calls this.
 
         Raises:
-            UserError: if the disk is full; the older checkpoints are untouched.
+            UserError: if the disk is full, or refuses; the older checkpoints are untouched.
         """
         partial = _partial(self.final)
         with _removed_on_failure(self.final):
@@ -66,13 +68,14 @@ def start(
         copy: write from a copy in host memory, so that training may go on until `finish`.
 
     Raises:
-        UserError: if the disk is full; the older checkpoints are untouched.
+        UserError: if the disk is full, or refuses; the older checkpoints are untouched.
     """
+    plan = plan_of(content)
     final = layout.path_of(run_dir, position["step"])
     with _removed_on_failure(final):
         ranks.main_first(lambda: _empty(_partial(final)))
         writing = megatron.start_writing(_partial(final), content, copy=copy)
-    return Saving(final, position, plan_of(content), keep, writing)
+    return Saving(final, position, plan, keep, writing)
 
 
 def save(run_dir: Path, content: Content, position: Mapping[str, int], *, keep: int) -> Path:
@@ -89,18 +92,8 @@ def load(found: layout.Found, content: Content) -> dict[str, int]:
     before, now = read_plan(found.path), plan_of(content)
     if before and before != now and ranks.is_main():
         _log.info("going on under %s, saved under %s", in_words(now), in_words(before))
-    try:
-        megatron.read(found.path, content)
-    except CheckpointException as error:
-        raise UserError(
-            f"{found.path} is damaged: {_causes(error)}; remove it, and the same command goes on "
-            "from the checkpoint before"
-        ) from error
+    megatron.read(found.path, content)
     return found.position()
-
-
-def _causes(error: CheckpointException) -> str:
-    return ", ".join(f"{failure[0]} (rank {rank})" for rank, failure in error.failures.items())
 
 
 def _partial(final: Path) -> Path:
@@ -116,47 +109,37 @@ def _empty(folder: Path) -> None:
 def _publish(partial: Path, saving: Saving) -> None:
     write_plan(partial, saving.plan)
     layout.write_position(partial, saving.position)
+    layout.sync(partial)
     if saving.final.exists():
         shutil.rmtree(saving.final)
     partial.rename(saving.final)
+    layout.sync(saving.final.parent)
     keep_newest(saving.final.parent.parent, saving.keep)
 
 
 @contextlib.contextmanager
 def _removed_on_failure(final: Path) -> Iterator[None]:
     """Remove what a save that fails has written, and explain the failure."""
-    partial = _partial(final)
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        explained = _explained(error, partial, final)
+    except Exception as error:
         if ranks.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(_partial(final), ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        explained = _explained(error, final)
+        explained.everywhere = getattr(error, "everywhere", False)
         raise explained from error
 
 
-def _explained(error: BaseException, partial: Path, final: Path) -> BaseException:
-    """Turn a full disk into words."""
-    if isinstance(error, CheckpointException) and not ranks.is_main():
-        told = UserError(f"{final} could not be written; the first process says why")
-        told.everywhere = True
-        return told
-    if getattr(error, "errno", None) in _FULL or _is_full(partial):
+def _explained(error: OSError, final: Path) -> UserError:
+    """Say what a refusal of the operating system means for the run."""
+    if error.errno in _FULL:
         return UserError(
             f"the disk is full: {final} could not be written and was removed; older checkpoints "
             "are whole. Free space, or lower checkpoint.keep, and start again: the run resumes"
         )
-    if isinstance(error, CheckpointException):
-        return UserError(
-            f"{final} could not be written: {_causes(error)}; older checkpoints are whole"
-        )
-    return error
-
-
-def _is_full(folder: Path) -> bool:
-    """Tell whether the disk takes no more: Megatron does not pass on why a write failed."""
-    try:
-        (folder / "probe").write_bytes(bytes(_PROBE_BYTES))
-    except OSError as error:
-        return error.errno in _FULL
-    return False
+    return UserError(
+        f"{final} could not be written: {error}; older checkpoints are whole, and the same command "
+        "goes on from the newest"
+    )

@@ -50,10 +50,39 @@ def main_first(work: Callable[[], None]) -> None:
             work()
     except Exception as error:
         failure[0] = str(error)
+        error.everywhere = True  # type: ignore[attr-defined]  # the others raise it too
         raise
     finally:
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        same_everywhere = UserError(failure[0])
-        same_everywhere.everywhere = True
-        raise same_everywhere
+        raise _everywhere(failure[0])
+
+
+def together[T](work: Callable[[], T]) -> T:
+    """Do `work` on every process; all fail if one does, so that none waits for it later.
+
+    Processes may talk to each other in `work` only before its first step that can fail.
+
+    Raises:
+        UserError: where the work itself did not fail, with rank and words of the first that did.
+    """
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if failure is None else str(failure) or repr(failure))
+    if failure is not None:
+        failure.everywhere = True  # type: ignore[attr-defined]
+        raise failure
+    for number, words in enumerate(said):
+        if words is not None:
+            raise _everywhere(f"rank {number}: {words}")
+    return result
+
+
+def _everywhere(words: str) -> UserError:
+    error = UserError(words)
+    error.everywhere = True
+    return error

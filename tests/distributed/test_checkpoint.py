@@ -3,6 +3,10 @@
 import errno
 import logging
 import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.runtime import cpu, ranks
 from tests.distributed.launch import run_distributed
+from tests.full_disk import full_disk
 from tests.tiny import MEGATRON_WARNINGS, alone, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -71,20 +76,86 @@ def _save_and_go_on(parallel: Parallel, groups: Any, run_dir: Path) -> dict[str,
     return third
 
 
-def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path) -> None:
-    """The disk of the main process is full when the folder is made."""
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong on one process, and what both say."""
+
+    rank: int
+    arrange: Callable[[pytest.MonkeyPatch], None]
+    main_says: str
+    other_says: str
+
+
+def _no_folder(patch: pytest.MonkeyPatch) -> None:
     from hybrid_train.checkpoint import store
 
     def no_space(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    patch.setattr(store, "_empty", no_space)
+
+
+def _no_memory(patch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise MemoryError("no more pinned memory")
+
+    patch.setattr(torch.cuda, "synchronize", refuse)  # the last thing of the copy
+
+
+FAULTS = {
+    "no folder": Fault(0, _no_folder, "disk is full", "No space left"),
+    "no memory": Fault(
+        1, _no_memory, "rank 1: no copy of what this process saves", "no copy.*no more pinned"
+    ),
+    "a part": Fault(
+        1, partial(full_disk, suffix=".distcp"), "disk is full", r"No space left.*\(rank 1\)"
+    ),
+    "the description": Fault(
+        0, partial(full_disk, suffix=".metadata.tmp"), "disk is full", "No space left"
+    ),
+    "the position": Fault(
+        0, partial(full_disk, suffix="position.json"), "disk is full", "No space left"
+    ),
+}
+
+
+def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path) -> None:
+    """Whatever fails on whichever process, all end with a reason, and none waits for another."""
+    from hybrid_train.checkpoint import store
+
+    content = content_of(engine_of(parallel, groups, seed=3), groups)
+    for name, fault in FAULTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if ranks.rank() == fault.rank:
+                fault.arrange(patch)
+            words = fault.main_says if ranks.is_main() else fault.other_says
+            with pytest.raises(UserError, match=words) as error:
+                store.start(run_dir, content, {"step": 3}, keep=1, copy=True).finish()
+        assert error.value.everywhere, name
+        ranks.barrier()
+        left = [path.name for path in (run_dir / "checkpoints").iterdir()]
+        assert left == ["step_00000002"], name
+        ranks.barrier()
+    assert "checkpoint" not in {thread.name for thread in threading.enumerate()}
+
+
+def _fail_to_load(parallel: Parallel, groups: Any, run_dir: Path) -> None:
+    """A part that only the second process cannot read ends both."""
+    from megatron.core import dist_checkpointing
+
+    from hybrid_train.checkpoint import store
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     content = content_of(engine_of(parallel, groups, seed=3), groups)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_empty", no_space)
-        words = "disk is full" if ranks.is_main() else "No space left|could not be written|full"
-        with pytest.raises(UserError, match=words):
-            store.save(run_dir, content, {"step": 3}, keep=1)
-    assert [found.step for found in layout.complete(run_dir)] == [2]
+        if ranks.rank() == 1:
+            patch.setattr(dist_checkpointing, "load_tensors_metadata", refuse)
+        who = "rank 1: .*" if ranks.is_main() else ""
+        with pytest.raises(UserError, match=f"{who}is damaged: .*Input/output error") as error:
+            store.load(layout.locate(run_dir), content)
+    assert error.value.everywhere
 
 
 def _on_two_processes(folder: Path) -> None:
@@ -98,6 +169,7 @@ def _on_two_processes(folder: Path) -> None:
         start_tracker()
         third[name] = _save_and_go_on(parallel, groups, folder / name)
         _fail_to_save(parallel, groups, folder / name)
+        _fail_to_load(parallel, groups, folder / name)
         destroy_groups()
     if dist.get_rank() == 0:
         torch.save(third, folder / "third.pt")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.megatron import Content
-from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.runtime import ranks
 from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
@@ -52,23 +52,30 @@ class SaveCheckpoints(Hook):
             self._finish()
         interval = self._settings.interval
         if interval and run.state.step % interval == 0:
-            self._save(run)
+            self._save(run, copy=self._settings.async_save)
 
     def fit_end(self, run: Run) -> None:
         if run.state.step > self._saved_step:
-            self._save(run)
+            self._save(run, copy=False)
         self._finish()
 
     def fit_failed(self, run: Run) -> None:
-        """Complete the save in flight, if what ended the run ends it on all processes alike."""
-        error = sys.exception()
-        if isinstance(error, UserError) and error.everywhere:
-            try:
-                self._finish()
-            except (Exception, KeyboardInterrupt) as failure:
-                _log.warning("the save in flight was lost: %s", failure)
+        """Complete the save in flight, if what ended the run ends it on all processes alike.
 
-    def _save(self, run: Run) -> None:
+        Otherwise the others may never come to complete it; no thread of it is left, though.
+        """
+        if self._in_flight is None:
+            return
+        everywhere = getattr(sys.exception(), "everywhere", False) or ranks.world_size() == 1
+        try:
+            if everywhere:
+                self._finish()
+            else:
+                self._in_flight.saving.wait()
+        except (Exception, KeyboardInterrupt) as failure:
+            _log.warning("the save in flight was lost: %s", failure)
+
+    def _save(self, run: Run, *, copy: bool) -> None:
         self._finish()
         start = time.perf_counter()
         self._saved_step = run.state.step
@@ -77,10 +84,10 @@ class SaveCheckpoints(Hook):
             content_of(run.engine),
             dataclasses.asdict(run.state),
             keep=self._settings.keep,
-            copy=self._settings.async_save,
+            copy=copy,
         )
         self._in_flight = _InFlight(saving, start, time.perf_counter() - start)
-        if not self._settings.async_save:
+        if not copy:
             self._finish()
 
     def _finish(self) -> None:
