@@ -1,10 +1,25 @@
 """Checkpoints saved under one layout and loaded under another: the pairs, and what came of them.
 
+    python -m tests.distributed.reshard    prints the table
+
 Every layout takes two steps from the same first weights, saves, and takes three more; then every
 pair loads what one layout saved under another, saves it again, and takes the three steps too.
+
+Where the tolerance comes from. What is loaded is equal to the bit, so the losses of a pair differ
+as those of two layouts do: they add the same terms in another order. Rounding a sum of K terms is a
+walk of K steps of half an ulp, sqrt(K) / 2 ulps; through L layers the walks add up likewise.
+
+- float32: rows of at most 164 features in 12 layers; sqrt(12 * 164) / 2, about 22 ulps for a token,
+  are the bound for the mean of all 64.
+- bfloat16: sums are float32, but about 3 activations of each of the 12 layers are rounded to
+  bfloat16: sqrt(36) / 2 = 3 of its ulps for a token. Tokens are rounded each for itself, so for the
+  mean of 64 of them 3 / sqrt(64) ulps are left, 65536 of float32 each.
+
+An optimizer that lost its moments is off by far more: the first steps go the whole rate.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,6 +99,11 @@ PAIRS = (
 SIZES = sorted({layout.processes for layout in LAYOUTS.values()})
 
 
+EPSILON = torch.finfo(torch.float32).eps
+FP32_ULPS = (12 * 164) ** 0.5 / 2
+BF16_ULPS = 3 / 64**0.5 * torch.finfo(torch.bfloat16).eps / EPSILON
+
+
 @dataclass(frozen=True)
 class Row:
     """What came of one pair."""
@@ -94,6 +114,16 @@ class Row:
     found: list[float]
     tensors: int  # of the checkpoint: weights and optimizer state
     different: list[str]  # of those, what was not equal to the bit when saved again
+
+    @property
+    def ulps(self) -> float:
+        """Largest deviation of a loss, in float32 ulps of it."""
+        pairs = zip(self.found, self.expected, strict=True)
+        return max(abs(found - expected) / (EPSILON * expected) for found, expected in pairs)
+
+    @property
+    def allowed_ulps(self) -> float:
+        return BF16_ULPS if LAYOUTS[self.saved_under].bf16 else FP32_ULPS
 
 
 def reshard_table(folder: Path | None = None) -> list[Row]:
@@ -211,3 +241,26 @@ def _losses(run_dir: Path) -> list[float]:
 
 def _again(source: str, target: str) -> str:
     return f"{source} under {target}"
+
+
+def main() -> int:
+    """Print the table; return how many pairs fail."""
+    rows = reshard_table()
+    print("saved under             loaded under             expected     found   off by (ulps)")
+    failed = 0
+    for row in rows:
+        bad = bool(row.different) or not row.ulps <= row.allowed_ulps
+        failed += bad
+        print(
+            f"{row.saved_under:<23} {row.loaded_under:<23} {row.expected[-1]:9.6f} "
+            f"{row.found[-1]:9.6f} {row.ulps:8.1f} of {row.allowed_ulps:5.0f}, {row.tensors} "
+            f"tensors, {len(row.different)} different{'  FAILS' if bad else ''}"
+        )
+    print(f"losses of step {BEFORE + AFTER}; deviations are the largest of {AFTER} steps")
+    return failed
+
+
+if __name__ == "__main__":
+    from tests.distributed import reshard  # the processes find its functions by this name
+
+    sys.exit(reshard.main())
