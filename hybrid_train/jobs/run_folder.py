@@ -10,6 +10,7 @@ from typing import Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import compose
+from hybrid_train.config.pattern import parse
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
@@ -28,6 +29,7 @@ _MAY_CHANGE = (
     "schedule.decay_tokens",
     "model.mamba.chunk_size",
 )
+_PATTERN = "model.pattern"
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 _log = logging.getLogger(__name__)
 
@@ -47,8 +49,12 @@ def require_same_run(job: TrainJob) -> None:
             "choose another run_dir=..."
         )
     saved = compose.load(run_dir)
-    changes = [(key, old, new) for key, old, new in differences(saved, job)]
-    foreign = [change for change in changes if not change[0].startswith(_MAY_CHANGE)]
+    changes = list(differences(saved, job))
+    foreign = [
+        change
+        for change in changes
+        if not (change[0].startswith(_MAY_CHANGE) or _is_other_cut(*change))
+    ]
     if foreign:
         lines = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in foreign)
         raise UserError(
@@ -61,20 +67,30 @@ def require_same_run(job: TrainJob) -> None:
 
 
 def require_same_model(job: TrainJob, found: layout.Found) -> None:
-    """Refuse a checkpoint of another model, before anything is built.
+    """Refuse a checkpoint of another model, before anything is built; MTP alone may differ.
 
     Raises:
         UserError: with every setting that differs.
     """
     saved = compose.load(found.run_dir).model
     lines = [
-        f"  model.{key}: {old} there, {new} here"
-        for key, old, new in differences(saved, job.model)
-        if not f"model.{key}".startswith(_MAY_CHANGE)
+        f"  {key}: {old} there, {new} here"
+        for key, old, new in differences(saved, job.model, "model.")
+        if not (key.startswith((*_MAY_CHANGE, "model.mtp.")) or _is_other_mtp(key, old, new))
     ]
     if lines:
         text = "\n".join(lines)
         raise UserError(f"checkpoint.load={found.path} is of another model:\n{text}")
+
+
+def _is_other_cut(key: str, old: object, new: object) -> bool:
+    """Tell whether two patterns differ in nothing but where pipeline stages end."""
+    return key == _PATTERN and str(old).replace("|", "") == str(new).replace("|", "")
+
+
+def _is_other_mtp(key: str, old: object, new: object) -> bool:
+    """Tell whether two patterns have the same main layers."""
+    return key == _PATTERN and parse(str(old)).main == parse(str(new)).main
 
 
 def require_space(run_dir: Path, num_parameters: int) -> None:
