@@ -168,7 +168,7 @@ def _let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _is_whole(_: list[SavePlan], metadata: Metadata) -> bool:
+def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
     """Tell whether a checkpoint that is planned holds every element of every tensor once."""
     tensors = metadata.state_dict_metadata.values()
     return all(

@@ -8,8 +8,11 @@ from typing import Protocol
 class Chunk(Protocol):
     """A box of a tensor, as torch's checkpoints describe it."""
 
-    offsets: Sequence[int]
-    sizes: Sequence[int]
+    @property
+    def offsets(self) -> Sequence[int]: ...
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
 
 def is_partition(shape: Sequence[int], chunks: Sequence[Chunk]) -> bool:
