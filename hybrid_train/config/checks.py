@@ -1,8 +1,9 @@
 """Rules across the sections of a training run, and the nearest value that keeps them.
 
 Each rule is a small function in the table `RULES`. Rules of one section alone stand beside its
-fields (`schema/`), rules about files in `check_files.py`; rules of a layer kind apply only where
-the pattern has it. Where a comment names a file, it is one of Megatron-Core 0.19.2.
+fields (`schema/`), rules about files in `check_files.py`, about what saves memory in
+`check_memory.py`; rules of a layer kind apply only where the pattern has it. Where a comment names
+a file, it is one of Megatron-Core 0.19.2.
 """
 
 import copy
@@ -12,6 +13,7 @@ from functools import reduce
 
 from hybrid_train.config import degrees
 from hybrid_train.config.check_files import FILE_RULES, generation_problems
+from hybrid_train.config.check_memory import MEMORY_RULES
 from hybrid_train.config.degrees import expert_tensor, splits_sequence
 from hybrid_train.config.pattern import Pattern, parse, repair
 from hybrid_train.config.problems import Problem
@@ -336,4 +338,5 @@ RULES: tuple[Rule, ...] = (
     _vocabulary_holds_the_tokens,
     _fused_kernels_need_a_gpu,
     _overlaps_build_on_each_other,
+    *MEMORY_RULES,
 )

@@ -12,7 +12,7 @@ from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron, stages
+from hybrid_train.model import megatron, recompute, stages
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec
@@ -40,7 +40,11 @@ def build_model(
     megatron.require_version()
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu)
     config = transformer_config(job, on_gpu=on_gpu)
-    spec = hybrid_spec(parts, mamba_chunk_size=job.model.mamba.chunk_size)
+    spec = hybrid_spec(
+        parts,
+        mamba_chunk_size=job.model.mamba.chunk_size,
+        mamba_layer=recompute.mamba_layer(job.parallel),
+    )
     rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     chunks = [
         _build_chunk(job, config, spec, groups, rows, chunk)
@@ -80,6 +84,7 @@ def _build_chunk(
 def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
     megatron.use_aux_loss_record()
+    recompute.use_sorted_routing()
     if not on_gpu:
         megatron.use_gradient_accumulation()
         megatron.use_direct_products()
@@ -87,6 +92,7 @@ def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, 
     mamba = _usable(("mamba_ssm", "causal_conv1d"), wanted, on_gpu=on_gpu)
     if fused is not None:
         megatron.use_plain_layers()
+        recompute.use_plain_checkpoints()
     if mamba is not None:
         megatron.use_plain_mamba()
     layers = f"plain PyTorch ({fused})" if fused else "Transformer Engine"

@@ -77,12 +77,14 @@ def fused_parts() -> Parts:
     )
 
 
-def hybrid_spec(parts: Parts, *, mamba_chunk_size: int) -> ModuleSpec:
+def hybrid_spec(
+    parts: Parts, *, mamba_chunk_size: int, mamba_layer: type[MambaLayer] = MambaLayer
+) -> ModuleSpec:
     """Return the spec of a stack of M, *, - and E layers with MTP, made of `parts`."""
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=_mamba_layer(parts, mamba_chunk_size),
+            mamba_layer=_mamba_layer(parts, mamba_layer, mamba_chunk_size),
             attention_layer=_attention_layer(parts),
             mlp_layer=_mlp_layer(parts),
             moe_layer=_moe_layer(parts),
@@ -91,7 +93,7 @@ def hybrid_spec(parts: Parts, *, mamba_chunk_size: int) -> ModuleSpec:
     )
 
 
-def _mamba_layer(parts: Parts, chunk_size: int) -> ModuleSpec:
+def _mamba_layer(parts: Parts, layer: type[MambaLayer], chunk_size: int) -> ModuleSpec:
     mixer = ModuleSpec(
         module=MambaMixer,
         params={"chunk_size": chunk_size},
@@ -100,7 +102,7 @@ def _mamba_layer(parts: Parts, chunk_size: int) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=MambaLayer,
+        module=layer,
         submodules=MambaLayerSubmodules(mixer=mixer, mamba_bda=get_bias_dropout_add),
     )
 

@@ -10,6 +10,7 @@ from hybrid_train.config.pattern import Pattern, parse
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.precision import NumberFormat
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.model import recompute
 from hybrid_train.ops.experts import squared_relu
 
 DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
@@ -38,6 +39,7 @@ def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
         **_experts(job, pattern),
         **_mtp(job, pattern),
         **_layout(job, dtype),
+        **recompute.settings(job.parallel),
         # what all models of the family share
         is_hybrid_model=True,
         normalization="RMSNorm",

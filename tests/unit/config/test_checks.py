@@ -104,6 +104,27 @@ CASES = [
         "needs parallel.distributed_optimizer",
         "false",
     ),
+    (
+        "parallel.recompute=selective parallel.recompute_modules=[mlp,mamba] model.pattern=M*",
+        1,
+        "parallel.recompute_modules",
+        "the model has no [mlp]",
+        "[mamba]",
+    ),
+    (
+        "parallel.recompute=selective parallel.recompute_modules=[]",
+        1,
+        "parallel.recompute_modules",
+        "must name a module",
+        "null",
+    ),
+    (
+        "parallel.recompute=full parallel.recompute_layers=2",
+        1,
+        "parallel.recompute_layers",
+        "an MTP depth",
+        1,
+    ),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
 ]
 

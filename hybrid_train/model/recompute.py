@@ -1,0 +1,101 @@
+"""Activations that are computed again in the backward pass instead of kept.
+
+Core (0.19.2) does it for whole layers and for the modules of most kinds; what is missing stands
+here: the Mamba layer, and two places where the second pass would not be the first to the bit, or
+would need a compiler.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe import router
+from torch import Tensor
+
+from hybrid_train.config.schema.parallel import Parallel, Recompute, RecomputeModule
+
+
+def settings(parallel: Parallel) -> dict[str, object]:
+    """Translate to fields of TransformerConfig."""
+    if parallel.recompute is Recompute.none:
+        return {}
+    if parallel.recompute is Recompute.full:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": parallel.recompute_method.value,
+            "recompute_num_layers": parallel.recompute_layers,
+        }
+    names = [part.value for part in modules(parallel) if part is not RecomputeModule.mamba]
+    return {"recompute_granularity": "selective", "recompute_modules": names}
+
+
+def modules(parallel: Parallel) -> list[RecomputeModule]:
+    """Return the modules of `recompute=selective`; by default the two that keep most of all."""
+    if parallel.recompute_modules is None:
+        return [RecomputeModule.mamba, RecomputeModule.moe]
+    return parallel.recompute_modules
+
+
+def mamba_layer(parallel: Parallel) -> type[MambaLayer]:
+    """Return the class of M layers; core has no switch for them (transformer_config.py 1768)."""
+    selective = parallel.recompute is Recompute.selective
+    return (
+        RecomputedMamba if selective and RecomputeModule.mamba in modules(parallel) else MambaLayer
+    )
+
+
+class RecomputedMamba(MambaLayer):
+    """A Mamba layer that keeps its input and computes the rest again for the gradients."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = partial(super().forward, **kwargs)
+        if not self.training:
+            return run(hidden_states, *args)
+        if self.config.fp8 or self.config.fp4:  # whose scales only its own checkpoint restores
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te.te_checkpoint(run, False, tracker, self.tp_group, hidden_states, *args)
+        return tensor_parallel.checkpoint(run, False, hidden_states, *args)
+
+
+def use_plain_checkpoints() -> None:
+    """Let `layernorm` work without Transformer Engine and without a compiler.
+
+    Core asks Transformer Engine for the state of FP8 even where there is none (random.py 741: False
+    is not None), and shares storage by an extension that it compiles in the middle of a step (821).
+    """
+    tensor_parallel.CheckpointWithoutOutput = _WithoutOutput
+    random._get_share_storage = lambda: _refill
+
+
+class _WithoutOutput(tensor_parallel.CheckpointWithoutOutput):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8 = False
+
+
+def _refill(emptied: Tensor, again: Tensor) -> None:
+    """Put what was computed again where the first tensor was; autograd takes it for the first."""
+    storage = emptied.untyped_storage()
+    storage.resize_(again.untyped_storage().nbytes())
+    storage.copy_(again.untyped_storage())
+
+
+def use_sorted_routing() -> None:
+    """Let the chosen experts come in the same order with and without gradients (moe_utils.py 823).
+
+    Their weights are added up in this order. Without gradients, as in the first pass of a
+    recomputed layer, core leaves them unsorted: sums would differ in the last bit.
+    """
+    router.topk_routing_with_score_function = _sorted_routing
+
+
+_core_routing = router.topk_routing_with_score_function
+
+
+def _sorted_routing(*args: Any, **kwargs: Any) -> Any:
+    with torch.enable_grad():  # scores that were made without carry none: no graph is kept
+        return _core_routing(*args, **kwargs)
