@@ -232,14 +232,22 @@ def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("train.sequence_length", length, rule)
 
 
-def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
-    plan, train = job.parallel, job.train
+def _shares_of_a_batch(job: TrainJob, world_size: int) -> tuple[int, str]:
+    """Return how many shares a batch has, each of whole microbatches, and why in words."""
+    plan = job.parallel
     # A wrong number of processes is reported as such; here the nearest legal one counts.
     processes = _nearest_multiple(world_size, degrees.processes_unit(plan))
-    unit = degrees.data_parallel(plan, processes)
-    ranks = f"{unit} data-parallel ranks"
-    if plan.virtual_pipeline > 1:  # pipeline_parallel/schedules.py 1145, interleaved groups
-        unit, ranks = unit * plan.pipeline, f"{ranks} x {plan.pipeline} pipeline stages"
+    shares = degrees.data_parallel(plan, processes)
+    ranks = f"{shares} data-parallel ranks"
+    if plan.virtual_pipeline == 1:
+        return shares, ranks
+    # pipeline_parallel/schedules.py 1145, interleaved groups
+    return shares * plan.pipeline, f"{ranks} x {plan.pipeline} pipeline stages"
+
+
+def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    train = job.train
+    unit, ranks = _shares_of_a_batch(job, world_size)
     per_rank, rest = divmod(train.global_batch, unit)
     if rest or not per_rank:
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
@@ -248,6 +256,34 @@ def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Pro
     elif per_rank % train.microbatch:
         rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
         yield Problem("train.microbatch", train.microbatch, rule)
+
+
+def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    train, ramp = job.train, job.train.batch_ramp
+    if not all(map(is_tokens, (train.tokens, ramp.tokens))) or not tokens(ramp.tokens):
+        return
+    if tokens(ramp.tokens) > tokens(train.tokens):
+        rule = f"must not exceed train.tokens ({train.tokens})"
+        yield Problem("train.batch_ramp.tokens", ramp.tokens, rule, train.tokens)
+    shares, ranks = _shares_of_a_batch(job, world_size)
+    unit = shares * train.microbatch
+    uneven = [name for name in ("start_batch", "increment") if getattr(ramp, name) % unit]
+    for name in uneven:
+        size = getattr(ramp, name)
+        rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
+        yield Problem(f"train.batch_ramp.{name}", size, rule, _nearest_multiple(size, unit))
+    room = train.global_batch - ramp.start_batch
+    if uneven:
+        return
+    if room <= 0:
+        rule = f"must be less than train.global_batch ({train.global_batch})"
+        legal = train.global_batch - unit
+        yield Problem("train.batch_ramp.start_batch", ramp.start_batch, rule, max(legal, 1))
+    elif room % ramp.increment:
+        rule = f"must divide the {room} sequences from start_batch to train.global_batch"
+        fits = [step for step in range(1, room + 1) if not room % step and not step % unit]
+        near = min(fits or [room], key=lambda step: abs(step - ramp.increment))
+        yield Problem("train.batch_ramp.increment", ramp.increment, rule, near)
 
 
 def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -333,6 +369,7 @@ RULES: tuple[Rule, ...] = (
     _sequence_is_split_evenly,
     _mtp_has_tokens_to_predict,
     _batch_is_whole_microbatches,
+    _batch_ramp_reaches_the_batch,
     _phases_fit_the_run,
     _vocabulary_is_split,
     _vocabulary_holds_the_tokens,

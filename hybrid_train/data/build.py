@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hybrid_train.config.problems import ConfigError, Problem
+from hybrid_train.config.ramp import global_batch, run_length
 from hybrid_train.config.schema.data import Data, Quickstart
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import show_tokens, tokens
+from hybrid_train.config.units import show_tokens
 from hybrid_train.data.indexed import TokenFile, verify
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.megatron import TokenSequences
@@ -94,7 +95,7 @@ def build_data(
     if data.validation:
         held_out = _sequences(job, data, data.validation, _VALIDATION_SEED, files.tokenizer)
 
-    train_needed = num_steps(job) * job.train.global_batch
+    train_needed = run_length(job.train).sequences
     if not is_main:
         barrier()  # the main process writes the order of the sequences, the others read it
     train.prepare(train_needed, is_main=is_main)
@@ -106,7 +107,7 @@ def build_data(
     loader = Loader(
         train,
         microbatch=job.train.microbatch,
-        global_batch=job.train.global_batch,
+        global_batch=lambda consumed: global_batch(job.train, consumed * job.train.sequence_length),
         data_rank=data_rank,
         data_size=data_size,
         consumed_sequences=consumed_sequences,
@@ -128,12 +129,6 @@ def build_data(
         sources=data,
         description=_describe(job, files, train, validation),
     )
-
-
-def num_steps(job: TrainJob) -> int:
-    """Steps of the run: the first step that reaches its tokens is the last."""
-    tokens_per_step = job.train.global_batch * job.train.sequence_length
-    return -(-tokens(job.train.tokens) // tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -181,8 +176,8 @@ def _sequences(
 def _describe(
     job: TrainJob, files: _Files, train: TokenSequences, validation: Validation | None
 ) -> list[str]:
-    length, global_batch = job.train.sequence_length, job.train.global_batch
-    epochs = num_steps(job) * global_batch / train.sequences_per_epoch
+    length, batch = job.train.sequence_length, job.train.global_batch
+    epochs = run_length(job.train).sequences / train.sequences_per_epoch
     lines = [
         f"train data: {_size(files.train)}, vocabulary {files.tokenizer.vocab_size}; "
         f"this run makes {epochs:.2f} epochs of it"
@@ -191,7 +186,7 @@ def _describe(
         return [*lines, "validation data: none (data.validation is empty)"]
     used = validation.num_sequences
     line = f"validation data: {_size(files.validation)}; {show_tokens(used * length)} of them used"
-    wanted = job.train.validation_batches * global_batch
+    wanted = job.train.validation_batches * batch
     if used < wanted:
         line += (
             f", all it has: {used} of the {wanted} sequences of "

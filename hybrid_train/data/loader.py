@@ -1,6 +1,6 @@
 """Which sequences a data-parallel rank reads at each step; resumable from one integer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -20,13 +20,14 @@ class Sequences(Protocol):
 class Loader:
     """Endless microbatches of one rank until the sequences are spent.
 
-    Step k uses sequences [k*G, (k+1)*G) of the data, where G is `global_batch`. Microbatch m of
-    rank r takes the sequences k*G + (m*data_size + r)*microbatch + [0, microbatch). So the global
-    batch of a step is the same for every number of ranks and every size of microbatch, and the
-    whole state is `consumed_sequences`: the sequences of the steps that are done.
+    A step that starts at position c uses sequences [c, c + G) of the data, where G is
+    `global_batch(c)`. Microbatch m of rank r takes the sequences
+    c + (m*data_size + r)*microbatch + [0, microbatch). So the global batch of a step is the same
+    for every number of ranks and every size of microbatch, and the whole state is
+    `consumed_sequences`: the sequences of the steps that are done.
 
     Raises:
-        ValueError: if the global batch does not split evenly, or the position lies inside a step.
+        ValueError: if a global batch does not split evenly.
     """
 
     def __init__(
@@ -34,48 +35,53 @@ class Loader:
         sequences: Sequences,
         *,
         microbatch: int,
-        global_batch: int,
+        global_batch: Callable[[int], int],
         data_rank: int = 0,
         data_size: int = 1,
         consumed_sequences: int = 0,
     ) -> None:
-        if global_batch % (microbatch * data_size):
-            raise ValueError(
-                f"a global batch of {global_batch} sequences does not split into microbatches of "
-                f"{microbatch} on {data_size} data-parallel rank(s); it must be a multiple of "
-                f"{microbatch * data_size}"
-            )
-        if consumed_sequences % global_batch:
-            raise ValueError(
-                f"position {consumed_sequences} is no multiple of the global batch of "
-                f"{global_batch} sequences; resume with the global batch of the saved run"
-            )
         self._sequences = sequences
         self._microbatch = microbatch
-        self._global_batch = global_batch
+        self._batch_at = global_batch
         self._data_rank = data_rank
         self._data_size = data_size
         self._done_in_step = 0  # microbatches of this step that were handed out
         self.consumed_sequences = consumed_sequences
+        self._require_even_split()
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences that all ranks read in the step at the present position."""
+        return self._batch_at(self.consumed_sequences)
 
     @property
     def microbatches_per_step(self) -> int:
-        """Microbatches that this rank reads in one step."""
-        return self._global_batch // (self._microbatch * self._data_size)
+        """Microbatches that this rank reads in the step at the present position."""
+        return self.global_batch // (self._microbatch * self._data_size)
+
+    def _require_even_split(self) -> None:
+        if self.global_batch % (self._microbatch * self._data_size):
+            raise ValueError(
+                f"a global batch of {self.global_batch} sequences does not split into microbatches "
+                f"of {self._microbatch} on {self._data_size} data-parallel rank(s); it must be a "
+                f"multiple of {self._microbatch * self._data_size}"
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self.consumed_sequences + self._global_batch > len(self._sequences):
+        if self.consumed_sequences + self.global_batch > len(self._sequences):
             raise StopIteration
+        if self._done_in_step == 0:
+            self._require_even_split()
         column = self._done_in_step * self._data_size + self._data_rank
         first = self.consumed_sequences + column * self._microbatch
         batch = stack([self._sequences[first + i] for i in range(self._microbatch)])
         self._done_in_step += 1
         if self._done_in_step == self.microbatches_per_step:
             self._done_in_step = 0
-            self.consumed_sequences += self._global_batch
+            self.consumed_sequences += self.global_batch
         return batch
 
 

@@ -13,6 +13,7 @@ from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import compose
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.ramp import ramps
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens, tokens
@@ -202,7 +203,7 @@ def _hooks(job: TrainJob, run: Run, data: DataBundle, peak: Peak, own_step: int)
     if data.validation is not None:
         baseline = (lambda: data.unigram_cross_entropy) if ranks.is_main() else (lambda: None)
         hooks.append(Validate(data.validation, job.train.validation_interval, baseline))
-    hooks.append(LogMetrics(_trackers(job, run), speed))
+    hooks.append(LogMetrics(_trackers(job, run), speed, batch_grows=ramps(job.train)))
     hooks.append(CollectGarbage())
     hooks.append(SaveCheckpoints(job.checkpoint, Path(job.run_dir), own_step))
     return hooks

@@ -14,7 +14,15 @@ from hybrid_train.tracking.metrics import metric, show, show_duration
 
 _RECENT_STEPS = 30  # the rate behind the time left is that of these
 # Names and widths of the columns of a plain line; what is missing leaves its column out.
-_LINE = {"loss": 7, "lr": 8, "grad_norm": 6, "tokens_per_s": 6, "step_time_s": 6, "mfu": 6}
+_LINE = {
+    "loss": 7,
+    "lr": 8,
+    "global_batch": 5,
+    "grad_norm": 6,
+    "tokens_per_s": 6,
+    "step_time_s": 6,
+    "mfu": 6,
+}
 _BAR = ("loss", "tokens_per_s", "step_time_s", "mfu")
 _VALIDATION = ("validation_loss", "unigram_loss")
 

@@ -60,6 +60,7 @@ METRICS: dict[str, Metric] = {
         Metric("tokens", "tokens", "tokens seen by all ranks since the start", show_tokens),
         Metric("loss", _NATS, "cross-entropy of the next token on the batch", _loss),
         Metric("lr", "", "learning rate of the step", "{:.2e}".format),
+        Metric("global_batch", "sequences", "size of a batch that grows", _whole, "batch"),
         Metric("grad_norm", "", "norm of the gradient before clipping", "{:.3f}".format),
         Metric("tokens_per_s", "tokens/s", "speed of all ranks", show_tokens, "tok/s"),
         Metric("step_time_s", "s", "wall time of the step", show_step_time, "time"),

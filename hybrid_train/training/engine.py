@@ -36,20 +36,22 @@ class Engine:
     device: torch.device
     token_budget: int
     microbatch: int
-    sequences_per_step: int
+    sequences_per_step: int  # unless a step is told otherwise
     sequence_length: int
     expert_layers: list[tuple[bool, int]]  # (in MTP, layer from 1) of every E layer of the model
     num_experts: int
     num_routers: int  # of the whole model; MTP depths with blocks of their own have each their own
     steps_done: int = 0
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one global batch."""
-        return self.sequences_per_step * self.sequence_length
-
-    def step(self, batches: Iterator[Batch], *, tokens_seen: int) -> StepReport:
+    def step(
+        self, batches: Iterator[Batch], *, tokens_seen: int, sequences: int | None = None
+    ) -> StepReport:
         """Train on one global batch.
+
+        Args:
+            batches: where this rank takes its microbatches from.
+            tokens_seen: by all ranks before this step; the schedule looks at it.
+            sequences: of the global batch, in a run whose batch grows.
 
         Raises:
             NonFiniteError: if loss or gradient is not finite; parameters are as before the step.
@@ -57,7 +59,8 @@ class Engine:
         start = time.perf_counter()
         rate = learning_rate(self.schedule, tokens_seen, self.token_budget)
         set_learning_rate(self.optimizer, rate)
-        microbatches = self._take(batches)
+        sequences = sequences or self.sequences_per_step
+        microbatches = self._take(batches, sequences)
         megatron.zero_gradients(self.chunks)
         self.optimizer.zero_grad()
         AUX_LOSSES.take()  # of forward passes between steps, if there were any
@@ -72,7 +75,7 @@ class Engine:
         self.steps_done += 1
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")
-        return StepReport(loss, float(grad_norm), rate, seconds, metrics)
+        return StepReport(loss, float(grad_norm), rate, seconds, sequences, metrics)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, without gradients."""
@@ -91,8 +94,8 @@ class Engine:
         with torch.no_grad():
             self._run(microbatches, forward_only=True)
 
-    def _take(self, batches: Iterator[Batch]) -> list[Batch]:
-        count = self.sequences_per_step // (self.microbatch * self.groups.dp.size())
+    def _take(self, batches: Iterator[Batch], sequences: int) -> list[Batch]:
+        count = sequences // (self.microbatch * self.groups.dp.size())
         return [self._own(batch) for batch in islice(batches, count)]
 
     def _own(self, batch: Batch) -> Batch:

@@ -31,9 +31,11 @@ def fit(run: Run) -> TrainState:
         run.hooks.fit_start(run)
         while not (run.is_complete or run.stop_requested):
             run.hooks.step_start(run)
-            report = run.engine.step(run.batches, tokens_seen=run.state.tokens)
+            report = run.engine.step(
+                run.batches, tokens_seen=run.state.tokens, sequences=run.batches.global_batch
+            )
             run.state.advance(
-                sequences=run.engine.sequences_per_step, sequence_length=run.engine.sequence_length
+                sequences=report.sequences, sequence_length=run.engine.sequence_length
             )
             run.hooks.step_end(run, report)
         run.hooks.fit_end(run)

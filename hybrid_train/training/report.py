@@ -11,4 +11,5 @@ class StepReport:
     grad_norm: float  # before clipping
     lr: float
     seconds: float
+    sequences: int  # of the global batch
     metrics: dict[str, float] = field(default_factory=dict)  # by name of tracking/metrics.py

@@ -20,6 +20,21 @@ from hybrid_train.config.units import TOKENS_RULE, is_tokens
 
 
 @dataclass(kw_only=True)
+class BatchRamp:
+    """A global batch that grows to its size in stages of equal length; the end is global_batch."""
+
+    tokens: str = "0"  # length of all stages; 0: no ramp
+    start_batch: int = 1  # sequences of the first steps over all ranks
+    increment: int = 1  # sequences that each stage adds
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not is_tokens(self.tokens):
+            yield Problem("tokens", self.tokens, TOKENS_RULE)
+        yield from at_least(1, start_batch=self.start_batch, increment=self.increment)
+
+
+@dataclass(kw_only=True)
 class Train:
     """Length and batch of the run. Batches are counted in sequences."""
 
@@ -27,6 +42,7 @@ class Train:
     sequence_length: int = MISSING
     microbatch: int = 1  # sequences of one forward pass of one data-parallel rank
     global_batch: int = MISSING  # sequences of one step over all ranks
+    batch_ramp: BatchRamp = field(default_factory=BatchRamp)
     seed: int = 1234
     validation_interval: int = 100  # steps; 0: only at the end
     validation_batches: int = 20  # global batches of one validation

@@ -10,16 +10,20 @@ from hybrid_train.training.report import StepReport
 class LogMetrics(Hook):
     """One record a step, on the main process; comes after the hooks that add to the report."""
 
-    def __init__(self, tracker: Tracker, throughput: Throughput) -> None:
+    def __init__(self, tracker: Tracker, throughput: Throughput, *, batch_grows: bool) -> None:
         self._tracker = tracker
         self._throughput = throughput
+        self._batch_grows = batch_grows
 
     def step_end(self, run: Run, report: StepReport) -> None:
-        speed = self._throughput.measure(run.engine.tokens_per_step, report.seconds)
+        tokens = report.sequences * run.engine.sequence_length
+        speed = self._throughput.measure(tokens, report.seconds)
+        size = {"global_batch": report.sequences} if self._batch_grows else {}
         record = {
             "tokens": run.state.tokens,
             "loss": report.loss,
             "lr": report.lr,
+            **size,
             "grad_norm": report.grad_norm,
             **speed,
             **report.metrics,

@@ -125,6 +125,43 @@ CASES = [
         "an MTP depth",
         1,
     ),
+    (
+        "train.batch_ramp.tokens=3k train.batch_ramp.start_batch=2 train.batch_ramp.increment=2",
+        1,
+        "train.batch_ramp.tokens",
+        "must not exceed train.tokens",
+        2560,
+    ),
+    (
+        "train.batch_ramp.tokens=1k train.batch_ramp.start_batch=3 train.batch_ramp.increment=2"
+        " train.global_batch=8",
+        1,
+        "train.batch_ramp.start_batch",
+        "must be a multiple of 2",
+        4,
+    ),
+    (
+        "train.batch_ramp.tokens=1k train.batch_ramp.start_batch=2 train.batch_ramp.increment=1",
+        1,
+        "train.batch_ramp.increment",
+        "must be a multiple of 2",
+        2,
+    ),
+    (
+        "train.batch_ramp.tokens=1k train.batch_ramp.start_batch=4 train.batch_ramp.increment=2",
+        1,
+        "train.batch_ramp.start_batch",
+        "must be less than train.global_batch",
+        2,
+    ),
+    (
+        "train.batch_ramp.tokens=1k train.batch_ramp.start_batch=2 train.batch_ramp.increment=4"
+        " train.global_batch=8",
+        1,
+        "train.batch_ramp.increment",
+        "must divide the 6 sequences",
+        2,
+    ),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
 ]
 

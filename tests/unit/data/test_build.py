@@ -9,7 +9,7 @@ import torch
 from hybrid_train.config.problems import ConfigError, UserError
 from hybrid_train.config.schema.data import Data, Quickstart
 from hybrid_train.config.schema.train import Train, TrainJob
-from hybrid_train.data.build import DataBundle, build_data, check_data, num_steps
+from hybrid_train.data.build import DataBundle, build_data, check_data
 from hybrid_train.data.quickstart import prepare
 
 
@@ -40,9 +40,8 @@ def build(
     )
 
 
-def test_a_run_has_the_steps_that_reach_its_tokens(corpus: Data) -> None:
+def test_the_data_last_for_the_steps_that_reach_the_tokens(corpus: Data) -> None:
     # 1000 tokens in steps of 128 are 7.8 steps
-    assert num_steps(job(corpus)) == 8
     assert len(list(build(job(corpus)).train)) >= 8 * 4
 
 

@@ -1,5 +1,7 @@
 """Every rank reads its share of the same global batches, wherever and however it resumes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,13 +37,18 @@ def numbers(batch: Batch) -> list[int]:
 
 
 def loaders(
-    *, microbatch: int, data_size: int, consumed: int = 0, sequences: int = 100
+    *,
+    microbatch: int,
+    data_size: int,
+    consumed: int = 0,
+    sequences: int = 100,
+    batch_at: Callable[[int], int] = lambda _: 12,
 ) -> list[Loader]:
     return [
         Loader(
             Counted(sequences),
             microbatch=microbatch,
-            global_batch=12,
+            global_batch=batch_at,
             data_rank=rank,
             data_size=data_size,
             consumed_sequences=consumed,
@@ -92,9 +99,36 @@ def test_a_global_batch_that_does_not_split_is_refused() -> None:
         loaders(microbatch=5, data_size=2)
 
 
-def test_a_position_inside_a_step_is_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple of the global batch of 12"):
-        loaders(microbatch=1, data_size=1, consumed=7)
+def grown(consumed: int) -> int:
+    """Batches of 4, 4, 8, 8, 8, 12, 12, ... sequences."""
+    return 4 if consumed < 8 else 8 if consumed < 32 else 12
+
+
+@pytest.mark.parametrize(("microbatch", "data_size"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
+def test_a_batch_that_grows_is_read_in_order_by_all_ranks(microbatch: int, data_size: int) -> None:
+    ranks = loaders(microbatch=microbatch, data_size=data_size, batch_at=grown)
+    read = [step(ranks) for _ in range(7)]
+    assert [len(batch) for batch in read] == [4, 4, 8, 8, 8, 12, 12]
+    assert [number for batch in read for number in batch] == list(range(56))
+
+
+@pytest.mark.parametrize("steps_before", range(6))
+def test_a_batch_that_grows_goes_on_at_the_same_sequence_and_size(steps_before: int) -> None:
+    straight = loaders(microbatch=2, data_size=1, batch_at=grown)
+    for _ in range(steps_before):
+        step(straight)
+    saved = straight[0].consumed_sequences
+    resumed = loaders(microbatch=1, data_size=2, consumed=saved, batch_at=grown)
+    assert resumed[0].global_batch == straight[0].global_batch
+    assert [step(resumed) for _ in range(3)] == [step(straight) for _ in range(3)]
+
+
+def test_a_batch_that_grows_to_an_uneven_size_is_refused_before_it_is_read() -> None:
+    (loader, _) = loaders(microbatch=2, data_size=2, batch_at=lambda at: 4 if at < 8 else 6)
+    for _ in range(2):
+        next(loader)
+    with pytest.raises(ValueError, match="6 sequences does not split"):
+        next(loader)
 
 
 def validations(count: int, *, microbatch: int, data_size: int) -> list[Validation]:
