@@ -49,10 +49,11 @@ def uneven_mask() -> Tensor:
     return mask
 
 
-def test_four_microbatches_of_one_equal_one_of_four(groups: Any) -> None:
+@pytest.mark.parametrize("small", [1, 2], ids="microbatch={}".format)
+def test_smaller_microbatches_take_the_step_of_one_of_four(groups: Any, small: int) -> None:
     rows, mask = some_rows(), uneven_mask()
     runs = []
-    for size in (4, 1):
+    for size in (4, small):
         job = tiny_job()
         job.train.microbatch = size
         job.objective.moe_aux_loss_scale = 0.1  # large enough to be seen in the gradient
