@@ -18,6 +18,7 @@ from hybrid_train.data.tokenizers import Tokenizer
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.translate import DTYPES
+from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.optim.megatron import build_optimizer
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
@@ -37,6 +38,8 @@ def build_engine(
     pattern = parse(job.model.pattern)
     chunks = megatron.wrap(built.chunks, built.config, job.parallel, job.precision)
     dtype = DTYPES[job.precision.format]
+    held = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    _log.info("%s", describe_decay(job.optimizer, held))
     return Engine(
         chunks=chunks,
         optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),

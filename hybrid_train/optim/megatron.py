@@ -8,10 +8,13 @@ import torch
 from megatron.core import utils
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.optim.groups import PATTERNS
 
 
 def build_optimizer(
@@ -43,7 +46,9 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(
+        config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
+    )
     for (
         group
     ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
@@ -52,6 +57,12 @@ def build_optimizer(
     _use_fused_clipping()
     _watch_norm(optimizer, on_bad_norm)
     return optimizer
+
+
+def _decay_rule(adamw: AdamW) -> dict[ParamKey, ParamGroupOverride]:
+    """Say it for all parameters: core's own rule, by the number of axes, does not apply then."""
+    names = tuple(pattern for kind in adamw.no_decay for pattern in PATTERNS[kind])
+    return {ParamKey(name=names): ParamGroupOverride(wd_mult=0.0)} if names else {}
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
