@@ -11,13 +11,28 @@ from hybrid_train.config.schema.train import TrainJob
 _SUFFIXES = (".bin", ".idx")
 
 
-def token_files_exist(job: TrainJob) -> Iterator[Problem]:
-    """Token files are named by prefix and come in pairs."""
+def data_is_chosen(job: TrainJob) -> Iterator[Problem]:
+    """Token files of one's own are named, and so is the tokenizer that made them."""
     if job.data.kind != "files":
         return
     if not job.data.train:
         rule = "needs at least one prefix of a .bin and .idx file; or choose data=quickstart"
         yield Problem("data.train", "[]", rule)
+    if job.data.tokenizer is None:
+        yield Problem("data.tokenizer", None, "must name the folder of the tokenizer of data.train")
+
+
+def vocabulary_is_known(job: TrainJob) -> Iterator[Problem]:
+    """A plan needs the size of the vocabulary, or a tokenizer to take it from."""
+    if job.data.kind == "files" and job.data.tokenizer is None and job.model.vocab_size is None:
+        rule = "must be set: the model takes that of data.tokenizer, which is not set either"
+        yield Problem("model.vocab_size", "null", rule, 131072)
+
+
+def token_files_exist(job: TrainJob) -> Iterator[Problem]:
+    """Token files are named by prefix and come in pairs."""
+    if job.data.kind != "files":
+        return
     for name in ("train", "validation"):
         for prefix in getattr(job.data, name):
             yield from _prefix_problems(f"data.{name}", prefix)
@@ -44,13 +59,11 @@ def _entries(folder: Path, glob: str) -> list[Path]:
 
 
 def tokenizer_exists(job: TrainJob) -> Iterator[Problem]:
-    """Token files of one's own come with the tokenizer that made them."""
+    """The folder of the tokenizer has one in it."""
     folder = job.data.tokenizer
-    if job.data.kind != "files":
+    if job.data.kind != "files" or folder is None:
         return
-    if folder is None:
-        yield Problem("data.tokenizer", None, "must name the folder of the tokenizer of data.train")
-    elif not (Path(folder) / "tokenizer.json").is_file():
+    if not (Path(folder) / "tokenizer.json").is_file():
         yield Problem("data.tokenizer", folder, "must be a folder with a tokenizer.json in it")
 
 

@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 
 from hybrid_train.config import degrees
-from hybrid_train.config.check_files import FILE_RULES, generation_problems
+from hybrid_train.config.check_files import (
+    FILE_RULES,
+    data_is_chosen,
+    generation_problems,
+    vocabulary_is_known,
+)
 from hybrid_train.config.check_memory import MEMORY_RULES
 from hybrid_train.config.degrees import expert_tensor, splits_sequence
 from hybrid_train.config.pattern import Pattern, parse, repair
@@ -48,6 +53,8 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
     broken = {rule for _, rule in found}
     for problem, rule in found:
         yield _with_nearest(problem, rule, job, world_size, broken)
+    # A plan does not depend on the tokens: `check` lists data that is not chosen yet, and passes.
+    yield from (vocabulary_is_known if isinstance(job, CheckJob) else data_is_chosen)(job)
     for file_rule in FILE_RULES:
         yield from file_rule(job)
 
@@ -145,7 +152,10 @@ def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
     model, pattern = job.model, _pattern(job)
     sizes = {}
     if pattern.count("*"):
-        sizes["model.attention.heads"] = model.attention.heads
+        heads = model.attention
+        sizes["model.attention.heads"] = heads.heads
+        rows = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
+        sizes["the rows of queries, keys and values"] = rows
     if pattern.count("M"):
         sizes["model.mamba.heads"] = model.mamba.heads
         sizes["model.mamba.groups"] = model.mamba.groups

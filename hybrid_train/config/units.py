@@ -1,4 +1,4 @@
-"""Lengths of training as people write them: "2M" tokens, "1.5T" tokens."""
+"""Large numbers as people write them: "2M" tokens, "1.5T" tokens, "12.3 GB"."""
 
 import re
 
@@ -30,3 +30,11 @@ def show_tokens(count: float) -> str:
         if count >= _FACTORS[suffix]:
             return f"{count / _FACTORS[suffix]:.3g}{suffix}"
     return f"{count:g}"
+
+
+def show_bytes(count: float) -> str:
+    """Write a number of bytes the short way, in powers of ten: 2500000000 -> "2.5 GB"."""
+    for prefix, factor in {"T": 10**12, "G": 10**9, "M": 10**6, "k": 10**3}.items():
+        if count >= factor:
+            return f"{count / factor:.3g} {prefix}B"
+    return f"{count:g} B"

@@ -30,6 +30,9 @@ class Job:
 
 JOBS = {
     "train": Job("train a model, or go on with a run that stopped", "hybrid_train.jobs.train"),
+    "check": Job(
+        "check a training run for processes=N and print its plan", "hybrid_train.jobs.check"
+    ),
     "generate": Job("write text with a trained model", "hybrid_train.jobs.generate"),
     "recipes": Job(
         "list the experiments that are ready to run", "hybrid_train.jobs.recipes", False

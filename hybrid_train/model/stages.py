@@ -86,6 +86,26 @@ def bubble_share(pipeline: int, virtual_pipeline: int, num_microbatches: int) ->
     return (pipeline - 1) / (virtual_pipeline * num_microbatches + pipeline - 1)
 
 
+def most_work_share(planned: Sequence[Stage], num_microbatches: int) -> float:
+    """Return the part of a step that the mean rank can work at most, in any order of the stages.
+
+    Rank r cannot begin before the stages in front of it have run once, nor end before they have
+    run backwards once: a step takes at least M times the work of rank r and once that of the
+    stages 0 ... r - 1. For stages of equal cost this is 1 - `bubble_share`.
+
+    Args:
+        planned: all stages, in the order of the model.
+        num_microbatches: M.
+    """
+    num_ranks = 1 + max(stage.rank for stage in planned)
+    of_rank = [0] * num_ranks
+    for stage in planned:
+        of_rank[stage.rank] += stage.flops
+    before = accumulate((stage.flops for stage in planned), initial=0)
+    step = max(num_microbatches * own + wait for own, wait in zip(of_rank, before, strict=False))
+    return num_microbatches * sum(of_rank) / num_ranks / step
+
+
 def cut(job: TrainJob, vocab_rows: int) -> Pattern:
     """Return the pattern with its cuts: those that the user wrote, or cuts of near-equal cost."""
     pattern, parallel = parse(job.model.pattern), job.parallel

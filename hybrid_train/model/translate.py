@@ -35,7 +35,8 @@ def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
     pattern = parse(job.model.pattern)
     dtype = DTYPES[job.precision.format]
     return TransformerConfig(
-        **_shape(job.model, pattern),
+        **_shape(job.model),
+        **_attention(job, pattern),
         **_experts(job, pattern),
         **_mtp(job, pattern),
         **_layout(job, dtype),
@@ -63,19 +64,28 @@ def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
     )
 
 
-def _shape(model: Model, pattern: Pattern) -> dict[str, object]:
+def _shape(model: Model) -> dict[str, object]:
     return {
-        "num_layers": len(pattern.main),
+        "num_layers": len(parse(model.pattern).main),
         "hidden_size": model.hidden_size,
         "layernorm_epsilon": model.norm_eps,
-        "num_attention_heads": model.attention.heads,
-        "num_query_groups": model.attention.kv_heads,
-        "kv_channels": model.attention.head_dim,
         "ffn_hidden_size": model.mlp.intermediate_size,
         "mamba_num_heads": model.mamba.heads,
         "mamba_head_dim": model.mamba.head_dim,
         "mamba_num_groups": model.mamba.groups,
         "mamba_state_dim": model.mamba.state_size,
+    }
+
+
+def _attention(job: TrainJob, pattern: Pattern) -> dict[str, object]:
+    sizes = job.model.attention
+    # Core 0.19.2 wants tensor ranks to split them in a model without attention layers too
+    # (transformer_config.py 1323).
+    unused = None if pattern.count("*") else job.parallel.tensor
+    return {
+        "num_attention_heads": unused or sizes.heads,
+        "num_query_groups": unused or sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
     }
 
 

@@ -36,3 +36,5 @@ class Runtime:
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from at_least(1, threads=self.threads, timeout_s=self.timeout_s)
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            yield Problem("peak_tflops", self.peak_tflops, "must be more than 0", "null")
