@@ -108,7 +108,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "text"),
     [
         (("trian",), "did you mean train?"),
-        (("dance",), "there are train, generate, recipes"),
+        (("dance",), "there are train, check, generate"),
         (("--multirun",), "which job?"),
         (("train", "--force"), "unrecognized arguments: --force"),
         (("train", "--cfg", "jobs"), "invalid choice: 'jobs'"),

@@ -1,0 +1,185 @@
+"""The plan of a run: what it says, what it refuses, and that it needs neither GPUs nor torch."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.data.tokenizers import train_byte_level_bpe
+from hybrid_train.jobs import cli
+
+EXPERIMENTS = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
+SUPER = ("experiment=nemotron3_super", "processes=1024")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["check", *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["check", *words]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err
+
+
+def said(text: str, name: str) -> str:
+    """Return what stands behind a word at the start of a line."""
+    found = re.search(rf"^{name} +(.*?) *$", text, re.MULTILINE)
+    assert found, text
+    return found[1]
+
+
+def test_the_plan_says_how_processes_and_batch_are_split(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = plan(capsys, *SUPER)
+    # 1024 / (4 * 4) = 64 groups of different sequences, 3072 / 64 = 48 microbatches of one.
+    assert said(text, "processes") == "1,024 = tensor 4 x pipeline 4 x context 1 x data 64"
+    assert said(text, "batch").startswith(
+        "3,072 sequences = data 64 x microbatch 1 x 48 microbatches; 25.2M tokens a step"
+    )
+    # 1024 / (1 * 32 * 4) = 8 processes hold the same experts.
+    assert said(text, "experts") == "512 = expert 32 x 16 a process; expert_tensor 1, expert-data 8"
+    assert said(text, "sequence") == "8,192 tokens; 2,048 on each tensor rank between layers"
+    # 25e12 / (3072 * 8192) is 993410.5
+    assert said(text, "length").startswith("25T tokens = 993,411 steps; warm-up 200B = 7,948;")
+    assert "they would wait 5.9% of a step" in said(text, "pipeline")  # 3 / (48 + 3)
+
+
+def test_the_plan_shows_the_cut_and_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, *SUPER)
+    pattern = compose("check", list(SUPER)).model.pattern
+    (cut,) = re.findall(r"^[ME*|]+/\*E/\*E$", text, re.MULTILINE)
+    assert cut.count("|") == 3
+    assert cut.replace("|", "") == pattern
+    layers = cut.split("/")[0].split("|")
+    named = [f"embedding + {layers[0]}", *layers[1:3], f"{layers[3]} + head + MTP"]
+    for number, contents in enumerate(named):
+        row = rf"^{number}  {re.escape(contents)} +{number} +[01]\.\d\d +[\d.]+B$"
+        assert re.search(row, text, re.MULTILINE)
+
+
+def test_the_cut_that_is_printed_can_be_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("experiment=nemotron_h_8b", "processes=8", "parallel.pipeline=4")
+    text = plan(capsys, *words, "parallel.tensor=1")
+    (cut,) = re.findall(r"^[M*|-]+$", text, re.MULTILINE)
+    again = plan(capsys, *words, "parallel.tensor=1", f'model.pattern="{cut}"')
+    assert again == text
+
+
+def test_a_rank_with_several_stages_keeps_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, *SUPER, "parallel.virtual_pipeline=2")
+    table = text[text.index("\nstage ") : text.index("\nCost")]
+    stages, kept = table.strip().split("\n\n")
+    ranks = [re.split(r"  +", row.strip())[-3] for row in stages.splitlines()[1:]]
+    assert ranks == ["0", "1", "2", "3"] * 2
+    assert [row.split()[0] for row in kept.splitlines()[1:]] == ["0", "1", "2", "3"]
+
+
+def test_the_least_time_follows_from_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not known" in said(plan(capsys, *SUPER), "time")
+    text = plan(capsys, *SUPER, "runtime.peak_tflops=1000")
+    found = re.search(r"([\d.]+e\+24) FLOP in all, ([\d.]+) TFLOP", said(text, "work"))
+    assert found
+    # A TFLOP at 1000 TFLOP/s takes a millisecond.
+    assert f"more than {float(found[2]) / 1000:.2f}s a step" in said(text, "time")
+    days = float(found[1]) / 1024 / 1e15 / 86400
+    assert f"{int(days)}d" in said(text, "time")
+
+
+def test_what_the_plan_does_not_need_may_be_unset(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, *SUPER)
+    _, unset = text.split("Still to be set")
+    assert re.findall(r"^  (\S+)", unset, re.MULTILINE) == ["data.train", "data.tokenizer"]
+
+
+def test_data_that_is_set_must_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, *SUPER, "data.train=[nowhere/tokens]", "data.tokenizer=nowhere")
+    assert "data.train = nowhere/tokens: there is no file" in told
+    assert "data.tokenizer = nowhere: must be a folder with a tokenizer.json" in told
+
+
+def test_with_data_nothing_is_left_to_be_set(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tokenizer = train_byte_level_bpe(["a text to learn from"] * 9, vocab_size=280)
+    tokenizer.save(tmp_path)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"tokens{suffix}").touch()
+    words = [*SUPER, f"data.train=[{tmp_path}/tokens]", f"data.tokenizer={tmp_path}"]
+    text = plan(capsys, *words, "model.vocab_size=null")
+    assert "Still to be set" not in text
+    rows = -(-tokenizer.vocab_size // 128) * 128
+    assert f"vocabulary {rows};" in said(text, "model")
+
+
+def test_a_vocabulary_of_unknown_size_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, *SUPER, "model.vocab_size=null")
+    assert "model.vocab_size = null: must be set" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["processes=1000"], "processes = 1000: must be a multiple of 128"),
+        (["processes=1000"], "nearest: 1024"),
+        (["processes=0"], "processes = 0: must be at least 1"),
+        (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.attention.heads (32)"),
+        (["parallel.pipeline=89"], "parallel.pipeline = 89: makes 89 stages of 88 main layers"),
+        (["train.global_batch=3000"], "train.global_batch = 3000: must be a multiple of 1 "),
+        (["runtime.peak_tflops=0"], "runtime.peak_tflops = 0.0: must be more than 0"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    assert told in refusal(capsys, *SUPER, *words)
+
+
+def test_every_problem_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(
+        capsys, *SUPER, "processes=100", "train.sequence_length=8190", "parallel.expert=3"
+    )
+    for path in ("processes", "train.sequence_length", "parallel.expert"):
+        assert f"  {path} = " in told
+
+
+def test_a_check_is_refused_under_torchrun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refusal(capsys, *SUPER)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stated = re.search(r"^# processes: (\d+)", EXPERIMENTS[name].read_text(), re.MULTILINE)
+    processes = int(stated[1]) if stated else 1
+    text = plan(capsys, f"experiment={name}", f"processes={processes}")
+    assert said(text, "processes").startswith(f"{processes:,} = ")
+    tables = text.count("pipeline rank")
+    assert tables == (2 if "|" in text else 1)
+
+
+def test_a_check_imports_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hybrid_train.jobs import cli; code = cli.main(sys.argv[1:]); "
+        "sys.exit(code or sum(name in sys.modules for name in ('torch', 'megatron', 'numpy')))"
+    )
+    command = [sys.executable, "-c", code, "check", *SUPER]
+    done = subprocess.run(command, check=False, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
