@@ -54,7 +54,7 @@ def test_the_plan_says_how_processes_and_batch_are_split(
     # 1024 / (1 * 32 * 4) = 8 processes hold the same experts.
     assert said(text, "experts") == "512 = expert 32 x 16 a process; expert_tensor 1, expert-data 8"
     assert said(text, "sequence") == "8,192 tokens; 2,048 on each tensor rank between layers"
-    # 25e12 / (3072 * 8192) is 993410.5
+    # One step more than the 993,410 that do not quite reach 25T.
     assert said(text, "length").startswith("25T tokens = 993,411 steps; warm-up 200B = 7,948;")
     assert "they would wait 5.9% of a step" in said(text, "pipeline")  # 3 / (48 + 3)
 

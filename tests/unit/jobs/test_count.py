@@ -99,7 +99,9 @@ def test_every_named_model_is_listed_small_ones_first(capsys: pytest.CaptureFixt
     for name in (row[0] for row in rows):
         model = compose("count", [f"model={name}", "model.vocab_size=131072"]).model
         sizes.append(counts.parameters(model, 0).total)
-        assert re.search(rf"^{name} +{re.escape(layers_in_words(parse(model.pattern)))} ", text, re.M)
+        assert re.search(
+            rf"^{name} +{re.escape(layers_in_words(parse(model.pattern)))} ", text, re.M
+        )
     # Ladder models have vocabularies of their own, so neighbours of like size may swap.
     assert sizes[0] == min(sizes)
     assert sizes[-1] == max(sizes)
