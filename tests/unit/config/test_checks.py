@@ -76,6 +76,14 @@ CASES = [
         "must be a multiple of 4",
         64,
     ),
+    (
+        "parallel.tensor=8 model.pattern=* model.attention.heads=8 model.attention.kv_heads=1 "
+        "model.attention.head_dim=2",
+        8,
+        "parallel.tensor",
+        "rows of queries, keys and values (20)",
+        4,
+    ),
     ("train.sequence_length=1", 1, "train.sequence_length", "longer than the 1 MTP", 2),
     ("train.global_batch=5", 2, "train.global_batch", "must be a multiple of 2", 4),
     ("train.microbatch=3", 1, "train.microbatch", "must divide 4", 2),
