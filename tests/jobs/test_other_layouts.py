@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group("train")
 
 Run = tuple[Path, Finished]
 # The same float32 terms in another order: rows of at most 512 (the logits) in 6 layers; a sum of K
-# terms is off by a walk of K half ulps: sqrt(6 * 512) / 2, about 28 ulps. Found are 2.
+# terms is off by a walk of K half ulps: sqrt(6 * 512) / 2, about 28 ulps.
 ROUNDING = 28 * torch.finfo(torch.float32).eps
 FROM, TO = 20, 24  # steps of the long run: where the copy of it stops, and how far it goes on
 
