@@ -178,8 +178,7 @@ def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
     )
 
 
-# torch 2.11 sweeps along the longest axis, where every expert meets every other: half of the time
-# that a save of ladder_60m blocked.
+# torch 2.11 sweeps along the longest axis, where every expert meets every other.
 default_planner._validate_global_plan = _is_whole
 
 
