@@ -1,6 +1,7 @@
 """What a config offers and where it comes from: for help, `--cfg` and `--info`."""
 
 import dataclasses
+import enum
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.nodes import EnumNode
 
 from hybrid_train.config.compose import conf_dir, config_loader, draft, group_names
@@ -62,10 +63,18 @@ def settings(job_name: str, lines: Sequence[str]) -> Iterator[Setting]:
         for part in name.split("."):
             value = value[part]
         if not isinstance(value, dict) and not name.endswith(".kind"):  # the group sets the kind
-            node = node_at(config, name)
-            members = list(node.enum_type.__members__) if isinstance(node, EnumNode) else []
+            members = _members(node_at(config, name))
             remarks = [", ".join(members), comments.get(name, "").replace("None:", "null:")]
             yield Setting(name, _shown(value), "; ".join(filter(None, remarks)))
+
+
+def _members(node: Node | None) -> list[str]:
+    """Return what an enumeration, or a list of them, can hold."""
+    kind: Any = node.enum_type if isinstance(node, EnumNode) else None
+    if isinstance(node, ListConfig):
+        kind = node._metadata.element_type
+    is_enum = isinstance(kind, type) and issubclass(kind, enum.Enum)
+    return list(kind.__members__) if is_enum else []
 
 
 def sound_draft(job_name: str, lines: Sequence[str]) -> DictConfig:
@@ -82,6 +91,8 @@ def _shown(value: object) -> str:
         return "(to be set)"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
     return str(value)
 
 

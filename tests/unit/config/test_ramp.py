@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from hybrid_train.config.ramp import global_batch, ramps, run_length
 from hybrid_train.config.schema.train import BatchRamp, Train
+from tests.tiny import MEGATRON_WARNINGS
 
+pytestmark = MEGATRON_WARNINGS
 LENGTH = 10
 
 
@@ -57,6 +59,7 @@ def test_length_of_a_run_is_that_of_its_steps(
     assert (found.steps, found.sequences) == (len(batches(settings)), sum(batches(settings)))
 
 
+@pytest.mark.usefixtures("groups")  # Megatron must be imported behind the emulation
 @pytest.mark.parametrize("sequences", range(0, 40, 3))
 def test_batches_are_those_of_the_same_stages_in_megatron(sequences: int) -> None:
     from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator

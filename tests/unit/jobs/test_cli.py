@@ -60,6 +60,8 @@ def test_help_of_a_job_shows_groups_choices_and_keys(capsys: pytest.CaptureFixtu
     assert re.search(r"train\.tokens +\(to be set\) +\"2M\"", text)
     assert re.search(r"checkpoint\.interval +500 +steps between saves", text)
     assert re.search(r"runtime\.device +auto +auto, cpu, cuda", text)
+    assert re.search(r"optimizer\.no_decay +\[norms,biases,A_log,D,dt_bias\] +norms, biases,", text)
+    assert re.search(r"parallel\.recompute_modules +null +core_attn, layernorm, mamba,", text)
     assert not re.search(r"\.kind ", text)
 
 
