@@ -5,15 +5,18 @@ It needs neither those processes nor torch: all that is printed follows from the
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hybrid_train.config import degrees
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.ramp import ramps, run_length
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.schedule import Wsd
+from hybrid_train.config.schema.train import Train
 from hybrid_train.config.units import show_bytes, show_tokens, tokens
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_numbers, table
@@ -94,12 +97,21 @@ def _facts(job: CheckJob, rows: int, planned: Sequence[Stage]) -> Iterator[tuple
     yield (
         "batch",
         f"{job.train.global_batch:,} sequences = data {data:,} x microbatch "
-        f"{job.train.microbatch} x {number:,} microbatches; {show_tokens(per_step)} tokens a step",
+        f"{job.train.microbatch} x {number:,} microbatches; {show_tokens(per_step)} tokens a step"
+        f"{_growth(job.train)}",
     )
     yield "length", _length(job, per_step)
     yield from _work(job, rows, per_step)
     if plan.pipeline > 1:
         yield "pipeline", _pipeline(job, planned, number)
+
+
+def _growth(train: Train) -> str:
+    """Say how the batch grows at the start of the run."""
+    if not ramps(train):
+        return ""
+    ramp = train.batch_ramp
+    return f"; grows from {ramp.start_batch} by {ramp.increment} over {ramp.tokens} tokens"
 
 
 def _sequence_split(job: CheckJob) -> str:
@@ -115,28 +127,25 @@ def _sequence_split(job: CheckJob) -> str:
 
 def _length(job: CheckJob, per_step: int) -> str:
     """Say how many steps the run and its phases take."""
-    phases = {"warm-up": job.schedule.warmup_tokens}
-    if isinstance(job.schedule, Wsd):
-        phases["decay"] = job.schedule.decay_tokens
-    words = [f"{job.train.tokens} tokens = {_steps(job.train.tokens, per_step):,} steps"]
-    for name, long in phases.items():
-        if tokens(long):
-            words.append(f"{name} {show_tokens(tokens(long))} = {_steps(long, per_step):,}")
+    train, warmup = job.train, job.schedule.warmup_tokens
+    words = [f"{train.tokens} tokens = {run_length(train).steps:,} steps"]
+    if tokens(warmup):
+        steps = run_length(replace(train, tokens=warmup)).steps
+        words.append(f"warm-up {show_tokens(tokens(warmup))} = {steps:,}")
+    if isinstance(job.schedule, Wsd) and tokens(job.schedule.decay_tokens):
+        decay = tokens(job.schedule.decay_tokens)
+        words.append(f"decay {show_tokens(decay)} = {math.ceil(decay / per_step):,}")
     return "; ".join(words)
-
-
-def _steps(length: str, per_step: int) -> int:
-    return math.ceil(tokens(length) / per_step)
 
 
 def _work(job: CheckJob, rows: int, per_step: int) -> Iterator[tuple[str, str]]:
     """Say how many operations the run takes, and the time below which it cannot be."""
     of_token = counts.flops_per_token(job.model, rows, job.train.sequence_length).training
     of_process = of_token * per_step / job.processes
-    num_steps = _steps(job.train.tokens, per_step)
+    num_tokens = run_length(job.train).sequences * job.train.sequence_length
     yield (
         "work",
-        f"{of_token * per_step * num_steps:.3g} FLOP in all, "
+        f"{of_token * num_tokens:.3g} FLOP in all, "
         f"{of_process / 1e12:.4g} TFLOP a step and process",
     )
     peak = job.runtime.peak_tflops
@@ -146,8 +155,8 @@ def _work(job: CheckJob, rows: int, per_step: int) -> Iterator[tuple[str, str]]:
         step_s = of_process / (peak * 1e12)
         yield (
             "time",
-            f"more than {show_step_time(step_s)} a step and {show_duration(step_s * num_steps)} in "
-            f"all, which would be the whole peak of {peak:g} TFLOP/s",
+            f"more than {show_step_time(step_s)} a step and "
+            f"{show_duration(step_s * num_tokens / per_step)} in all, which would be the whole peak of {peak:g} TFLOP/s",
         )
 
 

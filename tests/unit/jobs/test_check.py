@@ -59,6 +59,16 @@ def test_the_plan_says_how_processes_and_batch_are_split(
     assert "they would wait 5.9% of a step" in said(text, "pipeline")  # 3 / (48 + 3)
 
 
+def test_a_batch_that_grows_takes_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    ramp = "train.batch_ramp={tokens:120k,start_batch:4,increment:4}"
+    words = ("experiment=tiny_cpu", "train.tokens=1M", "train.global_batch=16", ramp)
+    text = plan(capsys, *words)
+    assert "grows from 4 by 4 over 120k" in said(text, "batch")
+    # 40k tokens each in steps of 4, 8 and 12 times 64 tokens, each stage to its first step beyond:
+    # 157 steps end at 40192, 78 at 80128, 52 at 120064; 880k in steps of 1024 make 860 more.
+    assert said(text, "length").startswith("1M tokens = 1,147 steps")
+
+
 def test_the_plan_shows_the_cut_and_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     text = plan(capsys, *SUPER)
     pattern = compose("check", list(SUPER)).model.pattern
