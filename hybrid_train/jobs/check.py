@@ -156,7 +156,8 @@ def _work(job: CheckJob, rows: int, per_step: int) -> Iterator[tuple[str, str]]:
         yield (
             "time",
             f"more than {show_step_time(step_s)} a step and "
-            f"{show_duration(step_s * num_tokens / per_step)} in all, which would be the whole peak of {peak:g} TFLOP/s",
+            f"{show_duration(step_s * num_tokens / per_step)} in all, which would be the whole "
+            f"peak of {peak:g} TFLOP/s",
         )
 
 

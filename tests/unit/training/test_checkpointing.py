@@ -11,9 +11,10 @@ import pytest
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.data.loader import Loader
 from hybrid_train.training.hook import Hook, HookList
 from tests.full_disk import full_disk
-from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, microbatches, some_rows
+from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
 from tests.unit.checkpoint.content import engine_of
 
 pytestmark = MEGATRON_WARNINGS
@@ -40,7 +41,11 @@ def run_of(engine: Any, run_dir: Path, steps: int, settings: Checkpoint, *hooks:
     from hybrid_train.training.hooks.checkpointing import SaveCheckpoints
     from hybrid_train.training.loop import Run
 
-    run = Run(engine, microbatches(some_rows(), 2), token_budget=steps * BATCH * LENGTH)
+    batch = batch_of(some_rows(steps * BATCH))
+    fields = ("tokens", "labels", "loss_mask", "position_ids")
+    sequences = [{name: getattr(batch, name)[i] for name in fields} for i in range(steps * BATCH)]
+    batches = Loader(sequences, microbatch=2, global_batch=lambda _: BATCH)
+    run = Run(engine, batches, token_budget=steps * BATCH * LENGTH)
     run.hooks = HookList([SaveCheckpoints(settings, run_dir, -1), *hooks])
     return run
 
