@@ -67,6 +67,8 @@ LAYOUTS = {
     "PP4 uneven": Layout(4, Parallel(pipeline=4)),
     "PP2 x VPP2": Layout(2, Parallel(pipeline=2, virtual_pipeline=2)),
     "EP2": Layout(2, Parallel(expert=2)),
+    "CP2": Layout(2, Parallel(context=2)),
+    "DP2, overlapped": Layout(2, Parallel(overlap_grad_reduce=True, overlap_param_gather=True)),
     "ETP2": Layout(2, Parallel(expert_tensor=2)),
     "TP2 x EP2": Layout(2, Parallel(tensor=2, expert=2, expert_tensor=1)),
     "TP2 x DP2": Layout(4, Parallel(tensor=2)),
@@ -93,6 +95,8 @@ PAIRS = (
     ("EP2", "TP2 x DP2"),
     ("TP2 x DP2", "PP2 x EP2"),
     ("PP2 x EP2", ONE),
+    ("CP2", "DP2, overlapped"),
+    ("DP2, overlapped", "CP2"),
     ("DP2, bfloat16", "TP2 x EP2, bfloat16"),
     ("TP2 x EP2, bfloat16", "DP2, bfloat16"),
 )
@@ -179,25 +183,27 @@ def job_of(layout: Layout) -> TrainJob:
 def _save(folder: Path) -> None:
     """Under each layout of as many processes: two steps, a checkpoint, three steps."""
     from hybrid_train.checkpoint import store
+    from hybrid_train.training.hooks.checkpointing import content_of
 
     for name, engine in _engines():
         batches = _batches(engine)
         for _ in range(BEFORE):
             engine.step(batches, tokens_seen=0)
-        store.save(folder / name, _content(engine), {"step": BEFORE}, keep=1)
+        store.save(folder / name, content_of(engine), {"step": BEFORE}, keep=1)
         _go_on(engine, batches, folder / name)
 
 
 def _load(folder: Path) -> None:
     """Load what other layouts saved, all into the same engine; save it again; three steps."""
     from hybrid_train.checkpoint import layout, store
+    from hybrid_train.training.hooks.checkpointing import content_of
 
     for name, engine in _engines(seed=99):
         for source, target in PAIRS:
             if target == name:
-                store.load(layout.locate(folder / source), _content(engine))
+                store.load(layout.locate(folder / source), content_of(engine))
                 run_dir = folder / _again(source, target)
-                store.save(run_dir, _content(engine), {"step": BEFORE}, keep=1)
+                store.save(run_dir, content_of(engine), {"step": BEFORE}, keep=1)
                 _go_on(engine, _batches(engine), run_dir)
 
 
@@ -221,12 +227,6 @@ def _batches(engine: Any) -> Any:
     """Deal the sequences of a step out to the data-parallel ranks in turn."""
     groups = engine.groups
     return microbatches(some_rows()[groups.dp.rank() :: groups.dp.size()], 1)
-
-
-def _content(engine: Any) -> Any:
-    from hybrid_train.checkpoint.megatron import Content
-
-    return Content(engine.chunks, engine.optimizer, engine.groups)
 
 
 def _go_on(engine: Any, batches: Any, run_dir: Path) -> None:
