@@ -215,7 +215,7 @@ def test_one_process_reads_the_weights_of_two(runs: Any, name: str) -> None:
     expected = weights_of(engines[0])
     for key, value in weights_of(engines[1]).items():
         # Adam's update is the rate times a quotient with the error of the gradient, 20 ulps;
-        # storing a weight rounds it. An element whose gradient is nothing but rounding may go anywhere:
-        # there are few, so the mean is compared.
+        # storing a weight rounds it. An element whose gradient is nothing but rounding may go
+        # anywhere: there are few, so the mean is compared.
         rounding = EPSILON / 2 * expected[key].abs().max()
         assert (value - expected[key]).abs().mean() <= 2 * (1e-3 * 20 * EPSILON + rounding), key
