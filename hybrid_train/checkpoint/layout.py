@@ -17,6 +17,7 @@ from hybrid_train.config.problems import UserError
 
 FOLDER = "checkpoints"
 POSITION = "position.json"
+TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
 PARTIAL = ".partial"
 _NAME = re.compile(r"step_(\d{8,})")
 

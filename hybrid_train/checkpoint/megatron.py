@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from hybrid_train.checkpoint import safe_metadata
 from hybrid_train.checkpoint.differences import Stored, compare
 from hybrid_train.checkpoint.optimizer_state import (
     MASTER,
@@ -47,6 +48,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
 
+safe_metadata.install()  # no checkpoint runs code, whoever wrote it
 # What reading damaged files raises; the first is no Exception.
 _DAMAGED = (
     CheckpointException,

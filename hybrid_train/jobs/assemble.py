@@ -27,7 +27,7 @@ from hybrid_train.training.engine import Engine
 from hybrid_train.training.next_token import NextToken
 from hybrid_train.training.nonfinite import raise_bad_norm
 
-TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
+TOKENIZER = layout.TOKENIZER
 _log = logging.getLogger(__name__)
 
 

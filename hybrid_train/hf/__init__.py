@@ -1,0 +1,4 @@
+"""Hugging Face folders: read into a checkpoint, written from one, and compared with one.
+
+Not here: how a checkpoint lies on disk (`checkpoint/tensor_files.py`), the tokenizer (`data/tokenizers.py`).
+"""

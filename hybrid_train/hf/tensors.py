@@ -1,0 +1,190 @@
+"""Rows on their way from one side to the other: cut, checked for NaN, cast.
+
+A tensor is never in memory as a whole if it is large: it travels in blocks of rows.
+"""
+
+import enum
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.hf.names import Stored
+
+BLOCK_BYTES = 16 * 2**20
+_SCANNED_TOGETHER = 2**18  # elements: they stay in a core's cache
+
+
+class Rows(Protocol):
+    """A side that can be read."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def where(self, name: str) -> str: ...
+
+    def read(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass
+class Cast:
+    """The number format that is asked for, and what came of it."""
+
+    dtype: torch.dtype | None  # None: as it is
+    changed: int = 0  # tensors that lost bits
+    largest: float = 0.0  # relative change of an element
+    _last: str = field(default="", repr=False)
+
+    def of(self, source: torch.dtype, *, keeps_float32: bool) -> torch.dtype:
+        """Return the format that a tensor gets."""
+        if keeps_float32:
+            return torch.float32
+        return self.dtype or source
+
+    def apply(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cast rows; take note if that loses bits."""
+        if rows.dtype == dtype:
+            return rows
+        cast = rows.to(dtype)
+        back = cast.to(torch.float32)
+        exact = rows.to(torch.float32)
+        if not torch.equal(back, exact):
+            self.changed += name != self._last
+            self._last = name
+            change = ((back - exact).abs() / exact.abs().clamp(min=1e-30)).max().item()
+            self.largest = max(self.largest, change)
+        return cast
+
+    def in_words(self, tensors: int) -> str | None:
+        """Say what was lost; None if nothing was."""
+        if not self.changed:
+            return None
+        return (
+            f"the cast to {str(self.dtype).removeprefix('torch.')} is lossy: it changed "
+            f"{self.changed} of {tensors} tensors, one element by a relative {self.largest:.1e}"
+        )
+
+
+def require_finite(side: Rows, name: str, rows: Tensor, start: int) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: naming file, tensor and row.
+    """
+    flat = rows.view(-1)
+    for part in flat.split(_SCANNED_TOGETHER):
+        low, high = part.aminmax()
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            number = int((~flat.isfinite()).nonzero()[0, 0])
+            row = start + number // max(1, math.prod(rows.shape[1:]))
+            raise UserError(f"{side.where(name)} holds {flat[number].item()} in row {row}")
+
+
+def blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [start, stop) into ranges of some megabytes."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def ours_from_theirs(stored: Stored, theirs: Rows) -> Iterator[tuple[int, Tensor]]:
+    """Yield the rows of one of our tensors in order, each block with its first row.
+
+    What their side does not have (the padding of the vocabulary) is zero.
+    """
+    rest, at = stored.shape[1:], 0
+    for part in stored.parts:
+        if part.rows != part.stop - part.start:  # an expert
+            rows = theirs.read(part.name, part.start, part.stop)
+            require_finite(theirs, part.name, rows, part.start)
+            yield part.at, rows.view(1, *rest)
+        else:
+            row_bytes = math.prod(rest) * theirs.dtype(part.name).itemsize
+            for first, last in blocks(part.start, part.stop, row_bytes):
+                rows = theirs.read(part.name, first, last)
+                require_finite(theirs, part.name, rows, first)
+                yield part.at + first - part.start, rows
+        at = part.at + part.rows
+    if at < stored.shape[0]:
+        dtype = theirs.dtype(stored.parts[-1].name)
+        yield at, torch.zeros((stored.shape[0] - at, *rest), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one of our tensors that are the next rows of one of theirs."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Theirs:
+    """One of their tensors, and what of ours it is made of, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    keeps_float32: bool
+    pieces: dict[int, Piece]  # by first row
+
+
+def turned(table: Iterator[Stored]) -> dict[str, Theirs]:
+    """Turn the table round: what each of their tensors is made of."""
+    found: dict[str, Theirs] = {}
+    for stored in table:
+        for part in stored.parts:
+            one = found.setdefault(
+                part.name, Theirs(part.name, part.shape, stored.keeps_float32, {})
+            )
+            one.pieces[part.start] = Piece(stored.key, part.at, part.at + part.rows)
+    return found
+
+
+def theirs_from_ours(one: Theirs, ours: Rows) -> Iterator[Tensor]:
+    """Yield the rows of one of their tensors in order."""
+    for _, piece in sorted(one.pieces.items()):
+        shape = ours.shape(piece.key)
+        row_bytes = math.prod(shape[1:]) * ours.dtype(piece.key).itemsize
+        for first, last in blocks(piece.start, piece.stop, row_bytes):
+            rows = ours.read(piece.key, first, last)
+            require_finite(ours, piece.key, rows, first)
+            yield rows.view(-1, *one.shape[1:])
+
+
+def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: set[str]) -> None:
+    """Refuse tensors that are missing, of another shape, or of no use.
+
+    Raises:
+        UserError: naming the first of each kind, and how many there are.
+    """
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise UserError(f"{_first(missing)} missing; the config asks for {'them' if len(missing) > 1 else 'it'}")
+    for name, shape in names.items():
+        if side.shape(name) != shape:
+            raise UserError(
+                f"{side.where(name)} has shape {side.shape(name)}; the config asks for {shape}"
+            )
+    foreign = sorted(present - names.keys())
+    if foreign:
+        raise UserError(f"{side.where(foreign[0])} has no place in the model; {_first(foreign)} left over")
+
+
+def _first(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{names[0]} and {len(names) - 1} more tensors are"
+
+
+class Format(enum.Enum):
+    """A number format by its name in a config.json."""
+
+    float32 = torch.float32
+    bfloat16 = torch.bfloat16
+    float16 = torch.float16
