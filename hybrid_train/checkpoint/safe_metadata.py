@@ -227,7 +227,8 @@ def _require_plain_common(folder: Path, metadata: Metadata) -> None:
 def _record(value: Any, name: str) -> _Record:
     if not isinstance(value, _RECORDS[name]):
         _refuse(f"there should be a {name}, and is {type(value).__name__}")
-    return value  # type: ignore[no-any-return]
+    assert isinstance(value, _Record)
+    return value
 
 
 def _text(value: Any) -> str:
@@ -255,7 +256,7 @@ def _read_metadata(reader: Any, *_: Any, **__: Any) -> Metadata:
 
 
 def _load_bytes(planner: Any, item: Any, value: io.BytesIO) -> None:
-    """Stand for DefaultLoadPlanner.load_bytes (torch 2.11, default_planner.py 371), which unpickles.
+    """Stand for DefaultLoadPlanner.load_bytes (torch 2.11, default_planner.py 371), a pickle too.
 
     Through it Megatron loads its common state (core 0.19.2, serialization.py 229).
     """
@@ -272,5 +273,5 @@ def _load_bytes(planner: Any, item: Any, value: io.BytesIO) -> None:
 
 def install() -> None:
     """Let every reader of this process, Megatron's too, read checkpoints in this way."""
-    filesystem.FileSystemReader.read_metadata = _read_metadata  # type: ignore[method-assign]
-    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
+    filesystem.FileSystemReader.read_metadata = _read_metadata  # type: ignore[assignment, method-assign]
+    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[assignment, method-assign]

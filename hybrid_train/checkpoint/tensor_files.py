@@ -1,18 +1,13 @@
 """Tensors of a checkpoint one part at a time, without a model and without reading the whole.
 
-A checkpoint is torch's distributed format as Megatron writes it: an index, and files of items that
-`torch.save` wrote. The bytes of an item are read where they lie; its pickle is compared with the
-only one that a plain tensor has, and is never run.
+A checkpoint is torch's distributed format as Megatron writes it: an index
+(`checkpoint/safe_metadata.py`) and files of items (`checkpoint/items.py`).
 """
 
-import io
 import json
 import math
 import pickle
-import pickletools
-import struct
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,18 +26,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hybrid_train.checkpoint import safe_metadata
+from hybrid_train.checkpoint import items, safe_metadata
 from hybrid_train.config.problems import UserError
 
 FILE_BYTES = 4 * 2**30  # a new file begins behind so many
-_SMALL_PICKLE = 4096  # bytes; that of a plain tensor has some 160
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry, up to the lengths of name and extra
-_STORAGES = {
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.float64: "DoubleStorage",
-}
 
 
 class StoredTensors:
@@ -124,104 +111,18 @@ class StoredTensors:
             self._files[info.relative_path] = path.open("rb", buffering=0)
         file = self._files[info.relative_path]
         if index not in self._starts:
+            part = items.Part(info.offset, info.length, dtype, tuple(chunk.sizes))
             try:
-                self._starts[index] = _start_of_values(file, info, dtype, chunk.sizes)
-            except (ValueError, zipfile.BadZipFile, struct.error, EOFError) as error:
+                self._starts[index] = items.start_of_values(file, part)
+            except ValueError as error:
                 raise UserError(f"{self.where(name)} is damaged: {error}") from error
         row_bytes = math.prod(chunk.sizes[1:]) * dtype.itemsize
         file.seek(self._starts[index] + row * row_bytes)
         target = place if place.is_contiguous() else torch.empty(place.shape, dtype=dtype)
-        if not fill(file, target):
+        if not items.fill(file, target):
             raise UserError(f"{self.where(name)} is cut short")
         if target is not place:
             place.copy_(target)
-
-
-def fill(file: IO[bytes], tensor: Tensor) -> bool:
-    """Read the bytes of a contiguous tensor; False if the file ends before."""
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    while len(view):
-        got = file.readinto(view)  # type: ignore[attr-defined]
-        if not got:
-            return False
-        view = view[got:]
-    return True
-
-
-def _start_of_values(file: IO[bytes], info: Any, dtype: torch.dtype, sizes: Sequence[int]) -> int:
-    """Find the byte at which the values of an item begin.
-
-    Raises:
-        ValueError: if the item is anything but one plain tensor of that format and shape.
-    """
-    view = _View(file, info.offset, info.length)
-    with zipfile.ZipFile(view) as archive:
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-    values, pickled = entries.get("data/0"), entries.get("data.pkl")
-    if values is None or pickled is None:
-        raise ValueError("it is no tensor that torch.save wrote")
-    if values.compress_type or values.file_size != math.prod(sizes) * dtype.itemsize:
-        raise ValueError(f"it has {values.file_size} bytes, which is no {dtype} {tuple(sizes)}")
-    if pickled.compress_type or pickled.file_size > _SMALL_PICKLE:
-        raise ValueError("it is more than a tensor")
-    view.seek(_start_of_entry(view, pickled))
-    _require_plain_tensor(view.read(pickled.file_size), dtype, sizes)
-    start = _start_of_entry(view, values)
-    if start + values.file_size > info.length:
-        raise ValueError("its values end behind it")
-    return int(info.offset) + start
-
-
-def _start_of_entry(view: "_View", entry: zipfile.ZipInfo) -> int:
-    view.seek(entry.header_offset)
-    name, extra = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))
-    return entry.header_offset + _LOCAL_HEADER.size + name + extra
-
-
-def _require_plain_tensor(pickled: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> None:
-    """Compare what a pickle says, opcode by opcode, with a contiguous tensor in its own storage."""
-    said = [
-        argument for opcode, argument, _ in pickletools.genops(pickled)
-        if argument is not None and opcode.name not in ("PROTO", "BINPUT", "LONG_BINPUT", "BINGET")
-    ]  # fmt: skip
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    expected = [
-        "torch._utils _rebuild_tensor_v2", "storage", f"torch {_STORAGES.get(dtype)}", "0", "cpu",
-        math.prod(sizes), 0, *sizes, *strides, "collections OrderedDict",
-    ]  # fmt: skip
-    if said != expected:
-        raise ValueError(f"it is no plain contiguous {dtype} tensor of shape {tuple(sizes)}")
-
-
-class _View(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("it points before its own beginning")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        number = max(0, min(len(buffer), self._length - self._at))
-        self._file.seek(self._start + self._at)
-        data = self._file.read(number)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 @dataclass
@@ -246,28 +147,30 @@ class CheckpointWriter:
     def _open_next(self) -> None:
         self._number += 1
         self._name = f"__0_{self._number}.distcp"
-        self._file = (self._folder / self._name).open("wb")
+        self._file = (self._folder / self._name).open("wb", buffering=0)
+        self._at = 0
 
     def add(self, name: str, shape: tuple[int, ...], start: int, rows: Tensor) -> None:
         """Write rows of a tensor, which begin at row `start` of its whole shape."""
         growing = self._tensors.setdefault(name, _Growing(rows.dtype, shape, []))
         offsets = torch.Size((start, *(0 for _ in shape[1:])))
         growing.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=rows.shape))
-        self._save(MetadataIndex(name, offsets), rows)
+        self._save(MetadataIndex(name, offsets), items.written(rows))
 
-    def _save(self, index: MetadataIndex, content: Any) -> None:
-        start = self._file.tell()
-        if start > FILE_BYTES:
+    def _save(self, index: MetadataIndex, parts: Iterable[Any]) -> None:
+        if self._at > FILE_BYTES:
             self._file.close()
             self._open_next()
-            start = 0
-        torch.save(content, self._file)
-        length = self._file.tell() - start
+        start = self._at
+        for part in parts:
+            items.write_all(self._file, part)
+            self._at += len(part)
+        length = self._at - start
         self._places[index] = filesystem._StorageInfo(self._name, start, length)
 
     def finish(self) -> None:
         """Write the index; the checkpoint is whole then."""
-        self._save(MetadataIndex(safe_metadata.COMMON), [{}])
+        self._save(MetadataIndex(safe_metadata.COMMON), [items.saved([{}])])
         entries: dict[str, Any] = {safe_metadata.COMMON: BytesStorageMetadata()}
         for name, one in self._tensors.items():
             properties = TensorProperties(one.dtype)

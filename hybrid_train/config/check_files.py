@@ -5,8 +5,10 @@ from pathlib import Path
 
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.convert import ConvertJob
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.schema.verify import VerifyJob
 
 _SUFFIXES = (".bin", ".idx")
 
@@ -111,3 +113,15 @@ def generation_problems(job: GenerateJob) -> Iterator[Problem]:
         )
     if job.prompt_file is not None and not Path(job.prompt_file).is_file():
         yield Problem("prompt_file", job.prompt_file, "there is no such file")
+
+
+def folder_problems(job: object) -> Iterator[Problem]:
+    """Yield the folders that a conversion or comparison reads and that are not there."""
+    named: dict[str, str | None] = {}
+    if isinstance(job, ConvertJob):
+        named = {"import": job.import_, "export": job.export}
+    elif isinstance(job, VerifyJob):
+        named = {"checkpoint": job.checkpoint, "hf": job.hf}
+    for path, folder in named.items():
+        if folder is not None and not Path(folder).is_dir():
+            yield _no_folder(path, folder)

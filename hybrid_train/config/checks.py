@@ -15,6 +15,7 @@ from hybrid_train.config import degrees
 from hybrid_train.config.check_files import (
     FILE_RULES,
     data_is_chosen,
+    folder_problems,
     generation_problems,
     vocabulary_is_known,
 )
@@ -23,17 +24,19 @@ from hybrid_train.config.degrees import expert_tensor, splits_sequence
 from hybrid_train.config.pattern import Pattern, parse, repair
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.check import CheckJob
+from hybrid_train.config.schema.convert import ConvertJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.schedule import Wsd
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.schema.verify import VerifyJob
 from hybrid_train.config.units import is_tokens, tokens
 
 _SEARCH_WIDTH = 4096  # how far from a value the nearest legal one is looked for
 
-Job = TrainJob | GenerateJob | CountJob
+Job = TrainJob | GenerateJob | CountJob | ConvertJob | VerifyJob
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 
 
@@ -47,7 +50,8 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
     if isinstance(job, GenerateJob):
         yield from generation_problems(job)
         return
-    if isinstance(job, CountJob):  # it has one section
+    if not isinstance(job, TrainJob):  # it has no parallel plan
+        yield from folder_problems(job)
         return
     found = _broken(job, world_size)
     broken = {rule for _, rule in found}

@@ -39,6 +39,8 @@ _WHAT_IS_READY = {
     "train": "`hybrid-train recipes` lists experiments with everything set",
     "check": "`hybrid-train recipes` lists experiments with everything set",
     "generate": "`hybrid-train generate --help` lists the settings",
+    "convert": "`hybrid-train convert --help` lists the settings",
+    "verify": "`hybrid-train verify --help` lists the settings",
     "count": "`hybrid-train models` lists the models that have a name: model=NAME",
 }
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)

@@ -65,7 +65,7 @@ def settings(job_name: str, lines: Sequence[str]) -> Iterator[Setting]:
         if not isinstance(value, dict) and not name.endswith(".kind"):  # the group sets the kind
             members = _members(node_at(config, name))
             remarks = [", ".join(members), comments.get(name, "").replace("None:", "null:")]
-            yield Setting(name, _shown(value), "; ".join(filter(None, remarks)))
+            yield Setting(name.rstrip("_"), _shown(value), "; ".join(filter(None, remarks)))
 
 
 def _members(node: Node | None) -> list[str]:

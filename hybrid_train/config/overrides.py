@@ -1,5 +1,6 @@
 """Overrides of the command line: read them, and set typed values, collecting every problem."""
 
+import keyword
 import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
@@ -42,7 +43,9 @@ def read(lines: Sequence[str], groups: Collection[str], raw_keys: Collection[str
     given = Given()
     for line in lines:
         match = _ASSIGNMENT.fullmatch(line)
-        if match and match[1] in raw_keys:
+        if match and keyword.iskeyword(match[1]):  # import=...: no field can be called so
+            _sort(f"{match[1]}_={match[2]}", given, groups)
+        elif match and match[1] in raw_keys:
             given.texts.setdefault(match[1], []).append(match[2])
         elif match is None and _DELETION.fullmatch(line) is None:
             given.problems.append(Problem(line, "(nothing)", "write settings as KEY=VALUE"))

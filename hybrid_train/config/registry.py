@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.config.schema.convert import ConvertJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Data, Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
@@ -24,6 +25,7 @@ from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
 from hybrid_train.config.schema.tracking import Tracking
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.schema.verify import VerifyJob
 from hybrid_train.config.units import is_tokens, tokens
 
 SCHEMAS: dict[tuple[str, str], type[Any]] = {
@@ -31,6 +33,8 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "check"): CheckJob,
     ("job", "generate"): GenerateJob,
     ("job", "count"): CountJob,
+    ("job", "convert"): ConvertJob,
+    ("job", "verify"): VerifyJob,
     ("model", "base"): Model,
     ("parallel", "base"): Parallel,
     ("precision", "base"): Precision,

@@ -140,7 +140,9 @@ def to_model(config: Mapping[str, Any], path: Path) -> Model:
     except ValueError as error:
         faults.append(str(error))
     if faults:
-        raise UserError(f"{path} does not describe a model of the family:\n  " + "\n  ".join(faults))
+        raise UserError(
+            f"{path} does not describe a model of the family:\n  " + "\n  ".join(faults)
+        )
     if not model.moe.shared_intermediate_size:
         model.moe.shared_intermediate_size = None
     if "E" not in model.pattern:
@@ -166,7 +168,7 @@ def _foreign(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_no_limit(limit: Any) -> bool:
-    """transformers 5 writes infinity as {"__float__": "Infinity"}."""
+    """Tell whether it is [0, inf]; transformers 5 writes {"__float__": "Infinity"} for inf."""
     if not isinstance(limit, list) or len(limit) != 2:  # noqa: PLR2004  low, high
         return False
     high = limit[1].get("__float__") if isinstance(limit[1], dict) else limit[1]

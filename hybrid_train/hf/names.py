@@ -130,9 +130,7 @@ def _packed(names: Names, name: str, rows: dict[str, int], rest: Shape) -> Itera
     """Cut one of their tensors into ours, which are named by part."""
     total, start = sum(rows.values()), 0
     for part, number in rows.items():
-        yield names.rows_of(
-            f"{name}.{part}", name, (total, *rest), slice(start, start + number)
-        )
+        yield names.rows_of(f"{name}.{part}", name, (total, *rest), slice(start, start + number))
         start += number
 
 

@@ -247,9 +247,7 @@ def _require_tied(folder: Folder) -> None:
         )
 
 
-def _write_tensors(
-    weights: Path, tensors: list[Stored], folder: Folder, cast: Cast
-) -> None:
+def _write_tensors(weights: Path, tensors: list[Stored], folder: Folder, cast: Cast) -> None:
     writer = CheckpointWriter(weights)
     try:
         for stored in tensors:

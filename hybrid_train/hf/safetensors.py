@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from hybrid_train.checkpoint.tensor_files import fill
+from hybrid_train.checkpoint.items import fill, write_all
 from hybrid_train.config.problems import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,7 +95,7 @@ def _entry(path: Path, name: str, said: Any, begin: int) -> Entry:
             "a quantized checkpoint must be converted back first"
         )
     dtype, shape, offsets = DTYPES[said["dtype"]], said["shape"], said["data_offsets"]
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:  # noqa: PLR2004  begin, end
         raise UserError(f"{path}: {name} has shape {shape} and data_offsets {offsets}")
     needed = math.prod(shape) * dtype.itemsize
     if not needed:
@@ -148,8 +148,7 @@ class Writer:
         for part in parts:
             view = memoryview(part.contiguous().view(-1).view(torch.uint8).numpy())
             self._left -= len(view)
-            while len(view):
-                view = view[self._file.write(view) :]
+            write_all(self._file, view)
 
     def close(self, *, whole: bool = True) -> None:
         """Close the file; it is whole unless the writing failed."""

@@ -165,7 +165,9 @@ def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: se
     """
     missing = [name for name in names if name not in present]
     if missing:
-        raise UserError(f"{_first(missing)} missing; the config asks for {'them' if len(missing) > 1 else 'it'}")
+        raise UserError(
+            f"{_first(missing)} missing; the config asks for {'them' if len(missing) > 1 else 'it'}"
+        )
     for name, shape in names.items():
         if side.shape(name) != shape:
             raise UserError(
@@ -173,7 +175,9 @@ def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: se
             )
     foreign = sorted(present - names.keys())
     if foreign:
-        raise UserError(f"{side.where(foreign[0])} has no place in the model; {_first(foreign)} left over")
+        raise UserError(
+            f"{side.where(foreign[0])} has no place in the model; {_first(foreign)} left over"
+        )
 
 
 def _first(names: list[str]) -> str:

@@ -102,9 +102,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(found, job, size)
 
 
-def export_checkpoint(
-    path: Path, output: Path, dtype: torch.dtype | None, shard_bytes: int
-) -> str:
+def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard_bytes: int) -> str:
     """Write a checkpoint as a Hugging Face folder.
 
     Args:
@@ -187,9 +185,7 @@ def _end_of_document(checkpoint: Checkpoint) -> int | None:
     return Tokenizer.load(folder).end_of_document
 
 
-def _write_generation_config(
-    checkpoint: Checkpoint, output: Path, config: dict[str, Any]
-) -> None:
+def _write_generation_config(checkpoint: Checkpoint, output: Path, config: dict[str, Any]) -> None:
     kept = checkpoint.found.run_dir / SOURCE / hf_config.GENERATION_FILE
     if kept.is_file():
         (output / hf_config.GENERATION_FILE).write_bytes(kept.read_bytes())

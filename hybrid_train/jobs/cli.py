@@ -41,6 +41,13 @@ JOBS = {
     "count": Job(
         "count parameters, tensors, FLOPs and cache of a model", "hybrid_train.jobs.count"
     ),
+    "convert": Job(
+        "turn a Hugging Face folder into a checkpoint, or back", "hybrid_train.jobs.convert"
+    ),
+    "verify": Job(
+        "compare a checkpoint with a Hugging Face folder: tensors, logits",
+        "hybrid_train.jobs.verify",
+    ),
 }
 FLAGS = {
     "--help": "this text, or that of a job: hybrid-train train --help",

@@ -55,6 +55,7 @@ LIBRARIES: dict[str, OptionalLibrary] = {
     "causal_conv1d": OptionalLibrary("causal-conv1d", f"{_NO_ISOLATION} causal-conv1d"),
     "apex": OptionalLibrary("apex", f"{_NO_ISOLATION} 'apex @ git+https://github.com/NVIDIA/apex'"),
     "tensorboard": OptionalLibrary("tensorboard", "pip install tensorboard"),
+    "transformers": OptionalLibrary("transformers", "pip install transformers"),
     "wandb": OptionalLibrary("wandb", "pip install wandb"),
 }
 

@@ -1,0 +1,53 @@
+"""Gateway to transformers: the logits of its NemotronH class for a folder."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from hybrid_train.config.schema.model import Model
+
+_NO_LIMIT = 1e-30  # its logarithm exists
+_log = logging.getLogger(__name__)
+
+
+def load(folder: Path, model: Model) -> NemotronHForCausalLM:
+    """Load a folder in float32, from its files alone and without any code of its own.
+
+    Args:
+        folder: with config.json and safetensors files; checked before (`hf/read.py`).
+        model: what its config.json says, the former spellings of keys included.
+    """
+    config = NemotronHConfig.from_pretrained(folder, local_files_only=True)
+    _mend(config, model)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    loaded = NemotronHForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=False, use_safetensors=True, weights_only=True,
+    )  # fmt: skip
+    return loaded.eval()
+
+
+def _mend(config: NemotronHConfig, model: Model) -> None:
+    """Set what transformers 5.23 takes from a config otherwise than the released models' code.
+
+    It limits Mamba's steps from below by time_step_min, which is a value of the initialisation
+    (modeling_nemotron_h.py 414), and does not know attention_head_dim.
+    """
+    if config.time_step_min > _NO_LIMIT:
+        _log.info(
+            "transformers limits Mamba's steps from below by time_step_min=%g; the released models "
+            "do not, so the comparison is made without",
+            config.time_step_min,
+        )
+        config.time_step_min = _NO_LIMIT
+    config.head_dim = model.attention.head_dim
+
+
+@torch.no_grad()
+def logits(loaded: NemotronHForCausalLM, tokens: Tensor) -> Tensor:
+    """Return the logits of tokens [B, S]: [B, S, V] in float32."""
+    return loaded(tokens.to(loaded.device), use_cache=False).logits.float()

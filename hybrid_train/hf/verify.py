@@ -1,0 +1,77 @@
+"""Compares logits position by position: ours by Megatron, theirs by transformers.
+
+Imports Megatron, so the process must have been started before (`runtime/start.py`).
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_train.checkpoint.megatron import read_weights
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.runtime import Runtime
+from hybrid_train.hf.write import Checkpoint
+from hybrid_train.model.build import build_model
+from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.parallel.groups import build_groups
+from hybrid_train.runtime.seeds import start_tracker
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far two sets of logits are apart, as a share of the logits' own spread."""
+
+    scale: float  # standard deviation of their logits
+    largest: float  # absolute
+    mean: float  # absolute
+    first: int | None  # position of the first that differs by more than the tolerance
+    length: int
+
+    @property
+    def share(self) -> float:
+        """The largest difference as a share of the scale."""
+        return self.largest / self.scale if self.scale else self.largest
+
+    def __str__(self) -> str:
+        where = "none" if self.first is None else f"the first at position {self.first}"
+        return (
+            f"logits of {self.length} positions: largest difference {self.largest:.3g}, mean "
+            f"{self.mean:.3g}, of logits with a standard deviation of {self.scale:.3g} (largest / "
+            f"scale = {self.share:.1e}); beyond the tolerance: {where}"
+        )
+
+
+def compare_logits(ours: Tensor, theirs: Tensor, tolerance: float) -> LogitDifference:
+    """Compare logits [B, S, V]; `tolerance` is a share of the standard deviation of theirs."""
+    apart = (ours.double() - theirs.double()).abs()
+    apart = apart.nan_to_num(torch.inf, torch.inf)
+    scale = theirs.double().std().item()
+    beyond = (apart > tolerance * scale).flatten(2).any(dim=2).any(dim=0).nonzero()
+    return LogitDifference(
+        scale=scale,
+        largest=apart.max().item(),
+        mean=apart.mean().item(),
+        first=int(beyond[0].item()) if len(beyond) else None,
+        length=ours.shape[1],
+    )
+
+
+def load_ours(checkpoint: Checkpoint, runtime: Runtime) -> Hybrid:
+    """Build the model of a checkpoint on this process, in float32, with its weights."""
+    job = copy.deepcopy(checkpoint.job)
+    job.parallel, job.runtime = Parallel(), runtime
+    job.precision = Precision(format=NumberFormat.fp32)
+    start_tracker()
+    groups = build_groups(job.parallel, runtime.timeout_s)
+    built = build_model(job, groups, checkpoint.vocab_size, on_gpu=torch.cuda.is_available())
+    read_weights(checkpoint.found.path, built.chunks, groups)
+    return built.chunks[0].eval()
+
+
+@torch.no_grad()
+def our_logits(model: Hybrid, tokens: Tensor, vocab_size: int) -> Tensor:
+    """Return our logits of tokens [B, S] without the padding of the vocabulary: [B, S, V]."""
+    return model(tokens.to(torch.cuda.current_device()))[..., :vocab_size].float()

@@ -1,0 +1,29 @@
+"""The job `convert`: a Hugging Face folder into a checkpoint, a checkpoint into such a folder."""
+
+import logging
+from pathlib import Path
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.convert import ConvertJob, WeightFormat
+from hybrid_train.hf.read import import_folder
+from hybrid_train.hf.tensors import Format
+from hybrid_train.hf.write import export_checkpoint
+from hybrid_train.runtime import ranks
+from hybrid_train.runtime.logs import start_logging
+
+_log = logging.getLogger(__name__)
+
+
+def run(job: ConvertJob) -> None:
+    """Convert; nothing is left behind if it fails."""
+    if ranks.world_size() > 1:
+        raise UserError("convert runs in one process; start it without torchrun")
+    start_logging()
+    dtype = None if job.dtype is WeightFormat.keep else Format[job.dtype.name].value
+    output = Path(job.output).absolute()
+    if job.import_ is not None:
+        done = import_folder(Path(job.import_), output, dtype)
+    else:
+        assert job.export is not None, "the checks ask for one of them"
+        done = export_checkpoint(Path(job.export), output, dtype, int(job.shard_gb * 1e9))
+    _log.info("%s", done)

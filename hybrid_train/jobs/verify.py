@@ -1,0 +1,67 @@
+"""The job `verify`: is a Hugging Face folder the same model as a checkpoint?"""
+
+from pathlib import Path
+
+import torch
+
+from hybrid_train.checkpoint.tensor_files import StoredTensors
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.verify import VerifyJob
+from hybrid_train.hf import config as hf_config
+from hybrid_train.hf.compare import Differences, differences
+from hybrid_train.hf.read import Folder
+from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint
+from hybrid_train.runtime import optional, ranks
+from hybrid_train.runtime.start import process
+
+
+def run(job: VerifyJob) -> None:
+    """Print what differs.
+
+    Raises:
+        UserError: if the two are not the same model.
+    """
+    if ranks.world_size() > 1:
+        raise UserError("verify runs in one process; start it without torchrun")
+    if job.logits:
+        optional.require("transformers", "verify with logits=true")
+    checkpoint = open_checkpoint(Path(job.checkpoint))
+    found = _compare_tensors(checkpoint, Path(job.hf))
+    for line in (f"{found.tensors} tensors compared", *found.lines()):
+        print(line)  # noqa: T201  the result of the command
+    verdict = [] if found.is_same_model else ["the tensors differ"]
+    if job.logits and (found.only_ours or found.only_theirs or found.shapes):
+        print("logits: not compared, since tensors are missing")  # noqa: T201
+    elif job.logits and not _logits_agree(job, checkpoint):
+        verdict.append("the logits differ")
+    if verdict:
+        raise UserError(f"{job.hf} is not the model of {job.checkpoint}: {' and '.join(verdict)}")
+    print(f"{job.hf} is the model of {job.checkpoint}")  # noqa: T201
+
+
+def _compare_tensors(checkpoint: Checkpoint, folder: Path) -> Differences:
+    with StoredTensors(checkpoint.found.path) as stored, Folder(folder) as theirs:
+        weights = Weights(stored, best=False)
+        checkpoint.require_model(weights)
+        return differences(checkpoint, weights, theirs)
+
+
+def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
+    folder = Path(job.hf)
+    config = hf_config.read_config(folder)
+    model = hf_config.to_model(config, folder / hf_config.FILE)
+    generator = torch.Generator().manual_seed(job.seed)
+    size = (job.sequences, job.length)
+    tokens = torch.randint(checkpoint.vocab_size, size, generator=generator)
+    with process(job.runtime, job.seed) as device:
+        from hybrid_train.hf import transformers, verify  # Megatron comes with the second
+        from hybrid_train.parallel.groups import destroy_groups
+
+        theirs = transformers.logits(transformers.load(folder, model).to(device), tokens).cpu()
+        ours = verify.our_logits(
+            verify.load_ours(checkpoint, job.runtime), tokens, checkpoint.vocab_size
+        ).cpu()
+        destroy_groups()
+        found = verify.compare_logits(ours, theirs, job.tolerance)
+    print(found)  # noqa: T201
+    return found.first is None
