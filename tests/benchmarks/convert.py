@@ -9,6 +9,7 @@ all modules are loaded. What was written before is flushed to the disk before ea
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -74,6 +75,7 @@ def make_source(source: Path) -> int:
     source.mkdir()
     tensors = list(turned(table(model, VOCAB)).values())
     half = len(tensors) // 2
+    pool = torch.randn(2**23)  # more than any tensor has; drawing them all would take minutes
     weight_map, total = {}, 0
     for number, part in enumerate((tensors[:half], tensors[half:]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
@@ -83,7 +85,7 @@ def make_source(source: Path) -> int:
         }
         writer = Writer(source / file, formats)
         for name, (dtype, shape) in formats.items():
-            writer.add([torch.randn(shape).to(dtype)])
+            writer.add([pool[: math.prod(shape)].view(shape).to(dtype)])
             weight_map[name] = file
         writer.close()
         total += (source / file).stat().st_size

@@ -1,0 +1,45 @@
+"""Logits of an imported and of an exported model against transformers, for every shape."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
+from hybrid_train.hf.read import import_folder
+from hybrid_train.hf.write import export_checkpoint, open_checkpoint
+from tests.hf_folders import SHAPES, VOCAB, folder_of, model_of, tokens_of
+from tests.tiny import MEGATRON_WARNINGS
+
+pytestmark = MEGATRON_WARNINGS
+LENGTHS = (1, 127, 128, 129, 300)  # around the chunk of the scan, and beyond
+RUNTIME = Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1)
+SHARE = 1e-4  # of the standard deviation of the logits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_imported_and_exported_models_have_the_logits_of_transformers(
+    groups: Any, shape: str, tmp_path: Path
+) -> None:
+    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.model.build import build_model
+
+    theirs = model_of(shape)
+    import_folder(folder_of(shape, tmp_path / "theirs", shards=2), tmp_path / "run", None)
+    checkpoint = open_checkpoint(tmp_path / "run")
+    checkpoint.job.runtime = RUNTIME
+    ours = build_model(checkpoint.job, groups, VOCAB, on_gpu=False).chunks[0].eval()
+    read_weights(checkpoint.found.path, [ours], groups)
+    export_checkpoint(tmp_path / "run", tmp_path / "again", None, 2**40)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    for length in LENGTHS:
+        tokens = tokens_of(length)
+        with torch.no_grad():
+            expected = theirs(tokens, use_cache=False).logits
+            exported = again(tokens, use_cache=False).logits
+            imported = ours(tokens)[..., :VOCAB]
+        for name, found in (("imported", imported), ("exported", exported)):
+            largest = (found - expected).abs().max()
+            assert largest <= SHARE * expected.std(), f"{name}, length {length}"
