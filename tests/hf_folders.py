@@ -76,7 +76,7 @@ def model_of(shape: str) -> NemotronHForCausalLM:
 
 
 def folder_of(shape: str, folder: Path, *, stacked: bool = False, shards: int = 1) -> Path:
-    """Write a model with its MTP tensors; `stacked`: with the names that transformers has inside."""
+    """Write a model with its MTP tensors; `stacked`: under the names inside transformers."""
     model = model_of(shape)
     model.save_pretrained(folder, save_original_format=not stacked)
     tensors = load_file(folder / SINGLE) | mtp_tensors(folder)

@@ -7,6 +7,7 @@ A checkpoint is torch's distributed format as Megatron writes it: an index
 import json
 import math
 import pickle
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class StoredTensors:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._files: dict[str, IO[bytes]] = {}
+        self._sorted: dict[str, tuple[list[int], list[ChunkStorageMetadata], int]] = {}
         self._starts: dict[MetadataIndex, int] = {}  # of the bytes of items that were read before
 
     @property
@@ -74,7 +76,7 @@ class StoredTensors:
         """
         entry = self._entries[name]
         rows = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
-        for chunk in entry.chunks:
+        for chunk in self._chunks_from(name, start, stop):
             first, size = chunk.offsets[0], chunk.sizes[0]
             low, high = max(start, first), min(stop, first + size)
             if low >= high:
@@ -86,6 +88,15 @@ class StoredTensors:
                 place = place.narrow(axis, offset, length)
             self._read_into(place, name, chunk, low - first)
         return rows
+
+    def _chunks_from(self, name: str, start: int, stop: int) -> list[ChunkStorageMetadata]:
+        """Return the chunks that may hold some of the rows [start, stop)."""
+        if name not in self._sorted:
+            chunks = sorted(self._entries[name].chunks, key=lambda chunk: chunk.offsets[0])
+            most = max(chunk.sizes[0] for chunk in chunks)
+            self._sorted[name] = [chunk.offsets[0] for chunk in chunks], chunks, most
+        firsts, chunks, most = self._sorted[name]
+        return chunks[bisect_left(firsts, start - most + 1) : bisect_left(firsts, stop)]
 
     def close(self) -> None:
         """Close the files."""

@@ -26,7 +26,7 @@ from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.files import copy_tokenizer, new_folder
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
-from hybrid_train.hf.tensors import Cast, ours_from_theirs, require_shapes
+from hybrid_train.hf.tensors import Cast, ahead, ours_from_theirs, require_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE = "hf"  # folder of a run that holds the config files it was imported with
@@ -250,15 +250,18 @@ def _require_tied(folder: Folder) -> None:
 def _write_tensors(weights: Path, tensors: list[Stored], folder: Folder, cast: Cast) -> None:
     writer = CheckpointWriter(weights)
     try:
-        for stored in tensors:
-            source = folder.dtype(stored.parts[0].name)
-            dtype = cast.of(source, keeps_float32=stored.keeps_float32)
-            for start, rows in ours_from_theirs(stored, folder):
-                block = cast.apply(stored.key, rows, dtype)
-                writer.add(stored.key, stored.shape, start, block)
+        for stored, start, rows in ahead(_rows_of_all(tensors, folder)):
+            dtype = cast.of(rows.dtype, keeps_float32=stored.keeps_float32)
+            writer.add(stored.key, stored.shape, start, cast.apply(stored.key, rows, dtype))
         writer.finish()
     finally:
         writer.close()
+
+
+def _rows_of_all(tensors: list[Stored], folder: Folder) -> Iterator[tuple[Stored, int, Tensor]]:
+    for stored in tensors:
+        for start, rows in ours_from_theirs(stored, folder):
+            yield stored, start, rows
 
 
 def _train_job(model: Model, run_dir: Path, length: int, dtype: torch.dtype) -> TrainJob:

@@ -7,7 +7,7 @@ The format: 8 bytes with the length of a JSON header, the header, then the value
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -143,12 +143,11 @@ class Writer:
         self._file = path.open("wb", buffering=0)
         self._file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
 
-    def add(self, parts: Iterable[Tensor]) -> None:
+    def add(self, rows: Tensor) -> None:
         """Write the next values."""
-        for part in parts:
-            view = memoryview(part.contiguous().view(-1).view(torch.uint8).numpy())
-            self._left -= len(view)
-            write_all(self._file, view)
+        view = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+        self._left -= len(view)
+        write_all(self._file, view)
 
     def close(self, *, whole: bool = True) -> None:
         """Close the file; it is whole unless the writing failed."""

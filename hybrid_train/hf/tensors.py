@@ -6,8 +6,9 @@ A tensor is never in memory as a whole if it is large: it travels in blocks of r
 import enum
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from hybrid_train.config.problems import UserError
 from hybrid_train.hf.names import Stored
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 4 * 2**20  # of a large tensor; it is read, checked and written within the cache
 _SCANNED_TOGETHER = 2**18  # elements: they stay in a core's cache
 
 
@@ -50,15 +51,15 @@ class Cast:
         """Cast rows; take note if that loses bits."""
         if rows.dtype == dtype:
             return rows
-        cast = rows.to(dtype)
-        back = cast.to(torch.float32)
+        changed = rows.to(dtype)
+        back = changed.to(torch.float32)
         exact = rows.to(torch.float32)
         if not torch.equal(back, exact):
             self.changed += name != self._last
             self._last = name
             change = ((back - exact).abs() / exact.abs().clamp(min=1e-30)).max().item()
             self.largest = max(self.largest, change)
-        return cast
+        return changed
 
     def in_words(self, tensors: int) -> str | None:
         """Say what was lost; None if nothing was."""
@@ -85,8 +86,18 @@ def require_finite(side: Rows, name: str, rows: Tensor, start: int) -> None:
             raise UserError(f"{side.where(name)} holds {flat[number].item()} in row {row}")
 
 
+def ahead[T](items: Iterator[T]) -> Iterator[T]:
+    """Let a thread make the next item while the last one is in use: read while one writes."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming: Future[T | object] = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield cast("T", item)
+
+
 def blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut rows [start, stop) into ranges of some megabytes."""
+    """Cut rows [start, stop) into ranges of a few megabytes."""
     step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for first in range(start, stop, step):
         yield first, min(first + step, stop)

@@ -21,7 +21,7 @@ from hybrid_train.hf.files import copy_tokenizer, new_folder, write_json
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.read import INDEX, SOURCE
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import Cast, Theirs, require_shapes, theirs_from_ours, turned
+from hybrid_train.hf.tensors import Cast, Theirs, ahead, require_shapes, theirs_from_ours, turned
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
@@ -219,12 +219,17 @@ def _write_shard(
     writer = Writer(path, {one.name: (formats[one.name], one.shape) for one in theirs})
     whole = False
     try:
-        for one in theirs:
-            rows = theirs_from_ours(one, weights)
-            writer.add(cast.apply(one.name, part, formats[one.name]) for part in rows)
+        for one, rows in ahead(_rows_of_all(theirs, weights)):
+            writer.add(cast.apply(one.name, rows, formats[one.name]))
         whole = True
     finally:
         writer.close(whole=whole)
+
+
+def _rows_of_all(theirs: list[Theirs], weights: Weights) -> Iterator[tuple[Theirs, Tensor]]:
+    for one in theirs:
+        for rows in theirs_from_ours(one, weights):
+            yield one, rows
 
 
 def _cut(sizes: dict[str, int], most: int) -> Iterator[list[str]]:

@@ -85,7 +85,7 @@ def make_source(source: Path) -> int:
         }
         writer = Writer(source / file, formats)
         for name, (dtype, shape) in formats.items():
-            writer.add([pool[: math.prod(shape)].view(shape).to(dtype)])
+            writer.add(pool[: math.prod(shape)].view(shape).to(dtype))
             weight_map[name] = file
         writer.close()
         total += (source / file).stat().st_size

@@ -1,0 +1,131 @@
+"""config.json: both ways, old spellings, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import NemotronHConfig
+
+from hybrid_train.config.compose import compose
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.model import Model
+from hybrid_train.hf import config as hf_config
+
+PATH = Path("config.json")
+NAMED = ["nemotron_h_8b", "nemotron_nano_v2_12b", "nemotron3_nano", "nemotron3_super", "tiny"]
+
+
+def model_named(name: str) -> Model:
+    return compose("count", [f"model={name}", "model.vocab_size=4096"]).model
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return hf_config.to_config(
+        model_named(name), vocab_size=4096, length=8192, dtype="bfloat16", end_of_document=7
+    )
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_model_comes_back_from_its_config(name: str) -> None:
+    model = model_named(name)
+    again = hf_config.to_model(json.loads(json.dumps(config_of(name))), PATH)
+    if model.init_std is None:
+        model.init_std = again.init_std
+    if "E" not in model.pattern:
+        model.moe = again.moe
+    if "-" not in model.pattern:
+        model.mlp = again.mlp
+    model.moe.bias_update_rate = again.moe.bias_update_rate  # a matter of training
+    assert again == model
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_transformers_reads_the_same_sizes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
+    theirs = NemotronHConfig.from_pretrained(tmp_path)
+    model = model_named(name)
+    assert theirs.hybrid_override_pattern == model.pattern.partition("/")[0]
+    assert theirs.num_hidden_layers == len(theirs.hybrid_override_pattern)
+    assert (
+        theirs.mamba_num_heads * theirs.mamba_head_dim == model.mamba.heads * model.mamba.head_dim
+    )
+    assert (theirs.n_routed_experts, theirs.moe_latent_size) == (
+        model.moe.experts,
+        model.moe.latent_size,
+    )
+    assert theirs.head_dim == model.attention.head_dim
+    assert theirs.eos_token_id == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "older"),
+    [
+        ("head_dim", "attention_head_dim"),
+        ("layer_norm_epsilon", "rms_norm_eps"),
+        ("n_groups", "mamba_n_groups"),
+        ("chunk_size", "mamba_chunk_size"),
+        ("conv_kernel", "mamba_d_conv"),
+    ],
+)
+def test_old_spellings_are_read(key: str, older: str) -> None:
+    config = config_of("nemotron_nano_v2_12b")
+    expected = hf_config.to_model(config, PATH)
+    config[older] = config.pop(key)
+    assert hf_config.to_model(config, PATH) == expected
+
+
+@pytest.mark.parametrize("words", [("mamba", "attention"), ("linear_attention", "full_attention")])
+def test_layers_are_read_as_words_of_either_kind(words: tuple[str, str]) -> None:
+    config = config_of("tiny")
+    del config["hybrid_override_pattern"], config["mtp_hybrid_override_pattern"]
+    config["layers_block_type"] = [words[0], "moe", words[1], "mlp"]
+    config["mtp_layers_block_type"] = [words[1], "moe"]
+    assert hf_config.to_model(config, PATH).pattern == "ME*-/*E"
+
+
+def test_a_pattern_may_name_its_mtp_layers_itself() -> None:
+    config = config_of("tiny") | {"hybrid_override_pattern": "ME*-/*E/*E"}
+    assert hf_config.to_model(config, PATH).pattern == "ME*-/*E/*E"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"n_group": 4}, "n_group is 4"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'"),
+        ({"time_step_limit": [0.01, 1.0]}, "time_step_limit is [0.01, 1.0]"),
+        ({"hidden_size": "__import__('os')"}, "hidden_size is \"__import__('os')\""),
+        ({"n_routed_experts": 10**12}, "n_routed_experts is 1000000000000"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers is 5, but the pattern has 4"),
+        ({"hybrid_override_pattern": "MX"}, "'X' is no kind of layer"),
+        ({"hybrid_override_pattern": None}, "neither layers_block_type nor"),
+        ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers is 1000000000"),
+        ({"layers_block_type": ["moe", "rwkv"]}, "layers_block_type has other words"),
+    ],
+)
+def test_what_is_no_model_of_the_family_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        hf_config.to_model(config_of("tiny") | changes, PATH)
+    assert message in str(error.value)
+
+
+def test_a_model_without_a_shared_expert_is_not_exported() -> None:
+    model = model_named("tiny")
+    model.moe = dataclasses.replace(model.moe, shared_intermediate_size=None)
+    with pytest.raises(UserError, match="always has a shared expert"):
+        hf_config.to_config(model, vocab_size=8, length=8, dtype="float32", end_of_document=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is no JSON"), ("[1]", "model_type is None"), ('{"model_type": "llama"}', "'llama'")],
+)
+def test_a_file_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        hf_config.read_config(tmp_path)
