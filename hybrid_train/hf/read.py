@@ -130,11 +130,11 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
+    for name, file in weight_map.items():
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file} is missing; {INDEX} names it for {name}")
     for file in sorted(set(weight_map.values())):
         path = folder / file
-        if not path.is_file():
-            name = next(name for name, where in weight_map.items() if where == file)
-            raise UserError(f"{path} is missing; {INDEX} names it for {name}")
         for name, entry in read_header(path).items():
             if name in entries:
                 raise UserError(f"{name} stands in {entries[name].file.name} and in {path}")

@@ -78,7 +78,8 @@ def require_finite(side: Rows, name: str, rows: Tensor, start: int) -> None:
         UserError: naming file, tensor and row.
     """
     flat = rows.view(-1)
-    for part in flat.split(_SCANNED_TOGETHER):
+    parts = (flat,) if len(flat) <= _SCANNED_TOGETHER else flat.split(_SCANNED_TOGETHER)
+    for part in parts:
         low, high = part.aminmax()
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             number = int((~flat.isfinite()).nonzero()[0, 0])

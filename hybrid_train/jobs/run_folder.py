@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "model.mamba.chunk_size",
 )
 _PATTERN = "model.pattern"
+_BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 _log = logging.getLogger(__name__)
 
@@ -73,10 +74,11 @@ def require_same_model(job: TrainJob, found: layout.Found) -> None:
         UserError: with every setting that differs.
     """
     saved = compose.load(found.run_dir).model
+    free = _MAY_CHANGE if job.checkpoint.load_only is None else (*_MAY_CHANGE, *_BESIDE_WEIGHTS)
     lines = [
         f"  {key}: {old} there, {new} here"
         for key, old, new in differences(saved, job.model, "model.")
-        if not (key.startswith((*_MAY_CHANGE, "model.mtp.")) or _is_other_mtp(key, old, new))
+        if not (key.startswith((*free, "model.mtp.")) or _is_other_mtp(key, old, new))
     ]
     if lines:
         text = "\n".join(lines)

@@ -118,15 +118,12 @@ def timed_conversion(way: str, source: Path, target: Path) -> dict[str, float]:
 
 def convert(way: str, source: str, target: str) -> int:
     """Convert in this process; print the seconds and how far memory rose."""
-    from hybrid_train.hf.read import import_folder
-    from hybrid_train.hf.write import export_checkpoint
+    from hybrid_train.config.compose import compose
+    from hybrid_train.jobs import convert as job
 
     before = memory("VmRSS")
     start = time.perf_counter()
-    if way == "import":
-        import_folder(Path(source), Path(target), None)
-    else:
-        export_checkpoint(Path(source), Path(target), None, int(5e9))
+    job.run(compose("convert", [f"{way}={source}", f"output={target}"]))
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before}))
     return 0
