@@ -9,10 +9,12 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 
 from hybrid_train.config.schema.model import Model
+from hybrid_train.hf.config import LAYER_TYPES
+from hybrid_train.hf.names import table
+from hybrid_train.hf.tensors import turned
 from tests.tiny import LENGTH, MEGATRON_WARNINGS, some_rows, tiny_job, tiny_model
 
 pytestmark = MEGATRON_WARNINGS
-LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 
 
 def their_model(model: Model, vocab_size: int) -> NemotronHForCausalLM:
@@ -43,74 +45,32 @@ def their_model(model: Model, vocab_size: int) -> NemotronHForCausalLM:
     return NemotronHForCausalLM(config).eval()
 
 
-def their_weights(ours: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Our weights under their names."""
-    theirs = {
-        "model.embeddings.weight": ours["embedding.word_embeddings.weight"],
-        "model.norm_f.weight": ours["decoder.final_norm.weight"],
-        "lm_head.weight": ours["output_layer.weight"],
-    }
-    of_layer = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
-    for number, letter in enumerate(model.pattern):
-        prefix = f"decoder.layers.{number}."
-        layer = {k.removeprefix(prefix): v for k, v in ours.items() if k.startswith(prefix)}
-        for name, weight in of_layer[letter](layer, model).items():
-            theirs[f"model.layers.{number}.{name}"] = weight
-    return theirs
+def their_weights(ours: Any, groups: Any, model: Model) -> dict[str, Tensor]:
+    """Our weights under their names, by the table that conversions use."""
+    from hybrid_train.checkpoint.places import places
+
+    stored: dict[str, Tensor] = {}
+    for place in places([ours], groups):
+        weight = place.weight
+        whole = stored.setdefault(weight.key, torch.empty(weight.global_shape))
+        numbered = weight.prepend_axis_num  # the place of an expert on the first axis
+        whole[weight.global_offset[:numbered]] = weight.data.detach()
+    rows = len(stored["output_layer.weight"])
+    theirs = {}
+    for one in turned(table(model, rows)).values():
+        pieces = [stored[piece.key][piece.start : piece.stop] for piece in one.pieces.values()]
+        name = one.name.replace("backbone.", "model.")
+        theirs[name] = torch.cat(pieces).view(one.shape)
+    return _stacked(theirs, model.moe.experts)
 
 
-def _mamba(ours: dict[str, Tensor], _: Model) -> dict[str, Tensor]:
-    same = ("in_proj.weight", "A_log", "D", "dt_bias", "norm.weight", "out_proj.weight")
-    return {
-        "norm.weight": ours["mixer.in_proj.layer_norm_weight"],
-        "mixer.conv1d.weight": ours["mixer.conv1d_weight"],
-        "mixer.conv1d.bias": ours["mixer.conv1d_bias"],
-        **{f"mixer.{name}": ours[f"mixer.{name}"] for name in same},
-    }
-
-
-def _attention(ours: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Each key-value group holds its queries, then its key, then its value."""
-    sizes = model.attention
-    queries = sizes.heads // sizes.kv_heads
-    packed = ours["self_attention.linear_qkv.weight"].view(
-        sizes.kv_heads, queries + 2, sizes.head_dim, -1
-    )
-    q, k, v = packed.split([queries, 1, 1], dim=1)
-    return {
-        "norm.weight": ours["self_attention.linear_qkv.layer_norm_weight"],
-        "mixer.q_proj.weight": q.flatten(0, 2),
-        "mixer.k_proj.weight": k.flatten(0, 2),
-        "mixer.v_proj.weight": v.flatten(0, 2),
-        "mixer.o_proj.weight": ours["self_attention.linear_proj.weight"],
-    }
-
-
-def _mlp(ours: dict[str, Tensor], _: Model) -> dict[str, Tensor]:
-    return {
-        "norm.weight": ours["mlp.linear_fc1.layer_norm_weight"],
-        "mixer.up_proj.weight": ours["mlp.linear_fc1.weight"],
-        "mixer.down_proj.weight": ours["mlp.linear_fc2.weight"],
-    }
-
-
-def _moe(ours: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    def stacked(linear: str) -> Tensor:
-        weights = [ours[f"mlp.experts.{linear}.weight{e}"] for e in range(model.moe.experts)]
-        return torch.stack(weights)
-
-    theirs = {
-        "norm.weight": ours["pre_mlp_layernorm.weight"],
-        "mixer.gate.weight": ours["mlp.router.weight"],
-        "mixer.gate.e_score_correction_bias": ours["mlp.router.expert_bias"],
-        "mixer.experts.up_proj": stacked("linear_fc1"),
-        "mixer.experts.down_proj": stacked("linear_fc2"),
-        "mixer.shared_experts.up_proj.weight": ours["mlp.shared_experts.linear_fc1.weight"],
-        "mixer.shared_experts.down_proj.weight": ours["mlp.shared_experts.linear_fc2.weight"],
-    }
-    if model.moe.latent_size is not None:
-        for name in ("fc1_latent_proj.weight", "fc2_latent_proj.weight"):
-            theirs[f"mixer.{name}"] = ours[f"mlp.{name}"]
+def _stacked(theirs: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """Stack the experts of a layer, as the class holds them."""
+    first = ".experts.0."
+    for name in [name for name in theirs if first in name]:
+        names = [name.replace(first, f".experts.{expert}.") for expert in range(experts)]
+        whole = torch.stack([theirs.pop(one) for one in names])
+        theirs[name.replace(first, ".experts.").removesuffix(".weight")] = whole
     return theirs
 
 
@@ -135,9 +95,9 @@ def test_logits_equal_those_of_transformers(groups: Any, pattern: str, latent: i
     job.model.moe.latent_size = latent
     ours = tiny_model(job, groups).eval()
     _leave_initial_values(ours)
-    state = {k: v for k, v in ours.state_dict().items() if isinstance(v, Tensor)}
-    theirs = their_model(job.model, len(state["output_layer.weight"]))
-    theirs.load_state_dict(their_weights(state, job.model), strict=True)
+    weights = their_weights(ours, groups, job.model)
+    theirs = their_model(job.model, len(weights["lm_head.weight"]))
+    theirs.load_state_dict(weights, strict=True)
 
     tokens = some_rows(3)[:, :LENGTH]
     with torch.no_grad():
