@@ -1,4 +1,4 @@
-"""Toy Hugging Face folders of every shape in the family, written by transformers and safetensors."""
+"""Toy Hugging Face folders of every shape in the family, written by the libraries of the format."""
 
 import json
 from pathlib import Path
