@@ -121,9 +121,10 @@ def convert(way: str, source: str, target: str) -> int:
     from hybrid_train.config.compose import compose
     from hybrid_train.jobs import convert as job
 
+    asked = compose("convert", [f"{way}={source}", f"output={target}"])
     before = memory("VmRSS")
     start = time.perf_counter()
-    job.run(compose("convert", [f"{way}={source}", f"output={target}"]))
+    job.run(asked)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before}))
     return 0

@@ -1,6 +1,9 @@
 """The jobs convert and verify from their command lines, and what other jobs do with the result."""
 
 import json
+import os
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,3 +127,30 @@ def test_a_failed_conversion_leaves_everything_as_it_was(
     assert f"{shard}: " in said
     assert "is cut short" in said
     assert contents(tmp_path) == before
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("job", ["convert", "generate"])
+def test_a_checkpoint_of_a_stranger_runs_no_code(
+    run: Path, job: str, call: Call, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (index,) = (tmp_path / "run").rglob(".metadata")
+    index.write_bytes(pickle.dumps(Evil(tmp_path / "made")))
+    words = {
+        "convert": (f"export={tmp_path / 'run'}", f"output={tmp_path / 'out'}"),
+        "generate": (f"checkpoint={tmp_path / 'run'}", "prompt=a", *CPU),
+    }
+    code, said = call(job, *words[job])
+    assert code == 2
+    assert "asks for posix.mkdir, which no index of tensors needs" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
