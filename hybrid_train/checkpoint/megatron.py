@@ -49,8 +49,9 @@ from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
 
 safe_metadata.install()  # no checkpoint runs code, whoever wrote it
-# What reading damaged files raises; the first is no Exception.
+# What reading damaged files raises; CheckpointException is no Exception.
 _DAMAGED = (
+    safe_metadata.UnreadableError,
     CheckpointException,
     CheckpointingException,
     OSError,

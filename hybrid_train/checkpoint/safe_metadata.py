@@ -34,6 +34,10 @@ _DTYPES = (
 )
 
 
+class UnreadableError(UserError):
+    """A file of a checkpoint is missing, damaged, or asks for more than tensors."""
+
+
 class _Sealed(type):
     """Metaclass of records: an index cannot change the class itself."""
 
@@ -97,11 +101,11 @@ def read(folder: Path) -> Metadata:
     """Read and check the index of a checkpoint.
 
     Raises:
-        UserError: if it is missing, damaged, asks for code, or points outside its folder.
+        UnreadableError: if it is missing, damaged, asks for code, or points outside its folder.
     """
     path = folder / INDEX
     if (folder / _OLD_COMMON).exists():
-        raise UserError(
+        raise UnreadableError(
             f"{folder / _OLD_COMMON} is a pickle of an older Megatron, and pickles are not read; "
             "if you trust the checkpoint, remove that file: no weights lie in it"
         )
@@ -111,11 +115,11 @@ def read(folder: Path) -> Metadata:
         _require_plain_common(folder, metadata)
         return metadata
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UserError:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    except UnreadableError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f"{path} is damaged or not to be trusted: {error}") from error
+        raise UnreadableError(f"{path} is damaged or not to be trusted: {error}") from error
 
 
 class _Checked:
@@ -182,10 +186,12 @@ class _Checked:
         if file not in self.sizes:
             path = self.folder / file
             if not path.is_file():
-                raise UserError(f"{path} is missing; {self.folder / INDEX} names it for {name}")
+                raise UnreadableError(
+                    f"{path} is missing; {self.folder / INDEX} names it for {name}"
+                )
             self.sizes[file] = path.stat().st_size
         if offset + length > self.sizes[file]:
-            raise UserError(
+            raise UnreadableError(
                 f"{self.folder / file} is cut short: {name} ends at byte {offset + length} of "
                 f"{self.sizes[file]}"
             )
@@ -218,7 +224,7 @@ def _require_plain_common(folder: Path, metadata: Metadata) -> None:
     try:
         torch.load(content, weights_only=True)
     except Exception as error:
-        raise UserError(
+        raise UnreadableError(
             f"{folder / info.relative_path}: the common state is damaged or asks for code, which "
             f"is not run: {str(error).partition('.')[0]}"
         ) from error
@@ -263,7 +269,9 @@ def _load_bytes(planner: Any, item: Any, value: io.BytesIO) -> None:
     try:
         loaded = torch.load(value, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{item.dest_index.fqn} holds more than tensors and plain data") from error
+        raise UnreadableError(
+            f"{item.dest_index.fqn} holds more than tensors and plain data"
+        ) from error
     if planner.flatten_state_dict:
         path = planner.mappings[item.dest_index.fqn]
         default_planner.set_element(planner.original_state_dict, path, loaded)

@@ -65,8 +65,10 @@ def test_padded_rows_of_the_vocabulary_are_cut_from_embedding_and_head(tmp_path:
 
 
 def test_a_cast_is_done_and_its_loss_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A job that ran in this process before keeps its messages from pytest.
+    monkeypatch.setattr(logging.getLogger("hybrid_train"), "propagate", True)
     source = folder_of(SUPER, tmp_path / "hf")
     with caplog.at_level(logging.WARNING):
         import_folder(source, tmp_path / "run", torch.bfloat16)
