@@ -21,8 +21,23 @@ _TYPE_NAMES = {
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
 }
+_TENSOR_NAMES = ("tensor", "output_tensor", "output", "input_tensor", "input")  # of collectives
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # options of mallopt in malloc.h
 _installed = False
+
+
+class _Here(str):
+    """The current device, "cpu"; the first of its kind where core writes f"cuda:{device}".
+
+    Megatron-FSDP makes such a torch.device (core 0.19.2, mcore_fsdp_adapter.py 156 and
+    megatron_fsdp.py 234), which any number satisfies; what is put there goes to the CPU.
+    """
+
+    def __format__(self, _: str) -> str:
+        return "0"
+
+
+_HERE = _Here("cpu")
 
 
 class _Stream:
@@ -84,6 +99,27 @@ def _redirect(factory: Callable[..., Any]) -> Callable[..., Any]:
         return factory(*args, **kwargs)
 
     return on_cpu
+
+
+def _module_to(move: Callable[..., Any]) -> Callable[..., Any]:
+    """Let modules stay where they are when core sends them to a GPU (megatron_fsdp.py 251)."""
+
+    @functools.wraps(move)
+    def to_cpu(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        where = [_on_cpu(arg) if isinstance(arg, torch.device | str) else arg for arg in args]
+        return move(module, *where, **kwargs)
+
+    return to_cpu
+
+
+def _mesh_on_cpu(from_group: Callable[..., Any]) -> Callable[..., Any]:
+    """Make meshes of groups of the CPU where core names CUDA (mcore_fsdp_adapter.py 409 to 449)."""
+
+    @functools.wraps(from_group)
+    def mesh(group: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return from_group(group, _on_cpu(device_type), *args, **kwargs)
+
+    return mesh
 
 
 def _cuda_rng_state(*_: object, **__: object) -> torch.Tensor:
@@ -200,7 +236,7 @@ def _skip_alone(collective: Callable[..., Any], alone: Callable[..., None]) -> C
     def maybe(*args: Any, group: Any = None, async_op: bool = False, **kwargs: Any) -> Any:
         if torch.distributed.get_world_size(group) > 1:
             return collective(*args, group=group, async_op=async_op, **kwargs)
-        alone(*args[:2])
+        alone(*args[:2], *(kwargs[name] for name in _TENSOR_NAMES if name in kwargs))
         return _Done() if async_op else None
 
     return maybe
@@ -247,7 +283,7 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: object) -> Any:
 
 def _redirect_device_calls() -> None:
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: "cpu"
+    cuda.current_device = lambda: _HERE
     cuda.set_device = cuda.synchronize = cuda.empty_cache = _nothing
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda *_: _STREAM
@@ -265,7 +301,12 @@ def _redirect_tensors() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_, **__: self
     tensor.type = _tensor_type(tensor.type)
+    module: Any = torch.nn.Module
+    module.to = _module_to(module.to)
     distributed: Any = torch.distributed
+    distributed.DeviceMesh.from_group = staticmethod(
+        _mesh_on_cpu(distributed.DeviceMesh.from_group)
+    )
     distributed.all_to_all_single = _splits_as_lists(distributed.all_to_all_single)
     distributed.all_gather = _gather_uneven(distributed.all_gather)
     distributed.reduce_scatter = _scatter_uneven(distributed.reduce_scatter)

@@ -53,6 +53,14 @@ def test_other_devices_stay_what_they_are() -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_a_module_that_is_sent_to_a_gpu_stays() -> None:
+    device = torch.device(f"cuda:{torch.cuda.current_device()}")
+    module = torch.nn.Linear(2, 2).to(device, torch.bfloat16)
+    assert module.weight.device.type == "cpu"
+    assert module.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("emulated")
 def test_streams_and_events_do_nothing() -> None:
     stream, event = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(stream):
