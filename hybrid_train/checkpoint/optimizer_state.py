@@ -15,7 +15,7 @@ experts cannot be read without, and on saving every data-parallel rank gathers t
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hybrid_train.checkpoint.boxes import boxes
 from hybrid_train.checkpoint.differences import Stored
-from hybrid_train.checkpoint.places import Place
+from hybrid_train.checkpoint.places import Place, box_of, only_copy
 
 PREFIX = "optimizer."
 MASTER = "master"
@@ -93,30 +94,9 @@ def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
     for box in boxes(weight.local_shape, start - place.start, stop - place.start):
         for kind, values in piece.tensors.items():
             part = values[start - piece.start :][: box.numel]
-            tensor = _box_of(weight, state_key(kind, weight.key), part, box.offset, box.size)
-            if piece.is_only_copy:
-                tensor.replica_id = (*tensor.replica_id[:2], 0)  # the third is the data rank
-            yield StatePart(kind, weight.key, tensor)
+            tensor = box_of(weight, state_key(kind, weight.key), part, box)
+            yield StatePart(kind, weight.key, only_copy(tensor) if piece.is_only_copy else tensor)
         start += box.numel
-
-
-def _box_of(
-    weight: ShardedTensor, key: str, values: Tensor, offset: tuple[int, ...], size: tuple[int, ...]
-) -> ShardedTensor:
-    """Give values the place of a box of a weight."""
-    numbered = weight.prepend_axis_num  # leading axes that only number experts
-    size = (1,) * numbered + size
-    offset = (0,) * numbered + offset
-    return replace(
-        weight,
-        key=key,
-        data=values.detach().view(size),
-        dtype=values.dtype,
-        local_shape=size,
-        global_offset=tuple(a + b for a, b in zip(weight.global_offset, offset, strict=True)),
-        axis_fragmentations=None,  # boxes make no regular grid
-        prepend_axis_num=0,
-    )
 
 
 def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
@@ -126,10 +106,15 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
             part.init_state_fn(part.optimizer, part.config)
         for parameter, start, master in _updated_by(part):
             state = part.optimizer.state[master]
-            tensors = {kind: state[kind].view(-1) for kind in _MOMENTS}
+            tensors = {kind: _own(state[kind]).view(-1) for kind in _MOMENTS}
             if parameter.dtype != torch.float32:
-                tensors[MASTER] = master.view(-1)
+                tensors[MASTER] = _own(master).view(-1)
             yield _Piece(parameter, start, tensors, isinstance(part, DistributedOptimizer))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be distributed."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def _working(optimizer: MegatronOptimizer) -> Iterator[Any]:
@@ -141,7 +126,11 @@ def _working(optimizer: MegatronOptimizer) -> Iterator[Any]:
 
 def _updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Yield each parameter, its first element that is updated here, and the updated weights."""
-    if isinstance(part, DistributedOptimizer):
+    if isinstance(part, DistributedOptimizer) and part.ddp_config.use_megatron_fsdp:
+        for parameter in part.get_parameters():
+            if _own(parameter).numel():
+                yield parameter.orig_param, parameter.megatron_fsdp_slice.start, parameter
+    elif isinstance(part, DistributedOptimizer):
         assert not part.config.use_precision_aware_optimizer, "it has no float32 master weights"
         ours = [
             *_pairs(part.model_fp32_groups, part.shard_fp32_groups),

@@ -1,12 +1,16 @@
 """Which part of which tensor of the whole model each tensor of this process is."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+
+from hybrid_train.checkpoint import fsdp
+from hybrid_train.checkpoint.boxes import Box, boxes
 
 
 @dataclass(frozen=True)
@@ -22,21 +26,73 @@ def places(chunks: list[Any], groups: ProcessGroupCollection) -> list[Place]:
     """List the parameters and persistent buffers of the model chunks of this process.
 
     Names are those of the whole model: layers are numbered through all stages. A tensor that packs
-    several (the projections and convolutions of Mamba) has a place for each.
+    several (the projections and convolutions of Mamba) has a place for each. Of a weight that
+    Megatron-FSDP has split there are places for the elements that this process keeps.
     """
-    metadata = {"dp_cp_group": groups.dp_cp}
     found: list[Place] = []
     for chunk in chunks:
-        for name, whole in bare(chunk).sharded_state_dict(metadata=metadata).items():
-            if name.endswith("_extra_state"):  # of linear layers, empty
-                continue
-            tree, owner = {name: whole}, whole.data
-            apply_factories(tree)
-            for part in _leaves(tree[name]):
-                assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"
-                distance = part.data.data_ptr() - owner.data_ptr()
-                found.append(Place(owner, distance // owner.element_size(), part))
+        found += (_kept if fsdp.is_split(chunk) else _whole)(chunk, groups)
     return found
+
+
+def _whole(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
+    metadata = {"dp_cp_group": groups.dp_cp}
+    for name, whole in bare(chunk).sharded_state_dict(metadata=metadata).items():
+        if name.endswith("_extra_state"):  # of linear layers, empty
+            continue
+        tree, owner = {name: whole}, whole.data
+        apply_factories(tree)
+        for part in _leaves(tree[name]):
+            assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"
+            yield Place(owner, part.data.storage_offset() - owner.storage_offset(), part)
+
+
+def _kept(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
+    """Cut the places of split weights down to what this process keeps; buffers are whole."""
+    kept = {id(part.parameter): part for part in fsdp.parts(chunk)}
+    with fsdp.stand_ins(chunk) as parameters:
+        whole = list(_whole(chunk, groups))
+    for place in whole:
+        parameter = parameters.get(id(place.owner))
+        if parameter is None:
+            yield place
+        elif id(parameter) in kept:
+            part = kept[id(parameter)]
+            yield from _cut(replace(place, owner=parameter), part.start, part.weights)
+
+
+def _cut(place: Place, first: int, values: Tensor) -> Iterator[Place]:
+    """Cut what a place has in common with a flat range of its owner into boxes."""
+    shape = place.weight.local_shape
+    start = max(first, place.start)
+    stop = min(first + values.numel(), place.start + math.prod(shape))
+    for box in boxes(shape, start - place.start, stop - place.start):
+        part = values[start - first :][: box.numel]
+        tensor = box_of(place.weight, place.weight.key, part, box)
+        yield Place(place.owner, start, only_copy(tensor))
+        start += box.numel
+
+
+def box_of(weight: ShardedTensor, key: str, values: Tensor, box: Box) -> ShardedTensor:
+    """Give values the place of a box of a weight."""
+    numbered = weight.prepend_axis_num  # leading axes that only number experts
+    size = (1,) * numbered + box.size
+    offset = (0,) * numbered + box.offset
+    return replace(
+        weight,
+        key=key,
+        data=values.detach().view(size),
+        dtype=values.dtype,
+        local_shape=size,
+        global_offset=tuple(a + b for a, b in zip(weight.global_offset, offset, strict=True)),
+        axis_fragmentations=None,  # boxes make no regular grid
+        prepend_axis_num=0,
+    )
+
+
+def only_copy(tensor: ShardedTensor) -> ShardedTensor:
+    """Say that no other data-parallel rank has this tensor: the third number is the data rank."""
+    return replace(tensor, replica_id=(*tensor.replica_id[:2], 0))
 
 
 def _leaves(tree: Any) -> Iterator[ShardedTensor]:
