@@ -139,7 +139,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kw
     if bias is not None or kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]:
         return _split_linear(input, weight, bias, *args, **kwargs)
     # A weight that the embedding shares gets gradients elsewhere too: they meet in an ordinary one.
-    shared = getattr(weight, "zero_out_wgrad", False)
+    # So do those of a weight whose buffer lives from one reduction to the next.
+    shared = getattr(weight, "zero_out_wgrad", False) or hasattr(weight, "__fsdp_param__")
     buffer = None if shared else getattr(weight, "main_grad", None)
     if buffer is not None:
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

@@ -85,7 +85,8 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
 
     The distributed optimizer splits its state over the processes that hold the same parameters
     (Rajbhandari et al., arXiv:1910.02054, stage 1); moments are float32, and so are master weights
-    (core 0.19.2, optimizer/distrib_optimizer.py).
+    (core 0.19.2, optimizer/distrib_optimizer.py). FSDP splits weights and gradients too (stage 3);
+    the layer that runs is whole meanwhile, and not counted.
     """
     full = job.precision.format is NumberFormat.fp32
     in_fp32 = full or job.precision.reduce_gradients_in_fp32
@@ -95,9 +96,10 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
         copies = data_parallel(job.parallel, processes) * job.parallel.context
         dense = -(-dense // copies)
         expert = -(-expert // expert_data_parallel(job.parallel, processes))
+    kept = dense + expert if job.parallel.fsdp else parameters.total
     return Memory(
-        weights=parameters.total * (_FP32 if full else _HALF),
-        gradients=parameters.total * (_FP32 if in_fp32 else _HALF),
+        weights=kept * (_FP32 if full else _HALF),
+        gradients=kept * (_FP32 if in_fp32 else _HALF),
         optimizer=(dense + expert) * state,
     )
 

@@ -59,7 +59,8 @@ def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
-        gradient_accumulation_fusion=not on_gpu,
+        # Megatron-FSDP has no buffer to add to until gradients are there (layers.py 659).
+        gradient_accumulation_fusion=not on_gpu and not job.parallel.fsdp,
         cuda_graph_impl="none",
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import utils
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
@@ -44,11 +44,15 @@ def build_optimizer(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=parallel.overlap_param_gather or parallel.fsdp,
     )
     optimizer = get_megatron_optimizer(
         config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
     )
+    if not isinstance(optimizer, ChainedOptimizer):  # of a single chunk under Megatron-FSDP
+        optimizer = ChainedOptimizer([optimizer])
+    if parallel.fsdp:
+        _let_masters_be_reloaded(optimizer, chunks)
     for (
         group
     ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
@@ -112,6 +116,18 @@ def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def _let_masters_be_reloaded(optimizer: ChainedOptimizer, chunks: list[Any]) -> None:
+    """Do what core leaves undone under Megatron-FSDP (distrib_optimizer.py 3079)."""
+
+    def reload(state_dict: Any = None) -> None:
+        for chunk in chunks:
+            for group in chunk.param_and_grad_buffer.parameter_groups:
+                if group.main_weight_buffer is not None:  # both are cut alike
+                    group.main_weight_buffer.data.copy_(group.model_weight_buffer.data)
+
+    optimizer.reload_model_params = reload
 
 
 def _watch_norm(optimizer: MegatronOptimizer, on_bad_norm: Callable[[float], None]) -> None:

@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision
+from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]
 
@@ -31,6 +32,8 @@ def wrap(
     )
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
+    if parallel.fsdp:
+        return fsdp.wrap(chunks, config, precision)
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
@@ -115,7 +118,8 @@ def complete_parameters(chunks: Chunks) -> None:
     whoever reads the weights between two steps has to ask for the rest.
     """
     for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
+        # Under FSDP every rank keeps its own part, and whoever reads the weights takes the parts.
+        if chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp:
             with torch.no_grad():
                 chunk.start_param_sync(force_sync=True)
 
@@ -125,6 +129,15 @@ def non_finite_gradients(chunks: Chunks) -> list[str]:
     return [
         name
         for chunk in chunks
-        for name, parameter in chunk.module.named_parameters()
-        if not torch.isfinite(parameter.main_grad).all()
+        for name, gradient in _gradients(chunk)
+        if not torch.isfinite(gradient).all()
     ]
+
+
+def _gradients(chunk: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield what this process has of the gradient of each parameter."""
+    if chunk.ddp_config.use_megatron_fsdp:
+        yield from fsdp.gradients(chunk)
+        return
+    for name, parameter in chunk.module.named_parameters():
+        yield name, parameter.main_grad

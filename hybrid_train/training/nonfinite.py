@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hybrid_train.checkpoint.places import bare
 from hybrid_train.config.problems import UserError
 from hybrid_train.training import megatron
 
@@ -67,7 +68,7 @@ def _found_in_forward(
     handles = [
         module.register_forward_hook(listen(name))
         for chunk in chunks
-        for name, module in chunk.module.named_modules()
+        for name, module in bare(chunk).named_modules()
         if name and not any(True for _ in module.children())
     ]
     replay()

@@ -52,6 +52,7 @@ class Parallel:
     recompute_modules: list[RecomputeModule] | None = None  # for selective; None: mamba and moe
     recompute_method: RecomputeMethod = RecomputeMethod.uniform  # for full
     recompute_layers: int = 1  # for full: layers of a group, or of a stage
+    fsdp: bool = False  # split weights and gradients too, layer by layer; overlaps by itself
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""

@@ -169,6 +169,13 @@ CASES = [
         "train.batch_ramp.increment",
         "must divide the 6 sequences",
         2,
+    ("parallel.fsdp=true parallel.pipeline=2", 2, "parallel.fsdp", "no pipeline stages", "false"),
+    (
+        "parallel.fsdp=true parallel.distributed_optimizer=false",
+        1,
+        "parallel.fsdp",
+        "needs parallel.distributed_optimizer",
+        "false",
     ),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
 ]
