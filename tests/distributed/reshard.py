@@ -73,6 +73,9 @@ LAYOUTS = {
     "TP2 x EP2": Layout(2, Parallel(tensor=2, expert=2, expert_tensor=1)),
     "TP2 x DP2": Layout(4, Parallel(tensor=2)),
     "PP2 x EP2": Layout(4, Parallel(pipeline=2, expert=2)),
+    "DP2, FSDP": Layout(2, Parallel(fsdp=True)),
+    "TP2 x EP2 x DP2, FSDP": Layout(4, Parallel(tensor=2, expert=2, expert_tensor=1, fsdp=True)),
+    "DP2, FSDP, bfloat16": Layout(2, Parallel(fsdp=True), bf16=True),
     "DP2, bfloat16": Layout(2, Parallel(), bf16=True),
     "TP2 x EP2, bfloat16": Layout(
         2, Parallel(tensor=2, expert=2, expert_tensor=1, distributed_optimizer=False), bf16=True
@@ -97,6 +100,12 @@ PAIRS = (
     ("PP2 x EP2", ONE),
     ("CP2", "DP2, overlapped"),
     ("DP2, overlapped", "CP2"),
+    ("DP2", "DP2, FSDP"),
+    ("DP2, FSDP", ONE),
+    ("DP2, FSDP", "TP2 x EP2 x DP2, FSDP"),
+    ("TP2 x EP2 x DP2, FSDP", "PP2"),
+    ("DP2, FSDP, bfloat16", "TP2 x EP2, bfloat16"),
+    ("DP2, bfloat16", "DP2, FSDP, bfloat16"),
     ("DP2, bfloat16", "TP2 x EP2, bfloat16"),
     ("TP2 x EP2, bfloat16", "DP2, bfloat16"),
 )

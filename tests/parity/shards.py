@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch import distributed as dist
 
+from hybrid_train.checkpoint import fsdp
+from hybrid_train.checkpoint.places import places
 from hybrid_train.model.init import sharded_tensors
 
 
@@ -24,12 +27,15 @@ class Shard:
 def weights(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield every parameter and buffer that this process holds."""
     for chunk in chunks:
-        yield from _shards(chunk.module)
+        yield from _kept(chunk) if fsdp.is_split(chunk) else _shards(chunk.module)
 
 
 def gradients(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield the reduced gradient of every parameter of this process."""
     for chunk in chunks:
+        if fsdp.is_split(chunk):
+            yield from _kept_gradients(chunk)
+            continue
         _gather_gradients(chunk)
         buffers = {p.main_grad.untyped_storage().data_ptr() for p in chunk.module.parameters()}
         held = [(p, p.data) for p in chunk.module.parameters()]
@@ -65,6 +71,33 @@ def _shards(model: Any) -> Iterator[Shard]:
             *(slice(start, start + size) for start, size in sizes),
         )
         yield Shard(tensor.key, tuple(tensor.global_shape), place, tensor.data.detach())
+
+
+def _kept(chunk: Any) -> Iterator[Shard]:
+    """Yield what Megatron-FSDP leaves to this process: boxes of the whole tensors."""
+    for place in places([chunk], ProcessGroupCollection.use_mpu_process_groups()):
+        tensor = place.weight
+        numbered = tensor.prepend_axis_num
+        size = (1,) * numbered + tuple(tensor.data.shape)
+        axes = zip(tensor.global_offset, size, strict=True)
+        cut = tuple(slice(start, start + length) for start, length in axes)
+        yield Shard(tensor.key, tuple(tensor.global_shape), cut, tensor.data.detach().view(size))
+
+
+def _kept_gradients(chunk: Any) -> Iterator[Shard]:
+    """Yield the gradients in place of the weights, which are cut alike."""
+    groups = chunk.param_and_grad_buffer.parameter_groups
+    gradients = {group.main_grad_buffer.data.untyped_storage().data_ptr() for group in groups}
+    held = [(group, group.model_weight_buffer.data) for group in groups]
+    try:
+        for group, _ in held:
+            group.model_weight_buffer.data = group.main_grad_buffer.data
+        for shard in _kept(chunk):
+            if shard.value.untyped_storage().data_ptr() in gradients:
+                yield shard
+    finally:
+        for group, data in held:
+            group.model_weight_buffer.data = data
 
 
 def _gather_gradients(chunk: Any) -> None:

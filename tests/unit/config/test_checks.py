@@ -169,6 +169,7 @@ CASES = [
         "train.batch_ramp.increment",
         "must divide the 6 sequences",
         2,
+    ),
     ("parallel.fsdp=true parallel.pipeline=2", 2, "parallel.fsdp", "no pipeline stages", "false"),
     (
         "parallel.fsdp=true parallel.distributed_optimizer=false",
