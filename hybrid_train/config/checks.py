@@ -19,6 +19,7 @@ from hybrid_train.config.check_files import (
     generation_problems,
     vocabulary_is_known,
 )
+from hybrid_train.config.check_fsdp import fsdp_runs
 from hybrid_train.config.check_memory import MEMORY_RULES
 from hybrid_train.config.degrees import expert_tensor, splits_sequence
 from hybrid_train.config.pattern import Pattern, parse, repair
@@ -370,18 +371,6 @@ def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.overlap_param_gather", True, rule, "false")
 
 
-def _fsdp_runs(job: TrainJob, _: int) -> Iterator[Problem]:
-    plan = job.parallel
-    if plan.fsdp and plan.pipeline > 1:
-        # Its mesh of ranks has the axes data, expert and tensor (mcore_fsdp_adapter.py 561), and
-        # would leave out those of other stages.
-        rule = "needs parallel.pipeline=1: Megatron-FSDP knows no pipeline stages"
-        yield Problem("parallel.fsdp", True, rule, "false")
-    elif plan.fsdp and not plan.distributed_optimizer:
-        rule = "splits the optimizer state too: needs parallel.distributed_optimizer=true"
-        yield Problem("parallel.fsdp", True, rule, "false")
-
-
 RULES: tuple[Rule, ...] = (
     _processes_fit_the_degrees,
     _stages_match_the_pattern,
@@ -402,5 +391,5 @@ RULES: tuple[Rule, ...] = (
     _fused_kernels_need_a_gpu,
     _overlaps_build_on_each_other,
     *MEMORY_RULES,
-    _fsdp_runs,
+    fsdp_runs,
 )

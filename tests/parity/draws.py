@@ -22,7 +22,9 @@ def draw(seed: int) -> Case:
             plan = case.job.parallel
             # Drawn apart, so that a seed keeps its case otherwise.
             split = random.Random(f"fsdp {seed}").random() < 0.3
-            plan.fsdp = split and plan.pipeline == 1 and plan.distributed_optimizer
+            plan.fsdp = split
+            refused = any(p.path == "parallel.fsdp" for p in check(case.job, case.processes))
+            plan.fsdp = split and not refused
             return case
 
 

@@ -178,6 +178,7 @@ CASES = [
         "needs parallel.distributed_optimizer",
         "false",
     ),
+    ("parallel.fsdp=true parallel.recompute=full", 1, "parallel.fsdp", "wrong otherwise", "false"),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
 ]
 
