@@ -22,6 +22,6 @@ def fsdp_runs(job: TrainJob, _: int) -> Iterator[Problem]:
         rule = "splits the optimizer state too: needs parallel.distributed_optimizer=true"
         yield Problem("parallel.fsdp", True, rule, "false")
     elif plan.fsdp and plan.recompute is not Recompute.none:
-        # Found by the parity suite: expert gradients of an MTP block are off by 95 %.
+        # Found by the parity suite: gradients of experts of an MTP block are wrong.
         rule = "needs parallel.recompute=none: gradients of experts come out wrong otherwise"
         yield Problem("parallel.fsdp", True, rule, "false")

@@ -24,6 +24,7 @@ _TYPE_NAMES = {
 _TENSOR_NAMES = ("tensor", "output_tensor", "output", "input_tensor", "input")  # of collectives
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # options of mallopt in malloc.h
 _installed = False
+_at_once = False  # whether a collective is over when the call returns
 
 
 class _Here(str):
@@ -235,11 +236,26 @@ def _skip_alone(collective: Callable[..., Any], alone: Callable[..., None]) -> C
     @functools.wraps(collective)
     def maybe(*args: Any, group: Any = None, async_op: bool = False, **kwargs: Any) -> Any:
         if torch.distributed.get_world_size(group) > 1:
-            return collective(*args, group=group, async_op=async_op, **kwargs)
+            work = collective(*args, group=group, async_op=async_op, **kwargs)
+            if _at_once and work is not None:
+                work.wait()
+            return work
         alone(*args[:2], *(kwargs[name] for name in _TENSOR_NAMES if name in kwargs))
         return _Done() if async_op else None
 
     return maybe
+
+
+def finish_collectives_at_once(yes: bool) -> None:
+    """Let no collective go on behind its caller, for code that counts on the order of streams."""
+    global _at_once
+    _at_once = yes
+
+
+@contextlib.contextmanager
+def one_by_one(*_: object, **__: object) -> Iterator[_Done]:
+    """Stand for torch's manager that gathers collectives into one."""
+    yield _Done()
 
 
 def keep_freed_memory() -> None:

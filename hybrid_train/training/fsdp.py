@@ -9,17 +9,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.config.schema.precision import Precision
+from hybrid_train.runtime import cpu
 
 
 def wrap(
     chunks: Sequence[Module], config: TransformerConfig, precision: Precision
 ) -> list[FullyShardedDataParallel]:
     """Split the model chunks of this process, which hold everything until then."""
+    if not torch.cuda.is_available():
+        param_and_grad_buffer._coalescing_manager = cpu.one_by_one
     reduced_in = torch.float32 if precision.reduce_gradients_in_fp32 else None
     settings = DistributedDataParallelConfig(
         use_megatron_fsdp=True,

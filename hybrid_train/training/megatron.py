@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision
+from hybrid_train.runtime import cpu
 from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]
@@ -32,6 +33,9 @@ def wrap(
     )
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
+    # Megatron-FSDP frees and reuses memory of collectives by the order of CUDA streams, which the
+    # threads of gloo do not keep: they would write into what is somebody else's by then.
+    cpu.finish_collectives_at_once(parallel.fsdp)
     if parallel.fsdp:
         return fsdp.wrap(chunks, config, precision)
     wrapped = [

@@ -19,12 +19,6 @@ def draw(seed: int) -> Case:
         # The parity model needs no files of data.
         broken = [p for p in check(case.job, case.processes) if not p.path.startswith("data")]
         if 1 < case.processes <= MOST_PROCESSES and not broken:
-            plan = case.job.parallel
-            # Drawn apart, so that a seed keeps its case otherwise.
-            split = random.Random(f"fsdp {seed}").random() < 0.3
-            plan.fsdp = split
-            refused = any(p.path == "parallel.fsdp" for p in check(case.job, case.processes))
-            plan.fsdp = split and not refused
             return case
 
 

@@ -27,19 +27,10 @@ LAYOUTS: dict[str, Case] = {
         Parallel(overlap_grad_reduce=True, overlap_param_gather=True), data=2
     ),
     "DP2, FSDP": case_of(Parallel(fsdp=True), data=2),
-    "DP4, FSDP": case_of(Parallel(fsdp=True), data=4),
-    "EP2, FSDP": case_of(Parallel(fsdp=True, expert=2)),
     "EP2 x DP2, FSDP": case_of(Parallel(fsdp=True, expert=2), data=4),
-    "CP2, FSDP": case_of(Parallel(fsdp=True, context=2)),
-    "TP2, FSDP": case_of(Parallel(fsdp=True, tensor=2)),
-    "TP2 x DP2, FSDP": case_of(Parallel(fsdp=True, tensor=2), data=2),
-    "ETP2, FSDP": case_of(Parallel(fsdp=True, expert_tensor=2)),
     "TP2, ETP1, FSDP": case_of(Parallel(fsdp=True, tensor=2, expert_tensor=1)),
     "EP2 x CP2, FSDP": case_of(Parallel(fsdp=True, expert=2, context=2)),
     "TP2 x EP2, FSDP": case_of(Parallel(fsdp=True, tensor=2, expert=2), data=2),
-    "TP2 x EP2 x DP2, ETP1, FSDP": case_of(
-        Parallel(fsdp=True, tensor=2, expert=2, expert_tensor=1), data=2
-    ),
     "TP2 x PP2": case_of(Parallel(tensor=2, pipeline=2), _TWO_STAGES),
     "TP2 x CP2": case_of(Parallel(tensor=2, context=2)),
     "EP2 x CP2": case_of(Parallel(expert=2, context=2)),
