@@ -19,6 +19,9 @@ from typing import Any
 
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for another has lost it
 FUNCTION_TIMEOUT_S = 400
+# A process keeps the threads of all groups it was ever in: what Megatron registers with autograd
+# holds engine and groups for good. After some runs they would take the machine.
+RUNS_OF_A_PROCESS = 4
 _FORKED = get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
 
@@ -59,6 +62,8 @@ class _Pool:
     runs: int = 0
 
     def run(self, function: Callable[..., Any], size: int, args: tuple[Any, ...]) -> list[Any]:
+        if self.runs % RUNS_OF_A_PROCESS == 0:
+            self.end()
         self._grow(size)
         self.runs += 1
         for rank, pipe in enumerate(self.pipes[:size]):
