@@ -1,7 +1,7 @@
 """Run a function in several gloo processes on this machine and raise what any of them raises.
 
-The processes are forked from one that has imported Megatron already, and wait for the next function
-when one is done: starting them anew for every test would take longer than the tests.
+The processes are forked from one that has imported Megatron already: starting each from nothing
+would take longer than the tests.
 """
 
 import atexit
@@ -19,9 +19,6 @@ from typing import Any
 
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for another has lost it
 FUNCTION_TIMEOUT_S = 400
-# A process keeps the threads of all groups it was ever in: what Megatron registers with autograd
-# holds engine and groups for good. After some runs they would take the machine.
-RUNS_OF_A_PROCESS = 4
 _FORKED = get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
 
@@ -62,17 +59,16 @@ class _Pool:
     runs: int = 0
 
     def run(self, function: Callable[..., Any], size: int, args: tuple[Any, ...]) -> list[Any]:
-        if self.runs % RUNS_OF_A_PROCESS == 0:
-            self.end()
         self._grow(size)
         self.runs += 1
         for rank, pipe in enumerate(self.pipes[:size]):
             pipe.send((function, rank, size, (self.store.port, str(self.runs)), args))
         try:
             return self._wait(size)
-        except BaseException:
-            self.end()  # what the others wait for will not come
-            raise
+        finally:
+            # What Megatron registers with autograd holds engine and groups for good, and the
+            # threads of a group take time even when nothing goes on.
+            self.end()
 
     def _wait(self, size: int) -> list[Any]:
         deadline = time.monotonic() + FUNCTION_TIMEOUT_S
