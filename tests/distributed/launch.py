@@ -4,17 +4,12 @@ The processes are forked from one that has imported Megatron already: starting e
 would take longer than the tests.
 """
 
-import atexit
-import contextlib
 import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import connection, get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for another has lost it
@@ -41,100 +36,75 @@ def run_distributed(function: Callable[..., Any], num_processes: int, *args: Any
     Raises:
         RankFailedError: if a rank raises, dies or takes too long; all processes are ended.
     """
-    return _POOL.run(function, num_processes, args)
+    from torch.distributed import TCPStore
 
-
-@dataclass
-class _Pool:
-    """Processes that wait for functions; their outcomes arrive in one queue, in causal order.
-
-    They meet in a store that this process serves: a port that was looked up and freed again could
-    be somebody else's by the time a rank binds it.
-    """
-
-    processes: list[BaseProcess] = field(default_factory=list)
-    pipes: list[Connection] = field(default_factory=list)
-    outcomes: Any = None
-    store: Any = None
-    runs: int = 0
-
-    def run(self, function: Callable[..., Any], size: int, args: tuple[Any, ...]) -> list[Any]:
-        self._grow(size)
-        self.runs += 1
-        for rank, pipe in enumerate(self.pipes[:size]):
-            pipe.send((function, rank, size, (self.store.port, str(self.runs)), args))
-        try:
-            return self._wait(size)
-        finally:
-            # What Megatron registers with autograd holds engine and groups for good, and the
-            # threads of a group take time even when nothing goes on.
-            self.end()
-
-    def _wait(self, size: int) -> list[Any]:
-        deadline = time.monotonic() + FUNCTION_TIMEOUT_S
-        dead = [process.sentinel for process in self.processes[:size]]
-        values: dict[int, Any] = {}
-        while len(values) < size:
-            ready = connection.wait([self.outcomes._reader, *dead], deadline - time.monotonic())
-            if self.outcomes._reader in ready:  # first: what a rank says before it dies
-                rank, failure, value = self.outcomes.get()
-                if failure is not None:
-                    raise RankFailedError(failure)
-                values[rank] = value
-            elif ready:
-                codes = [process.exitcode for process in self.processes[:size]]
-                raise RankFailedError(f"a rank died without an exception; exit codes {codes}")
-            else:
-                waiting = sorted(set(range(size)) - set(values))
-                raise RankFailedError(f"ranks {waiting} not done after {FUNCTION_TIMEOUT_S} s")
-        return [values[rank] for rank in range(size)]
-
-    def _grow(self, size: int) -> None:
-        if self.outcomes is None:
-            from torch.distributed import TCPStore
-
-            self.outcomes = _FORKED.SimpleQueue()
-            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        while len(self.processes) < size:
-            here, there = _FORKED.Pipe()
-            process = _FORKED.Process(target=_serve, args=(there, self.outcomes), daemon=True)
-            process.start()
-            there.close()
-            self.processes.append(process)
-            self.pipes.append(here)
-
-    def end(self) -> None:
-        for process in self.processes:
+    # A port that was looked up and freed again could be somebody else's when a rank binds it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outcomes = _FORKED.SimpleQueue()  # in causal order
+    processes = [
+        _FORKED.Process(
+            target=_serve,
+            args=(outcomes, function, rank, num_processes, store.port, args),
+            daemon=True,
+        )
+        for rank in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return _wait(processes, outcomes)
+    finally:
+        # Not used again: what Megatron registers with autograd holds engine and groups for good,
+        # and the threads of a group take time even when nothing goes on.
+        for process in processes:
             process.kill()
-        for process in self.processes:
+        for process in processes:
             process.join()
-        self.processes, self.pipes, self.outcomes, self.store = [], [], None, None
 
 
-_POOL = _Pool()
-atexit.register(_POOL.end)
+def _wait(processes: list[Any], outcomes: Any) -> list[Any]:
+    deadline = time.monotonic() + FUNCTION_TIMEOUT_S
+    dead = [process.sentinel for process in processes]
+    values: dict[int, Any] = {}
+    while len(values) < len(processes):
+        ready = connection.wait([outcomes._reader, *dead], deadline - time.monotonic())
+        if outcomes._reader in ready:  # first: what a rank says before it dies
+            rank, failure, value = outcomes.get()
+            if failure is not None:
+                raise RankFailedError(failure)
+            values[rank] = value
+        elif ready:
+            codes = [process.exitcode for process in processes]
+            raise RankFailedError(f"a rank died without an exception; exit codes {codes}")
+        else:
+            waiting = sorted(set(range(len(processes))) - set(values))
+            raise RankFailedError(f"ranks {waiting} not done after {FUNCTION_TIMEOUT_S} s")
+    return [values[rank] for rank in range(len(processes))]
 
 
-def _serve(pipe: Connection, outcomes: Any) -> None:
-    """Run one function after the other until the parent is gone."""
-    with contextlib.suppress(EOFError):
-        while True:
-            function, rank, size, meeting, args = pipe.recv()
-            try:
-                value = _run_rank(function, rank, size, meeting, args)
-            except BaseException:
-                failure = f"rank {rank}:\n{traceback.format_exc()[-30_000:]}"
-                outcomes.put((rank, failure, None))
-                time.sleep(COLLECTIVE_TIMEOUT_S)  # connections stay open: no rank fails of this one
-            else:
-                outcomes.put((rank, None, value))
+def _serve(
+    outcomes: Any,
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    args: tuple[Any, ...],
+) -> None:
+    """Put what the function returns or raises into the queue; then wait to be ended."""
+    try:
+        value = _run_rank(function, rank, size, port, args)
+    except BaseException:
+        outcomes.put((rank, f"rank {rank}:\n{traceback.format_exc()[-30_000:]}", None))
+    else:
+        outcomes.put((rank, None, value))
+    time.sleep(FUNCTION_TIMEOUT_S)  # connections stay open: no rank fails of another's end
 
 
 def _run_rank(
     function: Callable[..., Any],
     rank: int,
     size: int,
-    meeting: tuple[int, str],  # port and prefix of the store
+    port: int,  # of the store
     args: tuple[Any, ...],
 ) -> Any:
     from torch import distributed as dist
@@ -147,8 +117,7 @@ def _run_rank(
         LOCAL_WORLD_SIZE=str(size),
     )
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    port, prefix = meeting
-    store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, timeout=timeout))
+    store = dist.TCPStore("127.0.0.1", port, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     value = function(*args)
     dist.barrier()
