@@ -19,18 +19,20 @@ def run(job: GenerateJob) -> None:
         from hybrid_train.jobs.assemble import load_model
         from hybrid_train.parallel.groups import destroy_groups
 
-        loaded = load_model(job.checkpoint, job.runtime)
-        tokenizer = loaded.tokenizer
-        settings = Settings(
-            temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, seed=job.seed,
-            max_new_tokens=job.max_new_tokens, vocab_size=tokenizer.vocab_size,
-            end_of_document=tokenizer.end_of_document,
-        )  # fmt: skip
-        # A text begins behind the end of the document before it.
-        prompts = [tokenizer.encode(text) or [tokenizer.end_of_document] for text in texts]
-        growing = [GrowingText(tokenizer, prompt) for prompt in prompts]
-        show(texts, growing, stream(loaded.model, prompts, settings))
-        destroy_groups()
+        try:
+            loaded = load_model(job.checkpoint, job.runtime)
+            tokenizer = loaded.tokenizer
+            settings = Settings(
+                temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, seed=job.seed,
+                max_new_tokens=job.max_new_tokens, vocab_size=tokenizer.vocab_size,
+                end_of_document=tokenizer.end_of_document,
+            )  # fmt: skip
+            # A text begins behind the end of the document before it.
+            prompts = [tokenizer.encode(text) or [tokenizer.end_of_document] for text in texts]
+            growing = [GrowingText(tokenizer, prompt) for prompt in prompts]
+            show(texts, growing, stream(loaded.model, prompts, settings))
+        finally:
+            destroy_groups()
 
 
 def _prompts(job: GenerateJob) -> list[str]:

@@ -58,10 +58,12 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
         from hybrid_train.parallel.groups import destroy_groups
 
         theirs = transformers.logits(transformers.load(folder, model).to(device), tokens).cpu()
-        ours = verify.our_logits(
-            verify.load_ours(checkpoint, job.runtime), tokens, checkpoint.vocab_size
-        ).cpu()
-        destroy_groups()
+        try:
+            ours = verify.our_logits(
+                verify.load_ours(checkpoint, job.runtime), tokens, checkpoint.vocab_size
+            ).cpu()
+        finally:
+            destroy_groups()
         found = verify.compare_logits(ours, theirs, job.tolerance)
     print(found)  # noqa: T201
     return found.first is None

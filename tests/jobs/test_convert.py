@@ -12,7 +12,7 @@ import pytest
 from hybrid_train.jobs import cli
 from tests.hf_folders import read_files, write_files
 from tests.jobs.command import contents, finish, start, train
-from tests.tiny import MEGATRON_WARNINGS
+from tests.tiny import MEGATRON_WARNINGS, alone
 
 pytestmark = MEGATRON_WARNINGS
 CPU = ("runtime=cpu", "runtime.threads=1")
@@ -26,6 +26,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     def command(*words: str) -> tuple[int, str]:
         code = cli.main(list(words))
         shown = capsys.readouterr()
+        with alone():  # fails if the job, however it ended, left its groups behind
+            pass
         return code, shown.out + shown.err
 
     return command
