@@ -42,6 +42,11 @@ setup(
         "einops",
         "psutil",  # megatron.core.dist_checkpointing imports it and does not ask for it
         "tokenizers",
+        "sentencepiece",
+        "orjson",
+        "pyarrow",
+        "zstandard",
+        "fsspec[http]",
         "rich",
         "matplotlib",
         "tensorboard",
