@@ -1,25 +1,30 @@
-"""Token files on disk (.bin with the tokens, .idx with their boundaries): check and sample.
+"""Token files (.bin with the tokens, .idx with their boundaries): layout, check, sample.
 
 Layout of an .idx (megatron-core 0.19.2, `indexed_dataset.py`), little endian:
-    magic 9 bytes | version uint64 | dtype code uint8 | sequences S uint64 | boundaries D uint64
-    lengths int32[S] | byte offsets int64[S] | document boundaries int64[D]
+    magic 9 bytes | version uint64 | dtype code uint8 | sequences S uint64 | boundaries D + 1 uint64
+    lengths int32[S] | byte offsets int64[S] | document boundaries int64[D + 1]
+
+Document d consists of the sequences [boundaries[d], boundaries[d + 1]).
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.source import Remote
+from hybrid_train.data.files import File, open_file
+from hybrid_train.data.remote import is_remote
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _TOKEN_TYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _REMEDY = "write the files anew, or copy both from where they are whole"
+_REMOTE_PIECES = 8  # that a check of a remote file reads, each by a request of its own
 
 
 @dataclass(frozen=True)
@@ -32,88 +37,148 @@ class TokenFile:
     dtype: np.dtype[np.generic]
 
 
-def verify(prefix: str, vocab_size: int | None = None) -> TokenFile:
+@dataclass(frozen=True)
+class Opened:
+    """A pair of files that belong together, open.
+
+    Attributes:
+        facts: what the index says.
+        bin: the tokens.
+        idx: all bytes of the index.
+        lengths: tokens of each sequence, int32 [S], a view of the index.
+        offsets: where each sequence starts in the .bin, in bytes, int64 [S], a view of the index.
+        boundaries: first sequence of each document, and S, int64 [D + 1], a view of the index.
+    """
+
+    facts: TokenFile
+    bin: File
+    idx: NDArray[np.uint8]
+    lengths: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    boundaries: NDArray[np.int64]
+
+
+def verify(
+    prefix: str, vocab_size: int | None = None, *, remote: Remote | None = None
+) -> TokenFile:
     """Check that both files are there, whole, and belong together; reads a few kilobytes.
 
+    Of a remote prefix, the whole index is fetched into the cache folder, unless it is there.
+
     Args:
-        prefix: path without .bin or .idx.
-        vocab_size: if given, tokens at 64 places of the file must be below it.
+        prefix: path or URL without .bin or .idx.
+        vocab_size: if given, tokens at 64 places of the file (8 of a remote one) must be below it.
+        remote: how a URL is read; the defaults if None.
 
     Raises:
         UserError: names the file, what is wrong with it, and what to do.
     """
-    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    for path in (idx_path, bin_path):
-        if not path.is_file():
-            hint = ""
-            if prefix.endswith((".bin", ".idx")):
-                hint = " (a prefix is written without .bin or .idx)"
-            raise UserError(f"{path} does not exist{hint}; check the prefixes of the data section")
-    found = _read_index(prefix, idx_path)
-    expected, actual = found.tokens * found.dtype.itemsize, bin_path.stat().st_size
+    return open_files(prefix, vocab_size, remote=remote).facts
+
+
+def open_files(
+    prefix: str, vocab_size: int | None = None, *, remote: Remote | None = None
+) -> Opened:
+    """Check as `verify` does, and keep both files open."""
+    index_file, tokens_file = (_open(prefix, suffix, remote) for suffix in (".idx", ".bin"))
+    opened = _parse(prefix, index_file, tokens_file)
+    found = opened.facts
+    expected, actual = found.tokens * found.dtype.itemsize, tokens_file.size
     if actual != expected:
         state = "is truncated" if actual < expected else "does not belong to its index"
         raise UserError(
-            f"{bin_path} {state}: it has {actual} bytes, {idx_path} describes {expected}; {_REMEDY}"
+            f"{tokens_file.name} {state}: it has {actual} bytes, {index_file.name} describes "
+            f"{expected}; {_REMEDY}"
         )
     if vocab_size is not None:
-        _check_vocabulary(found, vocab_size)
-    return found
+        _check_vocabulary(found, tokens_file, vocab_size)
+    return opened
 
 
-def spread(file: TokenFile, at_most: int, pieces: int = 64) -> Iterator[NDArray[np.int64]]:
+def spread(
+    file: TokenFile, at_most: int, pieces: int = 64, *, remote: Remote | None = None
+) -> Iterator[NDArray[np.int64]]:
     """Yield all tokens of a verified file or, of a longer one, evenly spaced parts of it."""
-    tokens = np.memmap(f"{file.prefix}.bin", dtype=file.dtype, mode="r", shape=(file.tokens,))
-    if file.tokens <= at_most:
+    return _spread(file, open_file(f"{file.prefix}.bin", remote), at_most, pieces)
+
+
+def _spread(facts: TokenFile, file: File, at_most: int, pieces: int) -> Iterator[NDArray[np.int64]]:
+    if facts.tokens <= at_most:
         size = 2**20  # bounds the memory
-        starts = list(range(0, file.tokens, size))
+        starts = list(range(0, facts.tokens, size))
     else:
         size = max(1, at_most // pieces)
-        starts = [(file.tokens - size) * piece // (pieces - 1) for piece in range(pieces)]
+        starts = [(facts.tokens - size) * piece // (pieces - 1) for piece in range(pieces)]
+    width = facts.dtype.itemsize
     for start in starts:
-        yield tokens[start : start + size].astype(np.int64)
+        stop = min(facts.tokens, start + size)
+        yield file.peek(start * width, stop * width).view(facts.dtype).astype(np.int64)
 
 
-def _read_index(prefix: str, path: Path) -> TokenFile:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(_HEADER.size)
-        if len(head) < _HEADER.size:
-            raise UserError(f"{path} is truncated: it ends within its header; {_REMEDY}")
-        magic, version, code, sequences, boundaries = _HEADER.unpack(head)
-        if magic != _MAGIC or version != 1 or code not in _TOKEN_TYPES:
-            raise UserError(f"{path} is no index of token files; give the prefix of a .bin/.idx")
-        expected = _HEADER.size + 12 * sequences + 8 * boundaries
-        if size < expected:
-            raise UserError(
-                f"{path} is truncated: it has {size} bytes of {expected} for its {sequences} "
-                f"sequences; {_REMEDY}"
-            )
-        if sequences == 0:
-            raise UserError(f"{path} describes no documents; training needs at least one")
-        length = _integer_at(file, _HEADER.size + 4 * (sequences - 1), 4)
-        offset = _integer_at(file, _HEADER.size + 12 * sequences - 8, 8)
-        last = _integer_at(file, expected - 8, 8)
+def _open(prefix: str, suffix: str, remote: Remote | None) -> File:
+    path = f"{prefix}{suffix}"
+    hint = ""
+    if prefix.endswith((".bin", ".idx")):
+        hint = " (a prefix is written without .bin or .idx)"
+    try:
+        return open_file(path, remote)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(
+            f"{path} does not exist{hint}; check the prefixes of the data section"
+        ) from error
+
+
+def _parse(prefix: str, file: File, tokens_file: File) -> Opened:
+    if file.size < _HEADER.size:
+        raise UserError(f"{file.name} is truncated: it ends within its header; {_REMEDY}")
+    index = file.whole()
+    magic, version, code, sequences, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    if magic != _MAGIC or version != 1 or code not in _TOKEN_TYPES:
+        raise UserError(f"{file.name} is no index of token files; give the prefix of a .bin/.idx")
+    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if file.size < expected:
+        raise UserError(
+            f"{file.name} is truncated: it has {file.size} bytes of {expected} for its {sequences} "
+            f"sequences; {_REMEDY}"
+        )
+    if sequences == 0:
+        raise UserError(f"{file.name} describes no documents; training needs at least one")
+    parts = _Parts(index)
+    lengths = parts.take("<i4", sequences)
+    offsets = parts.take("<i8", sequences)
+    ends = parts.take("<i8", boundaries)
+    last = int(ends[-1]) if boundaries else 0
     if last != sequences:
         raise UserError(
-            f"{path} contradicts itself: its documents end at sequence {last} of {sequences}; "
+            f"{file.name} contradicts itself: its documents end at sequence {last} of {sequences}; "
             f"{_REMEDY}"
         )
     dtype: np.dtype[np.generic] = np.dtype(_TOKEN_TYPES[code])
-    return TokenFile(prefix, int(boundaries) - 1, offset // dtype.itemsize + length, dtype)
+    tokens = int(offsets[-1]) // dtype.itemsize + int(lengths[-1])
+    facts = TokenFile(prefix, int(boundaries) - 1, tokens, dtype)
+    return Opened(facts, tokens_file, index, lengths, offsets, ends)
 
 
-def _integer_at(file: BinaryIO, position: int, num_bytes: int) -> int:
-    file.seek(position)
-    return int.from_bytes(file.read(num_bytes), "little", signed=True)
+class _Parts:
+    """Takes arrays off the bytes of an index, one after the other."""
+
+    def __init__(self, index: NDArray[np.uint8]) -> None:
+        self._index = index
+        self._position = _HEADER.size
+
+    def take(self, dtype: str, count: int) -> NDArray[Any]:
+        found = np.frombuffer(self._index, dtype=dtype, count=count, offset=self._position)
+        self._position += found.nbytes
+        return found
 
 
-def _check_vocabulary(file: TokenFile, vocab_size: int) -> None:
-    for part in spread(file, at_most=64 * 1024):
+def _check_vocabulary(facts: TokenFile, file: File, vocab_size: int) -> None:
+    pieces = _REMOTE_PIECES if is_remote(facts.prefix) else 64
+    for part in _spread(facts, file, at_most=1024 * pieces, pieces=pieces):
         low, high = int(part.min()), int(part.max())
         if low < 0 or high >= vocab_size:
             raise UserError(
-                f"{file.prefix}.bin holds token {high if high >= vocab_size else low}, but the "
+                f"{file.name} holds token {high if high >= vocab_size else low}, but the "
                 f"vocabulary ends at {vocab_size - 1}; these files come from another tokenizer: "
                 "set data.tokenizer to the one that made them, or tokenize again"
             )

@@ -1,0 +1,139 @@
+"""One source of training tokens: files, local or remote, or a synthetic stream."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from hybrid_train.config.problems import Problem, at_least
+
+_LARGEST_COUNT = 2**47  # document numbers of a split; they share a 64-bit key with kind and split
+
+
+@dataclass(kw_only=True)
+class Source:
+    """What every source has: the word that names its kind."""
+
+    kind: str = MISSING
+
+
+@dataclass(kw_only=True)
+class Remote:
+    """How files behind a URL are read: in blocks, which a local folder keeps."""
+
+    cache: str | None = None  # folder; None: hybrid_train/remote in $XDG_CACHE_HOME or ~/.cache
+    cache_bytes: int = 20 * 2**30  # the blocks least recently used go when there are more
+    block_bytes: int = 4 * 2**20  # of one request
+    read_ahead: int = 2  # blocks fetched ahead of a reader that goes through a file in order
+    tries: int = 5  # of one request
+    first_wait_s: float = 0.5  # before the second try; twice as long before each further one
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from at_least(4096, block_bytes=self.block_bytes)
+        yield from at_least(0, read_ahead=self.read_ahead, first_wait_s=self.first_wait_s)
+        yield from at_least(1, tries=self.tries)
+        if self.block_bytes % 8:
+            # A token of eight bytes must not lie across two blocks.
+            nearest = self.block_bytes // 8 * 8
+            yield Problem("block_bytes", self.block_bytes, "must be a multiple of 8", nearest)
+        wanted = (self.read_ahead + 2) * self.block_bytes
+        if self.cache_bytes < wanted:
+            rule = "must hold the blocks in use: (read_ahead + 2) * block_bytes"
+            yield Problem("cache_bytes", self.cache_bytes, rule, wanted)
+
+
+@dataclass(kw_only=True)
+class Files(Source):
+    """Tokens from Megatron .bin/.idx files, named by prefix; a prefix may be a URL."""
+
+    kind: str = "files"
+    train: list[str] = field(default_factory=list)  # prefixes, without .bin or .idx
+    validation: list[str] = field(default_factory=list)
+    remote: Remote = field(default_factory=Remote)  # for the prefixes that are URLs
+
+
+@dataclass(kw_only=True)
+class Synthetic(Source):
+    """A stream drawn from a grammar; hybrid_train/data/synthetic.py has the grammars.
+
+    A document has between `min_items` and `max_items` items, each number equally likely. What an
+    item is depends on the kind: a symbol to copy, a pair, a pair of brackets, a sum.
+    """
+
+    kind: str = MISSING
+    documents: int = 1_000_000  # of the train split
+    validation_documents: int = 1_000
+    min_items: int = 4
+    max_items: int = 32
+    seed: int = 0
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits that all streams share."""
+        yield from at_least(1, documents=self.documents, min_items=self.min_items)
+        yield from at_least(0, validation_documents=self.validation_documents, seed=self.seed)
+        for name in ("documents", "validation_documents"):
+            if getattr(self, name) > _LARGEST_COUNT:
+                yield Problem(name, getattr(self, name), "must be at most 2**47", _LARGEST_COUNT)
+        if self.seed >= 2**64:
+            yield Problem("seed", self.seed, "must be below 2**64", self.seed % 2**64)
+        if self.max_items < self.min_items:
+            yield Problem("max_items", self.max_items, "must not be below min_items")
+
+
+@dataclass(kw_only=True)
+class CopyStream(Synthetic):
+    """A word of random symbols, then the same word again."""
+
+    kind: str = "copy"
+    symbols: int = 32
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(1, symbols=self.symbols)
+
+
+@dataclass(kw_only=True)
+class RecallStream(Synthetic):
+    """Pairs of a key and a value, then each key again, in another order, with its value."""
+
+    kind: str = "recall"
+    keys: int = 64
+    values: int = 64
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(1, values=self.values)
+        if self.keys < self.max_items:
+            rule = "must be at least max_items: the keys of a document differ"
+            yield Problem("keys", self.keys, rule, self.max_items)
+
+
+@dataclass(kw_only=True)
+class BracketStream(Synthetic):
+    """Balanced brackets of several types."""
+
+    kind: str = "brackets"
+    types: int = 4
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(1, types=self.types)
+
+
+@dataclass(kw_only=True)
+class SumStream(Synthetic):
+    """Sums of random numbers modulo a number."""
+
+    kind: str = "sums"
+    modulus: int = 23
+    terms: int = 2  # numbers that one sum adds
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(2, modulus=self.modulus)
+        yield from at_least(1, terms=self.terms)

@@ -1,0 +1,152 @@
+"""Documents of tokens: what every source offers, and those of token files."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.source import Remote
+from hybrid_train.data.indexed import Opened, open_files
+
+_CHUNK = 2**20  # entries of an index that a check holds in memory
+_INDEX_PIECES, _TOKEN_PIECES, _PIECE_BYTES = 32, 4, 4096  # of a fingerprint; the second by network
+
+
+class Documents(Protocol):
+    """Numbered documents of token ids, of which each ends with the end-of-document token."""
+
+    name: str  # for messages: the prefix, or the stream's description
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, [D]; without a copy where possible."""
+
+    def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of a document."""
+
+    def fingerprint(self) -> str:
+        """Changes when the content may have changed: sizes, index, a sample; no times of files."""
+
+
+class FileDocuments:
+    """Documents of a .bin/.idx pair in a folder or behind a URL.
+
+    A document may consist of several sequences of the index, which then follow each other in the
+    .bin. Can be pickled: the copy opens the files again.
+
+    Args:
+        prefix: path or URL without .bin or .idx.
+        vocab_size: as for `verify`.
+        remote: how a URL is read; the defaults if None.
+
+    Raises:
+        UserError: as `verify`, or if the index contradicts itself.
+    """
+
+    def __init__(
+        self, prefix: str, vocab_size: int | None = None, *, remote: Remote | None = None
+    ) -> None:
+        self.name = prefix
+        self._arguments = (vocab_size, remote)
+        opened = open_files(prefix, vocab_size, remote=remote)
+        self._opened = opened
+        self._dtype, self._width = opened.facts.dtype, opened.facts.dtype.itemsize
+        self._read_bytes = opened.bin.read
+        if _one_sequence_each(opened):
+            self._starts, self._lengths = opened.offsets, opened.lengths
+        else:
+            self._starts, self._lengths = _grouped(opened)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self.name, *self._arguments)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, [D]; a view of the index if each document is one sequence."""
+        return self._lengths
+
+    def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of a document.
+
+        Raises:
+            IndexError: if the document has no such tokens.
+            UserError: if the index points beyond the .bin, or a remote file cannot be read.
+        """
+        if not 0 <= document < len(self._lengths):
+            raise IndexError(f"document {document} of {len(self._lengths)}, {self.name}")
+        length = self._lengths.item(document)  # `item` is half the time of an index and `int`
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"tokens {start} to {stop} of a document of {length}, {self.name}")
+        width = self._width
+        first = self._starts.item(document) + start * width
+        tokens = self._read_bytes(first, first + (stop - start) * width).view(self._dtype)
+        if len(tokens) != stop - start:
+            raise UserError(
+                f"{self.name}.idx places document {document} beyond the end of {self.name}.bin; "
+                "write the files anew"
+            )
+        return tokens.astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """Name the content: sizes, pieces of the index and of the tokens, wherever they lie."""
+        return self._fingerprint
+
+    @cached_property  # what was opened does not change: a changed remote file is an error
+    def _fingerprint(self) -> str:
+        index, file = self._opened.idx, self._opened.bin
+        digest = hashlib.sha256(f"{len(index)} {file.size}".encode())
+        for start, stop in _pieces(len(index), _INDEX_PIECES):
+            digest.update(index[start:stop])
+        for start, stop in _pieces(file.size, _TOKEN_PIECES):
+            digest.update(file.peek(start, stop))
+        return digest.hexdigest()[:32]
+
+
+def _reopen(prefix: str, vocab_size: int | None, remote: Remote | None) -> FileDocuments:
+    return FileDocuments(prefix, vocab_size, remote=remote)
+
+
+def _one_sequence_each(opened: Opened) -> bool:
+    """Whether document d is sequence d, for all d."""
+    boundaries = opened.boundaries
+    if len(boundaries) != len(opened.lengths) + 1:
+        return False
+    return all(
+        np.array_equal(part, np.arange(first, first + len(part)))
+        for first in range(0, len(boundaries), _CHUNK)
+        for part in [boundaries[first : first + _CHUNK]]
+    )
+
+
+def _grouped(opened: Opened) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Where documents of any number of sequences start, in bytes [D], and their lengths [D]."""
+    index, boundaries = f"{opened.facts.prefix}.idx", opened.boundaries
+    if boundaries[0] != 0 or (np.diff(boundaries) < 0).any():
+        raise UserError(f"{index} contradicts itself: its documents overlap; write the files anew")
+    ends = np.concatenate([[0], np.cumsum(opened.lengths, dtype=np.int64)])
+    if not np.array_equal(ends[:-1] * opened.facts.dtype.itemsize, opened.offsets):
+        raise UserError(
+            f"{index} joins sequences to documents that do not follow each other in the .bin; "
+            "write the files anew"
+        )
+    lengths = np.diff(ends[boundaries])
+    if lengths.max(initial=0) > np.iinfo(np.int32).max:
+        raise UserError(
+            f"{index} has a document of {lengths.max()} tokens; at most 2147483647 can be read: "
+            "split it when you write the files"
+        )
+    return ends[boundaries[:-1]] * opened.facts.dtype.itemsize, lengths.astype(np.int32)
+
+
+def _pieces(size: int, count: int) -> Iterator[tuple[int, int]]:
+    """Evenly spaced pieces of a file, both ends among them; all of it if it is short."""
+    if size <= count * _PIECE_BYTES:
+        yield 0, size
+        return
+    for number in range(count):
+        start = (size - _PIECE_BYTES) * number // (count - 1)
+        yield start, start + _PIECE_BYTES
