@@ -1,5 +1,6 @@
 """One source of training tokens: files, local or remote, or a synthetic stream."""
 
+import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -7,7 +8,14 @@ from omegaconf import MISSING
 
 from hybrid_train.config.problems import Problem, at_least
 
-_LARGEST_COUNT = 2**47  # document numbers of a split; they share a 64-bit key with kind and split
+_LARGEST_COUNT = 10**9  # documents of a stream: their lengths lie in memory, four bytes each
+
+
+class Split(enum.Enum):
+    """Which part of a source: what is learned, or what is held out."""
+
+    train = "train"
+    validation = "validation"
 
 
 @dataclass(kw_only=True)
@@ -74,7 +82,7 @@ class Synthetic(Source):
         yield from at_least(0, validation_documents=self.validation_documents, seed=self.seed)
         for name in ("documents", "validation_documents"):
             if getattr(self, name) > _LARGEST_COUNT:
-                yield Problem(name, getattr(self, name), "must be at most 2**47", _LARGEST_COUNT)
+                yield Problem(name, getattr(self, name), "must be at most 1e9", _LARGEST_COUNT)
         if self.seed >= 2**64:
             yield Problem("seed", self.seed, "must be below 2**64", self.seed % 2**64)
         if self.max_items < self.min_items:
