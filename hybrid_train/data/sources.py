@@ -1,0 +1,71 @@
+"""From the configuration of a source to its documents, and to a vocabulary where it has its own."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.source import Files, Source, Split, Synthetic
+from hybrid_train.data.documents import Documents, FileDocuments
+from hybrid_train.data.synthetic import SyntheticDocuments, words_of
+from hybrid_train.data.words import WordTokenizer
+
+
+class Vocabulary(Protocol):
+    """What a source must know of the tokenizer of a run."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that closes each document."""
+
+
+def open_source(config: Source, split: Split, tokenizer: Vocabulary) -> list[Documents]:
+    """Open one split of a source: documents of each prefix, or those of the stream.
+
+    Symbols of a stream are the words of a `WordTokenizer`. With a tokenizer of text they take its
+    ids from 0 on, without that of the end of a document: its texts then mean nothing.
+
+    Args:
+        config: the source; its `problems` are none.
+        split: which part; the list is empty if the source has none of it.
+        tokenizer: of the run; its ids are those of the documents.
+
+    Raises:
+        UserError: as `FileDocuments`, or if a stream has more symbols than the tokenizer has ids.
+    """
+    match config:
+        case Files():
+            prefixes = config.train if split is Split.train else config.validation
+            size = tokenizer.vocab_size
+            return [FileDocuments(prefix, size, remote=config.remote) for prefix in prefixes]
+        case Synthetic():
+            if split is Split.validation and not config.validation_documents:
+                return []
+            ids = _symbol_ids(config, tokenizer)
+            return [SyntheticDocuments(config, split, ids, tokenizer.end_of_document)]
+    raise ValueError(f"no way to open a source of {type(config).__name__}")
+
+
+def own_vocabulary(sources: Iterable[Source]) -> WordTokenizer | None:
+    """The words of all sources if all of them are streams; None if one needs a real tokenizer."""
+    words: dict[str, None] = {}  # in order, each once: streams of a kind share theirs
+    for source in sources:
+        if not isinstance(source, Synthetic):
+            return None
+        words |= dict.fromkeys(words_of(source))
+    return WordTokenizer(list(words)) if words else None
+
+
+def _symbol_ids(config: Synthetic, tokenizer: Vocabulary) -> list[int]:
+    words = words_of(config)
+    if isinstance(tokenizer, WordTokenizer):
+        return [tokenizer.encode(word)[0] for word in words]
+    if len(words) >= tokenizer.vocab_size:
+        raise UserError(
+            f"the synthetic stream {config.kind} has {len(words)} symbols, the tokenizer only "
+            f"{tokenizer.vocab_size} tokens with the end of a document; give the stream fewer"
+        )
+    return [number + (number >= tokenizer.end_of_document) for number in range(len(words))]
