@@ -49,13 +49,14 @@ class CacheFolder:
     def get(self, name: str, size: int) -> NDArray[np.uint8] | None:
         """Map a file that is there with this size, and note that it was used."""
         path = self._folder / name
-        try:
-            if path.stat().st_size != size:
-                return None  # a disk that lost its last writes; the new one replaces it
-            os.utime(path)
-            return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-        except FileNotFoundError:
-            return None  # never there, or another process has made room
+        with self._explained():
+            try:
+                if path.stat().st_size != size:
+                    return None  # a disk that lost its last writes; the new one replaces it
+                os.utime(path)
+                return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+            except FileNotFoundError:
+                return None  # never there, or another process has made room
 
     def put(self, name: str, parts: Iterator[bytes]) -> NDArray[np.uint8]:
         """Write a file from its parts, map it, and make room if the folder is too large."""

@@ -138,7 +138,10 @@ def _read_range(files: Any, path: str, start: int, stop: int, size: int) -> byte
         return bytes(files.cat_file(path, start=start, end=stop))
     # Of fsspec 2026.9.0's two ways over HTTP, cat_file reads the whole file if the server ignores
     # the range; a file object looks at the answer first.
-    with files.open(path, block_size=stop - start, cache_type="none", size=size) as file:
+    options = {"block_size": stop - start, "cache_type": "none", "size": size}
+    # Compressed, a range would be one of the compressed bytes.
+    plain = {"Accept-Encoding": "identity"}
+    with files.open(path, headers=plain, **options) as file:
         file.seek(start)
         return bytes(file.read(stop - start))
 

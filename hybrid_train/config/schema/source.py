@@ -27,7 +27,11 @@ class Source:
 
 @dataclass(kw_only=True)
 class Remote:
-    """How files behind a URL are read: in blocks, which a local folder keeps."""
+    """How files behind a URL are read: in blocks, which a local folder keeps.
+
+    Shuffled documents touch blocks in no order. Let the folder hold all files of the run, or, where
+    it cannot, take small blocks: a block that is used for one document is fetched for it alone.
+    """
 
     cache: str | None = None  # folder; None: hybrid_train/remote in $XDG_CACHE_HOME or ~/.cache
     cache_bytes: int = 20 * 2**30  # the blocks least recently used go when there are more

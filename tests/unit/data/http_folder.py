@@ -19,6 +19,7 @@ class HttpFolder:
     fail_every: int = 0  # each so many-th request is answered by 503; 0: none
     ranges: bool = True  # whether it heeds Range
     says_version: bool = True  # whether it sends Last-Modified
+    encodings: set[str] = field(default_factory=set)  # that clients took for bodies
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
 
     def bodies(self, suffix: str) -> list[str]:
@@ -39,6 +40,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         state = self.state
         wanted = self.headers.get("Range", "")
         state.requests.append((self.command, self.path, wanted))
+        if self.command == "GET":
+            state.encodings.add(self.headers.get("Accept-Encoding", "any"))
         path = state.folder / self.path.lstrip("/")
         if state.fail_every and len(state.requests) % state.fail_every == 0:
             self.send_error(503)

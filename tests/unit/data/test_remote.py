@@ -97,6 +97,7 @@ def test_each_block_is_fetched_once_and_the_index_too(server: HttpFolder, remote
     assert all_of(FileDocuments(f"{server.url}/a", remote=remote)) == first
     assert len(server.bodies(".bin")) == blocks
     assert len(server.bodies(".idx")) == 1
+    assert server.encodings == {"identity"}  # a part of a compressed file is no part of the file
 
 
 def test_blocks_ahead_are_fetched_for_a_reader_in_order(server: HttpFolder, remote: Remote) -> None:
