@@ -133,8 +133,14 @@ class CachedFile:
         self._begin()
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes [start, stop), through the blocks they lie in; a view if that is one block."""
-        first, last = start // self._block_bytes, max(start, stop - 1) // self._block_bytes
+        """Bytes [start, stop), through the blocks they lie in; a view if that is one block.
+
+        As with a slice, there are fewer bytes where the file ends before `stop`.
+        """
+        stop = min(stop, self.size)
+        if start >= stop:
+            return np.zeros(0, dtype=np.uint8)
+        first, last = start // self._block_bytes, (stop - 1) // self._block_bytes
         begin = first * self._block_bytes
         if first == last:
             return self._block(first)[start - begin : stop - begin]

@@ -55,7 +55,7 @@ class FileDocuments:
         opened = open_files(prefix, vocab_size, remote=remote)
         self._opened = opened
         self._dtype, self._width = opened.facts.dtype, opened.facts.dtype.itemsize
-        self._read_bytes = opened.bin.read
+        self._read_bytes, self._size = opened.bin.read, opened.bin.size
         if _one_sequence_each(opened):
             self._starts, self._lengths = opened.offsets, opened.lengths
         else:
@@ -74,22 +74,21 @@ class FileDocuments:
 
         Raises:
             IndexError: if the document has no such tokens.
-            UserError: if the index points beyond the .bin, or a remote file cannot be read.
+            UserError: if the index points outside the .bin, or a remote file cannot be read.
         """
         if not 0 <= document < len(self._lengths):
             raise IndexError(f"document {document} of {len(self._lengths)}, {self.name}")
         length = self._lengths.item(document)  # `item` is half the time of an index and `int`
         if not 0 <= start <= stop <= length:
             raise IndexError(f"tokens {start} to {stop} of a document of {length}, {self.name}")
-        width = self._width
-        first = self._starts.item(document) + start * width
-        tokens = self._read_bytes(first, first + (stop - start) * width).view(self._dtype)
-        if len(tokens) != stop - start:
+        first = self._starts.item(document) + start * self._width
+        last = first + (stop - start) * self._width
+        if first < 0 or last > self._size:
             raise UserError(
-                f"{self.name}.idx places document {document} beyond the end of {self.name}.bin; "
+                f"{self.name}.idx places document {document} outside {self.name}.bin; "
                 "write the files anew"
             )
-        return tokens.astype(np.int64)
+        return self._read_bytes(first, last).view(self._dtype).astype(np.int64)
 
     def fingerprint(self) -> str:
         """Name the content: sizes, pieces of the index and of the tokens, wherever they lie."""

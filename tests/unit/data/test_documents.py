@@ -8,6 +8,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.documents import FileDocuments
 from tests.unit.data.corpus import VOCAB, write_corpus
 
@@ -86,13 +87,30 @@ def test_a_document_that_is_not_there_is_refused(prefix: str, number: int) -> No
         FileDocuments(prefix).read(number, 0, 1)
 
 
-def test_an_index_that_points_beyond_the_tokens_is_named(prefix: str) -> None:
+@pytest.mark.parametrize("offset", [10**6, 2 * sum(LENGTHS) - 5, -100])
+def test_an_index_that_points_outside_the_tokens_is_named(
+    prefix: str, tmp_path: Path, offset: int
+) -> None:
     data = bytearray(Path(f"{prefix}.idx").read_bytes())
-    offset = 34 + 4 * len(LENGTHS)  # of document 0
-    data[offset : offset + 8] = np.int64(10**6).tobytes()
+    place = 34 + 4 * len(LENGTHS)  # of the offset of document 0
+    data[place : place + 8] = np.int64(offset).tobytes()
     Path(f"{prefix}.idx").write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.idx places document 0 beyond the end of .*a\.bin"):
-        FileDocuments(prefix).read(0, 0, 5)
+    remote = Remote(cache=str(tmp_path / "cache"), block_bytes=4096)
+    for name in (prefix, f"file://{prefix}"):  # the second goes through blocks
+        documents = FileDocuments(name, remote=remote)
+        with pytest.raises(UserError, match=rf"{name}\.idx places document 0 outside .*a\.bin"):
+            documents.read(0, 0, 5)
+        assert documents.read(3, 299, 300).tolist() == [0]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_document_without_tokens_is_read_even_at_the_end(tmp_path: Path, scheme: str) -> None:
+    written = [[[1] * 2047 + [0]], []]  # 4096 bytes: the end is that of a block
+    name = scheme + write_grouped(tmp_path / "a", written)
+    remote = Remote(cache=str(tmp_path / "cache"), block_bytes=4096)
+    documents = FileDocuments(name, remote=remote)
+    assert documents.lengths.tolist() == [2048, 0]
+    assert documents.read(1, 0, 0).tolist() == []
 
 
 def test_documents_that_overlap_are_named(prefix: str) -> None:
