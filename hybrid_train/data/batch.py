@@ -4,7 +4,7 @@ Dimensions: B sequences of a microbatch, L sequence length in tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +20,23 @@ class Batch:
         tokens: inputs, [B, L], int64.
         labels: the token that follows each input, [B, L], int64.
         loss_mask: 1 where the label counts in the loss, else 0, [B, L], float32.
-        position_ids: 0 .. L-1 in each row, [B, L], int64.
+        position_ids: places within the row or within the document, from 0, [B, L], int64.
+        sequence_index: number of the document within its row, from 0, non-decreasing, [B, L],
+            int32. Padding at the end of a row is one more, with a loss mask of 0. None: the row is
+            one sequence, whatever is in it. It is of the whole row on every context-parallel rank,
+            since Mamba's states and the keys of attention are.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
+    sequence_index: Tensor | None = None
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Where a packed row holds nothing, [B, L], bool; None if rows are not packed."""
+        return None if self.sequence_index is None else self.loss_mask == 0
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`."""
@@ -35,10 +45,14 @@ class Batch:
     def part_of(self, rank: int, size: int) -> "Batch":
         """Return what one of `size` context-parallel ranks holds of each sequence, [B, L / size].
 
+        The sequence index stays whole.
+
         Raises:
             ValueError: if the sequences do not split; see `ops.context`.
         """
-        return self._map(lambda field: own_pieces(field, rank, size, dim=1))
+        parts = self._map(lambda field: own_pieces(field, rank, size, dim=1))
+        return replace(parts, sequence_index=self.sequence_index)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: change(t) for name, t in given.items() if t is not None})

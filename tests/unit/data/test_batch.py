@@ -1,0 +1,27 @@
+"""Batch: what each process sees of a microbatch."""
+
+import torch
+
+from tests.packed import documents, packed_batch
+from tests.tiny import batch_of, some_rows
+
+
+def test_context_ranks_share_the_tokens_and_each_knows_all_documents() -> None:
+    batch = packed_batch([documents(3, 4), documents(6)], 8)
+    for rank in range(2):
+        part = batch.part_of(rank, 2)
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert getattr(part, name).shape == (2, 4)
+        assert part.sequence_index is batch.sequence_index
+
+
+def test_padding_is_what_a_packed_row_does_not_count() -> None:
+    batch = packed_batch([documents(3, 4), documents(6)], 8)
+    assert batch.padding is not None
+    assert batch.padding.nonzero().tolist() == [[0, 7], [1, 6], [1, 7]]
+
+
+def test_rows_that_are_not_packed_have_no_padding_and_no_index() -> None:
+    batch = batch_of(some_rows(2), torch.zeros(2, 16)).part_of(0, 2).to("cpu")
+    assert batch.padding is None
+    assert batch.sequence_index is None
