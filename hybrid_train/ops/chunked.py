@@ -9,6 +9,9 @@ N state. Everything inside is laid out chunks first and tokens last, [K, B, G, R
 [K*B*G*R, P, Q] or as [K*B*G, R*P, Q] it is an operand of a batched product as it lies, the decay of
 a token runs along memory, and the chunks from one to another are one piece of it.
 
+Where several documents share a row, the decay from one to another is zero. Products of decays are
+all that joins tokens, forward and backward, so nothing else needs to know.
+
 What a token gives to itself does not depend on the decay. It is kept out of the triangular matrix
 (zero diagonal) and joins the direct path, so that the gradient of the decay is no difference of
 large equal terms where the decay is strong.
@@ -50,6 +53,7 @@ class ChunkedScan(torch.autograd.Function):
         d: Tensor,
         state: Tensor | None,
         keep_last: bool,
+        index: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return outputs [B, K, Q, G, R, P] and, if it is wanted, the last state.
 
@@ -63,11 +67,12 @@ class ChunkedScan(torch.autograd.Function):
             d: [G, R].
             state: [B, G, R, P, N]; None is zero.
             keep_last: whether the last state is returned.
+            index: document of each token, non-decreasing, [K, B, Q]; None is one document.
         """
         x = _from_tokens(x)
         dt = dt.permute(1, 0, 3, 4, 2).contiguous()[..., None, :]  # [K, B, G, R, 1, Q]
         b, c = (t.permute(1, 0, 3, 2, 4).contiguous() for t in (b, c))  # [K, B, G, Q, N]
-        decays = _decays(dt, a)
+        decays = _decays(dt, a, index)
         overlap = c @ b.mT  # [K, B, G, Q, Q]
         inner = _matmul(x * (dt * decays.early), _mix(decays.pairs, overlap).mT)
         inner.mul_(decays.late)
@@ -134,6 +139,7 @@ class ChunkedScan(torch.autograd.Function):
             grad_own.sum((0, 1, 4, 5)),
             grad_states[0] if ctx.given else None,
             None,
+            None,
         )
 
 
@@ -150,8 +156,8 @@ def _pairs_backward(
     return grad_steps, grad_overlap
 
 
-def _decays(dt: Tensor, a: Tensor) -> _Decays:
-    """Multiply up the decays of dt [K, B, G, R, 1, Q] and a [G, R].
+def _decays(dt: Tensor, a: Tensor, index: Tensor | None) -> _Decays:
+    """Multiply up the decays of dt [K, B, G, R, 1, Q] and a [G, R] within documents.
 
     The prefix sums are float64: in float32 the difference of two of them would have lost the
     digits that matter where a chunk decays strongly. Each is split into two float32 numbers: the
@@ -167,14 +173,23 @@ def _decays(dt: Tensor, a: Tensor) -> _Decays:
     # Above the diagonal the exponent is positive; the power of minus infinity is zero.
     above = high.new_full((size, size), -math.inf).triu_()
     above.masked_fill_(torch.ones_like(above, dtype=torch.bool).tril_(-1), 0)
+    if index is not None:
+        other = index[..., None] != index[..., None, :]
+        above = above.where(~other, -math.inf)[:, :, None, None]  # [K, B, 1, 1, Q, Q]
     pairs = (high.mT - high).add_(above).exp2_()
-    return _Decays(
-        pairs,
-        torch.exp2(low),
-        torch.exp2(-low),
-        torch.exp2(sums).to(dt.dtype),
-        torch.exp2(sums[..., -1:] - sums).to(dt.dtype),
-    )
+    from_start = torch.exp2(sums).to(dt.dtype)
+    to_end = torch.exp2(sums[..., -1:] - sums).to(dt.dtype)
+    if index is not None:
+        # A first state belongs to the first document.
+        before = torch.cat((index[:1, :, :1], index[:-1, :, -1:]))
+        from_start.mul_(_over_heads(index == before))
+        to_end.mul_(_over_heads(index == index[..., -1:]))
+    return _Decays(pairs, torch.exp2(low), torch.exp2(-low), from_start, to_end)
+
+
+def _over_heads(mask: Tensor) -> Tensor:
+    """Lay out a mask of tokens [K, B, Q] as [K, B, 1, 1, 1, Q]."""
+    return mask[:, :, None, None, None]
 
 
 def _states(

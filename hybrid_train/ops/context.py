@@ -3,6 +3,8 @@
 A sequence of length L is cut into 2 * P pieces; rank r of P holds the pieces r and 2P - 1 - r, so
 that causal attention is the same work for every rank.
 
+Documents that share a row do not change that: the row is cut, wherever they end.
+
 Source: megatron-core 0.19.2, utils.py, get_batch_on_this_cp_rank.
 """
 
@@ -29,3 +31,19 @@ def in_order(gathered: Tensor, size: int, *, dim: int) -> Tensor:
     """Put the pieces of all ranks, gathered rank after rank, into the order of the sequence."""
     pieces = gathered.chunk(2 * size, dim)
     return torch.cat([*pieces[0::2], *reversed(pieces[1::2])], dim)
+
+
+def continues(sequence_index: Tensor, rank: int, size: int) -> Tensor:
+    """Tell for each token of a rank whether the next one of its row is of the same document.
+
+    Args:
+        sequence_index: number of the document of each token of whole rows, [B, L].
+        rank: of this process.
+        size: ranks that share the rows.
+
+    Returns:
+        [B, L / size], bool; False at the end of a row.
+    """
+    last = sequence_index.new_zeros(len(sequence_index), 1, dtype=torch.bool)
+    same = torch.cat((sequence_index[:, 1:] == sequence_index[:, :-1], last), dim=1)
+    return own_pieces(same, rank, size, dim=1)

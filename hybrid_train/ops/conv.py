@@ -4,7 +4,7 @@ Dimensions: B batch, L sequence, C channels, K kernel width.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ def causal_conv(
     *,
     activation: bool = True,
     initial_state: Tensor | None = None,
+    sequence_index: Tensor | None = None,
 ) -> Tensor:
     """Convolve every channel with its own kernel; no output sees a later input.
 
@@ -30,6 +31,8 @@ def causal_conv(
         bias: [C], or None.
         activation: whether SiLU follows.
         initial_state: inputs before the first, oldest first, [B, C, K-1 or more]; None is zero.
+        sequence_index: number of the document of each token, [B, L], non-decreasing; a document but
+            the first sees zeros before its start. None is one document.
 
     Returns:
         Outputs, [B, L, C], in the type of `x`.
@@ -37,19 +40,52 @@ def causal_conv(
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     past = None if initial_state is None else _past(x, weight.shape[1], initial_state).to(kind)
     offset = x.new_zeros(x.shape[2]) if bias is None else bias
-    y: Tensor = _CausalConv.apply(x.to(kind), weight.to(kind), offset.to(kind), past, activation)  # type: ignore[no-untyped-call]
+    heads = None if sequence_index is None else _heads(sequence_index, weight.shape[1] - 1)
+    y: Tensor = _CausalConv.apply(  # type: ignore[no-untyped-call]
+        x.to(kind), weight.to(kind), offset.to(kind), past, heads, activation
+    )
     return y.to(x.dtype)
+
+
+class _Heads(NamedTuple):
+    """The tokens near the start of a document but the first of a row, which see few inputs."""
+
+    places: Tensor  # in the batch laid out as one row, [T]
+    ages: Tensor  # tokens of the same document before them, less than K-1, [T]
+
+    def seen(self, shift: int) -> Tensor:
+        """Return which of them see the input `shift` before their own."""
+        return (self.ages >= shift).nonzero().squeeze(1)
+
+
+def _heads(index: Tensor, last: int) -> _Heads:
+    """Find the first `last` tokens of every document but the first, of index [B, L]."""
+    length = index.shape[1]
+    row, before = (index[:, 1:] != index[:, :-1]).nonzero().unbind(1)
+    starts, ages = (row * length + before + 1)[:, None], torch.arange(last, device=index.device)
+    flat = index.flatten()
+    places = (starts + ages).clamp_(max=len(flat) - 1)
+    # Not in the next document already, nor in the next row.
+    inside = (flat[places] == flat[starts]) & (before[:, None] + 1 + ages < length)
+    return _Heads(places[inside], ages.expand_as(places)[inside])
 
 
 class _CausalConv(torch.autograd.Function):
     """K shifted multiply-adds; on a CPU three times as fast as a depthwise conv1d.
 
-    The inputs before the first one only reach the first K-1 outputs and are added there.
+    The inputs before the first one only reach the first K-1 outputs and are added there. Outputs
+    that reach back into another document are computed anew from what they may see: they are few.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, past: Tensor | None, activation: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        past: Tensor | None,
+        heads: _Heads | None,
+        activation: bool,
     ) -> Tensor:
         taps = weight.T.contiguous()  # [K, C]: a tap of all channels is one run of memory
         last = len(taps) - 1
@@ -59,7 +95,10 @@ class _CausalConv(torch.autograd.Function):
         if past is not None:
             for t, k, s in _reach_of_past(x.shape[1], last):
                 y[:, t].addcmul_(past[:, :, s], taps[k])
+        if heads is not None:
+            y.view(-1, y.shape[2])[heads.places] = _head_outputs(x, taps, bias, heads)
         ctx.save_for_backward(x, taps, past, y if activation else None)
+        ctx.heads = heads
         return F.silu(y) if activation else y
 
     @staticmethod
@@ -68,7 +107,13 @@ class _CausalConv(torch.autograd.Function):
         x, taps, past, before = ctx.saved_tensors
         if before is not None:
             grad = torch.ops.aten.silu_backward(grad, before)
-        last = len(taps) - 1
+        elif ctx.heads is not None:
+            grad = grad.clone()
+        grad_bias, grad_heads, last = grad.sum((0, 1)), None, len(taps) - 1
+        if ctx.heads is not None:
+            flat = grad.view(-1, grad.shape[2])
+            grad_heads = flat[ctx.heads.places]
+            flat[ctx.heads.places] = 0
         grad_x, grad_taps = torch.empty_like(x), torch.zeros_like(taps)
         # One sequence at a time on a CPU: it stays in the cache from the first tap to the last.
         rows = 1 if x.device.type == "cpu" else len(x)
@@ -84,7 +129,31 @@ class _CausalConv(torch.autograd.Function):
             for t, k, s in _reach_of_past(x.shape[1], last):
                 grad_past[:, :, s].addcmul_(grad[:, t], taps[k])
                 grad_taps[k] += (grad[:, t] * past[:, :, s]).sum(0)
-        return grad_x, grad_taps.T, grad.sum((0, 1)), grad_past, None
+        if grad_heads is not None:
+            _heads_backward(grad_heads, x, taps, ctx.heads, grad_x, grad_taps)
+        return grad_x, grad_taps.T, grad_bias, grad_past, None, None
+
+
+def _head_outputs(x: Tensor, taps: Tensor, bias: Tensor, heads: _Heads) -> Tensor:
+    """Convolve at the places of `heads` alone, [T, C]."""
+    rows, last = x.flatten(0, 1), len(taps) - 1
+    y = torch.addcmul(bias, rows[heads.places], taps[last])
+    for shift in range(1, last + 1):
+        seen = heads.seen(shift)
+        y[seen] += rows[heads.places[seen] - shift] * taps[last - shift]
+    return y
+
+
+def _heads_backward(
+    grad: Tensor, x: Tensor, taps: Tensor, heads: _Heads, grad_x: Tensor, grad_taps: Tensor
+) -> None:
+    """Reverse `_head_outputs`: add to the gradients of x [B, L, C] and of the taps [K, C]."""
+    rows, grad_rows, last = x.flatten(0, 1), grad_x.view(-1, grad_x.shape[2]), len(taps) - 1
+    for shift in range(last + 1):
+        seen = heads.seen(shift)
+        places = heads.places[seen] - shift
+        grad_rows.index_add_(0, places, grad[seen] * taps[last - shift])
+        grad_taps[last - shift] += (grad[seen] * rows[places]).sum(0)
 
 
 def _reach_of_past(length: int, last: int) -> Iterator[tuple[int, int, int]]:

@@ -29,6 +29,7 @@ def mixer_forward(  # noqa: PLR0913 - the parameters of the mixer
     head_width: int,
     groups: int,
     chunk: int,
+    sequence_index: Tensor | None = None,
 ) -> Tensor:
     """Map the packed input projection to the gated scan output, before norm and out_proj.
 
@@ -42,6 +43,8 @@ def mixer_forward(  # noqa: PLR0913 - the parameters of the mixer
         head_width: P.
         groups: G.
         chunk: tokens per chunk of the scan; changes the speed alone.
+        sequence_index: number of the document of each token, [B, L], non-decreasing; convolution
+            and scan start anew in each. None is one document.
 
     Returns:
         scan(silu(conv(x, b, c)), softplus(dt + dt_bias)) * silu(z), [B, L, H*P].
@@ -51,7 +54,7 @@ def mixer_forward(  # noqa: PLR0913 - the parameters of the mixer
     heads = dt_bias.shape[0]
     inner = heads * head_width
     z, xbc, dt = packed.split([inner, packed.shape[-1] - inner - heads, heads], dim=-1)
-    xbc = causal_conv(xbc, conv_weight, conv_bias)
+    xbc = causal_conv(xbc, conv_weight, conv_bias, sequence_index=sequence_index)
     state = (xbc.shape[-1] - inner) // (2 * groups)
     x, b, c = xbc.split([inner, groups * state, groups * state], dim=-1)
     kind = torch.float64 if packed.dtype == torch.float64 else torch.float32
@@ -63,6 +66,7 @@ def mixer_forward(  # noqa: PLR0913 - the parameters of the mixer
         c.unflatten(-1, (groups, state)),
         chunk=min(chunk, _cpu_chunk(state)) if packed.device.type == "cpu" else chunk,
         d=d,
+        sequence_index=sequence_index,
     )
     return (y.flatten(2).to(kind) * F.silu(z.to(kind))).to(packed.dtype)
 
@@ -101,7 +105,7 @@ def mamba_split_conv1d_scan_combined(  # noqa: PLR0913 - the signature of mamba_
     Raises:
         NotImplementedError: for an argument that is not None and that this path does not cover.
     """
-    _refuse("mamba_split_conv1d_scan_combined", {"seq_idx": seq_idx, **others})
+    _refuse("mamba_split_conv1d_scan_combined", others)
     _require_silu(activation)
     if headdim is None or D.dim() != 1:
         raise NotImplementedError(
@@ -110,7 +114,7 @@ def mamba_split_conv1d_scan_combined(  # noqa: PLR0913 - the signature of mamba_
     del norm_before_gate  # orders gate and norm; without a norm weight there is no norm here
     return mixer_forward(
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D,
-        head_width=headdim, groups=ngroups, chunk=chunk_size,
+        head_width=headdim, groups=ngroups, chunk=chunk_size, sequence_index=seq_idx,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Mamba-2 selective scan: a readable reference, a chunked form of the same map, a single step.
 
-Dimensions: B batch, L sequence, H heads, P head width, G groups, N state, Q chunk.
+Dimensions: B batch, L sequence, H heads, P head width, G groups, N state, Q chunk, K chunks.
 Heads g * H/G to (g + 1) * H/G - 1 share the projections b and c of group g.
 """
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from hybrid_train.ops.chunked import ChunkedScan
 
 
-def sequential_scan(
+def sequential_scan(  # noqa: PLR0913 - the operands of the map
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -20,6 +20,7 @@ def sequential_scan(
     *,
     d: Tensor | None = None,
     initial_state: Tensor | None = None,
+    sequence_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the state-space recurrence one token at a time; slow, and easy to trust.
 
@@ -34,6 +35,8 @@ def sequential_scan(
         c: output projections, [B, L, G, N].
         d: weight of the direct path, [H]; None leaves it out.
         initial_state: state before the first token, [B, H, P, N]; None is zero.
+        sequence_index: number of the document of each token, [B, L], non-decreasing; the state
+            starts from zero in each but the first. None is one document.
 
     Returns:
         Outputs [B, L, H, P] in the type of `x`, and the last state [B, H, P, N] in float32
@@ -48,6 +51,9 @@ def sequential_scan(
     state = _first_state(x, b, initial_state)
     outputs = []
     for t in range(x.shape[1]):
+        if sequence_index is not None and t > 0:
+            same = sequence_index[:, t] == sequence_index[:, t - 1]
+            state = state.where(same[:, None, None, None], 0)
         y, state = scan_step(state, x[:, t], dt[:, t], a, b[:, t], c[:, t], d)
         outputs.append(y)
     return torch.stack(outputs, dim=1), state
@@ -100,6 +106,7 @@ def chunked_scan(  # noqa: PLR0913 - the operands of the map
     chunk: int,
     d: Tensor | None = None,
     initial_state: Tensor | None = None,
+    sequence_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `sequential_scan` in matrix products over chunks of `chunk` tokens.
 
@@ -112,13 +119,21 @@ def chunked_scan(  # noqa: PLR0913 - the operands of the map
     """
     _require_shapes(x, dt, a, b, c)
     state = _first_state(x, b, initial_state)
-    y, last = _scan(x, dt, a, b, c, d, chunk, state, keep_last=True)
+    y, last = _scan(x, dt, a, b, c, d, chunk, state, sequence_index, keep_last=True)
     assert last is not None
     return y, last
 
 
-def chunked_outputs(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *, chunk: int, d: Tensor | None = None
+def chunked_outputs(  # noqa: PLR0913 - the operands of the map
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    chunk: int,
+    d: Tensor | None = None,
+    sequence_index: Tensor | None = None,
 ) -> Tensor:
     """Compute the outputs of `chunked_scan` from a state of zero, and no last state.
 
@@ -128,7 +143,7 @@ def chunked_outputs(
     Raises:
         ValueError: if `chunk` is below 1 or the shapes do not fit together.
     """
-    return _scan(x, dt, a, b, c, d, chunk, None, keep_last=False)[0]
+    return _scan(x, dt, a, b, c, d, chunk, None, sequence_index, keep_last=False)[0]
 
 
 def _scan(  # noqa: PLR0913, PLR0917 - the operands of the map
@@ -140,6 +155,7 @@ def _scan(  # noqa: PLR0913, PLR0917 - the operands of the map
     d: Tensor | None,
     chunk: int,
     state: Tensor | None,
+    sequence_index: Tensor | None,
     *,
     keep_last: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -159,6 +175,7 @@ def _scan(  # noqa: PLR0913, PLR0917 - the operands of the map
         direct.to(kind).view(groups, -1),
         None if state is None else state.unflatten(1, (groups, -1)),
         keep_last,
+        None if sequence_index is None else _chunks_of_index(sequence_index, chunk),
     )
     y = y.flatten(3, 4).flatten(1, 2)[:, :length]
     return y.to(x.dtype), None if last is None else last.flatten(1, 2)
@@ -174,6 +191,13 @@ def _chunks(x: Tensor, chunk: int, kind: torch.dtype) -> Tensor:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, rest))
     chunks: Tensor = x.to(kind).unflatten(1, (-1, chunk))
     return chunks
+
+
+def _chunks_of_index(index: Tensor, chunk: int) -> Tensor:
+    """Cut [B, L] into [K, B, chunk]; padded tokens belong to the last document."""
+    last = index[:, -1:].expand(-1, -index.shape[1] % chunk)
+    chunks: Tensor = torch.cat((index, last), dim=1).unflatten(1, (-1, chunk))
+    return chunks.transpose(0, 1)
 
 
 def _first_state(x: Tensor, b: Tensor, given: Tensor | None) -> Tensor:

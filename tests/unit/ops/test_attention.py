@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_train.ops import attention
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
-from hybrid_train.ops.context import in_order, own_pieces
+from hybrid_train.ops.context import continues, in_order, own_pieces
+from tests.packed import index_of, spans
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,3 +63,53 @@ def test_attention_of_the_parts_is_that_of_the_whole_forward_and_backward(ranks:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+PACKED = index_of([5, 1, 2, 8], [16], [3, 13])  # along the ends of pieces, within them, over them
+
+
+def by_documents(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+    rows: list[list[Tensor]] = [[] for _ in index]
+    for row, start, end in spans(index):
+        parts = (t[start:end, row : row + 1] for t in (q, k, v))
+        rows[row].append(causal_attention(*parts))
+    return torch.cat([torch.cat(row) for row in rows], dim=1)
+
+
+@pytest.mark.parametrize("short", [1, 6, 256])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_documents_that_share_a_row_attend_as_if_alone(
+    ranks: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORT", short)
+    q = torch.randn(16, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(16, 3, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    parts = [
+        split_causal_attention(
+            own_pieces(q, rank, ranks, dim=0), k, v, rank, ranks, sequence_index=PACKED
+        )
+        for rank in range(ranks)
+    ]
+    found, expected = in_order(torch.cat(parts), ranks, dim=0), by_documents(q, k, v, PACKED)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(16, 3, 32, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_one_masked_product_as_on_a_gpu_equals_span_by_span() -> None:
+    q, k, v = torch.randn(3, 16, 3, 2, 8)
+    found = attention._attend(q[5:], k, v, PACKED)
+    torch.testing.assert_close(found, by_documents(q, k, v, PACKED)[5:])
+
+
+def test_a_row_continues_but_at_the_ends_of_its_documents() -> None:
+    index = index_of([3, 1, 4], [8])
+    whole = continues(index, 0, 1)
+    assert (~whole).nonzero().tolist() == [[0, 2], [0, 3], [0, 7], [1, 7]]
+    for rank in range(2):
+        assert torch.equal(continues(index, rank, 2), own_pieces(whole, rank, 2, dim=1))

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_train.ops.conv import causal_conv, conv_state, conv_step
+from tests.packed import index_of, spans
 
 
 def conv_inputs(length: int, taps: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,3 +71,29 @@ def test_a_state_that_is_too_short_is_refused() -> None:
     x, weight, bias, past = conv_inputs(9)
     with pytest.raises(ValueError, match="initial_state has shape"):
         causal_conv(x, weight, bias, initial_state=past[:, :, 1:])
+
+
+@pytest.mark.parametrize("activation", [True, False], ids="silu={}".format)
+@pytest.mark.parametrize("taps", [1, 2, 4], ids="taps={}".format)
+def test_documents_that_share_a_row_are_convolved_as_if_alone(activation: bool, taps: int) -> None:
+    index = index_of([4, 1, 2, 3, 1], [2, 9])
+    x, weight, bias, past = (t.requires_grad_() for t in conv_inputs(11, taps))
+    found = causal_conv(
+        x, weight, bias, activation=activation, initial_state=past, sequence_index=index
+    )
+    rows: list[list[Tensor]] = [[], []]
+    for row, start, end in spans(index):
+        state = past[row : row + 1] if start == 0 else None
+        part = x[row : row + 1, start:end]
+        rows[row].append(
+            causal_conv(part, weight, bias, activation=activation, initial_state=state)
+        )
+    expected = torch.cat([torch.cat(row, dim=1) for row in rows])
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), (x, weight, bias)),
+        torch.autograd.grad((expected * weights).sum(), (x, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)

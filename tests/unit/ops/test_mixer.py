@@ -13,6 +13,7 @@ from hybrid_train.ops.mixer import (
     mixer_forward,
 )
 from hybrid_train.ops.norm import gated_rms_norm
+from tests.packed import index_of, spans
 
 HEADS, WIDTH, GROUPS, STATE, HIDDEN = 4, 3, 2, 5, 8
 INNER = HEADS * WIDTH
@@ -128,6 +129,14 @@ def test_the_name_that_megatron_calls_in_training_gates_and_does_not_normalise()
     torch.testing.assert_close(megatron_call(parameters()), run(parameters()))
 
 
+def test_the_name_that_megatron_calls_in_training_keeps_documents_apart() -> None:
+    inputs, index = parameters(), index_of([3, 4], [6, 1])
+    found = megatron_call(inputs, seq_idx=index)
+    for row, start, end in spans(index):
+        alone = {**inputs, "packed": inputs["packed"][row : row + 1, start:end]}
+        torch.testing.assert_close(found[row : row + 1, start:end], run(alone))
+
+
 def test_the_name_that_megatron_calls_in_prefill_gives_the_same_map_and_the_last_state() -> None:
     packed, weight, bias, dt_bias, a, d = parameters().values()
     z, xbc, dt = packed.split([INNER, CONV, HEADS], dim=-1)
@@ -154,13 +163,12 @@ def test_the_name_that_megatron_calls_in_prefill_gives_the_same_map_and_the_last
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seq_idx": torch.zeros(2, 7, dtype=torch.int32)}, "seq_idx not covered"),
         ({"rmsnorm_weight": torch.ones(INNER)}, "rmsnorm_weight not covered"),
         ({"dt_limit": (0.0, 1.0)}, "dt_limit not covered"),
         ({"headdim": None}, "one weight per channel"),
         ({"activation": "relu"}, "only 'silu' is covered"),
     ],
-    ids=["packed", "norm", "limit", "channels", "activation"],
+    ids=["norm", "limit", "channels", "activation"],
 )
 def test_arguments_that_are_not_covered_are_refused(
     change: dict[str, object], message: str

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.ops.scan import chunked_outputs, chunked_scan, scan_step, sequential_scan
+from tests.packed import index_of, spans
 
 NAMES = ["x", "dt", "a", "b", "c", "d", "initial_state"]
 
@@ -171,3 +172,38 @@ def test_operands_that_do_not_fit_are_refused(change: dict[str, object], message
     arguments: dict[str, object] = {**scan_inputs(), "chunk": 4, **change}
     with pytest.raises(ValueError, match=message):
         chunked_scan(**arguments)  # type: ignore[arg-type]
+
+
+PACKED = index_of([5, 1, 9, 8], [23], [20, 2, 1])  # within chunks, over them, along their ends
+
+
+def by_documents(inputs: dict[str, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequential scan of every document for itself, and the states of the last of each row."""
+    outputs: list[list[Tensor]] = [[] for _ in index]
+    last: list[Tensor] = [inputs["d"]] * len(index)
+    for row, start, end in spans(index):
+        along = {n: inputs[n][row : row + 1, start:end] for n in ("x", "dt", "b", "c")}
+        state = inputs["initial_state"][row : row + 1] if start == 0 else None
+        y, last[row] = sequential_scan(**along, a=inputs["a"], d=inputs["d"], initial_state=state)
+        outputs[row].append(y)
+    return torch.cat([torch.cat(row, dim=1) for row in outputs]), torch.cat(last)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 8, 23, 64], ids="chunk={}".format)
+def test_documents_that_share_a_row_are_scanned_as_if_alone(chunk: int | None) -> None:
+    inputs = {n: t.requires_grad_() for n, t in scan_inputs(23, batch=3).items()}
+    expected = by_documents(inputs, PACKED)
+    if chunk is None:
+        actual = sequential_scan(**inputs, sequence_index=PACKED)
+    else:
+        actual = chunked_scan(**inputs, chunk=chunk, sequence_index=PACKED)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradients(actual, inputs), gradients(expected, inputs))
+
+
+def test_outputs_alone_know_documents_too() -> None:
+    inputs = scan_inputs(23, batch=3)
+    del inputs["initial_state"]
+    expected = sequential_scan(**inputs, sequence_index=PACKED)[0]
+    actual = chunked_outputs(**inputs, chunk=8, sequence_index=PACKED)
+    torch.testing.assert_close(actual, expected)
