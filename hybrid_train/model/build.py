@@ -12,7 +12,7 @@ from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron, recompute, stages
+from hybrid_train.model import megatron, packed, recompute, stages
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec
@@ -84,6 +84,7 @@ def _build_chunk(
 def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
     megatron.use_aux_loss_record()
+    packed.use_packed_rows()
     recompute.use_sorted_routing()
     if not on_gpu:
         megatron.use_gradient_accumulation()
@@ -95,6 +96,7 @@ def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, 
         recompute.use_plain_checkpoints()
     if mamba is not None:
         megatron.use_plain_mamba()
+        packed.use_plain_packing()
     layers = f"plain PyTorch ({fused})" if fused else "Transformer Engine"
     parts = {
         "linear layers, norms, experts": layers,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 
+from hybrid_train.model import packed
 from hybrid_train.ops.vocab_parallel import cross_entropy
 
 
@@ -32,7 +32,7 @@ class Hybrid(HybridModel):
             # mark, which core sets on a single stage only, that of the embedding is lost.
             self.embedding.word_embeddings.weight.zero_out_wgrad = True
 
-    def forward(
+    def forward(  # noqa: PLR0913 - core's arguments, and where documents end
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
@@ -40,6 +40,9 @@ class Hybrid(HybridModel):
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
         inference_context: Any = None,
+        *,
+        sequence_index: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Run the chunk of the model that this pipeline stage holds.
 
@@ -50,6 +53,9 @@ class Hybrid(HybridModel):
             decoder_input: unused, tokens are embedded here.
             labels: next token of each token, [B, S]; None for logits.
             inference_context: cache of a running generation.
+            sequence_index: number of the document of each token of the whole rows, [B, L], where
+                several share one and must not see each other; None where a row is one sequence.
+            padding: tokens that routers do not count, [B, S], bool.
 
         Returns:
             Before the last stage hidden states, [S, B, hidden]; on the last one, with labels, the
@@ -57,8 +63,14 @@ class Hybrid(HybridModel):
             logits over the whole vocabulary, [B, S, V]; with a cache those of the last position.
         """
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        packing: dict[str, Any] = {}
+        if sequence_index is not None:
+            packing = packed.arguments(sequence_index, padding, self.pg_collection, self.config)
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, inference_context=inference_context
+            hidden_states=hidden,
+            attention_mask=None,
+            inference_context=inference_context,
+            **packing,
         )
         if not self.post_process:
             return hidden
@@ -71,7 +83,7 @@ class Hybrid(HybridModel):
             )
         if not self.mtp_process:
             return self._losses(hidden, labels).unsqueeze(0)
-        return self._losses_of_all_depths(hidden, input_ids, position_ids, labels)
+        return self._losses_of_all_depths(hidden, input_ids, position_ids, labels, packing)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states to this rank's part of the vocabulary, [S, B, V / tp]."""
@@ -87,7 +99,12 @@ class Hybrid(HybridModel):
         return losses.transpose(0, 1)
 
     def _losses_of_all_depths(
-        self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor | None, labels: Tensor
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        labels: Tensor,
+        packing: dict[str, Any],
     ) -> Tensor:
         states = self.mtp(
             input_ids=input_ids,
@@ -95,9 +112,11 @@ class Hybrid(HybridModel):
             hidden_states=hidden,
             attention_mask=None,
             embedding=self.embedding,
+            **packing,
         )
+        continued = packing["packed_seq_params"].continues if packing else None
         losses = []
         for depth_hidden in states.chunk(1 + self.mtp_num_depths, dim=0):
             losses.append(self._losses(depth_hidden, labels))
-            labels, _ = roll_tensor(labels, shifts=-1, dims=-1, cp_group=self.pg_collection.cp)
+            labels = packed.shift(labels, self.pg_collection.cp, continued)
         return torch.stack(losses)

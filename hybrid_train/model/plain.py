@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -250,7 +251,7 @@ class Attention(MegatronModule):
     """Causal softmax attention with grouped queries; stands for TEDotProductAttention.
 
     Under context parallelism the keys and values of all ranks are gathered; in the backward pass
-    their gradients are summed and dealt out again.
+    their gradients are summed and dealt out again. A query of packed rows sees its own document.
     """
 
     def __init__(
@@ -259,19 +260,30 @@ class Attention(MegatronModule):
         super().__init__(config=config)
         self.context_group = pg_collection.cp
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
+    ) -> Tensor:
         """Attend: query [S, B, heads, D], key and value [S', B, kv_heads, D] -> [S, B, heads*D].
 
         The last query stands at the last key, as in cached decoding.
         """
         group = self.context_group
+        index = None if packed_seq_params is None else packed_seq_params.seq_idx
         if group.size() == 1:
-            return causal_attention(query, key, value)
+            return causal_attention(query, key, value, index)
         key, value = (
             in_order(gather_from_sequence_parallel_region(part, group=group), group.size(), dim=0)
             for part in (key, value)
         )
-        return split_causal_attention(query, key, value, group.rank(), group.size())
+        return split_causal_attention(
+            query, key, value, group.rank(), group.size(), sequence_index=index
+        )
 
 
 def _sharded(

@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from hybrid_train.model import plain
+from hybrid_train.model import packed, plain
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fused_parts() -> Parts:
         norm_column_linear=te.TELayerNormColumnParallelLinear,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
-        attention=te.TEDotProductAttention,
+        attention=packed.attention_of_documents(),
         experts=partial(
             TEGroupedMLP,
             submodules=GroupedMLPSubmodules(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.model.packed import shift
+from hybrid_train.ops.context import continues
 from hybrid_train.training.objective import LossFunction
 
 
@@ -33,7 +34,14 @@ class NextToken:
         return torch.stack([self._masks(batch).sum(dim=(1, 2)) for batch in batches]).sum(dim=0)
 
     def forward(self, model: Module, batch: Batch, totals: Tensor) -> tuple[Tensor, LossFunction]:
-        losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        losses = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            sequence_index=batch.sequence_index,
+            padding=batch.padding,
+        )
         return losses, lambda output: self._weigh(output, batch, totals)
 
     def _weigh(
@@ -49,8 +57,10 @@ class NextToken:
 
     def _masks(self, batch: Batch) -> Tensor:
         """Return where the label of each depth counts, [1 + D, B, S]."""
+        group, continued = self._context_group, None
+        if batch.sequence_index is not None:
+            continued = continues(batch.sequence_index, group.rank(), group.size())
         masks = [batch.loss_mask]
         for _ in self.names[1:]:
-            shifted, _ = roll_tensor(masks[-1], shifts=-1, dims=-1, cp_group=self._context_group)
-            masks.append(shifted)
+            masks.append(shift(masks[-1], group, continued))
         return torch.stack(masks)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hybrid_train.data.batch import Batch
+from tests.packed import documents, packed_batch
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
 
 pytestmark = MEGATRON_WARNINGS
@@ -27,7 +28,7 @@ class GivenLosses(torch.nn.Module):
         super().__init__()
         self.losses = losses  # [1 + D, B, S]
 
-    def forward(self, tokens: Tensor, *_: object, labels: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, *_: object, labels: Tensor, **__: object) -> Tensor:
         rows = tokens[:, 0]
         return self.losses[:, rows]
 
@@ -97,3 +98,12 @@ def test_a_step_without_a_valid_label_at_a_depth_has_no_loss_there(groups: Any) 
     weighed, _, report = loss_of(output)
     assert torch.isfinite(weighed)
     assert report["sums"][1:].tolist() == [0, 0]
+
+
+def test_no_depth_counts_a_label_of_the_next_document(groups: Any) -> None:
+    places = [(5, 1, 7), (2, 14)]  # three places of padding, none
+    batch = packed_batch([documents(*row) for row in places], LENGTH)
+    counts = objective(groups).count([batch])
+    lengths = [length for row in places for length in row]
+    expected = [sum(max(0, n - depth) for n in lengths) for depth in range(1 + DEPTHS)]
+    assert counts.tolist() == expected
