@@ -1,6 +1,7 @@
 """Prints the tables of the parity suite; `make parity` runs it.
 
 python -m tests.parity layouts [NAME ...]     every layout against one process
+python -m tests.parity packed [NAME ...]      the same on rows of several documents
 python -m tests.parity faults                 planted faults and what found them
 python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
 """
@@ -10,9 +11,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.parity.case import Case
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import LAYOUTS
+from tests.parity.layouts import CASES, LAYOUTS, PACKED
 from tests.parity.suite import Suite
 from tests.parity.verdict import Verdict
 
@@ -21,24 +23,32 @@ def main() -> int:
     """Print the asked tables; return 1 if a case disagrees or a fault stays hidden."""
     wanted, names = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("all", [])
     tables: dict[str, Callable[[Sequence[str]], bool]] = {
-        "layouts": _layouts, "faults": _faults, "draw": _draws,
+        "layouts": _layouts, "packed": _packed, "faults": _faults, "draw": _draws,
     }  # fmt: skip
     if wanted == "all":
-        return int(not all([_layouts([]), _faults([])]))
+        return int(not all([_layouts([]), _packed([]), _faults([])]))
     if wanted not in tables:
         sys.exit(__doc__)
     return int(not tables[wanted](names))
 
 
 def _layouts(names: Sequence[str]) -> bool:
+    return _compared(LAYOUTS, names)
+
+
+def _packed(names: Sequence[str]) -> bool:
+    return _compared(PACKED, [f"packed, {name}" for name in names])
+
+
+def _compared(cases: dict[str, Case], names: Sequence[str]) -> bool:
     print(_HEADER)
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder))
-        report = suite.reference(next(iter(LAYOUTS.values())))[0]
-        print(f"{'one process':26} {1:9} {report['loss']:10.6f} {report['grad_norm']:10.6f}")
+        report = suite.reference(next(iter(cases.values())))[0]
+        print(f"{'one process':32} {1:9} {report['loss']:10.6f} {report['grad_norm']:10.6f}")
         verdicts = [
             _show(name, case.processes, suite.compare(case))
-            for name, case in LAYOUTS.items()
+            for name, case in cases.items()
             if not names or name in names
         ]
     return all(verdicts)
@@ -57,27 +67,27 @@ def _draws(seeds: Sequence[str]) -> bool:
 
 
 def _faults(_: Sequence[str]) -> bool:
-    print(f"{'planted fault':52} {'layout':10} what found it")
+    print(f"{'planted fault':52} {'layout':11} what found it")
     found = []
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder))
         for name, fault in FAULTS.items():
-            hit = fault.noticed(suite.compare(LAYOUTS[fault.layout], name).problems)
-            print(f"{name:52} {fault.layout:10} {hit or 'NOT FOUND'}", flush=True)
+            hit = fault.noticed(suite.compare(CASES[fault.layout], name).problems)
+            print(f"{name:52} {fault.layout:11} {hit or 'NOT FOUND'}", flush=True)
             found.append(hit is not None)
     return all(found)
 
 
 _HEADER = (
-    f"{'layout':26} {'processes':>9} {'loss':>10} {'grad norm':>10} {'numbers':>8} "
+    f"{'layout':32} {'processes':>9} {'loss':>10} {'grad norm':>10} {'numbers':>8} "
     f"{'gradients':>10} {'weights':>8}   worst gradient\n"
-    f"{'':58} {'(ulps)':>8} {'(ulps)':>10} {'(way)':>8}"
+    f"{'':64} {'(ulps)':>8} {'(ulps)':>10} {'(way)':>8}"
 )
 
 
 def _show(name: str, processes: int, verdict: Verdict) -> bool:
     print(
-        f"{name:26} {processes:9} {verdict.loss:10.6f} {verdict.grad_norm:10.6f} "
+        f"{name:32} {processes:9} {verdict.loss:10.6f} {verdict.grad_norm:10.6f} "
         f"{verdict.number_ulps:8.1f} {verdict.gradient_ulps:10.1f} {verdict.weight_way:8.1e}   "
         f"{verdict.worst_gradient}",
         flush=True,

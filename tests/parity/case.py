@@ -1,19 +1,27 @@
 """A model, a batch and a layout; what one process computes with them is the reference."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.train import TrainJob
-from tests.tiny import tiny_job
+from hybrid_train.data.batch import Batch
+from tests.packed import packed_batch
+from tests.tiny import VOCAB, batch_of, tiny_job
 
 STEPS, RATE = 3, 1e-3
 PATTERN = "MEM*M-E*/*E/*E"
 LENGTH, BATCH = 16, 8
+# Sixteenths of a row that its documents take: padding of every size, ends on and off the pieces of
+# context parallelism, documents over several of them.
+DOCUMENTS = (
+    (5, 1, 7), (16,), (3, 3, 3, 3), (1, 2, 13), (9,), (8, 8), (4, 10, 1), (2, 6, 5),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Case:
 
     job: TrainJob
     processes: int
+    packed: bool = False  # several documents in a row, and padding
 
 
 def parity_job(pattern: str = PATTERN) -> TrainJob:
@@ -53,6 +62,11 @@ def case_of(parallel: Parallel, pattern: str = PATTERN, data: int = 1) -> Case:
     return Case(job, needed_processes(parallel, data))
 
 
+def packed(case: Case) -> Case:
+    """Return the same case on packed rows."""
+    return replace(case, packed=True)
+
+
 def needed_processes(parallel: Parallel, data: int = 1) -> int:
     """Return how many processes a layout takes, with at least `data` data-parallel ranks."""
     dense = parallel.tensor * parallel.pipeline * parallel.context * data
@@ -60,16 +74,32 @@ def needed_processes(parallel: Parallel, data: int = 1) -> int:
     return math.lcm(dense, expert_tensor * parallel.expert * parallel.pipeline)
 
 
-def rows_of(job: TrainJob, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return the sequences of a step, [B, S + 1], and which labels count, [B, S].
+def microbatches_of(case: Case) -> list[Batch]:
+    """Return the microbatches of a step over all data-parallel ranks.
 
     Sequences have different numbers of valid labels, so that a mean over a part of them is not the
     mean over all.
     """
-    batch, length = job.train.global_batch, job.train.sequence_length
-    generator = torch.Generator().manual_seed(job.train.seed)
-    rows = torch.randint(vocab_size, (batch, length + 1), generator=generator)
-    mask = torch.ones(batch, length)
-    for number in range(batch):
-        mask[number, : (number * 5) % (length // 2)] = 0.0
-    return rows, mask
+    train = case.job.train
+    generator = torch.Generator().manual_seed(train.seed)
+    rows = torch.randint(
+        VOCAB, (train.global_batch, train.sequence_length + 1), generator=generator
+    )
+    if case.packed:
+        cut = [list(_documents(*row)) for row in zip(rows.numpy(), DOCUMENTS, strict=True)]
+        return [
+            packed_batch(cut[start : start + train.microbatch], train.sequence_length)
+            for start in range(0, train.global_batch, train.microbatch)
+        ]
+    mask = torch.ones(train.global_batch, train.sequence_length)
+    for number in range(train.global_batch):
+        mask[number, : (number * 5) % (train.sequence_length // 2)] = 0.0
+    parts = zip(rows.split(train.microbatch), mask.split(train.microbatch), strict=True)
+    return [batch_of(*part) for part in parts]
+
+
+def _documents(row: np.ndarray, sixteenths: tuple[int, ...]) -> Iterator[np.ndarray]:
+    unit, start = len(row) // 16, 0
+    for count in sixteenths:
+        yield row[start : start + count * unit + 1]
+        start += count * unit

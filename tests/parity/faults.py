@@ -26,7 +26,7 @@ class Fault:
     """How to plant a fault into a built engine, where it matters, and what must be noticed."""
 
     plant: Plant
-    layout: str  # of layouts.LAYOUTS
+    layout: str  # of layouts.CASES
     symptom: str  # part of the words of a problem
 
     def noticed(self, problems: Sequence[str]) -> str | None:
@@ -70,6 +70,22 @@ def _mtp_denominator_is_of_the_rank(engine: Any, patch: pytest.MonkeyPatch) -> N
         return forward(model, batch, torch.cat([totals[:1], own[1:]]))
 
     patch.setattr(objective, "forward", with_own_totals)
+
+
+def _labels_of_the_next_document_count(_: Any, patch: pytest.MonkeyPatch) -> None:
+    """Let MTP predict across the ends of documents."""
+    from hybrid_train.training import next_token
+
+    of_whole_rows = next_token.continues
+    patch.setattr(next_token, "continues", lambda *rows: torch.ones_like(of_whole_rows(*rows)))
+
+
+def _balance_loss_is_of_the_own_share(_: Any, patch: pytest.MonkeyPatch) -> None:
+    """Scale the balance loss by the tokens of the rank, of which padding leaves some fewer."""
+    from megatron.core.transformer.moe import moe_utils, router
+
+    name = "get_tokens_per_expert_and_token_count"
+    patch.setattr(router, name, getattr(moe_utils, name))
 
 
 def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
@@ -121,6 +137,14 @@ FAULTS = {
         _aux_loss_is_not_scaled, "CP2", "gradient of decoder.layers.1.mlp.router.weight"
     ),
     "MTP denominator of one rank": Fault(_mtp_denominator_is_of_the_rank, "DP2", "gradient of mtp"),
+    "MTP across the ends of documents": Fault(
+        _labels_of_the_next_document_count, "packed, CP2", "mtp_loss_1 of step 1"
+    ),
+    "balance loss of one rank's share of padded rows": Fault(
+        _balance_loss_is_of_the_own_share,
+        "packed, CP2",
+        "gradient of decoder.layers.1.mlp.router.weight",
+    ),
     "in_proj split in one piece": Fault(_in_proj_is_split_in_one_piece, "TP2", "loss of step 1"),
     "expert bias of one rank": Fault(
         _expert_bias_is_not_synchronised, "DP2", "copies of decoder.layers.1.mlp.router.expert_bias"

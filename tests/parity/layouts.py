@@ -1,7 +1,7 @@
 """The layouts of the parity table."""
 
 from hybrid_train.config.schema.parallel import Parallel
-from tests.parity.case import Case, case_of
+from tests.parity.case import Case, case_of, packed
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
 _DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
@@ -43,3 +43,6 @@ LAYOUTS: dict[str, Case] = {
         Parallel(pipeline=2, virtual_pipeline=2, tensor=2), _FOUR_STAGES, data=2
     ),
 }
+
+PACKED = {f"packed, {name}": packed(case) for name, case in LAYOUTS.items()}
+CASES = LAYOUTS | PACKED

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch
-from tests.parity.case import STEPS, Case, rows_of
-from tests.tiny import VOCAB, microbatches, tiny_engine
+from tests.parity.case import STEPS, Case, microbatches_of
+from tests.tiny import tiny_engine
 
 EPSILON = torch.finfo(torch.float32).eps
 START, REFERENCE = "start", "reference.pt"
@@ -106,9 +107,7 @@ def _engine(case: Case) -> Iterator[Any]:
 def _batches(case: Case, engine: Any) -> Iterator[Batch]:
     """Deal the microbatches of the whole step out to the data-parallel ranks in turn."""
     size, rank = engine.groups.dp.size(), engine.groups.dp.rank()
-    microbatch = case.job.train.microbatch
-    rows, mask = (part.split(microbatch)[rank::size] for part in rows_of(case.job, VOCAB))
-    return microbatches(torch.cat(rows), microbatch, torch.cat(mask))
+    return cycle(microbatches_of(case)[rank::size])
 
 
 def _numbers(report: Any) -> dict[str, float]:

@@ -35,11 +35,11 @@ class Suite:
 
     def _name(self, case: Case) -> str:
         job = _alone(case).job
-        return measure.digest(repr((job.model, job.train)).encode())
+        return measure.digest(repr((job.model, job.train, case.packed)).encode())
 
 
 def _alone(case: Case) -> Case:
     job = copy.deepcopy(case.job)
     job.parallel = Parallel()
     job.model.pattern = job.model.pattern.replace("|", "")
-    return Case(job, processes=1)
+    return Case(job, 1, case.packed)

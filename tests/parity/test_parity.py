@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import LAYOUTS
+from tests.parity.layouts import CASES, LAYOUTS, PACKED
 from tests.parity.suite import Suite
 from tests.tiny import MEGATRON_WARNINGS
 
@@ -17,6 +17,11 @@ pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("parity")]
 # Draws that once failed, and some more. 1: tied embeddings with MTP in a pipeline; 24: experts that
 # did not wait for parameters on their way.
 SEEDS = (1, 24, 0, 2, 14, 19, 25, 26)
+# Each kind of split, and those that meet in one; `make parity` runs all on packed rows too.
+EVERY_SPLIT = (
+    "TP2", "PP2", "VPP2 x PP2", "EP2", "ETP2", "CP2", "CP4", "DP2", "EP2 x CP2, FSDP", "TP2 x EP2",
+    "TP2 x CP2 x PP2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,11 @@ def test_a_layout_computes_what_one_process_computes(suite: Suite, name: str) ->
     assert suite.compare(LAYOUTS[name]).problems == []
 
 
+@pytest.mark.parametrize("name", EVERY_SPLIT)
+def test_a_layout_computes_packed_rows_as_one_process_does(suite: Suite, name: str) -> None:
+    assert suite.compare(PACKED[f"packed, {name}"]).problems == []
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_legal_case_computes_what_one_process_computes(suite: Suite, seed: int) -> None:
     case = draw(seed)
@@ -39,4 +49,4 @@ def test_a_random_legal_case_computes_what_one_process_computes(suite: Suite, se
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_noticed_where_it_is(suite: Suite, name: str) -> None:
     fault = FAULTS[name]
-    assert fault.noticed(suite.compare(LAYOUTS[fault.layout], name).problems)
+    assert fault.noticed(suite.compare(CASES[fault.layout], name).problems)
