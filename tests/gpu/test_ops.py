@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_train.ops.attention import causal_attention
 from hybrid_train.ops.conv import causal_conv
 from hybrid_train.ops.mixer import mixer_forward
 from hybrid_train.ops.norm import gated_rms_norm
 from hybrid_train.ops.scan import chunked_scan, sequential_scan
+from tests.packed import index_of, spans
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +81,36 @@ def test_fused_mixer_kernel_equals_our_mixer() -> None:
     close(actual, expected)
     found, wanted = (torch.autograd.grad(y.square().sum(), packed)[0] for y in (actual, expected))
     close(found, wanted)
+
+
+def test_fused_mixer_kernel_keeps_documents_apart_as_ours_does() -> None:
+    kernel = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+    channels = HEADS * WIDTH + 2 * GROUPS * STATE
+    packed = normal(BATCH, LENGTH, HEADS * WIDTH + channels + HEADS).requires_grad_()
+    weight, bias = normal(channels, 4), normal(channels)
+    dt_bias, a, d = normal(HEADS) - 3, -normal(HEADS).exp(), normal(HEADS)
+    # Within chunks of 64, along their ends, over several; documents of fewer tokens than taps.
+    index = index_of([30, 34, 1, 2, 133], [64, 100, 36]).cuda()
+    expected = mixer_forward(
+        packed, weight, bias, dt_bias, a, d, head_width=WIDTH, groups=GROUPS, chunk=64,
+        sequence_index=index,
+    )  # fmt: skip
+    actual = kernel.mamba_split_conv1d_scan_combined(
+        packed, weight, bias, dt_bias, a, D=d, chunk_size=64, activation="silu",
+        headdim=WIDTH, ngroups=GROUPS, norm_before_gate=False, seq_idx=index,
+    )  # fmt: skip
+    close(actual, expected)
+    found, wanted = (torch.autograd.grad(y.square().sum(), packed)[0] for y in (actual, expected))
+    close(found, wanted)
+
+
+def test_masked_attention_on_the_gpu_equals_that_of_single_documents() -> None:
+    q, k, v = normal(LENGTH, BATCH, 4, WIDTH), *normal(2, LENGTH, BATCH, 2, WIDTH)
+    index = index_of([30, 34, 1, 2, 133], [64, 100, 36])
+    found = causal_attention(q, k, v, index.cuda())
+    for row, start, end in spans(index):
+        part = (slice(start, end), slice(row, row + 1))
+        close(found[part], causal_attention(q[part], k[part], v[part]))
 
 
 def test_convolution_kernel_equals_causal_conv() -> None:
