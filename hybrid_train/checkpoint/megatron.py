@@ -39,6 +39,7 @@ from hybrid_train.checkpoint.optimizer_state import (
     StatePart,
     set_step_count,
     state_key,
+    state_of,
     state_parts,
     step_count,
 )
@@ -255,7 +256,7 @@ def read(folder: Path, content: Content) -> None:
     found = places(content.chunks, content.groups)
     differences = compare(folder, stored, found)
     _require_optimizer_state(folder, stored)
-    state = state_parts(content.optimizer, found)
+    state = state_of(content.optimizer, found)
     steps = torch.zeros(1, dtype=torch.int64)
     random = _sharded_random_state()
     # Their sizes tell the number of processes, and the kind of device.
@@ -267,13 +268,14 @@ def read(folder: Path, content: Content) -> None:
         folder,
         [
             *(_best_of(place.weight, stored) for place in differences.shared(found)),
-            *(part.tensor for part in state if part.is_stored(stored)),
+            *(part.tensor for part in state.parts if part.is_stored(stored)),
             ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
             *(random.values() if same_random else ()),
         ],
     )
-    new = [part for part in state if not part.is_stored(stored)]
+    new = [part for part in state.parts if not part.is_stored(stored)]
     _begin(folder, new, stored)
+    state.put_back()
     set_step_count(content.optimizer, int(steps.item()))
     if same_random:
         restore_random_state({name: part.data[0] for name, part in random.items()})

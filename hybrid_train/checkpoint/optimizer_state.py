@@ -11,10 +11,13 @@ says them.
 Core 0.19.2 has a format of its own for this, "fully_reshardable" (distrib_optimizer.py 1690). It is
 not used: its tree mirrors the chain of optimizers (optimizer.py 1556), so a checkpoint with split
 experts cannot be read without, and on saving every data-parallel rank gathers the whole state.
+
+What the optimizer keeps in fewer bits is stored in float32, so that it is read by a run of any
+precision. It is brought to float32 in host memory, and put back behind a load.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +36,13 @@ from torch.distributed.tensor import DTensor
 from hybrid_train.checkpoint.boxes import boxes
 from hybrid_train.checkpoint.differences import Stored
 from hybrid_train.checkpoint.places import Place, box_of, only_copy
+from hybrid_train.precision import remainders
 
 PREFIX = "optimizer."
 MASTER = "master"
 STEP = f"{PREFIX}step"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEPT_AS = {MASTER: "master_param"}  # names of FusedAdam, where they are not ours
 
 
 def state_key(kind: str, weight_key: str) -> str:
@@ -66,6 +71,7 @@ class _Piece:
     start: int  # first element of the range
     tensors: dict[str, Tensor]  # by kind, flat
     is_only_copy: bool  # no other data-parallel rank keeps the same range
+    put_back: Callable[[], None] | None = None  # where the tensors are no memory of the optimizer
 
     @property
     def stop(self) -> int:
@@ -73,17 +79,41 @@ class _Piece:
         return self.start + next(iter(self.tensors.values())).numel()
 
 
-def state_parts(optimizer: MegatronOptimizer, places: Sequence[Place]) -> list[StatePart]:
+@dataclass(frozen=True)
+class State:
+    """What the optimizer of this process keeps."""
+
+    parts: list[StatePart]
+    pieces: list[_Piece]
+
+    def put_back(self) -> None:
+        """Give the optimizer what was loaded into the parts, where it keeps it in fewer bits.
+
+        The weights are loaded before: remainders are what they differ by from the masters.
+        """
+        for piece in self.pieces:
+            if piece.put_back is not None:
+                piece.put_back()
+
+
+def state_of(optimizer: MegatronOptimizer, places: Sequence[Place]) -> State:
     """List moments and master weights of this process by the places of their parameters."""
     of_parameter: dict[int, list[Place]] = {}
     for place in places:
         of_parameter.setdefault(id(place.owner), []).append(place)
-    return [
+    pieces = list(_pieces(optimizer))
+    parts = [
         part
-        for piece in _pieces(optimizer)
+        for piece in pieces
         for place in of_parameter[id(piece.parameter)]
         for part in _overlap(piece, place)
     ]
+    return State(parts, pieces)
+
+
+def state_parts(optimizer: MegatronOptimizer, places: Sequence[Place]) -> list[StatePart]:
+    """List what a checkpoint stores of the optimizer; see `state_of`."""
+    return state_of(optimizer, places).parts
 
 
 def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
@@ -102,6 +132,9 @@ def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
 def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
     """Yield what each chained optimizer of this process keeps; moments exist from here on."""
     for part in _working(optimizer):
+        if _is_lowered(part):
+            yield from _lowered_pieces(part)
+            continue
         if not part.optimizer.state:
             part.init_state_fn(part.optimizer, part.config)
         for parameter, start, master in _updated_by(part):
@@ -110,6 +143,42 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
             if parameter.dtype != torch.float32:
                 tensors[MASTER] = _own(master).view(-1)
             yield _Piece(parameter, start, tensors, isinstance(part, DistributedOptimizer))
+
+
+def _is_lowered(part: Any) -> bool:
+    """Tell whether FusedAdam keeps the state, in which core lowers its precision."""
+    return bool(part.config.use_precision_aware_optimizer)
+
+
+def _lowered_pieces(part: Any) -> Iterator[_Piece]:
+    """Bring what FusedAdam keeps to float32, parameter by parameter, in host memory."""
+    adam = part.optimizer
+    for parameter, start, shard in _updated_by(part):
+        if not adam.state[shard]:
+            halves = adam.store_param_remainders and shard.dtype == torch.bfloat16
+            adam.initialize_state(shard, halves)
+        kinds = [*_MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])]
+        tensors = {kind: _unscaled(adam, shard, kind) for kind in kinds}
+        yield _Piece(parameter, start, tensors, True, _returner(adam, shard, tensors))
+
+
+def _unscaled(adam: Any, shard: Tensor, kind: str) -> Tensor:
+    """Return state in float32, flat."""
+    kept = adam.get_unscaled_state(shard, _KEPT_AS.get(kind, kind))
+    if kept.dtype == torch.int16:
+        kept = remainders.joined(shard, kept)
+    return kept.detach().cpu().view(-1)
+
+
+def _returner(adam: Any, shard: Tensor, tensors: dict[str, Tensor]) -> Callable[[], None]:
+    def put_back() -> None:
+        for kind, values in tensors.items():
+            name, here = _KEPT_AS.get(kind, kind), values.to(shard.device)
+            if adam.state[shard][name].dtype == torch.int16:
+                here = remainders.remainder_of(here, shard)
+            adam.set_scaled_state(shard, name, here)
+
+    return put_back
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -131,10 +200,10 @@ def _updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
             if _own(parameter).numel():
                 yield parameter.orig_param, parameter.megatron_fsdp_slice.start, parameter
     elif isinstance(part, DistributedOptimizer):
-        assert not part.config.use_precision_aware_optimizer, "it has no float32 master weights"
+        halves = part.shard_float16_groups if _is_lowered(part) else None
         ours = [
             *_pairs(part.model_fp32_groups, part.shard_fp32_groups),
-            *_pairs(part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            *_pairs(part.model_float16_groups, halves or part.shard_fp32_from_float16_groups),
         ]
         for parameter, master in ours:
             yield parameter, part._get_model_param_range_map(parameter)["param"].start, master

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from hybrid_train.config.degrees import data_parallel, expert_data_parallel, expert_tensor
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import NumberFormat
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model import counts
 
 _FP32, _HALF = 4, 2  # bytes
+_MOMENT = {
+    MomentFormat.float32: _FP32,
+    MomentFormat.bfloat16: _HALF,
+    MomentFormat.float16: _HALF,
+    MomentFormat.float8: 1,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Memory:
 
     weights: int
     gradients: int
-    optimizer: int  # float32 master weights, where the weights are not, and both moments
+    optimizer: int  # master weights, where the weights are not float32, and both moments
 
     @property
     def total(self) -> int:
@@ -84,13 +91,13 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     """Return the bytes that training keeps of the parameters of one process.
 
     The distributed optimizer splits its state over the processes that hold the same parameters
-    (Rajbhandari et al., arXiv:1910.02054, stage 1); moments are float32, and so are master weights
-    (core 0.19.2, optimizer/distrib_optimizer.py). FSDP splits weights and gradients too (stage 3);
-    the layer that runs is whole meanwhile, and not counted.
+    (Rajbhandari et al., arXiv:1910.02054, stage 1). FSDP splits weights and gradients too (stage
+    3); the layer that runs is whole meanwhile, and not counted. The scales of moments in 16 and 8
+    bits, four bytes for a tensor, are not counted either.
     """
     full = job.precision.format is NumberFormat.fp32
     in_fp32 = full or job.precision.reduce_gradients_in_fp32
-    state = 2 * _FP32 if full else 3 * _FP32
+    state = _state_bytes(job.optimizer, masters=not full)
     dense, expert = parameters.dense, parameters.expert
     if job.parallel.distributed_optimizer:
         copies = data_parallel(job.parallel, processes) * job.parallel.context
@@ -102,6 +109,16 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
         gradients=kept * (_FP32 if in_fp32 else _HALF),
         optimizer=(dense + expert) * state,
     )
+
+
+def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
+    """Return what the optimizer keeps of one parameter.
+
+    A float32 master is kept whole, or as the 16 bits that a bfloat16 weight lacks of it
+    (`precision/remainders.py`).
+    """
+    moments = _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
+    return moments + masters * (_HALF if adamw.lowered else _FP32)
 
 
 def _layer(model: Model, parallel: Parallel, letter: str) -> Held:

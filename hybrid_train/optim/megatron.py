@@ -1,12 +1,21 @@
 """Gateway to Megatron's optimizers."""
 
+import contextlib
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core import optimizer as core
 from megatron.core import utils
-from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    clip_grads,
+    get_megatron_optimizer,
+    optimizer_config,
+)
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -14,7 +23,15 @@ from torch import Tensor
 
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.optim.fused_adam import FusedAdam
 from hybrid_train.optim.groups import PATTERNS
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.uint8,  # as Transformer Engine calls it
+}
 
 
 def build_optimizer(
@@ -30,10 +47,32 @@ def build_optimizer(
         adamw: coefficients; the learning rate is set before every step.
         parallel: whether and how the state is split.
         chunks: model chunks wrapped for data parallelism.
-        dtype: of the parameters; master weights are float32.
+        dtype: of the parameters.
         on_bad_norm: called with a gradient norm that is not finite, before anything changes.
     """
-    config = OptimizerConfig(
+    with _fused_adam_on_a_cpu(bool(adamw.lowered)):
+        config = _config(adamw, parallel, dtype)
+        optimizer = get_megatron_optimizer(
+            config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
+        )
+    if not isinstance(optimizer, ChainedOptimizer):  # of a single chunk under Megatron-FSDP
+        optimizer = ChainedOptimizer([optimizer])
+    if parallel.fsdp:
+        _let_masters_be_reloaded(optimizer, chunks)
+    if adamw.lowered:
+        _let_masters_begin_with_weights(optimizer, dtype)
+    for (
+        group
+    ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
+        group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
+    _use_fused_kernel(optimizer)
+    _use_fused_clipping()
+    _watch_norm(optimizer, on_bad_norm)
+    return optimizer
+
+
+def _config(adamw: AdamW, parallel: Parallel, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
         optimizer="adam",
         lr=0.0,
         weight_decay=adamw.weight_decay,
@@ -45,22 +84,52 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather or parallel.fsdp,
+        use_precision_aware_optimizer=bool(adamw.lowered),
+        main_grads_dtype=_DTYPES[adamw.main_gradients.value],
+        main_params_dtype=_DTYPES[adamw.master_weights.value],
+        exp_avg_dtype=_DTYPES[adamw.first_moment.value],
+        exp_avg_sq_dtype=_DTYPES[adamw.second_moment.value],
     )
-    optimizer = get_megatron_optimizer(
-        config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
-    )
-    if not isinstance(optimizer, ChainedOptimizer):  # of a single chunk under Megatron-FSDP
-        optimizer = ChainedOptimizer([optimizer])
-    if parallel.fsdp:
-        _let_masters_be_reloaded(optimizer, chunks)
-    for (
-        group
-    ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
-        group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
-    _use_fused_kernel(optimizer)
-    _use_fused_clipping()
-    _watch_norm(optimizer, on_bad_norm)
-    return optimizer
+
+
+@contextlib.contextmanager
+def _fused_adam_on_a_cpu(lowered: bool) -> Iterator[None]:
+    """Let core find our FusedAdam where it looks for Transformer Engine's, while it builds.
+
+    Only where state is lowered, and there is no GPU. It asks for the class by name, and for its
+    version (core 0.19.2, optimizer_config.py 437 and optimizer/__init__.py 583).
+    """
+    if not lowered or torch.cuda.is_available():
+        yield
+        return
+    name = "transformer_engine.pytorch.optimizers"
+    places: list[tuple[Any, str, Any]] = [
+        (core, "Adam", FusedAdam),
+        (core, "USING_PYTORCH_OPTIMIZER", False),
+        (core, "is_te_min_version", lambda _: True),
+        (optimizer_config, "is_te_min_version", lambda _: True),
+    ]
+    before = [(place, attribute, getattr(place, attribute)) for place, attribute, _ in places]
+    absent = {part: sys.modules.get(part) for part in _prefixes(name)}
+    try:
+        sys.modules.update({part: ModuleType(part) for part in absent})
+        sys.modules[name].FusedAdam = FusedAdam  # type: ignore[attr-defined]
+        for place, attribute, value in places:
+            setattr(place, attribute, value)
+        yield
+    finally:
+        for place, attribute, value in before:
+            setattr(place, attribute, value)
+        for part, module in absent.items():
+            sys.modules.pop(part)
+            if module is not None:
+                sys.modules[part] = module
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the names of a module and of the packages that it is in."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _decay_rule(adamw: AdamW) -> dict[ParamKey, ParamGroupOverride]:
@@ -79,7 +148,7 @@ def _norm_of_all(
     _: int, __: Tensor, lists: list[list[Tensor]], *___: object
 ) -> tuple[Tensor, None]:
     """L2 norm over many tensors in one pass, under the signature of apex's multi_tensor_l2norm."""
-    norms = torch._foreach_norm(lists[0])
+    norms = torch._foreach_norm(lists[0], dtype=torch.float32)  # of bfloat16 gradients too
     return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
 
 
@@ -116,6 +185,21 @@ def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def _let_masters_begin_with_weights(optimizer: ChainedOptimizer, dtype: torch.dtype) -> None:
+    """Do what core leaves undone where FusedAdam keeps the masters (distrib_optimizer.py 3086)."""
+
+    def reload(state_dict: Any = None) -> None:
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                part.optimizer.state.clear()  # begins anew, from the weights, with the next step
+
+    optimizer.reload_model_params = reload
+    if dtype == torch.float32:  # else it keeps a master of each weight, which nothing reads
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                part.optimizer.master_weights = False
 
 
 def _let_masters_be_reloaded(optimizer: ChainedOptimizer, chunks: list[Any]) -> None:

@@ -14,6 +14,8 @@ walk of K steps of half an ulp, sqrt(K) / 2 ulps; through L layers the walks add
 - bfloat16: sums are float32, but about 3 activations of each of the 12 layers are rounded to
   bfloat16: sqrt(36) / 2 = 3 of its ulps for a token. Tokens are rounded each for itself, so for the
   mean of 64 of them 3 / sqrt(64) ulps are left, 65536 of float32 each.
+- lowered: moments in bfloat16, masters as remainders. Moments that differ by an ulp of float32 are
+  rounded alike but for one in 2^16, which leaves the bound of bfloat16.
 
 An optimizer that lost its moments is off by far more: the first steps go the whole rate.
 """
@@ -31,6 +33,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hybrid_train.config.schema.model import Attention, Mamba
+from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import NumberFormat, Precision
 from hybrid_train.config.schema.train import TrainJob
@@ -53,6 +56,7 @@ class Layout:
     processes: int
     parallel: Parallel
     bf16: bool = False
+    lowered: bool = False  # moments in bfloat16
 
 
 ONE = "one process"
@@ -80,6 +84,8 @@ LAYOUTS = {
     "TP2 x EP2, bfloat16": Layout(
         2, Parallel(tensor=2, expert=2, expert_tensor=1, distributed_optimizer=False), bf16=True
     ),
+    "DP2, lowered": Layout(2, Parallel(), bf16=True, lowered=True),
+    "TP2, lowered": Layout(2, Parallel(tensor=2), bf16=True, lowered=True),
 }
 PAIRS = (
     ("EP2", ONE),
@@ -108,6 +114,8 @@ PAIRS = (
     ("DP2, bfloat16", "DP2, FSDP, bfloat16"),
     ("DP2, bfloat16", "TP2 x EP2, bfloat16"),
     ("TP2 x EP2, bfloat16", "DP2, bfloat16"),
+    ("TP2, lowered", "DP2, lowered"),
+    ("DP2, lowered", "TP2, lowered"),
 )
 SIZES = sorted({layout.processes for layout in LAYOUTS.values()})
 
@@ -186,6 +194,9 @@ def job_of(layout: Layout) -> TrainJob:
     job.train.microbatch = 1
     if layout.bf16:
         job.precision = Precision(format=NumberFormat.bf16)
+    if layout.lowered:
+        half = MomentFormat.bfloat16
+        job.optimizer = AdamW(first_moment=half, second_moment=half)
     return job
 
 

@@ -13,7 +13,7 @@ class NumberFormat(enum.Enum):
 
 @dataclass(kw_only=True)
 class Precision:
-    """Format of the matrix products; master weights and moments are always float32."""
+    """Format of the matrix products; that of master weights and moments is the optimizer's."""
 
     format: NumberFormat = NumberFormat.bf16
     reduce_gradients_in_fp32: bool = True

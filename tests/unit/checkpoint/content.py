@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import NumberFormat, Precision
 from tests.tiny import EVERY_KIND, microbatches, some_rows, tiny_engine, tiny_job
@@ -17,12 +18,14 @@ def engine_of(
     steps: int = 0,
     pattern: str = EVERY_KIND,
     format: NumberFormat = NumberFormat.fp32,
+    adamw: AdamW | None = None,
 ) -> Any:
     """An engine that has taken some steps; `split` deals the optimizer out to the processes."""
     job = tiny_job(
         pattern,
         parallel=Parallel(distributed_optimizer=split),
         precision=Precision(format=format),
+        optimizer=adamw or AdamW(),
     )
     job.train.seed = seed
     engine = tiny_engine(job, groups)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.optimizer import AdamW, MasterFormat, MomentFormat
 from hybrid_train.config.schema.precision import NumberFormat
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
@@ -20,6 +21,11 @@ def through_a_file(groups: Any, run_dir: Path, saved: Any, loaded: Any) -> None:
 
     folder = store.save(run_dir, content_of(saved, groups), {"step": 2}, keep=1)
     store.load(layout.locate(folder), content_of(loaded, groups))
+
+
+def lowered(moments: str, masters: str = "float32") -> AdamW:
+    both = MomentFormat(moments)
+    return AdamW(first_moment=both, second_moment=both, master_weights=MasterFormat(masters))
 
 
 @pytest.mark.parametrize("format", [FP32, BF16])
@@ -105,3 +111,85 @@ def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
         folder = store.save(tmp_path, content, {"step": 2}, keep=1)
     with pytest.raises(UserError, match="load_only=weights"):
         store.load(layout.locate(folder), content)
+
+
+@pytest.mark.parametrize("format", [FP32, BF16])
+@pytest.mark.parametrize("moments", ["bfloat16", "float16", "float8"])
+def test_a_run_with_lowered_moments_goes_on_as_if_it_had_not_stopped(
+    groups: Any, tmp_path: Path, moments: str, format: NumberFormat
+) -> None:
+    saved = engine_of(groups, seed=1, steps=2, format=format, adamw=lowered(moments))
+    loaded = engine_of(groups, seed=2, format=format, adamw=lowered(moments))
+    through_a_file(groups, tmp_path, saved, loaded)
+    before, after = named(saved, groups), named(loaded, groups)
+    assert before.keys() == after.keys()
+    assert {value.dtype for (key, _), value in before.items() if "optimizer." in key} == {
+        torch.float32
+    }
+    # A scale is stored by what it scales, so it comes back to an ulp of float32.
+    for key, value in after.items():
+        torch.testing.assert_close(value, before[key], rtol=2**-22, atol=0)
+    assert take(saved, 3) == pytest.approx(take(loaded, 3), rel=2**-20)
+
+
+def test_moments_go_from_float32_to_bfloat16_and_back_and_are_rounded_once(
+    groups: Any, tmp_path: Path
+) -> None:
+    whole = engine_of(groups, seed=1, steps=2)
+    halved = engine_of(groups, seed=2, adamw=lowered("bfloat16"))
+    again = engine_of(groups, seed=3)
+    through_a_file(groups, tmp_path / "down", whole, halved)
+    through_a_file(groups, tmp_path / "up", halved, again)
+    before, after = named(whole, groups), named(again, groups)
+    assert before.keys() == after.keys()
+    rounded = 0
+    for (key, offset), value in after.items():
+        expected = before[key, offset]
+        if key.startswith("optimizer."):
+            rounded += not torch.equal(expected, expected.bfloat16().float())
+            expected = expected.bfloat16().float()
+        assert torch.equal(value, expected), key
+    assert rounded
+    # Against the run that never stopped: a share of 2^-8 of the updates, see test_lowered.py.
+    expected_losses, found = take(whole, 3), take(again, 3)
+    drop = expected_losses[0] - expected_losses[-1]
+    assert drop > 0.3
+    assert found == pytest.approx(expected_losses, abs=2**-8 * 2 * drop)
+
+
+@pytest.mark.parametrize("masters", ["float32", "float16"])
+def test_masters_go_from_whole_to_lowered_and_back(
+    groups: Any, tmp_path: Path, masters: str
+) -> None:
+    whole = engine_of(groups, seed=1, steps=2, format=BF16)
+    lower = engine_of(groups, seed=2, format=BF16, adamw=lowered("float16", masters))
+    again = engine_of(groups, seed=3, format=BF16)
+    through_a_file(groups, tmp_path / "down", whole, lower)
+    through_a_file(groups, tmp_path / "up", lower, again)
+    before, after = named(whole, groups), named(again, groups)
+    moved = 0
+    for (key, offset), value in after.items():
+        expected = before[key, offset]
+        if not key.startswith("optimizer."):
+            assert torch.equal(value, expected), key
+        elif key.startswith("optimizer.master.") and masters == "float32":
+            moved += int((value != expected).sum())  # ties: by an ulp
+            torch.testing.assert_close(value, expected, rtol=2**-22, atol=0)
+        else:
+            limit = float(expected.abs().max())
+            torch.testing.assert_close(value, expected, rtol=2**-10, atol=2**-24 * limit)
+    assert moved <= 8  # of 57,000; one in 2^16 is expected
+
+
+def test_lowered_state_begins_with_the_weights_where_a_checkpoint_has_no_masters(
+    groups: Any, tmp_path: Path
+) -> None:
+    saved = engine_of(groups, seed=1, steps=2, format=FP32)
+    loaded = engine_of(groups, seed=2, format=BF16, adamw=lowered("bfloat16"))
+    through_a_file(groups, tmp_path, saved, loaded)
+    before, after = named(saved, groups), named(loaded, groups)
+    masters = [(key, value) for key, value in after.items() if "optimizer.master." in key[0]]
+    assert masters
+    for (key, offset), value in masters:
+        weight = before[key.removeprefix("optimizer.master."), offset]
+        torch.testing.assert_close(value, weight, rtol=2**-22, atol=0)

@@ -179,6 +179,58 @@ CASES = [
         "false",
     ),
     ("parallel.fsdp=true parallel.recompute=full", 1, "parallel.fsdp", "wrong otherwise", "false"),
+    (
+        "optimizer.first_moment=bfloat16 parallel.distributed_optimizer=false",
+        1,
+        "optimizer.first_moment",
+        "needs parallel.distributed_optimizer=true",
+        "float32",
+    ),
+    (
+        "optimizer.second_moment=float16 parallel.fsdp=true",
+        1,
+        "optimizer.second_moment",
+        "needs parallel.fsdp=false",
+        "float32",
+    ),
+    (
+        "optimizer.main_gradients=bfloat16 precision.format=fp32",
+        1,
+        "optimizer.main_gradients",
+        "needs precision.format=bf16",
+        "float32",
+    ),
+    (
+        "optimizer.main_gradients=bfloat16 precision.format=bf16",
+        1,
+        "optimizer.main_gradients",
+        "needs precision.reduce_gradients_in_fp32=false",
+        "float32",
+    ),
+    (
+        "optimizer.first_moment=bfloat16 precision.format=bf16 "
+        "precision.reduce_gradients_in_fp32=false",
+        1,
+        "optimizer.main_gradients",
+        "beside optimizer.first_moment",
+        "bfloat16",
+    ),
+    (
+        "optimizer.master_weights=float16 precision.format=fp32",
+        1,
+        "optimizer.master_weights",
+        "their own masters",
+        "float32",
+    ),
+    # A number just above a power of two has 2^-3 to the next in float8; 0.95 takes 0.05 of it.
+    ("optimizer.second_moment=float8", 1, "optimizer.second_moment", "too coarse", "float16"),
+    (
+        "optimizer.second_moment=bfloat16 optimizer.beta2=0.9997",
+        1,
+        "optimizer.second_moment",
+        "needs 1 - beta2 > 2^-8",
+        "float32",
+    ),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from hybrid_train.config.degrees import expert_data_parallel
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.schema.model import Mtp
+from hybrid_train.config.schema.optimizer import AdamW, MasterFormat, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import NumberFormat, Precision
 from hybrid_train.config.schema.train import TrainJob
@@ -137,6 +138,26 @@ def test_fp32_needs_no_master_weights() -> None:
     job = formats(job_of("M"), format=NumberFormat.fp32, reduce_gradients_in_fp32=False)
     kept = memory(job, Held(1000), processes=1)
     assert (kept.weights, kept.gradients, kept.optimizer) == (4000, 4000, 8000)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "moments"),
+    [("bfloat16", "bfloat16", 4), ("float8", "float16", 3), ("float32", "float16", 6)],
+)
+def test_lowered_moments_take_their_bytes_and_masters_two(
+    first: str, second: str, moments: int
+) -> None:
+    job = formats(job_of("M"), format=NumberFormat.bf16)
+    job.optimizer = AdamW(first_moment=MomentFormat(first), second_moment=MomentFormat(second))
+    assert memory(job, Held(1000), processes=1).optimizer == 1000 * (moments + 2)
+    job.precision.format = NumberFormat.fp32  # no masters
+    assert memory(job, Held(1000), processes=1).optimizer == 1000 * moments
+
+
+def test_masters_in_float16_take_two_bytes() -> None:
+    job = formats(job_of("M"), format=NumberFormat.bf16)
+    job.optimizer = AdamW(master_weights=MasterFormat.float16)
+    assert memory(job, Held(1000), processes=1).optimizer == 1000 * (8 + 2)
 
 
 def test_the_distributed_optimizer_splits_state_over_equal_processes() -> None:
