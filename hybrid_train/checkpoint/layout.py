@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hybrid_train.config.problems import UserError
 
@@ -34,10 +35,24 @@ class Found:
         """The run folder it belongs to."""
         return self.path.parent.parent
 
-    def position(self) -> dict[str, int]:
-        """Read the position of the run: step, tokens, sequences."""
-        text = (self.path / POSITION).read_text(encoding="utf-8")
-        return {name: int(value) for name, value in json.loads(text).items()}
+    def position(self) -> dict[str, Any]:
+        """Read the position of the run: step, tokens, tokens of each source.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        path = self.path / POSITION
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {
+                "step": int(found["step"]),
+                "tokens": int(found["tokens"]),
+                "source_tokens": {k: int(n) for k, n in found.get("source_tokens", {}).items()},
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged ({error!r}); use an older checkpoint of the run"
+            ) from error
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -45,7 +60,7 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:08d}"
 
 
-def write_position(folder: Path, position: Mapping[str, int]) -> None:
+def write_position(folder: Path, position: Mapping[str, Any]) -> None:
     """Write the position of the run into a checkpoint."""
     (folder / POSITION).write_text(json.dumps(dict(position)) + "\n", encoding="utf-8")
 

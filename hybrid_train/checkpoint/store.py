@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class Saving:
     """A checkpoint that is being written; every process has one."""
 
     final: Path
-    position: Mapping[str, int]
+    position: Mapping[str, Any]
     plan: Plan
     keep: int
     writing: megatron.Writing
@@ -56,14 +57,14 @@ class Saving:
 
 
 def start(
-    run_dir: Path, content: Content, position: Mapping[str, int], *, keep: int, copy: bool
+    run_dir: Path, content: Content, position: Mapping[str, Any], *, keep: int, copy: bool
 ) -> Saving:
     """Begin to write a checkpoint of all processes; it gets its name when it is whole.
 
     Args:
         run_dir: the run folder.
         content: model and optimizer.
-        position: step, tokens and sequences; "step" names the folder.
+        position: step, tokens and tokens of each source; "step" names the folder.
         keep: newest checkpoints that stay.
         copy: write from a copy in host memory, so that training may go on until `finish`.
 
@@ -78,12 +79,12 @@ def start(
     return Saving(final, position, plan, keep, writing)
 
 
-def save(run_dir: Path, content: Content, position: Mapping[str, int], *, keep: int) -> Path:
+def save(run_dir: Path, content: Content, position: Mapping[str, Any], *, keep: int) -> Path:
     """Write a checkpoint and wait for it; see `start`."""
     return start(run_dir, content, position, keep=keep, copy=False).finish()
 
 
-def load(found: layout.Found, content: Content) -> dict[str, int]:
+def load(found: layout.Found, content: Content) -> dict[str, Any]:
     """Load weights, optimizer and random states; return the position of the run.
 
     Raises:

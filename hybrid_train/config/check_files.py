@@ -6,7 +6,9 @@ from pathlib import Path
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.convert import ConvertJob
+from hybrid_train.config.schema.data import named_sources
 from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
 
@@ -15,12 +17,14 @@ _SUFFIXES = (".bin", ".idx")
 
 def data_is_chosen(job: TrainJob) -> Iterator[Problem]:
     """Token files of one's own are named, and so is the tokenizer that made them."""
-    if job.data.kind != "files":
+    data = job.data
+    if data.kind != "files":
         return
-    if not job.data.train:
+    sources = named_sources(data).values()
+    if not any(source.has(Split.train) for source in sources):
         rule = "needs at least one prefix of a .bin and .idx file; or choose data=quickstart"
         yield Problem("data.train", "[]", rule)
-    if job.data.tokenizer is None:
+    if data.tokenizer is None and any(source.stream is None for source in sources):
         yield Problem("data.tokenizer", None, "must name the folder of the tokenizer of data.train")
 
 
@@ -35,9 +39,11 @@ def token_files_exist(job: TrainJob) -> Iterator[Problem]:
     """Token files are named by prefix and come in pairs."""
     if job.data.kind != "files":
         return
-    for name in ("train", "validation"):
-        for prefix in getattr(job.data, name):
-            yield from _prefix_problems(f"data.{name}", prefix)
+    for source, part in named_sources(job.data).items():
+        where = f"data.sources.{source}" if job.data.sources else "data"
+        for split in Split:
+            for prefix in part.prefixes(split):
+                yield from _prefix_problems(f"{where}.{split.value}", prefix)
 
 
 def _prefix_problems(path: str, prefix: str) -> Iterator[Problem]:
@@ -45,6 +51,8 @@ def _prefix_problems(path: str, prefix: str) -> Iterator[Problem]:
     if prefix.endswith(_SUFFIXES):
         yield Problem(path, prefix, "must be named without .bin or .idx", prefix[:-4])
         return
+    if "://" in prefix:
+        return  # found out when it is opened, not before every command
     lacking = [prefix + suffix for suffix in _SUFFIXES if not Path(prefix + suffix).is_file()]
     if lacking:
         siblings = {str(file)[:-4] for file in _entries(Path(prefix).parent, "*.idx")}

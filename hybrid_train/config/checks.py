@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 
 from hybrid_train.config import degrees
+from hybrid_train.config.check_batch import BATCH_RULES
 from hybrid_train.config.check_files import (
     FILE_RULES,
     data_is_chosen,
@@ -21,8 +22,14 @@ from hybrid_train.config.check_files import (
 )
 from hybrid_train.config.check_fsdp import fsdp_runs
 from hybrid_train.config.check_memory import MEMORY_RULES
-from hybrid_train.config.degrees import expert_tensor, splits_sequence
+from hybrid_train.config.check_phases import (
+    as_problem_of,
+    phases_are_in_order,
+    sources_are_named_once,
+)
+from hybrid_train.config.degrees import expert_tensor
 from hybrid_train.config.pattern import Pattern, parse, repair
+from hybrid_train.config.phases import jobs_of
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.convert import ConvertJob
@@ -30,14 +37,13 @@ from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.runtime import Device, Kernels
-from hybrid_train.config.schema.schedule import Wsd
+from hybrid_train.config.schema.show import IndexJob, ShowJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
-from hybrid_train.config.units import is_tokens, tokens
 
 _SEARCH_WIDTH = 4096  # how far from a value the nearest legal one is looked for
 
-Job = TrainJob | GenerateJob | CountJob | ConvertJob | VerifyJob
+Job = TrainJob | GenerateJob | CountJob | ConvertJob | VerifyJob | ShowJob
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 
 
@@ -54,29 +60,61 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
     if not isinstance(job, TrainJob):  # it has no parallel plan
         yield from folder_problems(job)
         return
+    if isinstance(job, IndexJob):  # its layout is that of other machines
+        yield from _data_problems(job)
+        return
+    in_order = list(phases_are_in_order(job))
+    found = list(_with_nearest_of(job, world_size))
+    if not (in_order or found):
+        for number, phase_job in enumerate(jobs_of(job) if job.train.phases else ()):
+            for problem in _with_nearest_of(phase_job, world_size):
+                found.append(as_problem_of(number, job, problem))
+    yield from (*in_order, *dict.fromkeys(found))
+    # A plan does not depend on the tokens: `check` lists data that is not chosen yet, and passes.
+    yield from (vocabulary_is_known if isinstance(job, CheckJob) else data_is_chosen)(job)
+    yield from sources_are_named_once(job.data)
+    for file_rule in FILE_RULES:
+        yield from file_rule(job)
+
+
+def _data_problems(job: TrainJob) -> Iterator[Problem]:
+    """Yield what is wrong with the data and phases of a run, whatever its layout."""
+    yield from phases_are_in_order(job)
+    yield from data_is_chosen(job)
+    yield from sources_are_named_once(job.data)
+    for file_rule in FILE_RULES:
+        yield from file_rule(job)
+
+
+def _with_nearest_of(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    """Yield every problem of the table, each with its nearest legal value."""
     found = _broken(job, world_size)
     broken = {rule for _, rule in found}
     for problem, rule in found:
         yield _with_nearest(problem, rule, job, world_size, broken)
-    # A plan does not depend on the tokens: `check` lists data that is not chosen yet, and passes.
-    yield from (vocabulary_is_known if isinstance(job, CheckJob) else data_is_chosen)(job)
-    for file_rule in FILE_RULES:
-        yield from file_rule(job)
 
 
 def mended(job: Job, problems: Iterable[Problem]) -> Job:
     """Return a copy with the nearest legal values in place, so that other rules can be tried."""
     copied = copy.deepcopy(job)
     for problem in problems:
-        if problem.nearest is not None:
-            section_path, _, name = problem.path.rpartition(".")
-            setattr(_section(copied, section_path), name, problem.nearest)
+        section_path, _, name = problem.path.rpartition(".")
+        section = _section(copied, section_path)
+        if problem.nearest is not None and hasattr(section, name):
+            setattr(section, name, problem.nearest)
     return copied
 
 
 def _section(job: object, path: str) -> object:
     """Return the section at a dotted path; the job itself for an empty one."""
-    return reduce(getattr, path.split("."), job) if path else job
+    return reduce(_part, path.split("."), job) if path else job
+
+
+def _part(section: object, name: str) -> object:
+    """Return a part of a section by name, of a list by number."""
+    if isinstance(section, list):
+        return section[int(name)]
+    return section[name] if isinstance(section, dict) else getattr(section, name)
 
 
 def _broken(job: TrainJob, world_size: int) -> list[tuple[Problem, Rule]]:
@@ -113,10 +151,6 @@ def _with_nearest(
     return Problem(problem.path, value, problem.rule, second_best)
 
 
-def _nearest_multiple(value: int, unit: int) -> int:
-    return max(1, round(value / unit)) * unit
-
-
 def _divides(path: str, degree: int, sizes: dict[str, int]) -> Iterator[Problem]:
     """Yield a problem for each size that a degree does not divide."""
     for name, size in sizes.items():
@@ -143,7 +177,7 @@ def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Probl
         f"tensor {plan.tensor}, pipeline {plan.pipeline}, context {plan.context}; "
         f"expert {plan.expert}, expert_tensor {expert_tensor(plan)}"
     )
-    legal = _nearest_multiple(world_size, needed)
+    legal = degrees.nearest_multiple(world_size, needed)
     if isinstance(job, CheckJob):
         rule = f"must be a multiple of {needed} for {numbers}"
         yield Problem("processes", world_size, rule, legal)
@@ -228,79 +262,6 @@ def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.sequence", False, "must be on: experts and tensor > 1", "true")
 
 
-def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:
-    plan, length = job.parallel, job.train.sequence_length
-    # Each context rank takes one early and one late piece, so that causal work is equal.
-    pieces = 2 * plan.context if plan.context > 1 else 1
-    if splits_sequence(plan):
-        pieces = math.lcm(pieces, plan.context * plan.tensor)
-    if length % pieces:
-        rule = f"must be a multiple of {pieces} to split along the sequence"
-        nearest = _nearest_multiple(length, pieces)
-        yield Problem("train.sequence_length", length, rule, nearest)
-
-
-def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
-    depths, length = _pattern(job).mtp_depths, job.train.sequence_length
-    if depths and length <= depths:
-        rule = f"must be longer than the {depths} MTP depths of the pattern"
-        yield Problem("train.sequence_length", length, rule)
-
-
-def _shares_of_a_batch(job: TrainJob, world_size: int) -> tuple[int, str]:
-    """Return how many shares a batch has, each of whole microbatches, and why in words."""
-    plan = job.parallel
-    # A wrong number of processes is reported as such; here the nearest legal one counts.
-    processes = _nearest_multiple(world_size, degrees.processes_unit(plan))
-    shares = degrees.data_parallel(plan, processes)
-    ranks = f"{shares} data-parallel ranks"
-    if plan.virtual_pipeline == 1:
-        return shares, ranks
-    # pipeline_parallel/schedules.py 1145, interleaved groups
-    return shares * plan.pipeline, f"{ranks} x {plan.pipeline} pipeline stages"
-
-
-def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
-    train = job.train
-    unit, ranks = _shares_of_a_batch(job, world_size)
-    per_rank, rest = divmod(train.global_batch, unit)
-    if rest or not per_rank:
-        rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        nearest = _nearest_multiple(train.global_batch, unit * train.microbatch)
-        yield Problem("train.global_batch", train.global_batch, rule, nearest)
-    elif per_rank % train.microbatch:
-        rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
-        yield Problem("train.microbatch", train.microbatch, rule)
-
-
-def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Problem]:
-    train, ramp = job.train, job.train.batch_ramp
-    if not all(map(is_tokens, (train.tokens, ramp.tokens))) or not tokens(ramp.tokens):
-        return
-    if tokens(ramp.tokens) > tokens(train.tokens):
-        rule = f"must not exceed train.tokens ({train.tokens})"
-        yield Problem("train.batch_ramp.tokens", ramp.tokens, rule, train.tokens)
-    shares, ranks = _shares_of_a_batch(job, world_size)
-    unit = shares * train.microbatch
-    uneven = [name for name in ("start_batch", "increment") if getattr(ramp, name) % unit]
-    for name in uneven:
-        size = getattr(ramp, name)
-        rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        yield Problem(f"train.batch_ramp.{name}", size, rule, _nearest_multiple(size, unit))
-    room = train.global_batch - ramp.start_batch
-    if uneven:
-        return
-    if room <= 0:
-        rule = f"must be less than train.global_batch ({train.global_batch})"
-        legal = train.global_batch - unit
-        yield Problem("train.batch_ramp.start_batch", ramp.start_batch, rule, max(legal, 1))
-    elif room % ramp.increment:
-        rule = f"must divide the {room} sequences from start_batch to train.global_batch"
-        fits = [step for step in range(1, room + 1) if not room % step and not step % unit]
-        near = min(fits or [room], key=lambda step: abs(step - ramp.increment))
-        yield Problem("train.batch_ramp.increment", ramp.increment, rule, near)
-
-
 def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
     # Without cuts of the user's own the layers are cut by their cost (model/stages.py).
     plan, pattern = job.parallel, _pattern(job)
@@ -316,23 +277,6 @@ def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
         rule = f"has {len(pattern.stages)} stages; pipeline x virtual_pipeline is {stages}"
         uncut = pattern.cut([len(pattern.main)])
         yield Problem("model.pattern", job.model.pattern, rule, str(uncut))
-
-
-def _phases_fit_the_run(job: TrainJob, _: int) -> Iterator[Problem]:
-    decay = job.schedule.decay_tokens if isinstance(job.schedule, Wsd) else "0"
-    if not all(map(is_tokens, (job.train.tokens, job.schedule.warmup_tokens, decay))):
-        return  # reported where they stand
-    room = tokens(job.train.tokens)
-    warmup = job.schedule.warmup_tokens
-    if tokens(warmup) > room:
-        rule = f"must not exceed train.tokens ({job.train.tokens})"
-        yield Problem("schedule.warmup_tokens", warmup, rule, str(max(0, room - tokens(decay))))
-        room = tokens(decay) if tokens(decay) <= room else room
-    else:
-        room -= tokens(warmup)
-    if tokens(decay) > room:
-        rule = f"and warm-up ({warmup}) must fit into train.tokens ({job.train.tokens})"
-        yield Problem("schedule.decay_tokens", decay, rule, str(room))
 
 
 def _vocabulary_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -381,11 +325,7 @@ RULES: tuple[Rule, ...] = (
     _context_splits_mamba,
     _experts_are_split,
     _sequence_parallel_fits,
-    _sequence_is_split_evenly,
-    _mtp_has_tokens_to_predict,
-    _batch_is_whole_microbatches,
-    _batch_ramp_reaches_the_batch,
-    _phases_fit_the_run,
+    *BATCH_RULES,
     _vocabulary_is_split,
     _vocabulary_holds_the_tokens,
     _fused_kernels_need_a_gpu,

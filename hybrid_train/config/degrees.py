@@ -42,3 +42,8 @@ def num_microbatches(job: TrainJob, processes: int) -> int:
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     """Round up, so that the rows split evenly and products are fast."""
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def nearest_multiple(value: int, unit: int) -> int:
+    """Return the multiple of a unit that is nearest to a value, at least the unit itself."""
+    return max(1, round(value / unit)) * unit

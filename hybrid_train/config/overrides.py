@@ -1,16 +1,17 @@
 """Overrides of the command line: read them, and set typed values, collecting every problem."""
 
+import dataclasses
 import keyword
 import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
@@ -98,7 +99,7 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
     if isinstance(node, StringNode) and isinstance(value, int | float):
         value = text  # 2M, 1e6 and 0123 stay as written where a text is wanted
     try:
-        OmegaConf.update(config, key, value, merge=True)
+        _update(config, key, value)
     except OmegaConfBaseException as error:
         rule, near = _type_rule(node, text, error)
         yield Problem(key, text, rule, near)
@@ -110,13 +111,49 @@ def _text(override: Override) -> str:
 
 
 def node_at(config: DictConfig, key: str) -> Node | None:
-    """Return the node at a dotted path, or None where the schema has no such setting."""
+    """Return the node at a dotted path, or None where the schema has no such setting.
+
+    Where names are the user's own, as those of sources, a new one is a setting like any other.
+    """
     node: Node | None = config
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 (`in` hides ???)
+        if isinstance(node, ListConfig) and part.isdecimal() and int(part) < len(node):
+            node = cast("Node", node._get_node(int(part)))
+        elif isinstance(node, DictConfig) and part in node.keys():  # noqa: SIM118 (`in` hides ???)
+            node = node._get_node(part)
+        elif isinstance(node, DictConfig):
+            node = _new_entry(node, part)
+        else:
             return None
-        node = node._get_node(part)
     return node
+
+
+def _update(config: DictConfig, key: str, value: Any) -> None:
+    """Set a value; entries on the way to it that do not exist yet are made with it."""
+    there, rest = key, []
+    while OmegaConf.select(config, there, throw_on_missing=False) is None and "." in there:
+        there, _, last = there.rpartition(".")
+        rest.append(last)
+    if len(rest) > 1:
+        for part in rest:
+            value = {part: value}
+        OmegaConf.update(config, there, value, merge=True, force_add=True)
+    else:
+        OmegaConf.update(config, key, value, merge=True, force_add=True)
+
+
+def _new_entry(node: DictConfig, name: str) -> Node | None:
+    """Return what an entry of a new name would be, or None where names are given."""
+    kind = node._metadata.object_type
+    if node._is_none():  # a section that may be left out, such as the stream of a source
+        optional = OmegaConf.structured(node._metadata.ref_type)
+        return optional._get_node(name) if name in optional.keys() else None  # noqa: SIM118
+    if kind is not dict:
+        return None
+    element = node._metadata.element_type
+    if dataclasses.is_dataclass(element):
+        return cast("Node", OmegaConf.structured(element))
+    return FloatNode(None, is_optional=True) if element is float else None
 
 
 def setting_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -125,7 +162,7 @@ def setting_names(config: DictConfig, prefix: str = "") -> Iterator[str]:
         node = config._get_node(name)
         path = f"{prefix}{name}"
         yield path
-        if isinstance(node, DictConfig):
+        if isinstance(node, DictConfig) and not node._is_none():
             yield from setting_names(node, f"{path}.")
 
 

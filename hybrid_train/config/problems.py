@@ -49,9 +49,16 @@ def collect(section: Any, prefix: str = "") -> Iterator[Problem]:
         for problem in own():
             yield problem.under(prefix)
     for field in dataclasses.fields(section):
+        path = f"{prefix}.{field.name}" if prefix else field.name
         value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from collect(value, f"{prefix}.{field.name}" if prefix else field.name)
+        parts: dict[str, object] = {path: value}
+        if isinstance(value, list):
+            parts = {f"{path}.{number}": part for number, part in enumerate(value)}
+        elif isinstance(value, dict):
+            parts = {f"{path}.{key}": part for key, part in value.items()}
+        for place, part in parts.items():
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                yield from collect(part, place)
 
 
 def at_least(minimum: float, **values: float | None) -> Iterator[Problem]:

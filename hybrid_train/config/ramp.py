@@ -40,22 +40,27 @@ def global_batch(train: Train, tokens_seen: int) -> int:
     return ramp.start_batch + ramp.increment * (tokens_seen * stages // length)
 
 
-def run_length(train: Train) -> RunLength:
-    """Count steps and sequences; the first step that reaches the tokens is the last."""
-    budget, seen, steps = tokens(train.tokens), 0, 0
-    for batch, end in _stages(train):
+def run_length(train: Train, start: int = 0, end: int | None = None) -> RunLength:
+    """Count steps and sequences between two positions in tokens; by default of the whole run.
+
+    The first step that reaches the end is the last.
+    """
+    end = tokens(train.tokens) if end is None else end
+    seen, steps = start, 0
+    for batch, stage_end in _stages(train):
         step = batch * train.sequence_length
-        taken = max(0, -(-(min(end, budget) - seen) // step))
+        stop = end if stage_end is None else min(stage_end, end)
+        taken = max(0, -(-(stop - seen) // step))
         seen, steps = seen + taken * step, steps + taken
-    return RunLength(steps, seen // train.sequence_length)
+    return RunLength(steps, (seen - start) // train.sequence_length)
 
 
-def _stages(train: Train) -> Iterator[tuple[int, int]]:
-    """Yield the batch of each stage, and the tokens at which the next begins."""
+def _stages(train: Train) -> Iterator[tuple[int, int | None]]:
+    """Yield the batch of each stage, and the tokens at which the next begins; the last has none."""
     length = tokens(train.batch_ramp.tokens)
     if length:
         ramp = train.batch_ramp
         number = (train.global_batch - ramp.start_batch) // ramp.increment
         for stage in range(number):
             yield ramp.start_batch + stage * ramp.increment, -(-(stage + 1) * length // number)
-    yield train.global_batch, tokens(train.tokens)
+    yield train.global_batch, None

@@ -23,6 +23,7 @@ from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
+from hybrid_train.config.schema.show import IndexJob, ShowJob
 from hybrid_train.config.schema.tracking import Tracking
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
@@ -35,6 +36,8 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "count"): CountJob,
     ("job", "convert"): ConvertJob,
     ("job", "verify"): VerifyJob,
+    ("job", "data_index"): IndexJob,
+    ("job", "data_show"): ShowJob,
     ("model", "base"): Model,
     ("parallel", "base"): Parallel,
     ("precision", "base"): Precision,

@@ -4,7 +4,10 @@ import re
 
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kMBT]?)")
+_SHARE = re.compile(r"(\d+(?:\.\d*)?)\s*%")
 TOKENS_RULE = "must be a number of tokens, such as 500000, 500k, 2M, 1.5B or 25T"
+
+POSITION_RULE = "must be a number of tokens, such as 2M or 20T, or a share of the run, such as 80%"
 
 
 def tokens(text: str) -> int:
@@ -22,6 +25,21 @@ def tokens(text: str) -> int:
 def is_tokens(text: str) -> bool:
     """Tell whether `tokens` can read the text."""
     return _PATTERN.fullmatch(text.strip()) is not None
+
+
+def position(text: str, total: int) -> int:
+    """Read a position in a run of `total` tokens: "20T", or a share, "80%".
+
+    Raises:
+        ValueError: if the text is neither.
+    """
+    match = _SHARE.fullmatch(text.strip())
+    return tokens(text) if match is None else round(float(match[1]) * total / 100)
+
+
+def is_position(text: str) -> bool:
+    """Tell whether `position` can read the text."""
+    return _SHARE.fullmatch(text.strip()) is not None or is_tokens(text)
 
 
 def show_tokens(count: float) -> str:

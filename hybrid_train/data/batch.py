@@ -25,6 +25,7 @@ class Batch:
             int32. Padding at the end of a row is one more, with a loss mask of 0. None: the row is
             one sequence, whatever is in it. It is of the whole row on every context-parallel rank,
             since Mamba's states and the keys of attention are.
+        source: number of the source of each row, [B], int64. None: there is one source only.
     """
 
     tokens: Tensor
@@ -32,6 +33,7 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor
     sequence_index: Tensor | None = None
+    source: Tensor | None = None
 
     @property
     def padding(self) -> Tensor | None:
@@ -45,13 +47,14 @@ class Batch:
     def part_of(self, rank: int, size: int) -> "Batch":
         """Return what one of `size` context-parallel ranks holds of each sequence, [B, L / size].
 
-        The sequence index stays whole.
+        The sequence index and the source stay whole.
 
         Raises:
             ValueError: if the sequences do not split; see `ops.context`.
         """
-        parts = self._map(lambda field: own_pieces(field, rank, size, dim=1))
-        return replace(parts, sequence_index=self.sequence_index)
+        whole = replace(self, sequence_index=None, source=None)
+        parts = whole._map(lambda field: own_pieces(field, rank, size, dim=1))
+        return replace(parts, sequence_index=self.sequence_index, source=self.source)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         given = {field.name: getattr(self, field.name) for field in fields(self)}

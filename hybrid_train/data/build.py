@@ -1,54 +1,123 @@
 """From the data section of a run to its batches."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+from hybrid_train.config.phases import Stretch
 from hybrid_train.config.problems import ConfigError, Problem
-from hybrid_train.config.ramp import global_batch, run_length
-from hybrid_train.config.schema.data import Data, Quickstart
+from hybrid_train.config.ramp import global_batch
+from hybrid_train.config.schema.data import Data, Quickstart, named_sources
+from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens
-from hybrid_train.data.indexed import TokenFile, verify
+from hybrid_train.data.held_out import HeldOut, hold_out
+from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.loader import Loader, Validation
-from hybrid_train.data.megatron import TokenSequences
+from hybrid_train.data.pieces import Joined
+from hybrid_train.data.plan import Opened, PhasePlan, describe, plan_phases
 from hybrid_train.data.quickstart import folder_of, prepare, read_manifest
+from hybrid_train.data.sources import open_source, own_vocabulary
 from hybrid_train.data.tokenizers import Tokenizer
 from hybrid_train.data.unigram import unigram_cross_entropy
+from hybrid_train.data.words import WordTokenizer
 
-# Validation has the same order in every run, so that runs with other seeds can be compared.
-_VALIDATION_SEED = 0
+_log = logging.getLogger(__name__)
+AnyTokenizer = Tokenizer | WordTokenizer
 
 
 @dataclass(frozen=True)
-class DataBundle:
-    """What a run reads from.
+class RunData:
+    """What a run reads from, open.
 
     Attributes:
-        train: microbatches of this rank; `train.consumed_sequences` is the position to save.
-        validation: iterate it once per validation; None if the run names no validation files.
-        tokenizer: the tokenizer of the files.
-        vocab_size: of the tokenizer; the model may pad it.
-        sources: the token files themselves.
-        description: one line for the log per fact.
+        tokenizer: of the sources.
+        names: of the sources, in the order of their numbers in a batch.
+        plans: the rows of every phase.
+        data: the section that it was opened from.
+        train: the sources of the train split.
+        held_out: those of the validation split; none if the run names no validation data.
     """
 
-    train: Loader
-    validation: Validation | None
-    tokenizer: Tokenizer
-    vocab_size: int
-    sources: Data
-    description: list[str]
+    tokenizer: AnyTokenizer
+    names: list[str]
+    plans: list[PhasePlan]
+    data: Data
+    train: Opened
+    held_out: Opened
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the sources can hold; the model may pad it."""
+        return self.tokenizer.vocab_size
+
+    def loader(
+        self, stretch: Stretch, *, data_rank: int, data_size: int, tokens_seen: int
+    ) -> Loader:
+        """Return the microbatches of one data-parallel rank from a position on."""
+        train = stretch.job.train
+
+        def batch_at(consumed: int) -> int:
+            return global_batch(train, stretch.start + consumed * train.sequence_length)
+
+        return Loader(
+            self.plans[stretch.number].mixture,
+            microbatch=train.microbatch,
+            global_batch=batch_at,
+            data_rank=data_rank,
+            data_size=data_size,
+            consumed_sequences=stretch.sequences_before(tokens_seen),
+        )
+
+    def validation(self, stretch: Stretch, *, data_rank: int, data_size: int) -> Validation | None:
+        """Return the validation of a phase for one data-parallel rank; None without data."""
+        if not self.held_out.documents:
+            return None
+        rows = self._held_out(stretch)
+        return Validation(
+            rows,
+            num_sequences=len(rows),
+            microbatch=stretch.job.train.microbatch,
+            data_rank=data_rank,
+            data_size=data_size,
+        )
+
+    def _held_out(self, stretch: Stretch) -> HeldOut:
+        return hold_out(stretch.job, self.held_out, self.names)
+
+    def description(self) -> list[str]:
+        """Say what is read, one line for the log per fact."""
+        lines = [
+            f"train data: {_size(self.train)}, vocabulary {self.vocab_size}",
+            *describe(self.plans, self.train, self.data.warn_epochs, _log.warning),
+        ]
+        if not self.held_out.documents:
+            return [*lines, "validation data: none (the run names no validation files)"]
+        for plan in self.plans:
+            length = plan.stretch.job.train.sequence_length
+            for one in self._held_out(plan.stretch).sets:
+                used = show_tokens(one.used * length)
+                line = f"validation data {self.names[one.source]}: {used} tokens used"
+                if one.used < one.wanted:
+                    line += f", all it has: {one.used} of the {one.wanted} sequences asked for"
+                lines.append(line)
+        return list(dict.fromkeys(lines))
 
     @cached_property
     def unigram_cross_entropy(self) -> float | None:
-        """Validation loss of the train unigram distribution in nats per token; None without one.
+        """Validation loss of the train unigram distribution in nats per token.
 
-        Counts tokens on first use: main process only.
+        None unless all data are local files. Counts tokens on first use: main process only.
         """
-        if self.validation is None:
+        sources = list(named_sources(self.data).values())
+        train = [prefix for source in sources for prefix in source.train]
+        validation = [prefix for source in sources for prefix in source.validation]
+        streams = [source for source in sources if source.stream is not None]
+        if not validation or streams or any("://" in one for one in train + validation):
             return None
-        return unigram_cross_entropy(self.sources.train, self.sources.validation, self.vocab_size)
+        return unigram_cross_entropy(train, validation, self.vocab_size)
 
 
 def check_data(data: Data) -> None:
@@ -65,93 +134,59 @@ def check_data(data: Data) -> None:
     _open(data)
 
 
-def build_data(
-    job: TrainJob,
-    *,
-    data_rank: int,
-    data_size: int,
-    consumed_sequences: int,
-    barrier: Callable[[], None],
-    is_main: bool,
-) -> DataBundle:
-    """Open the data of a run at a position; every process calls it.
+def open_data(
+    job: TrainJob, stretches: list[Stretch], *, barrier: Callable[[], None], is_main: bool
+) -> RunData:
+    """Open the data of a run; every process calls it.
 
     Args:
         job: the run.
-        data_rank: number of this rank among those that read different data.
-        data_size: how many those are.
-        consumed_sequences: where to start; what a checkpoint saved, else 0.
+        stretches: its phases.
         barrier: waits for all processes.
         is_main: true in one process, which builds and writes what the others then read.
 
     Raises:
         ConfigError, UserError: as `check_data`, or if a folder cannot be written.
-        ValueError: as `Loader`.
     """
     data = _quickstart(job.data, barrier, is_main) if isinstance(job.data, Quickstart) else job.data
-    files = _open(data)
-    train = _sequences(job, data, data.train, job.train.seed, files.tokenizer)
-    held_out = None
-    if data.validation:
-        held_out = _sequences(job, data, data.validation, _VALIDATION_SEED, files.tokenizer)
-
-    train_needed = run_length(job.train).sequences
+    tokenizer, train, held_out = _open(data)
     if not is_main:
-        barrier()  # the main process writes the order of the sequences, the others read it
-    train.prepare(train_needed, is_main=is_main)
-    if held_out is not None:
-        held_out.prepare(1, is_main=is_main)  # one epoch: no sequence counts twice
+        barrier()  # the main process builds the large indices, the others read them
+    names = list(named_sources(data))
+    plans = plan_phases(stretches, train, names)
+    for plan in plans:
+        plan.prepare()
     if is_main:
         barrier()
-
-    loader = Loader(
-        train,
-        microbatch=job.train.microbatch,
-        global_batch=lambda consumed: global_batch(job.train, consumed * job.train.sequence_length),
-        data_rank=data_rank,
-        data_size=data_size,
-        consumed_sequences=consumed_sequences,
-    )
-    validation = None
-    if held_out is not None:
-        validation = Validation(
-            held_out,
-            num_sequences=job.train.validation_batches * job.train.global_batch,
-            microbatch=job.train.microbatch,
-            data_rank=data_rank,
-            data_size=data_size,
-        )
-    return DataBundle(
-        train=loader,
-        validation=validation,
-        tokenizer=files.tokenizer,
-        vocab_size=files.tokenizer.vocab_size,
-        sources=data,
-        description=_describe(job, files, train, validation),
-    )
+    return RunData(tokenizer, names, plans, data, train, held_out)
 
 
-@dataclass(frozen=True)
-class _Files:
-    tokenizer: Tokenizer
-    train: list[TokenFile]
-    validation: list[TokenFile]
-
-
-def _open(data: Data) -> _Files:
+def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
     problems = []
-    if not data.train:
+    sources = named_sources(data)
+    if not any(source.has(Split.train) for source in sources.values()):
         problems.append(Problem("data.train", data.train, "must name at least one prefix"))
-    if data.tokenizer is None:
+    if data.tokenizer is None and any(source.stream is None for source in sources.values()):
         problems.append(Problem("data.tokenizer", None, "must name a Hugging Face folder"))
-    if data.tokenizer is None or problems:
+    if problems:
         raise ConfigError(problems)
-    tokenizer = Tokenizer.load(data.tokenizer)
-    return _Files(
-        tokenizer,
-        [verify(prefix, tokenizer.vocab_size) for prefix in data.train],
-        [verify(prefix, tokenizer.vocab_size) for prefix in data.validation],
+    tokenizer = own_vocabulary(sources.values()) or Tokenizer.load(data.tokenizer or "")
+    cache = IndexCache(_cache_folder(data))
+    longest = {name: one.longest for name, one in sources.items() if one.longest is not None}
+    train, held_out = (
+        Opened(
+            {
+                name: Joined(name, open_source(source, split, tokenizer, data.remote))
+                for name, source in sources.items()
+                if source.has(split)
+            },
+            longest,
+            tokenizer.end_of_document,
+            cache,
+        )
+        for split in (Split.train, Split.validation)
     )
+    return tokenizer, train, held_out
 
 
 def _quickstart(config: Quickstart, barrier: Callable[[], None], is_main: bool) -> Data:
@@ -161,40 +196,19 @@ def _quickstart(config: Quickstart, barrier: Callable[[], None], is_main: bool) 
     return prepare(config)  # there by now, for every process
 
 
-def _sequences(
-    job: TrainJob, data: Data, prefixes: list[str], seed: int, tokenizer: Tokenizer
-) -> TokenSequences:
-    return TokenSequences(
-        prefixes,
-        sequence_length=job.train.sequence_length,
-        seed=seed,
-        end_of_document=tokenizer.end_of_document,
-        cache=data.cache,
-    )
-
-
-def _describe(
-    job: TrainJob, files: _Files, train: TokenSequences, validation: Validation | None
-) -> list[str]:
-    length, batch = job.train.sequence_length, job.train.global_batch
-    epochs = run_length(job.train).sequences / train.sequences_per_epoch
-    lines = [
-        f"train data: {_size(files.train)}, vocabulary {files.tokenizer.vocab_size}; "
-        f"this run makes {epochs:.2f} epochs of it"
+def _cache_folder(data: Data) -> Path | None:
+    if data.cache is not None:
+        return Path(data.cache)
+    local = [
+        prefix
+        for source in named_sources(data).values()
+        for prefix in source.train
+        if "://" not in prefix
     ]
-    if validation is None:
-        return [*lines, "validation data: none (data.validation is empty)"]
-    used = validation.num_sequences
-    line = f"validation data: {_size(files.validation)}; {show_tokens(used * length)} of them used"
-    wanted = job.train.validation_batches * batch
-    if used < wanted:
-        line += (
-            f", all it has: {used} of the {wanted} sequences of "
-            f"train.validation_batches={job.train.validation_batches}"
-        )
-    return [*lines, line]
+    return Path(local[0]).parent / "index_cache" if local else None
 
 
-def _size(files: list[TokenFile]) -> str:
-    total = sum(file.tokens for file in files)
-    return f"{show_tokens(total)} tokens in {sum(file.documents for file in files)} documents"
+def _size(opened: Opened) -> str:
+    total = sum(one.tokens for one in opened.documents.values())
+    documents = sum(len(one) for one in opened.documents.values())
+    return f"{show_tokens(total)} tokens in {documents:,} documents"

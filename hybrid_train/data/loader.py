@@ -1,30 +1,30 @@
-"""Which sequences a data-parallel rank reads at each step; resumable from one integer."""
+"""Which rows a data-parallel rank reads at each step; the position is one integer."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.data.mixture import Fields
 
 
 class Sequences(Protocol):
-    """Numbered sequences; each a dict of tokens, labels, loss_mask, position_ids, all [L]."""
+    """Numbered rows of equal length, each as arrays by the name of a field of `Batch`."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    def fill(self, row: int) -> Fields:
+        """Return the fields of a row, [L], or [] for its source."""
 
 
 class Loader:
-    """Endless microbatches of one rank until the sequences are spent.
+    """Endless microbatches of one rank.
 
-    A step that starts at position c uses sequences [c, c + G) of the data, where G is
-    `global_batch(c)`. Microbatch m of rank r takes the sequences
+    A step that starts at position c uses rows [c, c + G) of the phase, where G is
+    `global_batch(c)`. Microbatch m of rank r takes the rows
     c + (m*data_size + r)*microbatch + [0, microbatch). So the global batch of a step is the same
     for every number of ranks and every size of microbatch, and the whole state is
-    `consumed_sequences`: the sequences of the steps that are done.
+    `consumed_sequences`: the rows of the steps that are done.
 
     Raises:
         ValueError: if a global batch does not split evenly.
@@ -71,13 +71,11 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self.consumed_sequences + self.global_batch > len(self._sequences):
-            raise StopIteration
         if self._done_in_step == 0:
             self._require_even_split()
         column = self._done_in_step * self._data_size + self._data_rank
         first = self.consumed_sequences + column * self._microbatch
-        batch = stack([self._sequences[first + i] for i in range(self._microbatch)])
+        batch = stack([self._sequences.fill(first + i) for i in range(self._microbatch)])
         self._done_in_step += 1
         if self._done_in_step == self.microbatches_per_step:
             self._done_in_step = 0
@@ -86,11 +84,11 @@ class Loader:
 
 
 class Validation:
-    """The same sequences at every validation; iterate it once for each.
+    """The same rows at every validation; iterate it once for each.
 
-    Every rank gets the same number of microbatches, `len(validation)`. Where the sequences do not
-    fill the last ones, rows with a loss mask of 0 do, so that the same tokens count for every
-    number of ranks and every size of microbatch.
+    Every rank gets the same number of microbatches, `len(validation)`. Where the rows do not fill
+    the last ones, rows with a loss mask of 0 do, so that the same tokens count for every number of
+    ranks and every size of microbatch.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class Validation:
         data_size: int = 1,
     ) -> None:
         self._sequences = sequences
-        self.num_sequences = min(num_sequences, len(sequences))
+        self.num_sequences = num_sequences
         self._microbatch = microbatch
         self._data_rank = data_rank
         self._data_size = data_size
@@ -116,18 +114,15 @@ class Validation:
             first = (number * self._data_size + self._data_rank) * self._microbatch
             yield stack([self._row(first + i) for i in range(self._microbatch)])
 
-    def _row(self, index: int) -> dict[str, Tensor]:
+    def _row(self, index: int) -> Fields:
         if index < self.num_sequences:
-            return self._sequences[index]
-        filler = self._sequences[0]
-        return {**filler, "loss_mask": torch.zeros_like(filler["loss_mask"])}
+            return self._sequences.fill(index)
+        filler = self._sequences.fill(0)
+        return {**filler, "loss_mask": np.zeros_like(filler["loss_mask"])}
 
 
-def stack(rows: list[dict[str, Tensor]]) -> Batch:
-    """Join sequences [L] into one batch [B, L]."""
+def stack(rows: list[Fields]) -> Batch:
+    """Join rows, each field [L], into one batch [B, L]."""
     return Batch(
-        tokens=torch.stack([row["tokens"] for row in rows]),
-        labels=torch.stack([row["labels"] for row in rows]),
-        loss_mask=torch.stack([row["loss_mask"] for row in rows]),
-        position_ids=torch.stack([row["position_ids"] for row in rows]),
+        **{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     )

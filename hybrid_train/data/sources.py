@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.source import Files, Source, Split, Synthetic
+from hybrid_train.config.schema.source import Remote, Source, Split, Synthetic
 from hybrid_train.data.documents import Documents, FileDocuments
 from hybrid_train.data.synthetic import SyntheticDocuments, words_of
 from hybrid_train.data.words import WordTokenizer
@@ -22,7 +22,9 @@ class Vocabulary(Protocol):
         """Id of the token that closes each document."""
 
 
-def open_source(config: Source, split: Split, tokenizer: Vocabulary) -> list[Documents]:
+def open_source(
+    config: Source, split: Split, tokenizer: Vocabulary, remote: Remote | None = None
+) -> list[Documents]:
     """Open one split of a source: documents of each prefix, or those of the stream.
 
     Symbols of a stream are the words of a `WordTokenizer`. With a tokenizer of text they take its
@@ -32,30 +34,27 @@ def open_source(config: Source, split: Split, tokenizer: Vocabulary) -> list[Doc
         config: the source; its `problems` are none.
         split: which part; the list is empty if the source has none of it.
         tokenizer: of the run; its ids are those of the documents.
+        remote: how prefixes are read that are URLs.
 
     Raises:
         UserError: as `FileDocuments`, or if a stream has more symbols than the tokenizer has ids.
     """
-    match config:
-        case Files():
-            prefixes = config.train if split is Split.train else config.validation
-            size = tokenizer.vocab_size
-            return [FileDocuments(prefix, size, remote=config.remote) for prefix in prefixes]
-        case Synthetic():
-            if split is Split.validation and not config.validation_documents:
-                return []
-            ids = _symbol_ids(config, tokenizer)
-            return [SyntheticDocuments(config, split, ids, tokenizer.end_of_document)]
-    raise ValueError(f"no way to open a source of {type(config).__name__}")
+    if not config.has(split):
+        return []
+    if config.stream is not None:
+        ids = _symbol_ids(config.stream, tokenizer)
+        return [SyntheticDocuments(config.stream, split, ids, tokenizer.end_of_document)]
+    prefixes, size = config.prefixes(split), tokenizer.vocab_size
+    return [FileDocuments(prefix, size, remote=remote) for prefix in prefixes]
 
 
 def own_vocabulary(sources: Iterable[Source]) -> WordTokenizer | None:
     """The words of all sources if all of them are streams; None if one needs a real tokenizer."""
     words: dict[str, None] = {}  # in order, each once: streams of a kind share theirs
     for source in sources:
-        if not isinstance(source, Synthetic):
+        if source.stream is None:
             return None
-        words |= dict.fromkeys(words_of(source))
+        words |= dict.fromkeys(words_of(source.stream))
     return WordTokenizer(list(words)) if words else None
 
 

@@ -3,6 +3,7 @@
 Folders are in the Hugging Face format, so `transformers` reads what is saved here.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -48,6 +49,11 @@ class Tokenizer:
         if backend.token_to_id(end) is None:
             raise UserError(f"{path} lacks the end-of-document token {end!r} that its folder names")
         return cls(backend, end)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer, in hexadecimal."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     @cached_property
     def vocab_size(self) -> int:

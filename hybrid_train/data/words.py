@@ -60,6 +60,7 @@ class WordTokenizer:
         kept = (n for n in ids if (n or not skip_special) and n < len(self._words))
         return " ".join(self._words[number] for number in kept)
 
+    @property
     def fingerprint(self) -> str:
         """Changes when a word or its id does."""
         return hashlib.sha256(json.dumps(self._words).encode()).hexdigest()[:32]

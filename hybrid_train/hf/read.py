@@ -200,7 +200,7 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             weights = layout.path_of(partial, 0)
             weights.mkdir(parents=True)
             _write_tensors(weights, tensors, folder, cast)
-            layout.write_position(weights, {"step": 0, "tokens": 0, "consumed_sequences": 0})
+            layout.write_position(weights, {"step": 0, "tokens": 0})
             copied = copy_tokenizer(source, partial / layout.TOKENIZER)
             copy_source(source, partial / SOURCE)
             length = int(config.get("max_position_embeddings") or 4096)

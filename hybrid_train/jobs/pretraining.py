@@ -3,29 +3,28 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import compose
-from hybrid_train.config.degrees import padded_vocab_size
+from hybrid_train.config.phases import Stretch, at, lay_out
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.ramp import ramps
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import show_tokens, tokens
-from hybrid_train.data.build import DataBundle, build_data, check_data
-from hybrid_train.jobs import run_folder
-from hybrid_train.jobs.assemble import TOKENIZER, build_engine
-from hybrid_train.model import counts, stages
-from hybrid_train.model.build import build_model
-from hybrid_train.parallel.groups import build_groups
+from hybrid_train.config.units import tokens
+from hybrid_train.data.build import RunData, check_data, open_data
+from hybrid_train.data.record import changes, read_record, record_of, write_record
+from hybrid_train.jobs import history, run_folder
+from hybrid_train.jobs.assemble import TOKENIZER
+from hybrid_train.jobs.phases import PhaseBuilder
+from hybrid_train.model import counts
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
-from hybrid_train.runtime.seeds import start_tracker
 from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.console import Console
 from hybrid_train.tracking.jsonl import FILE_NAME
@@ -38,6 +37,7 @@ from hybrid_train.training.hook import Hook, HookList
 from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of
 from hybrid_train.training.hooks.garbage import CollectGarbage
 from hybrid_train.training.hooks.metrics import LogMetrics
+from hybrid_train.training.hooks.phases import EnterPhases
 from hybrid_train.training.hooks.stop import StopOnSignal
 from hybrid_train.training.hooks.validation import Validate
 from hybrid_train.training.loop import Run, fit
@@ -78,20 +78,31 @@ def train(job: TrainJob, device: torch.device) -> int:
         if start.is_own and ranks.is_main():
             _say_summary(Path(job.run_dir))
         return 0
-    start_tracker()
-    groups = build_groups(job.parallel, job.runtime.timeout_s)
-    data = _open_data(job, groups, state)
-    engine = _build(job, groups, data, device)
-    _restore(start, engine)
-    engine.steps_done = state.step
+    stretches = lay_out(job)
+    data = _open_data(job, stretches)
+    record = _same_data(job, data, state) if start.is_own else record_of(data)
+    builder = PhaseBuilder(data, device, Path(job.run_dir))
+    run = builder.build(at(stretches, state.tokens), state, tokens(job.train.tokens))
+    _restore(start, run.engine)
     if ranks.is_main():
         compose.freeze(job, Path(job.run_dir))
+        write_record(Path(job.run_dir), record)
         data.tokenizer.save(Path(job.run_dir) / TOKENIZER)
-    run = Run(engine, data.train, tokens(job.train.tokens), state)
     peak = peak_flops(device, job.runtime.peak_tflops)
+    saving = SaveCheckpoints(job.checkpoint, Path(job.run_dir), start.own_step)
+
+    def enter(run: Run, phase: Stretch, before: Stretch) -> None:
+        builder.enter(run, phase, before, saving)
+
     stop = StopOnSignal()
-    # The last hook: until the last save is done, a signal must not end the process.
-    run.hooks = HookList([*_hooks(job, run, data, peak, start.own_step), stop])
+    run.hooks = HookList(
+        [
+            EnterPhases(stretches, enter),
+            *_hooks(job, run, data, peak),
+            saving,
+            stop,  # last: until the last save is done, a signal must not end the process
+        ]
+    )
     try:
         fit(run)
     finally:
@@ -134,52 +145,40 @@ def _asked_vocab_size(job: TrainJob) -> int:
     return job.data.vocab_size if isinstance(job.data, Quickstart) else 0
 
 
-def _open_data(job: TrainJob, groups: ProcessGroupCollection, state: TrainState) -> DataBundle:
-    data = build_data(
-        job,
-        data_rank=groups.dp.rank(),
-        data_size=groups.dp.size(),
-        consumed_sequences=state.consumed_sequences,
-        barrier=ranks.barrier,
-        is_main=ranks.is_main(),
-    )
+def _open_data(job: TrainJob, stretches: list[Stretch]) -> RunData:
+    data = open_data(job, stretches, barrier=ranks.barrier, is_main=ranks.is_main())
     if job.model.vocab_size is None:
-        job.model.vocab_size = data.vocab_size
+        for phase_job in (job, *(stretch.job for stretch in stretches)):
+            phase_job.model.vocab_size = data.vocab_size
+    assert job.model.vocab_size is not None
     if job.model.vocab_size < data.vocab_size:
         raise UserError(
             f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {data.vocab_size} "
             "tokens; leave model.vocab_size out to take its size"
         )
-    for line in data.description:
+    for line in data.description():
         _log.info("%s", line)
     return data
 
 
-def _build(
-    job: TrainJob, groups: ProcessGroupCollection, data: DataBundle, device: torch.device
-) -> Engine:
-    assert job.model.vocab_size is not None
-    built = build_model(job, groups, job.model.vocab_size, on_gpu=device.type == "cuda")
-    size = counts.parameters(job.model, _rows(job))
-    _log.info(
-        "model: %s parameters, %s active, pattern %s, %s on %s",
-        show_tokens(size.total),
-        show_tokens(size.active),
-        job.model.pattern,
-        job.precision.format.value,
-        device,
-    )
-    if job.parallel.pipeline > 1:
-        for line in stages.describe(stages.stages(job, _rows(job))):
-            _log.info("  %s", line)
-    for part, kernels in built.kernels.items():
-        _log.info("  %s: %s", part, kernels)
-    return build_engine(job, built, groups, device)
-
-
-def _rows(job: TrainJob) -> int:
-    assert job.model.vocab_size is not None
-    return padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
+def _same_data(job: TrainJob, data: RunData, state: TrainState) -> dict[str, Any]:
+    """Return the record of the data; refuse to go on with other data, unless that is accepted."""
+    run_dir, now = Path(job.run_dir), record_of(data)
+    before = read_record(run_dir)
+    found = changes(before, now) if before else []
+    if found and not job.data.accept_changes:
+        lines = "\n".join(f"  {line}" for line in found)
+        error = UserError(
+            f"the data of {run_dir} has changed since step {state.step}:\n{lines}\nBring it back, "
+            "or go on with what is there: data.accept_changes=true (it is noted in the run folder)"
+        )
+        error.everywhere = True
+        raise error
+    for line in found:
+        _log.warning("%s; accepted", line)
+    if found and ranks.is_main():
+        history.note(run_dir, "data changed", {"step": state.step, "changes": found})
+    return now
 
 
 def _restore(start: Start, engine: Engine) -> None:
@@ -192,21 +191,19 @@ def _restore(start: Start, engine: Engine) -> None:
         store.load(start.found, content_of(engine))
 
 
-def _hooks(job: TrainJob, run: Run, data: DataBundle, peak: Peak, own_step: int) -> list[Hook]:
+def _hooks(job: TrainJob, run: Run, data: RunData, peak: Peak) -> list[Hook]:
     """List what reacts to the loop; first those that add to the report of a step."""
-    speed = Throughput(
-        counts.flops_per_token(job.model, _rows(job), job.train.sequence_length).training,
-        peak.flops,
-        ranks.world_size(),
-    )
     hooks: list[Hook] = []
-    if data.validation is not None:
+    if run.validation is not None:
         baseline = (lambda: data.unigram_cross_entropy) if ranks.is_main() else (lambda: None)
-        hooks.append(Validate(data.validation, job.train.validation_interval, baseline))
-    hooks.append(LogMetrics(_trackers(job, run), speed, batch_grows=ramps(job.train)))
-    hooks.append(CollectGarbage())
-    hooks.append(SaveCheckpoints(job.checkpoint, Path(job.run_dir), own_step))
-    return hooks
+        hooks.append(Validate(job.train.validation_interval, baseline))
+    log = LogMetrics(
+        _trackers(job, run),
+        Throughput(peak.flops, ranks.world_size()),
+        batch_changes=ramps(job.train) or bool(job.train.phases),
+        source_sizes={name: one.tokens for name, one in data.train.documents.items()},
+    )
+    return [*hooks, log, CollectGarbage()]
 
 
 def _trackers(job: TrainJob, run: Run) -> FanOut:

@@ -11,9 +11,11 @@ from typing import Any
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import compose
 from hybrid_train.config.pattern import parse
+from hybrid_train.config.phases import FIXED, lay_out
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.units import show_tokens
 
 # What may change when a run goes on; everything else makes it another run.
 _MAY_CHANGE = (
@@ -28,7 +30,12 @@ _MAY_CHANGE = (
     "schedule.warmup_tokens",  # as a share of train.tokens, they grow with it
     "schedule.decay_tokens",
     "model.mamba.chunk_size",
+    "data.cache",
+    "data.remote.",
+    "data.warn_epochs",
+    "data.accept_changes",
 )
+_PHASES = "train.phases"
 _PATTERN = "model.pattern"
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
@@ -51,11 +58,13 @@ def require_same_run(job: TrainJob) -> None:
         )
     saved = compose.load(run_dir)
     changes = list(differences(saved, job))
+    free = (*_MAY_CHANGE, "data.") if job.data.accept_changes else _MAY_CHANGE
     foreign = [
         change
         for change in changes
-        if not (change[0].startswith(_MAY_CHANGE) or _is_other_cut(*change))
+        if not (change[0].startswith((*free, _PHASES)) or _is_other_cut(*change))
     ]
+    foreign += _moved_phases(saved, job, run_dir)
     if foreign:
         lines = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in foreign)
         raise UserError(
@@ -65,6 +74,35 @@ def require_same_run(job: TrainJob) -> None:
         )
     for key, old, new in changes:
         _log.info("%s: %s before, %s from here on", key, old, new)
+
+
+def _moved_phases(
+    saved: TrainJob, job: TrainJob, run_dir: Path
+) -> list[tuple[str, object, object]]:
+    """List phases that have begun and are not as they were; those to come may change."""
+    newest = layout.latest(run_dir)
+    seen = newest.position()["tokens"] if newest else 0
+    before, now = lay_out(saved), lay_out(job)
+    found: list[tuple[str, object, object]] = []
+    for number, old in enumerate(before):
+        if old.start >= seen and number:
+            break
+        new = now[number] if number < len(now) else None
+        if new is None or new.start != old.start:
+            where = show_tokens(new.start) if new else "gone"
+            found.append((f"start of phase {old.name}", show_tokens(old.start), where))
+            continue
+        if old.end != new.end and old.end <= seen:
+            ends = (show_tokens(old.end), show_tokens(new.end))
+            found.append((f"end of phase {old.name}", *ends))
+        if not saved.train.phases or not job.train.phases:
+            continue  # what is not in a phase was compared as it stands
+        found += [
+            (f"train.phases.{number}.{name}", getattr(saved.train.phases[number], name), value)
+            for name, value in vars(job.train.phases[number]).items()
+            if name in FIXED and value != getattr(saved.train.phases[number], name)
+        ]
+    return found
 
 
 def require_same_model(job: TrainJob, found: layout.Found) -> None:

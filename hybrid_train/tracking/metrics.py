@@ -12,7 +12,7 @@ from hybrid_train.config.units import show_tokens
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. A name with a number at its end belongs to a family: `mtp_loss_{}`."""
+    """One metric. A name with a number or a source at its end belongs to a family: `loss/{}`."""
 
     name: str
     unit: str
@@ -79,6 +79,10 @@ METRICS: dict[str, Metric] = {
             "the same for the MoE layers of an MTP block, numbered from 1 within it",
             "{:.2f}".format,
         ),
+        Metric("loss/{}", _NATS, "cross-entropy on the rows of a source", _loss),
+        Metric("tokens/{}", "tokens", "labels seen of a source, since the start", show_tokens),
+        Metric("epochs/{}", "", "those over the tokens that the source has", "{:.3f}".format),
+        Metric("validation_loss/{}", _NATS, "cross-entropy on a source's validation part", _loss),
         Metric("validation_loss", _NATS, "cross-entropy on the validation part", _loss, "val"),
         Metric("validation_mtp_loss_{}", _NATS, "the same at an MTP depth, from 1", _loss),
         Metric(
@@ -108,8 +112,12 @@ def metric(name: str) -> Metric:
     Raises:
         ValueError: if it is not in the list.
     """
+    family, slash, _ = name.partition("/")  # of a source, whose name may have any characters
     stem, _, number = name.rpartition("_")
-    found = METRICS.get(f"{stem}_{{}}" if number.isdecimal() else name)
+    if slash:
+        found = METRICS.get(f"{family}/{{}}")
+    else:
+        found = METRICS.get(f"{stem}_{{}}" if number.isdecimal() else name)
     if found is None:
         raise ValueError(f"{name!r} is no metric; add it to hybrid_train/tracking/metrics.py")
     return found

@@ -75,11 +75,10 @@ def _measured_peak() -> Peak:
 class Throughput:
     """Turns tokens and seconds into the metrics of speed."""
 
-    flops_per_token: float  # of training; `flops_per_token(...).training` in model/counts.py
     peak_flops: float | None  # of one device, per second; None: no MFU
     num_devices: int
 
-    def measure(self, tokens: int, step_time_s: float) -> dict[str, float]:
+    def measure(self, tokens: int, step_time_s: float, flops_per_token: float) -> dict[str, float]:
         """Return tokens_per_s, step_time_s and, where the peak is known, mfu.
 
         MFU is the model's FLOPs of the tokens over what all devices could do in that time
@@ -88,10 +87,11 @@ class Throughput:
         Args:
             tokens: tokens of the step, over all ranks.
             step_time_s: wall time of the step.
+            flops_per_token: of training; `flops_per_token(...).training` in model/counts.py.
         """
         tokens_per_s = tokens / step_time_s
         measured = {"tokens_per_s": tokens_per_s, "step_time_s": step_time_s}
         if self.peak_flops is not None:
             peak = self.peak_flops * self.num_devices
-            measured["mfu"] = tokens_per_s * self.flops_per_token / peak
+            measured["mfu"] = tokens_per_s * flops_per_token / peak
         return measured

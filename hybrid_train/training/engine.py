@@ -1,5 +1,6 @@
 """One optimizer step: microbatches through Megatron's schedule, reduction, update, report."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,14 +34,16 @@ class Engine:
     finalizer: megatron.Finalizer
     groups: ProcessGroupCollection
     schedule: Schedule
+    rate_offset: int  # tokens of the run that its schedule does not count; it starts after them
+    rate_tokens: int  # tokens that it counts in all
     device: torch.device
-    token_budget: int
     microbatch: int
     sequences_per_step: int  # unless a step is told otherwise
     sequence_length: int
     expert_layers: list[tuple[bool, int]]  # (in MTP, layer from 1) of every E layer of the model
     num_experts: int
     num_routers: int  # of the whole model; MTP depths with blocks of their own have each their own
+    sources: tuple[str, ...] = ()  # names; losses are told apart where there are several
     steps_done: int = 0
 
     def step(
@@ -57,7 +60,7 @@ class Engine:
             NonFiniteError: if loss or gradient is not finite; parameters are as before the step.
         """
         start = time.perf_counter()
-        rate = learning_rate(self.schedule, tokens_seen, self.token_budget)
+        rate = learning_rate(self.schedule, tokens_seen - self.rate_offset, self.rate_tokens)
         set_learning_rate(self.optimizer, rate)
         sequences = sequences or self.sequences_per_step
         microbatches = self._take(batches, sequences)
@@ -65,8 +68,8 @@ class Engine:
         self.optimizer.zero_grad()
         AUX_LOSSES.take()  # of forward passes between steps, if there were any
         try:
-            sums, totals = self._run(microbatches, forward_only=False)
-            metrics = self._reduce(sums, totals, len(microbatches))
+            found = self._run(microbatches, forward_only=False)
+            metrics = self._reduce(found, len(microbatches))
             self._require_finite(metrics)
             _, grad_norm, _ = self.optimizer.step()
         except NonFiniteError as error:
@@ -75,19 +78,19 @@ class Engine:
         self.steps_done += 1
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")
-        return StepReport(loss, float(grad_norm), rate, seconds, sequences, metrics)
+        drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
+        return StepReport(loss, float(grad_norm), rate, seconds, sequences, drawn, metrics)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the mean of each loss term over batches, without gradients."""
+        """Return the mean of each loss term over batches, and of each source, without gradients."""
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
             microbatches = [self._own(batch) for batch in batches]
-            sums, totals = self._run(self._filled_up(microbatches), forward_only=True)
+            found = self._run(self._filled_up(microbatches), forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        values = (_sum_over_processes(sums) / totals).tolist()
-        return dict(zip(self.objective.names, values, strict=True))
+        return self._means(found, _sum_over_processes(found.sums))
 
     def forward_only(self, microbatches: list[Batch]) -> None:
         """Run the forward pass alone; for whoever listens with module hooks."""
@@ -112,13 +115,17 @@ class Engine:
         empty = replace(microbatches[0], loss_mask=torch.zeros_like(microbatches[0].loss_mask))
         return microbatches + [empty] * (-len(microbatches) % self.groups.pp.size())
 
-    def _run(self, microbatches: list[Batch], *, forward_only: bool) -> tuple[Tensor, Tensor]:
-        """Run the schedule; return this process's share of the loss sums, and all valid tokens."""
-        totals = self.objective.count(microbatches)
+    def _run(self, microbatches: list[Batch], *, forward_only: bool) -> "_Losses":
+        """Run the schedule; return this process's share of the sums, and all valid tokens."""
+        terms = self.objective.count(microbatches)
+        by_source = torch.zeros(self._told_apart, device=terms.device)
+        for batch in microbatches:
+            self._add(by_source, batch, batch.loss_mask.sum(dim=1))
+        totals = torch.cat([terms, by_source])
         dist.all_reduce(totals, group=self.groups.dp_cp)
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
-            return self.objective.forward(model, next(iterator), totals)
+            return self.objective.forward(model, next(iterator), totals[: len(terms)])
 
         reports = megatron.run_schedule(
             self.chunks,
@@ -129,20 +136,41 @@ class Engine:
         )
         sums = torch.zeros_like(totals)
         if reports and self.groups.tp.rank() == 0:  # tensor ranks hold the same losses
-            sums += torch.stack([report["sums"] for report in reports]).sum(dim=0)
-        return sums, totals
+            sums[: len(terms)] += torch.stack([report["sums"] for report in reports]).sum(dim=0)
+            for batch, report in zip(microbatches, reports, strict=True):
+                self._add(sums[len(terms) :], batch, report["rows"])
+        return _Losses(sums, totals, len(terms))
 
-    def _reduce(self, sums: Tensor, totals: Tensor, num_microbatches: int) -> dict[str, float]:
+    @property
+    def _told_apart(self) -> int:
+        return len(self.sources) if len(self.sources) > 1 else 0
+
+    def _add(self, by_source: Tensor, batch: Batch, rows: Tensor) -> None:
+        """Add a figure of each row of a microbatch, [B], to that of its source."""
+        if self._told_apart and batch.source is not None:
+            by_source.index_add_(0, batch.source, rows)
+
+    def _means(self, found: "_Losses", sums: Tensor) -> dict[str, float]:
+        """Divide sums over all processes by tokens; a source without any has no loss."""
+        names = [*self.objective.names, *(f"loss/{name}" for name in self.sources)]
+        pairs = zip(names, sums.tolist(), found.totals.tolist(), strict=False)
+        own = len(self.objective.names)
+        return {
+            name: value / total if total else math.nan
+            for number, (name, value, total) in enumerate(pairs)
+            if number < own or total
+        }
+
+    def _reduce(self, found: "_Losses", num_microbatches: int) -> dict[str, float]:
         """Bring losses, balance loss and expert loads of all processes together, in one message."""
-        terms, layers = len(self.objective.names), len(self.expert_layers)
+        terms, layers = len(found.sums), len(self.expert_layers)
         loads = torch.zeros(layers, self.num_experts, device=self.device)
         for place, counts in self.finalizer.expert_counts.items():
             loads[self.expert_layers.index(place)] = counts
         aux = AUX_LOSSES.take()
         aux = torch.zeros(1, device=self.device) if aux is None else aux.reshape(1)
-        message = _sum_over_processes(torch.cat([sums, aux, loads.flatten()]))
-        values = (message[:terms] / totals).tolist()
-        metrics = dict(zip(self.objective.names, values, strict=True))
+        message = _sum_over_processes(torch.cat([found.sums, aux, loads.flatten()]))
+        metrics = self._means(found, message[:terms])
         if layers:
             ranks = self.groups.dp.size()  # each data-parallel rank has the mean of its own tokens
             applications = self.num_routers * num_microbatches * ranks
@@ -169,6 +197,26 @@ class Engine:
             "checkpoint is good. Go on from it in another folder with a lower learning rate or "
             "other data: run_dir=... checkpoint.load=... schedule.peak_lr=... train.seed=..."
         )
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Sums of a step: of the terms of the objective, then of each source that is told apart.
+
+    Attributes:
+        sums: losses of this process, [terms + sources].
+        totals: valid tokens of all processes, [terms + sources].
+        terms: how many terms the objective has.
+    """
+
+    sums: Tensor
+    totals: Tensor
+    terms: int
+
+    @property
+    def source_tokens(self) -> Tensor:
+        """Return the valid tokens of each source, [sources]."""
+        return self.totals[self.terms :]
 
 
 def _sum_over_processes(values: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The one training loop."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import Loader
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import HookList
@@ -10,14 +12,27 @@ from hybrid_train.training.state import TrainState
 
 @dataclass
 class Run:
-    """A run that is ready to train, or is training."""
+    """A run that is ready to train, or is training; a hook may bring it into another phase.
+
+    Attributes:
+        engine: takes the steps of the present phase.
+        batches: what they are taken on.
+        validation: what the present phase is validated on; iterate it once for each.
+        flops_per_token: of training, in the present phase.
+        token_budget: tokens of the whole run.
+        state: its position.
+        hooks: what reacts to the loop.
+        stop_requested: set by a hook, on all ranks alike.
+    """
 
     engine: Engine
     batches: Loader
     token_budget: int
+    validation: Iterable[Batch] | None = None
+    flops_per_token: float = 0.0
     state: TrainState = field(default_factory=TrainState)
     hooks: HookList = field(default_factory=HookList)
-    stop_requested: bool = False  # set by a hook, on all ranks alike
+    stop_requested: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -35,7 +50,8 @@ def fit(run: Run) -> TrainState:
                 run.batches, tokens_seen=run.state.tokens, sequences=run.batches.global_batch
             )
             run.state.advance(
-                sequences=report.sequences, sequence_length=run.engine.sequence_length
+                tokens=report.sequences * run.engine.sequence_length,
+                source_tokens=report.source_tokens,
             )
             run.hooks.step_end(run, report)
         run.hooks.fit_end(run)

@@ -49,11 +49,13 @@ class NextToken:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum losses [1 + D, B, S], so that division by the main count normalises every depth."""
         masks = self._masks(batch)
-        sums = (losses * masks).sum(dim=(1, 2))
+        weighed = losses * masks
+        sums = weighed.sum(dim=(1, 2))
         weights = self._scale * totals[0] / totals.clamp(min=1)
         weights[0] = 1.0
         # Megatron divides what it gets in place: the report needs sums of its own.
-        return sums @ weights, masks[0].sum().int(), {"sums": sums.detach().clone()}
+        report = {"sums": sums.detach().clone(), "rows": weighed[0].detach().sum(dim=1)}
+        return sums @ weights, masks[0].sum().int(), report
 
     def _masks(self, batch: Batch) -> Tensor:
         """Return where the label of each depth counts, [1 + D, B, S]."""

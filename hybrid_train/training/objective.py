@@ -8,8 +8,9 @@ from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
 
-# output of the model -> (weighted loss sum, valid tokens, sums to report): Megatron's contract
-# for losses that are divided by the tokens of the whole step.
+# output of the model -> (weighted loss sum, valid tokens, report): Megatron's contract for losses
+# that are divided by the tokens of the whole step. The report has `sums` of the terms, [terms], and
+# `rows`, the sum of the first term in each row of the microbatch, [B].
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
 
 

@@ -12,4 +12,5 @@ class StepReport:
     lr: float
     seconds: float
     sequences: int  # of the global batch
+    source_tokens: dict[str, int] = field(default_factory=dict)  # labels, where there are several
     metrics: dict[str, float] = field(default_factory=dict)  # by name of tracking/metrics.py

@@ -27,6 +27,7 @@ from hybrid_train.config.schema.source import (  # noqa: E402
     BracketStream,
     CopyStream,
     RecallStream,
+    Source,
     Split,
     SumStream,
     Synthetic,
@@ -66,18 +67,19 @@ def batches(documents: Documents, end: int) -> Iterator[Batch]:
 
 
 def learn(config: Synthetic, steps: int, groups: Any) -> None:
-    vocabulary = own_vocabulary([config])
+    source = Source(**{config.kind: config})
+    vocabulary = own_vocabulary([source])
     assert vocabulary is not None
-    (train,), (held_out,) = (open_source(config, split, vocabulary) for split in Split)
+    (train,), (held_out,) = (open_source(source, split, vocabulary) for split in Split)
     budget = steps * ROWS * LENGTH
     job = tiny_job(PATTERN, schedule=Cosine(peak_lr=5e-3, warmup_tokens=str(budget // 20)))
     job.train.tokens, job.train.sequence_length = str(budget), LENGTH
     job.train.microbatch = job.train.global_batch = ROWS
     job.model.hidden_size = 64
     engine = tiny_engine(job, groups)
-    source, start = batches(train, vocabulary.end_of_document), time.monotonic()
+    rows, start = batches(train, vocabulary.end_of_document), time.monotonic()
     for step in range(1, steps + 1):
-        engine.step(source, tokens_seen=(step - 1) * ROWS * LENGTH)
+        engine.step(rows, tokens_seen=(step - 1) * ROWS * LENGTH)
         if step % max(1, steps // 10) == 0:
             held = batches(held_out, vocabulary.end_of_document)
             found = engine.evaluate([next(held) for _ in range(8)])

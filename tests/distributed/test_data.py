@@ -5,33 +5,34 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from hybrid_train.config.phases import lay_out
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.train import Train, TrainJob
-from hybrid_train.data.build import DataBundle, build_data
+from hybrid_train.data.build import RunData, open_data
+from hybrid_train.data.loader import Loader
 from hybrid_train.data.quickstart import prepare
 from tests.distributed.launch import run_distributed
 
 
-def _bundle(folder: str, rank: int, size: int, *, alone: bool) -> DataBundle:
+def _data(folder: str, *, alone: bool) -> RunData:
     train = Train(tokens="2k", sequence_length=16, microbatch=2, global_batch=8)
-    return build_data(
-        TrainJob(train=train, data=Quickstart(folder=folder, vocab_size=300)),
-        data_rank=rank,
-        data_size=size,
-        consumed_sequences=0,
-        barrier=(lambda: None) if alone else dist.barrier,
-        is_main=alone or rank == 0,
-    )
+    job = TrainJob(train=train, data=Quickstart(folder=folder, vocab_size=300))
+    barrier = (lambda: None) if alone else dist.barrier
+    return open_data(job, lay_out(job), barrier=barrier, is_main=alone or dist.get_rank() == 0)
+
+
+def _loader(found: RunData, rank: int, size: int) -> Loader:
+    stretch = found.plans[0].stretch
+    return found.loader(stretch, data_rank=rank, data_size=size, tokens_seen=0)
 
 
 def _read_together(folder: str) -> None:
-    rank = dist.get_rank()
-    found = _bundle(folder, rank, 2, alone=False)
-    mine = torch.stack([next(found.train).tokens for _ in range(4)])
+    own = _loader(_data(folder, alone=False), dist.get_rank(), 2)
+    mine = torch.stack([next(own).tokens for _ in range(4)])
     both = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(both, mine)
-    alone = _bundle(folder, 0, 1, alone=True)  # written by now, so any rank may read it all
-    whole = torch.stack([next(alone.train).tokens for _ in range(8)])
+    alone = _loader(_data(folder, alone=True), 0, 1)  # written by now, so any rank may read it all
+    whole = torch.stack([next(alone).tokens for _ in range(8)])
     assert torch.equal(torch.stack(both, dim=1).flatten(0, 1), whole)
 
 

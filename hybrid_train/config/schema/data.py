@@ -1,22 +1,58 @@
 """Where tokens come from."""
 
+import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.schema.source import Remote, Source
+
+
+class Packing(enum.Enum):
+    """How documents become rows of one length."""
+
+    none = "none"  # one after the other; a row begins wherever the one before it ended
+    best_fit = "best_fit"  # whole documents, none of which sees another
 
 
 @dataclass(kw_only=True)
 class Data:
-    """Tokens from Megatron .bin/.idx files, named by prefix, and the tokenizer that made them."""
+    """Tokens from Megatron .bin/.idx files or synthetic streams, and the tokenizer of the files."""
 
     kind: str = "files"
-    train: list[str] = field(default_factory=list)  # prefixes, without .bin or .idx
+    train: list[str] = field(default_factory=list)  # prefixes: a run of one source needs no more
     validation: list[str] = field(default_factory=list)
-    tokenizer: str | None = None  # Hugging Face tokenizer folder
+    sources: dict[str, Source] = field(default_factory=dict)  # by name, in place of the two above
+    blend: dict[str, float] = field(default_factory=dict)  # weights; empty: by size
+    validation_blend: dict[str, float] = field(default_factory=dict)  # the same for validation
+    packing: Packing = Packing.none
+    tokenizer: str | None = None  # folder of a Hugging Face or SentencePiece tokenizer
     cache: str | None = None  # folder of index caches; None: beside the files
+    remote: Remote = field(default_factory=Remote)  # for the prefixes that are URLs
+    warn_epochs: float = 4.0  # say so where a source is repeated more often
+    accept_changes: bool = False  # go on although the data of the run has changed
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from at_least(0, warn_epochs=self.warn_epochs)
+        for name in ("blend", "validation_blend"):
+            yield from blend_problems(name, getattr(self, name))
+
+
+def named_sources(data: Data) -> dict[str, Source]:
+    """Return the sources by name; files without a source of their own make one called `data`."""
+    return data.sources or {"data": Source(train=data.train, validation=data.validation)}
+
+
+def blend_problems(path: str, blend: dict[str, float]) -> Iterator[Problem]:
+    """Check the weights of a blend; an empty one is no choice at all."""
+    for source, weight in blend.items():
+        if not 0 <= weight < float("inf"):
+            yield Problem(f"{path}.{source}", weight, "must not be negative", 0)
+    if blend and not any(weight > 0 for weight in blend.values()):
+        yield Problem(path, "all zero", "needs a weight above 0")
 
 
 @dataclass(kw_only=True)
@@ -29,4 +65,5 @@ class Quickstart(Data):
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
+        yield from super().problems()
         yield from at_least(300, vocab_size=self.vocab_size)

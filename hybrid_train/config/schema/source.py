@@ -1,4 +1,4 @@
-"""One source of training tokens: files, local or remote, or a synthetic stream."""
+"""One source of a blend: token files, local or remote, or a synthetic stream."""
 
 import enum
 from collections.abc import Iterator
@@ -16,13 +16,6 @@ class Split(enum.Enum):
 
     train = "train"
     validation = "validation"
-
-
-@dataclass(kw_only=True)
-class Source:
-    """What every source has: the word that names its kind."""
-
-    kind: str = MISSING
 
 
 @dataclass(kw_only=True)
@@ -56,17 +49,7 @@ class Remote:
 
 
 @dataclass(kw_only=True)
-class Files(Source):
-    """Tokens from Megatron .bin/.idx files, named by prefix; a prefix may be a URL."""
-
-    kind: str = "files"
-    train: list[str] = field(default_factory=list)  # prefixes, without .bin or .idx
-    validation: list[str] = field(default_factory=list)
-    remote: Remote = field(default_factory=Remote)  # for the prefixes that are URLs
-
-
-@dataclass(kw_only=True)
-class Synthetic(Source):
+class Synthetic:
     """A stream drawn from a grammar; hybrid_train/data/synthetic.py has the grammars.
 
     A document has between `min_items` and `max_items` items, each number equally likely. What an
@@ -149,3 +132,45 @@ class SumStream(Synthetic):
         yield from super().problems()
         yield from at_least(2, modulus=self.modulus)
         yield from at_least(1, terms=self.terms)
+
+
+STREAMS = ("copy", "recall", "brackets", "sums")
+
+
+@dataclass(kw_only=True)
+class Source:
+    """Tokens under one name: those of files, or one of the synthetic streams."""
+
+    train: list[str] = field(default_factory=list)  # prefixes, without .bin or .idx; or URLs
+    validation: list[str] = field(default_factory=list)
+    longest: int | None = None  # packed documents are cut into pieces of so many tokens
+    copy: CopyStream | None = None
+    recall: RecallStream | None = None
+    brackets: BracketStream | None = None
+    sums: SumStream | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from at_least(1, longest=self.longest)
+        chosen = [name for name in STREAMS if getattr(self, name) is not None]
+        if self.train or self.validation:
+            chosen.append("files")
+        for name in chosen[1:]:
+            rule = f"cannot stand beside {chosen[0]}: a source is files or one stream"
+            yield Problem("train" if name == "files" else name, "(set)", rule)
+
+    @property
+    def stream(self) -> Synthetic | None:
+        """Return the synthetic stream, if it is one."""
+        streams: list[Synthetic | None] = [getattr(self, name) for name in STREAMS]
+        return next((stream for stream in streams if stream is not None), None)
+
+    def has(self, split: Split) -> bool:
+        """Tell whether there are tokens for a split."""
+        if self.stream is not None:
+            return split is Split.train or self.stream.validation_documents > 0
+        return bool(self.prefixes(split))
+
+    def prefixes(self, split: Split) -> list[str]:
+        """Return the prefixes of the files of a split."""
+        return self.train if split is Split.train else self.validation

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from hybrid_train.config.problems import Problem, at_least
 from hybrid_train.config.schema.checkpoint import Checkpoint
-from hybrid_train.config.schema.data import Data
+from hybrid_train.config.schema.data import Data, blend_problems
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.objective import NextToken
 from hybrid_train.config.schema.optimizer import AdamW
@@ -16,7 +16,7 @@ from hybrid_train.config.schema.precision import Precision
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.tracking import Tracking
-from hybrid_train.config.units import TOKENS_RULE, is_tokens
+from hybrid_train.config.units import POSITION_RULE, TOKENS_RULE, is_position, is_tokens
 
 
 @dataclass(kw_only=True)
@@ -35,6 +35,33 @@ class BatchRamp:
 
 
 @dataclass(kw_only=True)
+class Phase:
+    """A part of the run with settings of its own; what is left out is as in the phase before."""
+
+    name: str = MISSING
+    start: str = "0"  # "80%" of train.tokens, or a number of tokens, "20T"
+    blend: dict[str, float] = field(default_factory=dict)
+    sequence_length: int | None = None
+    microbatch: int | None = None
+    global_batch: int | None = None
+    tensor: int | None = None
+    pipeline: int | None = None
+    context: int | None = None
+    expert: int | None = None
+    constant_lr: float | None = None  # in place of the schedule, which stands still meanwhile
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not is_position(self.start):
+            yield Problem("start", self.start, POSITION_RULE, "50%")
+        yield from blend_problems("blend", self.blend)
+        yield from at_least(0, constant_lr=self.constant_lr)
+        sizes = ("sequence_length", "microbatch", "global_batch")
+        degrees = ("tensor", "pipeline", "context", "expert")
+        yield from at_least(1, **{name: getattr(self, name) for name in (*sizes, *degrees)})
+
+
+@dataclass(kw_only=True)
 class Train:
     """Length and batch of the run. Batches are counted in sequences."""
 
@@ -43,6 +70,7 @@ class Train:
     microbatch: int = 1  # sequences of one forward pass of one data-parallel rank
     global_batch: int = MISSING  # sequences of one step over all ranks
     batch_ramp: BatchRamp = field(default_factory=BatchRamp)
+    phases: list[Phase] = field(default_factory=list)  # empty: one phase from start to end
     seed: int = 1234
     validation_interval: int = 100  # steps; 0: only at the end
     validation_batches: int = 20  # global batches of one validation

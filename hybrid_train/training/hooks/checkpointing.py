@@ -55,6 +55,10 @@ class SaveCheckpoints(Hook):
             self._save(run, copy=self._settings.async_save)
 
     def fit_end(self, run: Run) -> None:
+        self.save_now(run)
+
+    def save_now(self, run: Run) -> None:
+        """Have the present step on disk when this returns; every process calls it."""
         if run.state.step > self._saved_step:
             self._save(run, copy=False)
         self._finish()

@@ -6,7 +6,6 @@ from hybrid_train.config.problems import collect
 from hybrid_train.config.schema.source import (
     BracketStream,
     CopyStream,
-    Files,
     RecallStream,
     Remote,
     Source,
@@ -14,11 +13,11 @@ from hybrid_train.config.schema.source import (
     Synthetic,
 )
 
-EVERY = [Files, CopyStream, RecallStream, BracketStream, SumStream]
+EVERY = [CopyStream, RecallStream, BracketStream, SumStream]
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_defaults_are_without_problems_and_name_their_kind(kind: type[Source]) -> None:
+def test_defaults_are_without_problems_and_name_their_kind(kind: type[Synthetic]) -> None:
     assert list(collect(kind())) == []
     assert len({k().kind for k in EVERY}) == len(EVERY)
 
@@ -39,15 +38,21 @@ def test_defaults_are_without_problems_and_name_their_kind(kind: type[Source]) -
         (BracketStream(types=0), "types"),
         (SumStream(modulus=1), "modulus"),
         (SumStream(terms=0), "terms"),
-        (Files(remote=Remote(tries=0)), "remote.tries"),
-        (Files(remote=Remote(block_bytes=4100)), "remote.block_bytes"),
-        (Files(remote=Remote(block_bytes=8)), "remote.block_bytes"),
-        (Files(remote=Remote(read_ahead=-1)), "remote.read_ahead"),
-        (Files(remote=Remote(cache_bytes=2**20)), "remote.cache_bytes"),
+        (Remote(tries=0), "tries"),
+        (Remote(block_bytes=4100), "block_bytes"),
+        (Remote(block_bytes=8), "block_bytes"),
+        (Remote(read_ahead=-1), "read_ahead"),
+        (Remote(cache_bytes=2**20), "cache_bytes"),
     ],
 )
-def test_a_value_out_of_range_is_named(config: Source, path: str) -> None:
+def test_a_value_out_of_range_is_named(config: Synthetic | Remote, path: str) -> None:
     assert [problem.path for problem in collect(config)] == [path]
+
+
+def test_a_source_is_either_files_or_one_stream() -> None:
+    assert list(collect(Source(train=["a"]))) == list(collect(Source(sums=SumStream()))) == []
+    both = Source(train=["a"], sums=SumStream(), copy=CopyStream(symbols=0))
+    assert [problem.path for problem in collect(both)] == ["sums", "train", "copy.symbols"]
 
 
 def test_as_many_keys_as_pairs_are_enough() -> None:

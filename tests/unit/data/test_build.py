@@ -1,15 +1,16 @@
 """From the data section of a run to its batches."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from hybrid_train.config.phases import lay_out
 from hybrid_train.config.problems import ConfigError, UserError
 from hybrid_train.config.schema.data import Data, Quickstart
 from hybrid_train.config.schema.train import Train, TrainJob
-from hybrid_train.data.build import DataBundle, build_data, check_data
+from hybrid_train.data.build import RunData, check_data, open_data
+from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.quickstart import prepare
 
 
@@ -27,53 +28,64 @@ def job(data: Data, **changes: object) -> TrainJob:
     return TrainJob(train=Train(**{**settings, **changes}), data=data)
 
 
-def build(
-    run: TrainJob, *, data_rank: int = 0, data_size: int = 1, consumed: int = 0
-) -> DataBundle:
-    return build_data(
-        run,
-        data_rank=data_rank,
-        data_size=data_size,
-        consumed_sequences=consumed,
-        barrier=lambda: None,
-        is_main=True,
-    )
+def build(run: TrainJob) -> RunData:
+    return open_data(run, lay_out(run), barrier=lambda: None, is_main=True)
 
 
-def test_the_data_last_for_the_steps_that_reach_the_tokens(corpus: Data) -> None:
-    # 1000 tokens in steps of 128 are 7.8 steps
-    assert len(list(build(job(corpus)).train)) >= 8 * 4
+def loader(found: RunData, rank: int = 0, size: int = 1, tokens_seen: int = 0) -> Loader:
+    stretch = found.plans[0].stretch
+    return found.loader(stretch, data_rank=rank, data_size=size, tokens_seen=tokens_seen)
+
+
+def validation(found: RunData, rank: int = 0, size: int = 1) -> Validation:
+    one = found.validation(found.plans[0].stretch, data_rank=rank, data_size=size)
+    assert one is not None
+    return one
 
 
 def test_a_longer_run_resumes_where_a_shorter_one_stopped(corpus: Data) -> None:
-    short, long = build(job(corpus, tokens="512")), build(job(corpus, tokens="100k"))
+    short, long = (loader(build(job(corpus, tokens=tokens))) for tokens in ("512", "100k"))
     for _ in range(4 * 4):
-        assert torch.equal(next(short.train).tokens, next(long.train).tokens)
-    resumed = build(job(corpus, tokens="100k"), consumed=short.train.consumed_sequences)
-    assert torch.equal(next(resumed.train).tokens, next(long.train).tokens)
+        assert torch.equal(next(short).tokens, next(long).tokens)
+    resumed = loader(build(job(corpus, tokens="100k")), tokens_seen=512)
+    assert torch.equal(next(resumed).tokens, next(long).tokens)
 
 
 def test_two_ranks_read_what_one_reads(corpus: Data) -> None:
-    one = build(job(corpus))
-    two = [build(job(corpus), data_rank=rank, data_size=2) for rank in range(2)]
-    for bundle in two:
-        assert len(bundle.validation or ()) == len(one.validation or ()) / 2
-    whole = torch.cat([next(one.train).tokens for _ in range(4)])
-    parts = torch.cat([next(bundle.train).tokens for _ in range(2) for bundle in two])
+    found = build(job(corpus))
+    one, two = loader(found), [loader(found, rank, 2) for rank in range(2)]
+    for rank in range(2):
+        assert len(validation(found, rank, 2)) == len(validation(found)) / 2
+    whole = torch.cat([next(one).tokens for _ in range(4)])
+    parts = torch.cat([next(own).tokens for _ in range(2) for own in two])
     assert torch.equal(whole, parts)
 
 
 def test_validation_does_not_depend_on_the_seed_of_the_run(corpus: Data) -> None:
     first, second = (build(job(corpus, seed=seed)) for seed in (1, 2))
-    assert not torch.equal(next(first.train).tokens, next(second.train).tokens)
-    assert torch.equal(next(iter(first.validation)).tokens, next(iter(second.validation)).tokens)
+    assert not torch.equal(next(loader(first)).tokens, next(loader(second)).tokens)
+    rows = [next(iter(validation(found))).tokens for found in (first, second)]
+    assert torch.equal(*rows)
+
+
+def test_validation_repeats_no_token(corpus: Data) -> None:
+    found = build(job(corpus, validation_batches=1000))
+    (documents,) = found.held_out.documents.values()
+    assert validation(found).num_sequences == (documents.tokens - 1) // 16
 
 
 def test_the_description_says_epochs_and_a_small_validation_part(corpus: Data) -> None:
-    train, validation = build(job(corpus, tokens="100k", validation_batches=1000)).description
-    assert "tokens in 39 documents" in train
-    assert "epochs" in train
-    assert "of the 8000 sequences of train.validation_batches=1000" in validation
+    lines = build(job(corpus, tokens="100k", validation_batches=1000)).description()
+    assert "tokens in 39 documents" in lines[0]
+    assert "epochs so far" in lines[2]
+    assert "of the 8000 sequences asked for" in lines[-1]
+
+
+def test_a_source_that_is_repeated_often_is_warned_of(
+    corpus: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(job(corpus, tokens="100k")).description()
+    assert "source data will be repeated" in caplog.text
 
 
 def test_the_unigram_loss_lies_between_zero_and_a_uniform_guess(corpus: Data) -> None:
@@ -83,36 +95,17 @@ def test_the_unigram_loss_lies_between_zero_and_a_uniform_guess(corpus: Data) ->
 
 
 def test_a_run_may_go_without_validation(corpus: Data) -> None:
-    bundle = build(job(Data(train=corpus.train, tokenizer=corpus.tokenizer)))
-    assert bundle.validation is None
-    assert bundle.unigram_cross_entropy is None
-    assert "none" in bundle.description[1]
+    found = build(job(Data(train=corpus.train, tokenizer=corpus.tokenizer)))
+    assert found.validation(found.plans[0].stretch, data_rank=0, data_size=1) is None
+    assert found.unigram_cross_entropy is None
+    assert "none" in found.description()[-1]
 
 
-def test_only_the_main_process_writes_and_the_others_wait_for_it(
-    corpus: Data, tmp_path: Path
-) -> None:
-    data = Data(train=corpus.train, tokenizer=corpus.tokenizer, cache=str(tmp_path / "cache"))
-    seen: list[str] = []
-
-    def barrier(name: str) -> Callable[[], None]:
-        return lambda: seen.append(f"{name}: {len(list(tmp_path.glob('cache/*/*')))} folders")
-
-    def start(name: str) -> None:
-        build_data(
-            job(data),
-            data_rank=0,
-            data_size=1,
-            consumed_sequences=0,
-            barrier=barrier(name),
-            is_main=name == "main",
-        )
-
-    with pytest.raises(UserError, match="that all processes can reach"):
-        start("other")  # nobody has written: this barrier waits for nobody
-    start("main")
-    start("other")
-    assert seen == ["other: 0 folders", "main: 1 folders", "other: 1 folders"]
+def test_the_main_process_builds_before_the_others_pass(corpus: Data) -> None:
+    run, seen = job(corpus), []
+    for is_main in (True, False):
+        open_data(run, lay_out(run), barrier=lambda: seen.append("met"), is_main=is_main)
+    assert seen == ["met", "met"]
 
 
 @pytest.mark.parametrize("field", ["train", "tokenizer"])

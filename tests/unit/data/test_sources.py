@@ -10,18 +10,29 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.source import (
     BracketStream,
     CopyStream,
-    Files,
     RecallStream,
     Remote,
     Source,
     Split,
     SumStream,
+    Synthetic,
 )
 from hybrid_train.data.sources import open_source, own_vocabulary
 from tests.unit.data.corpus import END, VOCAB, write_corpus
 from tests.unit.data.http_folder import serve
 
-STREAMS = [CopyStream(), RecallStream(), BracketStream(), SumStream(), CopyStream(symbols=40)]
+
+def of(stream: Synthetic) -> Source:
+    """A source of a stream."""
+    return Source(**{stream.kind: stream})
+
+
+STREAMS = [
+    of(stream)
+    for stream in (
+        CopyStream(), RecallStream(), BracketStream(), SumStream(), CopyStream(symbols=40)
+    )
+]  # fmt: skip
 
 
 @dataclass
@@ -36,7 +47,7 @@ def test_files_open_as_one_set_of_documents_for_each_prefix(tmp_path: Path) -> N
     for name, lengths in [("a", [3, 5]), ("b", [7]), ("held_out", [9])]:
         write_corpus(tmp_path / name, lengths)
     prefixes = [str(tmp_path / name) for name in ("a", "b", "held_out")]
-    config = Files(train=prefixes[:2], validation=prefixes[2:])
+    config = Source(train=prefixes[:2], validation=prefixes[2:])
     train = open_source(config, Split.train, Ids())
     held_out = open_source(config, Split.validation, Ids())
     assert [documents.name for documents in [*train, *held_out]] == prefixes
@@ -48,8 +59,8 @@ def test_files_open_as_one_set_of_documents_for_each_prefix(tmp_path: Path) -> N
 def test_files_behind_a_url_are_kept_where_the_source_says(tmp_path: Path) -> None:
     write_corpus(tmp_path / "served" / "a", [3, 5])
     with serve(tmp_path / "served") as server:
-        config = Files(train=[f"{server.url}/a"], remote=Remote(cache=str(tmp_path / "here")))
-        (documents,) = open_source(config, Split.train, Ids())
+        config, remote = Source(train=[f"{server.url}/a"]), Remote(cache=str(tmp_path / "here"))
+        (documents,) = open_source(config, Split.train, Ids(), remote)
         assert documents.read(1, 4, 5).tolist() == [END]
     assert any((tmp_path / "here").iterdir())
 
@@ -64,7 +75,7 @@ def test_streams_need_no_tokenizer_and_their_texts_can_be_shown() -> None:
         assert tokens.max() < vocabulary.vocab_size
         shown = vocabulary.decode(tokens.tolist(), skip_special=True)
         assert vocabulary.encode(shown) == tokens[:-1].tolist()
-    (sums,) = open_source(SumStream(), Split.train, vocabulary)
+    (sums,) = open_source(of(SumStream()), Split.train, vocabulary)
     first, second, equals, total = vocabulary.decode(sums.read(0, 0, 4).tolist()).split()
     assert equals == "="
     assert (int(first) + int(second)) % 23 == int(total)
@@ -77,14 +88,14 @@ def test_streams_of_one_kind_share_their_words() -> None:
     assert vocabulary.vocab_size == 41 + 129 + 8 + 24 + 1
 
 
-@pytest.mark.parametrize("sources", [[], [Files()], [CopyStream(), Files()]])
+@pytest.mark.parametrize("sources", [[], [Source()], [of(CopyStream()), Source()]])
 def test_a_run_with_files_has_no_vocabulary_of_its_own(sources: list[Source]) -> None:
     assert own_vocabulary(sources) is None
 
 
 @pytest.mark.parametrize("end", [0, 3, 9])
 def test_a_stream_beside_text_takes_the_ids_that_are_not_the_end(end: int) -> None:
-    config = CopyStream(symbols=8)
+    config = of(CopyStream(symbols=8))
     (documents,) = open_source(config, Split.train, Ids(vocab_size=10, end_of_document=end))
     tokens = [documents.read(k, 0, int(n)) for k, n in enumerate(documents.lengths[:100].tolist())]
     assert all(part[-1] == end for part in tokens)
@@ -94,11 +105,11 @@ def test_a_stream_beside_text_takes_the_ids_that_are_not_the_end(end: int) -> No
 
 def test_a_stream_with_too_many_symbols_for_the_tokenizer_is_named() -> None:
     with pytest.raises(UserError, match="copy has 33 symbols, the tokenizer only 33 tokens"):
-        open_source(CopyStream(symbols=32), Split.train, Ids(vocab_size=33))
+        open_source(of(CopyStream(symbols=32)), Split.train, Ids(vocab_size=33))
 
 
-@pytest.mark.parametrize("config", [*STREAMS, Files(train=["not read"])], ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", [*STREAMS, Source(train=["not read"])])
 def test_a_source_without_validation_has_no_documents_of_it(config: Source) -> None:
-    if not isinstance(config, Files):
-        config = type(config)(validation_documents=0)
+    if config.stream is not None:
+        config = of(type(config.stream)(validation_documents=0))
     assert open_source(config, Split.validation, Ids(vocab_size=1000)) == []

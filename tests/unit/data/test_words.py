@@ -47,4 +47,4 @@ def test_words_that_could_not_be_told_apart_are_refused(words: list[str]) -> Non
 
 def test_the_fingerprint_follows_the_words() -> None:
     first, same, other = (WordTokenizer(w) for w in (WORDS, WORDS, WORDS[::-1]))
-    assert first.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert first.fingerprint == same.fingerprint != other.fingerprint

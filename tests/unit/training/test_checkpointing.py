@@ -12,6 +12,7 @@ import pytest
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.data.loader import Loader
+from hybrid_train.data.mixture import Fields
 from hybrid_train.training.hook import Hook, HookList
 from tests.full_disk import full_disk
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
@@ -37,14 +38,22 @@ class At(Hook):
             self.work()
 
 
+class Rows:
+    """Random rows, numbered."""
+
+    def __init__(self, number: int) -> None:
+        self._batch = batch_of(some_rows(number))
+
+    def fill(self, row: int) -> Fields:
+        names = ("tokens", "labels", "loss_mask", "position_ids")
+        return {name: getattr(self._batch, name)[row].numpy() for name in names}
+
+
 def run_of(engine: Any, run_dir: Path, steps: int, settings: Checkpoint, *hooks: Hook) -> Any:
     from hybrid_train.training.hooks.checkpointing import SaveCheckpoints
     from hybrid_train.training.loop import Run
 
-    batch = batch_of(some_rows(steps * BATCH))
-    fields = ("tokens", "labels", "loss_mask", "position_ids")
-    sequences = [{name: getattr(batch, name)[i] for name in fields} for i in range(steps * BATCH)]
-    batches = Loader(sequences, microbatch=2, global_batch=lambda _: BATCH)
+    batches = Loader(Rows(steps * BATCH), microbatch=2, global_batch=lambda _: BATCH)
     run = Run(engine, batches, token_budget=steps * BATCH * LENGTH)
     run.hooks = HookList([SaveCheckpoints(settings, run_dir, -1), *hooks])
     return run

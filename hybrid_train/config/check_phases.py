@@ -1,0 +1,79 @@
+"""Rules about sources, blends and phases: names that exist, an order, settings that run."""
+
+from collections.abc import Iterator
+
+from hybrid_train.config.names import nearest
+from hybrid_train.config.phases import SETTINGS
+from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.data import Data, Packing, Quickstart
+from hybrid_train.config.schema.source import Split
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.units import is_position, is_tokens, position, tokens
+
+
+def sources_are_named_once(data: Data) -> Iterator[Problem]:
+    """Files stand in one of two places, and a blend speaks of sources that there are."""
+    if data.sources and (data.train or data.validation):
+        name = "train" if data.train else "validation"
+        rule = "must be empty with data.sources: name these files in a source"
+        yield Problem(f"data.{name}", getattr(data, name), rule, "[]")
+    for blend, split in (("blend", Split.train), ("validation_blend", Split.validation)):
+        for name, weight in getattr(data, blend).items():
+            yield from _blended(f"data.{blend}", name, weight, data, split)
+    for name, source in data.sources.items():
+        if source.longest is not None and data.packing is Packing.none:
+            path = f"data.sources.{name}.longest"
+            yield Problem(path, source.longest, "needs data.packing=best_fit", "null")
+
+
+def _blended(path: str, name: str, weight: float, data: Data, split: Split) -> Iterator[Problem]:
+    """Yield what is wrong with one entry of a blend."""
+    if isinstance(data, Quickstart) or name not in data.sources:
+        known = ", ".join(data.sources) or "none"
+        rule = f"is no source of data.sources ({known})"
+        yield Problem(f"{path}.{name}", weight, rule, nearest(name, data.sources))
+    elif weight > 0 and not data.sources[name].has(split):
+        yield Problem(f"{path}.{name}", weight, f"has no {split.value} data", 0)
+
+
+def phases_are_in_order(job: TrainJob) -> Iterator[Problem]:
+    """Phases have names of their own, begin at the start of the run, and follow each other."""
+    phases, total = job.train.phases, job.train.tokens
+    if not phases or not is_tokens(total) or not all(is_position(one.start) for one in phases):
+        return  # reported where they stand
+    for number, phase in enumerate(phases):
+        path = f"train.phases.{number}"
+        for name, weight in phase.blend.items():
+            yield from _blended(f"{path}.blend", name, weight, job.data, Split.train)
+        if phase.name in {one.name for one in phases[:number]}:
+            yield Problem(f"{path}.name", phase.name, "is the name of an earlier phase")
+        start = position(phase.start, tokens(total))
+        if number == 0 and start:
+            yield Problem(f"{path}.start", phase.start, "must be 0: the run begins with it", "0")
+        elif number and start <= position(phases[number - 1].start, tokens(total)):
+            rule = f"must lie after the start of the phase before ({phases[number - 1].start})"
+            yield Problem(f"{path}.start", phase.start, rule)
+        elif start >= tokens(total):
+            yield Problem(f"{path}.start", phase.start, f"must lie before train.tokens ({total})")
+    ramp = job.train.batch_ramp.tokens
+    if len(phases) > 1 and is_tokens(ramp):
+        second = position(phases[1].start, tokens(total))
+        if tokens(ramp) > second:
+            rule = f"must not exceed the start of the second phase ({phases[1].start})"
+            yield Problem("train.batch_ramp.tokens", ramp, rule, str(second))
+
+
+def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem:
+    """Return a problem of the run as it is in a phase, with the path of what caused it.
+
+    That is the setting of the latest phase up to this one which sets it, or that of the run.
+    """
+    for name, path in SETTINGS.items():
+        if path != problem.path:
+            continue
+        for earlier in range(number, -1, -1):
+            if getattr(job.train.phases[earlier], name):
+                path = f"train.phases.{earlier}.{name}"
+                return Problem(path, problem.value, problem.rule, problem.nearest)
+    phase = job.train.phases[number].name
+    return Problem(problem.path, problem.value, f"{problem.rule} [phase {phase}]", problem.nearest)

@@ -1,0 +1,160 @@
+"""Which rows every phase draws from every source: the whole order of a run's data, worked out.
+
+Nothing of it is random at run time and nothing has to be saved: the same config, data and seed give
+the same rows in every process, and a position in tokens says which of them are done.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from hybrid_train.config.phases import Stretch
+from hybrid_train.config.schema.data import Packing as PackingMode
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.units import show_tokens
+from hybrid_train.data.index_cache import IndexCache
+from hybrid_train.data.mixture import Mixture
+from hybrid_train.data.packed import PackedPlace, PackedRows, Packing
+from hybrid_train.data.pieces import Joined
+from hybrid_train.data.stream import Stream, StreamPlace, StreamRows
+
+SourceRows = StreamRows | PackedRows
+Place = StreamPlace | PackedPlace
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a phase takes from a source.
+
+    Attributes:
+        source: its name.
+        share: of the rows of the phase.
+        rows: how many that are.
+        epochs: passes through the source since the start of the run, at the end of the phase.
+    """
+
+    source: str
+    share: float
+    rows: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """The rows of one phase."""
+
+    stretch: Stretch
+    mixture: Mixture
+    rows: list[SourceRows]
+    draws: list[Draw]
+
+    def prepare(self) -> None:
+        """Build the large indices that the phase needs, into the cache."""
+        for rows, draw in zip(self.rows, self.draws, strict=True):
+            rows.prepare(draw.rows)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The sources of a run.
+
+    Attributes:
+        documents: of each source with tokens for the split, by name.
+        longest: inputs of the longest packed piece of a source, where that is limited.
+        padding: token that fills up packed rows.
+        cache: where large indices are kept.
+    """
+
+    documents: Mapping[str, Joined]
+    longest: Mapping[str, int]
+    padding: int
+    cache: IndexCache
+
+
+def plan_phases(stretches: list[Stretch], opened: Opened, names: Sequence[str]) -> list[PhasePlan]:
+    """Work out the rows of all phases.
+
+    Args:
+        stretches: the phases.
+        opened: the sources of the train split.
+        names: of all sources of the run, in the order of their numbers.
+    """
+    places: dict[str, Place] = {}
+    plans = []
+    for stretch in stretches:
+        job = stretch.job
+        weights = weights_of(job.data.blend, opened)
+        mixture = Mixture(list(weights.values()), seed=job.train.seed + stretch.number)
+        counts = mixture.counts(stretch.length.sequences).tolist()
+        rows: list[SourceRows] = []
+        draws = []
+        for (name, weight), count in zip(weights.items(), counts, strict=True):
+            found = open_rows(name, job, opened, begin=places.get(name))
+            places[name] = found.end(count)
+            rows.append(found)
+            draws.append(Draw(name, weight / sum(weights.values()), count, found.epochs(count)))
+        mixture.open(rows, [names.index(name) for name in weights])
+        plans.append(PhasePlan(stretch, mixture, rows, draws))
+    return plans
+
+
+def open_rows(
+    name: str,
+    job: TrainJob,
+    opened: Opened,
+    *,
+    begin: Place | None = None,
+    seed: int | None = None,
+) -> SourceRows:
+    """Cut or pack the rows of one source.
+
+    Args:
+        name: of the source.
+        job: the run as it is in the phase.
+        opened: the sources.
+        begin: where a phase before ended; None for the beginning.
+        seed: of the shuffle; None for that of the run.
+    """
+    documents, length = opened.documents[name], job.train.sequence_length
+    key = (job.train.seed if seed is None else seed, name)
+    if job.data.packing is PackingMode.none:
+        stream = Stream(documents, key=key, cache=opened.cache)
+        return StreamRows(stream, length=length, begin=cast("StreamPlace", begin or StreamPlace()))
+    packing = Packing(length, min(length, opened.longest.get(name, length)), opened.padding)
+    place = cast("PackedPlace", begin or PackedPlace())
+    return PackedRows(documents, packing, key=key, cache=opened.cache, begin=place)
+
+
+def weights_of(blend: Mapping[str, float], opened: Opened) -> dict[str, float]:
+    """Return the weight of every source, in the order of the sources; by size without a blend."""
+    if not blend:
+        return {name: float(one.tokens) for name, one in opened.documents.items()}
+    return {name: blend.get(name, 0.0) for name in opened.documents}
+
+
+def describe(
+    plans: list[PhasePlan], opened: Opened, warn: float, say: Callable[[str], None]
+) -> Iterator[str]:
+    """Yield the table of sources and phases; `say` is told of sources that are repeated often."""
+    for plan in plans:
+        stretch = plan.stretch
+        name = f"phase {stretch.name}: " if stretch.name else ""
+        length = stretch.job.train.sequence_length
+        yield (
+            f"{name}{show_tokens(stretch.end - stretch.start)} tokens, "
+            f"{stretch.length.sequences:,} rows of {length:,}"
+        )
+        yield f"  {'source':<24} {'tokens':>8} {'share':>7} {'rows':>13} {'epochs so far':>14}"
+        for draw in plan.draws:
+            size = show_tokens(opened.documents[draw.source].tokens)
+            yield (
+                f"  {draw.source:<24} {size:>8} {draw.share:>7.2%} {draw.rows:>13,} "
+                f"{draw.epochs:>14.2f}"
+            )
+    last = {draw.source: draw.epochs for plan in plans for draw in plan.draws}
+    for source, epochs in last.items():
+        if epochs > warn:
+            say(
+                f"source {source} will be repeated {epochs:.1f} times, more than "
+                f"data.warn_epochs={warn:g}; lower its weight, shorten the run or add data"
+            )

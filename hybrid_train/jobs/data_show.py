@@ -1,0 +1,70 @@
+"""The job `data show`: what a run reads at a step, row by row."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hybrid_train.config import compose
+from hybrid_train.config.phases import Stretch, lay_out, rows_of_step
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.show import ShowJob
+from hybrid_train.config.units import show_tokens
+from hybrid_train.data.build import RunData, open_data
+from hybrid_train.data.plan import PhasePlan
+from hybrid_train.data.record import changes, read_record, record_of
+from hybrid_train.jobs.help import console
+from hybrid_train.runtime.logs import start_logging
+
+
+def run(job: ShowJob) -> None:
+    """Print sources, documents and texts of the rows of a step.
+
+    Raises:
+        UserError: if the run has no such step, or its data cannot be read or has changed.
+    """
+    start_logging()
+    run_dir = Path(job.run_dir)
+    trained = compose.load(run_dir)
+    stretches = lay_out(trained)
+    found = rows_of_step(stretches, job.step)
+    if found is None:
+        last = sum(stretch.length.steps for stretch in stretches)
+        raise UserError(f"{run_dir} has no step {job.step}; its steps go from 1 to {last}")
+    data = open_data(trained, stretches, barrier=lambda: None, is_main=True)
+    recorded = read_record(run_dir)
+    differences = changes(recorded, record_of(data)) if recorded else []
+    if differences:
+        text = "\n".join(f"  {line}" for line in differences)
+        raise UserError(f"the data of {run_dir} has changed since it was read:\n{text}")
+    stretch, first, last = found
+    page = console()
+    for line in _lines(job, data, stretch, range(first, last)):
+        page.print(line, soft_wrap=True)
+
+
+def _lines(job: ShowJob, data: RunData, stretch: Stretch, rows: range) -> Iterator[str]:
+    plan = data.plans[stretch.number]
+    phase = f", phase {stretch.name}" if stretch.name else ""
+    length = stretch.job.train.sequence_length
+    seen = stretch.start + rows.start * length
+    yield (
+        f"step {job.step}{phase}: {len(rows)} rows of {length:,} tokens, after "
+        f"{show_tokens(seen)} tokens"
+    )
+    for number, row in enumerate(rows[: job.rows]):
+        yield from _row(job, data, plan, row, number)
+    if len(rows) > job.rows:
+        yield f"and {len(rows) - job.rows} more rows; rows={len(rows)} shows all"
+
+
+def _row(job: ShowJob, data: RunData, plan: PhasePlan, row: int, number: int) -> Iterator[str]:
+    name = plan.draws[plan.mixture.origin(row).source].source
+    documents = data.train.documents[name]
+    yield f"\nrow {number}: {name}"
+    texts = []
+    for piece in plan.mixture.pieces(row):
+        file, document = documents.file_of(piece.document)
+        yield f"  {file} document {document}, tokens {piece.start} to {piece.stop}"
+        texts.append(data.tokenizer.decode(documents.read(piece).tolist()))
+    text = " ".join("".join(texts).split())
+    if job.characters:
+        yield f"  {text[: job.characters]}{'...' if len(text) > job.characters else ''}"
