@@ -1,6 +1,6 @@
 """How near a small hybrid model comes to the lowest loss of each synthetic stream.
 
-    python tests/benchmarks/learn_streams.py [--steps 600] [--kinds copy sums]
+    python tests/benchmarks/learn_streams.py [--steps 1000] [--kinds copy sums]
 
 Prints, every tenth of the steps, the loss on held-out documents beside the lowest loss possible, in
 nats per token. Rows hold whole documents only, so each token is predicted from all of its document.
@@ -38,12 +38,12 @@ from hybrid_train.data.sources import open_source, own_vocabulary  # noqa: E402
 from hybrid_train.data.synthetic import best_loss  # noqa: E402
 from tests.tiny import alone, batch_of, tiny_engine, tiny_job  # noqa: E402
 
-PATTERN, LENGTH, ROWS = "M*-M*-", 128, 32
+PATTERN, LENGTH, ROWS = "M*-M*-", 64, 32
 STREAMS: list[Synthetic] = [
-    CopyStream(symbols=16, min_items=4, max_items=16),
-    RecallStream(keys=16, values=16, min_items=2, max_items=8),
-    BracketStream(types=3, min_items=4, max_items=16),
-    SumStream(modulus=7, terms=2, min_items=4, max_items=16),
+    CopyStream(symbols=8, min_items=4, max_items=8),
+    RecallStream(keys=8, values=8, min_items=2, max_items=4),
+    BracketStream(types=3, min_items=4, max_items=12),
+    SumStream(modulus=7, terms=2, min_items=4, max_items=12),
 ]
 
 
@@ -92,7 +92,7 @@ def learn(config: Synthetic, steps: int, groups: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--kinds", nargs="*", default=[config.kind for config in STREAMS])
     arguments = parser.parse_args()
     with alone() as groups:
