@@ -91,6 +91,8 @@ def use_packed_rows() -> None:
     _replace(router.TopKRouter, "_apply_expert_bias", _count_tokens)
     # router.py 632, by way of moe_utils.py 276: the balance loss is scaled by the rank's own share.
     _replace(router, "get_tokens_per_expert_and_token_count", _tokens_of_experts)
+    # moe_utils.py 141: every row is taken for one of mean length.
+    _replace(router, "switch_load_balancing_loss_func", _balance_loss)
 
 
 def use_plain_packing() -> None:
@@ -152,6 +154,7 @@ _core_undo = mamba_context_parallel._undo_attention_load_balancing
 _core_redo = mamba_context_parallel._redo_attention_load_balancing
 _core_count = router.TopKRouter._apply_expert_bias
 _core_tokens = router.get_tokens_per_expert_and_token_count
+_core_balance_loss = router.switch_load_balancing_loss_func
 
 
 def _undo_balancing(x: Tensor, size: int, _: Any = None) -> Tensor:
@@ -201,6 +204,33 @@ def _tokens_of_experts(
         total = total.clamp(min=1)
         own = total / reduce_group.size()
     return counts, own, total
+
+
+def _balance_loss(
+    probs: Tensor,
+    tokens_per_expert: Tensor,
+    total_num_tokens: int | Tensor,
+    topk: int,
+    num_experts: int,
+    **others: Any,
+) -> Tensor:
+    """Divide the shares of each row, [B * experts], by the tokens of that row.
+
+    So the gradient is the same for every size of microbatch: core multiplies it with the tokens of
+    the microbatch, and a row counts by its tokens.
+    """
+    if isinstance(total_num_tokens, Tensor):  # only beside padding
+        rows = tokens_per_expert.unflatten(0, (-1, num_experts))
+        tokens = (rows.sum(dim=1, keepdim=True) / topk).clamp(min=1)
+        tokens_per_expert = (rows * (total_num_tokens / tokens)).flatten()
+    return _core_balance_loss(
+        probs=probs,
+        tokens_per_expert=tokens_per_expert,
+        total_num_tokens=total_num_tokens,
+        topk=topk,
+        num_experts=num_experts,
+        **others,
+    )
 
 
 def _replace(place: Any, name: str, value: Any) -> None:

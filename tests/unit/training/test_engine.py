@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hybrid_train.config.schema.model import Mtp
 from hybrid_train.config.schema.objective import NextToken
 from hybrid_train.config.schema.schedule import Schedule, Wsd
+from tests.packed import documents, packed_batch
 from tests.tiny import (
     BATCH,
     LENGTH,
@@ -73,6 +74,39 @@ def test_smaller_microbatches_take_the_step_of_one_of_four(groups: Any, small: i
     for name, value in whole_state.items():
         off = (part_state[name] - value).abs().mean()
         assert off <= 3 * RATE * 32 * EPSILON, name
+
+
+def packed_step(groups: Any, rows: list[Any], length: int, size: int, aux: float) -> Any:
+    """The report of a step on rows of documents."""
+    job = tiny_job()
+    job.train.sequence_length, job.train.microbatch = length, size
+    job.train.global_batch = len(rows)
+    job.objective.moe_aux_loss_scale = aux
+    batches = [packed_batch(rows[n : n + size], length) for n in range(0, len(rows), size)]
+    return tiny_engine(job, groups).step(iter(batches), tokens_seen=0)
+
+
+def test_smaller_microbatches_take_the_step_of_one_with_padded_rows_too(groups: Any) -> None:
+    rows = [documents(*row) for row in [(5, 1, 7), (16,), (2,), (9, 4)]]
+    whole, *parts = (packed_step(groups, rows, LENGTH, size, aux=0.1) for size in (4, 2, 1))
+    for part in parts:
+        assert part.loss == pytest.approx(whole.loss, rel=32 * EPSILON)
+        assert part.grad_norm == pytest.approx(whole.grad_norm, rel=32 * EPSILON)
+
+
+def test_a_step_on_packed_rows_is_that_on_their_documents(groups: Any) -> None:
+    """But for the balance loss, which is of rows."""
+    short = documents(8, 8, 8, 8, 8, 8, 8, 8)
+    apart = packed_step(groups, [[document] for document in short], 8, 2, aux=0.0)
+    together = packed_step(groups, [short[n : n + 2] for n in range(0, 8, 2)], 16, 2, aux=0.0)
+    filled_up = packed_step(groups, [short[:4], short[4:7], short[7:]], 40, 3, aux=0.0)
+    for packed in (together, filled_up):
+        assert packed.loss == pytest.approx(apart.loss, rel=32 * EPSILON)
+        assert packed.grad_norm == pytest.approx(apart.grad_norm, rel=32 * EPSILON)
+        loads = [name for name in apart.metrics if name != "moe_aux_loss"]
+        assert len(loads) > 2
+        for name in loads:
+            assert packed.metrics[name] == pytest.approx(apart.metrics[name], rel=32 * EPSILON)
 
 
 def test_loss_is_the_mean_over_the_labels_that_count(groups: Any) -> None:
