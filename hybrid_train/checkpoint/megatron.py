@@ -4,35 +4,30 @@ import json
 import logging
 import pickle
 import queue
-import threading
-import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import (
-    CheckpointingConfig,
-    CheckpointingException,
-    save_config,
-)
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
 
 from hybrid_train.checkpoint import safe_metadata
 from hybrid_train.checkpoint.differences import Stored, compare
+from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.optimizer_state import (
     MASTER,
     STEP,
@@ -40,11 +35,11 @@ from hybrid_train.checkpoint.optimizer_state import (
     set_step_count,
     state_key,
     state_of,
-    state_parts,
     step_count,
 )
 from hybrid_train.checkpoint.partition import is_partition
 from hybrid_train.checkpoint.places import places
+from hybrid_train.checkpoint.writing import Writing
 from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
@@ -73,7 +68,7 @@ class Content:
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Keeps the writer and its plan: the writing and the end of a save are ours.
+    """Keeps what is planned: the writing and the end of a save are ours (`writing.py`).
 
     In core 0.19.2 a failed write loses its reason on the way (filesystem_async.py 292), and where
     the first process cannot write the description of the checkpoint, the others wait for it without
@@ -86,90 +81,6 @@ class _Strategy(TorchDistSaveShardedStrategy):
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, strategy: str) -> Any:
         self.writer, self.metadata, _ = planned
         return super()._get_save_and_finalize_callbacks(writer, planned, strategy)
-
-
-@dataclass
-class _Part:
-    """What came of the part of one process."""
-
-    results: list[WriteResult] = field(default_factory=list)
-    failure: str = ""
-    errno: int | None = None  # of the operating system, if the failure came from there
-
-
-class Writing:
-    """A checkpoint that a thread of this process writes, with those of the other processes."""
-
-    def __init__(self, folder: Path, strategy: _Strategy) -> None:
-        self._folder = folder
-        self._strategy = strategy
-        self._part = _Part()
-        self._thread = threading.Thread(target=self._write, name="checkpoint")
-        self._thread.start()
-
-    def _write(self) -> None:
-        """Write what is in host memory already: a thread has its own current CUDA device."""
-        writer = self._strategy.writer
-        try:
-            for number, bucket in enumerate(writer.write_buckets or ()):
-                _, outcome = writer.write_preloaded_data(
-                    [writer.transforms], number, bucket, None, None, use_fsync=True
-                )
-                if isinstance(outcome, Exception):
-                    raise outcome
-                self._part.results += outcome
-        except BaseException as error:  # told to all processes by `finish`
-            self._part.failure = f"{type(error).__name__}: {error}"
-            self._part.errno = _errno(error)
-            _let_go(error)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether this process has written its part."""
-        return not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Wait for this process alone."""
-        self._thread.join()
-
-    def finish(self) -> None:
-        """Wait for all processes, then describe the whole; every process calls this.
-
-        Raises:
-            OSError: on the first process, with its number, if the system of any refused to write.
-            RuntimeError: on the first process, if anything else failed.
-            UserError: on the others, with the same words.
-        """
-        self.wait()
-        parts: list[Any] | None = [None] * dist.get_world_size() if ranks.is_main() else None
-        dist.gather_object(self._part, parts)
-        ranks.main_first(lambda: self._describe(parts or []))
-
-    def _describe(self, parts: list[_Part]) -> None:
-        failed = [(rank, part) for rank, part in enumerate(parts) if part.failure]
-        if failed:
-            words = ", ".join(f"{part.failure} (rank {rank})" for rank, part in failed)
-            numbers = [part.errno for _, part in failed if part.errno is not None]
-            raise OSError(numbers[0], words) if numbers else RuntimeError(words)
-        self._strategy.writer.finish(self._strategy.metadata, [part.results for part in parts])
-        config = CheckpointingConfig(self._strategy.backend, self._strategy.version)
-        save_config(config, str(self._folder))
-
-
-def _errno(error: BaseException | None) -> int | None:
-    """Find the number of the system's error that led to this one: torch's writer covers it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Free what failed: torch 2.11 crashes where garbage collection frees a zip file cut short."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
@@ -186,59 +97,71 @@ def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
 default_planner._validate_global_plan = _is_whole
 
 
-def write(folder: Path, content: Content) -> None:
-    """Write model, optimizer and random states into an empty folder; every process calls this."""
-    start_writing(folder, content, copy=False).finish()
-
-
-def start_writing(folder: Path, content: Content, *, copy: bool) -> Writing:
+def start_writing(folder: Path, content: Content, plan: KeptPlan, *, copy: bool) -> Writing:
     """Begin to write into an empty folder; every process calls this.
 
     Args:
         folder: where to.
         content: model and optimizer.
+        plan: of the last save of this run, which is used again, or made anew.
         copy: write from a copy in host memory, so that training may go on meanwhile.
     """
-    tensors = _stored(content)
-    ranks.together(lambda: _to_host(tensors, copy=copy))
+    steps = torch.tensor([step_count(content.optimizer)])
+    tensors = [
+        *plan.tensors(content.chunks, content.optimizer, content.groups),
+        ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
+        *_sharded_random_state().values(),
+    ]
+    fits = plan.fits(tensors)
+    values = ranks.together(lambda: on_host(tensors, copy=copy))
+    if not fits:
+        _make_plan(folder, tensors, values, plan)
+    return Writing(folder, *plan.writer(folder, values))
+
+
+def _make_plan(
+    folder: Path,
+    tensors: list[ShardedTensor],
+    values: list[Tensor | None],
+    plan: KeptPlan,
+) -> None:
+    """Let Megatron plan; what it would write is left aside."""
     # Megatron core 0.19.2 would start a process for this queue (filesystem_async.py 65), which
     # takes as long as the start of the run; nothing goes through it.
     filesystem_async._results_queue = queue.Queue()
     strategy = _Strategy()
-    dist_checkpointing.save(
-        _numbered(tensors), str(folder), strategy, async_sharded_save=True, async_strategy="mcore"
-    )
-    return Writing(folder, strategy)
-
-
-def _stored(content: Content) -> list[ShardedTensor]:
-    found = places(content.chunks, content.groups)
-    state = state_parts(content.optimizer, found)
-    steps = torch.tensor([step_count(content.optimizer)])
-    return [
-        *(place.weight for place in found),
-        *(part.tensor for part in state),
-        ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
-        *_sharded_random_state().values(),
+    hosted = [
+        tensor if value is None else replace(tensor, data=value)
+        for tensor, value in zip(tensors, values, strict=True)
     ]
+    dist_checkpointing.save(
+        _numbered(hosted), str(folder), strategy, async_sharded_save=True, async_strategy="mcore"
+    )
+    plan.keep(tensors, strategy.writer, strategy.metadata)
 
 
-def _to_host(tensors: Iterable[ShardedTensor], *, copy: bool) -> None:
+def on_host(tensors: Iterable[ShardedTensor], *, copy: bool) -> list[Tensor | None]:
     """Bring what this process will write to host memory; from a GPU all are under way at once.
+
+    Returns:
+        The values of each tensor; None where another process writes it.
 
     Raises:
         UserError: if there is not enough of it.
     """
-    ours = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
-    needed = sum(tensor.data.nbytes for tensor in ours)
+    ours = [tensor.data if is_main_replica(tensor.replica_id) else None for tensor in tensors]
     try:
-        for tensor in ours:
-            tensor.data = tensor.data.detach().to("cpu", non_blocking=True, copy=copy)
+        values = [
+            None if data is None else data.detach().to("cpu", non_blocking=True, copy=copy)
+            for data in ours
+        ]
         torch.cuda.synchronize()
     except (MemoryError, RuntimeError) as error:  # torch has no error of its own for host memory
+        needed = sum(data.nbytes for data in ours if data is not None)
         raise UserError(
             f"no copy of what this process saves, {needed / 1e6:.0f} MB, in host memory: {error}"
         ) from error
+    return values
 
 
 def _numbered(tensors: Iterable[ShardedTensor]) -> dict[str, ShardedTensor]:

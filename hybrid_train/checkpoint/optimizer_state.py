@@ -116,6 +116,19 @@ def state_parts(optimizer: MegatronOptimizer, places: Sequence[Place]) -> list[S
     return state_of(optimizer, places).parts
 
 
+def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
+    """List the memory that `state_parts` shares with the optimizer; None if it has its own."""
+    found: list[Tensor] = []
+    for part in _working(optimizer):
+        if _is_lowered(part):
+            return None
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state.get(parameter, {})
+                found += [parameter, *(state[kind] for kind in _MOMENTS if kind in state)]
+    return found
+
+
 def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
     """Cut what a piece and a place have in common into boxes of the whole tensor."""
     weight = place.weight

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.checkpoint import layout, megatron
+from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
 from hybrid_train.checkpoint.retention import keep_newest
+from hybrid_train.checkpoint.writing import InThread, Part, Writing
 from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 
@@ -23,41 +25,74 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saving:
-    """A checkpoint that is being written; every process has one."""
+    """A checkpoint that is being written; every process has one.
+
+    When all processes have written their parts, a thread of the first one describes the whole,
+    gives it its name and deletes what is older.
+    """
 
     final: Path
     position: Mapping[str, Any]
     plan: Plan
     keep: int
-    writing: megatron.Writing
+    writing: Writing
+    naming: InThread | None = None
 
-    def is_written(self) -> bool:
-        """Tell whether all processes have written their parts; every process calls this."""
-        done = torch.tensor(int(self.writing.is_done), device=torch.cuda.current_device())
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return bool(done.item())
+    def is_done(self) -> bool:
+        """Go on with what can be done, and tell whether all is; every process calls this.
+
+        Raises:
+            UserError: if a process could not write its part; see `finish`.
+        """
+        here = self.writing.is_done if self.naming is None else self.naming.is_done
+        everywhere = torch.tensor(int(here), device=torch.cuda.current_device())
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+        if not everywhere.item():
+            return False
+        if self.naming is not None:
+            return True
+        self.naming = self._start_naming()
+        return False
 
     def wait(self) -> None:
-        """Wait until this process has written its part, and leave it at that."""
+        """Wait until this process has done its part, and leave it at that."""
         self.writing.wait()
+        if self.naming is not None:
+            self.naming.wait()
 
     def finish(self) -> Path:
-        """Wait until it is written, and give it its name; every process calls this.
+        """Wait until it has its name; every process calls this.
 
         Raises:
             UserError: if the disk is full, or refuses; the older checkpoints are untouched.
         """
-        partial = _partial(self.final)
+        naming = self.naming = self.naming or self._start_naming()
         with _removed_on_failure(self.final):
-            self.writing.finish()
-            ranks.main_first(lambda: _publish(partial, self))
+            ranks.main_first(naming.result)
         return self.final
+
+    def _start_naming(self) -> InThread:
+        with _removed_on_failure(self.final):
+            parts = self.writing.collect()
+        return InThread(lambda: self._name(parts))
+
+    def _name(self, parts: list[Part]) -> None:
+        if ranks.is_main():
+            partial = _partial(self.final)
+            self.writing.describe(parts)
+            _publish(partial, self)
 
 
 def start(
-    run_dir: Path, content: Content, position: Mapping[str, Any], *, keep: int, copy: bool
+    run_dir: Path,
+    content: Content,
+    position: Mapping[str, Any],
+    *,
+    keep: int,
+    copy: bool,
+    plan: KeptPlan | None = None,
 ) -> Saving:
     """Begin to write a checkpoint of all processes; it gets its name when it is whole.
 
@@ -67,16 +102,16 @@ def start(
         position: step, tokens and tokens of each source; "step" names the folder.
         keep: newest checkpoints that stay.
         copy: write from a copy in host memory, so that training may go on until `finish`.
+        plan: of the save before, which spares much of the time that training stands still.
 
     Raises:
         UserError: if the disk is full, or refuses; the older checkpoints are untouched.
     """
-    plan = plan_of(content)
     final = layout.path_of(run_dir, position["step"])
     with _removed_on_failure(final):
         ranks.main_first(lambda: _empty(_partial(final)))
-        writing = megatron.start_writing(_partial(final), content, copy=copy)
-    return Saving(final, position, plan, keep, writing)
+        writing = megatron.start_writing(_partial(final), content, plan or KeptPlan(), copy=copy)
+    return Saving(final, position, plan_of(content), keep, writing)
 
 
 def save(run_dir: Path, content: Content, position: Mapping[str, Any], *, keep: int) -> Path:

@@ -8,6 +8,7 @@ the steps that are taken until it is written. Printed are medians of the rounds,
 """
 
 import argparse
+import gc
 import shutil
 import statistics
 import tempfile
@@ -40,50 +41,58 @@ def main() -> None:
 def measure(model: str, rounds: int, folder: Path) -> None:
     """Take the rounds; files go to `folder`."""
     from hybrid_train.checkpoint import megatron, store
+    from hybrid_train.checkpoint.kept_plan import KeptPlan
     from hybrid_train.training.hooks.checkpointing import content_of
 
     engine, step = engine_of(model)
-    content = content_of(engine)
+    content, plan = content_of(engine), KeptPlan()
     for _ in range(2):
         step()
+    gc.collect()  # as a run does (training/hooks/garbage.py)
+    gc.freeze()
+    gc.disable()
     seconds: dict[str, list[float]] = defaultdict(list)
     size = 0
     for number in range(rounds + 1):  # the first finds memory and files untouched, and is left out
         taken = {"step": min(timed(step) for _ in range(3))}
-        tensors = megatron._stored(content)
-        taken["copy"] = timed(lambda tensors=tensors: megatron._to_host(tensors, copy=True))
+        tensors = plan.tensors(content.chunks, content.optimizer, content.groups)
+        taken["copy"] = timed(partial(megatron.on_host, tensors, copy=True))
         size = sum(tensor.data.nbytes for tensor in tensors)
-        del tensors
-        save = partial(store.save, folder, content, {"step": 2 * number}, keep=1)
-        taken["sync"] = timed(save)
-        taken |= asynchronous(folder, content, {"step": 2 * number + 1}, step)
+        taken["sync"] = timed(partial(store.save, folder, content, position(2 * number), keep=1))
+        taken |= asynchronous(folder, content, position(2 * number + 1), plan, step)
         if number:
             for name, value in taken.items():
                 seconds[name].append(value)
     report({name: statistics.median(values) for name, values in seconds.items()}, size, folder)
 
 
+def position(step: int) -> dict[str, int]:
+    """Return the position of a run, as far as a checkpoint has to have one."""
+    return {"step": step}
+
+
 def asynchronous(
-    folder: Path, content: Any, position: dict[str, int], step: Callable[[], None]
+    folder: Path, content: Any, where: dict[str, int], plan: Any, step: Callable[[], None]
 ) -> dict[str, float]:
     """Save while steps are taken; return how long each part took."""
     from hybrid_train.checkpoint import store
 
     begin = time.perf_counter()
-    saving = store.start(folder, content, position, keep=1, copy=True)
+    saving = store.start(folder, content, where, keep=1, copy=True, plan=plan)
     started = time.perf_counter()
-    steps = []
-    while True:
+    steps, ends = [], 0.0
+    done = False
+    while not done:
         steps.append(timed(step))
-        if saving.is_written():
-            break
-    written = time.perf_counter()
-    saving.finish()
-    end = time.perf_counter()
+        asked = time.perf_counter()
+        done = saving.is_done()
+        if done:
+            saving.finish()
+        ends += time.perf_counter() - asked
     return {
         "async start": started - begin,
-        "async finish": end - written,
-        "async": started - begin + end - written,
+        "async finish": ends,
+        "async": started - begin + ends,
         "step beside": statistics.mean(steps),
         "steps beside": len(steps),
     }
@@ -127,18 +136,18 @@ def report(median: dict[str, float], size: int, folder: Path) -> None:
     """Print seconds and ratios."""
     step = median["step"]
     print(f"{size / 1e6:.0f} MB of state; {shutil.disk_usage(folder).free / 1e9:.0f} GB free")
-    print(f"{'':34}{'s':>8}{'steps':>8}{'copies':>8}  share at an interval of {INTERVAL} steps")
+    print(f"{'':38}{'s':>8}{'steps':>8}{'copies':>8}  share at an interval of {INTERVAL} steps")
     for title, name in (
         ("a step", "step"),
         ("bare copy to host memory", "copy"),
         ("blocked by a synchronous save", "sync"),
         ("blocked by an asynchronous save", "async"),
         ("  of that, to begin", "async start"),
-        ("  of that, to give it its name", "async finish"),
+        ("  of that, at the ends of later steps", "async finish"),
     ):
         value = median[name]
         share = "" if name == "step" else f"{value / (INTERVAL * step):8.2%}"
-        print(f"{title:34}{value:8.3f}{value / step:8.2f}{value / median['copy']:8.2f}  {share}")
+        print(f"{title:38}{value:8.3f}{value / step:8.2f}{value / median['copy']:8.2f}  {share}")
     print(
         f"a step beside the writer takes {median['step beside'] / step:.2f} times as long; "
         f"{median['steps beside']:.0f} steps are taken until it is written"

@@ -20,6 +20,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.runtime import cpu, ranks
 from tests.distributed.launch import run_distributed
+from tests.distributed.reshard import stored_tensors
 from tests.full_disk import full_disk
 from tests.tiny import MEGATRON_WARNINGS, alone, microbatches, some_rows, tiny_engine, tiny_job
 
@@ -119,18 +120,59 @@ FAULTS = {
 }
 
 
-def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path) -> None:
-    """Whatever fails on whichever process, all end with a reason, and none waits for another."""
+def _keep_the_plan(parallel: Parallel, groups: Any, run_dir: Path) -> None:
+    """All use the plan of the save before, or all make it anew if one of them has to."""
+    from megatron.core import dist_checkpointing
+
     from hybrid_train.checkpoint import store
+    from hybrid_train.checkpoint.kept_plan import KeptPlan
+
+    engine, plans = engine_of(parallel, groups, seed=1), []
+    content, plan, megatron_plans = content_of(engine, groups), KeptPlan(), dist_checkpointing.save
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        plans.append(args)
+        return megatron_plans(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist_checkpointing, "save", counted)
+        for step, made in ((3, 1), (4, 1), (5, 2), (6, 2)):
+            if step == 5 and ranks.rank() == 1:
+                plan = KeptPlan()
+            engine.step(batches_of(groups), tokens_seen=0)
+            store.start(run_dir, content, {"step": step}, keep=1, copy=True, plan=plan).finish()
+            assert len(plans) == made, step
+    store.save(run_dir / "fresh", content, {"step": 6}, keep=1)
+    found, expected = stored_tensors(run_dir), stored_tensors(run_dir / "fresh")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    ranks.barrier()
+
+
+def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path, *, ask: bool) -> None:
+    """Whatever fails on whichever process, all end with a reason, and none waits for another.
+
+    With `ask` they look after each step whether it is done, as a run does.
+    """
+    from hybrid_train.checkpoint import store
+    from hybrid_train.checkpoint.kept_plan import KeptPlan
 
     content = content_of(engine_of(parallel, groups, seed=3), groups)
+    plan = KeptPlan()
+
+    def save(ask: bool) -> None:
+        saving = store.start(run_dir, content, {"step": 3}, keep=1, copy=True, plan=plan)
+        while ask and not saving.is_done():
+            pass
+        saving.finish()
+
     for name, fault in FAULTS.items():
         with pytest.MonkeyPatch.context() as patch:
             if ranks.rank() == fault.rank:
                 fault.arrange(patch)
             words = fault.main_says if ranks.is_main() else fault.other_says
             with pytest.raises(UserError, match=words) as error:
-                store.start(run_dir, content, {"step": 3}, keep=1, copy=True).finish()
+                save(ask)
         assert error.value.everywhere, name
         ranks.barrier()
         left = [path.name for path in (run_dir / "checkpoints").iterdir()]
@@ -168,9 +210,15 @@ def _on_two_processes(folder: Path) -> None:
         groups = build_groups(parallel, timeout_s=60)
         start_tracker()
         third[name] = _save_and_go_on(parallel, groups, folder / name)
-        _fail_to_save(parallel, groups, folder / name)
+        _fail_to_save(parallel, groups, folder / name, ask=False)
+        _fail_to_save(parallel, groups, folder / name, ask=True)
         _fail_to_load(parallel, groups, folder / name)
+        _keep_the_plan(parallel, groups, folder / "plan" / name)
         destroy_groups()
+    groups = build_groups(Parallel(fsdp=True), timeout_s=60)
+    start_tracker()
+    _keep_the_plan(Parallel(fsdp=True), groups, folder / "plan" / "fsdp")
+    destroy_groups()
     if dist.get_rank() == 0:
         torch.save(third, folder / "third.pt")
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from hybrid_train.checkpoint import store
+from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.runtime import ranks
@@ -37,8 +38,8 @@ class _InFlight:
 class SaveCheckpoints(Hook):
     """Writes a checkpoint; the newest `keep` stay.
 
-    With `async_save` training goes on while it is written, from a copy in host memory. It gets its
-    name at the first step that finds it written by all processes, and before the next save.
+    With `async_save` training goes on while it is written, from a copy in host memory. A thread
+    gives it its name when a step finds it written by all processes; the next save waits for that.
     """
 
     def __init__(self, settings: Checkpoint, run_dir: Path, saved_step: int) -> None:
@@ -46,13 +47,24 @@ class SaveCheckpoints(Hook):
         self._run_dir = run_dir
         self._saved_step = saved_step  # of the newest checkpoint of this run
         self._in_flight: _InFlight | None = None
+        self._plan = KeptPlan()
 
     def step_end(self, run: Run, report: StepReport) -> None:
-        if self._in_flight is not None and self._in_flight.saving.is_written():
+        if self._in_flight is not None and self._is_done(self._in_flight):
             self._finish()
         interval = self._settings.interval
         if interval and run.state.step % interval == 0:
             self._save(run, copy=self._settings.async_save)
+
+    def _is_done(self, in_flight: _InFlight) -> bool:
+        start = time.perf_counter()
+        try:
+            done = in_flight.saving.is_done()
+        except Exception:
+            self._in_flight = None  # it failed on all processes: there is nothing to complete
+            raise
+        in_flight.waited_s += time.perf_counter() - start
+        return done
 
     def fit_end(self, run: Run) -> None:
         self.save_now(run)
@@ -89,6 +101,7 @@ class SaveCheckpoints(Hook):
             dataclasses.asdict(run.state),
             keep=self._settings.keep,
             copy=copy,
+            plan=self._plan,
         )
         self._in_flight = _InFlight(saving, start, time.perf_counter() - start)
         if not copy:

@@ -245,11 +245,11 @@ def test_steps_taken_during_an_asynchronous_save_do_not_reach_the_file(
     saving = store.start(tmp_path, content_of(saved, groups), POSITION, keep=1, copy=True)
     saved.step(microbatches(some_rows(), 2), tokens_seen=0)
     assert not torch.equal(weights_of(saved)["decoder.final_norm.weight"], torch.ones(32))
-    assert not saving.is_written()
+    assert not saving.is_done()
     assert layout.latest(tmp_path) is None
     slow_disk.set()
     folder = saving.finish()
-    assert saving.is_written()
+    assert saving.is_done()
 
     loaded = engine_of(groups, seed=2)
     store.load(layout.locate(folder), content_of(loaded, groups))
