@@ -9,23 +9,28 @@ import io
 import math
 import pickletools
 import struct
+import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 _SMALL_PICKLE = 4096  # bytes; that of a plain tensor has some 160
 _LARGEST_MODEL = 64 * 2**20  # bytes of an item for which one of zeros is made, to compare with
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry, up to the lengths of name and extra
+_saving = threading.Lock()  # torch.save takes its checksum option from a global of torch
 _STORAGES = {
     torch.float32: "FloatStorage",
     torch.float16: "HalfStorage",
     torch.bfloat16: "BFloat16Storage",
     torch.float64: "DoubleStorage",
 }
+
+
+# Reads so many bytes from a position of a file on: os.pread, its file given.
+type ReadAt = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -45,34 +50,27 @@ class Part:
 
 def saved(content: object, *, checksums: bool = True) -> bytes:
     """Return what torch.save writes; without checksums it does not depend on a tensor's values."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(checksums)
-    try:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        return buffer.getvalue()
-    finally:
-        torch.serialization.set_crc32_options(before)
+    buffer = io.BytesIO()
+    with _saving:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(checksums)
+        try:
+            torch.save(content, buffer)
+        finally:
+            torch.serialization.set_crc32_options(before)
+    return buffer.getvalue()
 
 
 @functools.lru_cache(maxsize=256)
-def _around(dtype: torch.dtype, sizes: tuple[int, ...], checksums: bool) -> tuple[bytes, bytes]:
-    """Return what stands before and behind the values of a tensor."""
+def around(dtype: torch.dtype, sizes: tuple[int, ...], *, checksums: bool) -> tuple[bytes, bytes]:
+    """Return what torch.save writes before and behind the values of a tensor."""
     content = saved(torch.zeros(sizes, dtype=dtype), checksums=checksums)
     part = Part(0, len(content), dtype, sizes)
-    start = _parsed_start(io.BytesIO(content), part)
+    start = _parsed_start(lambda number, at: content[at : at + number], part)
     return content[:start], content[start + part.num_bytes :]
 
 
-def written(rows: Tensor) -> Iterator[Any]:
-    """Yield the bytes of an item with these values, as torch.save writes it without checksums."""
-    before, behind = _around(rows.dtype, tuple(rows.shape), checksums=False)
-    yield before
-    yield memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
-    yield behind
-
-
-def start_of_values(file: IO[bytes], part: Part) -> int:
+def start_of_values(read: ReadAt, part: Part) -> int:
     """Find the byte of the file at which the values of an item begin.
 
     Raises:
@@ -81,40 +79,21 @@ def start_of_values(file: IO[bytes], part: Part) -> int:
     if part.dtype not in _STORAGES:
         raise ValueError(f"weights are not of the format {part.dtype}")
     if part.num_bytes <= min(part.length, _LARGEST_MODEL):
-        for checksums in (True, False):
-            before, _ = _around(part.dtype, part.sizes, checksums)
-            file.seek(part.offset)
+        for checksums in (False, True):
+            before, _ = around(part.dtype, part.sizes, checksums=checksums)
             whole = len(before) + part.num_bytes <= part.length
-            if whole and file.read(len(before)) == before:
+            if whole and read(len(before), part.offset) == before:
                 return part.offset + len(before)
     try:
-        return _parsed_start(file, part)
+        return _parsed_start(read, part)
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
         raise ValueError(str(error)) from error
 
 
-def write_all(file: IO[bytes], content: Any) -> None:
-    """Write all bytes to an unbuffered file."""
-    view = memoryview(content)
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def fill(file: IO[bytes], tensor: Tensor) -> bool:
-    """Read the bytes of a contiguous tensor; False if the file ends before."""
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    while len(view):
-        got = file.readinto(view)  # type: ignore[attr-defined]
-        if not got:
-            return False
-        view = view[got:]
-    return True
-
-
-def _parsed_start(file: IO[bytes], part: Part) -> int:
+def _parsed_start(read: ReadAt, part: Part) -> int:
     """Find the values by the directory of the archive."""
     dtype, sizes = part.dtype, part.sizes
-    view = _View(file, part.offset, part.length)
+    view = _View(read, part.offset, part.length)
     with zipfile.ZipFile(view) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
     values, pickled = entries.get("data/0"), entries.get("data.pkl")
@@ -156,8 +135,8 @@ def _require_plain_tensor(pickled: bytes, dtype: torch.dtype, sizes: Sequence[in
 class _View(io.RawIOBase):
     """A part of a file as a file."""
 
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
+    def __init__(self, read: ReadAt, start: int, length: int) -> None:
+        self._read, self._start, self._length, self._at = read, start, length, 0
 
     def readable(self) -> bool:
         return True
@@ -177,8 +156,7 @@ class _View(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         number = max(0, min(len(buffer), self._length - self._at))
-        self._file.seek(self._start + self._at)
-        data = self._file.read(number)
+        data = self._read(number, self._start + self._at)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

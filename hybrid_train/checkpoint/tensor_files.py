@@ -4,11 +4,12 @@ A checkpoint is torch's distributed format as Megatron writes it: an index
 (`checkpoint/safe_metadata.py`) and files of items (`checkpoint/items.py`).
 """
 
+import functools
 import json
 import math
+import os
 import pickle
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from hybrid_train.checkpoint import items, safe_metadata
+from hybrid_train.checkpoint.positions import OpenFiles, Place, write_at
 from hybrid_train.config.problems import UserError
 
 FILE_BYTES = 4 * 2**30  # a new file begins behind so many
@@ -45,7 +47,7 @@ class StoredTensors:
             for name, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._files: dict[str, IO[bytes]] = {}
+        self._files = OpenFiles()
         self._sorted: dict[str, tuple[list[int], list[ChunkStorageMetadata], int]] = {}
         self._starts: dict[MetadataIndex, int] = {}  # of the bytes of items that were read before
 
@@ -100,9 +102,7 @@ class StoredTensors:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     def __enter__(self) -> "StoredTensors":
         return self
@@ -117,20 +117,17 @@ class StoredTensors:
         """Fill rows of the result with those of a chunk, from its row on."""
         index = MetadataIndex(name, chunk.offsets)
         info, dtype = self._info(index), place.dtype
-        if info.relative_path not in self._files:
-            path = self.folder / info.relative_path
-            self._files[info.relative_path] = path.open("rb", buffering=0)
-        file = self._files[info.relative_path]
+        path = self.folder / info.relative_path
         if index not in self._starts:
             part = items.Part(info.offset, info.length, dtype, tuple(chunk.sizes))
+            read = functools.partial(os.pread, self._files[path])
             try:
-                self._starts[index] = items.start_of_values(file, part)
+                self._starts[index] = items.start_of_values(read, part)
             except ValueError as error:
                 raise UserError(f"{self.where(name)} is damaged: {error}") from error
         row_bytes = math.prod(chunk.sizes[1:]) * dtype.itemsize
-        file.seek(self._starts[index] + row * row_bytes)
         target = place if place.is_contiguous() else torch.empty(place.shape, dtype=dtype)
-        if not items.fill(file, target):
+        if not self._files.fill(path, self._starts[index] + row * row_bytes, target):
             raise UserError(f"{self.where(name)} is cut short")
         if target is not place:
             place.copy_(target)
@@ -146,12 +143,16 @@ class _Growing:
 
 
 class CheckpointWriter:
-    """Writes a checkpoint part by part, as Megatron would have written it."""
+    """Writes a checkpoint part by part, as Megatron would have written it.
+
+    The places of the parts are given out in order; then they may be written in any order.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tensors: dict[str, _Growing] = {}
         self._places: dict[MetadataIndex, Any] = {}
+        self._opened: list[IO[bytes]] = []
         self._number = -1
         self._open_next()
 
@@ -159,29 +160,44 @@ class CheckpointWriter:
         self._number += 1
         self._name = f"__0_{self._number}.distcp"
         self._file = (self._folder / self._name).open("wb", buffering=0)
-        self._at = 0
+        self._opened.append(self._file)
+        self._end = 0
 
-    def add(self, name: str, shape: tuple[int, ...], start: int, rows: Tensor) -> None:
-        """Write rows of a tensor, which begin at row `start` of its whole shape."""
-        growing = self._tensors.setdefault(name, _Growing(rows.dtype, shape, []))
+    def place(
+        self, name: str, shape: tuple[int, ...], start: int, sizes: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Place:  # fmt: skip
+        """Give the place of rows of a tensor.
+
+        Args:
+            name: of the tensor.
+            shape: of the whole tensor.
+            start: the first row.
+            sizes: shape of the rows.
+            dtype: number format of all rows.
+        """
+        growing = self._tensors.setdefault(name, _Growing(dtype, shape, []))
         offsets = torch.Size((start, *(0 for _ in shape[1:])))
-        growing.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=rows.shape))
-        self._save(MetadataIndex(name, offsets), items.written(rows))
+        growing.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(sizes)))
+        before, behind = items.around(dtype, sizes, checksums=False)
+        values = math.prod(sizes) * dtype.itemsize
+        position = self._take(MetadataIndex(name, offsets), len(before) + values + len(behind))
+        return Place(self._file.fileno(), position, before, behind)
 
-    def _save(self, index: MetadataIndex, parts: Iterable[Any]) -> None:
-        if self._at > FILE_BYTES:
-            self._file.close()
+    def _take(self, index: MetadataIndex, length: int) -> int:
+        """Give the next bytes of the file to an item, and return where they begin."""
+        if self._end > FILE_BYTES:
             self._open_next()
-        start = self._at
-        for part in parts:
-            items.write_all(self._file, part)
-            self._at += len(part)
-        length = self._at - start
+        start = self._end
+        self._end += length
         self._places[index] = filesystem._StorageInfo(self._name, start, length)
+        return start
 
     def finish(self) -> None:
-        """Write the index; the checkpoint is whole then."""
-        self._save(MetadataIndex(safe_metadata.COMMON), [items.saved([{}])])
+        """Write the index; the checkpoint is whole then, if all parts were written."""
+        common = items.saved([{}])
+        position = self._take(MetadataIndex(safe_metadata.COMMON), len(common))
+        write_at(self._file.fileno(), position, [common])
         entries: dict[str, Any] = {safe_metadata.COMMON: BytesStorageMetadata()}
         for name, one in self._tensors.items():
             properties = TensorProperties(one.dtype)
@@ -197,8 +213,9 @@ class CheckpointWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the file that is being written."""
-        self._file.close()
+        """Close the files."""
+        for file in self._opened:
+            file.close()
 
 
 _FORMAT, _BACKEND = "metadata.json", "torch_dist"  # Megatron's words

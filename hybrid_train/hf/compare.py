@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.hf.read import Folder
-from hybrid_train.hf.tensors import Theirs, theirs_from_ours
+from hybrid_train.hf.tensors import Theirs, require_finite, theirs_from_ours
 from hybrid_train.hf.write import Checkpoint, Weights
 
 
@@ -74,7 +74,10 @@ def _compare(one: Theirs, weights: Weights, folder: Folder, found: Differences) 
         found.formats.append(f"{one.name}: {_word(here)} here, {_word(there)} there")
     narrow = min((here, there), key=lambda dtype: dtype.itemsize)
     row, largest, first = 0, 0.0, None
-    for ours in theirs_from_ours(one, weights):
+    for part in theirs_from_ours(one, weights):
+        ours = weights.read(part.name, part.start, part.stop)
+        require_finite(weights, part.name, ours, part.start)
+        ours = ours.view(part.shape)
         block = folder.read(one.name, row, row + len(ours))
         if not _equal(ours, block, narrow):
             change = (ours.double() - block.double()).abs()

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.positions import OpenFiles
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter
 from hybrid_train.config import compose
 from hybrid_train.config.problems import UserError
@@ -24,9 +25,10 @@ from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.files import copy_tokenizer, new_folder
+from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
-from hybrid_train.hf.tensors import Cast, ahead, ours_from_theirs, require_shapes
+from hybrid_train.hf.tensors import Cast, ours_from_theirs, require_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE = "hf"  # folder of a run that holds the config files it was imported with
@@ -41,7 +43,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._entries = dict(_released(_entries(path)))
-        self._files: dict[Path, IO[bytes]] = {}
+        self._files = OpenFiles()
 
     @property
     def names(self) -> set[str]:
@@ -62,16 +64,11 @@ class Folder:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows [start, stop) of a tensor."""
-        entry = self._entries[name]
-        if entry.file not in self._files:
-            self._files[entry.file] = entry.file.open("rb", buffering=0)
-        return entry.read(self._files[entry.file], start, stop)
+        return self._entries[name].read(self._files, start, stop)
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     def __enter__(self) -> "Folder":
         return self
@@ -250,18 +247,24 @@ def _require_tied(folder: Folder) -> None:
 def _write_tensors(weights: Path, tensors: list[Stored], folder: Folder, cast: Cast) -> None:
     writer = CheckpointWriter(weights)
     try:
-        for stored, start, rows in ahead(_rows_of_all(tensors, folder)):
-            dtype = cast.of(rows.dtype, keeps_float32=stored.keeps_float32)
-            writer.add(stored.key, stored.shape, start, cast.apply(stored.key, rows, dtype))
+        carry_out(_moves(tensors, folder, cast, writer), folder, cast)
         writer.finish()
     finally:
         writer.close()
 
 
-def _rows_of_all(tensors: list[Stored], folder: Folder) -> Iterator[tuple[Stored, int, Tensor]]:
+def _moves(
+    tensors: list[Stored], folder: Folder, cast: Cast, writer: CheckpointWriter
+) -> Iterator[Move]:
     for stored in tensors:
-        for start, rows in ours_from_theirs(stored, folder):
-            yield stored, start, rows
+        key, shape, at = stored.key, stored.shape, 0
+        for start, block in ours_from_theirs(stored, folder):
+            dtype = cast.of(block.dtype, keeps_float32=stored.keeps_float32)
+            yield Move(block, dtype, writer.place(key, shape, start, block.shape, dtype))
+            at = start + block.shape[0]
+        if at < shape[0]:
+            padding = torch.zeros((shape[0] - at, *shape[1:]), dtype=dtype)
+            writer.place(key, shape, at, tuple(padding.shape), dtype).write(padding)
 
 
 def _train_job(model: Model, run_dir: Path, length: int, dtype: torch.dtype) -> TrainJob:

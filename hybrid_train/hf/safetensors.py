@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid_train.checkpoint.items import fill, write_all
+from hybrid_train.checkpoint.positions import OpenFiles, Place, write_at
 from hybrid_train.config.problems import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,12 +38,11 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
 
-    def read(self, file: IO[bytes], start: int, stop: int) -> Tensor:
-        """Read rows [start, stop) from the open file."""
+    def read(self, files: OpenFiles, start: int, stop: int) -> Tensor:
+        """Read rows [start, stop)."""
         rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        file.seek(self.start + start * row_bytes)
-        if not fill(file, rows):
+        if not files.fill(self.file, self.start + start * row_bytes, rows):
             raise UserError(f"{self} is cut short")
         return rows
 
@@ -127,7 +126,11 @@ def _require_no_gap(path: Path, entries: Mapping[str, Entry], begin: int, size: 
 
 
 class Writer:
-    """Writes one file in the order of its header, part by part."""
+    """Writes one file part by part.
+
+    The places of the parts are given out in the order of the header; then they may be written in
+    any order.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -139,17 +142,18 @@ class Writer:
             at = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self._left = at
         self._file = path.open("wb", buffering=0)
-        self._file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        start = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+        write_at(self._file.fileno(), 0, [start])
+        self._next, self._end = len(start), len(start) + at
 
-    def add(self, rows: Tensor) -> None:
-        """Write the next values."""
-        view = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
-        self._left -= len(view)
-        write_all(self._file, view)
+    def place(self, num_bytes: int) -> Place:
+        """Give the place of the next values."""
+        place = Place(self._file.fileno(), self._next)
+        self._next += num_bytes
+        return place
 
     def close(self, *, whole: bool = True) -> None:
         """Close the file; it is whole unless the writing failed."""
         self._file.close()
-        assert not whole or self._left == 0, f"{self._left} bytes are missing"
+        assert not whole or self._next == self._end, f"{self._end - self._next} bytes are missing"

@@ -5,10 +5,10 @@ A tensor is never in memory as a whole if it is large: it travels in blocks of r
 
 import enum
 import math
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.hf.names import Stored
 
 BLOCK_BYTES = 4 * 2**20  # of a large tensor; it is read, checked and written within the cache
-_SCANNED_TOGETHER = 2**18  # elements: they stay in a core's cache
 
 
 class Rows(Protocol):
@@ -32,14 +31,30 @@ class Rows(Protocol):
     def read(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of a tensor of one side, and the shape that they have on the other."""
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows as they are."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass
 class Cast:
-    """The number format that is asked for, and what came of it."""
+    """The number format that is asked for, and what came of it; several threads may cast."""
 
     dtype: torch.dtype | None  # None: as it is
-    changed: int = 0  # tensors that lost bits
+    changed: set[str] = field(default_factory=set)  # tensors that lost bits
     largest: float = 0.0  # relative change of an element
-    _last: str = field(default="", repr=False)
+    _noting: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def of(self, source: torch.dtype, *, keeps_float32: bool) -> torch.dtype:
         """Return the format that a tensor gets."""
@@ -55,10 +70,10 @@ class Cast:
         back = changed.to(torch.float32)
         exact = rows.to(torch.float32)
         if not torch.equal(back, exact):
-            self.changed += name != self._last
-            self._last = name
             change = ((back - exact).abs() / exact.abs().clamp(min=1e-30)).max().item()
-            self.largest = max(self.largest, change)
+            with self._noting:
+                self.changed.add(name)
+                self.largest = max(self.largest, change)
         return changed
 
     def in_words(self, tensors: int) -> str | None:
@@ -67,7 +82,8 @@ class Cast:
             return None
         return (
             f"the cast to {str(self.dtype).removeprefix('torch.')} is lossy: it changed "
-            f"{self.changed} of {tensors} tensors, one element by a relative {self.largest:.1e}"
+            f"{len(self.changed)} of {tensors} tensors, "
+            f"one element by a relative {self.largest:.1e}"
         )
 
 
@@ -77,24 +93,12 @@ def require_finite(side: Rows, name: str, rows: Tensor, start: int) -> None:
     Raises:
         UserError: naming file, tensor and row.
     """
-    flat = rows.view(-1)
-    parts = (flat,) if len(flat) <= _SCANNED_TOGETHER else flat.split(_SCANNED_TOGETHER)
-    for part in parts:
-        low, high = part.aminmax()
-        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-            number = int((~flat.isfinite()).nonzero()[0, 0])
-            row = start + number // max(1, math.prod(rows.shape[1:]))
-            raise UserError(f"{side.where(name)} holds {flat[number].item()} in row {row}")
-
-
-def ahead[T](items: Iterator[T]) -> Iterator[T]:
-    """Let a thread make the next item while the last one is in use: read while one writes."""
-    end = object()
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        coming: Future[T | object] = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield cast("T", item)
+    low, high = rows.aminmax()
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        flat = rows.view(-1)
+        number = int((~flat.isfinite()).nonzero()[0, 0])
+        row = start + number // max(1, math.prod(rows.shape[1:]))
+        raise UserError(f"{side.where(name)} holds {flat[number].item()} in row {row}")
 
 
 def blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -104,27 +108,20 @@ def blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, stop)
 
 
-def ours_from_theirs(stored: Stored, theirs: Rows) -> Iterator[tuple[int, Tensor]]:
-    """Yield the rows of one of our tensors in order, each block with its first row.
+def ours_from_theirs(stored: Stored, theirs: Rows) -> Iterator[tuple[int, Block]]:
+    """Yield the blocks that one of our tensors is made of, in order, each with its first row.
 
-    What their side does not have (the padding of the vocabulary) is zero.
+    What their side does not have (the padding of the vocabulary) is not among them.
     """
-    rest, at = stored.shape[1:], 0
+    rest = stored.shape[1:]
     for part in stored.parts:
+        dtype = theirs.dtype(part.name)
         if part.rows != part.stop - part.start:  # an expert
-            rows = theirs.read(part.name, part.start, part.stop)
-            require_finite(theirs, part.name, rows, part.start)
-            yield part.at, rows.view(1, *rest)
-        else:
-            row_bytes = math.prod(rest) * theirs.dtype(part.name).itemsize
-            for first, last in blocks(part.start, part.stop, row_bytes):
-                rows = theirs.read(part.name, first, last)
-                require_finite(theirs, part.name, rows, first)
-                yield part.at + first - part.start, rows
-        at = part.at + part.rows
-    if at < stored.shape[0]:
-        dtype = theirs.dtype(stored.parts[-1].name)
-        yield at, torch.zeros((stored.shape[0] - at, *rest), dtype=dtype)
+            yield part.at, Block(part.name, part.start, part.stop, (1, *rest), dtype)
+            continue
+        for first, last in blocks(part.start, part.stop, math.prod(rest) * dtype.itemsize):
+            block = Block(part.name, first, last, (last - first, *rest), dtype)
+            yield part.at + first - part.start, block
 
 
 @dataclass(frozen=True)
@@ -158,15 +155,14 @@ def turned(table: Iterator[Stored]) -> dict[str, Theirs]:
     return found
 
 
-def theirs_from_ours(one: Theirs, ours: Rows) -> Iterator[Tensor]:
-    """Yield the rows of one of their tensors in order."""
+def theirs_from_ours(one: Theirs, ours: Rows) -> Iterator[Block]:
+    """Yield the blocks that one of their tensors is made of, in order."""
     for _, piece in sorted(one.pieces.items()):
-        shape = ours.shape(piece.key)
-        row_bytes = math.prod(shape[1:]) * ours.dtype(piece.key).itemsize
-        for first, last in blocks(piece.start, piece.stop, row_bytes):
-            rows = ours.read(piece.key, first, last)
-            require_finite(ours, piece.key, rows, first)
-            yield rows.view(-1, *one.shape[1:])
+        shape, dtype = ours.shape(piece.key), ours.dtype(piece.key)
+        row = math.prod(shape[1:])
+        for first, last in blocks(piece.start, piece.stop, row * dtype.itemsize):
+            rows = (last - first) * row // math.prod(one.shape[1:])
+            yield Block(piece.key, first, last, (rows, *one.shape[1:]), dtype)
 
 
 def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: set[str]) -> None:

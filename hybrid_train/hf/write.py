@@ -18,10 +18,11 @@ from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.tokenizers import Tokenizer
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.files import copy_tokenizer, new_folder, write_json
+from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.read import INDEX, SOURCE
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import Cast, Theirs, ahead, require_shapes, theirs_from_ours, turned
+from hybrid_train.hf.tensors import Cast, Theirs, require_shapes, theirs_from_ours, turned
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
@@ -219,17 +220,19 @@ def _write_shard(
     writer = Writer(path, {one.name: (formats[one.name], one.shape) for one in theirs})
     whole = False
     try:
-        for one, rows in ahead(_rows_of_all(theirs, weights)):
-            writer.add(cast.apply(one.name, rows, formats[one.name]))
+        carry_out(_moves(theirs, formats, weights, writer), weights, cast)
         whole = True
     finally:
         writer.close(whole=whole)
 
 
-def _rows_of_all(theirs: list[Theirs], weights: Weights) -> Iterator[tuple[Theirs, Tensor]]:
+def _moves(
+    theirs: list[Theirs], formats: dict[str, torch.dtype], weights: Weights, writer: Writer
+) -> Iterator[Move]:
     for one in theirs:
-        for rows in theirs_from_ours(one, weights):
-            yield one, rows
+        dtype = formats[one.name]
+        for block in theirs_from_ours(one, weights):
+            yield Move(block, dtype, writer.place(math.prod(block.shape) * dtype.itemsize))
 
 
 def _cut(sizes: dict[str, int], most: int) -> Iterator[list[str]]:

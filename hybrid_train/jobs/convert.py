@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import sys
 from pathlib import Path
 
 from hybrid_train.config.problems import UserError
@@ -13,8 +12,6 @@ from hybrid_train.hf.write import export_checkpoint
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import start_logging
 
-# Of Python's threads; the usual 5 ms are longer than it takes to read or to write a block.
-_SWITCH_S = 1e-4
 _log = logging.getLogger(__name__)
 
 
@@ -23,7 +20,6 @@ def run(job: ConvertJob) -> None:
     if ranks.world_size() > 1:
         raise UserError("convert runs in one process; start it without torchrun")
     start_logging()
-    sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # what was imported stays: among 100,000 small objects its sweeps take their time
     dtype = None if job.dtype is WeightFormat.keep else Format[job.dtype.name].value
     output = Path(job.output).absolute()

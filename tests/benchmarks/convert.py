@@ -2,21 +2,24 @@
 
 python tests/benchmarks/convert.py [--rounds 5] [--folder DIR]
 
-Each round copies the Hugging Face folder and imports it, then copies the checkpoint and exports it;
-every conversion runs in a process of its own, whose memory at the peak is compared with that when
-all modules are loaded. What was written before is flushed to the disk before each measurement.
+Each round copies the Hugging Face folder and imports it, then copies the checkpoint and exports it.
+Copies and conversions run in processes of their own, measured from when all modules are loaded:
+seconds, processor time (user and system, of all threads), and how far memory rises. What was
+written before is flushed to the disk before each measurement.
 """
 
 import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -31,32 +34,41 @@ def main() -> int:
     parser.add_argument("--timed", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.timed:
-        return convert(*arguments.timed)
+        return measure(*arguments.timed)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         run_rounds(Path(folder), arguments.rounds)
     return 0
 
 
 def run_rounds(folder: Path, rounds: int) -> None:
+    """Print each round, and the medians of all."""
     source = folder / "source"
     made = make_source(source)
     print(f"ladder_1b, vocabulary {VOCAB}, bfloat16: {made / 1e9:.3f} GB of tensors")
-    shares: dict[str, list[float]] = {"import": [], "export": []}
+    shares: dict[str, list[tuple[float, float]]] = {"import": [], "export": []}
     for _ in range(rounds):
         for way, origin in (("import", source), ("export", folder / "import")):
-            copied = timed_copy(origin, folder / "copy")
-            found = timed_conversion(way, origin, folder / way)
+            copy = timed("copy", origin, folder / "copy")
+            found = timed(way, origin, folder / way)
             shutil.rmtree(folder / "copy")
-            shares[way].append(copied / found["seconds"])
+            shares[way].append(
+                (copy["seconds"] / found["seconds"], copy["processor"] / found["processor"])
+            )
             print(
-                f"{way}: {made / found['seconds'] / 1e9:.2f} GB/s, copy {made / copied / 1e9:.2f} "
-                f"GB/s, share {shares[way][-1]:.2f}; peak {found['peak'] / 1e6:.0f} MB above the "
-                f"start, {found['peak'] / made:.1%} of the model"
+                f"{way}: {made / found['seconds'] / 1e9:.2f} GB/s, copy "
+                f"{made / copy['seconds'] / 1e9:.2f} GB/s, share {shares[way][-1][0]:.2f}; "
+                f"processor {found['processor']:.2f} s, copy {copy['processor']:.2f} s, share "
+                f"{shares[way][-1][1]:.2f}; peak {found['peak'] / 1e6:.0f} MB above the start, "
+                f"{found['peak'] / made:.1%} of the model",
+                flush=True,
             )
         for way in shares:
             shutil.rmtree(folder / way)
-    for way, found in shares.items():
-        print(f"{way}: median share of a plain copy {statistics.median(found):.2f}")
+    for way, pairs in shares.items():
+        time_, processor = (statistics.median(kind) for kind in zip(*pairs, strict=True))
+        print(
+            f"{way}: median share of a plain copy {time_:.2f} by time, {processor:.2f} by processor"
+        )
 
 
 def make_source(source: Path) -> int:
@@ -85,7 +97,8 @@ def make_source(source: Path) -> int:
         }
         writer = Writer(source / file, formats)
         for name, (dtype, shape) in formats.items():
-            writer.add(pool[: math.prod(shape)].view(shape).to(dtype))
+            values = pool[: math.prod(shape)].view(shape).to(dtype)
+            writer.place(values.nbytes).write(values)
             weight_map[name] = file
         writer.close()
         total += (source / file).stat().st_size
@@ -97,15 +110,8 @@ def make_source(source: Path) -> int:
     return total
 
 
-def timed_copy(source: Path, target: Path) -> float:
-    """Copy a folder with the system's own call, and return the seconds."""
-    os.sync()
-    start = time.perf_counter()
-    shutil.copytree(source, target)
-    return time.perf_counter() - start
-
-
-def timed_conversion(way: str, source: Path, target: Path) -> dict[str, float]:
+def timed(way: str, source: Path, target: Path) -> dict[str, float]:
+    """Copy or convert in a new process."""
     os.sync()
     done = subprocess.run(
         [sys.executable, __file__, "--timed", way, str(source), str(target)],
@@ -116,18 +122,31 @@ def timed_conversion(way: str, source: Path, target: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def convert(way: str, source: str, target: str) -> int:
-    """Convert in this process; print the seconds and how far memory rose."""
+def measure(way: str, source: str, target: str) -> int:
+    """Copy or convert in this process; print what it took.
+
+    A copy loads the modules too: thus both find the machine's memory in the same state, of which
+    a virtual machine gives back what was free for a while.
+    """
     from hybrid_train.config.compose import compose
     from hybrid_train.jobs import convert as job
 
-    asked = compose("convert", [f"{way}={source}", f"output={target}"])
-    before = memory("VmRSS")
-    start = time.perf_counter()
-    job.run(asked)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": memory("VmHWM") - before}))
+    if way == "copy":
+        work = partial(shutil.copytree, source, target)
+    else:
+        work = partial(job.run, compose("convert", [f"{way}={source}", f"output={target}"]))
+    before, processor, start = memory("VmRSS"), processor_time(), time.perf_counter()
+    work()
+    seconds, processor = time.perf_counter() - start, processor_time() - processor
+    peak = memory("VmHWM") - before
+    print(json.dumps({"seconds": seconds, "processor": processor, "peak": peak}))
     return 0
+
+
+def processor_time() -> float:
+    """Return the seconds of user and system that all threads of this process took."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def memory(kind: str) -> int:

@@ -22,8 +22,8 @@ ROWS = torch.arange(24.0).view(6, 4)
 def checkpoint(tmp_path: Path) -> Path:
     """A checkpoint of one tensor in two chunks."""
     writer = CheckpointWriter(tmp_path)
-    writer.add("a", (6, 4), 0, ROWS[:4])
-    writer.add("a", (6, 4), 4, ROWS[4:])
+    writer.place("a", (6, 4), 0, (4, 4), ROWS.dtype).write(ROWS[:4])
+    writer.place("a", (6, 4), 4, (2, 4), ROWS.dtype).write(ROWS[4:])
     writer.finish()
     return tmp_path
 

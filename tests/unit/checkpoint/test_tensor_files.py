@@ -1,6 +1,5 @@
 """Parts of tensors in a checkpoint: as torch writes and reads them, whatever the chunks."""
 
-import io
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from hybrid_train.checkpoint import items, tensor_files
+from hybrid_train.checkpoint.positions import bytes_of
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
 from hybrid_train.config.problems import UserError
 from tests.tiny import MEGATRON_WARNINGS
@@ -22,6 +22,17 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def add(writer: CheckpointWriter, name: str, values: Tensor, start: int, stop: int) -> None:
+    """Write rows [start, stop) of a tensor."""
+    rows = values[start:stop]
+    writer.place(name, tuple(values.shape), start, tuple(rows.shape), rows.dtype).write(rows)
+
+
+def read_from(content: bytes) -> items.ReadAt:
+    """Read the bytes as if they were those of a file."""
+    return lambda number, position: content[position : position + number]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (7,), (6, 4), (5, 2, 3), (4, 1, 4)], ids=str)
 def test_torch_reads_what_is_written_and_any_rows_come_back(
@@ -31,7 +42,7 @@ def test_torch_reads_what_is_written_and_any_rows_come_back(
     writer = CheckpointWriter(tmp_path)
     for start, stop in ((0, cut), (cut, shape[0])):
         if start < stop:
-            writer.add("a", shape, start, values[start:stop])
+            add(writer, "a", values, start, stop)
     writer.finish()
     loaded = {"a": torch.zeros(shape, dtype=dtype)}
     load(loaded, storage_reader=FileSystemReader(tmp_path), no_dist=True)
@@ -52,12 +63,10 @@ def test_an_item_that_torch_wrote_is_found(
         monkeypatch.setattr(items, "_LARGEST_MODEL", 0)
     values = some(5, 3)
     content = b"before" + items.saved(values, checksums=checksums)
-    file = io.BytesIO(content)
-    start = items.start_of_values(file, items.Part(6, len(content) - 6, values.dtype, (5, 3)))
-    file.seek(start)
-    found = torch.empty(5, 3)
-    assert items.fill(file, found)
-    assert torch.equal(found, values)
+    part = items.Part(6, len(content) - 6, values.dtype, (5, 3))
+    start = items.start_of_values(read_from(content), part)
+    found = torch.frombuffer(bytearray(content[start : start + 60]), dtype=torch.float32)
+    assert torch.equal(found.view(5, 3), values)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +85,15 @@ def test_an_item_of_anything_else_is_refused(content: object) -> None:
     written = items.saved(content)
     with pytest.raises(ValueError, match=r"it is|it has"):
         items.start_of_values(
-            io.BytesIO(written), items.Part(0, len(written), torch.float32, (5, 3))
+            read_from(written), items.Part(0, len(written), torch.float32, (5, 3))
         )
 
 
 def test_an_item_is_written_as_torch_does() -> None:
     values = some(9, 4, dtype=torch.bfloat16)
-    assert b"".join(map(bytes, items.written(values))) == items.saved(values, checksums=False)
+    before, behind = items.around(values.dtype, (9, 4), checksums=False)
+    written = before + bytes(bytes_of(values)) + behind
+    assert written == items.saved(values, checksums=False)
 
 
 def test_large_checkpoints_have_several_files(
@@ -91,7 +102,7 @@ def test_large_checkpoints_have_several_files(
     monkeypatch.setattr(tensor_files, "FILE_BYTES", 1000)
     writer = CheckpointWriter(tmp_path)
     for number in range(4):
-        writer.add(f"a{number}", (9, 4), 0, some(9, 4) + number)
+        add(writer, f"a{number}", some(9, 4) + number, 0, 9)
     writer.finish()
     assert len(list(tmp_path.glob("*.distcp"))) > 1
     with StoredTensors(tmp_path) as stored:
@@ -101,7 +112,7 @@ def test_large_checkpoints_have_several_files(
 
 def test_a_damaged_item_is_named(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path)
-    writer.add("a", (9, 4), 0, some(9, 4))
+    add(writer, "a", some(9, 4), 0, 9)
     writer.finish()
     file = tmp_path / "__0_0.distcp"
     file.write_bytes(b"X" * 300 + file.read_bytes()[300:])
