@@ -87,7 +87,8 @@ class StoredTensors:
             for axis, (offset, length) in enumerate(
                 zip(chunk.offsets[1:], chunk.sizes[1:], strict=True), start=1
             ):
-                place = place.narrow(axis, offset, length)
+                if length != place.shape[axis]:
+                    place = place.narrow(axis, offset, length)
             self._read_into(place, name, chunk, low - first)
         return rows
 

@@ -18,7 +18,7 @@ from hybrid_train.checkpoint.positions import Place
 from hybrid_train.hf.tensors import BLOCK_BYTES, Block, Cast, Rows, require_finite
 
 _MOST_THREADS = 8  # more of them wait for each other: one at a time writes to a file
-_WAITING = 64  # loads that are planned ahead of the one that must be done next
+_WAITING = 16  # loads that are planned ahead of the one that must be done next
 _SWITCH_S = 1e-4  # of Python's threads; the usual 5 ms are longer than it takes to read a block
 
 

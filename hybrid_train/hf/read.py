@@ -127,10 +127,11 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-    for name, file in weight_map.items():
+    named_for = {file: name for name, file in reversed(weight_map.items())}
+    for file in sorted(named_for):
         if not (folder / file).is_file():
-            raise UserError(f"{folder / file} is missing; {INDEX} names it for {name}")
-    for file in sorted(set(weight_map.values())):
+            raise UserError(f"{folder / file} is missing; {INDEX} names it for {named_for[file]}")
+    for file in sorted(named_for):
         path = folder / file
         for name, entry in read_header(path).items():
             if name in entries:
