@@ -6,16 +6,19 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2.
 from collections.abc import Iterator
 
 from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.data import Packing
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.train import TrainJob
 
 
 def packed_rows_run(job: TrainJob, _: int) -> Iterator[Problem]:
-    """Refuse a layout that mixes up documents; for jobs whose rows are packed.
+    """Refuse a layout that mixes up documents.
 
     With `runtime.kernels=auto` on whatever device there is, the model refuses at its first step
     (`model/packed.py`).
     """
+    if job.data.packing is Packing.none:
+        return
     kernels, device = job.runtime.kernels, job.runtime.device
     fused = kernels is Kernels.fused or (kernels is Kernels.auto and device is Device.cuda)
     if fused and job.parallel.context > 1:

@@ -22,6 +22,7 @@ from hybrid_train.config.check_files import (
 )
 from hybrid_train.config.check_fsdp import fsdp_runs
 from hybrid_train.config.check_memory import MEMORY_RULES
+from hybrid_train.config.check_packing import packed_rows_run
 from hybrid_train.config.check_phases import (
     as_problem_of,
     phases_are_in_order,
@@ -332,4 +333,5 @@ RULES: tuple[Rule, ...] = (
     _overlaps_build_on_each_other,
     *MEMORY_RULES,
     fsdp_runs,
+    packed_rows_run,
 )
