@@ -7,6 +7,7 @@ folder with a final name is always complete.
 """
 
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Found:
         return self.path.parent.parent
 
     def position(self) -> dict[str, Any]:
-        """Read the position of the run: step, tokens, tokens of each source.
+        """Read the position of the run: step, tokens, and tokens of each source.
 
         Raises:
             UserError: if the file is damaged.
@@ -44,15 +45,22 @@ class Found:
         path = self.path / POSITION
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return {
-                "step": int(found["step"]),
-                "tokens": int(found["tokens"]),
-                "source_tokens": {k: int(n) for k, n in found.get("source_tokens", {}).items()},
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return {name: _numbers(value) for name, value in found.items()}
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is damaged ({error!r}); use an older checkpoint of the run"
+                f"{path} is damaged ({error}); use an older checkpoint of the run"
             ) from error
+
+
+def _numbers(value: object) -> int | dict[str, int]:
+    """Return a whole number, or several by name.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if isinstance(value, dict):
+        return {str(name): operator.index(number) for name, number in value.items()}
+    return operator.index(value)  # type: ignore[arg-type]  # it raises what is caught
 
 
 def path_of(run_dir: Path, step: int) -> Path:

@@ -31,6 +31,16 @@ def test_latest_is_the_highest_step_not_the_last_name(tmp_path: Path) -> None:
     assert found.run_dir == tmp_path
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"step": "2"}', '{"step": 2.5}', '{"source_tokens": {"web": null}}']
+)
+def test_a_damaged_position_is_named(tmp_path: Path, text: str) -> None:
+    folder = checkpoint(tmp_path, 3)
+    (folder / layout.POSITION).write_text(text)
+    with pytest.raises(UserError, match=r"position\.json is damaged"):
+        layout.locate(folder).position()
+
+
 def test_partial_and_foreign_folders_are_never_found(tmp_path: Path) -> None:
     partial(tmp_path, 7)
     (tmp_path / "checkpoints" / "step_00000008").mkdir()  # without a position

@@ -21,7 +21,7 @@ from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows
 from tests.unit.checkpoint.content import content_of, engine_of, moments_of, weights_of
 
 pytestmark = MEGATRON_WARNINGS
-POSITION = {"step": 2, "tokens": 128, "sequences": 8}
+POSITION = {"step": 2, "tokens": 128, "source_tokens": {"web": 100, "code": 28}}
 
 
 @pytest.mark.parametrize("split", [True, False], ids="distributed_optimizer={}".format)
