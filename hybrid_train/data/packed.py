@@ -141,7 +141,10 @@ class PackedRows:
         """Return the rows before each window of an epoch and, at the end, all of them."""
 
         def count() -> NDArray[np.int64]:
-            rows = [len(self._window(epoch, window)) for window in range(self._num_windows)]
+            rows = [
+                int(self._rows_taken(self._window_pieces(epoch, window)).max(initial=-1)) + 1
+                for window in range(self._num_windows)
+            ]
             return np.cumsum([0, *rows])
 
         shape = (self._packing.length, self._packing.longest)
@@ -154,14 +157,17 @@ class PackedRows:
         return before
 
     def _pack_window(self, epoch: int, window: int) -> list[list[Piece]]:
+        rows = self._packed(self._window_pieces(epoch, window))
+        shuffle = Permutation(len(rows), ("rows", *self._key, epoch, window)) if rows else None
+        return [rows[place] for place in shuffle(np.arange(len(rows)))] if shuffle else []
+
+    def _window_pieces(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Return the pieces of a window, (document, start, stop), [pieces, 3]."""
         order = Permutation(len(self.documents), (*self._key, epoch))
         first = window * _WINDOW
         numbers = order(np.arange(first, min(first + _WINDOW, len(self.documents))))
         lengths = self.documents.lengths[numbers].astype(np.int64)
-        whole = np.stack([numbers, np.zeros_like(numbers), lengths], axis=1)
-        rows = self._packed(self._cut(whole))
-        shuffle = Permutation(len(rows), ("rows", *self._key, epoch, window)) if rows else None
-        return [rows[place] for place in shuffle(np.arange(len(rows)))] if shuffle else []
+        return self._cut(np.stack([numbers, np.zeros_like(numbers), lengths], axis=1))
 
     def _cut(self, pieces: NDArray[np.int64]) -> NDArray[np.int64]:
         """Cut pieces (document, start, stop) [pieces, 3] into those that a row takes."""
@@ -174,15 +180,15 @@ class PackedRows:
         stop = np.minimum(start + longest + 1, end[owner])
         return np.stack([document[owner], start, stop], axis=1)
 
+    def _rows_taken(self, pieces: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the row that each piece takes before the shuffle, [pieces]."""
+        return best_fit(pieces[:, 2] - pieces[:, 1] - 1, self._packing.length)
+
     def _packed(self, pieces: NDArray[np.int64]) -> list[list[Piece]]:
-        rows: list[list[Piece]] = []
-        if not len(pieces):
-            return rows
-        row_of = best_fit(pieces[:, 2] - pieces[:, 1] - 1, self._packing.length)
-        for number in np.argsort(row_of, kind="stable").tolist():
-            if row_of[number] == len(rows):
-                rows.append([])
-            rows[-1].append(Piece(*pieces[number].tolist()))
+        row_of = self._rows_taken(pieces)
+        rows: list[list[Piece]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
+        for row, piece in zip(row_of.tolist(), pieces.tolist(), strict=True):
+            rows[row].append(Piece(*piece))
         return rows
 
 
