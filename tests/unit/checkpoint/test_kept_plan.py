@@ -43,7 +43,7 @@ def save(engine: Any, groups: Any, run_dir: Path, plan: Any, step: int, *, copy:
     from hybrid_train.checkpoint import store
 
     content = content_of(engine, groups)
-    position = {"step": step}
+    position = {"step": step, "tokens": step}
     return store.start(run_dir, content, position, keep=9, copy=copy, plan=plan).finish()
 
 
