@@ -47,7 +47,7 @@ def show_tokens(count: float) -> str:
     for suffix in "TBMk":
         if count >= _FACTORS[suffix]:
             return f"{count / _FACTORS[suffix]:.3g}{suffix}"
-    return f"{count:g}"
+    return f"{count:.1f}".removesuffix(".0")
 
 
 def show_bytes(count: float) -> str:

@@ -107,7 +107,7 @@ class PackedRows:
         place = self.end(rows)
         left_over = sum(piece.stop - piece.start for piece in place.left_over)
         passed = place.epoch + place.window / self._num_windows
-        return passed - left_over / self.documents.tokens
+        return max(0.0, passed - left_over / self.documents.tokens)  # windows are not of equal size
 
     def pieces(self, row: int) -> list[Piece]:
         """Return the pieces of a row."""

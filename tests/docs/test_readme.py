@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.config.compose import compose
+from hybrid_train.config.problems import ConfigError
+
 # One worker: a command may use what an earlier one has made.
 pytestmark = pytest.mark.xdist_group("readme")
 
@@ -129,3 +132,20 @@ def test_only_a_training_command_is_shortened(shown: str, run: str) -> None:
 def test_a_block_is_read_with_continued_lines_and_without_comments() -> None:
     text = "```bash\n# first\nmake train\nls a \\\n  b\n```\n```python\nx = 1\n```\n"
     assert commands(text) == ["make train", "ls a    b"]
+
+
+def test_the_experiment_of_the_readme_lacks_nothing_but_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(block)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError) as refused:
+        compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert {problem.path for problem in refused.value.problems} == {
+        "data.tokenizer",
+        "data.sources.web.train",
+        "data.sources.web.validation",
+        "data.sources.code.validation",
+    }
