@@ -3,6 +3,7 @@
 import pytest
 
 from hybrid_train.config.check_packing import packed_rows_run
+from hybrid_train.config.schema.data import Data, Packing
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.config.schema.train import TrainJob
@@ -10,7 +11,9 @@ from hybrid_train.config.schema.train import TrainJob
 
 def job(context: int, kernels: Kernels, device: Device) -> TrainJob:
     return TrainJob(
-        parallel=Parallel(context=context), runtime=Runtime(kernels=kernels, device=device)
+        data=Data(packing=Packing.best_fit),
+        parallel=Parallel(context=context),
+        runtime=Runtime(kernels=kernels, device=device),
     )
 
 
@@ -36,3 +39,9 @@ def test_what_keeps_documents_apart_is_allowed(
     context: int, kernels: Kernels, device: Device
 ) -> None:
     assert list(packed_rows_run(job(context, kernels, device), context)) == []
+
+
+def test_rows_that_are_not_packed_can_be_split_by_any_kernel() -> None:
+    unpacked = job(2, Kernels.fused, Device.cuda)
+    unpacked.data.packing = Packing.none
+    assert list(packed_rows_run(unpacked, 2)) == []
