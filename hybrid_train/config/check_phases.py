@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from hybrid_train.config.names import nearest
 from hybrid_train.config.phases import SETTINGS
 from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.data import Data, Packing, Quickstart
+from hybrid_train.config.schema.data import Data, Packing, has_sources
 from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import is_position, is_tokens, position, tokens
@@ -28,7 +28,7 @@ def sources_are_named_once(data: Data) -> Iterator[Problem]:
 
 def _blended(path: str, name: str, weight: float, data: Data, split: Split) -> Iterator[Problem]:
     """Yield what is wrong with one entry of a blend."""
-    if isinstance(data, Quickstart) or name not in data.sources:
+    if not has_sources(data) or name not in data.sources:
         known = ", ".join(data.sources) or "none"
         rule = f"is no source of data.sources ({known})"
         yield Problem(f"{path}.{name}", weight, rule, nearest(name, data.sources))
@@ -43,7 +43,8 @@ def phases_are_in_order(job: TrainJob) -> Iterator[Problem]:
         return  # reported where they stand
     for number, phase in enumerate(phases):
         path = f"train.phases.{number}"
-        for name, weight in phase.blend.items():
+        # Without sources these blends are left out (`phases.unread_sources`), and that is said.
+        for name, weight in phase.blend.items() if has_sources(job.data) else ():
             yield from _blended(f"{path}.blend", name, weight, job.data, Split.train)
         if phase.name in {one.name for one in phases[:number]}:
             yield Problem(f"{path}.name", phase.name, "is the name of an earlier phase")
@@ -54,7 +55,8 @@ def phases_are_in_order(job: TrainJob) -> Iterator[Problem]:
             rule = f"must lie after the start of the phase before ({phases[number - 1].start})"
             yield Problem(f"{path}.start", phase.start, rule)
         elif start >= tokens(total):
-            yield Problem(f"{path}.start", phase.start, f"must lie before train.tokens ({total})")
+            rule = f"must lie before train.tokens ({total}); train.phases=[] trains without phases"
+            yield Problem(f"{path}.start", phase.start, rule)
     ramp = job.train.batch_ramp.tokens
     if len(phases) > 1 and is_tokens(ramp):
         second = position(phases[1].start, tokens(total))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hybrid_train.config.ramp import RunLength, global_batch, ramps, run_length
+from hybrid_train.config.schema.data import has_sources
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.train import BatchRamp, Phase, TrainJob
 from hybrid_train.config.units import position, tokens
@@ -124,7 +125,10 @@ def rows_of_step(stretches: Sequence[Stretch], step: int) -> tuple[Stretch, int,
 
 
 def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
-    """Yield the run as it is in each phase, without phases."""
+    """Yield the run as it is in each phase, without phases.
+
+    A run without `data.sources` leaves the blends of its phases out, see `unread_sources`.
+    """
     current = copy.deepcopy(job)
     current.train.phases = []
     if not job.train.phases:
@@ -135,6 +139,8 @@ def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
             current.train.batch_ramp = BatchRamp()
         for name, path in SETTINGS.items():
             value = getattr(phase, name)
+            if name == "blend" and not has_sources(job.data):
+                continue
             if value:
                 section, key = path.split(".")
                 setattr(getattr(current, section), key, copy.copy(value))
@@ -142,6 +148,16 @@ def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
         if phase.constant_lr is not None:
             current.schedule = Schedule(peak_lr=phase.constant_lr)
         yield current
+
+
+def unread_sources(job: TrainJob) -> list[str]:
+    """Return the sources that the phases name although the run has none to choose from.
+
+    So a recipe states its blends, and can be tried on any data there is.
+    """
+    if has_sources(job.data):
+        return []
+    return list(dict.fromkeys(name for phase in job.train.phases for name in phase.blend))
 
 
 def scheduled_tokens(job: TrainJob) -> int:

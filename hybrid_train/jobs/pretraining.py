@@ -11,7 +11,7 @@ from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import compose
-from hybrid_train.config.phases import Stretch, at, lay_out
+from hybrid_train.config.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.ramp import ramps
 from hybrid_train.config.schema.data import Quickstart
@@ -151,6 +151,12 @@ def _open_data(job: TrainJob, stretches: list[Stretch]) -> RunData:
         for phase_job in (job, *(stretch.job for stretch in stretches)):
             phase_job.model.vocab_size = data.vocab_size
     assert job.model.vocab_size is not None
+    if unread := unread_sources(job):
+        _log.info(
+            "the phases name sources (%s), this run has none: all phases read %s",
+            ", ".join(unread),
+            "the quickstart" if isinstance(job.data, Quickstart) else "data.train",
+        )
     if job.model.vocab_size < data.vocab_size:
         raise UserError(
             f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {data.vocab_size} "

@@ -175,3 +175,11 @@ def test_data_show_says_which_steps_there_are(straight: Path) -> None:
     found = show(straight, 21)
     assert found.code == 2
     assert "its steps go from 1 to 20" in found.err
+
+
+def test_a_run_without_sources_says_that_its_phases_cannot_mix_them(tmp_path: Path) -> None:
+    listed = "[{name: a, blend: {web: 1}}, {name: b, start: 50%, blend: {web: 1, code: 2}}]"
+    done = train(tmp_path / "run", f"train.phases={listed}")
+    assert done.code == 0, done.said
+    said = "the phases name sources (web, code), this run has none: all phases read the quickstart"
+    assert done.said.count(said) == 1

@@ -46,6 +46,11 @@ def named_sources(data: Data) -> dict[str, Source]:
     return data.sources or {"data": Source(train=data.train, validation=data.validation)}
 
 
+def has_sources(data: Data) -> bool:
+    """Tell whether there are sources that a blend can name; the quickstart brings its one."""
+    return bool(data.sources) and not isinstance(data, Quickstart)
+
+
 def blend_problems(path: str, blend: dict[str, float]) -> Iterator[Problem]:
     """Check the weights of a blend; an empty one is no choice at all."""
     for source, weight in blend.items():

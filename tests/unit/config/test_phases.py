@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from hybrid_train.config.checks import check
-from hybrid_train.config.phases import at, lay_out, rows_of_step
+from hybrid_train.config.phases import at, lay_out, rows_of_step, unread_sources
 from hybrid_train.config.problems import Problem, collect
 from hybrid_train.config.ramp import global_batch
-from hybrid_train.config.schema.data import Data, Packing
+from hybrid_train.config.schema.data import Data, Packing, Quickstart
 from hybrid_train.config.schema.schedule import Schedule, Wsd
 from hybrid_train.config.schema.source import Source, SumStream
 from hybrid_train.config.schema.train import BatchRamp, Phase, TrainJob
@@ -179,3 +179,25 @@ def test_files_stand_in_one_place_and_only_packed_documents_are_cut() -> None:
     assert "needs data.packing=best_fit" in paths["data.sources.a.longest"].rule
     found.data.packing = Packing.best_fit
     assert "data.sources.a.longest" not in problems(found)
+
+
+@pytest.mark.parametrize("data", [Data(train=["x"]), Quickstart(folder="there")])
+def test_a_run_without_sources_leaves_the_blends_of_its_phases_out(data: Data) -> None:
+    found = job(
+        Phase(name="one", blend={"a": 0.5, "c": 0.5}),
+        Phase(name="two", start="50%", blend={"b": 1.0}, global_batch=8),
+    )
+    assert unread_sources(found) == []  # it has sources, and c is a problem
+    assert "train.phases.0.blend.c" in problems(found)
+    found.data = data
+    assert not any("blend" in path for path in problems(found))
+    assert unread_sources(found) == ["a", "c", "b"]
+    one, two = (stretch.job for stretch in lay_out(found))
+    assert one.data.blend == two.data.blend == {}
+    assert two.train.global_batch == 8  # all else stays
+
+
+def test_a_blend_of_the_run_itself_needs_sources() -> None:
+    found = job(Phase(name="one", blend={"a": 1.0}))
+    found.data = Data(train=["x"], blend={"a": 1.0})
+    assert "is no source" in problems(found)["data.blend.a"].rule
