@@ -3,7 +3,6 @@
 It needs neither those processes nor torch: all that is printed follows from the config.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,17 +10,19 @@ from hybrid_train.config import degrees
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
+from hybrid_train.config.phases import Stretch, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.ramp import ramps, run_length
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.schedule import Wsd
-from hybrid_train.config.schema.train import Train
+from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.config.units import show_bytes, show_tokens, tokens
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_numbers, table
+from hybrid_train.jobs.phase_table import decay_steps, show_phases
 from hybrid_train.model import counts, stages
-from hybrid_train.model.memory import Held, memory
+from hybrid_train.model.memory import memory
 from hybrid_train.model.stages import Stage
 from hybrid_train.tracking.metrics import show_duration, show_step_time
 
@@ -36,20 +37,29 @@ def run(job: CheckJob) -> None:
     if world_size() > 1:
         raise UserError("check runs in one process; start it without torchrun: processes=N")
     rows = degrees.padded_vocab_size(_vocab_size(job), job.model.vocab_multiple)
-    planned = stages.stages(job, rows)
+    phases = lay_out(job)
+    first = phases[0].job
+    planned = stages.stages(first, rows)
     page = console()
-    page.print(table(_facts(job, rows, planned)))
+    page.print(table(_facts(job, phases, rows, planned)))
     if len(planned) > 1:
-        page.print(f"\n{stages.cut(job, rows)}\n", soft_wrap=True)
+        page.print(f"\n{stages.cut(first, rows)}\n", soft_wrap=True)
         show_numbers(page, list(_stage_rows(planned)), _STAGE_HEADS)
     page.print()
-    show_numbers(page, list(_held_rows(job, planned)), _HELD_HEADS)
+    show_numbers(page, list(_held_rows(first, job.processes, planned)), _HELD_HEADS)
     page.print(
         "\nCost: forward FLOPs, as a part of the mean. Parameters and bytes: of one process, kept "
         "from step to\nstep. Not known here: activations, buffers of libraries, how much memory a "
         "GPU has.",
         soft_wrap=True,
     )
+    if len(phases) > 1:
+        show_phases(page, job, phases, rows)
+    if unread := unread_sources(job):
+        page.print(
+            f"\nThe phases name sources ({', '.join(unread)}). Without data.sources all phases "
+            "read the same data."
+        )
     unset = list(data_is_chosen(job))
     if unset:
         page.print("\nStill to be set; the plan does not depend on it, but `train` will ask:")
@@ -67,16 +77,25 @@ def _vocab_size(job: CheckJob) -> int:
     return Tokenizer.load(job.data.tokenizer).vocab_size
 
 
-def _facts(job: CheckJob, rows: int, planned: Sequence[Stage]) -> Iterator[tuple[str, str]]:
+def _facts(
+    job: CheckJob, phases: Sequence[Stretch], rows: int, planned: Sequence[Stage]
+) -> Iterator[tuple[str, str]]:
     """Yield the lines above the tables: a word, then what the plan says of it."""
     model, pattern = job.model, parse(job.model.pattern)
+    if len(phases) > 1:
+        yield (
+            "phases",
+            f"{len(phases)}, in the table at the end; all before it is of phase {phases[0].name}, "
+            "but length, work and the time in all, which are of the run",
+        )
     size = counts.parameters(model, rows)
     yield (
         "model",
         f"{show_tokens(size.total)} parameters, {show_tokens(size.active)} active; layers "
         f"{layers_in_words(pattern)}; vocabulary {rows:,}; {job.precision.format.value}",
     )
-    plan = job.parallel
+    first = phases[0].job
+    train, plan = first.train, first.parallel
     data = degrees.data_parallel(plan, job.processes)
     yield (
         "processes",
@@ -90,20 +109,19 @@ def _facts(job: CheckJob, rows: int, planned: Sequence[Stage]) -> Iterator[tuple
             f"{model.moe.experts:,} = expert {plan.expert} x {model.moe.experts // plan.expert} a "
             f"process; expert_tensor {degrees.expert_tensor(plan)}, expert-data {copies:,}",
         )
-    length = job.train.sequence_length
-    yield "sequence", f"{length:,} tokens{_sequence_split(job)}"
-    number = degrees.num_microbatches(job, job.processes)
-    per_step = job.train.global_batch * length
+    yield "sequence", f"{train.sequence_length:,} tokens{_sequence_split(first)}"
+    number = degrees.num_microbatches(first, job.processes)
+    per_step = train.global_batch * train.sequence_length
     yield (
         "batch",
-        f"{job.train.global_batch:,} sequences = data {data:,} x microbatch "
-        f"{job.train.microbatch} x {number:,} microbatches; {show_tokens(per_step)} tokens a step"
-        f"{_growth(job.train)}",
+        f"{train.global_batch:,} sequences = data {data:,} x microbatch "
+        f"{train.microbatch} x {number:,} microbatches; {show_tokens(per_step)} tokens a step"
+        f"{_growth(train)}",
     )
-    yield "length", _length(job, per_step)
-    yield from _work(job, rows, per_step)
+    yield "length", _length(job, phases)
+    yield from _work(job, phases, rows, per_step)
     if plan.pipeline > 1:
-        yield "pipeline", _pipeline(job, planned, number)
+        yield "pipeline", _pipeline(first, planned, number)
 
 
 def _growth(train: Train) -> str:
@@ -114,7 +132,7 @@ def _growth(train: Train) -> str:
     return f"; grows from {ramp.start_batch} by {ramp.increment} over {ramp.tokens} tokens"
 
 
-def _sequence_split(job: CheckJob) -> str:
+def _sequence_split(job: TrainJob) -> str:
     """Say how many tokens of a sequence a process has, in all layers and between them."""
     plan, length = job.parallel, job.train.sequence_length
     share, words = length // plan.context, ""
@@ -125,43 +143,47 @@ def _sequence_split(job: CheckJob) -> str:
     return words
 
 
-def _length(job: CheckJob, per_step: int) -> str:
-    """Say how many steps the run and its phases take."""
-    train, warmup = job.train, job.schedule.warmup_tokens
-    words = [f"{train.tokens} tokens = {run_length(train).steps:,} steps"]
+def _length(job: CheckJob, phases: Sequence[Stretch]) -> str:
+    """Say how many steps the run takes, and the parts of its schedule."""
+    warmup = job.schedule.warmup_tokens
+    words = [f"{job.train.tokens} tokens = {sum(one.length.steps for one in phases):,} steps"]
     if tokens(warmup):
-        steps = run_length(replace(train, tokens=warmup)).steps
+        steps = run_length(replace(phases[0].job.train, tokens=warmup)).steps
         words.append(f"warm-up {show_tokens(tokens(warmup))} = {steps:,}")
     if isinstance(job.schedule, Wsd) and tokens(job.schedule.decay_tokens):
         decay = tokens(job.schedule.decay_tokens)
-        words.append(f"decay {show_tokens(decay)} = {math.ceil(decay / per_step):,}")
+        words.append(f"decay {show_tokens(decay)} = {decay_steps(phases, decay):,}")
     return "; ".join(words)
 
 
-def _work(job: CheckJob, rows: int, per_step: int) -> Iterator[tuple[str, str]]:
+def _work(
+    job: CheckJob, phases: Sequence[Stretch], rows: int, per_step: int
+) -> Iterator[tuple[str, str]]:
     """Say how many operations the run takes, and the time below which it cannot be."""
-    of_token = counts.flops_per_token(job.model, rows, job.train.sequence_length).training
-    of_process = of_token * per_step / job.processes
-    num_tokens = run_length(job.train).sequences * job.train.sequence_length
+    of_token = [
+        counts.flops_per_token(job.model, rows, one.job.train.sequence_length).training
+        for one in phases
+    ]
+    of_process = of_token[0] * per_step / job.processes
+    in_all = sum(each * (one.end - one.start) for each, one in zip(of_token, phases, strict=True))
     yield (
         "work",
-        f"{of_token * num_tokens:.3g} FLOP in all, "
-        f"{of_process / 1e12:.4g} TFLOP a step and process",
+        f"{in_all:.3g} FLOP in all, {of_process / 1e12:.4g} TFLOP a step and process",
     )
     peak = job.runtime.peak_tflops
     if peak is None:
         yield "time", "not known here; with runtime.peak_tflops=N of a GPU, the least it can be"
     else:
         step_s = of_process / (peak * 1e12)
+        in_all_s = in_all / job.processes / (peak * 1e12)
         yield (
             "time",
-            f"more than {show_step_time(step_s)} a step and "
-            f"{show_duration(step_s * num_tokens / per_step)} in all, which would be the whole "
-            f"peak of {peak:g} TFLOP/s",
+            f"more than {show_step_time(step_s)} a step and {show_duration(in_all_s)} in all, "
+            f"which would be the whole peak of {peak:g} TFLOP/s",
         )
 
 
-def _pipeline(job: CheckJob, planned: Sequence[Stage], num_microbatches: int) -> str:
+def _pipeline(job: TrainJob, planned: Sequence[Stage], num_microbatches: int) -> str:
     """Say how much of the time the ranks wait for each other."""
     plan = job.parallel
     bubble = stages.bubble_share(plan.pipeline, plan.virtual_pipeline, num_microbatches)
@@ -185,12 +207,14 @@ def _stage_rows(planned: Sequence[Stage]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _held_rows(job: CheckJob, planned: Sequence[Stage]) -> Iterator[tuple[str, ...]]:
+def _held_rows(
+    job: TrainJob, processes: int, planned: Sequence[Stage]
+) -> Iterator[tuple[str, ...]]:
     """Yield a row for each pipeline rank: what one process of it does and keeps."""
     for rank in range(job.parallel.pipeline):
         own = [stage for stage in planned if stage.rank == rank]
-        held = sum((stage.held for stage in own), Held(0))
-        kept = memory(job, held, job.processes)
+        held = stages.held_of_rank(planned, rank)
+        kept = memory(job, held, processes)
         parts = (kept.weights, kept.gradients, kept.optimizer, kept.total)
         yield (
             str(rank),

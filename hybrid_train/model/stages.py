@@ -66,6 +66,11 @@ def _contents(pattern: Pattern, layers: str, *, first: bool, last: bool) -> str:
     return " + ".join([*before, layers, *behind])
 
 
+def held_of_rank(found: Sequence[Stage], rank: int) -> Held:
+    """Return what one process of a pipeline rank holds: the parameters of all its stages."""
+    return sum((stage.held for stage in found if stage.rank == rank), Held(0))
+
+
 def describe(found: Sequence[Stage]) -> list[str]:
     """Return the stages as lines of a log."""
     return [
