@@ -1,19 +1,18 @@
 """Every experiment composes and passes the checks on the processes that it states, without torch.
 
-The comments of a recipe have a form of their own, so that they can be read by a program:
-`# processes: N` and, until there are phases of data, `# phases:` with a YAML list below it.
+A comment of a recipe has a form of its own, to be read by a program: `# processes: N`.
 """
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.config.schema.schedule import Wsd
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.phases import Stretch, lay_out
+from hybrid_train.config.problems import ConfigError
+from hybrid_train.config.schema.schedule import Schedule, Wsd
+from hybrid_train.config.schema.train import Phase, TrainJob
 from hybrid_train.config.units import tokens
 from hybrid_train.model import counts
 
@@ -22,8 +21,26 @@ OWN_DATA = ("quickstart", "tiny_cpu")  # experiments that bring their data
 RECIPES = [name for name in FILES if name not in OWN_DATA]
 MODELS = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
 GPU_BYTES = 80e9
+BLENDED = ("nemotron3_nano", "nemotron3_super", "nemotron3_ultra")  # with published weights
 PROCESSES = re.compile(r"^# processes: (\d+)", re.MULTILINE)
-PHASES = re.compile(r"^# phases:\n((?:#   +.*\n)+)", re.MULTILINE)
+LONG = {  # published tokens and sequence length of the last phases
+    "nemotron_nano_v2_12b": {"long": (18.9e9, 524288)},
+    "nemotron_nano_v2_9b": {"long": (2.5e9, 524288)},
+    "nemotron3_nano_4b": {"long": (150e9, 49152)},
+    "nemotron3_nano": {"long": (121e9, 524288)},
+    "nemotron3_super": {"long": (34e9, 1048576), "mixed": (17e9, 1048576)},
+    "nemotron3_ultra": {"long": (33e9, 1048576)},
+}
+SHORT = {  # published tokens of the phases before
+    "nemotron_h_8b": {"diverse": 9e12, "better": 3e12, "best": 2.62e12, "final": 380e9},
+    "nemotron_h_56b": {"diverse": 12e12, "better": 4e12, "best": 3.62e12, "final": 380e9},
+    "nemotron_nano_v2_12b": {"1": 12e12, "2": 6e12, "3": 2e12},
+    "nemotron_nano_v2_9b": {"narrowed": 360e9},
+    "nemotron3_nano_4b": {"short": 63e9},
+    "nemotron3_nano": {"1": 23.5e12, "2": 1.5e12},
+    "nemotron3_super": {"1": 20e12, "2": 5e12},
+    "nemotron3_ultra": {"1": 15e12, "2": 5e12},
+}
 
 
 def processes(name: str) -> int:
@@ -31,15 +48,6 @@ def processes(name: str) -> int:
     stated = PROCESSES.search(FILES[name].read_text())
     assert stated, "state it: # processes: N"
     return int(stated[1])
-
-
-def phases(name: str) -> list[dict[str, Any]]:
-    """The phases that an experiment states."""
-    stated = PHASES.search(FILES[name].read_text())
-    assert stated, "state them: # phases:"
-    listed = yaml.safe_load(re.sub(r"^#", "", stated[1], flags=re.MULTILINE))
-    assert isinstance(listed, list)
-    return listed
 
 
 @pytest.fixture
@@ -55,6 +63,20 @@ def composed(name: str, data: list[str], monkeypatch: pytest.MonkeyPatch) -> Tra
     return compose("train", [f"experiment={name}", *data])
 
 
+def with_sources(name: str, data: list[str]) -> list[str]:
+    """The same overrides with a source for every name in the blends of an experiment."""
+    files, tokenizer = data
+    prefix = files.removeprefix("data.train=")
+    names = dict.fromkeys(blended for phase in drafted(name) for blended in phase.blend) or ["text"]
+    sources = ", ".join(f"{one}: {{train: {prefix}}}" for one in names)
+    return [f"data.sources={{{sources}}}", tokenizer]
+
+
+def drafted(name: str) -> list[Phase]:
+    """The phases of an experiment; a plan composes without data."""
+    return compose("check", [f"experiment={name}", f"processes={processes(name)}"]).train.phases
+
+
 @pytest.mark.parametrize("name", OWN_DATA)
 def test_an_experiment_with_data_of_its_own_runs_as_it_is(name: str) -> None:
     assert compose("train", [f"experiment={name}"]).run_dir == f"runs/{name}"
@@ -66,6 +88,37 @@ def test_a_recipe_passes_the_checks_on_its_processes(
 ) -> None:
     job = composed(name, data, monkeypatch)
     assert job.run_dir == f"runs/{name}"
+    assert not any(stretch.job.data.blend for stretch in lay_out(job))  # one source, nothing to mix
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_mixes_the_sources_that_its_phases_name(
+    name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = composed(name, with_sources(name, data), monkeypatch)
+    read = [stretch.job.data.blend for stretch in lay_out(job)]
+    stated = [phase.blend for phase in job.train.phases]
+    if name in BLENDED:
+        assert read[:3] == stated[:3]
+        assert all(read)
+    else:  # by size
+        assert not any(read)
+
+
+def test_a_phase_without_a_blend_keeps_that_of_the_phase_before(
+    data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "nemotron3_super"
+    *_, long, mixed = lay_out(composed(name, with_sources(name, data), monkeypatch))
+    assert mixed.job.data.blend == long.job.data.blend
+    assert mixed.job.parallel == long.job.parallel
+
+
+def test_a_source_that_a_blend_names_and_the_run_lacks_is_a_problem(data: list[str]) -> None:
+    sources, tokenizer = with_sources("nemotron3_super", data)
+    words = [sources.replace("code:", "cod:"), tokenizer, "processes=1024"]
+    with pytest.raises(ConfigError, match=r"phases\.0\.blend\.code = 14.0: is no source"):
+        compose("check", ["experiment=nemotron3_super", *words])
 
 
 def test_every_named_model_has_a_recipe_of_the_same_name() -> None:
@@ -78,7 +131,11 @@ def test_a_recipe_fits_into_its_gpus(
 ) -> None:
     # bfloat16 weight, float32 gradient; master weight and two moments over the data-parallel ranks.
     # At most 40% of the memory, so that activations have the rest.
-    job = composed(name, data, monkeypatch)
+    for stretch in lay_out(composed(name, data, monkeypatch)):
+        assert _bytes_of_process(stretch.job, processes(name)) < 0.4 * GPU_BYTES
+
+
+def _bytes_of_process(job: TrainJob, number: int) -> float:
     plan, moe = job.parallel, job.model.moe
     assert job.model.vocab_size is not None
     total = counts.parameters(job.model, job.model.vocab_size).total
@@ -91,9 +148,9 @@ def test_a_recipe_fits_into_its_gpus(
     }
     needed = 0.0
     for ways, weights in split.items():
-        replicas = processes(name) / ways
+        replicas = number / ways
         needed += weights / ways * (2 + 4 + 12 / replicas)
-    assert needed < 0.4 * GPU_BYTES
+    return needed
 
 
 def _expert_layers(job: TrainJob) -> int:
@@ -102,27 +159,71 @@ def _expert_layers(job: TrainJob) -> int:
     return main.count("E") + (depths[0].count("E") if depths else 0)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_phases_of_a_recipe_fill_its_tokens(
+def step_tokens(stretch: Stretch) -> int:
+    train = stretch.job.train
+    return train.global_batch * train.sequence_length
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_phases_are_as_long_as_published(
     name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = composed(name, data, monkeypatch)
-    known = {"name", "tokens", "data", "sequence_length", "mixed_with", "global_batch", "lr"}
-    known |= {"tensor", "context", "expert", "pipeline"}
-    base = 0
-    for phase in phases(name):
-        assert {"name", "tokens"} <= phase.keys() <= known
-        if "sequence_length" not in phase:  # those with one of their own follow the run
-            base += tokens(phase["tokens"])
-    assert base == tokens(job.train.tokens)
+    long = {phase: count for phase, (count, _) in LONG.get(name, {}).items()}
+    stretches = lay_out(composed(name, data, monkeypatch))
+    found = {one.name: one.end - one.start for one in stretches}
+    assert list(found) == [*SHORT[name], *long]
+    # A phase begins and ends with a step, and a share of the run is written with six digits.
+    slack = max(map(step_tokens, stretches)) + 1e-6 * 15e12 * (name == "nemotron_h_8b")
+    for phase, wanted in (SHORT[name] | long).items():
+        assert found[phase] == pytest.approx(wanted, abs=slack)
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_only_the_long_phases_change_the_length_of_a_sequence(
+    name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stretches = lay_out(composed(name, data, monkeypatch))
+    base = 2048 if name.startswith("ladder") else 8192
+    lengths = {phase: length for phase, (_, length) in LONG.get(name, {}).items()}
+    assert [one.job.train.sequence_length for one in stretches] == [
+        lengths.get(one.name, base) for one in stretches
+    ]
+
+
+@pytest.mark.parametrize("name", ["nemotron_h_8b", "nemotron_h_56b"])
+def test_a_scaled_run_keeps_its_phases(
+    name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = composed(name, [*data, "train.tokens=100B", "schedule.warmup_tokens=1B"], monkeypatch)
+    total = sum(SHORT[name].values())
+    for stretch in lay_out(job):
+        share = (stretch.end - stretch.start) / 100e9
+        assert share == pytest.approx(SHORT[name][stretch.name] / total, abs=2e-4)  # two steps
+
+
+@pytest.mark.parametrize("name", BLENDED)
 def test_a_published_blend_sums_to_a_hundred_percent(name: str) -> None:
-    for phase in phases(name):
-        parts = phase.get("data", {"all": 100}).values()
+    for phase in drafted(name):
         # Published with one digit: each part may be off by 0.05.
-        assert sum(parts) == pytest.approx(100, abs=0.05 * len(parts))
+        if phase.blend:
+            slack = 0.05 * len(phase.blend)
+            assert sum(phase.blend.values()) == pytest.approx(100, abs=slack)
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "others"),
+    [
+        ("nemotron3_nano", 0.79, {"long_document_qa": 20, "retrieval": 1}),
+        ("nemotron3_super", 0.80, {"long_document_qa": 20}),
+        ("nemotron3_ultra", 0.54, {"long_context": 46}),
+    ],
+)
+def test_a_long_phase_mixes_the_second_phase_with_long_documents(
+    name: str, share: float, others: dict[str, float]
+) -> None:
+    _, second, long, *_ = drafted(name)
+    wanted = {source: share * weight for source, weight in second.blend.items()}
+    assert long.blend == pytest.approx(wanted | others)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +241,20 @@ def test_the_rate_stays_and_decays_as_published(
     name: str, decay: float, peak: float, final: float, data: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    schedule = composed(name, data, monkeypatch).schedule
+    stretches = lay_out(composed(name, data, monkeypatch))
+    schedule = stretches[0].schedule
     assert isinstance(schedule, Wsd)
     assert tokens(schedule.decay_tokens) == decay
     assert schedule.peak_lr == peak
     assert schedule.peak_lr * schedule.final_lr_ratio == pytest.approx(final)
+    # The schedule ends where the long phases begin, which go on at its last rate.
+    short = sum(SHORT[name].values())
+    assert stretches[0].rate_tokens == pytest.approx(
+        short, abs=2 * max(map(step_tokens, stretches))
+    )
+    for stretch in stretches[len(SHORT[name]) :]:
+        assert type(stretch.schedule) is Schedule
+        assert stretch.schedule.peak_lr == pytest.approx(final)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("ladder")])

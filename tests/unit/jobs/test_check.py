@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.phases import lay_out
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.jobs import cli
+from hybrid_train.jobs.phase_table import decay_steps
+from hybrid_train.model import counts
 
 EXPERIMENTS = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
 SUPER = ("experiment=nemotron3_super", "processes=1024")
@@ -54,9 +57,63 @@ def test_the_plan_says_how_processes_and_batch_are_split(
     # 1024 / (1 * 32 * 4) = 8 processes hold the same experts.
     assert said(text, "experts") == "512 = expert 32 x 16 a process; expert_tensor 1, expert-data 8"
     assert said(text, "sequence") == "8,192 tokens; 2,048 on each tensor rank between layers"
-    # One step more than the 993,410 that do not quite reach 25T.
-    assert said(text, "length").startswith("25T tokens = 993,411 steps; warm-up 200B = 7,948;")
+    # 993,411 steps reach 25T; 51B in steps of 16 x 1,048,576 tokens make 3,040 more.
+    length = said(text, "length")
+    assert length.startswith(
+        "25.051T tokens = 996,451 steps; warm-up 200B = 7,948; decay 5T = 198,683"
+    )
     assert "they would wait 5.9% of a step" in said(text, "pipeline")  # 3 / (48 + 3)
+
+
+def test_every_phase_has_a_row_with_what_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, *SUPER)
+    assert said(text, "phases").startswith(
+        "4, in the table at the end; all before it is of phase 1"
+    )
+    rows = {row[0]: row[1:] for row in map(cells, text.splitlines()) if len(row) >= 8}
+    assert rows["1"][:5] == ["0", "20T", "794,729", "8,192", "3,072"]
+    assert rows["2"][:6] == ["20T", "5T", "198,682", "8,192", "3,072", "schedule"]
+    long = "tensor 2 x pipeline 4 x context 64 x data 2, expert 64"
+    assert rows["long"][:6] == ["25T", "34B", "2,027", "1,048,576", "16", "4.5e-06"]
+    assert rows["long"][7:] == rows["mixed"][7:] == [long]
+    assert len(rows["2"]) == 7  # on the layout of the first
+    kept = [row[6] for row in rows.values() if row[6].endswith("B")]
+    assert kept[0] == kept[1] != kept[2] == kept[3]
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"  +", line.strip())
+
+
+def test_the_work_of_a_run_is_that_of_its_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, *SUPER)
+    job = compose("check", list(SUPER))
+    wanted = sum(
+        counts.flops_per_token(job.model, 131072, one.job.train.sequence_length).training
+        * (one.end - one.start)
+        for one in lay_out(job)
+    )
+    assert said(text, "work").startswith(f"{wanted:.3g} FLOP in all")
+
+
+def test_a_run_of_one_phase_has_no_table_of_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "phase" not in plan(capsys, "experiment=ladder_3m")
+
+
+def test_the_plan_says_which_sources_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "The phases name sources (syn_crawl_high, code, " in plan(capsys, *SUPER)
+    assert "name sources" not in plan(capsys, "experiment=nemotron_h_8b", "processes=128")
+
+
+def test_steps_of_the_decay_are_those_of_the_phases_that_decay() -> None:
+    words = ("experiment=tiny_cpu", "schedule=wsd", "schedule.decay_tokens=1024")
+    second = "{name: b, start: 2048, sequence_length: 32}"
+    third = "{name: c, start: 2560, sequence_length: 64, constant_lr: 1e-5}"
+    job = compose(
+        "check", [*words, "train.tokens=5120", f"train.phases=[{{name: a}},{second},{third}]"]
+    )
+    # Of 2560 scheduled tokens the last 1024: 512 in steps of 256, then 512 in steps of 128.
+    assert decay_steps(lay_out(job), 1024) == 2 + 4
 
 
 def test_a_batch_that_grows_takes_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
