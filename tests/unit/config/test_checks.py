@@ -231,6 +231,13 @@ CASES = [
         "needs 1 - beta2 > 2^-8",
         "float32",
     ),
+    (
+        "data.packing=best_fit parallel.context=2 runtime.kernels=fused",
+        2,
+        "runtime.kernels",
+        "cannot keep documents of a row apart",
+        "plain",
+    ),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
 ]
 
