@@ -20,7 +20,7 @@ from tests.parity.case import STEPS, Case, microbatches_of
 from tests.tiny import tiny_engine
 
 EPSILON = torch.finfo(torch.float32).eps
-START, REFERENCE = "start", "reference.pt"
+START, REFERENCE = "checkpoints/step_00000000", "reference.pt"
 
 
 @dataclass
@@ -39,12 +39,14 @@ def write_reference(case: Case, folder: Path) -> list[dict[str, float]]:
     Returns:
         The numbers of every step.
     """
-    from hybrid_train.checkpoint.megatron import Content, write
+    from hybrid_train.checkpoint import store
+    from hybrid_train.checkpoint.megatron import Content
     from tests.parity import shards
 
     with _engine(case) as engine:
-        (folder / START).mkdir()
-        write(folder / START, Content(engine.chunks, engine.optimizer, engine.groups))
+        content = Content(engine.chunks, engine.optimizer, engine.groups)
+        saved = store.save(folder, content, {"step": 0, "tokens": 0}, keep=1)
+        assert saved == folder / START
         batches = _batches(case, engine)
         first = _numbers(engine.step(batches, tokens_seen=0))
         gradients = shards.assemble(shards.gradients(engine.chunks))
