@@ -69,12 +69,16 @@ def _entries(folder: Path, glob: str) -> list[Path]:
 
 
 def tokenizer_exists(job: TrainJob) -> Iterator[Problem]:
-    """The folder of the tokenizer has one in it."""
+    """The tokenizer is there: tokenizer.json of a folder, or a SentencePiece model."""
     folder = job.data.tokenizer
     if job.data.kind != "files" or folder is None:
         return
-    if not (Path(folder) / "tokenizer.json").is_file():
-        yield Problem("data.tokenizer", folder, "must be a folder with a tokenizer.json in it")
+    places = [Path(folder) / name for name in ("tokenizer.json", "tokenizer.model")]
+    if folder.endswith(".model"):
+        places.append(Path(folder))
+    if not any(place.is_file() for place in places):
+        rule = "must be a folder with a tokenizer.json or tokenizer.model in it, or a .model file"
+        yield Problem("data.tokenizer", folder, rule)
 
 
 def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:

@@ -34,13 +34,18 @@ from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.train import TrainJob
 
 FROZEN_NAME = "config.yaml"  # of the config in a run folder
-RAW_KEYS = {"generate": ("prompt",)}  # keys that take text as it stands
+# Keys that take text as it stands: commas and * mean nothing to Hydra there.
+RAW_KEYS = {
+    "generate": ("prompt",),
+    "data_train_tokenizer": ("input", "special_tokens"),
+    **dict.fromkeys(
+        ("data_tokenize", "data_merge", "data_split", "data_inspect", "data_count", "data_verify"),
+        ("input",),
+    ),
+}
 _WHAT_IS_READY = {
     "train": "`hybrid-train recipes` lists experiments with everything set",
     "check": "`hybrid-train recipes` lists experiments with everything set",
-    "generate": "`hybrid-train generate --help` lists the settings",
-    "convert": "`hybrid-train convert --help` lists the settings",
-    "verify": "`hybrid-train verify --help` lists the settings",
     "count": "`hybrid-train models` lists the models that have a name: model=NAME",
 }
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -179,7 +184,8 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     advice = ""
     if missing and not composed.wrong_groups:  # a wrong choice leaves its section empty
         found.extend(Problem(key, "???", "is not set") for key in missing)
-        advice = _WHAT_IS_READY[job_name]
+        typed = job_name.replace("_", " ", 1)
+        advice = _WHAT_IS_READY.get(job_name, f"`hybrid-train {typed} --help` lists the settings")
     refused = {problem.path for problem in composed.problems}  # left out, so reported once
     found = composed.problems + [problem for problem in found if problem.path not in refused]
     if found:

@@ -21,6 +21,15 @@ from hybrid_train.config.schema.objective import NextToken
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision
+from hybrid_train.config.schema.prepare import (
+    CountTokensJob,
+    InspectJob,
+    MergeJob,
+    SplitJob,
+    TokenizeJob,
+    TrainTokenizerJob,
+    VerifyTokensJob,
+)
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
 from hybrid_train.config.schema.show import IndexJob, ShowJob
@@ -38,6 +47,13 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "verify"): VerifyJob,
     ("job", "data_index"): IndexJob,
     ("job", "data_show"): ShowJob,
+    ("job", "data_tokenize"): TokenizeJob,
+    ("job", "data_merge"): MergeJob,
+    ("job", "data_split"): SplitJob,
+    ("job", "data_inspect"): InspectJob,
+    ("job", "data_count"): CountTokensJob,
+    ("job", "data_verify"): VerifyTokensJob,
+    ("job", "data_train_tokenizer"): TrainTokenizerJob,
     ("model", "base"): Model,
     ("parallel", "base"): Parallel,
     ("precision", "base"): Precision,

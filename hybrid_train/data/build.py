@@ -7,25 +7,25 @@ from functools import cached_property
 from pathlib import Path
 
 from hybrid_train.config.phases import Stretch
-from hybrid_train.config.problems import ConfigError, Problem
+from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.ramp import global_batch
 from hybrid_train.config.schema.data import Data, Quickstart, named_sources
 from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens
+from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.data.held_out import HeldOut, hold_out
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.pieces import Joined
 from hybrid_train.data.plan import Opened, PhasePlan, describe, plan_phases
-from hybrid_train.data.quickstart import folder_of, prepare, read_manifest
+from hybrid_train.data.prepare.manifest import read_manifest
+from hybrid_train.data.quickstart import folder_of, prepare
+from hybrid_train.data.quickstart import read_manifest as read_quickstart
 from hybrid_train.data.sources import open_source, own_vocabulary
-from hybrid_train.data.tokenizers import Tokenizer
 from hybrid_train.data.unigram import unigram_cross_entropy
-from hybrid_train.data.words import WordTokenizer
 
 _log = logging.getLogger(__name__)
-AnyTokenizer = Tokenizer | WordTokenizer
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def check_data(data: Data) -> None:
     """
     if isinstance(data, Quickstart):
         if folder_of(data).exists():
-            read_manifest(folder_of(data))
+            read_quickstart(folder_of(data))
         return
     _open(data)
 
@@ -167,10 +167,11 @@ def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
     if not any(source.has(Split.train) for source in sources.values()):
         problems.append(Problem("data.train", data.train, "must name at least one prefix"))
     if data.tokenizer is None and any(source.stream is None for source in sources.values()):
-        problems.append(Problem("data.tokenizer", None, "must name a Hugging Face folder"))
+        problems.append(Problem("data.tokenizer", None, "must name the folder of a tokenizer"))
     if problems:
         raise ConfigError(problems)
-    tokenizer = own_vocabulary(sources.values()) or Tokenizer.load(data.tokenizer or "")
+    tokenizer = own_vocabulary(sources.values()) or open_tokenizer(data.tokenizer or "")
+    _require_same_tokenizer(data, tokenizer)
     cache = IndexCache(_cache_folder(data))
     longest = {name: one.longest for name, one in sources.items() if one.longest is not None}
     train, held_out = (
@@ -187,6 +188,27 @@ def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
         for split in (Split.train, Split.validation)
     )
     return tokenizer, train, held_out
+
+
+def _require_same_tokenizer(data: Data, tokenizer: AnyTokenizer) -> None:
+    """Refuse files whose manifest says that another tokenizer made them.
+
+    Raises:
+        UserError: with all of them.
+    """
+    found = []
+    for name, source in named_sources(data).items():
+        for prefix in (*source.train, *source.validation):
+            manifest = None if "://" in prefix else read_manifest(prefix)
+            made_by = manifest.tokenizer if manifest else None
+            if made_by is not None and made_by.fingerprint != tokenizer.fingerprint:
+                found.append(f"  {prefix} (source {name}) by {made_by.path}")
+    if found:
+        lines = "\n".join(found)
+        raise UserError(
+            f"data.tokenizer={data.tokenizer} did not make the ids of these files:\n{lines}\n"
+            "All sources of a run need one tokenizer: tokenize these anew, or name theirs"
+        )
 
 
 def _quickstart(config: Quickstart, barrier: Callable[[], None], is_main: bool) -> Data:

@@ -20,9 +20,9 @@ from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.files import File, open_file
 from hybrid_train.data.remote import is_remote
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_TYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _REMEDY = "write the files anew, or copy both from where they are whole"
 _REMOTE_PIECES = 8  # that a check of a remote file reads, each by a request of its own
 
@@ -129,13 +129,13 @@ def _open(prefix: str, suffix: str, remote: Remote | None) -> File:
 
 
 def _parse(prefix: str, file: File, tokens_file: File) -> Opened:
-    if file.size < _HEADER.size:
+    if file.size < HEADER.size:
         raise UserError(f"{file.name} is truncated: it ends within its header; {_REMEDY}")
     index = file.whole()
-    magic, version, code, sequences, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
-    if magic != _MAGIC or version != 1 or code not in _TOKEN_TYPES:
+    magic, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+    if magic != MAGIC or version != 1 or code not in TOKEN_TYPES:
         raise UserError(f"{file.name} is no index of token files; give the prefix of a .bin/.idx")
-    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    expected = HEADER.size + 12 * sequences + 8 * boundaries
     if file.size < expected:
         raise UserError(
             f"{file.name} is truncated: it has {file.size} bytes of {expected} for its {sequences} "
@@ -153,7 +153,7 @@ def _parse(prefix: str, file: File, tokens_file: File) -> Opened:
             f"{file.name} contradicts itself: its documents end at sequence {last} of {sequences}; "
             f"{_REMEDY}"
         )
-    dtype: np.dtype[np.generic] = np.dtype(_TOKEN_TYPES[code])
+    dtype: np.dtype[np.generic] = np.dtype(TOKEN_TYPES[code])
     tokens = int(offsets[-1]) // dtype.itemsize + int(lengths[-1])
     facts = TokenFile(prefix, int(boundaries) - 1, tokens, dtype)
     return Opened(facts, tokens_file, index, lengths, offsets, ends)
@@ -164,7 +164,7 @@ class _Parts:
 
     def __init__(self, index: NDArray[np.uint8]) -> None:
         self._index = index
-        self._position = _HEADER.size
+        self._position = HEADER.size
 
     def take(self, dtype: str, count: int) -> NDArray[Any]:
         found = np.frombuffer(self._index, dtype=dtype, count=count, offset=self._position)

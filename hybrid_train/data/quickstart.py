@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.data import Data, Quickstart
-from hybrid_train.data.megatron import write_documents
+from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
 
 VALIDATION_SHARE = 0.045  # of the bytes

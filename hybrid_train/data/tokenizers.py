@@ -24,10 +24,13 @@ class Tokenizer:
     can close a document by accident.
     """
 
-    def __init__(self, backend: Backend, end_of_document: str) -> None:
+    def __init__(self, backend: Backend, end_of_document: str, text: str | None = None) -> None:
         self._backend = backend
         self._backend.encode_special_tokens = True
+        self._backend.no_truncation()  # some folders ask for both: made for batches of sentences
+        self._backend.no_padding()
         self._end_of_document = end_of_document
+        self._text = text or backend.to_str(pretty=True)  # of tokenizer.json
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -42,18 +45,24 @@ class Tokenizer:
                 f"{path} does not exist; data.tokenizer must name a Hugging Face tokenizer folder"
             )
         try:
-            backend = Backend.from_file(str(path))
+            text = path.read_bytes().decode("utf-8")
+            backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path} is no tokenizer: {error}; download it again") from error
         end = _end_of_document(Path(folder))
         if backend.token_to_id(end) is None:
             raise UserError(f"{path} lacks the end-of-document token {end!r} that its folder names")
-        return cls(backend, end)
+        return cls(backend, end, text)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer, in hexadecimal."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        """SHA-256 of tokenizer.json, in hexadecimal."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    @property
+    def description(self) -> str:
+        """Content of tokenizer.json: normalizer, pre-tokenizer, model, added tokens."""
+        return self._text
 
     @cached_property
     def vocab_size(self) -> int:
@@ -85,7 +94,7 @@ class Tokenizer:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         # Not with the library's own `save`: a full disk is no OSError there.
-        (path / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (path / "tokenizer.json").write_bytes(self._text.encode())
         special = {"bos_token": self._end_of_document, "eos_token": self._end_of_document}
         config = {
             **special,
@@ -96,8 +105,12 @@ class Tokenizer:
         _write_json(path / "special_tokens_map.json", special)
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE, which can write any text; id 0 closes a document.
+def train_byte_level_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (END_OF_DOCUMENT,)
+) -> Tokenizer:
+    """Train a byte-level BPE, which can write any text; the first special token closes a document.
+
+    Special tokens get the lowest ids in their order, so the end of a document is 0.
 
     A small corpus has fewer merges than asked for: then `vocab_size` of the result is smaller.
     """
@@ -106,12 +119,12 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, END_OF_DOCUMENT)
+    return Tokenizer(backend, special_tokens[0])
 
 
 def _end_of_document(folder: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.style import Style
 
-from hybrid_train.data.tokenizers import Tokenizer
+from hybrid_train.data.any_tokenizer import AnyTokenizer
 
 _INCOMPLETE = "\ufffd"  # what the bytes of a character read like before its last one is there
 
@@ -19,7 +19,7 @@ class GrowingText:
     begins.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._tokens = list(prompt)
         self._given = self._decode()

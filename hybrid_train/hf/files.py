@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model"}  # one of them makes a tokenizer
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 

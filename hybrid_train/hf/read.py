@@ -24,7 +24,7 @@ from hybrid_train.config.schema.precision import NumberFormat, Precision
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.hf import config as hf_config
-from hybrid_train.hf.files import copy_tokenizer, new_folder
+from hybrid_train.hf.files import VOCABULARY_FILES, copy_tokenizer, new_folder
 from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
@@ -204,8 +204,8 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             length = int(config.get("max_position_embeddings") or 4096)
             main = dtype or folder.main_dtype()
             compose.freeze(_train_job(model, output, length, main), partial)
-    if "tokenizer.json" not in copied:
-        _log.warning("%s has no tokenizer.json: text cannot be generated from %s", source, output)
+    if not VOCABULARY_FILES & set(copied):
+        _log.warning("%s has no tokenizer: text cannot be generated from %s", source, output)
     if config.get("auto_map"):
         _log.info("%s names code of its own (auto_map); it was neither run nor copied", source)
     loss = cast.in_words(len(tensors))

@@ -15,9 +15,9 @@ from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import compose
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.data.tokenizers import Tokenizer
+from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.hf import config as hf_config
-from hybrid_train.hf.files import copy_tokenizer, new_folder, write_json
+from hybrid_train.hf.files import VOCABULARY_FILES, copy_tokenizer, new_folder, write_json
 from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.read import INDEX, SOURCE
@@ -98,7 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     found = layout.locate(path)
     job = compose.load(found.run_dir)
     job.model.pattern = job.model.pattern.replace("|", "")
-    size = job.model.vocab_size or Tokenizer.load(found.run_dir / layout.TOKENIZER).vocab_size
+    size = job.model.vocab_size or open_tokenizer(found.run_dir / layout.TOKENIZER).vocab_size
     job.model.vocab_size = size
     return Checkpoint(found, job, size)
 
@@ -133,7 +133,7 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
             write_json(partial / hf_config.FILE, config)
             _write_generation_config(checkpoint, partial, config)
             copied = copy_tokenizer(checkpoint.found.run_dir / layout.TOKENIZER, partial)
-    if "tokenizer.json" not in copied:
+    if not VOCABULARY_FILES & set(copied):
         _log.warning("%s has no tokenizer: none was exported", checkpoint.found.run_dir)
     loss = cast.in_words(len(theirs))
     if loss:
@@ -181,9 +181,9 @@ def _sizes(model: Model) -> list[tuple[str, tuple[int, ...]]]:
 
 def _end_of_document(checkpoint: Checkpoint) -> int | None:
     folder = checkpoint.found.run_dir / layout.TOKENIZER
-    if not (folder / "tokenizer.json").is_file():
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         return None
-    return Tokenizer.load(folder).end_of_document
+    return open_tokenizer(folder).end_of_document
 
 
 def _write_generation_config(checkpoint: Checkpoint, output: Path, config: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hybrid_train.config.pattern import Pattern, parse
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
-from hybrid_train.data.tokenizers import Tokenizer
+from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.translate import DTYPES
@@ -82,7 +82,7 @@ class LoadedModel:
     """A trained model on one process, ready to run."""
 
     model: Hybrid
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     job: TrainJob
 
 
@@ -101,7 +101,7 @@ def load_model(checkpoint: str, runtime: Runtime) -> LoadedModel:
     job.parallel = type(job.parallel)()
     job.model.pattern = job.model.pattern.replace("|", "")
     job.runtime = runtime
-    tokenizer = Tokenizer.load(found.run_dir / TOKENIZER)
+    tokenizer = open_tokenizer(found.run_dir / TOKENIZER)
     start_tracker()
     groups = build_groups(job.parallel, runtime.timeout_s)
     vocab_size = job.model.vocab_size or tokenizer.vocab_size

@@ -72,9 +72,9 @@ def _vocab_size(job: CheckJob) -> int:
     if isinstance(job.data, Quickstart):
         return job.data.vocab_size
     assert job.data.tokenizer is not None, "the checks ask for it"
-    from hybrid_train.data.tokenizers import Tokenizer  # few plans need it
+    from hybrid_train.data.any_tokenizer import open_tokenizer  # few plans need it
 
-    return Tokenizer.load(job.data.tokenizer).vocab_size
+    return open_tokenizer(job.data.tokenizer).vocab_size
 
 
 def _facts(

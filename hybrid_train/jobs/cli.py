@@ -28,6 +28,7 @@ class Job:
     composed: bool = True  # whether conf/NAME.yaml describes it
 
 
+# A name of two words is a job of a family: `hybrid-train data tokenize`, conf/data_tokenize.yaml.
 JOBS = {
     "train": Job("train a model, or go on with a run that stopped", "hybrid_train.jobs.train"),
     "check": Job(
@@ -47,6 +48,23 @@ JOBS = {
     "verify": Job(
         "compare a checkpoint with a Hugging Face folder: tensors, logits",
         "hybrid_train.jobs.verify",
+    ),
+    "data tokenize": Job(
+        "turn text into token files; goes on after a kill", "hybrid_train.jobs.data_tokenize"
+    ),
+    "data merge": Job("join token files of one tokenizer", "hybrid_train.jobs.data_merge"),
+    "data split": Job("split token files by shares or by tokens", "hybrid_train.jobs.data_split"),
+    "data inspect": Job("show lengths and documents", "hybrid_train.jobs.data_inspect"),
+    "data count": Job("count documents and tokens", "hybrid_train.jobs.data_count"),
+    "data verify": Job(
+        "read token files whole: checksums, index, token ids", "hybrid_train.jobs.data_verify"
+    ),
+    "data index": Job(
+        "build the indices of a run's data ahead; print its blend", "hybrid_train.jobs.data_index"
+    ),
+    "data show": Job("show what a run reads at a step", "hybrid_train.jobs.data_show"),
+    "data train_tokenizer": Job(
+        "train a byte-level BPE tokenizer from text", "hybrid_train.jobs.data_train_tokenizer"
     ),
 }
 FLAGS = {
@@ -123,12 +141,49 @@ def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
         return _version
     if not options.words:
         return _help_text(None, ()) if options.help or not arguments else _no_job()
-    name, *words = options.words
-    if name not in JOBS:
-        near = nearest(name, JOBS)
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(JOBS)}"
-        raise UserError(f"there is no job {name!r}; {hint} See hybrid-train --help")
+    name, words = _job_name(options.words)
+    if name in _families():
+        if options.help:
+            return _help_text(name, ())
+        raise UserError(
+            f"{name} what? There are {', '.join(_family(name))}; see hybrid-train {name} --help"
+        )
     return _job_command(name, words, options)
+
+
+def _job_name(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split a command line into the name of a job, or of a family without more, and the rest.
+
+    Raises:
+        UserError: if there is no such job.
+    """
+    first, *rest = words
+    if first in JOBS:
+        return first, rest
+    if first in _families():
+        if not rest:
+            return first, rest
+        second, *rest = rest
+        if f"{first} {second}" in JOBS:
+            return f"{first} {second}", rest
+        raise _no_such_job(second, _family(first), f"{first} ")
+    raise _no_such_job(first, list(JOBS), "")
+
+
+def _no_such_job(name: str, known: Sequence[str], family: str) -> UserError:
+    near = nearest(name, known)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+    return UserError(f"there is no job {family + name!r}; {hint} See hybrid-train {family}--help")
+
+
+def _families() -> set[str]:
+    """Return the first words of jobs that have two."""
+    return {name.partition(" ")[0] for name in JOBS if " " in name}
+
+
+def _family(first: str) -> list[str]:
+    """Return the second words of a family."""
+    return [name.partition(" ")[2] for name in JOBS if name.startswith(f"{first} ")]
 
 
 def _no_job() -> NoReturn:
@@ -146,16 +201,22 @@ def _job_command(
         return lambda: importlib.import_module(job.module).run(list(words))
     from hybrid_train.config import compose, describe  # Hydra takes a moment to import
 
+    root = config_name(name)
     if options.cfg:
-        return _printer(describe.config_text(name, words, options.cfg, resolve=options.resolve))
+        return _printer(describe.config_text(root, words, options.cfg, resolve=options.resolve))
     if options.info:
-        return lambda: describe.print_info(name, words, options.info)
+        return lambda: describe.print_info(root, words, options.info)
     if options.multirun:
         from hybrid_train.jobs import multirun
 
         return multirun.plan(name, words)
-    config = compose.compose(name, words)
+    config = compose.compose(root, words)
     return lambda: _run(job, config)
+
+
+def config_name(name: str) -> str:
+    """Return the root in conf/ of a job: "data tokenize" -> "data_tokenize"."""
+    return name.replace(" ", "_")
 
 
 def _run(job: Job, config: Any) -> int | None:
@@ -171,13 +232,14 @@ def _printer(text: str) -> Callable[[], None]:
 
 
 def _help_text(name: str | None, words: Sequence[str]) -> Callable[[], None]:
-    """Return what prints the help of all jobs, or of one."""
+    """Return what prints the help of all jobs, of a family, or of one."""
     from hybrid_train.jobs import help as help_page
 
-    if name is None or not JOBS[name].composed:
-        jobs = {known: job.summary for known, job in JOBS.items()}
+    if name is None or name not in JOBS or not JOBS[name].composed:
+        within = f"{name} " if name and name not in JOBS else ""
+        jobs = {known: job.summary for known, job in JOBS.items() if known.startswith(within)}
         return lambda: help_page.show_jobs(jobs, FLAGS)
-    return lambda: help_page.show_job(name, JOBS[name].summary, words)
+    return lambda: help_page.show_job(name, config_name(name), JOBS[name].summary, words)
 
 
 def _version() -> None:

@@ -63,18 +63,28 @@ def show_jobs(jobs: Mapping[str, str], flags: Mapping[str, str]) -> None:
     page.print("\nhybrid-train JOB --help lists the groups and keys of a job.")
 
 
-def show_job(name: str, summary: str, lines: Sequence[str]) -> None:
-    """Print the groups of a job with their choices, and its keys with their defaults."""
-    keys = list(describe.settings(name, lines))  # first: nothing is printed if an override is wrong
+def show_job(name: str, root: str, summary: str, lines: Sequence[str]) -> None:
+    """Print the groups of a job with their choices, and its keys with their defaults.
+
+    Args:
+        name: as it is typed.
+        root: name of its root in conf/.
+        summary: what it does.
+        lines: overrides.
+    """
+    keys = list(describe.settings(root, lines))  # first: nothing is printed if an override is wrong
     page = console()
     page.print(f"hybrid-train {name}: {summary}\n")
-    page.print(f"Usage: hybrid-train {name} [GROUP=CHOICE ...] [KEY=VALUE ...] [OPTIONS]\n")
-    page.print("Groups: each choice sets several keys (GROUP=CHOICE)")
     rows = [
         (f"  {group}={choice}" if choice else f"  {group}", description)
-        for group, options in describe.choices(name).items()
+        for group, options in describe.choices(root).items()
         for choice, description in options.items()
     ]
-    page.print(table(rows))
-    page.print("\nKeys (KEY=VALUE) and their values" + (" with these overrides" if lines else ""))
+    groups = "[GROUP=CHOICE ...] " if rows else ""
+    page.print(f"Usage: hybrid-train {name} {groups}[KEY=VALUE ...] [OPTIONS]\n")
+    if rows:
+        page.print("Groups: each choice sets several keys (GROUP=CHOICE)")
+        page.print(table(rows))
+        page.print()
+    page.print("Keys (KEY=VALUE) and their values" + (" with these overrides" if lines else ""))
     page.print(table((f"  {key.name}", key.default, key.comment) for key in keys))

@@ -33,17 +33,18 @@ def commands(name: str, lines: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigError: if any combination cannot run.
     """
-    texts = [line for line in lines if line.partition("=")[0] in RAW_KEYS.get(name, ())]
+    root = name.replace(" ", "_")
+    texts = [line for line in lines if line.partition("=")[0] in RAW_KEYS.get(root, ())]
     listed, problems = [], []
     for number, combination in enumerate(combinations([o for o in lines if o not in texts])):
         try:
-            job = compose(name, [*combination, *texts])
+            job = compose(root, [*combination, *texts])
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
             continue
         own = [f'run_dir="{job.run_dir}/{number}"'] if isinstance(job, TrainJob) else []
         given = [line for line in combination if not (own and line.startswith("run_dir="))]
-        listed.append([sys.executable, "-m", "hybrid_train", name, *given, *own, *texts])
+        listed.append([sys.executable, "-m", "hybrid_train", *name.split(), *given, *own, *texts])
     if problems:
         raise ConfigError(problems)
     return listed

@@ -1,9 +1,10 @@
-"""Which process this is among those that torchrun or SLURM started."""
+"""Which process this is among those that torchrun or SLURM started.
+
+torch is imported where processes talk to each other: jobs that prepare data do without it.
+"""
 
 import os
 from collections.abc import Callable
-
-import torch.distributed as dist
 
 from hybrid_train.config.problems import UserError
 
@@ -35,6 +36,8 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until all processes are here."""
+    import torch.distributed as dist
+
     dist.barrier()
 
 
@@ -44,6 +47,8 @@ def main_first(work: Callable[[], None]) -> None:
     Raises:
         UserError: on the other processes, with the words of the main process's error.
     """
+    import torch.distributed as dist
+
     failure: list[str | None] = [None]
     try:
         if is_main():
@@ -66,6 +71,8 @@ def together[T](work: Callable[[], T]) -> T:
     Raises:
         UserError: where the work itself did not fail, with rank and words of the first that did.
     """
+    import torch.distributed as dist
+
     failure: Exception | None = None
     try:
         result = work()

@@ -30,7 +30,7 @@ MEASURED = ("plain", "packed", "megatron")
 
 def write_source(prefix: Path, tokens: int, seed: int, *, zeros: bool) -> None:
     """Write an index of documents of so many tokens in all, and their tokens."""
-    from hybrid_train.data.megatron import write_documents
+    from hybrid_train.data.token_files import write_documents
 
     random = np.random.default_rng(seed)
     lengths = random.lognormal(np.log(600), 1.2, 2 * tokens // 600).astype(np.int32).clip(2, 10**6)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_train.data.megatron import write_documents
+from hybrid_train.data.token_files import write_documents
 from tests.jobs.command import Finished, finish, metrics, start, train
 from tests.jobs.kills import (
     STEP_TOKENS,

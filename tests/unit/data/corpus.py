@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_train.data.megatron import write_documents
+from hybrid_train.data.token_files import write_documents
 
 VOCAB = 50
 END = 0

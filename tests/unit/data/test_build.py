@@ -1,5 +1,7 @@
 """From the data section of a run to its batches."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,12 @@ import torch
 from hybrid_train.config.phases import lay_out
 from hybrid_train.config.problems import ConfigError, UserError
 from hybrid_train.config.schema.data import Data, Quickstart
+from hybrid_train.config.schema.source import Source
 from hybrid_train.config.schema.train import Train, TrainJob
+from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.loader import Loader, Validation
+from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts
 from hybrid_train.data.quickstart import prepare
 
 
@@ -126,3 +131,20 @@ def test_a_prefix_that_does_not_exist_is_refused_before_anything_is_written(
 def test_whole_data_and_an_unbuilt_quickstart_pass_the_check(corpus: Data, tmp_path: Path) -> None:
     check_data(corpus)
     check_data(Quickstart(folder=str(tmp_path)))
+
+
+def test_files_of_another_tokenizer_are_named(corpus: Data, tmp_path: Path) -> None:
+    own = open_tokenizer(corpus.tokenizer or "")
+    other = replace(TokenizerFacts.of("elsewhere/tokenizer", own), fingerprint="another")
+    for name, facts in (("mine", TokenizerFacts.of("here", own)), ("theirs", other)):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(corpus.train[0] + suffix, tmp_path / (name + suffix))
+        manifest = Manifest(1, 1, "uint16", facts, [], {})
+        (tmp_path / f"{name}.json").write_text(manifest.text())
+    sources = {name: Source(train=[str(tmp_path / name)]) for name in ("mine", "theirs")}
+    with pytest.raises(
+        UserError, match=r"theirs \(source theirs\) by elsewhere/tokenizer"
+    ) as refused:
+        check_data(Data(sources=sources, tokenizer=corpus.tokenizer))
+    assert f"{tmp_path}/theirs (source theirs) by" in str(refused.value)
+    assert "source mine" not in str(refused.value)

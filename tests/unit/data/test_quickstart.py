@@ -9,8 +9,8 @@ import pytest
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.data import quickstart
-from hybrid_train.data.megatron import Documents
 from hybrid_train.data.quickstart import prepare, read_manifest, source_files, split
+from hybrid_train.data.token_files import TokenReader
 from hybrid_train.data.tokenizers import Tokenizer
 
 
@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> Quickstart:
 
 
 def texts(prefix: str, tokenizer: Tokenizer) -> list[str]:
-    documents = Documents(prefix)
+    documents = TokenReader(prefix)
     found = [documents[i].tolist() for i in range(len(documents))]
     assert all(ids[-1] == tokenizer.end_of_document for ids in found)
     return [tokenizer.decode(ids[:-1]) for ids in found]
@@ -55,8 +55,8 @@ def test_every_source_file_is_one_document_of_one_part(source: Path, config: Qui
 def test_the_manifest_counts_what_was_written(source: Path, config: Quickstart) -> None:
     data = prepare(config, source)
     manifest = read_manifest(Path(data.train[0]).parent)
-    assert manifest.train_tokens == Documents(data.train[0]).lengths.sum()
-    assert manifest.validation_tokens == Documents(data.validation[0]).lengths.sum()
+    assert manifest.train_tokens == TokenReader(data.train[0]).lengths.sum()
+    assert manifest.validation_tokens == TokenReader(data.validation[0]).lengths.sum()
     assert manifest.train_files + manifest.validation_files == 61
     share = manifest.validation_bytes / (manifest.train_bytes + manifest.validation_bytes)
     assert 0.035 < share < 0.05

@@ -1,5 +1,6 @@
 """A trained tokenizer writes any text, and transformers reads what it saves."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -114,3 +115,29 @@ def test_a_folder_without_an_end_of_document_token_is_refused(tmp_path: Path) ->
     (tmp_path / "special_tokens_map.json").unlink()
     with pytest.raises(UserError, match="add eos_token"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_fingerprint_is_that_of_the_file_and_survives_a_copy(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # the same, written another way
+    loaded = Tokenizer.load(tmp_path / "a")
+    assert loaded.fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
+    loaded.save(tmp_path / "b")
+    assert Tokenizer.load(tmp_path / "b").fingerprint == loaded.fingerprint
+    assert loaded.fingerprint != TOKENIZER.fingerprint
+
+
+def test_a_folder_that_asks_for_short_texts_does_not_cut_documents(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content | {"truncation": cut}))
+    assert Tokenizer.load(tmp_path).encode(CORPUS[1]) == TOKENIZER.encode(CORPUS[1])
+
+
+def test_special_tokens_get_the_first_ids_and_the_first_ends_documents() -> None:
+    trained = train_byte_level_bpe(CORPUS, 300, special_tokens=["<end>", "<pad>"])
+    assert trained.end_of_document == 0
+    assert trained.decode([0, 1]) == "<end><pad>"

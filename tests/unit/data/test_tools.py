@@ -1,11 +1,16 @@
 """The scripts of data_tools, called as from a command line."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from data_tools import build_quickstart, inspect_shard
+from data_tools import build_quickstart
+from hybrid_train.jobs.cli import JOBS
+
+ROOT = Path(__file__).parents[3]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, tool: object, *arguments: object) -> int:
@@ -33,15 +38,41 @@ def test_a_corpus_is_built_and_one_of_its_documents_shown(
     assert call(monkeypatch, build_quickstart, *build) == 0
     assert "tokens in 29 files" in capsys.readouterr().out
 
-    prefix, tokenizer = folder / "vocab-300" / "train", folder / "vocab-300" / "tokenizer"
-    shown = (prefix, "--tokenizer", tokenizer, "--document", 0)
-    assert call(monkeypatch, inspect_shard, *shown) == 0
-    text = capsys.readouterr().out
-    assert "29 documents" in text
-    assert "value0 = 0" in text
+    prefix = folder / "vocab-300" / "train"
+    script = ROOT / "data_tools" / "inspect_shard.py"
+    asked = [f"input={prefix}", f"tokenizer={folder / 'vocab-300' / 'tokenizer'}", "document=0"]
+    done = called(script, *asked)
+    assert "29 documents" in done.stdout
+    assert "value0 = 0" in done.stdout
+    refused = called(script, f"input={prefix}", "document=29")
+    assert refused.returncode == 2
+    assert "go from 0 to 28" in refused.stderr
 
-    assert call(monkeypatch, inspect_shard, prefix, "--document", 29) == 2
-    assert "go from 0 to 28" in capsys.readouterr().err
+
+def called(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, env=environment
+    )
+
+
+SCRIPTS = {
+    "tokenize_text": "tokenize", "merge_shards": "merge", "split_shard": "split",
+    "inspect_shard": "inspect", "count_tokens": "count", "verify_shard": "verify",
+    "train_tokenizer": "train_tokenizer",
+}  # fmt: skip
+
+
+def test_every_job_that_prepares_data_has_a_script() -> None:
+    others = {path.stem for path in (ROOT / "data_tools").glob("*.py")} - SCRIPTS.keys()
+    assert others == {"build_quickstart"}
+    assert {f"data {job}" for job in SCRIPTS.values()} <= JOBS.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_its_job(script: str) -> None:
+    done = called(ROOT / "data_tools" / f"{script}.py", "--help")
+    assert done.stdout.startswith(f"hybrid-train data {SCRIPTS[script]}: "), done.stderr
 
 
 def test_a_vocabulary_too_small_is_refused(
@@ -50,9 +81,3 @@ def test_a_vocabulary_too_small_is_refused(
     assert call(monkeypatch, build_quickstart, "--folder", tmp_path / "a", "--vocab-size", 9) == 2
     assert "vocab_size = 9" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
-
-
-def test_a_histogram_has_a_line_for_each_power_of_two() -> None:
-    lines = inspect_shard.histogram(np.array([2, 3, 3, 9], dtype=np.int32))
-    counts = [(*line.split()[:1], *line.split()[2:4]) for line in lines]
-    assert counts == [("2", "3", "3"), ("4", "7", "0"), ("8", "15", "1")]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.data.megatron import write_documents
+from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.unigram import unigram_cross_entropy
 
 

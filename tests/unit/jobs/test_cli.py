@@ -230,3 +230,41 @@ def test_the_process_ends_with_the_exit_code(
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert list(empty_folder.iterdir()) == []
+
+
+def test_a_family_of_jobs_lists_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "data", "--help")
+    for name, job in cli.JOBS.items():
+        line = re.search(rf"^  {name} +{job.summary}", text, re.MULTILINE)
+        assert (line is not None) == name.startswith("data "), name
+
+
+def test_a_job_of_two_words_has_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "data", "tokenize", "--help")
+    assert text.startswith("hybrid-train data tokenize: ")
+    assert re.search(r"max_bad_share +0\.01 +of the lines", text)
+    assert "GROUP" not in text  # it has none
+    asked = ("data", "tokenize", "input=a,b*.jsonl", "output=x", "tokenizer=t", "--cfg", "job")
+    assert "- a,b*.jsonl" in output(capsys, *asked)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("data",), "data what? There are tokenize, merge,"),
+        (("data", "tokenise"), "no job 'data tokenise'; did you mean tokenize?"),
+        (("data", "tokenize", "inptu=a"), "nearest: input=a"),
+        (("data", "tokenize", "input=a"), "`hybrid-train data tokenize --help` lists"),
+        (("data", "merge", "input=a", "output=x.bin"), "nearest: x"),
+        (("data", "split", "input=a", "output=x"), "shares, tokens_per_shard = neither"),
+        (("data", "split", "input=a", "output=x", "shares=[0.5,0.6]"), "add up to 1"),
+        (("data", "split", "input=a,b", "output=x", "shares=[1]"), "takes one prefix"),
+        (("data", "tokenize", "input=a", "output=x", "tokenizer=t", "max_bad_share=2"), "[0, 1]"),
+        (("data", "tokenize", "input=a", "output=x", "tokenizer=t", "format=json"), "jsonl"),
+        (("data", "train_tokenizer", "input=a", "output=x", "vocab_size=9"), "at least 257"),
+    ],
+)
+def test_what_a_job_of_two_words_cannot_do_is_explained(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], text: str
+) -> None:
+    assert text in complaint(capsys, *words)

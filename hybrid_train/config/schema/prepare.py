@@ -1,0 +1,191 @@
+"""The roots of the jobs that prepare data: from text to token files, and what is done with these.
+
+Files and prefixes are named as on a command line: commas between them, * and ** as in a shell.
+"""
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from hybrid_train.config.problems import Problem, at_least, within
+from hybrid_train.config.units import TOKENS_RULE, is_tokens
+
+_SHARES_TOLERANCE = 1e-6
+SMALLEST_VOCABULARY = 256  # every byte
+
+
+class Format(enum.Enum):
+    """What input files hold; `auto` goes by their names, and takes others for source code."""
+
+    auto = "auto"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    text = "text"  # one document a file
+    lines = "lines"  # plain text, one document a line
+    code = "code"  # folders: every text file below them is a document
+
+
+@dataclass(kw_only=True)
+class DataJob:
+    """A job that reads files: input=FILES, repeated or with commas."""
+
+    input: list[str] = MISSING  # files, globs, folders; input=a.jsonl,b/*.parquet,src
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not listed(self.input):
+            yield Problem("input", "[]", "must name at least one file, glob or folder")
+
+
+@dataclass(kw_only=True)
+class TextJob(DataJob):
+    """A job that reads text."""
+
+    format: Format = Format.auto
+    text_key: str = "text"  # of a JSON line or a Parquet column
+    suffixes: list[str] = field(default_factory=list)  # [.py,.md]: of folders, these files only
+    block_kb: int = 1024  # text that a process takes at a time
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(1, block_kb=self.block_kb)
+        if not self.text_key:
+            yield Problem("text_key", '""', "must name a key", "text")
+        for suffix in self.suffixes:
+            if not suffix.startswith("."):
+                yield Problem("suffixes", suffix, "must begin with a dot", f".{suffix}")
+
+
+@dataclass(kw_only=True)
+class TokenizeJob(TextJob):
+    """Text becomes a pair of token files; the same command goes on after a kill."""
+
+    output: str = MISSING  # prefix of the .bin and .idx
+    tokenizer: str = MISSING  # Hugging Face folder, or SentencePiece model or its folder
+    workers: int | None = None  # processes; None: one a core
+    max_bad_share: float = 0.01  # of the lines; beyond it the job stops
+    overwrite: bool = False  # replace an output, or a partial one of another command
+    word_cache: bool = True  # look up the words that were encoded before; the ids are the same
+    save_interval_s: float = 5.0  # between saves of the position
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(1, workers=self.workers)
+        yield from at_least(0, save_interval_s=self.save_interval_s)
+        yield from within(0, 1, max_bad_share=self.max_bad_share)
+        yield from _prefix(self.output)
+
+
+@dataclass(kw_only=True)
+class MergeJob(DataJob):
+    """Token files of one tokenizer become one pair, in the order given."""
+
+    output: str = MISSING  # prefix of the .bin and .idx
+    overwrite: bool = False  # replace an output that is there
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from _prefix(self.output)
+
+
+@dataclass(kw_only=True)
+class SplitJob(DataJob):
+    """A pair of token files becomes several: by shares of the documents, or by tokens."""
+
+    output: str = MISSING  # prefix of the parts: OUTPUT-00000 ..., or OUTPUT-NAME
+    shares: list[float] = field(default_factory=list)  # [0.99,0.01] of the documents, drawn
+    names: list[str] = field(default_factory=list)  # [train,validation]: one for each share
+    tokens_per_shard: str | None = None  # "1B": documents in their order, none is cut
+    seed: int = 1234  # of the draw
+    overwrite: bool = False  # replace outputs that are there
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from _prefix(self.output)
+        yield from at_least(0, seed=self.seed)
+        if len(listed(self.input)) > 1:
+            yield Problem("input", ",".join(listed(self.input)), "takes one prefix; merge first")
+        if bool(self.shares) == (self.tokens_per_shard is not None):
+            given = "both" if self.shares else "neither"
+            yield Problem("shares, tokens_per_shard", given, "one of them says how to split")
+        if self.shares and not _are_shares(self.shares):
+            yield Problem("shares", self.shares, "must be above 0 and add up to 1", "[0.99,0.01]")
+        if self.names and len(self.names) != len(self.shares):
+            yield Problem("names", self.names, f"must be {len(self.shares)}, one for each share")
+        if len(set(self.names)) != len(self.names):
+            yield Problem("names", self.names, "must differ from each other")
+        if self.tokens_per_shard is not None and not is_tokens(self.tokens_per_shard):
+            yield Problem("tokens_per_shard", self.tokens_per_shard, TOKENS_RULE)
+
+
+@dataclass(kw_only=True)
+class InspectJob(DataJob):
+    """What a pair of token files holds."""
+
+    tokenizer: str | None = None  # to decode with; None: that of the manifest
+    document: int | None = None  # number of a document to print
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(0, document=self.document)
+
+
+@dataclass(kw_only=True)
+class CountTokensJob(DataJob):
+    """Documents and tokens of many token files."""
+
+
+@dataclass(kw_only=True)
+class VerifyTokensJob(DataJob):
+    """Token files are read whole and compared with their index, manifest and vocabulary."""
+
+    tokenizer: str | None = None  # for files without a manifest: ids must be in its vocabulary
+
+
+@dataclass(kw_only=True)
+class TrainTokenizerJob(TextJob):
+    """A byte-level BPE tokenizer from text."""
+
+    output: str = MISSING  # new folder, in the Hugging Face format
+    vocab_size: int = 32768
+    special_tokens: list[str] = field(default_factory=lambda: ["<|endoftext|>"])  # first: the end
+    sample_share: float = 1.0  # of the blocks of text, drawn
+    seed: int = 1234  # of the draw
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        yield from at_least(0, seed=self.seed)
+        yield from _prefix(self.output)
+        special = listed(self.special_tokens)
+        yield from at_least(SMALLEST_VOCABULARY + len(special), vocab_size=self.vocab_size)
+        if not 0 < self.sample_share <= 1:
+            yield Problem("sample_share", self.sample_share, "must be above 0 and at most 1", 1.0)
+        if not special or len(set(special)) != len(special):
+            rule = "must be different names, the first of them that of the end of a document"
+            yield Problem("special_tokens", ",".join(special), rule)
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    """Return what raw texts of the command line name: ["a,b", "[c,d]"] -> a, b, c, d."""
+    stripped = [text.strip() for text in texts]
+    inner = [text[1:-1] if text[:1] + text[-1:] == "[]" else text for text in stripped]
+    return [name.strip() for text in inner for name in text.split(",") if name.strip()]
+
+
+def _prefix(output: str) -> Iterator[Problem]:
+    if not output.strip() or output.endswith("/"):
+        yield Problem("output", output or '""', "must name a file, without .bin or .idx")
+    elif output.endswith((".bin", ".idx")):
+        yield Problem("output", output, "is written without .bin or .idx", output[:-4])
+
+
+def _are_shares(shares: Sequence[float]) -> bool:
+    return min(shares) > 0 and abs(sum(shares) - 1) < _SHARES_TOLERANCE

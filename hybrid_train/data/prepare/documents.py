@@ -1,0 +1,187 @@
+"""Blocks to documents: the text of each, and what was wrong with the lines that have none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+
+from hybrid_train.config.schema.prepare import Format
+from hybrid_train.data.prepare.blocks import Block
+from hybrid_train.data.prepare.packed import opened
+from hybrid_train.data.prepare.parquet import unpack
+from hybrid_train.data.prepare.sources import Source
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_KEPT_BYTES = 4096  # of a bad line; enough to know it again
+_READ_BYTES = 2**20
+_BINARY_HEAD = 8192  # bytes; a zero byte among them makes a file binary, as git has it
+
+
+@dataclass(frozen=True)
+class BadLine:
+    r"""A line that holds no document.
+
+    Attributes:
+        file: path of the file.
+        line: its number (of a row, in Parquet), from 1: within the block as long as nobody knows
+            how many come before.
+        reason: what is wrong.
+        size: bytes of the line.
+        text: its beginning; bytes that are no UTF-8 as \xNN.
+    """
+
+    file: str
+    line: int
+    reason: str
+    size: int
+    text: str
+
+
+@dataclass
+class Documents:
+    """What a block holds."""
+
+    texts: list[str] = field(default_factory=list)
+    bad: list[BadLine] = field(default_factory=list)
+    lines: int = 0  # that were met; blank lines are none, and files count as one
+    last_line: int = 0  # number of the last line, blank ones included
+    empty: int = 0  # documents without a character
+    binary: int = 0  # files of source code that are not text
+
+
+def read_documents(source: Source, block: Block, key: str) -> Documents:
+    """Read the documents of a block, in their order."""
+    if block.files:
+        return _whole_files(source, block.files)
+    if block.rows is not None:
+        return _rows(source.path, unpack(block.rows))
+    data = read_lines(source.path, *block.span) if block.span else block.lines or b""
+    if block.number == 0:
+        data = data.removeprefix(_BYTE_ORDER_MARK)
+    lines = data.split(b"\n")
+    del data  # a long line would be there twice
+    if lines and not lines[-1]:
+        lines.pop()  # behind the last line end there is no line
+    if source.format is Format.jsonl:
+        return _json_lines(source.path, lines, key)
+    return _plain_lines(source.path, lines)
+
+
+def read_lines(path: str, start: int, end: int) -> bytes:
+    """Read the lines that begin within [start, end) of a file, the last of them to its end."""
+    with Path(path).open("rb") as file:
+        file.seek(max(0, start - 1))  # the byte before tells whether a line begins at `start`
+        data = file.read(end - file.tell())
+        if start:
+            data = data[data.find(b"\n") + 1 :] if b"\n" in data else b""
+        if not data or data.endswith(b"\n"):
+            return data
+        parts = [data]
+        while part := file.read(_READ_BYTES):
+            cut = part.find(b"\n")
+            if cut >= 0:
+                parts.append(part[: cut + 1])
+                break
+            parts.append(part)
+    return b"".join(parts)
+
+
+def _json_lines(path: str, lines: list[bytes], key: str) -> Documents:
+    found = Documents(last_line=len(lines))
+    for number, line in enumerate(lines, start=1):
+        lines[number - 1] = b""  # a long line and its text need not both stay
+        try:
+            text = orjson.loads(line)[key]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            text = None
+        if type(text) is not str:
+            if line.strip():
+                found.lines += 1
+                found.bad.append(_bad(path, number, _json_reason(line, key), line))
+            continue
+        found.lines += 1
+        _add(found, text)
+    return found
+
+
+def _json_reason(line: bytes, key: str) -> str:
+    """Say why a line has no text."""
+    try:
+        content = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode()
+        except UnicodeDecodeError as wrong:
+            return f"is not UTF-8: byte {line[wrong.start]:#04x} at {wrong.start}"
+        return f"is not JSON: {error}"
+    if not isinstance(content, dict):
+        return f"is no JSON object but {_kind(content)}"
+    if key in content:
+        return f"{key!r} is {_kind(content[key])}, not text"
+    keys = ", ".join(list(content)[:8])
+    return f"has no key {key!r}; it has {keys}" if keys else f"has no key {key!r}, nor any other"
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true or false", dict: "an object", list: "a list", str: "a text"}
+    return names.get(type(value), "a number")
+
+
+def _plain_lines(path: str, lines: Sequence[bytes]) -> Documents:
+    found = Documents(last_line=len(lines))
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix(b"\r")
+        if line.strip():
+            found.lines += 1
+            _decode(found, path, number, line)
+    return found
+
+
+def _rows(path: str, rows: Sequence[bytes | None]) -> Documents:
+    found = Documents(lines=len(rows), last_line=len(rows))
+    for number, row in enumerate(rows, start=1):
+        if row is None:
+            found.bad.append(_bad(path, number, "is null, not text", b""))
+        else:
+            _decode(found, path, number, row)
+    return found
+
+
+def _whole_files(source: Source, paths: Sequence[str]) -> Documents:
+    found = Documents()
+    for path in paths:
+        with opened(path, source.compression) as (stream, _):
+            content = stream.read()
+        if source.format is Format.code and b"\0" in content[:_BINARY_HEAD]:
+            found.binary += 1
+            continue
+        found.lines += 1
+        _decode(found, path, None, content.removeprefix(_BYTE_ORDER_MARK))
+    return found
+
+
+def _decode(found: Documents, path: str, number: int | None, content: bytes) -> None:
+    """Add a text; the line of a whole file's fault is that of the fault."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte {content[error.start]:#04x} at {error.start}"
+        line = number or content.count(b"\n", 0, error.start) + 1
+        found.bad.append(_bad(path, line, f"is not UTF-8: {where}", content))
+    else:
+        _add(found, text)
+
+
+def _add(found: Documents, text: str) -> None:
+    if text:
+        found.texts.append(text)
+    else:
+        found.empty += 1
+
+
+def _bad(path: str, number: int, reason: str, content: bytes) -> BadLine:
+    text = content[:_KEPT_BYTES].decode("utf-8", "backslashreplace")
+    return BadLine(path, number, reason, len(content), text)

@@ -1,0 +1,112 @@
+"""The manifest beside token files: where they came from, and what tells whether they are whole."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.data.any_tokenizer import AnyTokenizer
+
+FORMAT = "hybrid_train token files 1"
+_LIBRARIES = ("hybrid_train", "tokenizers", "sentencepiece", "numpy", "orjson", "pyarrow")
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """Which tokenizer made the ids."""
+
+    path: str  # where it was; the fingerprint tells whether it is the same
+    fingerprint: str
+    vocab_size: int
+    end_of_document: int
+
+    @classmethod
+    def of(cls, path: str, tokenizer: AnyTokenizer) -> "TokenizerFacts":
+        """Describe an open tokenizer."""
+        return cls(path, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_document)
+
+
+@dataclass
+class Counts:
+    """What came of one source."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0  # of the documents as UTF-8
+    lines: int = 0  # that were met: documents, bad lines and empty ones
+    bad: int = 0
+    empty: int = 0  # documents without a character, which are left out
+    binary: int = 0  # files of source code that are not text, which are left out
+
+    def add(self, other: "Counts") -> None:
+        """Add what came of a part."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a pair of token files.
+
+    Attributes:
+        documents: number of documents.
+        tokens: number of tokens, ends of documents included.
+        dtype: type of the ids: uint16 or int32.
+        tokenizer: which made the ids; None if that is not known.
+        sources: path, bytes on disk and counts of each source; prefix and counts of merged files.
+        checksums: SHA-256 of the .bin and the .idx.
+        versions: of Python and the libraries.
+    """
+
+    documents: int
+    tokens: int
+    dtype: str
+    tokenizer: TokenizerFacts | None
+    sources: list[dict[str, Any]]
+    checksums: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """Write it as JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+
+
+def path_of(prefix: str | Path) -> Path:
+    """Return where the manifest of a prefix lies."""
+    return Path(f"{prefix}.json")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what makes token files."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a source tree that nobody installed
+            found[name] = "not installed"
+    return found
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """Read the manifest of a prefix; None where there is none.
+
+    Raises:
+        UserError: if it is no manifest.
+    """
+    path = path_of(prefix)
+    if not path.is_file():
+        return None
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (said := known.pop("format")) != FORMAT:
+            raise ValueError(f"its format is {said!r}, not {FORMAT!r}")
+        if known["tokenizer"] is not None:
+            known["tokenizer"] = TokenizerFacts(**known["tokenizer"])
+        return Manifest(**known)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no manifest of token files: {error}; remove it, or copy it again"
+        ) from error

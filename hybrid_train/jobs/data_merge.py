@@ -1,0 +1,18 @@
+"""The job `data merge`: token files of one tokenizer become one pair."""
+
+import sys
+
+from hybrid_train.config.schema.prepare import MergeJob, listed
+from hybrid_train.config.units import show_tokens
+from hybrid_train.data.prepare.prefixes import find_prefixes
+from hybrid_train.data.prepare.shards import merge
+
+
+def run(job: MergeJob) -> None:
+    """Merge, and say how much it is."""
+    prefixes = find_prefixes(listed(job.input))
+    documents, tokens = merge(prefixes, job.output, overwrite=job.overwrite)
+    sys.stdout.write(
+        f"{job.output}: {documents:,} documents, {show_tokens(tokens)} tokens of "
+        f"{len(prefixes)} prefixes\n"
+    )

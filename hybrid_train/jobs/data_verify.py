@@ -1,0 +1,34 @@
+"""The job `data verify`: token files read whole; what is wrong with them, all of it."""
+
+import sys
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.prepare import VerifyTokensJob, listed
+from hybrid_train.config.units import show_tokens
+from hybrid_train.data.any_tokenizer import open_tokenizer
+from hybrid_train.data.prepare.manifest import TokenizerFacts
+from hybrid_train.data.prepare.prefixes import find_prefixes
+from hybrid_train.data.prepare.verification import verify_whole
+
+
+def run(job: VerifyTokensJob) -> None:
+    """Verify each prefix and say what was found.
+
+    Raises:
+        UserError: with every fault.
+    """
+    facts = None
+    if job.tokenizer is not None:
+        facts = TokenizerFacts.of(job.tokenizer, open_tokenizer(job.tokenizer))
+    faults = []
+    for prefix in find_prefixes(listed(job.input)):
+        found = verify_whole(prefix, facts)
+        faults += [f"  {prefix}: {fault}" for fault in found.faults]
+        state = "faulty" if found.faults else "whole"
+        size = f"{found.documents:,} documents, {show_tokens(found.tokens)} tokens"
+        sys.stdout.write(f"{prefix}: {state}, {size}\n")
+        for unchecked in found.unchecked:
+            sys.stdout.write(f"  not checked: {unchecked}\n")
+    if faults:
+        text = "\n".join(faults)
+        raise UserError(f"{len(faults)} fault(s) in token files:\n{text}\nWrite these files anew")
