@@ -1,6 +1,5 @@
 """The job `data tokenize`: text into token files, with a bar, and a table at the end."""
 
-import logging
 import os
 import sys
 
@@ -14,7 +13,6 @@ from hybrid_train.runtime.logs import start_logging
 
 _HEADS = ("source", "documents", "tokens", "text", "bad", "empty", "binary")
 _SHOWN_SOURCES = 20
-_log = logging.getLogger(__name__)
 
 
 def run(job: TokenizeJob) -> None:

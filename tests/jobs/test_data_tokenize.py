@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -132,9 +131,7 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(folder: Path, tmp_
     deadline = time.monotonic() + TIMEOUT_S
     while position(tmp_path / "out.partial" / "state.json") < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    # The tracker of shared resources is a child too; the worker is the one that works.
-    worker = max(children(process.pid), key=lambda pid: Path(f"/proc/{pid}/stat").read_text())
-    for pid in {worker, *children(process.pid)}:
+    for pid in children(process.pid):  # the worker, and Python's tracker of shared resources
         os.kill(pid, signal.SIGKILL)
     code, said = finish(process)
     assert code == 2
@@ -213,7 +210,6 @@ def test_a_line_of_100_megabytes_takes_a_few_times_its_size(folder: Path, tmp_pa
     assert TOKENIZER.decode(reader[2][:-1].tolist()) == "after"
     once = TOKENIZER.encode("".join(LINES[:50]))
     assert reader[1][: len(once) - 5].tolist() == once[:-5]
-    assert int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > 0
 
 
 def test_a_job_needs_no_torch(folder: Path, tmp_path: Path) -> None:
