@@ -6,7 +6,7 @@ from pathlib import Path
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.convert import ConvertJob
-from hybrid_train.config.schema.data import named_sources
+from hybrid_train.config.schema.data import named_sources, needs_tokenizer
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
@@ -24,13 +24,15 @@ def data_is_chosen(job: TrainJob) -> Iterator[Problem]:
     if not any(source.has(Split.train) for source in sources):
         rule = "needs at least one prefix of a .bin and .idx file; or choose data=quickstart"
         yield Problem("data.train", "[]", rule)
-    if data.tokenizer is None and any(source.stream is None for source in sources):
+    if data.tokenizer is None and needs_tokenizer(data):
         yield Problem("data.tokenizer", None, "must name the folder of the tokenizer of data.train")
 
 
 def vocabulary_is_known(job: TrainJob) -> Iterator[Problem]:
     """A plan needs the size of the vocabulary, or a tokenizer to take it from."""
-    if job.data.kind == "files" and job.data.tokenizer is None and job.model.vocab_size is None:
+    if job.data.kind != "files" or job.model.vocab_size is not None:
+        return
+    if job.data.tokenizer is None and needs_tokenizer(job.data):
         rule = "must be set: the model takes that of data.tokenizer, which is not set either"
         yield Problem("model.vocab_size", "null", rule, 131072)
 

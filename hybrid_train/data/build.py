@@ -9,11 +9,11 @@ from pathlib import Path
 from hybrid_train.config.phases import Stretch
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.ramp import global_batch
-from hybrid_train.config.schema.data import Data, Quickstart, named_sources
+from hybrid_train.config.schema.data import Data, Quickstart, named_sources, needs_tokenizer
 from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens
-from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
+from hybrid_train.data.any_tokenizer import AnyTokenizer
 from hybrid_train.data.held_out import HeldOut, hold_out
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.loader import Loader, Validation
@@ -22,7 +22,7 @@ from hybrid_train.data.plan import Opened, PhasePlan, describe, plan_phases
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.quickstart import folder_of, prepare
 from hybrid_train.data.quickstart import read_manifest as read_quickstart
-from hybrid_train.data.sources import open_source, own_vocabulary
+from hybrid_train.data.sources import open_source, tokenizer_of
 from hybrid_train.data.unigram import unigram_cross_entropy
 
 _log = logging.getLogger(__name__)
@@ -166,11 +166,11 @@ def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
     sources = named_sources(data)
     if not any(source.has(Split.train) for source in sources.values()):
         problems.append(Problem("data.train", data.train, "must name at least one prefix"))
-    if data.tokenizer is None and any(source.stream is None for source in sources.values()):
+    if data.tokenizer is None and needs_tokenizer(data):
         problems.append(Problem("data.tokenizer", None, "must name the folder of a tokenizer"))
     if problems:
         raise ConfigError(problems)
-    tokenizer = own_vocabulary(sources.values()) or open_tokenizer(data.tokenizer or "")
+    tokenizer = tokenizer_of(data)
     _require_same_tokenizer(data, tokenizer)
     cache = IndexCache(_cache_folder(data))
     longest = {name: one.longest for name, one in sources.items() if one.longest is not None}

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.data import Data, named_sources
 from hybrid_train.config.schema.source import Remote, Source, Split, Synthetic
+from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.data.documents import Documents, FileDocuments
 from hybrid_train.data.synthetic import SyntheticDocuments, words_of
 from hybrid_train.data.words import WordTokenizer
@@ -46,6 +48,16 @@ def open_source(
         return [SyntheticDocuments(config.stream, split, ids, tokenizer.end_of_document)]
     prefixes, size = config.prefixes(split), tokenizer.vocab_size
     return [FileDocuments(prefix, size, remote=remote) for prefix in prefixes]
+
+
+def tokenizer_of(data: Data) -> AnyTokenizer:
+    """Open the tokenizer of a run: its own words if all its sources are streams.
+
+    Raises:
+        UserError: if the folder that is named holds none.
+    """
+    words = own_vocabulary(named_sources(data).values())
+    return words or open_tokenizer(data.tokenizer or "")
 
 
 def own_vocabulary(sources: Iterable[Source]) -> WordTokenizer | None:

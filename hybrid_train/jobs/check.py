@@ -71,10 +71,9 @@ def _vocab_size(job: CheckJob) -> int:
         return job.model.vocab_size
     if isinstance(job.data, Quickstart):
         return job.data.vocab_size
-    assert job.data.tokenizer is not None, "the checks ask for it"
-    from hybrid_train.data.any_tokenizer import open_tokenizer  # few plans need it
+    from hybrid_train.data.sources import tokenizer_of  # few plans need it
 
-    return open_tokenizer(job.data.tokenizer).vocab_size
+    return tokenizer_of(job.data).vocab_size
 
 
 def _facts(

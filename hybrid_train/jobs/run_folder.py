@@ -92,7 +92,8 @@ def _moved_phases(
             where = show_tokens(new.start) if new else "gone"
             found.append((f"start of phase {old.name}", show_tokens(old.start), where))
             continue
-        if old.end != new.end and old.end <= seen:
+        is_last = number == len(now) - 1  # which may end at any time
+        if old.end != new.end and not is_last and min(old.end, new.end) <= seen:
             ends = (show_tokens(old.end), show_tokens(new.end))
             found.append((f"end of phase {old.name}", *ends))
         if not saved.train.phases or not job.train.phases:

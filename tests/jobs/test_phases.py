@@ -183,3 +183,17 @@ def test_a_run_without_sources_says_that_its_phases_cannot_mix_them(tmp_path: Pa
     assert done.code == 0, done.said
     said = "the phases name sources (web, code), this run has none: all phases read the quickstart"
     assert done.said.count(said) == 1
+
+
+def test_a_complete_run_goes_on_in_a_phase_that_is_added(
+    settings: list[str], straight: Path, tmp_path: Path
+) -> None:
+    run_dir = stopped_at(straight, tmp_path / "run", STEPS)
+    listed = next(text for text in settings if text.startswith("train.phases="))
+    end = STEPS * STEP_TOKENS
+    more = listed.replace("}]", f"}}, {{name: third, start: {end}, sequence_length: 64}}]")
+    finished = train(run_dir, *settings, more, f"train.tokens={end + 2 * 128}")
+    assert finished.code == 0, finished.err
+    lines = metrics(run_dir)
+    assert lines[:STEPS] == metrics(straight)
+    assert [line["tokens"] for line in lines[STEPS:]] == [end + 128, end + 256]

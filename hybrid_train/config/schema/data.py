@@ -51,6 +51,11 @@ def has_sources(data: Data) -> bool:
     return bool(data.sources) and not isinstance(data, Quickstart)
 
 
+def needs_tokenizer(data: Data) -> bool:
+    """Tell whether any source is of text; streams alone bring a vocabulary of their own."""
+    return any(source.stream is None for source in named_sources(data).values())
+
+
 def blend_problems(path: str, blend: dict[str, float]) -> Iterator[Problem]:
     """Check the weights of a blend; an empty one is no choice at all."""
     for source, weight in blend.items():

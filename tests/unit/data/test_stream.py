@@ -1,5 +1,6 @@
 """Plain concatenation: every token once an epoch, in any phase, from anywhere."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -150,6 +151,18 @@ def test_a_large_index_is_kept_on_disk_under_what_it_depends_on(tmp_path: Path) 
     stream(large, seed=2, cache=cache).pieces(0, 1)
     assert len(list(tmp_path.iterdir())) == 3
     assert kept.exists()
+
+
+def test_many_that_build_the_same_index_at_once_all_find_it_whole(tmp_path: Path) -> None:
+    documents = listed(*random_lengths(5000, 20))
+    expected = tokens(stream(documents), 0, 5000)
+
+    def read(_: int) -> list[int]:
+        return tokens(stream(documents, cache=IndexCache(tmp_path, keep_from=1)), 0, 5000)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(found == expected for found in pool.map(read, range(32)))
+    assert len(list(tmp_path.iterdir())) == 1  # and nothing half-written is left
 
 
 def test_an_index_that_was_half_written_is_not_taken_for_whole(

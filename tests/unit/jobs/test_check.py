@@ -250,3 +250,10 @@ def test_a_check_imports_neither_torch_nor_megatron(tmp_path: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_streams_need_no_tokenizer_to_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, "experiment=tiny_cpu", "data=streams", "processes=1")
+    # END; 32 + 1 words of copy, 64 + 64 + 1 of recall, 2 x 4 brackets, 23 + 1 of sums: 195,
+    # padded to a multiple of 128.
+    assert "vocabulary 256" in said(text, "model")
