@@ -1,5 +1,6 @@
 """From the data section of a run to its batches."""
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -87,10 +88,13 @@ def test_the_description_says_epochs_and_a_small_validation_part(corpus: Data) -
 
 
 def test_a_source_that_is_repeated_often_is_warned_of(
-    corpus: Data, caplog: pytest.LogCaptureFixture
+    corpus: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("hybrid_train.data.build"), "warning", said.append)
     build(job(corpus, tokens="100k")).description()
-    assert "source data will be repeated" in caplog.text
+    (warning,) = said
+    assert "source data will be repeated" in warning
 
 
 def test_the_unigram_loss_lies_between_zero_and_a_uniform_guess(corpus: Data) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from hybrid_train.config.phases import lay_out
 from hybrid_train.config.schema.data import Data, Packing
+from hybrid_train.config.schema.source import Source
 from hybrid_train.config.schema.train import Phase, Train, TrainJob
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.pieces import Joined, Piece
@@ -32,7 +33,8 @@ def plans(
 ) -> list[PhasePlan]:
     train = Train(tokens=tokens, sequence_length=16, microbatch=1, global_batch=3)
     train.phases = list(phases)
-    job = TrainJob(train=train, data=Data(packing=packing, blend=blend or {}))
+    sources = {name: Source(train=[name]) for name in SOURCES}
+    job = TrainJob(train=train, data=Data(sources=sources, packing=packing, blend=blend or {}))
     return plan_phases(lay_out(job), opened(), ["a", "b"])
 
 
