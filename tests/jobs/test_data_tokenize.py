@@ -144,9 +144,12 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(folder: Path, tmp_
 
 
 def test_ctrl_c_saves_the_position(folder: Path, tmp_path: Path) -> None:
+    # A shell has its background jobs ignore Ctrl-C, and their children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     # The bare library is slow enough for the signal to come before the end.
     slowly = words(folder, tmp_path / "out", 1, save_interval_s=1000, word_cache="false")
     process = start(*slowly)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + TIMEOUT_S
     written = tmp_path / "out.partial" / "tokens.bin"
     while (not written.exists() or not written.stat().st_size) and time.monotonic() < deadline:
