@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.train import Train, TrainJob
@@ -51,7 +51,7 @@ def tiny_job(pattern: str = EVERY_KIND, **sections: Any) -> TrainJob:
                 latent_size=16, scaling_factor=2.5,
             ),
         ),
-        precision=Precision(format=NumberFormat.fp32),
+        precision=Precision(format=ProductFormat.fp32),
         schedule=Schedule(peak_lr=1e-3),
         runtime=RUNTIME,
     )  # fmt: skip

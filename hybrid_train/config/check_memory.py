@@ -73,7 +73,7 @@ def _main_gradients_are_the_reduced_ones(job: TrainJob, _: int) -> Iterator[Prob
     # Lowered state is updated from the buffer of the reduction (distrib_optimizer.py 2758);
     # otherwise a float32 copy of it is made, whatever its format.
     precision, given = job.precision, job.optimizer.main_gradients
-    path, half = "optimizer.main_gradients", precision.format is NumberFormat.bf16
+    path, half = "optimizer.main_gradients", precision.base is NumberFormat.bf16
     halved = half and not precision.reduce_gradients_in_fp32
     if given is GradientFormat.bfloat16 and not half:
         yield Problem(path, given.value, "needs precision.format=bf16", "float32")
@@ -88,7 +88,7 @@ def _main_gradients_are_the_reduced_ones(job: TrainJob, _: int) -> Iterator[Prob
 
 def _masters_have_weights_to_differ_from(job: TrainJob, _: int) -> Iterator[Problem]:
     masters = job.optimizer.master_weights
-    if masters is not MasterFormat.float32 and job.precision.format is NumberFormat.fp32:
+    if masters is not MasterFormat.float32 and job.precision.base is NumberFormat.fp32:
         rule = "needs precision.format=bf16: float32 weights are their own masters"
         yield Problem("optimizer.master_weights", masters.value, rule, "float32")
 

@@ -20,7 +20,7 @@ from hybrid_train.config import compose
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.data import Data
 from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.hf import config as hf_config
@@ -275,7 +275,7 @@ def _train_job(model: Model, run_dir: Path, length: int, dtype: torch.dtype) -> 
         run_dir=str(run_dir),
         train=Train(tokens="0", sequence_length=length, global_batch=1),
         model=model,
-        precision=Precision(format=NumberFormat.bf16 if half else NumberFormat.fp32),
+        precision=Precision(format=ProductFormat.bf16 if half else ProductFormat.fp32),
         data=Data(tokenizer=str(run_dir / layout.TOKENIZER)),
         schedule=Schedule(peak_lr=0.0),
     )

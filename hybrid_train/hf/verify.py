@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.hf.write import Checkpoint
 from hybrid_train.model.build import build_model
@@ -63,7 +63,7 @@ def load_ours(checkpoint: Checkpoint, runtime: Runtime) -> Hybrid:
     """Build the model of a checkpoint on this process, in float32, with its weights."""
     job = copy.deepcopy(checkpoint.job)
     job.parallel, job.runtime = Parallel(), runtime
-    job.precision = Precision(format=NumberFormat.fp32)
+    job.precision = Precision(format=ProductFormat.fp32)
     start_tracker()
     groups = build_groups(job.parallel, runtime.timeout_s)
     built = build_model(job, groups, checkpoint.vocab_size, on_gpu=torch.cuda.is_available())

@@ -37,7 +37,7 @@ def build_engine(
     """Wire a model to its optimizer and objective."""
     pattern = parse(job.model.pattern)
     chunks = megatron.wrap(built.chunks, built.config, job.parallel, job.precision)
-    dtype = DTYPES[job.precision.format]
+    dtype = DTYPES[job.precision.base]
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))
     return Engine(

@@ -95,7 +95,7 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     3); the layer that runs is whole meanwhile, and not counted. The scales of moments in 16 and 8
     bits, four bytes for a tensor, are not counted either.
     """
-    full = job.precision.format is NumberFormat.fp32
+    full = job.precision.base is NumberFormat.fp32
     in_fp32 = full or job.precision.reduce_gradients_in_fp32
     state = _state_bytes(job.optimizer, masters=not full)
     dense, expert = parameters.dense, parameters.expert

@@ -33,7 +33,7 @@ def sequence_parallel(job: TrainJob) -> bool:
 def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
     """Translate a checked job; Megatron checks the combination once more."""
     pattern = parse(job.model.pattern)
-    dtype = DTYPES[job.precision.format]
+    dtype = DTYPES[job.precision.base]
     return TransformerConfig(
         **_shape(job.model),
         **_attention(job, pattern),

@@ -35,7 +35,7 @@ from torch import distributed as dist
 from hybrid_train.config.schema.model import Attention, Mamba
 from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.runtime import cpu
 from tests.distributed.launch import run_distributed
@@ -211,7 +211,7 @@ def job_of(layout: Layout) -> TrainJob:
     job.model.mamba = Mamba(heads=4, head_dim=16, state_size=8, groups=4, chunk_size=8)
     job.train.microbatch = 1
     if layout.bf16:
-        job.precision = Precision(format=NumberFormat.bf16)
+        job.precision = Precision(format=ProductFormat.bf16)
     if layout.lowered:
         half = MomentFormat.bfloat16
         job.optimizer = AdamW(first_moment=half, second_moment=half)

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.runtime import cpu
 from tests.distributed.launch import run_distributed
 from tests.parity.layouts import LAYOUTS
@@ -22,7 +22,7 @@ PLAIN, SPLIT = Parallel(), Parallel(fsdp=True)
 POISONED = "decoder.layers.2.mixer.out_proj.weight"
 
 
-def _engine(parallel: Parallel, number_format: NumberFormat = NumberFormat.fp32) -> Any:
+def _engine(parallel: Parallel, number_format: ProductFormat = ProductFormat.fp32) -> Any:
     cpu.install()
     from hybrid_train.parallel.groups import build_groups, destroy_groups
     from hybrid_train.runtime.seeds import start_tracker
@@ -180,7 +180,7 @@ def test_a_bad_weight_is_found_in_the_forward_pass() -> None:
 def _gradients_in_bfloat16(parallel: Parallel) -> list[Any]:
     from tests.parity import shards
 
-    engine = _engine(parallel, NumberFormat.bf16)
+    engine = _engine(parallel, ProductFormat.bf16)
     _step(engine)
     found = list(shards.gradients(engine.chunks))
     assert {shard.value.dtype for shard in found} == {torch.float32}

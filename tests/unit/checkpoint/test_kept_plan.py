@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
-from hybrid_train.config.schema.precision import NumberFormat
+from hybrid_train.config.schema.precision import ProductFormat
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 
@@ -66,11 +66,11 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("format", [NumberFormat.fp32, NumberFormat.bf16])
+@pytest.mark.parametrize("format", [ProductFormat.fp32, ProductFormat.bf16])
 @pytest.mark.parametrize("adamw", [AdamW(), AdamW(first_moment=HALF, second_moment=HALF)])
 @pytest.mark.parametrize("copy", [True, False], ids="copy={}".format)
 def test_a_later_save_stores_what_a_first_one_would(
-    groups: Any, tmp_path: Path, planned: list[str], copy: bool, adamw: AdamW, format: NumberFormat
+    groups: Any, tmp_path: Path, planned: list[str], copy: bool, adamw: AdamW, format: ProductFormat
 ) -> None:
     engine, plan = engine_of(groups, seed=1, steps=1, adamw=adamw, format=format), kept()
     before = save(engine, groups, tmp_path, plan, 1, copy=copy)
@@ -148,7 +148,7 @@ def test_a_change_of_format_is_no_case_for_the_plan(
     groups: Any, tmp_path: Path, planned: list[str]
 ) -> None:
     plan = kept()
-    for step, format in enumerate((NumberFormat.fp32, NumberFormat.bf16)):
+    for step, format in enumerate((ProductFormat.fp32, ProductFormat.bf16)):
         engine = engine_of(groups, seed=1, steps=1, format=format)
         found = save(engine, groups, tmp_path, plan, step, copy=True)
     assert len(planned) == 2

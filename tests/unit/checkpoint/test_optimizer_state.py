@@ -8,12 +8,12 @@ import torch
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.optimizer import AdamW, MasterFormat, MomentFormat
-from hybrid_train.config.schema.precision import NumberFormat
+from hybrid_train.config.schema.precision import ProductFormat
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 
 pytestmark = MEGATRON_WARNINGS
-BF16, FP32 = NumberFormat.bf16, NumberFormat.fp32
+BF16, FP32 = ProductFormat.bf16, ProductFormat.fp32
 
 
 def through_a_file(groups: Any, run_dir: Path, saved: Any, loaded: Any) -> None:
@@ -31,7 +31,7 @@ def lowered(moments: str, masters: str = "float32") -> AdamW:
 @pytest.mark.parametrize("format", [FP32, BF16])
 @pytest.mark.parametrize("split", [True, False], ids="distributed_optimizer={}".format)
 def test_every_element_of_every_weight_has_its_moments_once(
-    groups: Any, split: bool, format: NumberFormat
+    groups: Any, split: bool, format: ProductFormat
 ) -> None:
     from hybrid_train.checkpoint.optimizer_state import state_parts
     from hybrid_train.checkpoint.places import places
@@ -116,7 +116,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
 @pytest.mark.parametrize("format", [FP32, BF16])
 @pytest.mark.parametrize("moments", ["bfloat16", "float16", "float8"])
 def test_a_run_with_lowered_moments_goes_on_as_if_it_had_not_stopped(
-    groups: Any, tmp_path: Path, moments: str, format: NumberFormat
+    groups: Any, tmp_path: Path, moments: str, format: ProductFormat
 ) -> None:
     saved = engine_of(groups, seed=1, steps=2, format=format, adamw=lowered(moments))
     loaded = engine_of(groups, seed=2, format=format, adamw=lowered(moments))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.runtime import Kernels, Runtime
 from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.runtime.start import process
@@ -38,12 +38,12 @@ def build() -> Iterator[Build]:
         from hybrid_train.parallel.groups import build_groups, destroy_groups
         from hybrid_train.runtime.seeds import start_tracker
 
-        job = TrainJob(runtime=runtime, precision=Precision(format=NumberFormat.fp32))
+        job = TrainJob(runtime=runtime, precision=Precision(format=ProductFormat.fp32))
         groups = build_groups(job.parallel, timeout_s=60)
         start_tracker()
 
         @cache
-        def build(pattern: str, number_format: NumberFormat = NumberFormat.fp32) -> "Hybrid":
+        def build(pattern: str, number_format: ProductFormat = ProductFormat.fp32) -> "Hybrid":
             job = tiny_job(pattern, number_format)
             on_gpu = torch.cuda.is_available()
             model = build_model(job, groups, VOCAB, on_gpu=on_gpu).chunks[0]
@@ -57,7 +57,7 @@ def build() -> Iterator[Build]:
         destroy_groups()
 
 
-def tiny_job(pattern: str, number_format: NumberFormat) -> TrainJob:
+def tiny_job(pattern: str, number_format: ProductFormat) -> TrainJob:
     return TrainJob(
         run_dir="unused",
         train=Train(tokens="1M", sequence_length=64, global_batch=1),
@@ -151,7 +151,7 @@ def test_two_caches_used_in_turn_do_not_disturb_each_other(build: Build) -> None
 
 
 def test_the_ssm_state_of_a_bfloat16_model_is_float32(build: Build) -> None:
-    model = build("M*", NumberFormat.bf16)
+    model = build("M*", ProductFormat.bf16)
     tokens = some_tokens(model, batch=2, length=9)
     from hybrid_train.generation.cache import Cache
 

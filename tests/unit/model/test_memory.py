@@ -13,7 +13,7 @@ from hybrid_train.config.pattern import parse
 from hybrid_train.config.schema.model import Mtp
 from hybrid_train.config.schema.optimizer import AdamW, MasterFormat, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model import counts
 from hybrid_train.model.memory import Held, held, memory
@@ -122,7 +122,7 @@ def formats(job: TrainJob, **changes: Any) -> TrainJob:
 
 
 def test_bf16_keeps_two_bytes_and_its_state_in_fp32() -> None:
-    job = formats(job_of("M", distributed_optimizer=False), format=NumberFormat.bf16)
+    job = formats(job_of("M", distributed_optimizer=False), format=ProductFormat.bf16)
     kept = memory(job, Held(1000), processes=1)
     # Master weights and two moments of four bytes each.
     assert (kept.weights, kept.gradients, kept.optimizer) == (2000, 4000, 12_000)
@@ -130,12 +130,12 @@ def test_bf16_keeps_two_bytes_and_its_state_in_fp32() -> None:
 
 
 def test_gradients_may_stay_in_bf16() -> None:
-    job = formats(job_of("M"), format=NumberFormat.bf16, reduce_gradients_in_fp32=False)
+    job = formats(job_of("M"), format=ProductFormat.bf16, reduce_gradients_in_fp32=False)
     assert memory(job, Held(1000), processes=1).gradients == 2000
 
 
 def test_fp32_needs_no_master_weights() -> None:
-    job = formats(job_of("M"), format=NumberFormat.fp32, reduce_gradients_in_fp32=False)
+    job = formats(job_of("M"), format=ProductFormat.fp32, reduce_gradients_in_fp32=False)
     kept = memory(job, Held(1000), processes=1)
     assert (kept.weights, kept.gradients, kept.optimizer) == (4000, 4000, 8000)
 
@@ -147,21 +147,21 @@ def test_fp32_needs_no_master_weights() -> None:
 def test_lowered_moments_take_their_bytes_and_masters_two(
     first: str, second: str, moments: int
 ) -> None:
-    job = formats(job_of("M"), format=NumberFormat.bf16)
+    job = formats(job_of("M"), format=ProductFormat.bf16)
     job.optimizer = AdamW(first_moment=MomentFormat(first), second_moment=MomentFormat(second))
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * (moments + 2)
-    job.precision.format = NumberFormat.fp32  # no masters
+    job.precision.format = ProductFormat.fp32  # no masters
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * moments
 
 
 def test_masters_in_float16_take_two_bytes() -> None:
-    job = formats(job_of("M"), format=NumberFormat.bf16)
+    job = formats(job_of("M"), format=ProductFormat.bf16)
     job.optimizer = AdamW(master_weights=MasterFormat.float16)
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * (8 + 2)
 
 
 def test_the_distributed_optimizer_splits_state_over_equal_processes() -> None:
-    job = formats(job_of("M", tensor=2, pipeline=2, context=2), format=NumberFormat.bf16)
+    job = formats(job_of("M", tensor=2, pipeline=2, context=2), format=ProductFormat.bf16)
     # 64 / (2 * 2 * 2) = 8 data-parallel ranks, and context ranks hold the same too.
     assert memory(job, Held(1600), processes=64).optimizer == 12 * 100
     # A part that does not divide is rounded up: the largest share.
@@ -171,7 +171,7 @@ def test_the_distributed_optimizer_splits_state_over_equal_processes() -> None:
 
 
 def test_the_state_of_experts_is_split_over_fewer() -> None:
-    job = formats(job_of("E", tensor=2, expert=8, expert_tensor=1), format=NumberFormat.bf16)
+    job = formats(job_of("E", tensor=2, expert=8, expert_tensor=1), format=ProductFormat.bf16)
     assert expert_data_parallel(job.parallel, 32) == 4
     kept = memory(job, Held(dense=1600, expert=400), processes=32)
     assert kept.optimizer == 12 * (1600 // 16 + 400 // 4)

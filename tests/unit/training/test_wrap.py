@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.schema.precision import NumberFormat, Precision
+from hybrid_train.config.schema.precision import Precision, ProductFormat
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -17,7 +17,7 @@ pytestmark = MEGATRON_WARNINGS
 def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
     groups: Any, in_fp32: bool, kept_in: torch.dtype
 ) -> None:
-    precision = Precision(format=NumberFormat.bf16, reduce_gradients_in_fp32=in_fp32)
+    precision = Precision(format=ProductFormat.bf16, reduce_gradients_in_fp32=in_fp32)
     engine = tiny_engine(tiny_job(precision=precision), groups)
     batches = microbatches(some_rows(), 2)
     losses = [engine.step(batches, tokens_seen=0).loss for _ in range(8)]
