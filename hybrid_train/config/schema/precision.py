@@ -1,4 +1,4 @@
-"""Number formats: of matrix products with exceptions by layer and module, and of everything else."""
+"""Number formats: of matrix products, by layer and module, and of everything else."""
 
 import enum
 from collections.abc import Iterator
