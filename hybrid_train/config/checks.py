@@ -28,6 +28,7 @@ from hybrid_train.config.check_phases import (
     phases_are_in_order,
     sources_are_named_once,
 )
+from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.degrees import expert_tensor
 from hybrid_train.config.pattern import Pattern, parse, repair
 from hybrid_train.config.phases import jobs_of
@@ -333,6 +334,7 @@ RULES: tuple[Rule, ...] = (
     _fused_kernels_need_a_gpu,
     _overlaps_build_on_each_other,
     *MEMORY_RULES,
+    *PRECISION_RULES,
     fsdp_runs,
     packed_rows_run,
 )

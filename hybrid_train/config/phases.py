@@ -26,7 +26,7 @@ SETTINGS = {
     "expert": "parallel.expert",
 }
 # What must stay in a phase that has begun; a layout and a microbatch may change at any time.
-FIXED = ("blend", "sequence_length", "global_batch", "constant_lr")
+FIXED = ("blend", "sequence_length", "global_batch", "constant_lr", "precision_exceptions")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,9 @@ def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
             if value:
                 section, key = path.split(".")
                 setattr(getattr(current, section), key, copy.copy(value))
+        if phase.precision_exceptions is not None:
+            rules = [*phase.precision_exceptions, *job.precision.exceptions]
+            current.precision.exceptions = copy.deepcopy(rules)
         current.schedule = copy.deepcopy(job.schedule)
         if phase.constant_lr is not None:
             current.schedule = Schedule(peak_lr=phase.constant_lr)

@@ -28,6 +28,8 @@ SHARED_EXPERTS = ("moe.shared.fc1", "moe.shared.fc2")
 LATENT = ("moe.latent.down", "moe.latent.up")
 MTP = "mtp"
 MTP_PROJECTION = "mtp.eh_proj"  # joins the token and the hidden state of a depth
+_MAIN_KINDS = (*(kind for kinds in MODULES.values() for kind in kinds), *SHARED_EXPERTS, *LATENT)
+KINDS = (*_MAIN_KINDS, MTP_PROJECTION, *(f"{MTP}.{kind}" for kind in _MAIN_KINDS))
 UNQUANTIZED = (ProductFormat.fp32, ProductFormat.bf16)
 
 

@@ -6,7 +6,7 @@ It needs neither those processes nor torch: all that is printed follows from the
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from hybrid_train.config import degrees
+from hybrid_train.config import degrees, format_table
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
@@ -17,6 +17,7 @@ from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.schedule import Wsd
 from hybrid_train.config.schema.train import Train, TrainJob
+from hybrid_train.config.product_formats import formats_of
 from hybrid_train.config.units import show_bytes, show_tokens, tokens
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_numbers, table
@@ -55,6 +56,11 @@ def run(job: CheckJob) -> None:
     )
     if len(phases) > 1:
         show_phases(page, job, phases, rows)
+    formats = formats_of(first.model, first.precision)
+    if any(one.quantized for one in formats.values()):
+        page.print("\nFormats of the matrix products; all else is " + first.precision.base.value)
+        for line in format_table.lines(formats, first.precision.exceptions):
+            page.print(line, soft_wrap=True, highlight=False)
     if unread := unread_sources(job):
         page.print(
             f"\nThe phases name sources ({', '.join(unread)}). Without data.sources all phases "

@@ -30,6 +30,9 @@ _MAY_CHANGE = (
     "schedule.warmup_tokens",  # as a share of train.tokens, they grow with it
     "schedule.decay_tokens",
     "model.mamba.chunk_size",
+    "precision.backend",
+    "precision.strict",
+    "precision.statistics_interval",
     "data.cache",
     "data.remote.",
     "data.warn_epochs",

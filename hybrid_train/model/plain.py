@@ -30,8 +30,13 @@ from torch.nn.functional import linear
 
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
 from hybrid_train.ops.context import in_order
-from hybrid_train.ops.experts import expert_mlp
+from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
+from hybrid_train.precision.emulated import (
+    Emulation,
+    quantized_grouped_linear,
+    quantized_linear,
+)
 
 
 def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
@@ -108,6 +113,8 @@ class NormColumnLinear(ColumnParallelLinear):
 class DuplicatedLinear(torch.nn.Module):
     """Linear with the whole weight on every rank; stands for TELinear in "duplicated" mode."""
 
+    emulation: Emulation | None = None  # set where its products are quantized
+
     def __init__(
         self,
         input_size: int,
@@ -137,6 +144,8 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight.tensor_model_parallel = False  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        if self.emulation is not None:
+            return quantized_linear(x, self.weight, self.emulation), None
         return linear(x, self.weight), None
 
 
@@ -146,6 +155,8 @@ class GroupedLinear(torch.nn.Module):
     Holds the weights only; `Experts` multiplies. It asks for them by calling the module, since
     Megatron waits in a hook of that call for weights that are still on their way to this rank.
     """
+
+    emulations: list[Emulation] | None = None  # of each expert, where products are quantized
 
     def __init__(
         self,
@@ -225,7 +236,11 @@ class Experts(MegatronModule):
         """Run tokens [T, H], sorted by expert, each through its own; probs [T] weigh them."""
         counts = tokens_per_expert.tolist()
         up, down = self.linear_fc1(), self.linear_fc2()
-        return expert_mlp(tokens, up, down, counts, probs), None
+        if self.linear_fc1.emulations is None and self.linear_fc2.emulations is None:
+            return expert_mlp(tokens, up, down, counts, probs), None
+        inner = squared_relu(_grouped(tokens, up, counts, self.linear_fc1.emulations))
+        weighed = (inner * probs[:, None]).to(inner.dtype)
+        return _grouped(weighed, down, counts, self.linear_fc2.emulations), None
 
     def backward_dw(self) -> None:
         """Weight gradients are never deferred here."""
@@ -245,6 +260,14 @@ class Experts(MegatronModule):
                 tensor.key = tensor.key.replace(f"{prefix}{name}.", f"{prefix}experts.{name}.")
             sharded.update(part)
         return sharded
+
+
+def _grouped(
+    x: Tensor, weights: list[Tensor], counts: list[int], emulations: list[Emulation] | None
+) -> Tensor:
+    if emulations is None:
+        return grouped_linear(x, weights, counts)
+    return quantized_grouped_linear(x, weights, counts, emulations)
 
 
 class Attention(MegatronModule):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from hybrid_train.config import layer_ranges
 from hybrid_train.config.problems import Problem, at_least
 
 
@@ -67,6 +68,17 @@ class PrecisionRule:
     layers: str = "all"  # "first 2", "last 15%", "7", "3-9"; of the main layers, from 1
     modules: list[str] = field(default_factory=list)  # "mamba.out_proj", "attention"; empty: all
     products: list[Product] = field(default_factory=list)  # empty: all three
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not layer_ranges.is_range(self.layers):
+            yield Problem("layers", self.layers, layer_ranges.RULE, "all")
+
+    def __str__(self) -> str:
+        words = [] if self.layers.strip() == "all" else [f"layers {self.layers.strip()}"]
+        words += [", ".join(self.modules)] if self.modules else []
+        words += [", ".join(one.value for one in self.products)] if self.products else []
+        return "; ".join(words) or "everything"
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.objective import NextToken
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision
+from hybrid_train.config.schema.precision import Precision, PrecisionRule
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.tracking import Tracking
@@ -49,6 +49,7 @@ class Phase:
     context: int | None = None
     expert: int | None = None
     constant_lr: float | None = None  # in place of the schedule, which stands still meanwhile
+    precision_exceptions: list[PrecisionRule] | None = None  # they come before those of the run
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""

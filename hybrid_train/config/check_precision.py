@@ -1,0 +1,61 @@
+"""Rules about number formats: exceptions that name what there is, and formats that go together."""
+
+from collections.abc import Iterator
+
+from hybrid_train.config.layer_ranges import is_range
+from hybrid_train.config.names import nearest
+from hybrid_train.config.pattern import parse
+from hybrid_train.config.problems import Problem
+from hybrid_train.config.product_formats import (
+    KINDS,
+    formats_of,
+    is_named,
+    linears,
+    matches,
+)
+from hybrid_train.config.schema.precision import NumberFormat, ProductFormat
+from hybrid_train.config.schema.train import TrainJob
+
+
+def exceptions_match_something(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Every rule speaks of layers that there are, and decides some that no earlier one does."""
+    rules, model = job.precision.exceptions, job.model
+    if not all(is_range(rule.layers) for rule in rules):
+        return  # reported where they stand
+    found, count = linears(model), len(parse(model.pattern).main)
+    decided = formats_of(model, job.precision).values()
+    for number, rule in enumerate(rules):
+        path = f"precision.exceptions.{number}"
+        unknown = [name for name in rule.modules if not _known(name)]
+        for name in unknown:
+            near = nearest(name, _names())
+            yield Problem(f"{path}.modules", name, "names no kind of linear layer", near)
+        if unknown:
+            continue
+        if not any(matches(rule, linear, count) for linear in found):
+            yield Problem(path, str(rule), "matches no linear layer of the model")
+        elif not any(number in one.rules.values() for one in decided):
+            yield Problem(path, str(rule), "decides nothing: earlier exceptions cover all of it")
+
+
+def _known(name: str) -> bool:
+    return any(is_named(module, name) for module in KINDS)
+
+
+def _names() -> list[str]:
+    """Return what a rule may say: modules, and what they are parts of."""
+    return sorted({*KINDS, *(kind.rpartition(".")[0] for kind in KINDS)})
+
+
+def formats_go_together(job: TrainJob, _: int) -> Iterator[Problem]:
+    """What is not quantized has one format in the whole model."""
+    base = job.precision.base
+    other = {NumberFormat.fp32: ProductFormat.bf16, NumberFormat.bf16: ProductFormat.fp32}[base]
+    for number, rule in enumerate(job.precision.exceptions):
+        if rule.format is other:
+            path = f"precision.exceptions.{number}.format"
+            rule_text = f"whatever is not quantized has the format of the model, {base.value}"
+            yield Problem(path, other.value, rule_text, base.value)
+
+
+PRECISION_RULES = (exceptions_match_something, formats_go_together)

@@ -1,0 +1,182 @@
+"""Products of linear layers with quantized operands and sums in float32, on any machine.
+
+The three products of a layer each take the operands that its recipe says, so the gradient is that
+of the recipe and not of an ideal linear layer. What hardware does inside a product (the order of
+sums, the width of its accumulators) is not part of it.
+
+Dimensions: T tokens (any leading axes), I input width, O output width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_train.config.product_formats import Formats, Linear
+from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.ops.linear import add_product
+from hybrid_train.ops.linear import product as multiply
+from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision.delayed import AmaxHistory
+from hybrid_train.precision.noise import NOISE
+from hybrid_train.precision.quantize import quantize_dequantize
+from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
+from hybrid_train.precision.schemes import Scheme, Shape
+from hybrid_train.precision.statistics import STATISTICS
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """How the products of one matrix are quantized.
+
+    Attributes:
+        linear: whose products they are.
+        schemes: of both operands of each product; None: as they come.
+        histories: of the largest values of each operand, for fp8_delayed.
+    """
+
+    linear: Linear
+    schemes: dict[Product, tuple[Scheme, Scheme] | None]
+    histories: dict[Operand, AmaxHistory] = field(default_factory=dict)
+
+    def scheme(self, product: Product, operand: Operand) -> Scheme | None:
+        """Return how an operand is quantized for a product."""
+        found = self.schemes[product]
+        if found is None:
+            return None
+        return found[[one for one, _ in OPERANDS[product]].index(operand)]
+
+    def agree(self, operand: Operand, one: Product, other: Product) -> bool:
+        """Tell whether an operand has the same values in two products."""
+        scheme = self.scheme(one, operand)
+        if scheme != self.scheme(other, operand):
+            return False
+        return scheme is None or (scheme.shape is not Shape.vector and not scheme.stochastic)
+
+
+def emulation_of(linear: Linear, formats: Formats, precision: Precision) -> Emulation:
+    """Return how a linear layer of these formats is emulated; histories start empty."""
+    histories = {}
+    if ProductFormat.fp8_delayed in formats.formats.values():
+        for operand in Operand:
+            histories[operand] = AmaxHistory(precision.amax_history, precision.amax_choice)
+    found = {
+        product: schemes(format, product, precision) for product, format in formats.formats.items()
+    }
+    return Emulation(linear, found, histories)
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, emulation: Emulation, gradient_buffer: Tensor | None = None
+) -> Tensor:
+    """Multiply x [..., I] by weight [O, I]; -> [..., O] in the type of x.
+
+    Args:
+        x: inputs.
+        weight: matrix, one row per output.
+        emulation: how operands are quantized.
+        gradient_buffer: as in `ops.linear.linear`.
+    """
+    y: Tensor = _Quantized.apply(x, weight, emulation, gradient_buffer)  # type: ignore[no-untyped-call]
+    return y
+
+
+def quantized_grouped_linear(
+    x: Tensor, weights: Sequence[Tensor], counts: Sequence[int], emulations: Sequence[Emulation]
+) -> Tensor:
+    """Multiply each token by the matrix of its expert, each expert quantized by itself.
+
+    Args:
+        x: tokens sorted by expert, [T, I].
+        weights: one matrix [O, I] per expert.
+        counts: tokens of each expert; the sum is T, zeros are legal.
+        emulations: one per expert.
+
+    Returns:
+        [T, O].
+    """
+    parts = zip(x.split(list(counts)), weights, emulations, strict=True)
+    return torch.cat([quantized_linear(rows, weight, how) for rows, weight, how in parts])
+
+
+class _Quantized(torch.autograd.Function):
+    """Keeps the quantized operand where a later product takes the same values, else the raw one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, how: Emulation, gradient_buffer: Tensor | None
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        left = _taken(rows, Operand.input, Product.fprop, how)
+        right = _taken(weight, Operand.weight, Product.fprop, how)
+        ctx.kept_input = how.agree(Operand.input, Product.fprop, Product.wgrad)
+        ctx.kept_weight = how.agree(Operand.weight, Product.fprop, Product.dgrad)
+        ctx.save_for_backward(
+            left if ctx.kept_input else rows, right if ctx.kept_weight else weight
+        )
+        ctx.how, ctx.gradient_buffer, ctx.shape = how, gradient_buffer, x.shape
+        ctx.types = (x.dtype, weight.dtype)
+        _note(how, Product.fprop, left, right)
+        return multiply(left, right).to(x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        how: Emulation = ctx.how
+        grad = grad.reshape(-1, grad.shape[-1])
+        left, grad_x, grad_weight = None, None, None
+        if ctx.needs_input_grad[0]:
+            left = _taken(grad, Operand.gradient, Product.dgrad, how)
+            if not ctx.kept_weight:
+                weight = _taken(weight, Operand.weight, Product.dgrad, how)
+            _note(how, Product.dgrad, left, weight)
+            grad_x = multiply(left, weight.t()).to(ctx.types[0]).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            if left is None or not how.agree(Operand.gradient, Product.dgrad, Product.wgrad):
+                left = _taken(grad, Operand.gradient, Product.wgrad, how)
+            if not ctx.kept_input:
+                rows = _taken(rows, Operand.input, Product.wgrad, how)
+            _note(how, Product.wgrad, left, rows)
+            grad_weight = _weight_gradient(left, rows, ctx.types[1], ctx.gradient_buffer)
+        return grad_x, grad_weight, None, None
+
+
+def _taken(tensor: Tensor, operand: Operand, product: Product, how: Emulation) -> Tensor:
+    """Return the values of an operand as a product multiplies them."""
+    scheme = how.scheme(product, operand)
+    if scheme is None:
+        return tensor
+    history = how.histories.get(operand)
+    return quantize_dequantize(
+        tensor,
+        scheme,
+        dict(OPERANDS[product])[operand],
+        scale=None if history is None else history.scale(tensor, scheme.element),
+        noise=NOISE.draw(tensor) if scheme.stochastic else None,
+        statistics=STATISTICS.of(how.linear, product, operand),
+    )
+
+
+def _weight_gradient(
+    grad: Tensor, rows: Tensor, kind: torch.dtype, buffer: Tensor | None
+) -> Tensor:
+    if buffer is None:
+        return (grad.t() @ rows).to(kind)
+    add_product(buffer, grad, rows)
+    return torch.empty(buffer.shape, dtype=kind, device=buffer.device)
+
+
+def _note(how: Emulation, product: Product, left: Tensor, right: Tensor) -> None:
+    """Tell the audit what is about to be multiplied."""
+    if not AUDIT.listening:
+        return
+    (one, _), (other, _) = OPERANDS[product]
+    words = [
+        str(how.scheme(product, operand) or str(tensor.dtype).removeprefix("torch."))
+        for operand, tensor in ((one, left), (other, right))
+    ]
+    AUDIT.note(how.linear, product, *words)

@@ -1,0 +1,80 @@
+"""The recipes: how each format quantizes the two operands of each product, as one table.
+
+Sources: per-tensor scaling, Micikevicius et al., arXiv:2209.05433, and Nemotron-H,
+arXiv:2504.03624, section 2.4; blocks of 128, DeepSeek-V3, arXiv:2412.19437, section 3.3; MX, the
+OCP Microscaling Formats specification 1.0; NVFP4, arXiv:2509.25149, sections 2 to 4.
+"""
+
+import enum
+
+from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+
+
+class Operand(enum.Enum):
+    """What a product multiplies."""
+
+    input = "input"  # [T, I], tokens by input width
+    weight = "weight"  # [O, I]
+    gradient = "gradient"  # of the output, [T, O]
+
+
+# The operands of each product, and the axis of each that the product sums over.
+OPERANDS: dict[Product, tuple[tuple[Operand, int], tuple[Operand, int]]] = {
+    Product.fprop: ((Operand.input, 1), (Operand.weight, 1)),
+    Product.dgrad: ((Operand.gradient, 1), (Operand.weight, 0)),
+    Product.wgrad: ((Operand.gradient, 0), (Operand.input, 0)),
+}
+_TENSORWISE = (ProductFormat.fp8_tensorwise, ProductFormat.fp8_delayed)
+_FP4 = (ProductFormat.nvfp4, ProductFormat.mxfp4)
+
+
+def schemes(
+    format: ProductFormat, product: Product, precision: Precision
+) -> tuple[Scheme, Scheme] | None:
+    """Return how both operands of a product are quantized; None where they are not."""
+    if format in (ProductFormat.fp32, ProductFormat.bf16):
+        return None
+    (left, _), (right, _) = OPERANDS[product]
+    return _scheme(format, left, product, precision), _scheme(format, right, product, precision)
+
+
+def _scheme(
+    format: ProductFormat, operand: Operand, product: Product, precision: Precision
+) -> Scheme:
+    if format in _FP4:
+        return _fp4(format, operand, product, precision)
+    gradient = operand is Operand.gradient
+    if format in _TENSORWISE:
+        element = _fp8_element(precision, Element.e5m2) if gradient else Element.e4m3
+        return Scheme(element, _float_scale(precision, by_default=False), Shape.tensor)
+    element = _fp8_element(precision, Element.e4m3) if gradient else Element.e4m3
+    if format is ProductFormat.mxfp8:
+        return Scheme(element, Scale.e8m0, Shape.vector, 32)
+    shape = Shape.square if operand is Operand.weight else Shape.vector
+    return Scheme(element, _float_scale(precision, by_default=True), shape, 128)
+
+
+def _fp4(
+    format: ProductFormat, operand: Operand, product: Product, precision: Precision
+) -> Scheme:
+    """Stochastic rounding is for gradients alone, and the transform for wgrad alone."""
+    nvfp4 = format is ProductFormat.nvfp4
+    square = nvfp4 and operand is Operand.weight and precision.square_weight_blocks
+    return Scheme(
+        Element.e2m1,
+        Scale.e4m3 if nvfp4 else Scale.e8m0,
+        Shape.square if square else Shape.vector,
+        16 if nvfp4 else 32,
+        stochastic=precision.stochastic_rounding and operand is Operand.gradient,
+        hadamard=precision.hadamard and product is Product.wgrad,
+    )
+
+
+def _fp8_element(precision: Precision, usual: Element) -> Element:
+    return usual if precision.gradient_element is None else Element(precision.gradient_element.value)
+
+
+def _float_scale(precision: Precision, *, by_default: bool) -> Scale:
+    chosen = precision.power_of_two_scales
+    return Scale.power_of_two if (by_default if chosen is None else chosen) else Scale.fp32
