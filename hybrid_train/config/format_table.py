@@ -16,7 +16,8 @@ def lines(formats: Mapping[Linear, Formats], rules: Sequence[PrecisionRule]) -> 
         groups.setdefault(key, []).append(linear.layer)
     modules = list(dict.fromkeys(linear.module for linear in formats))
     ordered = sorted(groups.items(), key=lambda item: modules.index(item[0][0]))
-    table = [_HEADS, *((module, words, _span(found), why) for (module, words, why), found in ordered)]
+    found = ((module, words, _span(layers), why) for (module, words, why), layers in ordered)
+    table = [_HEADS, *found]
     widths = [max(len(row[column]) for row in table) for column in range(len(_HEADS))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 

@@ -11,12 +11,14 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config import compose
 from hybrid_train.config.pattern import Pattern, parse
+from hybrid_train.config.schema.precision import Backend
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
 from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.model.quantized import QuantizedProducts
 from hybrid_train.model.translate import DTYPES
 from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.optim.megatron import build_optimizer
@@ -38,6 +40,10 @@ def build_engine(
     pattern = parse(job.model.pattern)
     chunks = megatron.wrap(built.chunks, built.config, job.parallel, job.precision)
     dtype = DTYPES[job.precision.base]
+    quantized = None
+    if built.backend is Backend.emulated:
+        quantized = QuantizedProducts(built.chunks, job.train.seed, groups.tp_dp_cp)
+        quantized.use(job.model, job.precision)
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))
     return Engine(
@@ -60,6 +66,7 @@ def build_engine(
         expert_layers=_expert_layers(pattern.main, pattern.mtp),
         num_experts=job.model.moe.experts,
         num_routers=_num_routers(pattern, repeated_block=job.model.mtp.repeated_block),
+        quantized=quantized,
     )
 
 

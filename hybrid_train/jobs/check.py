@@ -12,12 +12,12 @@ from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import Stretch, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.product_formats import formats_of
 from hybrid_train.config.ramp import ramps, run_length
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.schedule import Wsd
 from hybrid_train.config.schema.train import Train, TrainJob
-from hybrid_train.config.product_formats import formats_of
 from hybrid_train.config.units import show_bytes, show_tokens, tokens
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_numbers, table

@@ -56,7 +56,10 @@ class PhaseBuilder:
     def enter(self, run: Run, stretch: Stretch, before: Stretch, saving: SaveCheckpoints) -> None:
         """Bring a run from one phase into the next."""
         _log.info("phase %s begins at %s tokens", stretch.name, show_tokens(run.state.tokens))
-        if stretch.job.parallel != before.job.parallel:
+        # Layers that cannot be told to multiply in another way are built anew.
+        other_formats = stretch.job.precision != before.job.precision
+        fixed = run.engine.quantized is None
+        if stretch.job.parallel != before.job.parallel or (other_formats and fixed):
             self._move(run, stretch, saving)
         self._bring_into(run, stretch)
 
@@ -77,6 +80,8 @@ class PhaseBuilder:
     def _bring_into(self, run: Run, stretch: Stretch) -> None:
         """Set what depends on the phase but not on the layout."""
         job, groups = stretch.job, run.engine.groups
+        if run.engine.quantized is not None:
+            run.engine.quantized.use(job.model, job.precision)
         sources = tuple(self.data.names)
         run.engine = dataclasses.replace(in_phase(run.engine, stretch), sources=sources)
         run.batches = self._loader(stretch, run.engine, run.state)

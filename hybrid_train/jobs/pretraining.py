@@ -13,6 +13,7 @@ from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import compose
 from hybrid_train.config.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.product_formats import formats_of
 from hybrid_train.config.ramp import ramps
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.train import TrainJob
@@ -38,6 +39,7 @@ from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_o
 from hybrid_train.training.hooks.garbage import CollectGarbage
 from hybrid_train.training.hooks.metrics import LogMetrics
 from hybrid_train.training.hooks.phases import EnterPhases
+from hybrid_train.training.hooks.precision import AuditPrecision, MeasureRounding
 from hybrid_train.training.hooks.stop import StopOnSignal
 from hybrid_train.training.hooks.validation import Validate
 from hybrid_train.training.loop import Run, fit
@@ -98,6 +100,8 @@ def train(job: TrainJob, device: torch.device) -> int:
     run.hooks = HookList(
         [
             EnterPhases(stretches, enter),
+            AuditPrecision(Path(job.run_dir), lambda seen: at(stretches, seen).job),
+            *_rounding(job, stretches, start.own_step),
             *_hooks(job, run, data, peak),
             saving,
             stop,  # last: until the last save is done, a signal must not end the process
@@ -210,6 +214,16 @@ def _hooks(job: TrainJob, run: Run, data: RunData, peak: Peak) -> list[Hook]:
         source_sizes={name: one.tokens for name, one in data.train.documents.items()},
     )
     return [*hooks, log, CollectGarbage()]
+
+
+def _rounding(job: TrainJob, stretches: list[Stretch], own_step: int) -> list[Hook]:
+    """Measure what rounding does where products of any phase are quantized and it is asked for."""
+    interval = job.precision.statistics_interval
+    jobs = [stretch.job for stretch in stretches]
+    formats = [one for each in jobs for one in formats_of(each.model, each.precision).values()]
+    if not interval or not any(one.quantized for one in formats):
+        return []
+    return [MeasureRounding(Path(job.run_dir), interval, max(own_step, 0))]
 
 
 def _trackers(job: TrainJob, run: Run) -> FanOut:

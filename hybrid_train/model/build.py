@@ -10,13 +10,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.product_formats import formats_of
+from hybrid_train.config.schema.precision import Backend
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron, packed, recompute, stages
+from hybrid_train.model import megatron, packed, plain, recompute, stages
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
-from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec
+from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec, with_plain_linears
 from hybrid_train.model.translate import init_std, transformer_config
+from hybrid_train.precision import hardware
 from hybrid_train.runtime import optional
 
 
@@ -27,6 +30,7 @@ class BuiltModel:
     chunks: list[Hybrid]
     config: TransformerConfig
     kernels: dict[str, str]  # part of the model -> whose kernels it runs on, in words
+    backend: Backend | None  # who can compute quantized products, without a new build
 
 
 def build_model(
@@ -38,7 +42,12 @@ def build_model(
         UserError: if the wanted kernels are not there, or another megatron-core is.
     """
     megatron.require_version()
-    parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu)
+    quantized = any(one.quantized for one in formats_of(job.model, job.precision).values())
+    emulated = quantized and (not on_gpu or job.precision.backend is Backend.emulated)
+    parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
+    backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
+    if quantized:
+        kernels["quantized products"] = _in_words(backend, on_gpu=on_gpu)
     config = transformer_config(job, on_gpu=on_gpu)
     spec = hybrid_spec(
         parts,
@@ -51,7 +60,37 @@ def build_model(
         for chunk in range(job.parallel.virtual_pipeline)
     ]
     initialize(chunks, std=init_std(job.model), num_layers=config.num_layers, seed=job.train.seed)
-    return BuiltModel(chunks, config, kernels)
+    return BuiltModel(chunks, config, kernels, backend)
+
+
+def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:
+    """Choose who computes quantized products; None where layers can do neither.
+
+    Raises:
+        UserError: if the wanted one cannot.
+    """
+    wanted, has_plain_linears = job.precision.backend, parts.experts is plain.Experts
+    if not on_gpu and wanted is Backend.native:
+        raise UserError("precision.backend=native needs a GPU; use auto or emulated")
+    if not quantized:
+        return Backend.emulated if has_plain_linears else None
+    if not on_gpu or wanted is Backend.emulated:
+        return Backend.emulated
+    if has_plain_linears:
+        raise UserError(
+            f"precision.format={job.precision.format.value} on a GPU needs Transformer Engine "
+            f"({optional.LIBRARIES['transformer_engine'].install}) and runtime.kernels=auto or "
+            "fused; or precision.backend=emulated"
+        )
+    hardware.require_formats(job)
+    return Backend.native
+
+
+def _in_words(backend: Backend | None, *, on_gpu: bool) -> str:
+    if backend is Backend.native:
+        return "Transformer Engine, in the formats of the hardware"
+    why = "asked for" if on_gpu else "no GPU"
+    return f"emulated ({why}): quantized operands, sums in float32"
 
 
 def _build_chunk(
@@ -81,7 +120,9 @@ def _build_chunk(
     return model.to(torch.cuda.current_device())
 
 
-def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, str]]:
+def _choose_kernels(
+    wanted: Kernels, *, on_gpu: bool, emulated: bool
+) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
     megatron.use_aux_loss_record()
     packed.use_packed_rows()
@@ -104,7 +145,13 @@ def _choose_kernels(wanted: Kernels, *, on_gpu: bool) -> tuple[Parts, dict[str, 
         "Mamba scan and convolution": f"plain PyTorch ({mamba})" if mamba else "mamba-ssm",
         "cross-entropy": "plain PyTorch (ours on every device)",
     }
-    return (PLAIN if fused else fused_parts()), parts
+    if fused is not None:
+        return PLAIN, parts
+    if emulated:
+        megatron.use_plain_latent_linears()
+        parts["linear layers, norms, experts"] = "plain PyTorch (emulated products), norms fused"
+        return with_plain_linears(fused_parts()), parts
+    return fused_parts(), parts
 
 
 def _usable(libraries: tuple[str, ...], wanted: Kernels, *, on_gpu: bool) -> str | None:

@@ -26,7 +26,7 @@ PLACES = {
 def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
     """Yield what `config.product_formats.linears` lists, as far as this chunk holds it."""
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-        yield from _of_layer(layer, 0, int(layer.layer_number), "")  # type: ignore[arg-type]
+        yield from _of_layer(layer, 0, int(layer.layer_number), "")
     block = getattr(chunk, "mtp", None)
     for depth, one in enumerate(block.layers if block is not None else (), start=1):
         yield Linear(depth, 0, MTP_PROJECTION), one.eh_proj
@@ -34,7 +34,9 @@ def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
             yield from _of_layer(layer, depth, number, f"{MTP}.")
 
 
-def _of_layer(layer: Module, depth: int, number: int, prefix: str) -> Iterator[tuple[Linear, Module]]:
+def _of_layer(
+    layer: Module, depth: int, number: int, prefix: str
+) -> Iterator[tuple[Linear, Module]]:
     held = dict(layer.named_modules())
     for place, kind in PLACES.items():
         if place in held:

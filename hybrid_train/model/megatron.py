@@ -45,6 +45,11 @@ def use_plain_layers() -> None:
     _replace(moe_layer, HAVE_TE=True, TELinear=plain.DuplicatedLinear)  # moe_layer.py 266: latent
 
 
+def use_plain_latent_linears() -> None:
+    """Let core build our latent projections beside other parts of Transformer Engine (266)."""
+    _replace(moe_layer, TELinear=plain.DuplicatedLinear)
+
+
 def use_plain_mamba() -> None:
     """Let core's Mamba mixer run our scan, convolution and gated norm (mamba_mixer.py 202)."""
     _replace(

@@ -1,6 +1,6 @@
-"""Quantized products in the plain layers of a model: which layer multiplies how, and its hooks."""
+"""Quantized products in the plain layers of a model: which layer multiplies how, step by step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,42 +18,80 @@ from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.precision import Precision
 from hybrid_train.model import plain
 from hybrid_train.model.linears import linear_modules
-from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.emulated import Emulation, emulation_of, quantized_linear
+from hybrid_train.precision.noise import NOISE
 
 
-def install(chunks: Iterable[Module], model: Model, precision: Precision) -> None:
-    """Let every linear layer multiply in its format, emulated; one of another phase is undone."""
-    formats = formats_of(model, precision)
-    for chunk in chunks:
-        for linear, module in linear_modules(chunk):
+class QuantizedProducts:
+    """Emulates the quantized products of the chunks of this process.
+
+    Every process makes the same calls. The random bits of a step depend on seed, step and rank
+    alone, so a resumed run has those of a run that never stopped.
+    """
+
+    def __init__(self, chunks: Sequence[Module], seed: int, group: dist.ProcessGroup) -> None:
+        """Take the chunks of this process.
+
+        Args:
+            chunks: as they were built, before they are wrapped.
+            seed: of the run.
+            group: ranks that agree on the largest values of a step (fp8_delayed): those of the
+                same pipeline stage.
+        """
+        self._chunks = chunks
+        self._seed = seed
+        self._group = group
+
+    def use(self, model: Model, precision: Precision) -> None:
+        """Let every linear layer multiply in its format; what another phase asked is undone."""
+        formats = formats_of(model, precision)
+        for linear, module in self._linears():
             chosen = formats[linear]
+            make = partial(emulation_of, linear, chosen, precision)
             if isinstance(module, plain.GroupedLinear):
-                how = [emulation_of(linear, chosen, precision) for _ in range(module.num_experts)]
+                how = [make() for _ in range(module.num_experts)]
                 module.emulations = how if chosen.quantized else None
             elif isinstance(module, plain.DuplicatedLinear):
-                one = emulation_of(linear, chosen, precision)
-                module.emulation = one if chosen.quantized else None
+                module.emulation = make() if chosen.quantized else None
             elif chosen.quantized:
-                one = emulation_of(linear, chosen, precision)
-                module._forward_impl = partial(_split_linear, one)  # type: ignore[assignment]
+                module._forward_impl = partial(_split_linear, make())  # type: ignore[assignment]
             else:
                 vars(module).pop("_forward_impl", None)  # the method of its class shows again
 
+    def start_step(self, step: int) -> None:
+        """Set the random bits of a step."""
+        NOISE.start_step(self._seed, step, dist.get_rank())
 
-def emulations(chunks: Iterable[Module]) -> list[Emulation]:
-    """Return how the linear layers of this process are emulated, experts one by one, in order."""
-    found: list[Emulation] = []
-    for chunk in chunks:
-        for _, module in linear_modules(chunk):
-            forward = vars(module).get("_forward_impl")
-            found += [forward.args[0]] if forward is not None else []
-            found += getattr(module, "emulations", None) or []
-            found += [one] if (one := getattr(module, "emulation", None)) else []
-    return found
+    def end_step(self) -> None:
+        """End a step of fp8_delayed: the ranks agree on the largest values that they saw."""
+        histories = [one for how in self._emulations() for one in how.histories.values()]
+        if not histories:
+            return
+        seen = torch.stack([history.seen for history in histories])
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._group)
+        for history, amax in zip(histories, seen, strict=True):
+            history.roll(amax)
+
+    def _linears(self) -> Iterator[tuple[Any, Module]]:
+        for chunk in self._chunks:
+            yield from linear_modules(chunk)
+
+    def _emulations(self) -> Iterator[Emulation]:
+        for _, module in self._linears():
+            yield from emulations_of(module)
 
 
-def _split_linear(
+def emulations_of(module: Module) -> list[Emulation]:
+    """Return how a linear layer is emulated, experts one by one; nothing where it is not."""
+    if isinstance(module, plain.GroupedLinear):
+        return list(module.emulations or ())
+    if isinstance(module, plain.DuplicatedLinear):
+        return [] if module.emulation is None else [module.emulation]
+    forward = vars(module).get("_forward_impl")
+    return [] if forward is None else [forward.args[0]]
+
+
+def _split_linear(  # noqa: PLR0913 - the arguments of core's
     how: Emulation,
     input: Tensor,
     weight: Tensor,
@@ -80,13 +118,3 @@ def _split_linear(
     if buffer is not None:
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return quantized_linear(input, weight, how, buffer)
-
-
-def roll_histories(histories: Sequence[AmaxHistory], group: dist.ProcessGroup) -> None:
-    """End a step of fp8_delayed: all ranks of a group agree on the largest values they saw."""
-    if not histories:
-        return
-    seen = torch.stack([history.seen for history in histories])
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
-    for history, amax in zip(histories, seen, strict=True):
-        history.roll(amax)

@@ -4,7 +4,7 @@ Plain is PyTorch on any device; fused is Transformer Engine. Both give the same 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,11 @@ def fused_parts() -> Parts:
             ),
         ),
     )
+
+
+def with_plain_linears(parts: Parts) -> Parts:
+    """Return the parts with linear layers whose products can be emulated."""
+    return replace(PLAIN, norm=parts.norm, attention=parts.attention)
 
 
 def hybrid_spec(

@@ -22,7 +22,7 @@ from hybrid_train.ops.linear import product as multiply
 from hybrid_train.precision.audit import AUDIT
 from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.noise import NOISE
-from hybrid_train.precision.quantize import quantize_dequantize
+from hybrid_train.precision.operands import quantize_dequantize
 from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
 from hybrid_train.precision.schemes import Scheme, Shape
 from hybrid_train.precision.statistics import STATISTICS
@@ -80,7 +80,7 @@ def quantized_linear(
         emulation: how operands are quantized.
         gradient_buffer: as in `ops.linear.linear`.
     """
-    y: Tensor = _Quantized.apply(x, weight, emulation, gradient_buffer)  # type: ignore[no-untyped-call]
+    y: Tensor = _Quantized.apply(x, weight, emulation, gradient_buffer)
     return y
 
 

@@ -39,6 +39,16 @@ def schemes(
     return _scheme(format, left, product, precision), _scheme(format, right, product, precision)
 
 
+def in_words(format: ProductFormat, product: Product, precision: Precision) -> tuple[str, str]:
+    """Say what both operands of a product are, as an audit notes them."""
+    found = schemes(format, product, precision)
+    if found is None:
+        name = {"fp32": "float32", "bf16": "bfloat16"}[format.value]
+        return name, name
+    left, right = found
+    return str(left), str(right)
+
+
 def _scheme(
     format: ProductFormat, operand: Operand, product: Product, precision: Precision
 ) -> Scheme:
@@ -55,9 +65,7 @@ def _scheme(
     return Scheme(element, _float_scale(precision, by_default=True), shape, 128)
 
 
-def _fp4(
-    format: ProductFormat, operand: Operand, product: Product, precision: Precision
-) -> Scheme:
+def _fp4(format: ProductFormat, operand: Operand, product: Product, precision: Precision) -> Scheme:
     """Stochastic rounding is for gradients alone, and the transform for wgrad alone."""
     nvfp4 = format is ProductFormat.nvfp4
     square = nvfp4 and operand is Operand.weight and precision.square_weight_blocks
@@ -72,7 +80,9 @@ def _fp4(
 
 
 def _fp8_element(precision: Precision, usual: Element) -> Element:
-    return usual if precision.gradient_element is None else Element(precision.gradient_element.value)
+    return (
+        usual if precision.gradient_element is None else Element(precision.gradient_element.value)
+    )
 
 
 def _float_scale(precision: Precision, *, by_default: bool) -> Scale:

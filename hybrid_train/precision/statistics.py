@@ -1,11 +1,8 @@
-"""Underflow, saturation and error of quantized operands, counted in the steps that are asked for."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Underflow, saturation and error of quantized operands, counted in steps that are asked for."""
 
 from hybrid_train.config.product_formats import Linear
 from hybrid_train.config.schema.precision import Product
-from hybrid_train.precision.quantize import OperandStatistics
+from hybrid_train.precision.operands import OperandStatistics
 from hybrid_train.precision.recipes import Operand
 
 Counted = dict[tuple[Linear, Product, Operand], OperandStatistics]
@@ -15,23 +12,23 @@ class Statistics:
     """Hands out what quantization counts into while it listens; costs nothing otherwise."""
 
     def __init__(self) -> None:
-        self.listening = False
-        self.counted: Counted = {}
+        self._listening = False
+        self._counted: Counted = {}
 
-    @contextmanager
-    def listen(self) -> Iterator[Counted]:
-        """Count until the block ends; yields the counts."""
-        self.listening, self.counted = True, {}
-        try:
-            yield self.counted
-        finally:
-            self.listening = False
+    def start(self) -> None:
+        """Begin to listen."""
+        self._listening, self._counted = True, {}
+
+    def stop(self) -> Counted:
+        """Return what was counted, and listen no more."""
+        self._listening = False
+        return self._counted
 
     def of(self, linear: Linear, product: Product, operand: Operand) -> OperandStatistics | None:
         """Return where to count an operand; None where nobody listens."""
-        if not self.listening:
+        if not self._listening:
             return None
-        return self.counted.setdefault((linear, product, operand), OperandStatistics())
+        return self._counted.setdefault((linear, product, operand), OperandStatistics())
 
 
 STATISTICS = Statistics()

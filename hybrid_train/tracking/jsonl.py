@@ -25,7 +25,7 @@ class JsonLines:
         self._last_step = resume_step
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_after(path, resume_step)
+            drop_after(path, resume_step)
             self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
             raise _cannot_write(path, error) from error
@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return found
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
     """Keep the lines up to `step`; the file is replaced as a whole or not at all."""
     if not path.exists():
         return

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.data.batch import Batch
 from hybrid_train.model.aux_losses import AUX_LOSSES
+from hybrid_train.model.quantized import QuantizedProducts
 from hybrid_train.optim.megatron import set_learning_rate
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.training import megatron
@@ -43,6 +44,7 @@ class Engine:
     expert_layers: list[tuple[bool, int]]  # (in MTP, layer from 1) of every E layer of the model
     num_experts: int
     num_routers: int  # of the whole model; MTP depths with blocks of their own have each their own
+    quantized: QuantizedProducts | None  # None: none can be emulated
     sources: tuple[str, ...] = ()  # names; losses are told apart where there are several
     steps_done: int = 0
 
@@ -67,6 +69,8 @@ class Engine:
         megatron.zero_gradients(self.chunks)
         self.optimizer.zero_grad()
         AUX_LOSSES.take()  # of forward passes between steps, if there were any
+        if self.quantized is not None:
+            self.quantized.start_step(self.steps_done)
         try:
             found = self._run(microbatches, forward_only=False)
             metrics = self._reduce(found, len(microbatches))
@@ -75,6 +79,8 @@ class Engine:
         except NonFiniteError as error:
             self.finalizer.restore_expert_biases()
             raise self._located(error, microbatches) from None
+        if self.quantized is not None:
+            self.quantized.end_step()
         self.steps_done += 1
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")

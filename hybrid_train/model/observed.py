@@ -1,0 +1,73 @@
+"""Notes what linear layers multiply that are not quantized, without a change to what they do."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from hybrid_train.config.product_formats import Linear
+from hybrid_train.config.schema.precision import Product
+from hybrid_train.model import plain
+from hybrid_train.model.linears import linear_modules
+from hybrid_train.model.quantized import emulations_of
+from hybrid_train.precision.audit import AUDIT
+
+
+def observe(chunks: Iterable[Module]) -> Callable[[], None]:
+    """Tell the audit of every product of layers that do not tell it themselves.
+
+    Args:
+        chunks: the model chunks of this process, in whatever they are wrapped.
+
+    Returns:
+        What to call when the step is over.
+    """
+    handles = []
+    for chunk in map(unwrapped, chunks):
+        # Experts hand their weights out and are multiplied where both projections are at hand.
+        homes: dict[Module, Module] = {
+            part: experts
+            for experts in chunk.modules()
+            if isinstance(experts, plain.Experts)
+            for part in (experts.linear_fc1, experts.linear_fc2)
+        }
+        for linear, module in linear_modules(chunk):
+            if not emulations_of(module):
+                home = homes.get(module, module)
+                handles.append(home.register_forward_hook(_noting(linear, module)))
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return stop
+
+
+def unwrapped(chunk: Module) -> Module:
+    """Return the model itself, without what data parallelism and half precision put around it."""
+    while not hasattr(chunk, "decoder"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _noting(linear: Linear, module: Module) -> Callable[..., None]:
+    weight = _name(next(module.parameters()).dtype)
+
+    def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
+        x = _name(inputs[0].dtype)
+        AUDIT.note(linear, Product.fprop, x, weight)
+        result = output[0] if isinstance(output, tuple) else output
+        if result.requires_grad:
+            result.register_hook(lambda grad: note_gradients(grad, x))
+
+    def note_gradients(grad: Tensor, x: str) -> None:
+        AUDIT.note(linear, Product.dgrad, _name(grad.dtype), weight)
+        AUDIT.note(linear, Product.wgrad, _name(grad.dtype), x)
+
+    return note
+
+
+def _name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
