@@ -189,9 +189,9 @@ def _rounded(
 ) -> Tensor:
     """Round every block and bring it back."""
     largest = GRIDS[scheme.element].largest
-    # Scales of FP8 leave at most what the grid rounds down to its largest value. A scale of zero
-    # goes with an infinite product, which is cut here and times zero is zero.
-    clips = is_given or noise is not None or scheme.element is Element.e2m1
+    # Scales of FP8 leave at most what the grid rounds down to its largest value, with noise, too.
+    # A scale of zero may go with an infinite product, which is cut here; times zero it is zero.
+    clips = is_given or scheme.element is Element.e2m1
     out = torch.empty(blocks.shape, device=blocks.device)
     cut = _cut(blocks)
     tensors = (blocks, out, found.encode, found.decode)

@@ -17,7 +17,8 @@ SCHEMES = [
         for shape in (Shape.vector, Shape.square)
     ),
     *(Scheme(element, Scale.e8m0, Shape.vector, 32) for element in Element),
-    Scheme(Element.e2m1, Scale.e8m0, Shape.vector, 32, stochastic=True),
+    *(Scheme(one, Scale.e8m0, Shape.vector, 32, stochastic=True) for one in Element),
+    Scheme(Element.e4m3, Scale.fp32, Shape.tensor, stochastic=True),
     Scheme(Element.e2m1, Scale.e8m0, Shape.vector, 32, hadamard=True),
     *(
         Scheme(Element.e2m1, Scale.e4m3, shape, 16, stochastic=by_chance, hadamard=turned)

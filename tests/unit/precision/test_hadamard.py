@@ -16,6 +16,12 @@ def test_the_matrix_is_orthogonal_with_entries_of_one_quarter() -> None:
     assert (t.abs() == 0.25).all()
 
 
+def test_the_signs_are_those_of_transformer_engine() -> None:
+    # 2.20, get_wgrad_sign_vector; the first column of a Hadamard matrix has ones alone.
+    column = hadamard.matrix(torch.device("cpu"))[:, 0]
+    assert "".join("+" if value > 0 else "-" for value in column) == "+++-+------+-+--"
+
+
 def test_turning_both_operands_keeps_their_product() -> None:
     left, right = torch.randn(2, 96, 40, dtype=torch.float64)
     product = hadamard.turn(left, 0).T @ hadamard.turn(right, 0)
