@@ -129,7 +129,7 @@ class _Quantized(torch.autograd.Function):
         ctx.how, ctx.gradient_buffer, ctx.shape = how, gradient_buffer, x.shape
         ctx.types = (x.dtype, weight.dtype)
         _note(how, Product.fprop, left, right)
-        return how.multiply(left, right).to(x.dtype).view(*x.shape[:-1], -1)
+        return how.multiply(left, right).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
