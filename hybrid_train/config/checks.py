@@ -72,7 +72,7 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
     if not (in_order or found):
         for number, phase_job in enumerate(jobs_of(job) if job.train.phases else ()):
             for problem in _with_nearest_of(phase_job, world_size):
-                found.append(as_problem_of(number, job, problem))
+                found += filter(None, [as_problem_of(number, job, problem)])
     yield from (*in_order, *dict.fromkeys(found))
     # A plan does not depend on the tokens: `check` lists data that is not chosen yet, and passes.
     yield from (vocabulary_is_known if isinstance(job, CheckJob) else data_is_chosen)(job)
