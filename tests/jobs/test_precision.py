@@ -36,6 +36,11 @@ def audited(run_dir: Path) -> dict[str, list[dict[str, object]]]:
     return found
 
 
+def statistics(run_dir: Path) -> list[dict[str, float]]:
+    text = (run_dir / "precision_statistics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def test_the_first_step_says_what_every_layer_multiplied(run: tuple[Path, Finished]) -> None:
     run_dir, finished = run
     assert finished.code == 0, finished.err
@@ -52,7 +57,7 @@ def test_the_first_step_says_what_every_layer_multiplied(run: tuple[Path, Finish
 
 def test_what_rounding_does_is_measured_at_the_interval(run: tuple[Path, Finished]) -> None:
     run_dir, _ = run
-    lines = [json.loads(line) for line in (run_dir / "precision_statistics.jsonl").open()]
+    lines = statistics(run_dir)
     assert {line["step"] for line in lines} == {4, 8}
     assert all(0 < line["rounding_error"] < 0.5 for line in lines)
     measured = {line["step"] for line in metrics(run_dir) if "rounding_error/gradient" in line}
@@ -68,9 +73,7 @@ def test_a_run_in_two_halves_rounds_by_chance_as_the_whole_did(
     second = train(half, *command)
     assert second.code == 0, second.err
     assert_equal_to_the_bit(half, run[0], STEPS)
-    steps = [json.loads(line)["step"] for line in (half / "precision_statistics.jsonl").open()]
-    whole = [json.loads(line)["step"] for line in (run[0] / "precision_statistics.jsonl").open()]
-    assert steps == whole
+    assert statistics(half) == statistics(run[0])
 
 
 def test_a_phase_heals_the_run_in_bfloat16(
