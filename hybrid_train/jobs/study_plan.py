@@ -1,11 +1,14 @@
 """The runs of a study: composed and checked before any of them starts, and what is done already."""
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hybrid_train.config import compose
+from hybrid_train.config.phases import lay_out
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.study import StudyJob
 from hybrid_train.config.schema.train import TrainJob
@@ -71,10 +74,9 @@ def plan(study: StudyJob) -> list[PlannedRun]:
     found: dict[str, list[Problem]] = {}
     for name, variant in study.chosen().items():
         try:
-            for seed in study.seeds:
-                own = [f"train.seed={seed}", f'run_dir="{study.run_dir}/{name}/seed_{seed}"']
-                lines = [*study.base, *variant.overrides, *study.overrides, *own]
-                runs.append(PlannedRun(name, seed, lines, compose.compose("train", lines)))
+            lines = [*study.base, *variant.overrides, *study.overrides]
+            job = compose.compose("train", lines)
+            runs += [_of_seed(study.run_dir, name, seed, lines, job) for seed in study.seeds]
         except ConfigError as error:
             found[name] = list(error.problems)
     if found:
@@ -82,6 +84,30 @@ def plan(study: StudyJob) -> list[PlannedRun]:
     runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants stay in their order
     _require_same_runs(runs)
     return runs
+
+
+def _of_seed(
+    run_dir: str, variant: str, seed: int, lines: Sequence[str], composed: TrainJob
+) -> PlannedRun:
+    """Give the job of a variant a seed and a folder, without composing it again."""
+    job = copy.deepcopy(composed)
+    job.train.seed, job.run_dir = seed, f"{run_dir}/{variant}/seed_{seed}"
+    own = [f"train.seed={seed}", f'run_dir="{job.run_dir}"']
+    return PlannedRun(variant, seed, [*lines, *own], job)
+
+
+def are_paired(one: TrainJob, other: TrainJob) -> bool:
+    """Tell whether two runs with one seed start from the same weights and read the same batches."""
+    return one.model == other.model and _batches(one) == _batches(other)
+
+
+def _batches(job: TrainJob) -> tuple[Any, ...]:
+    """Return what the rows of every step follow from; each phase has an order of its own."""
+    stretches = lay_out(job)
+    trains = [stretch.job.train for stretch in stretches]
+    sizes = [(train.sequence_length, train.global_batch, train.batch_ramp) for train in trains]
+    ends = [(stretch.start, stretch.end) for stretch in stretches]
+    return ends, sizes, [stretch.job.data for stretch in stretches]
 
 
 def _by_variant(found: Mapping[str, Sequence[Problem]], variants: int) -> Iterator[Problem]:
@@ -108,7 +134,7 @@ def _require_same_runs(runs: Sequence[PlannedRun]) -> None:
                     found.setdefault(f"{key}: {old} there, {new} here", []).append(run)
     if found:
         text = "\n".join(
-            f"  {change}  ({', '.join(run.name for run in those)})"
+            f"  {change} ({', '.join(run.name for run in those)})"
             for change, those in found.items()
         )
         raise UserError(

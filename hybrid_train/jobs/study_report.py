@@ -19,7 +19,7 @@ import torch
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.study import StudyJob, Variant
 from hybrid_train.jobs.help import console, show_numbers
-from hybrid_train.jobs.study_plan import PlannedRun
+from hybrid_train.jobs.study_plan import PlannedRun, are_paired
 from hybrid_train.tracking.gaps import (
     TAIL,
     WINDOW,
@@ -45,6 +45,7 @@ class _Found:
     runs: dict[int, PlannedRun]  # finished ones, by seed
     curves: dict[int, Curve]  # of those
     comparison: Comparison
+    paired: bool  # with those of the baseline, so that the same seed means the same batches
 
 
 def report(study: StudyJob, runs: Sequence[PlannedRun]) -> None:
@@ -92,9 +93,14 @@ def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
         name: {seed: curve(run.metrics()) for seed, run in by_seed.items()}
         for name, by_seed in finished.items()
     }
+    first = {name: next(iter(by_seed.values())).job for name, by_seed in finished.items()}
     return {
         name: _Found(
-            variant, finished[name], curves[name], compare(curves[name], curves[study.baseline])
+            variant,
+            finished[name],
+            curves[name],
+            compare(curves[name], curves[study.baseline]),
+            are_paired(first[name], first[study.baseline]),
         )
         for name, variant in study.chosen().items()
         if name in finished
@@ -135,6 +141,11 @@ def _legend(study: StudyJob, found: Mapping[str, _Found]) -> str:
     base = found[study.baseline].comparison
     windows = "; ".join(f"{name} {show('loss', loss.mean)}" for name, loss in base.losses.items())
     tail, validation = base.losses[TAIL], base.validation_loss
+    alone = ", ".join(name for name, one in found.items() if not one.paired)
+    unpaired = (
+        f"\n\nNot paired: {alone}. Their batches or their models are not those of "
+        f"{study.baseline}, so that their gaps hold what chance does to a run."
+    )
     return (
         f"Gap: (loss - loss of {study.baseline}) / loss of {study.baseline}, of runs with the same "
         f"seed, mean over seeds. A loss at a\npoint is the mean over the {WINDOW:.0%} of training "
@@ -144,7 +155,7 @@ def _legend(study: StudyJob, found: Mapping[str, _Found]) -> str:
         f"seeds, {_percent(tail.relative, '{:.2f}')} %.\n\n"
         f"{study.baseline}: loss {windows}; validation {show('validation_loss', validation.mean)} "
         f"(lowest {show('validation_loss', validation.lowest)}, highest "
-        f"{show('validation_loss', validation.highest)})."
+        f"{show('validation_loss', validation.highest)}).{unpaired if alone else ''}"
     )
 
 
@@ -198,6 +209,7 @@ def _as_data(
             "losses": {key: _spread(loss) for key, loss in one.comparison.losses.items()},
             "validation_loss": _spread(one.comparison.validation_loss),
             "validation_gap": _spread(one.comparison.validation_gap),
+            "paired": one.paired,
             "within_seeds_of_baseline": one.comparison.within_seeds,
         }
     return {
