@@ -17,9 +17,7 @@ from hybrid_train.config.schema.precision import (
 from hybrid_train.config.schema.train import TrainJob
 
 BF16, FP8, FP4 = ProductFormat.bf16, ProductFormat.mxfp8, ProductFormat.nvfp4
-MODEL = Model(
-    pattern="ME*-|M/*E/*E", moe=Moe(latent_size=8, shared_intermediate_size=8), mtp=Mtp()
-)
+MODEL = Model(pattern="ME*-|M/*E/*E", moe=Moe(latent_size=8, shared_intermediate_size=8), mtp=Mtp())
 
 
 def job(*rules: PrecisionRule, format: ProductFormat = FP4) -> TrainJob:
