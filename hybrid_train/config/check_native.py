@@ -12,7 +12,7 @@ from hybrid_train.config.layer_ranges import is_range
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.product_formats import UNQUANTIZED, Formats, Linear, formats_of
-from hybrid_train.config.product_sizes import Size, token_sizes, weight_sizes
+from hybrid_train.config.product_sizes import packed_rows, token_sizes, weight_sizes
 from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.config.schema.precision import Backend, NumberFormat, ProductFormat
 from hybrid_train.config.schema.runtime import Device, Kernels
@@ -29,6 +29,7 @@ MULTIPLES = {
     ProductFormat.mxfp8: 32,
     ProductFormat.nvfp4: 32,
 }
+_FP8_ROWS = 16
 _EMULATE = "precision.backend=emulated runs it"
 _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
 
@@ -155,21 +156,31 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
             multiple = MULTIPLES.get(format, 1)
             if multiple > needed.get(linear.module, (1, format))[0]:
                 needed[linear.module] = (multiple, format)
-    seen: set[str] = set()
+    reported: set[str] = set()
     for module, (multiple, format) in needed.items():
-        for size in _sizes(job, module):
-            if size.value % multiple and size.setting not in seen:
-                seen.add(size.setting)
+        for size in (*weight_sizes(job, module), *token_sizes(job, module)):
+            if size.value % multiple and size.setting not in reported:
+                reported.add(size.setting)
                 rule = (
                     f"{size.words} = {size.value} must be a multiple of {multiple}: {module} in "
                     f"{format.value} on a GPU; precision.backend=emulated takes any"
                 )
                 yield Problem(size.setting, _value(job, size.setting), rule)
+    formats = {format for _, format in needed.values()}
+    if "model.mamba.heads" not in reported:
+        yield from _packed_rows(job, formats)
 
 
-def _sizes(job: TrainJob, module: str) -> Iterator[Size]:
-    yield from weight_sizes(job, module)
-    yield from token_sizes(job, module)
+def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem]:
+    # ssm/mamba_mixer.py 251: before they are split, and whether or not they are quantized
+    rows = packed_rows(job.model)
+    fp8 = formats and ProductFormat.nvfp4 not in formats
+    if fp8 and parse(job.model.pattern).count("M") and rows.value % _FP8_ROWS:
+        rule = (
+            f"{rows.words} = {rows.value} must be a multiple of {_FP8_ROWS} beside FP8 products "
+            "on a GPU; precision.backend=emulated takes any"
+        )
+        yield Problem(rows.setting, _value(job, rows.setting), rule)
 
 
 def _value(job: TrainJob, path: str) -> object:

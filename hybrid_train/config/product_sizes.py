@@ -58,6 +58,13 @@ def token_sizes(job: TrainJob, module: str) -> Iterator[Size]:
     yield Size(value, "train.sequence_length", words)
 
 
+def packed_rows(model: Model) -> Size:
+    """Return O of Mamba's in_proj before any split: the rows z, x, B, C and dt."""
+    sizes = model.mamba
+    value = 2 * sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state_size + sizes.heads
+    return Size(value, "model.mamba.heads", "the rows of mamba.in_proj")
+
+
 def _split(size: Size, ways: int) -> Size:
     words = size.words if ways == 1 else f"{size.words} / {ways}"
     return Size(size.value // ways, size.setting, words)
@@ -91,13 +98,6 @@ def _mamba_inner(model: Model) -> Size:
     return Size(sizes.heads * sizes.head_dim, "model.mamba.heads", "mamba.heads x head_dim")
 
 
-def _mamba_rows(model: Model) -> Size:
-    """Size the packed rows z, x, B, C and dt."""
-    sizes = model.mamba
-    value = 2 * sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state_size + sizes.heads
-    return Size(value, "model.mamba.heads", "the rows of mamba.in_proj")
-
-
 def _query_rows(model: Model) -> Size:
     sizes = model.attention
     value = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
@@ -129,7 +129,7 @@ def _both_hidden(model: Model) -> Size:
 
 
 _WEIGHTS: dict[str, Callable[[Model], tuple[Size, Size]]] = {
-    "mamba.in_proj": lambda model: (_hidden(model), _mamba_rows(model)),
+    "mamba.in_proj": lambda model: (_hidden(model), packed_rows(model)),
     "mamba.out_proj": lambda model: (_mamba_inner(model), _hidden(model)),
     "attention.qkv": lambda model: (_hidden(model), _query_rows(model)),
     "attention.proj": lambda model: (_heads(model), _hidden(model)),

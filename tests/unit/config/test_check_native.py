@@ -188,6 +188,17 @@ def test_sizes_of_unquantized_layers_do_not_matter() -> None:
     assert problems(job) == []
 
 
+def test_core_wants_16_packed_rows_of_mamba_beside_any_fp8() -> None:
+    """Its assertion stands in the constructor of the mixer, whatever in_proj itself is."""
+    rule = PrecisionRule(format=ProductFormat.mxfp8, modules=["mlp"])
+    job = small(Precision(format=ProductFormat.bf16, exceptions=[rule]))
+    assert problems(job) == []
+    job.model.mamba.heads = 30
+    assert only(job).path == "model.mamba.heads"
+    rule.format = ProductFormat.nvfp4
+    assert problems(job) == []
+
+
 def test_tensor_ranks_hold_parts_of_the_widths() -> None:
     job = small(Precision(format=ProductFormat.mxfp8))
     job.model.mlp.intermediate_size = 96
