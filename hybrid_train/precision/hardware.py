@@ -110,11 +110,16 @@ def require_native(formats: Iterable[ProductFormat], gpu: Gpu) -> None:
         )
 
 
+def present_gpu() -> Gpu:
+    """Return the GPU of this process; there must be one."""
+    cuda = [int(part) for part in str(torch.version.cuda).split(".")]
+    capability = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), capability, (cuda[0], cuda[1]))
+
+
 def require_formats(job: TrainJob) -> None:
     """Raise a UserError if the present GPU lacks a format that a job asks for."""
-    major, minor = torch.cuda.get_device_capability()
-    cuda = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
-    require(job, Gpu(torch.cuda.get_device_name(), (major, minor), (cuda[0], cuda[1])))
+    require(job, present_gpu())
 
 
 def require(job: TrainJob, gpu: Gpu) -> None:
