@@ -22,6 +22,7 @@ from hybrid_train.config.check_files import (
 )
 from hybrid_train.config.check_fsdp import fsdp_runs
 from hybrid_train.config.check_memory import MEMORY_RULES
+from hybrid_train.config.check_native import NATIVE_RULES
 from hybrid_train.config.check_packing import packed_rows_run
 from hybrid_train.config.check_phases import (
     as_problem_of,
@@ -336,6 +337,7 @@ RULES: tuple[Rule, ...] = (
     _overlaps_build_on_each_other,
     *MEMORY_RULES,
     *PRECISION_RULES,
+    *NATIVE_RULES,
     fsdp_runs,
     packed_rows_run,
 )

@@ -14,7 +14,7 @@ from hybrid_train.config.product_formats import formats_of
 from hybrid_train.config.schema.precision import Backend
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron, packed, plain, recompute, stages
+from hybrid_train.model import megatron, native_precision, packed, plain, recompute, stages
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec, with_plain_linears
@@ -48,7 +48,10 @@ def build_model(
     backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
         kernels["quantized products"] = _in_words(backend, on_gpu=on_gpu)
-    config = transformer_config(job, on_gpu=on_gpu)
+    native = backend is Backend.native
+    config = transformer_config(job, on_gpu=on_gpu, native=native)
+    if native:
+        megatron.use_recipes(native_precision.recipes(job.precision))
     spec = hybrid_spec(
         parts,
         mamba_chunk_size=job.model.mamba.chunk_size,
@@ -103,12 +106,17 @@ def _build_chunk(
 ) -> Hybrid:
     virtual = job.parallel.virtual_pipeline
     stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
+    pattern = stages.cut(job, vocab_rows)
+    if config.fp8 or config.fp4:
+        number = chunk * groups.pp.size() + stage
+        # Read while a chunk is built, and never after.
+        config.quant_recipe = native_precision.recipe_of_chunk(job, pattern, number)
     model = Hybrid(
         config=config,
         hybrid_stack_spec=spec,
         vocab_size=vocab_rows,
         max_sequence_length=job.train.sequence_length,
-        hybrid_layer_pattern=str(stages.cut(job, vocab_rows)),
+        hybrid_layer_pattern=str(pattern),
         pre_process=stage == 0 and chunk == 0,
         post_process=stage == last_stage and chunk == virtual - 1,
         share_embeddings_and_output_weights=job.model.tie_embeddings,
