@@ -207,17 +207,6 @@ def fsdp_is_not_native(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.fsdp", True, rule, "false")
 
 
-def weights_are_gathered_as_they_are(job: TrainJob, _: int) -> Iterator[Problem]:
-    """Weights that exist in FP8 alone cannot be cut into the parts that are drawn and saved.
-
-    Mamba's in_proj is five matrices to a checkpoint (ssm/mamba_mixer.py, sharded_state_dict), and
-    core takes master weights from values before our initialisation (distrib_optimizer.py 431).
-    """
-    if job.precision.fp8_parameter_gather:
-        rule = "weights in FP8 alone can neither be initialised nor saved part by part"
-        yield Problem("precision.fp8_parameter_gather", True, rule, "false")
-
-
 NATIVE_RULES = (
     native_needs_a_gpu,
     formats_have_hardware,
@@ -226,5 +215,4 @@ NATIVE_RULES = (
     delayed_scaling_is_alone,
     sizes_fit_the_formats,
     fsdp_is_not_native,
-    weights_are_gathered_as_they_are,
 )

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.product_formats import formats_of
-from hybrid_train.config.schema.precision import Backend
+from hybrid_train.config.schema.precision import Backend, ProductFormat
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model import megatron, native_precision, packed, plain, recompute, stages
@@ -47,7 +47,7 @@ def build_model(
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
     backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
-        kernels["quantized products"] = _in_words(backend, on_gpu=on_gpu)
+        kernels["quantized products"] = _in_words(job, backend, on_gpu=on_gpu)
     native = backend is Backend.native
     config = transformer_config(job, on_gpu=on_gpu, native=native)
     if native:
@@ -89,11 +89,15 @@ def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> B
     return Backend.native
 
 
-def _in_words(backend: Backend | None, *, on_gpu: bool) -> str:
+def _in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> str:
     if backend is Backend.native:
         return "Transformer Engine, in the formats of the hardware"
     why = "asked for" if on_gpu else "no GPU"
-    return f"emulated ({why}): quantized operands, sums in float32"
+    words = f"emulated ({why}): quantized operands, sums in float32"
+    formats = formats_of(job.model, job.precision).values()
+    if any(ProductFormat.fp8_delayed in one.formats.values() for one in formats):
+        words += "; what fp8_delayed remembers begins here, also in a run that goes on"
+    return words
 
 
 def _build_chunk(

@@ -98,7 +98,6 @@ class Precision:
     square_weight_blocks: bool = True  # nvfp4: 16x16 for weights
     strict: bool = True  # stop where a product did not run as asked
     statistics_interval: int = 100  # steps; 0: no underflow, saturation and error of operands
-    fp8_parameter_gather: bool = False  # weights in FP8 between data ranks; refused as yet
     reduce_gradients_in_fp32: bool = True
 
     @property

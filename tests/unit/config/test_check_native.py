@@ -141,11 +141,6 @@ def test_fsdp_is_not_joined_with_native_products() -> None:
     assert only(job).path == "parallel.fsdp"
 
 
-def test_weights_are_not_kept_in_fp8_alone() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8, fp8_parameter_gather=True))
-    assert only(job).path == "precision.fp8_parameter_gather"
-
-
 SIZES = [  # setting, what breaks mxfp8, format and value that it takes
     ("model.hidden_size", 48),
     ("model.mamba.heads", 8),
@@ -226,7 +221,6 @@ def broken_everywhere() -> list[TrainJob]:
         format=ProductFormat.fp8_delayed,
         unquantized=NumberFormat.fp32,
         power_of_two_scales=True,
-        fp8_parameter_gather=True,
         exceptions=[
             PrecisionRule(format=ProductFormat.bf16, modules=["mlp"], products=[Product.wgrad]),
             PrecisionRule(format=ProductFormat.mxfp4, modules=["attention"]),
@@ -249,7 +243,7 @@ def test_every_rule_can_be_broken() -> None:
 
 def test_emulated_products_are_free_of_all_this() -> None:
     for job in broken_everywhere():
-        job.precision.backend, job.precision.fp8_parameter_gather = Backend.emulated, False
+        job.precision.backend = Backend.emulated
         assert problems(job) == []
 
 
