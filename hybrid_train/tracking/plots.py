@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybrid_train.config.units import show_tokens
 from hybrid_train.tracking.gaps import TAIL, Comparison
@@ -53,7 +53,7 @@ def plot_gaps(comparisons: Mapping[str, Comparison], baseline: str, path: Path, 
         path: the picture.
         title: of the picture.
     """
-    with _picture(path) as axes:
+    with _picture(path, width=11.5) as axes:
         _draw_seeds(axes, comparisons[baseline], baseline)
         others = {name: one for name, one in comparisons.items() if name != baseline}
         for number, (name, one) in enumerate(others.items()):
@@ -63,10 +63,13 @@ def plot_gaps(comparisons: Mapping[str, Comparison], baseline: str, path: Path, 
         axes.set_ylabel(f"loss above that of {baseline}, %")
         axes.set_ylim(*_limits(others.values()))
         _decorate(axes)
+        # Beside the picture: within it a dozen names would hide the curves.
+        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(frameon=False, title=f"gap of the {TAIL}", **place)
 
 
 @contextmanager
-def _picture(path: Path) -> Iterator["Axes"]:
+def _picture(path: Path, width: float = 9) -> Iterator["Axes"]:
     """Give axes to draw on, and save the picture at the end."""
     # Takes about a second to import, which a job pays at its end only.
     import matplotlib as mpl
@@ -74,7 +77,7 @@ def _picture(path: Path) -> Iterator["Axes"]:
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
+        figure = Figure(figsize=(width, 5.2), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)  # draws without a display
         yield figure.add_subplot()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ def _draw_seeds(axes: "Axes", one: Comparison, name: str) -> None:
     shares = [100 * share for share in one.shares]
     above = [100 * value for value in one.seeds_curve]
     below = [-value for value in above]
-    label = f"seeds of {name}"
+    label = f"seeds of {name}" if any(map(math.isfinite, above)) else None
     axes.fill_between(shares, below, above, color=_BASELINE, alpha=0.15, linewidth=0, label=label)
     axes.axhline(0, color=_BASELINE, linewidth=1)
 
