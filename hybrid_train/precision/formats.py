@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybrid_train.precision.noise import UNIT
 from hybrid_train.precision.schemes import Element
 
 _MANTISSA = 23  # bits of float32
@@ -72,16 +73,16 @@ def round_to(x: Tensor, element: Element, noise: Tensor | None = None) -> Tensor
 def round_to_(x: Tensor, element: Element, scratch: Tensor, noise: Tensor | None = None) -> Tensor:
     """Round in place like `round_to`, with passes over memory counted; values must be in range.
 
-    Zeros lose their sign. `scratch` is like x; noise is overwritten.
+    Zeros may lose their sign. `scratch` is like x; noise is as whole multiples of `noise.UNIT`.
     """
     grid = GRIDS[element]
-    bits = scratch.view(torch.int32)
-    torch.bitwise_and(x.view(torch.int32), _EXPONENT_MASK, out=bits)
+    torch.bitwise_and(x.view(torch.int32), _EXPONENT_MASK, out=scratch.view(torch.int32))
     scratch.clamp_min_(2.0**grid.min_exponent)
+    step = 2.0**-grid.mantissa_bits
     if noise is not None:
-        x.addcmul_(noise, scratch, value=2.0**-grid.mantissa_bits)
-    scratch.mul_(_ROUNDER * 2.0**-grid.mantissa_bits)
-    return x.add_(scratch).sub_(scratch)
+        x.addcmul_(noise, scratch, value=UNIT * step)
+    # Both products are exact: a power of two times one with two digits.
+    return x.add_(scratch, alpha=_ROUNDER * step).sub_(scratch, alpha=_ROUNDER * step)
 
 
 def binade(x: Tensor) -> Tensor:

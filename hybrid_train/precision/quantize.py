@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from hybrid_train.precision import hadamard
 from hybrid_train.precision.formats import round_to
+from hybrid_train.precision.noise import UNIT
 from hybrid_train.precision.scales import Factors, factors
 from hybrid_train.precision.schemes import Scheme, Shape
 
@@ -66,7 +67,7 @@ def quantize(
     blocks = in_blocks(values, block)
     amax = blocks.abs().amax((1, 3), keepdim=True)
     found = given(scale) if scale is not None else factors(amax, scheme, x.dtype)
-    spread = None if noise is None else in_blocks(filled(noise, values.shape), block)
+    spread = None if noise is None else in_blocks(filled(noise, values.shape), block) * UNIT
     rounded = round_to(blocks * found.encode, scheme.element, spread)
     whole = rounded.flatten(2).flatten(0, 1)
     elements = whole[: values.shape[0], : values.shape[1]]
@@ -95,7 +96,8 @@ def in_blocks(values: Tensor, block: tuple[int, int]) -> Tensor:
     rows, columns = -values.shape[0] % block[0], -values.shape[1] % block[1]
     if rows or columns:
         values = pad(values, (0, columns, 0, rows))
-    return values.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    height, width = block
+    return values.reshape(values.shape[0] // height, height, values.shape[1] // width, width)
 
 
 def filled(noise: Tensor, shape: torch.Size) -> Tensor:

@@ -7,11 +7,12 @@ NaN comes back as NaN, so that the run notices it.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.formats import GRIDS, binade, round_to
+from hybrid_train.precision.formats import GRIDS, binade, round_to_
 from hybrid_train.precision.schemes import Element, Scale, Scheme
 
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
@@ -56,15 +57,16 @@ def factors(amax: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) ->
     if scheme.scale is Scale.e8m0:
         code = _code_of(amax, scheme.element)
         return Factors(_power(2 * _BIAS - code), _marked(_power(code), amax))
-    encode = (largest / amax).clamp_max(torch.finfo(dtype).max)
+    encode = (largest / amax).nan_to_num_(nan=torch.nan, posinf=torch.finfo(dtype).max)
     if scheme.scale is Scale.power_of_two:
         encode = binade(encode)
-    encode = torch.where(amax == 0, 1.0, encode)
+    encode = encode.masked_fill_(amax == 0, 1.0)
     return Factors(encode, _marked(encode.reciprocal(), amax))
 
 
 def _marked(scales: Tensor, amax: Tensor) -> Tensor:
-    return torch.where(amax.isfinite(), scales, torch.nan)
+    """Make NaN of the scale of what holds an infinity or NaN, in place."""
+    return scales.add_(amax, alpha=0.0)
 
 
 def _code_of(amax: Tensor, element: Element) -> Tensor:
@@ -76,17 +78,21 @@ def _code_of(amax: Tensor, element: Element) -> Tensor:
     grid = GRIDS[element]
     if element is Element.e2m1:
         exponent = (amax.contiguous().view(torch.int32) >> _MANTISSA_BITS) - grid.max_exponent
-        return exponent.clamp(0, _LARGEST_CODE)
-    bits = (amax * torch.tensor(grid.largest).reciprocal()).contiguous().view(torch.int32)
-    exponent, mantissa = bits >> _MANTISSA_BITS, bits & _MANTISSA_MASK
-    is_above = (mantissa > 0) & ~((exponent == 0) & (mantissa <= _SMALLEST_SCALE))
-    return (exponent + is_above).clamp_max(_LARGEST_CODE)
+        return exponent.clamp_(0, _LARGEST_CODE)
+    bits = (amax * _reciprocal(grid.largest)).view(torch.int32)
+    bits.masked_fill_(bits <= _SMALLEST_SCALE, 0)  # the smallest power, or below
+    return ((bits + _MANTISSA_MASK) >> _MANTISSA_BITS).clamp_(0, _LARGEST_CODE)
 
 
 def _power(code: Tensor) -> Tensor:
     """Return 2^(code - 127) in float32."""
-    bits = torch.where(code == 0, _SMALLEST_SCALE, code << _MANTISSA_BITS)
-    return bits.to(torch.int32).view(torch.float32)
+    return (code << _MANTISSA_BITS).clamp_min_(_SMALLEST_SCALE).view(torch.float32)
+
+
+@cache
+def _reciprocal(value: float) -> float:
+    """Return what float32 has for 1 / value."""
+    return float(torch.tensor(value).reciprocal())
 
 
 def _two_levels(amax: Tensor, largest: float) -> Factors:
@@ -96,10 +102,10 @@ def _two_levels(amax: Tensor, largest: float) -> Factors:
     """
     top = GRIDS[Element.e4m3].largest
     whole = amax.amax() if amax.numel() else amax.new_zeros(())
-    tensor_encode = (top * largest / whole).clamp_max(_LARGEST_FLOAT32)
-    tensor_encode = torch.where(tensor_encode == 0, 1.0, tensor_encode)
+    tensor_encode = (top * largest / whole).clamp_max_(_LARGEST_FLOAT32)
+    tensor_encode.masked_fill_(tensor_encode == 0, 1.0)
     tensor_scale = tensor_encode.reciprocal()
-    wanted = amax * (tensor_encode * torch.tensor(largest).reciprocal())
-    scales = round_to(wanted.clamp_max(_LARGEST_FLOAT32), Element.e4m3)
-    encode = (scales * tensor_scale).reciprocal().clamp_max(_LARGEST_FLOAT32)
+    scales = (amax * (tensor_encode * _reciprocal(largest))).clamp_max_(top)
+    scales = round_to_(scales, Element.e4m3, torch.empty_like(scales))
+    encode = (scales * tensor_scale).reciprocal_().clamp_max_(_LARGEST_FLOAT32)
     return Factors(encode, _marked(scales, amax), _marked(tensor_scale, whole))
