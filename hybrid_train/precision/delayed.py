@@ -31,7 +31,8 @@ class AmaxHistory:
         if self._earlier:
             newest_only = self._choice is AmaxChoice.most_recent
             amax = self._earlier[0] if newest_only else torch.stack(self._earlier).amax()
-        scale = (GRIDS[element].largest / amax).clamp_max(torch.finfo(torch.float32).max)
+        # torch.div rounds once, number / tensor twice.
+        scale = torch.div(GRIDS[element].largest, amax).clamp_max(torch.finfo(torch.float32).max)
         return torch.where(amax == 0, 1.0, scale).reciprocal()
 
     def roll(self, amax: Tensor) -> None:

@@ -1,9 +1,16 @@
 """From the largest magnitude of each block to the scale that its values are divided by.
 
 Every scale is given as the factor that a value is multiplied with before rounding, and the factor
-that brings it back. Orders of operations are those of Transformer Engine 2.20 (its reference
-quantizers in `custom_recipes`), so that scales agree to the bit. A block that holds an infinity or
-NaN comes back as NaN, so that the run notices it.
+that brings it back. Orders of operations are those of Transformer Engine 2.20 on a GPU, and scales
+and values are those of its reference quantizers (`custom_recipes`) to the bit. On purpose, what
+holds an infinity or NaN differs: the engine rounds such a block with a scale of 1, here it comes
+back as NaN, so that the run notices it.
+
+torchao 0.18 says the same but for: blocks of MX under the smallest scale (it multiplies by 1 or
+2^126, the engine and we by 2^127), FP8 scales of MX a few units in the last place above a power of
+two (it takes a logarithm, the instruction cvt.rp and we look at the bits), NVFP4 scales below 2^-6
+(it has none) and NVFP4 ties (it divides by the tensor's factor, the engine and we multiply with
+the inverse).
 """
 
 from dataclasses import dataclass
@@ -57,7 +64,8 @@ def factors(amax: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) ->
     if scheme.scale is Scale.e8m0:
         code = _code_of(amax, scheme.element)
         return Factors(_power(2 * _BIAS - code), _marked(_power(code), amax))
-    encode = (largest / amax).nan_to_num_(nan=torch.nan, posinf=torch.finfo(dtype).max)
+    # torch.div, since torch makes two roundings of number / tensor: reciprocal, then product.
+    encode = torch.div(largest, amax).nan_to_num_(nan=torch.nan, posinf=torch.finfo(dtype).max)
     if scheme.scale is Scale.power_of_two:
         encode = binade(encode)
     encode = encode.masked_fill_(amax == 0, 1.0)
@@ -102,7 +110,7 @@ def _two_levels(amax: Tensor, largest: float) -> Factors:
     """
     top = GRIDS[Element.e4m3].largest
     whole = amax.amax() if amax.numel() else amax.new_zeros(())
-    tensor_encode = (top * largest / whole).clamp_max_(_LARGEST_FLOAT32)
+    tensor_encode = torch.div(top * largest, whole).clamp_max_(_LARGEST_FLOAT32)
     tensor_encode.masked_fill_(tensor_encode == 0, 1.0)
     tensor_scale = tensor_encode.reciprocal()
     scales = (amax * (tensor_encode * _reciprocal(largest))).clamp_max_(top)

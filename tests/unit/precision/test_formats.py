@@ -116,7 +116,7 @@ def test_the_mean_of_many_draws_is_the_value(element: Element) -> None:
     # Of each magnitude of the element some, subnormal ones included.
     values = grid(element)
     between = torch.rand(40) * values[values > 0][torch.linspace(0, 6, 40).long()]
-    x = torch.cat([between, -between, between * GRIDS[element].largest / between.max()])
+    x = torch.cat([between, -between, between / between.max() * values[-1]]).clamp_max(values[-1])
     many = x.expand(draws, -1)
     mean = round_to(many, element, noise.draw(many).to(torch.float32) * UNIT).double().mean(0)
     index = torch.searchsorted(values, x)
