@@ -36,5 +36,6 @@ def turn(x: Tensor, axis: int) -> Tensor:
     if axis == 1:
         turned = (x.to(kind).reshape(-1, SIZE) @ t).view(x.shape)
     else:
-        turned = torch.matmul(t.T, x.to(kind).reshape(x.shape[0] // SIZE, SIZE, x.shape[1])).view(x.shape)
+        groups = x.to(kind).reshape(x.shape[0] // SIZE, SIZE, x.shape[1])
+        turned = torch.matmul(t.T, groups).view(x.shape)
     return turned.to(torch.bfloat16).to(kind) if x.dtype == torch.bfloat16 else turned

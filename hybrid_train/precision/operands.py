@@ -5,6 +5,7 @@ over memory. Every function of torch that is used here was chosen by `tests/benc
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -108,23 +109,45 @@ def quantize_dequantize(
     if statistics is not None:
         largest = GRIDS[scheme.element].largest
         statistics.count(blocks.to(torch.float32), rounded, found.encode, largest)
+    if rounded.numel() == values.numel():
+        return rounded.view(values.shape)
     whole = rounded.flatten(2).flatten(0, 1)
     return whole[: values.shape[0], : values.shape[1]]
 
 
-def _sizes(blocks: Tensor) -> tuple[int, int]:
-    """Return how many rows and columns of blocks are worked on at once; all of them on a GPU."""
+@dataclass(frozen=True)
+class _Cut:
+    """How blocks are cut into pieces.
+
+    Attributes:
+        rows: of blocks.
+        columns: of blocks.
+        tall: rows of blocks that are worked on at once.
+        wide: columns of blocks that are.
+    """
+
+    rows: int
+    columns: int
+    tall: int
+    wide: int
+
+    def pieces(self, tensor: Tensor) -> list[Tensor]:
+        """Cut what has one entry for each row and column of blocks, or one for all of them."""
+        down, across = -(-self.rows // self.tall), -(-self.columns // self.wide)
+        if down * across == 1 or tensor.numel() == 1:
+            return [tensor] * (down * across)
+        return [piece for rows in tensor.split(self.tall, 0) for piece in rows.split(self.wide, 2)]
+
+
+def _cut(blocks: Tensor) -> _Cut:
+    """Return pieces of `_PIECE` values for each thread; on a GPU all is one piece."""
     rows, height, columns, width = blocks.shape
     if blocks.device.type != "cpu":
-        return rows, columns
+        return _Cut(rows, columns, rows, columns)
     room = _PIECE * torch.get_num_threads()
     wide = _even(columns, max(1, room // (height * width)))
-    return _even(rows, max(1, room // (height * width * wide))), wide
-
-
-def _pieces(blocks: Tensor, tall: int, wide: int) -> list[Tensor]:
-    """Cut what has one entry for each row and column of blocks, or for all of them."""
-    return [piece for rows in blocks.split(tall, 0) for piece in rows.split(wide, 2)]
+    tall = _even(rows, max(1, room // (height * width * wide)))
+    return _Cut(rows, columns, tall, wide)
 
 
 def _even(length: int, most: int) -> int:
@@ -147,9 +170,9 @@ def _amax(blocks: Tensor) -> Tensor:
     mask = torch.iinfo(bits.dtype).max
     rows, _, columns, _ = blocks.shape
     found = bits.new_empty(rows, 1, columns, 1)
-    tall, wide = _sizes(blocks)
+    cut = _cut(blocks)
     scratch = bits.new_empty(0)
-    for piece, own in zip(_pieces(bits, tall, wide), _pieces(found, tall, wide), strict=True):
+    for piece, own in zip(cut.pieces(bits), cut.pieces(found), strict=True):
         if scratch.shape != piece.shape:
             scratch = torch.empty_like(piece, memory_format=torch.contiguous_format)
         magnitude = torch.bitwise_and(piece, mask, out=scratch)
@@ -166,18 +189,16 @@ def _rounded(
 ) -> Tensor:
     """Round every block and bring it back."""
     largest = GRIDS[scheme.element].largest
-    # Scales of FP8 leave at most what the grid rounds down to its largest value.
+    # Scales of FP8 leave at most what the grid rounds down to its largest value. A scale of zero
+    # goes with an infinite product, which is cut here and times zero is zero.
     clips = is_given or noise is not None or scheme.element is Element.e2m1
-    rows, _, columns, _ = blocks.shape
-    decode = found.decode.expand(rows, 1, columns, 1)
-    # A scale of zero makes zeros of whatever is in its block.
-    encode = found.encode.masked_fill(found.decode == 0, 0.0).expand_as(decode)
     out = torch.empty(blocks.shape, device=blocks.device)
-    sizes = _sizes(blocks)
-    cut = [_pieces(tensor, *sizes) for tensor in (blocks, out, encode, decode)]
-    spread = [None] * len(cut[0]) if noise is None else _pieces(noise, *sizes)
+    cut = _cut(blocks)
+    tensors = (blocks, out, found.encode, found.decode)
+    pieces = zip(*map(cut.pieces, tensors), strict=True)
+    spread = repeat(None) if noise is None else iter(cut.pieces(noise))
     scratch = chance = out.new_empty(0)
-    for piece, own, up, down, bits in zip(*cut, spread, strict=True):
+    for (piece, own, up, down), bits in zip(pieces, spread, strict=False):
         if scratch.shape != own.shape:
             scratch = torch.empty_like(own, memory_format=torch.contiguous_format)
             chance = scratch if bits is None else torch.empty_like(scratch)

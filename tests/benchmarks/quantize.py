@@ -1,11 +1,14 @@
 """How fast operands are quantized: as a part of the speed of a copy in float32, and by the clock.
 
-    python tests/benchmarks/quantize.py [--threads 1 2] [--rounds 20] [--large 2048 2048]
+    python tests/benchmarks/quantize.py [--threads 1 2] [--rounds 20] [--large 3072 2048]
                                         [--small 64 128] [--medium 1024 512] [--schemes nvfp4_rows]
 
 A round copies a matrix into memory that is there and then quantizes it, so that a busy machine
-slows both alike; figures are the fastest of the rounds. The copy reads and writes float32 whatever
-the type of the matrix. Noise is drawn within the time of the schemes that round by chance.
+slows both alike; figures are the fastest of the rounds. With one thread the time is that of the
+processor, which does not count what others take; with more, threads that wait count as well, so it
+is that of the clock. The copy reads and writes float32 whatever the type of the matrix. Noise is
+drawn within the time of the schemes that round by chance. The large matrix and its copy together
+are larger than most caches; each is below 32 MiB, up to which glibc keeps freed memory.
 """
 
 import argparse
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
-    for name, shape in (("large", [2048, 2048]), ("medium", [1024, 512]), ("small", [64, 128])):
+    for name, shape in (("large", [3072, 2048]), ("medium", [1024, 512]), ("small", [64, 128])):
         parser.add_argument(f"--{name}", type=int, nargs=2, default=shape)
     options = parser.parse_args()
     keep_freed_memory()  # as training does; else fresh memory for the result costs more than all
@@ -65,22 +68,24 @@ def main() -> None:
 
 
 def measured(matrix: Tensor, scheme: Scheme, axis: int, rounds: int) -> tuple[float, float]:
-    """Return the speed as a part of that of a copy, and microseconds."""
+    """Return the speed as a part of that of a copy, and microseconds; small ones go on longer."""
     source, target = torch.randn(2, *matrix.shape)
 
     def quantized() -> None:
         noise = NOISE.draw(matrix) if scheme.stochastic else None
         quantize_dequantize(matrix, scheme, axis, noise=noise)
 
+    rounds *= 1 if matrix.numel() > 1 << 20 else 10
     times = [(seconds(lambda: target.copy_(source)), seconds(quantized)) for _ in range(rounds)]
     copy, own = (min(column) for column in zip(*times, strict=True))
     return copy / own, own * 1e6
 
 
 def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 if __name__ == "__main__":
