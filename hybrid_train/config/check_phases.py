@@ -1,6 +1,8 @@
 """Rules about sources, blends and phases: names that exist, an order, settings that run."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hybrid_train.config.names import nearest
 from hybrid_train.config.phases import SETTINGS
@@ -9,6 +11,8 @@ from hybrid_train.config.schema.data import Data, Packing, has_sources
 from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import is_position, is_tokens, position, tokens
+
+_RULE_OF_RUN = re.compile(r"precision\.exceptions\.(\d+)(.*)")
 
 
 def sources_are_named_once(data: Data) -> Iterator[Problem]:
@@ -65,11 +69,20 @@ def phases_are_in_order(job: TrainJob) -> Iterator[Problem]:
             yield Problem("train.batch_ramp.tokens", ramp, rule, str(second))
 
 
-def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem:
+def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | None:
     """Return a problem of the run as it is in a phase, with the path of what caused it.
 
-    That is the setting of the latest phase up to this one which sets it, or that of the run.
+    That is the setting of the latest phase up to this one which sets it, or that of the run. None
+    for an exception of the run, which stands behind those of the phase: they may well leave it
+    nothing to decide, and what is wrong with it otherwise is found in the run itself.
     """
+    if rule := _RULE_OF_RUN.fullmatch(problem.path):
+        for earlier in range(number, -1, -1):
+            own = job.train.phases[earlier].precision_exceptions
+            if own is not None:
+                path = f"train.phases.{earlier}.precision_exceptions.{rule[1]}{rule[2]}"
+                return replace(problem, path=path) if int(rule[1]) < len(own) else None
+        return None
     for name, path in SETTINGS.items():
         if path != problem.path:
             continue

@@ -22,6 +22,7 @@ from hybrid_train.config.check_files import (
 )
 from hybrid_train.config.check_fsdp import fsdp_runs
 from hybrid_train.config.check_memory import MEMORY_RULES
+from hybrid_train.config.check_native import NATIVE_RULES
 from hybrid_train.config.check_packing import packed_rows_run
 from hybrid_train.config.check_phases import (
     as_problem_of,
@@ -41,12 +42,13 @@ from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.prepare import DataJob
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.show import IndexJob, ShowJob
+from hybrid_train.config.schema.study import StudyJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
 
 _SEARCH_WIDTH = 4096  # how far from a value the nearest legal one is looked for
 
-Job = TrainJob | GenerateJob | CountJob | ConvertJob | VerifyJob | ShowJob | DataJob
+Job = TrainJob | StudyJob | GenerateJob | CountJob | ConvertJob | VerifyJob | ShowJob | DataJob
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 
 
@@ -60,7 +62,7 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
     if isinstance(job, GenerateJob):
         yield from generation_problems(job)
         return
-    if not isinstance(job, TrainJob):  # it has no parallel plan
+    if not isinstance(job, TrainJob):  # no parallel plan; a study composes its runs one by one
         yield from folder_problems(job)
         return
     if isinstance(job, IndexJob):  # its layout is that of other machines
@@ -71,7 +73,7 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
     if not (in_order or found):
         for number, phase_job in enumerate(jobs_of(job) if job.train.phases else ()):
             for problem in _with_nearest_of(phase_job, world_size):
-                found.append(as_problem_of(number, job, problem))
+                found += filter(None, [as_problem_of(number, job, problem)])
     yield from (*in_order, *dict.fromkeys(found))
     # A plan does not depend on the tokens: `check` lists data that is not chosen yet, and passes.
     yield from (vocabulary_is_known if isinstance(job, CheckJob) else data_is_chosen)(job)
@@ -335,6 +337,7 @@ RULES: tuple[Rule, ...] = (
     _overlaps_build_on_each_other,
     *MEMORY_RULES,
     *PRECISION_RULES,
+    *NATIVE_RULES,
     fsdp_runs,
     packed_rows_run,
 )

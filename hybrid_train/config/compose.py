@@ -3,6 +3,7 @@
 Nothing is written and no process group is needed: every process composes for itself.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,16 +38,20 @@ FROZEN_NAME = "config.yaml"  # of the config in a run folder
 # Keys that take text as it stands: commas and * mean nothing to Hydra there.
 RAW_KEYS = {
     "generate": ("prompt",),
+    "study": ("overrides",),
     "data_train_tokenizer": ("input", "special_tokens"),
     **dict.fromkeys(
         ("data_tokenize", "data_merge", "data_split", "data_inspect", "data_count", "data_verify"),
         ("input",),
     ),
 }
+# Choices that have a better word on the command line than the folder in conf/ that they are of.
+GROUP_WORDS = {"study": {"name": "study"}}
 _WHAT_IS_READY = {
     "train": "`hybrid-train recipes` lists experiments with everything set",
     "check": "`hybrid-train recipes` lists experiments with everything set",
     "count": "`hybrid-train models` lists the models that have a name: model=NAME",
+    "study": "name=NAME takes one that is ready: `hybrid-train study --help` lists them",
 }
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -105,7 +110,8 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
     """Compose without checks; settings that do not fit are left out and reported."""
     with config_loader(job_name) as loader:
         groups = group_names(job_name)
-        given = overrides.read(lines, groups, RAW_KEYS.get(job_name, ()))
+        words = GROUP_WORDS.get(job_name, {})
+        given = overrides.read(spelt_out(job_name, lines), groups, RAW_KEYS.get(job_name, ()))
         problems, wrong, choices = given.problems, set(), []
         # With folders of the user's own, Hydra itself says which choices there are.
         own_folders = any(one.key_or_group == "hydra.searchpath" for one in given.groups)
@@ -114,7 +120,8 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
             if problem is None:
                 choices.append(str(override.input_line))
             else:
-                problems.append(problem)
+                word = {group: word for word, group in words.items()}.get(problem.path)
+                problems.append(dataclasses.replace(problem, path=word or problem.path))
                 wrong.add(override.key_or_group)
         try:
             config = hydra_compose(job_name, choices)
@@ -125,6 +132,15 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
     for key, texts in given.texts.items():
         OmegaConf.update(config, key, texts)
     return Draft(config, problems, wrong)
+
+
+def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
+    """Put the name of a group in place of its word: name=precision -> study=precision."""
+    groups = GROUP_WORDS.get(job_name, {})
+    keys_and_rest = [(line.partition("=")[0], line) for line in lines]
+    return [
+        groups[key] + line[len(key) :] if key in groups else line for key, line in keys_and_rest
+    ]
 
 
 def _wrong_choice(loader: ConfigLoader, override: Override) -> Problem | None:
@@ -218,7 +234,8 @@ def _section_problems(config: DictConfig) -> Iterator[Problem]:
             section = OmegaConf.to_object(config[name])
         except (MissingMandatoryValue, InterpolationToMissingValueError):
             continue  # what is missing is reported by itself
-        yield from collect(section, name)
+        if dataclasses.is_dataclass(section):  # not a table of names of the user's own
+            yield from collect(section, name)
 
 
 def world_size() -> int:

@@ -15,7 +15,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.nodes import EnumNode
 
-from hybrid_train.config.compose import conf_dir, config_loader, draft, group_names
+from hybrid_train.config.compose import (
+    GROUP_WORDS,
+    conf_dir,
+    config_loader,
+    draft,
+    group_names,
+    spelt_out,
+)
 from hybrid_train.config.overrides import node_at, setting_names
 from hybrid_train.config.problems import ConfigError
 
@@ -33,7 +40,8 @@ class Setting:
 
 def choices(job_name: str) -> dict[str, dict[str, str]]:
     """Return the choices of every group of a job, each with the first comment of its file."""
-    return {group: descriptions(group) for group in group_names(job_name)}
+    words = {group: word for word, group in GROUP_WORDS.get(job_name, {}).items()}
+    return {words.get(group, group): descriptions(group) for group in group_names(job_name)}
 
 
 def descriptions(group: str) -> dict[str, str]:
@@ -137,7 +145,8 @@ def print_info(job_name: str, lines: Sequence[str], what: str) -> None:
         with config_loader(job_name):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
-            hydra.show_info(what, config_name=job_name, overrides=list(lines), run_mode=RunMode.RUN)
+            given = spelt_out(job_name, lines)
+            hydra.show_info(what, config_name=job_name, overrides=given, run_mode=RunMode.RUN)
     finally:  # Hydra 1.3 prints through the root logger and leaves it at DEBUG
         root.handlers[:] = handlers
         root.setLevel(level)

@@ -33,6 +33,7 @@ from hybrid_train.config.schema.prepare import (
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
 from hybrid_train.config.schema.show import IndexJob, ShowJob
+from hybrid_train.config.schema.study import StudyJob
 from hybrid_train.config.schema.tracking import Tracking
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
@@ -41,6 +42,7 @@ from hybrid_train.config.units import is_tokens, tokens
 SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "train"): TrainJob,
     ("job", "check"): CheckJob,
+    ("job", "study"): StudyJob,
     ("job", "generate"): GenerateJob,
     ("job", "count"): CountJob,
     ("job", "convert"): ConvertJob,

@@ -11,7 +11,7 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config import compose
 from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.schema.precision import Backend
+from hybrid_train.config.schema.precision import Backend, Precision, ProductFormat
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
@@ -108,6 +108,8 @@ def load_model(checkpoint: str, runtime: Runtime) -> LoadedModel:
     job.parallel = type(job.parallel)()
     job.model.pattern = job.model.pattern.replace("|", "")
     job.runtime = runtime
+    # Of one token a product is not what a GPU quantizes, and no gradient asks for it.
+    job.precision = Precision(format=ProductFormat(job.precision.base.value))
     tokenizer = open_tokenizer(found.run_dir / TOKENIZER)
     start_tracker()
     groups = build_groups(job.parallel, runtime.timeout_s)

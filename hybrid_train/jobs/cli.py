@@ -35,6 +35,9 @@ JOBS = {
         "check a training run for processes=N and print its plan", "hybrid_train.jobs.check"
     ),
     "generate": Job("write text with a trained model", "hybrid_train.jobs.generate"),
+    "study": Job(
+        "compare variants of a run with a baseline, several seeds each", "hybrid_train.jobs.study"
+    ),
     "recipes": Job(
         "list the experiments that are ready to run", "hybrid_train.jobs.recipes", False
     ),

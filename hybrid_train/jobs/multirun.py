@@ -44,10 +44,15 @@ def commands(name: str, lines: Sequence[str]) -> list[list[str]]:
             continue
         own = [f'run_dir="{job.run_dir}/{number}"'] if isinstance(job, TrainJob) else []
         given = [line for line in combination if not (own and line.startswith("run_dir="))]
-        listed.append([sys.executable, "-m", "hybrid_train", *name.split(), *given, *own, *texts])
+        listed.append(command(name, [*given, *own, *texts]))
     if problems:
         raise ConfigError(problems)
     return listed
+
+
+def command(name: str, lines: Sequence[str]) -> list[str]:
+    """Return the command that starts a job in a process of its own."""
+    return [sys.executable, "-m", "hybrid_train", *name.split(), *lines]
 
 
 def combinations(lines: Sequence[str]) -> list[list[str]]:
@@ -62,9 +67,9 @@ def combinations(lines: Sequence[str]) -> list[list[str]]:
 def run_all(listed: Sequence[Sequence[str]]) -> int:
     """Run the commands one after the other; return the first exit code that is not 0."""
     codes = []
-    for number, command in enumerate(listed):
-        sys.stderr.write(f"run {number + 1} of {len(listed)}: {' '.join(command[3:])}\n")
-        codes.append(subprocess.run(command, check=False).returncode)
+    for number, one in enumerate(listed):
+        sys.stderr.write(f"run {number + 1} of {len(listed)}: {' '.join(one[3:])}\n")
+        codes.append(subprocess.run(one, check=False).returncode)
     failed = [str(number) for number, code in enumerate(codes) if code]
     if failed:
         sys.stderr.write(f"hybrid-train: these runs failed: {', '.join(failed)}\n")

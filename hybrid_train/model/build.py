@@ -11,10 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.product_formats import formats_of
-from hybrid_train.config.schema.precision import Backend
+from hybrid_train.config.schema.precision import Backend, ProductFormat
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron, packed, plain, recompute, stages
+from hybrid_train.model import megatron, native_precision, packed, plain, recompute, stages
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec, with_plain_linears
@@ -47,8 +47,11 @@ def build_model(
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
     backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
-        kernels["quantized products"] = _in_words(backend, on_gpu=on_gpu)
-    config = transformer_config(job, on_gpu=on_gpu)
+        kernels["quantized products"] = _in_words(job, backend, on_gpu=on_gpu)
+    native = backend is Backend.native
+    config = transformer_config(job, on_gpu=on_gpu, native=native)
+    if native:
+        megatron.use_recipes(native_precision.recipes(job.precision))
     spec = hybrid_spec(
         parts,
         mamba_chunk_size=job.model.mamba.chunk_size,
@@ -86,11 +89,15 @@ def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> B
     return Backend.native
 
 
-def _in_words(backend: Backend | None, *, on_gpu: bool) -> str:
+def _in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> str:
     if backend is Backend.native:
         return "Transformer Engine, in the formats of the hardware"
     why = "asked for" if on_gpu else "no GPU"
-    return f"emulated ({why}): quantized operands, sums in float32"
+    words = f"emulated ({why}): quantized operands, sums in float32"
+    formats = formats_of(job.model, job.precision).values()
+    if any(ProductFormat.fp8_delayed in one.formats.values() for one in formats):
+        words += "; what fp8_delayed remembers begins here, also in a run that goes on"
+    return words
 
 
 def _build_chunk(
@@ -103,12 +110,17 @@ def _build_chunk(
 ) -> Hybrid:
     virtual = job.parallel.virtual_pipeline
     stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
+    pattern = stages.cut(job, vocab_rows)
+    if config.fp8 or config.fp4:
+        number = chunk * groups.pp.size() + stage
+        # Read while a chunk is built, and never after.
+        config.quant_recipe = native_precision.recipe_of_chunk(job, pattern, number)
     model = Hybrid(
         config=config,
         hybrid_stack_spec=spec,
         vocab_size=vocab_rows,
         max_sequence_length=job.train.sequence_length,
-        hybrid_layer_pattern=str(stages.cut(job, vocab_rows)),
+        hybrid_layer_pattern=str(pattern),
         pre_process=stage == 0 and chunk == 0,
         post_process=stage == last_stage and chunk == virtual - 1,
         share_embeddings_and_output_weights=job.model.tie_embeddings,

@@ -7,11 +7,12 @@ version changes, read them again.
 import contextlib
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from megatron.core import fp8_utils
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid import hybrid_block
@@ -43,6 +44,18 @@ def use_plain_layers() -> None:
     """Let core build our layers where it names Transformer Engine's itself."""
     _replace(hybrid_block, TENorm=plain.Norm)  # hybrid_block.py 215: final norm of the stack
     _replace(moe_layer, HAVE_TE=True, TELinear=plain.DuplicatedLinear)  # moe_layer.py 266: latent
+
+
+def use_recipes(make: Callable[[str], Any]) -> None:
+    """Give core's modules recipes with our options (extensions/transformer_engine.py 336).
+
+    Core makes those that it knows by name without any option; of a custom one it asks a function
+    for quantizers, by its path. A name of ours takes the place of that path.
+
+    Args:
+        make: name of a format -> recipe object of Transformer Engine.
+    """
+    _replace(fp8_utils, _get_custom_recipe=make)
 
 
 def use_plain_latent_linears() -> None:

@@ -12,6 +12,7 @@ from hybrid_train.config.schema.precision import Product
 from hybrid_train.model import plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.model.quantized import emulations_of
+from hybrid_train.precision import native_audit
 from hybrid_train.precision.audit import AUDIT
 
 
@@ -24,7 +25,7 @@ def observe(chunks: Iterable[Module]) -> Callable[[], None]:
     Returns:
         What to call when the step is over.
     """
-    handles = []
+    handles, native = [], []
     for chunk in map(unwrapped, chunks):
         # Experts hand their weights out and are multiplied where both projections are at hand.
         homes: dict[Module, Module] = {
@@ -34,13 +35,19 @@ def observe(chunks: Iterable[Module]) -> Callable[[], None]:
             for part in (experts.linear_fc1, experts.linear_fc2)
         }
         for linear, module in linear_modules(chunk):
-            if not emulations_of(module):
+            if native_audit.is_native(module):
+                native.append((linear, module))
+            elif not emulations_of(module):
                 home = homes.get(module, module)
                 handles.append(home.register_forward_hook(_noting(linear, module)))
+
+    stop_native = native_audit.observe(native) if native else None
 
     def stop() -> None:
         for handle in handles:
             handle.remove()
+        if stop_native is not None:
+            stop_native()
 
     return stop
 

@@ -49,7 +49,7 @@ class QuantizedProducts:
             chosen = formats[linear]
             make = partial(emulation_of, linear, chosen, precision)
             if isinstance(module, plain.GroupedLinear):
-                how = [make() for _ in range(module.num_experts)]
+                how = [make(rows_vary=True) for _ in range(module.num_experts)]
                 module.emulations = how if chosen.quantized else None
             elif isinstance(module, plain.DuplicatedLinear):
                 module.emulation = make() if chosen.quantized else None

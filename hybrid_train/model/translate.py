@@ -10,7 +10,7 @@ from hybrid_train.config.pattern import Pattern, parse
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.precision import NumberFormat
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import recompute
+from hybrid_train.model import native_precision, recompute
 from hybrid_train.ops.experts import squared_relu
 
 DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
@@ -30,8 +30,14 @@ def sequence_parallel(job: TrainJob) -> bool:
     return job.parallel.tensor > 1 if chosen is None else chosen and job.parallel.tensor > 1
 
 
-def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
-    """Translate a checked job; Megatron checks the combination once more."""
+def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> TransformerConfig:
+    """Translate a checked job; Megatron checks the combination once more.
+
+    Args:
+        job: the job.
+        on_gpu: whether it runs on GPUs.
+        native: whether Transformer Engine computes its quantized products.
+    """
     pattern = parse(job.model.pattern)
     dtype = DTYPES[job.precision.base]
     return TransformerConfig(
@@ -41,6 +47,7 @@ def transformer_config(job: TrainJob, *, on_gpu: bool) -> TransformerConfig:
         **_mtp(job, pattern),
         **_layout(job, dtype),
         **recompute.settings(job.parallel),
+        **(native_precision.settings(job) if native else {}),
         # what all models of the family share
         is_hybrid_model=True,
         normalization="RMSNorm",

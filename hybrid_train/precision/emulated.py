@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_train.config.product_formats import Formats, Linear
 from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
 from hybrid_train.ops.linear import add_product
-from hybrid_train.ops.linear import product as multiply
+from hybrid_train.ops.linear import product as linear_product
 from hybrid_train.precision.audit import AUDIT
 from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.noise import NOISE
@@ -36,11 +36,18 @@ class Emulation:
         linear: whose products they are.
         schemes: of both operands of each product; None: as they come.
         histories: of the largest values of each operand, for fp8_delayed.
+        rows_vary: whether the number of tokens changes from step to step, as that of experts does:
+            then no product is taken that is compiled for its sizes.
     """
 
     linear: Linear
     schemes: dict[Product, tuple[Scheme, Scheme] | None]
     histories: dict[Operand, AmaxHistory] = field(default_factory=dict)
+    rows_vary: bool = False
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply x [T, I] by weight [O, I]."""
+        return x @ weight.t() if self.rows_vary else linear_product(x, weight)
 
     def scheme(self, product: Product, operand: Operand) -> Scheme | None:
         """Return how an operand is quantized for a product."""
@@ -57,7 +64,9 @@ class Emulation:
         return scheme is None or (scheme.shape is not Shape.vector and not scheme.stochastic)
 
 
-def emulation_of(linear: Linear, formats: Formats, precision: Precision) -> Emulation:
+def emulation_of(
+    linear: Linear, formats: Formats, precision: Precision, *, rows_vary: bool = False
+) -> Emulation:
     """Return how a linear layer of these formats is emulated; histories start empty."""
     histories = {}
     if ProductFormat.fp8_delayed in formats.formats.values():
@@ -66,7 +75,7 @@ def emulation_of(linear: Linear, formats: Formats, precision: Precision) -> Emul
     found = {
         product: schemes(format, product, precision) for product, format in formats.formats.items()
     }
-    return Emulation(linear, found, histories)
+    return Emulation(linear, found, histories, rows_vary)
 
 
 def quantized_linear(
@@ -120,7 +129,7 @@ class _Quantized(torch.autograd.Function):
         ctx.how, ctx.gradient_buffer, ctx.shape = how, gradient_buffer, x.shape
         ctx.types = (x.dtype, weight.dtype)
         _note(how, Product.fprop, left, right)
-        return multiply(left, right).to(x.dtype).view(*x.shape[:-1], -1)
+        return how.multiply(left, right).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -134,7 +143,7 @@ class _Quantized(torch.autograd.Function):
             if not ctx.kept_weight:
                 weight = _taken(weight, Operand.weight, Product.dgrad, how)
             _note(how, Product.dgrad, left, weight)
-            grad_x = multiply(left, weight.t()).to(ctx.types[0]).view(ctx.shape)
+            grad_x = how.multiply(left, weight.t()).to(ctx.types[0]).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             if left is None or not how.agree(Operand.gradient, Product.dgrad, Product.wgrad):
                 left = _taken(grad, Operand.gradient, Product.wgrad, how)

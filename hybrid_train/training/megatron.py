@@ -19,6 +19,8 @@ from hybrid_train.runtime import cpu
 from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]
+# Parameters and buffers of a bfloat16 model that stay in float32, by the ends of their names.
+_FLOAT32 = ("A_log", "D", "dt_bias", "local_tokens_per_expert", "expert_bias")
 
 
 def wrap(
@@ -32,7 +34,7 @@ def wrap(
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     if config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
+        chunks = [_in_half_precision(config, chunk) for chunk in chunks]
     # Megatron-FSDP frees and reuses memory of collectives by the order of CUDA streams, which the
     # threads of gloo do not keep: they would write into what is somebody else's by then.
     cpu.finish_collectives_at_once(parallel.fsdp)
@@ -46,6 +48,24 @@ def wrap(
         syncs = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return wrapped
+
+
+def _in_half_precision(config: TransformerConfig, chunk: Module) -> Module:
+    """Bring a chunk to bfloat16, but for what decides over decays and counts of tokens.
+
+    Core makes A_log and D in float32 (mamba_mixer.py 394) and then turns them to bfloat16 with all
+    else; counts of tokens stop at 256 there, as a sum that grows by ones (router.py 739).
+    """
+    precise = {
+        name: tensor.detach().float().clone()
+        for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers())
+        if name.rpartition(".")[2] in _FLOAT32
+    }
+    halved = Float16Module(config, chunk)
+    for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+        if name in precise:
+            tensor.data = precise[name]
+    return halved
 
 
 def run_schedule(

@@ -2,6 +2,7 @@
 
 python -m tests.parity layouts [NAME ...]     every layout against one process
 python -m tests.parity packed [NAME ...]      the same on rows of several documents
+python -m tests.parity quantized [NAME ...]   the same in FP8 and FP4, one step
 python -m tests.parity faults                 planted faults and what found them
 python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from tests.parity.case import Case
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED
+from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED
 from tests.parity.suite import Suite
 from tests.parity.verdict import Verdict
 
@@ -23,10 +24,14 @@ def main() -> int:
     """Print the asked tables; return 1 if a case disagrees or a fault stays hidden."""
     wanted, names = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("all", [])
     tables: dict[str, Callable[[Sequence[str]], bool]] = {
-        "layouts": _layouts, "packed": _packed, "faults": _faults, "draw": _draws,
-    }  # fmt: skip
+        "layouts": _layouts,
+        "packed": _packed,
+        "quantized": _quantized,
+        "faults": _faults,
+        "draw": _draws,
+    }
     if wanted == "all":
-        return int(not all([_layouts([]), _packed([]), _faults([])]))
+        return int(not all([_layouts([]), _packed([]), _quantized([]), _faults([])]))
     if wanted not in tables:
         sys.exit(__doc__)
     return int(not tables[wanted](names))
@@ -38,6 +43,10 @@ def _layouts(names: Sequence[str]) -> bool:
 
 def _packed(names: Sequence[str]) -> bool:
     return _compared(PACKED, [f"packed, {name}" for name in names])
+
+
+def _quantized(names: Sequence[str]) -> bool:
+    return _compared(QUANTIZED, names)
 
 
 def _compared(cases: dict[str, Case], names: Sequence[str]) -> bool:

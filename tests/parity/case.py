@@ -1,5 +1,6 @@
 """A model, a batch and a layout; what one process computes with them is the reference."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ import torch
 
 from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
 from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import NumberFormat, Precision, ProductFormat
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.batch import Batch
 from tests.packed import packed_batch
@@ -31,6 +33,7 @@ class Case:
     job: TrainJob
     processes: int
     packed: bool = False  # several documents in a row, and padding
+    steps: int = STEPS
 
 
 def parity_job(pattern: str = PATTERN) -> TrainJob:
@@ -65,6 +68,23 @@ def case_of(parallel: Parallel, pattern: str = PATTERN, data: int = 1) -> Case:
 def packed(case: Case) -> Case:
     """Return the same case on packed rows."""
     return replace(case, packed=True)
+
+
+def quantized(case: Case, format: ProductFormat) -> Case:
+    """Return the same case with quantized products, for one step.
+
+    Scales are powers of two: values that are split otherwise, and so scaled otherwise, round to the
+    same. In later steps the last bit of a sum may send a value to its other neighbour, and a token
+    to another expert: nothing bounds that.
+    """
+    job = copy.deepcopy(case.job)
+    job.precision = Precision(
+        format=format,
+        unquantized=NumberFormat.fp32,
+        power_of_two_scales=True,
+        stochastic_rounding=False,  # its noise differs from rank to rank
+    )
+    return replace(case, job=job, steps=1)
 
 
 def needed_processes(parallel: Parallel, data: int = 1) -> int:

@@ -1,7 +1,8 @@
 """The layouts of the parity table."""
 
 from hybrid_train.config.schema.parallel import Parallel
-from tests.parity.case import Case, case_of, packed
+from hybrid_train.config.schema.precision import ProductFormat
+from tests.parity.case import Case, case_of, packed, quantized
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
 _DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
@@ -45,4 +46,17 @@ LAYOUTS: dict[str, Case] = {
 }
 
 PACKED = {f"packed, {name}": packed(case) for name, case in LAYOUTS.items()}
-CASES = LAYOUTS | PACKED
+QUANTIZED = {
+    f"{format.value}, {name}": quantized(LAYOUTS[name], format)
+    for format, names in {
+        # One scale a tensor: any split has other scales.
+        ProductFormat.fp8_tensorwise: (
+            "TP2", "TP2, whole sequences", "PP2", "EP2", "CP2", "TP2 x CP2 x PP2", "DP2, FSDP",
+        ),
+        # Another share of the tokens or of a matrix is another tensor scale.
+        ProductFormat.mxfp8: ("ETP2", "DP2, overlapped", "EP2"),
+        ProductFormat.nvfp4: ("PP2", "DP2, overlapped", "VPP2 x PP2"),
+    }.items()
+    for name in names
+}  # fmt: skip
+CASES = LAYOUTS | PACKED | QUANTIZED

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch
-from tests.parity.case import STEPS, Case, microbatches_of
+from tests.parity.case import Case, microbatches_of
 from tests.tiny import tiny_engine
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -50,7 +50,8 @@ def write_reference(case: Case, folder: Path) -> list[dict[str, float]]:
         batches = _batches(case, engine)
         first = _numbers(engine.step(batches, tokens_seen=0))
         gradients = shards.assemble(shards.gradients(engine.chunks))
-        reports = [first, *(_numbers(engine.step(batches, tokens_seen=0)) for _ in range(1, STEPS))]
+        later = range(1, case.steps)
+        reports = [first, *(_numbers(engine.step(batches, tokens_seen=0)) for _ in later)]
         weights = shards.assemble(shards.weights(engine.chunks))
         torch.save({"gradients": gradients, "weights": weights}, folder / REFERENCE)
     return reports
@@ -82,7 +83,7 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
     batches = _batches(case, engine)
     outcome = Outcome([_numbers(engine.step(batches, tokens_seen=0))])
     outcome.gradients = _errors(shards.gradients(engine.chunks), reference["gradients"], True)
-    for _ in range(1, STEPS):
+    for _ in range(1, case.steps):
         outcome.reports.append(_numbers(engine.step(batches, tokens_seen=0)))
     complete_parameters(engine.chunks)
     held = list(shards.weights(engine.chunks))

@@ -1,6 +1,7 @@
 """One process as the reference of each model, and cases compared with it."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 from hybrid_train.config.schema.parallel import Parallel
@@ -35,11 +36,11 @@ class Suite:
 
     def _name(self, case: Case) -> str:
         job = _alone(case).job
-        return measure.digest(repr((job.model, job.train, case.packed)).encode())
+        return measure.digest(repr((job.model, job.train, job.precision, case.packed)).encode())
 
 
 def _alone(case: Case) -> Case:
     job = copy.deepcopy(case.job)
     job.parallel = Parallel()
     job.model.pattern = job.model.pattern.replace("|", "")
-    return Case(job, 1, case.packed)
+    return replace(case, job=job, processes=1)

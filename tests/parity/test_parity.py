@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED
+from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED
 from tests.parity.suite import Suite
 from tests.tiny import MEGATRON_WARNINGS
 
@@ -37,6 +37,11 @@ def test_a_layout_computes_what_one_process_computes(suite: Suite, name: str) ->
 @pytest.mark.parametrize("name", EVERY_SPLIT)
 def test_a_layout_computes_packed_rows_as_one_process_does(suite: Suite, name: str) -> None:
     assert suite.compare(PACKED[f"packed, {name}"]).problems == []
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_layout_quantizes_as_one_process_does(suite: Suite, name: str) -> None:
+    assert suite.compare(QUANTIZED[name]).problems == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)

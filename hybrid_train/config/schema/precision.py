@@ -91,14 +91,13 @@ class Precision:
     backend: Backend = Backend.auto
     gradient_element: GradientElement | None = None  # of FP8; null: e5m2 with one scale a tensor
     power_of_two_scales: bool | None = None  # of FP8 with float32 scales; null: in blocks
-    amax_history: int = 16  # steps that fp8_delayed remembers
+    amax_history: int = 16  # steps that fp8_delayed remembers; native: microbatches
     amax_choice: AmaxChoice = AmaxChoice.max
     hadamard: bool = True  # nvfp4: turn the operands of wgrad
     stochastic_rounding: bool = True  # nvfp4: of gradients
     square_weight_blocks: bool = True  # nvfp4: 16x16 for weights
     strict: bool = True  # stop where a product did not run as asked
     statistics_interval: int = 100  # steps; 0: no underflow, saturation and error of operands
-    fp8_parameter_gather: bool = False  # native only: data ranks exchange weights in FP8
     reduce_gradients_in_fp32: bool = True
 
     @property

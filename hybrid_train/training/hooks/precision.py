@@ -164,6 +164,8 @@ class MeasureRounding(Hook):
         self._listening = False
 
     def fit_start(self, run: Run) -> None:
+        if run.engine.quantized is None:
+            _log.info("precision.statistics_interval: what hardware rounds is not measured")
         if ranks.is_main():
             drop_after(self._path, self._resume_step)
 
@@ -176,6 +178,8 @@ class MeasureRounding(Hook):
         if not self._listening:
             return
         counted = _added(_gathered(STATISTICS.stop()))
+        if not counted:
+            return
         for operand in Operand:
             whole = OperandStatistics()
             for (_, _, one), found in counted.items():
@@ -184,7 +188,7 @@ class MeasureRounding(Hook):
             report.metrics.update(
                 {f"{name}/{operand.value}": rate for name, rate in whole.rates().items()}
             )
-        if ranks.is_main() and counted:
+        if ranks.is_main():
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(line)}\n" for line in _lines(run.state.step, counted))
 

@@ -5,6 +5,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from hybrid_train.config import overrides
+from hybrid_train.config.check_native import NATIVE_RULES
+from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.checks import RULES, check
 from hybrid_train.config.compose import compose
 from hybrid_train.config.problems import Problem
@@ -261,8 +263,10 @@ def test_the_tiny_run_breaks_no_rule() -> None:
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:
-    # The number of processes is no setting; it has its own test below.
+    # The number of processes is no setting; it has its own test below. So have number formats, in
+    # test_product_formats.py and test_check_native.py.
     unbroken = {rule.__name__ for rule in RULES} - {"_processes_fit_the_degrees"}
+    unbroken -= {rule.__name__ for rule in (*PRECISION_RULES, *NATIVE_RULES)}
     for lines, world_size, *_ in CASES:
         if "X" in lines:  # a pattern that cannot be read leaves nothing to check
             continue

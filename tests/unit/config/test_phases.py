@@ -9,6 +9,7 @@ from hybrid_train.config.phases import at, lay_out, rows_of_step, unread_sources
 from hybrid_train.config.problems import Problem, collect
 from hybrid_train.config.ramp import global_batch
 from hybrid_train.config.schema.data import Data, Packing, Quickstart
+from hybrid_train.config.schema.precision import Precision, PrecisionRule, ProductFormat
 from hybrid_train.config.schema.schedule import Schedule, Wsd
 from hybrid_train.config.schema.source import Source, SumStream
 from hybrid_train.config.schema.train import BatchRamp, Phase, TrainJob
@@ -45,6 +46,27 @@ def test_a_phase_ends_at_the_first_step_that_reaches_the_next_one() -> None:
         first, second = lay_out(job(Phase(name="one"), Phase(name="two", start=start)))
         assert (first.length.steps, second.start) == (steps, steps * 64)
         assert second.end == 6400
+
+
+BF16 = PrecisionRule(format=ProductFormat.bf16)
+
+
+def healed(*rules: PrecisionRule) -> TrainJob:
+    """A run in NVFP4 with an exception for its attention, whose second phase has its own."""
+    found = job(Phase(name="one"), Phase(name="two", start="50%", precision_exceptions=[*rules]))
+    attention = PrecisionRule(format=ProductFormat.bf16, modules=["attention"])
+    found.precision = Precision(format=ProductFormat.nvfp4, exceptions=[attention])
+    return found
+
+
+def test_exceptions_of_a_phase_may_leave_those_of_the_run_nothing_to_decide() -> None:
+    assert problems(healed(BF16)) == {}
+
+
+def test_an_exception_of_a_phase_that_decides_nothing_is_named_with_its_phase() -> None:
+    (problem,) = problems(healed(BF16, PrecisionRule(format=ProductFormat.mxfp8))).values()
+    assert problem.path == "train.phases.1.precision_exceptions.1"
+    assert "decides nothing" in problem.rule
 
 
 def test_what_a_phase_leaves_out_is_as_in_the_one_before() -> None:

@@ -1,14 +1,13 @@
-"""Exceptions decide the format of each product; what cannot decide anything is refused."""
+"""Exceptions decide the format of each product."""
 
 import pytest
 
-from hybrid_train.config.check_precision import exceptions_match_something, formats_go_together
+from hybrid_train.config.check_precision import exceptions_match_something
 from hybrid_train.config.compose import compose
 from hybrid_train.config.format_table import lines
 from hybrid_train.config.product_formats import Linear, formats_of, linears
 from hybrid_train.config.schema.model import Model, Moe, Mtp
 from hybrid_train.config.schema.precision import (
-    NumberFormat,
     Precision,
     PrecisionRule,
     Product,
@@ -17,9 +16,7 @@ from hybrid_train.config.schema.precision import (
 from hybrid_train.config.schema.train import TrainJob
 
 BF16, FP8, FP4 = ProductFormat.bf16, ProductFormat.mxfp8, ProductFormat.nvfp4
-MODEL = Model(
-    pattern="ME*-|M/*E/*E", moe=Moe(latent_size=8, shared_intermediate_size=8), mtp=Mtp()
-)
+MODEL = Model(pattern="ME*-|M/*E/*E", moe=Moe(latent_size=8, shared_intermediate_size=8), mtp=Mtp())
 
 
 def job(*rules: PrecisionRule, format: ProductFormat = FP4) -> TrainJob:
@@ -115,34 +112,6 @@ def test_products_are_decided_one_by_one() -> None:
     assert found.rules == {Product.fprop: 0, Product.dgrad: None, Product.wgrad: 1}
 
 
-@pytest.mark.parametrize(
-    ("rules", "path", "words", "nearest"),
-    [
-        ([PrecisionRule(modules=["atention"], format=BF16)], "0.modules", "no kind", "attention"),
-        ([PrecisionRule(layers="6", format=BF16)], "0", "matches no linear layer", None),
-        (
-            [PrecisionRule(layers="1", modules=["attention"], format=BF16)],
-            "0",
-            "matches no linear layer",
-            None,
-        ),
-        (
-            [PrecisionRule(format=FP8), PrecisionRule(modules=["mlp"], format=BF16)],
-            "1",
-            "earlier exceptions cover",
-            None,
-        ),
-    ],
-)
-def test_a_rule_that_decides_nothing_is_refused(
-    rules: list[PrecisionRule], path: str, words: str, nearest: str | None
-) -> None:
-    (problem,) = exceptions_match_something(job(*rules), 1)
-    assert problem.path == f"precision.exceptions.{path}"
-    assert words in problem.rule
-    assert problem.nearest == nearest
-
-
 def test_a_kind_that_this_model_lacks_may_stand_beside_one_that_it_has() -> None:
     dense = TrainJob(
         model=Model(pattern="M*"),
@@ -151,14 +120,6 @@ def test_a_kind_that_this_model_lacks_may_stand_beside_one_that_it_has() -> None
         ),
     )
     assert list(exceptions_match_something(dense, 1)) == []
-
-
-def test_what_is_not_quantized_has_one_format() -> None:
-    mixed = job(PrecisionRule(format=ProductFormat.fp32))
-    (problem,) = formats_go_together(mixed, 1)
-    assert (problem.path, problem.nearest) == ("precision.exceptions.0.format", "bf16")
-    mixed.precision.unquantized = NumberFormat.fp32
-    assert list(formats_go_together(mixed, 1)) == []
 
 
 def test_the_table_counts_layers_by_format_and_reason() -> None:

@@ -1,4 +1,4 @@
-"""The loss plot is drawn from what was logged, whatever that is."""
+"""Pictures are drawn from what was logged, whatever that is."""
 
 import math
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from hybrid_train.tracking.gaps import Curve, compare
 from hybrid_train.tracking.jsonl import JsonLines
-from hybrid_train.tracking.plots import plot_losses, smoothed
+from hybrid_train.tracking.plots import plot_gaps, plot_losses, smoothed
 
 
 def run(folder: Path, steps: int, **more: float) -> Path:
@@ -55,3 +56,17 @@ def test_smoothing_by_one_changes_nothing() -> None:
 def test_smoothing_skips_what_is_not_finite() -> None:
     assert smoothed([1.0, math.nan, 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
     assert math.isnan(smoothed([math.nan], 3)[0])
+
+
+@pytest.mark.parametrize("losses", [(2.0, 2.2), (math.nan, 2.2)], ids=["finite", "diverged"])
+def test_gaps_are_drawn_for_as_many_variants_as_there_are(
+    tmp_path: Path, losses: tuple[float, float]
+) -> None:
+    def runs(*ends: float) -> dict[int, Curve]:
+        return {n: Curve([10, 20, 30], [3.0, 2.5, end]) for n, end in enumerate(ends)}
+
+    baseline = runs(2.0, 2.1)
+    comparisons = {f"v{n}": compare(runs(*losses), baseline) for n in range(12)}
+    path = tmp_path / "plots" / "gap.png"
+    plot_gaps({"base": compare(baseline, baseline), **comparisons}, "base", path, "Gaps")
+    assert imread(path).std() > 0

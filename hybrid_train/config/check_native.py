@@ -1,0 +1,218 @@
+"""What Transformer Engine and Megatron-Core do not compute: refused here, never replaced.
+
+The rules hold where a GPU would compute quantized products itself; `precision.backend=emulated`
+runs what they refuse. Which formats a GPU has is asked when it is there (`precision/hardware.py`).
+Where a comment names a file, it is one of Megatron-Core 0.19.2 or, with TE in front, of
+Transformer Engine 2.20.2.
+"""
+
+from collections.abc import Iterator
+
+from hybrid_train.config.layer_ranges import is_range
+from hybrid_train.config.pattern import parse
+from hybrid_train.config.problems import Problem
+from hybrid_train.config.product_formats import UNQUANTIZED, Formats, Linear, formats_of
+from hybrid_train.config.product_sizes import packed_rows, token_sizes, weight_sizes
+from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
+from hybrid_train.config.schema.precision import Backend, NumberFormat, ProductFormat
+from hybrid_train.config.schema.runtime import Device, Kernels
+from hybrid_train.config.schema.train import TrainJob
+
+# What each dimension of a product must be a multiple of, as each is summed over in one of the three
+# products: 16 for FP8 with float32 scales (TE quantization.py 982, utils.py 704), 32 for MXFP8
+# (TE csrc/quantizer.cpp 1515), and for NVFP4 16 as a block (1982), but 32 along a sum: 16 bytes of
+# 4 bits (core fp4_utils.py, get_fp4_align_size).
+MULTIPLES = {
+    ProductFormat.fp8_tensorwise: 16,
+    ProductFormat.fp8_delayed: 16,
+    ProductFormat.fp8_blockwise: 16,
+    ProductFormat.mxfp8: 32,
+    ProductFormat.nvfp4: 32,
+}
+_FP8_ROWS = 16
+_EMULATE = "precision.backend=emulated runs it"
+_KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
+
+
+def is_native(job: TrainJob) -> bool:
+    """Tell whether a GPU, if there is one, computes quantized products itself."""
+    backend, device = job.precision.backend, job.runtime.device
+    return backend is Backend.native or (backend is Backend.auto and device is not Device.cpu)
+
+
+def quantized_linears(job: TrainJob) -> dict[Linear, Formats]:
+    """Return the linear layers with a quantized product; none where a rule cannot be read."""
+    if not all(is_range(rule.layers) for rule in job.precision.exceptions):
+        return {}
+    found = formats_of(job.model, job.precision)
+    return {linear: one for linear, one in found.items() if one.quantized}
+
+
+def native_needs_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
+    """A CPU has no such products, and the plain layers leave none to Transformer Engine."""
+    if job.precision.backend is Backend.native and job.runtime.device is Device.cpu:
+        rule = "needs a GPU; runtime.device is cpu"
+        yield Problem("precision.backend", "native", rule, "emulated")
+    elif job.runtime.kernels is Kernels.plain and is_native(job) and quantized_linears(job):
+        rule = f"leaves no quantized products to Transformer Engine; {_EMULATE}"
+        yield Problem("runtime.kernels", "plain", rule, "auto")
+
+
+def formats_have_hardware(job: TrainJob, _: int) -> Iterator[Problem]:
+    """No GPU multiplies MXFP4 in Transformer Engine (TE common/recipe has no such recipe)."""
+    if not is_native(job):
+        return
+    rule = f"has no hardware path; {_EMULATE}"
+    for path, format in _chosen(job):
+        if format is ProductFormat.mxfp4:
+            yield Problem(path, format.value, rule, ProductFormat.nvfp4.value)
+
+
+def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
+    """A module takes one recipe for its three products (core extensions/transformer_engine.py 312).
+
+    Transformer Engine itself could leave both gradients unquantized (backward_override), but core's
+    TEQuantizationRecipe (122) has no field for it.
+    """
+    if not is_native(job):
+        return
+    rules = job.precision.exceptions
+    mixed = [one for one in quantized_linears(job).values() if len(set(one.formats.values())) > 1]
+    deciding = {number for one in mixed for number in one.rules.values()}
+    for number, exception in enumerate(rules):
+        if number in deciding and exception.products:
+            shown = ", ".join(product.value for product in exception.products)
+            rule = (
+                f"Transformer Engine has one format for the three products of a layer; {_EMULATE}"
+            )
+            yield Problem(f"precision.exceptions.{number}.products", shown, rule, "[]")
+
+
+def quantized_beside_bf16(job: TrainJob, _: int) -> Iterator[Problem]:
+    """NVFP4's transform reads bfloat16 alone (TE csrc/quantizer.cpp 2634); one rule for all."""
+    precision = job.precision
+    if not is_native(job) or precision.base is not NumberFormat.fp32 or not quantized_linears(job):
+        return
+    if precision.unquantized is NumberFormat.fp32 and precision.format not in UNQUANTIZED:
+        rule = f"the hardware quantizes bfloat16; {_EMULATE}"
+        yield Problem("precision.unquantized", "fp32", rule, "null")
+    else:
+        rule = f"exceptions are quantized, and the hardware quantizes bfloat16; {_EMULATE}"
+        yield Problem("precision.format", precision.format.value, rule, "bf16")
+
+
+def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Scales of earlier steps need one region of autocast around a whole forward pass.
+
+    Core opens it (models/hybrid/hybrid_block.py 327) and lets no module have it by itself
+    (extensions/transformer_engine.py 191). Whenever one closes, the histories of all modules move
+    on (TE quantization.py 782), so a second one in a pass would shift in zeros.
+    """
+    found = quantized_linears(job) if is_native(job) else {}
+    formats = {format for one in found.values() for format in one.formats.values()}
+    quantized = formats.difference(UNQUANTIZED)
+    if ProductFormat.fp8_delayed not in quantized:
+        return
+    nearest = ProductFormat.fp8_tensorwise.value
+    for path, format in _chosen(job):
+        if format is ProductFormat.fp8_delayed and len(quantized) > 1:
+            others = ", ".join(sorted(one.value for one in quantized - {format}))
+            yield Problem(path, format.value, f"stands beside {others}; {_EMULATE}", nearest)
+    plan, path = job.parallel, "precision.format"
+    passes = {
+        "an MTP block": bool(parse(job.model.pattern).mtp_depths),
+        f"parallel.virtual_pipeline={plan.virtual_pipeline}": plan.virtual_pipeline > 1,
+    }
+    for words, there in passes.items():
+        if there and len(quantized) == 1:
+            rule = f"would move its histories on too early with {words}; {_EMULATE}"
+            yield Problem(path, ProductFormat.fp8_delayed.value, rule, nearest)
+    if job.precision.power_of_two_scales:
+        # TE quantization.py, _default_sf_compute
+        rule = f"fp8_delayed has float32 scales in Transformer Engine; {_EMULATE}"
+        yield Problem("precision.power_of_two_scales", True, rule, "null")
+    yield from _delayed_recompute(job)
+
+
+def _delayed_recompute(job: TrainJob) -> Iterator[Problem]:
+    # transformer/transformer_config.py 1821
+    plan = job.parallel
+    asked = plan.recompute_modules if plan.recompute is Recompute.selective else None
+    kept = [one.value for one in asked or () if one not in _KEPT_BY_DELAYED]
+    if asked and len(kept) < len(asked):
+        shown = f"[{','.join(one.value for one in asked)}]"
+        rule = f"fp8_delayed recomputes neither moe_act nor layernorm; {_EMULATE}"
+        nearest = f"[{','.join(kept)}]" if kept else "null"
+        yield Problem("parallel.recompute_modules", shown, rule, nearest)
+
+
+def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Every dimension of a quantized product is a multiple of what its format needs."""
+    if not is_native(job):
+        return
+    needed: dict[str, tuple[int, ProductFormat]] = {}  # of each kind: the largest, and whose
+    for linear, one in quantized_linears(job).items():
+        for format in one.formats.values():
+            multiple = MULTIPLES.get(format, 1)
+            if multiple > needed.get(linear.module, (1, format))[0]:
+                needed[linear.module] = (multiple, format)
+    reported: set[str] = set()
+    for module, (multiple, format) in needed.items():
+        for size in (*weight_sizes(job, module), *token_sizes(job, module)):
+            if size.value % multiple and size.setting not in reported:
+                reported.add(size.setting)
+                rule = (
+                    f"{size.words} = {size.value} must be a multiple of {multiple}: {module} in "
+                    f"{format.value} on a GPU; precision.backend=emulated takes any"
+                )
+                yield Problem(size.setting, _value(job, size.setting), rule)
+    formats = {format for _, format in needed.values()}
+    if "model.mamba.heads" not in reported:
+        yield from _packed_rows(job, formats)
+
+
+def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem]:
+    # ssm/mamba_mixer.py 251: before they are split, and whether or not they are quantized
+    rows = packed_rows(job.model)
+    fp8 = formats and ProductFormat.nvfp4 not in formats
+    if fp8 and parse(job.model.pattern).count("M") and rows.value % _FP8_ROWS:
+        rule = (
+            f"{rows.words} = {rows.value} must be a multiple of {_FP8_ROWS} beside FP8 products "
+            "on a GPU; precision.backend=emulated takes any"
+        )
+        yield Problem(rows.setting, _value(job, rows.setting), rule)
+
+
+def _value(job: TrainJob, path: str) -> object:
+    found: object = job
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _chosen(job: TrainJob) -> Iterator[tuple[str, ProductFormat]]:
+    """Yield every format that is written down, and where."""
+    yield "precision.format", job.precision.format
+    for number, rule in enumerate(job.precision.exceptions):
+        yield f"precision.exceptions.{number}.format", rule.format
+
+
+def fsdp_is_not_native(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Megatron-FSDP moves weights under the quantized copies that Transformer Engine keeps of them.
+
+    A copy is renewed in the first microbatch of a step alone (transformer/module.py 105).
+    """
+    if job.parallel.fsdp and is_native(job) and quantized_linears(job):
+        rule = f"is not joined with products that the hardware quantizes; {_EMULATE}"
+        yield Problem("parallel.fsdp", True, rule, "false")
+
+
+NATIVE_RULES = (
+    native_needs_a_gpu,
+    formats_have_hardware,
+    layers_have_one_recipe,
+    quantized_beside_bf16,
+    delayed_scaling_is_alone,
+    sizes_fit_the_formats,
+    fsdp_is_not_native,
+)

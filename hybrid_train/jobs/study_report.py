@@ -1,0 +1,262 @@
+"""What a study found: a table on the console, study.md, study.json and plots/gap.png."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.study import StudyJob, Variant
+from hybrid_train.jobs.help import console, show_numbers
+from hybrid_train.jobs.study_plan import PlannedRun, are_paired
+from hybrid_train.tracking.gaps import (
+    TAIL,
+    WINDOW,
+    WINDOWS,
+    Comparison,
+    Curve,
+    Spread,
+    compare,
+    curve,
+)
+from hybrid_train.tracking.metrics import show, show_duration
+from hybrid_train.tracking.plots import plot_gaps
+
+MARKDOWN, JSON, PLOT = "study.md", "study.json", "plots/gap.png"
+_VERSIONS = ("hybrid_train", "torch", "megatron-core")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A variant and what its finished runs came to."""
+
+    variant: Variant
+    runs: dict[int, PlannedRun]  # finished ones, by seed
+    curves: dict[int, Curve]  # of those
+    comparison: Comparison
+    paired: bool  # with those of the baseline, so that the same seed means the same batches
+
+
+def report(study: StudyJob, runs: Sequence[PlannedRun]) -> None:
+    """Compare the finished runs with the baseline, print the table and write the files.
+
+    Raises:
+        UserError: if no run of the baseline is finished.
+    """
+    found = _found(study, runs)
+    folder = Path(study.run_dir)
+    missing = [run.name for run in runs if not run.is_finished()]
+    facts = _facts(study, found, missing)
+    plots = {name: one.comparison for name, one in found.items()}
+    plot_gaps(plots, study.baseline, folder / PLOT, study.title)
+    (folder / JSON).write_text(json.dumps(_as_data(study, found, facts), indent=2) + "\n")
+    (folder / MARKDOWN).write_text(_markdown(study, found, facts))
+    page = console()
+    page.print(f"\n{study.title}\n", soft_wrap=True)
+    show_numbers(page, list(_rows(study, found)), _heads(study))
+    page.print(f"\n{_legend(study, found)}", soft_wrap=True)
+    if missing:
+        page.print(f"\nMissing, since they failed: {', '.join(missing)}", soft_wrap=True)
+    published = [(name, one.variant.published) for name, one in found.items()]
+    page.print("\nPublished, for other models and far longer runs:")
+    for name, text in published:
+        if text:
+            page.print(f"  {name}: {text}", soft_wrap=True)
+    page.print("\nWhere things lie:")
+    for name, place in {"table": MARKDOWN, "figures": JSON, "plot": PLOT}.items():
+        page.print(f"  {name:<9}{folder / place}", soft_wrap=True)
+
+
+def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
+    """Read the metrics of the finished runs; variants without any are left out."""
+    finished: dict[str, dict[int, PlannedRun]] = {}
+    for run in runs:
+        if run.is_finished():
+            finished.setdefault(run.variant, {})[run.seed] = run
+    if study.baseline not in finished:
+        raise UserError(
+            f"no run of the baseline {study.baseline} has ended well, so there is nothing to "
+            f"compare with; its logs are in {Path(study.run_dir) / study.baseline}"
+        )
+    curves = {
+        name: {seed: curve(run.metrics()) for seed, run in by_seed.items()}
+        for name, by_seed in finished.items()
+    }
+    first = {name: next(iter(by_seed.values())).job for name, by_seed in finished.items()}
+    return {
+        name: _Found(
+            variant,
+            finished[name],
+            curves[name],
+            compare(curves[name], curves[study.baseline]),
+            are_paired(first[name], first[study.baseline]),
+        )
+        for name, variant in study.chosen().items()
+        if name in finished
+    }
+
+
+def _heads(study: StudyJob) -> list[str]:
+    return [
+        "gap, %", "seeds", *WINDOWS, "deviation", "lowest", "highest", "validation",
+        f"seeds of {study.baseline}",
+    ]  # fmt: skip
+
+
+def _rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each variant but the baseline."""
+    for name, one in found.items():
+        if name == study.baseline:
+            continue
+        tail = one.comparison.windows[TAIL]
+        yield (
+            name,
+            str(tail.number),
+            *(_percent(gap.mean) for gap in one.comparison.windows.values()),
+            _percent(tail.deviation, "{:.2f}"),
+            _percent(tail.lowest),
+            _percent(tail.highest),
+            _percent(one.comparison.validation_gap.mean),
+            {True: "within", False: "beyond", None: "not known"}[one.comparison.within_seeds],
+        )
+
+
+def _percent(share: float, form: str = "{:+.2f}") -> str:
+    return form.format(100 * share) if math.isfinite(share) else "-"
+
+
+def _legend(study: StudyJob, found: Mapping[str, _Found]) -> str:
+    """Say what the figures are, and those of the baseline itself."""
+    base = found[study.baseline].comparison
+    windows = "; ".join(f"{name} {show('loss', loss.mean)}" for name, loss in base.losses.items())
+    tail, validation = base.losses[TAIL], base.validation_loss
+    alone = ", ".join(name for name, one in found.items() if not one.paired)
+    unpaired = (
+        f"\n\nNot paired: {alone}. Their batches or their models are not those of "
+        f"{study.baseline}, so that their gaps hold what chance does to a run."
+    )
+    return (
+        f"Gap: (loss - loss of {study.baseline}) / loss of {study.baseline}, of runs with the same "
+        f"seed, mean over seeds. A loss at a\npoint is the mean over the {WINDOW:.0%} of training "
+        f"before it. Deviation (of the sample), lowest, highest: of the gap of\nthe {TAIL} over "
+        f"seeds. Validation: gap at the end. Seeds of {study.baseline}: whether the gap of the "
+        f"{TAIL} is within the\nrelative deviation of the losses of {study.baseline} over its own "
+        f"seeds, {_percent(tail.relative, '{:.2f}')} %.\n\n"
+        f"{study.baseline}: loss {windows}; validation {show('validation_loss', validation.mean)} "
+        f"(lowest {show('validation_loss', validation.lowest)}, highest "
+        f"{show('validation_loss', validation.highest)}).{unpaired if alone else ''}"
+    )
+
+
+def _facts(study: StudyJob, found: Mapping[str, _Found], missing: Sequence[str]) -> dict[str, Any]:
+    """Collect under which conditions the figures came about."""
+    seconds = {
+        name: sum(run.seconds for run in one.curves.values()) / len(one.curves)
+        for name, one in found.items()
+    }
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": shlex.join(["hybrid-train", *sys.argv[1:]]),
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _VERSIONS},
+        "base": [*study.base, *study.overrides],
+        "seeds": list(study.seeds),
+        "seconds_of_steps_per_run": seconds,
+        "missing": list(missing),
+    }
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def _as_data(
+    study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return everything as plain data; what is not finite becomes null."""
+    variants = {}
+    for name, one in found.items():
+        variants[name] = {
+            "overrides": list(one.variant.overrides),
+            "published": one.variant.published,
+            "runs": {str(seed): str(run.folder) for seed, run in one.runs.items()},
+            "gaps": {key: _spread(gap) for key, gap in one.comparison.windows.items()},
+            "losses": {key: _spread(loss) for key, loss in one.comparison.losses.items()},
+            "validation_loss": _spread(one.comparison.validation_loss),
+            "validation_gap": _spread(one.comparison.validation_gap),
+            "paired": one.paired,
+            "within_seeds_of_baseline": one.comparison.within_seeds,
+        }
+    return {
+        "title": study.title,
+        "baseline": study.baseline,
+        "window": WINDOW,
+        **facts,
+        "variants": variants,
+    }
+
+
+def _spread(one: Spread) -> dict[str, float | None]:
+    return {
+        name: value if math.isfinite(value) else None
+        for name, value in dataclasses.asdict(one).items()
+    }
+
+
+def _markdown(study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, Any]) -> str:
+    """Write the table, what it means, and how to repeat it."""
+    seconds = facts["seconds_of_steps_per_run"]
+    parts = [f"# {study.title}", "", f"`{facts['command']}`, {facts['date']}.", ""]
+    parts += _table([*_heads(study), "published"], _published_rows(study, found))
+    parts += ["", _legend(study, found), "", f"![gaps]({PLOT})", ""]
+    if facts["missing"]:
+        parts += [f"Missing, since they failed: {', '.join(facts['missing'])}.", ""]
+    parts += ["## Settings", ""]
+    parts += ["Every run: `hybrid-train train " + shlex.join(facts["base"]) + "`", ""]
+    parts += [f"Seeds: {', '.join(map(str, facts['seeds']))}.", ""]
+    settings = [
+        (name, f"`{shlex.join(one.variant.overrides)}`" if one.variant.overrides else "as above",
+         show_duration(seconds[name]))
+        for name, one in found.items()
+    ]  # fmt: skip
+    parts += _table(["variant", "its own settings", "time of the steps of a run"], settings)
+    device = f"; {facts['gpu']}" if facts["gpu"] else ""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("python", *_VERSIONS))
+    parts += ["", f"Machine: {facts['cores']} cores, {facts['processor']}{device}. {versions}.", ""]
+    return "\n".join(parts)
+
+
+def _published_rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, ...]]:
+    for row in _rows(study, found):
+        yield (*row, found[row[0]].variant.published)
+
+
+def _table(heads: Sequence[str], rows: Any) -> list[str]:
+    """Write a table in Markdown; a bar within a cell would end it."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

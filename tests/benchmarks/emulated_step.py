@@ -1,0 +1,93 @@
+"""What emulated recipes cost on this machine: the time of a step against bfloat16 and float32.
+
+    python tests/benchmarks/emulated_step.py [--model ladder_60m] [--rounds 5] [--threads 2]
+
+Engines of one model, one for each recipe, take turns, one step each, so that a busy machine slows
+all alike. Printed are medians of the rounds, as multiples of the step in bfloat16 and in float32.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+LENGTH, BATCH, VOCAB = 512, 2, 4096
+RECIPES = ("bf16", "fp32", "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4", "mxfp4")
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="ladder_60m")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    options = parser.parse_args()
+
+    from hybrid_train.config.schema.runtime import Device, Runtime
+    from hybrid_train.runtime.start import process
+
+    with process(Runtime(device=Device.cpu, threads=options.threads), 0):
+        compare(options.model, options.recipes, options.rounds)
+
+
+def compare(model: str, recipes: list[str], rounds: int) -> None:
+    """Let the recipes take turns."""
+    from hybrid_train.config.schema.parallel import Parallel
+    from hybrid_train.parallel.groups import build_groups
+    from hybrid_train.runtime.seeds import start_tracker
+
+    start_tracker()
+    groups = build_groups(Parallel(), 600)
+    engines = {name: engine_of(model, name, groups) for name in recipes}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.step(batches(), tokens_seen=10**6)
+            seconds[name].append(time.perf_counter() - start)
+    print(f"{model}, {BATCH} x {LENGTH} tokens, {rounds} rounds")
+    print(f"{'recipe':16} {'step':>8} {'to bf16':>8} {'to fp32':>8}")
+    for name, times in seconds.items():
+        ratios = (_ratio(times, seconds.get(base)) for base in ("bf16", "fp32"))
+        print(f"{name:16} {statistics.median(times):7.2f}s {' '.join(ratios)}")
+
+
+def _ratio(times: list[float], base: list[float] | None) -> str:
+    if base is None:
+        return " " * 8
+    ratio = statistics.median(own / other for own, other in zip(times, base, strict=True))
+    return f"{ratio:7.2f}x"
+
+
+def engine_of(model: str, recipe: str, groups: Any) -> Any:
+    """Build the engine of a recipe; its first step is taken here."""
+    import torch
+
+    from hybrid_train.config import compose
+    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.model.build import build_model
+
+    sizes = [f"train.sequence_length={LENGTH}", f"train.global_batch={BATCH}"]
+    sizes += [f"train.microbatch={BATCH}", f"model.vocab_size={VOCAB}"]
+    base = ["experiment=tiny_cpu", f"model={model}", "run_dir=/nonexistent"]
+    job = compose.compose("train", [*base, f"precision={recipe}", *sizes])
+    built = build_model(job, groups, VOCAB, on_gpu=False)
+    engine = build_engine(job, built, groups, torch.device("cpu"))
+    engine.step(batches(), tokens_seen=10**6)
+    return engine
+
+
+def batches() -> Any:
+    """Return one microbatch of fixed tokens."""
+    import torch
+
+    from hybrid_train.data.batch import Batch
+
+    rows = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    return iter([Batch(rows[:, :-1], rows[:, 1:], torch.ones(BATCH, LENGTH), positions)])
+
+
+if __name__ == "__main__":
+    main()

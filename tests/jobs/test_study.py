@@ -1,0 +1,177 @@
+"""A study from its YAML file to its table, stopped and started again."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.command import TIMEOUT_S, Finished, contents, finish, last_step, start
+
+pytestmark = pytest.mark.xdist_group("train")
+
+STEPS = 6  # of 256 tokens
+STUDY = """\
+# @package _global_
+# Rates, for a test
+title: Rates
+run_dir: {folder}/study
+seeds: [1, 2]
+baseline: plain
+base: [experiment=tiny_cpu, data.folder={corpus}, train.tokens={tokens}]
+variants:
+  plain: {{}}
+  none: {{overrides: [schedule.peak_lr=0], published: "4 % (somebody, 2020)"}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study of its user's own, which is nothing but a YAML file."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study").mkdir()
+    text = STUDY.format(folder=folder, corpus=corpus, tokens=STEPS * 256)
+    (folder / "study" / "rates.yaml").write_text(text)
+    return folder
+
+
+def study(folder: Path, *words: str) -> Finished:
+    return finish(start(*arguments(folder, *words)))
+
+
+def arguments(folder: Path, *words: str) -> list[str]:
+    return ["study", f"hydra.searchpath=[file://{folder}]", "name=rates", *words]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Finished:
+    return study(folder)
+
+
+def metrics(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of the metrics of every run."""
+    files = sorted(folder.glob("study/*/*/metrics.jsonl"))
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_a_wrong_variant_is_named_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    words = ('variants.none.overrides=["schedule.peak_rl=0"]', f"run_dir={tmp_path}/new")
+    refused = study(folder, *words)
+    assert refused.code == 2
+    assert "none: schedule.peak_rl = 0: there is no such setting" in refused.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_it_trains_every_variant_with_every_seed(folder: Path, finished: Finished) -> None:
+    assert finished.code == 0, finished.said
+    assert "4 runs: 2 variants x 2 seeds; 0 finished before" in finished.err
+    assert "run 4 of 4" in finished.err
+    for variant in ("plain", "none"):
+        for seed in (1, 2):
+            run_dir = folder / "study" / variant / f"seed_{seed}"
+            assert last_step(run_dir) == STEPS
+            assert not (run_dir / "checkpoints").exists()
+            assert "Trained 6 steps" in run_dir.with_suffix(".log").read_text()
+
+
+def test_runs_of_a_seed_start_from_the_same_weights_and_data(
+    folder: Path, finished: Finished
+) -> None:
+    assert finished.code == 0
+    first = {
+        (run.parent.name, run.name): json.loads((run / "metrics.jsonl").read_text().split("\n")[0])
+        for run in folder.glob("study/*/seed_?")
+    }
+    assert first["plain", "seed_1"]["loss"] == first["none", "seed_1"]["loss"]
+    assert first["plain", "seed_1"]["loss"] != first["plain", "seed_2"]["loss"]
+
+
+def test_what_came_out_is_in_three_files_and_on_the_console(
+    folder: Path, finished: Finished
+) -> None:
+    data = json.loads((folder / "study" / "study.json").read_text())
+    losses = {
+        variant: [
+            [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+            for path in sorted(folder.glob(f"study/{variant}/*/metrics.jsonl"))
+        ]
+        for variant in ("plain", "none")
+    }
+    # Of 6 steps the last 5 % and the last 10 % are the last step.
+    gaps = [b[-1] / a[-1] - 1 for a, b in zip(losses["plain"], losses["none"], strict=True)]
+    found = data["variants"]["none"]["gaps"]["end"]
+    assert found["mean"] == pytest.approx(sum(gaps) / 2)
+    assert (found["lowest"], found["highest"]) == pytest.approx((min(gaps), max(gaps)))
+    assert found["mean"] > 0  # without a rate nothing is learned
+    assert data["variants"]["plain"]["gaps"]["end"]["mean"] == 0
+    shown = f"{100 * found['mean']:+.2f}"
+    text = (folder / "study" / "study.md").read_text()
+    for page in (text, finished.out):
+        assert shown in page
+        assert "4 % (somebody, 2020)" in page
+    assert "schedule.peak_lr=0" in text
+    assert data["torch"] in text
+    assert (folder / "study" / "plots" / "gap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_repeats_only_what_is_missing(folder: Path, finished: Finished) -> None:
+    assert finished.code == 0
+    before = metrics(folder)
+    lost = folder / "study" / "none" / "seed_2" / "metrics.jsonl"
+    lost.unlink()
+    again = study(folder)
+    assert again.code == 0, again.said
+    assert "3 finished before" in again.err
+    assert again.err.count("  left ") == 1
+    after = metrics(folder)
+    assert {path for path in before if before[path] != after[path]} == {str(lost)}
+    assert untimed(after[str(lost)][0]) == untimed(before[str(lost)][0])
+
+
+def untimed(content: bytes) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in content.splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_a_study_whose_settings_changed_needs_another_folder(
+    folder: Path, finished: Finished
+) -> None:
+    assert finished.code == 0
+    before = contents(folder)
+    refused = study(folder, "overrides=train.tokens=2560")
+    assert refused.code == 2
+    assert "train.tokens: 1536 there, 2560 here" in refused.err
+    assert contents(folder) == before
+
+
+def test_a_run_that_fails_is_named_with_its_log_and_missing_in_the_table(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = ('variants.none.overrides=["schedule.peak_lr=1e30"]', "seeds=[1]")
+    failed = study(folder, f"run_dir={tmp_path}/study", *words)
+    assert failed.code != 0
+    assert "none seed 1 failed with exit code" in failed.err
+    assert f"{tmp_path}/study/none/seed_1.log ends:" in failed.err
+    assert "loss is nan" in failed.err
+    assert "Missing, since they failed: none seed 1" in failed.out
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["missing"] == ["none seed 1"]
+
+
+def test_an_interrupted_study_goes_on_with_the_same_command(folder: Path, tmp_path: Path) -> None:
+    words = (f"run_dir={tmp_path}/study", "parallel=1", "seeds=[1]")
+    process = start(*arguments(folder, *words))
+    deadline = time.monotonic() + TIMEOUT_S
+    while last_step(tmp_path / "study" / "plain" / "seed_1") < STEPS:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stopped = finish(process)
+    assert stopped.code == 128 + signal.SIGINT, stopped.said
+    assert "stopped by SIGINT; the same command goes on" in stopped.err
+    assert not (tmp_path / "study" / "study.json").exists()
+    again = study(folder, *words)
+    assert again.code == 0, again.said
+    assert "1 finished before" in again.err
+    assert (tmp_path / "study" / "study.json").exists()

@@ -1,0 +1,105 @@
+"""Every linear layer of a model multiplies in the format that the plan has for it."""
+
+from typing import Any
+
+import pytest
+
+from hybrid_train.config.product_formats import formats_of, linears
+from hybrid_train.config.schema.precision import (
+    NumberFormat,
+    Precision,
+    PrecisionRule,
+    Product,
+    ProductFormat,
+)
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.precision.audit import AUDIT, Seen
+from hybrid_train.precision.recipes import in_words
+from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
+
+pytestmark = MEGATRON_WARNINGS
+MIXED = [
+    PrecisionRule(layers="last 1", format=ProductFormat.bf16),
+    PrecisionRule(modules=["mamba.out_proj"], format=ProductFormat.mxfp8),
+    PrecisionRule(modules=["moe.latent"], format=ProductFormat.bf16, products=[Product.wgrad]),
+]
+
+
+def job_of(precision: Precision) -> TrainJob:
+    return tiny_job(precision=precision)
+
+
+def step(engine: Any) -> float:
+    loss: float = engine.step(microbatches(some_rows(), 2), tokens_seen=0).loss
+    return loss
+
+
+def heard(engine: Any) -> Seen:
+    from hybrid_train.model.observed import observe
+
+    AUDIT.start()
+    stop = observe(engine.chunks)
+    step(engine)
+    stop()
+    return AUDIT.stop()
+
+
+def asked(job: TrainJob) -> Seen:
+    return {
+        (linear, product): {in_words(format, product, job.precision)}
+        for linear, chosen in formats_of(job.model, job.precision).items()
+        for product, format in chosen.formats.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision(format=ProductFormat.bf16),
+        Precision(format=ProductFormat.fp32),
+        Precision(format=ProductFormat.nvfp4, exceptions=MIXED),
+        Precision(format=ProductFormat.fp8_delayed),
+        Precision(format=ProductFormat.mxfp8, unquantized=NumberFormat.fp32),
+    ],
+    ids=lambda precision: precision.format.value,
+)
+def test_all_products_of_all_layers_are_heard_in_the_format_asked_for(
+    groups: Any, precision: Precision
+) -> None:
+    job = job_of(precision)
+    engine = tiny_engine(job, groups)
+    seen = heard(engine)
+    assert {linear for linear, _ in seen} == set(linears(job.model))
+    assert seen == asked(job)
+
+
+def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
+    job = job_of(Precision(format=ProductFormat.nvfp4))
+    healed = job_of(
+        Precision(format=ProductFormat.nvfp4, exceptions=[PrecisionRule(format=ProductFormat.bf16)])
+    )
+    engine = tiny_engine(job, groups)
+    step(engine)
+    engine.quantized.use(healed.model, healed.precision)
+    assert heard(engine) == asked(healed)
+    never = tiny_engine(job_of(Precision(format=ProductFormat.bf16)), groups)
+    never.chunks[0].module.load_state_dict(engine.chunks[0].module.state_dict())
+    batch = next(microbatches(some_rows(), 2))
+    assert never.evaluate([batch]) == engine.evaluate([batch])
+
+
+@pytest.mark.parametrize("format", [ProductFormat.nvfp4, ProductFormat.fp8_delayed])
+def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> None:
+    losses = []
+    for _ in range(2):
+        engine = tiny_engine(job_of(Precision(format=format)), groups)
+        losses.append([step(engine) for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
+def test_a_model_learns_in_four_bits(groups: Any) -> None:
+    job = job_of(Precision(format=ProductFormat.nvfp4))
+    job.schedule.peak_lr = 1e-2
+    engine = tiny_engine(job, groups)
+    losses = [step(engine) for _ in range(12)]
+    assert losses[-1] < 0.75 * losses[0]

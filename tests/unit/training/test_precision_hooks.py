@@ -1,0 +1,65 @@
+"""Products that do not run as asked stop the run, or are named where that is wanted."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.product_formats import formats_of
+from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.precision.emulated import emulation_of
+from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
+
+pytestmark = MEGATRON_WARNINGS
+
+
+def audited(groups: Any, run_dir: Path, *, strict: bool, fault: bool) -> None:
+    """One audited step; with a fault, the first in_proj multiplies in another format than asked."""
+    from hybrid_train.model.linears import linear_modules
+    from hybrid_train.model.observed import unwrapped
+    from hybrid_train.training.hooks.precision import AuditPrecision
+    from hybrid_train.training.loop import Run
+
+    precision = Precision(format=ProductFormat.nvfp4, strict=strict)
+    job = tiny_job("M*", precision=precision)
+    engine = tiny_engine(job, groups)
+    if fault:
+        linear, module = next(linear_modules(unwrapped(engine.chunks[0])))
+        other = replace(precision, format=ProductFormat.mxfp8)
+        formats = formats_of(job.model, other)[linear]
+        vars(module)["_forward_impl"] = type(vars(module)["_forward_impl"])(
+            vars(module)["_forward_impl"].func, emulation_of(linear, formats, other)
+        )
+    run = Run(engine, microbatches(some_rows(), 2), 1000)
+    hook = AuditPrecision(run_dir, lambda _: job)
+    hook.step_start(run)
+    report = engine.step(run.batches, tokens_seen=0)
+    hook.step_end(run, report)
+
+
+def test_a_layer_in_another_format_stops_the_run(groups: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        audited(groups, tmp_path, strict=True, fault=True)
+    text = str(error.value)
+    assert "1 mamba.in_proj fprop: nvfp4 was asked" in text
+    assert "e4m3, 1x32, e8m0 scales x e4m3, 1x32, e8m0 scales multiplied" in text
+    assert text.count("nvfp4 was asked") == len(Product)
+    assert "precision.strict=false" in text
+
+
+def test_without_strict_it_is_named_and_the_run_goes_on(
+    groups: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audited(groups, tmp_path, strict=False, fault=True)
+    said = capsys.readouterr().err
+    assert "3 products NOT as asked" in said
+    assert "1 mamba.in_proj wgrad: nvfp4 was asked" in said
+
+
+def test_a_run_as_asked_passes_and_leaves_its_table(groups: Any, tmp_path: Path) -> None:
+    audited(groups, tmp_path, strict=True, fault=False)
+    text = (tmp_path / "precision.json").read_text()
+    assert '"as_asked": true' in text
+    assert '"as_asked": false' not in text
