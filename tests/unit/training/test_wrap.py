@@ -27,3 +27,37 @@ def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
     assert halves
     assert {w.main_grad.dtype for w in halves} == {kept_in}
     assert losses[-1] < losses[0] - 0.05  # the same four sequences eight times: it must learn them
+
+
+def test_decay_rates_and_counts_stay_in_float32(groups: Any) -> None:
+    engine = tiny_engine(tiny_job(precision=Precision(format=ProductFormat.bf16)), groups)
+    (wrapped,) = engine.chunks
+    kept = {
+        name.rpartition(".")[2]
+        for name, tensor in (*wrapped.named_parameters(), *wrapped.named_buffers())
+        if tensor.dtype == torch.float32
+    }
+    assert kept == {"A_log", "D", "dt_bias", "local_tokens_per_expert", "expert_bias"}
+
+
+def test_their_first_values_are_not_rounded(groups: Any) -> None:
+    half, full = (
+        tiny_engine(tiny_job(precision=Precision(format=format)), groups)
+        for format in (ProductFormat.bf16, ProductFormat.fp32)
+    )
+    precise = dict(full.chunks[0].module.named_parameters())
+    for name, weight in half.chunks[0].module.module.named_parameters():
+        if weight.dtype == torch.float32:
+            assert torch.equal(weight, precise[name])
+
+
+def test_a_bf16_model_counts_the_tokens_of_experts_beyond_256(groups: Any) -> None:
+    # bfloat16 has 8 digits: 256 + 1 is 256 there, and 1,000 + 9 is 1,008.
+    job = tiny_job("E", precision=Precision(format=ProductFormat.bf16))
+    engine = tiny_engine(job, groups)
+    sequences = 160
+    engine.step(microbatches(some_rows(), 2), tokens_seen=0, sequences=sequences)
+    (counts,) = engine.finalizer.expert_counts.values()
+    assert counts.max() > 256
+    assert counts.sum() == sequences * job.train.sequence_length * job.model.moe.top_k
+    assert torch.equal(counts, counts.round())
