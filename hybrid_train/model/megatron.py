@@ -28,6 +28,8 @@ from hybrid_train.ops import mixer, mixer_step
 from hybrid_train.ops.linear import add_product, linear
 
 CORE_VERSION = "0.19.2"
+# Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names.
+FLOAT32 = ("A_log", "D", "dt_bias", "local_tokens_per_expert", "expert_bias")
 
 
 def require_version() -> None:
@@ -76,6 +78,13 @@ def use_plain_mamba() -> None:
         selective_state_update=mixer_step.selective_state_update,
         MAMBA_HAS_STATE_DTYPE=False,
     )
+
+
+def begin_in_float32(model: torch.nn.Module) -> None:
+    """Hold in float32 what stays so; core makes dt_bias in the format of the model (368)."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.rpartition(".")[2] in FLOAT32:
+            tensor.data = tensor.data.float()
 
 
 def use_gradient_accumulation() -> None:

@@ -15,12 +15,11 @@ from torch.nn import Module
 
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision
+from hybrid_train.model.megatron import FLOAT32
 from hybrid_train.runtime import cpu
 from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]
-# Parameters and buffers of a bfloat16 model that stay in float32, by the ends of their names.
-_FLOAT32 = ("A_log", "D", "dt_bias", "local_tokens_per_expert", "expert_bias")
 
 
 def wrap(
@@ -57,9 +56,9 @@ def _in_half_precision(config: TransformerConfig, chunk: Module) -> Module:
     else; counts of tokens stop at 256 there, as a sum that grows by ones (router.py 739).
     """
     precise = {
-        name: tensor.detach().float().clone()
+        name: tensor.detach().clone()
         for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers())
-        if name.rpartition(".")[2] in _FLOAT32
+        if name.rpartition(".")[2] in FLOAT32
     }
     halved = Float16Module(config, chunk)
     for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
