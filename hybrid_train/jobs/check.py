@@ -6,6 +6,8 @@ It needs neither those processes nor torch: all that is printed follows from the
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from rich.console import Console
+
 from hybrid_train.config import degrees, format_table
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.compose import world_size
@@ -56,11 +58,7 @@ def run(job: CheckJob) -> None:
     )
     if len(phases) > 1:
         show_phases(page, job, phases, rows)
-    formats = formats_of(first.model, first.precision)
-    if any(one.quantized for one in formats.values()):
-        page.print("\nFormats of the matrix products; all else is " + first.precision.base.value)
-        for line in format_table.lines(formats, first.precision.exceptions):
-            page.print(line, soft_wrap=True, highlight=False)
+    _show_formats(page, phases)
     if unread := unread_sources(job):
         page.print(
             f"\nThe phases name sources ({', '.join(unread)}). Without data.sources all phases "
@@ -70,6 +68,31 @@ def run(job: CheckJob) -> None:
     if unset:
         page.print("\nStill to be set; the plan does not depend on it, but `train` will ask:")
         page.print(table((f"  {problem.path}", problem.rule) for problem in unset))
+
+
+def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
+    """Print which layers multiply in which format, where any phase quantizes; again if it changes.
+
+    Args:
+        page: where to print.
+        phases: of the run, laid out.
+    """
+    tables = [formats_of(one.job.model, one.job.precision) for one in phases]
+    if not any(one.quantized for table in tables for one in table.values()):
+        return
+    shown = None
+    for phase, formats in zip(phases, tables, strict=True):
+        precision = phase.job.precision
+        if precision == shown:
+            continue
+        of_phase = "" if shown is None else f" from phase {phase.name} on"
+        page.print(
+            f"\nFormats of the matrix products{of_phase}; all else is {precision.base.value}",
+            soft_wrap=True,
+        )
+        for line in format_table.lines(formats, precision.exceptions):
+            page.print(line, soft_wrap=True, highlight=False)
+        shown = precision
 
 
 def _vocab_size(job: CheckJob) -> int:

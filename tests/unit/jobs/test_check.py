@@ -257,3 +257,18 @@ def test_streams_need_no_tokenizer_to_be_planned(capsys: pytest.CaptureFixture[s
     # END; 32 + 1 words of copy, 64 + 64 + 1 of recall, 2 x 4 brackets, 23 + 1 of sums: 195,
     # padded to a multiple of 128.
     assert "vocabulary 256" in said(text, "model")
+
+
+def test_formats_are_shown_where_something_is_quantized_and_again_where_a_phase_changes_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    phases = "[{name: a}, {name: heal, start: 50%, precision_exceptions: [{format: bf16}]}]"
+    tiny = ("experiment=tiny_cpu", "processes=1")
+    text = plan(capsys, *tiny, "precision=mxfp8", f"train.phases={phases}")
+    first, healed = text.split("Formats of the matrix products")[1:]
+    assert "mamba.in_proj" in first
+    assert "mxfp8" in first
+    assert "from phase heal on" in healed
+    assert "exception 0: everything" in healed
+    assert "mxfp8" not in healed
+    assert "Formats of the matrix products" not in plan(capsys, *tiny, "precision=bf16")
