@@ -55,6 +55,15 @@ def test_the_first_step_says_what_every_layer_multiplied(run: tuple[Path, Finish
     ]
 
 
+def test_the_table_holds_the_layers_of_all_processes(
+    run: tuple[Path, Finished], command: tuple[str, ...], tmp_path: Path
+) -> None:
+    two = ("parallel.pipeline=2", "train.microbatch=1", "train.tokens=512")
+    finished = train(tmp_path / "stages", *command, *two, processes=2)
+    assert finished.code == 0, finished.err
+    assert audited(tmp_path / "stages") == audited(run[0])
+
+
 def test_what_rounding_does_is_measured_at_the_interval(run: tuple[Path, Finished]) -> None:
     run_dir, _ = run
     lines = statistics(run_dir)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config.product_formats import formats_of, linears
+from hybrid_train.config.schema.parallel import Parallel, Recompute
 from hybrid_train.config.schema.precision import (
     NumberFormat,
     Precision,
@@ -95,6 +96,16 @@ def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> No
         engine = tiny_engine(job_of(Precision(format=format)), groups)
         losses.append([step(engine) for _ in range(3)])
     assert losses[0] == losses[1]
+
+
+def test_activations_that_are_computed_again_are_quantized_alike(groups: Any) -> None:
+    kept, again = (
+        tiny_engine(
+            tiny_job(precision=Precision(format=ProductFormat.nvfp4), parallel=parallel), groups
+        )
+        for parallel in (Parallel(), Parallel(recompute=Recompute.full))
+    )
+    assert [step(kept) for _ in range(2)] == [step(again) for _ in range(2)]
 
 
 def test_a_model_learns_in_four_bits(groups: Any) -> None:
