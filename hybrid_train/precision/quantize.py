@@ -83,12 +83,14 @@ def turned(x: Tensor, scheme: Scheme, axis: int) -> Tensor:
 
 
 def block_of(values: Tensor, scheme: Scheme, axis: int) -> tuple[int, int]:
-    """Return the rows and columns of a block."""
+    """Return the rows and columns of a block; one that reaches beyond the matrix ends with it."""
+    rows, columns = (max(size, 1) for size in values.shape)
     if scheme.shape is Shape.tensor:
-        return max(values.shape[0], 1), max(values.shape[1], 1)
+        return rows, columns
+    tall, wide = min(scheme.block, rows), min(scheme.block, columns)
     if scheme.shape is Shape.square:
-        return scheme.block, scheme.block
-    return (1, scheme.block) if axis == 1 else (scheme.block, 1)
+        return tall, wide
+    return (1, wide) if axis == 1 else (tall, 1)
 
 
 def in_blocks(values: Tensor, block: tuple[int, int]) -> Tensor:
