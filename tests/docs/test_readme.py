@@ -14,15 +14,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import ConfigError
+from hybrid_train.config.problems import ConfigError, collect
+from hybrid_train.config.schema.precision import Precision
 
 # One worker: a command may use what an earlier one has made.
 pytestmark = pytest.mark.xdist_group("readme")
 
 README = Path(__file__).parents[2] / "README.md"
 BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHORT = "train.tokens=12k train.validation_batches=1"
 INFORMATION = {"--help", "-h", "--cfg", "--info"}  # asks a job about itself; nothing is trained
 SHELL_OPERATORS = {"|", "||", "&", "&&", ";", ">", ">>", "<"}
@@ -137,7 +140,7 @@ def test_a_block_is_read_with_continued_lines_and_without_comments() -> None:
 def test_the_experiment_of_the_readme_lacks_nothing_but_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (block,) = (one for one in YAML_BLOCK.findall(README.read_text()) if one.startswith("# @pack"))
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(block)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -149,3 +152,9 @@ def test_the_experiment_of_the_readme_lacks_nothing_but_its_files(
         "data.sources.web.validation",
         "data.sources.code.validation",
     }
+
+
+def test_the_recipe_of_the_readme_is_one() -> None:
+    (block,) = (one for one in YAML_BLOCK.findall(README.read_text()) if one.startswith("format:"))
+    section = OmegaConf.merge(OmegaConf.structured(Precision), OmegaConf.create(block))
+    assert list(collect(OmegaConf.to_object(section))) == []

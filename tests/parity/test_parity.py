@@ -16,13 +16,12 @@ pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("parity")]
 
 # Draws that once failed, and some more. 1: tied embeddings with MTP in a pipeline; 24: experts that
 # did not wait for parameters on their way.
-SEEDS = (1, 24, 0, 2, 14, 19, 25, 26)
+SEEDS = (1, 24, 0, 14, 25)
 # Each kind of split, and those that meet in one; `make parity` runs all on packed rows, and more
 # with quantized products.
-EVERY_SPLIT = ("TP2", "PP2", "EP2", "ETP2", "CP2", "DP2", "EP2 x CP2, FSDP", "TP2 x CP2 x PP2")
+EVERY_SPLIT = ("EP2", "ETP2", "CP2", "EP2 x CP2, FSDP", "TP2 x CP2 x PP2")
 QUANTIZED_SPLITS = (
-    "fp8_tensorwise, TP2", "fp8_tensorwise, EP2", "fp8_tensorwise, TP2 x CP2 x PP2",
-    "fp8_tensorwise, DP2, FSDP", "mxfp8, ETP2", "nvfp4, VPP2 x PP2",
+    "fp8_tensorwise, EP2", "fp8_tensorwise, TP2 x CP2 x PP2", "mxfp8, ETP2", "nvfp4, PP2",
 )  # fmt: skip
 
 
