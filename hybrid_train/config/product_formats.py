@@ -107,6 +107,11 @@ def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
     }
 
 
+def quantizes(model: Model, precision: Precision) -> bool:
+    """Tell whether any product of a model has quantized operands."""
+    return any(one.quantized for one in formats_of(model, precision).values())
+
+
 def _formats(
     linear: Linear, usual: ProductFormat, rules: Sequence[PrecisionRule], num_layers: int
 ) -> Formats:

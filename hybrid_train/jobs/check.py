@@ -14,7 +14,7 @@ from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import Stretch, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of
+from hybrid_train.config.product_formats import formats_of, quantizes
 from hybrid_train.config.ramp import ramps, run_length
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
@@ -77,14 +77,14 @@ def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
         page: where to print.
         phases: of the run, laid out.
     """
-    tables = [formats_of(one.job.model, one.job.precision) for one in phases]
-    if not any(one.quantized for table in tables for one in table.values()):
+    if not any(quantizes(one.job.model, one.job.precision) for one in phases):
         return
     shown = None
-    for phase, formats in zip(phases, tables, strict=True):
+    for phase in phases:
         precision = phase.job.precision
         if precision == shown:
             continue
+        formats = formats_of(phase.job.model, precision)
         of_phase = "" if shown is None else f" from phase {phase.name} on"
         page.print(
             f"\nFormats of the matrix products{of_phase}; all else is {precision.base.value}",

@@ -13,7 +13,7 @@ from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import compose
 from hybrid_train.config.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of
+from hybrid_train.config.product_formats import quantizes
 from hybrid_train.config.ramp import ramps
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.train import TrainJob
@@ -220,8 +220,7 @@ def _rounding(job: TrainJob, stretches: list[Stretch], own_step: int) -> list[Ho
     """Measure what rounding does where products of any phase are quantized and it is asked for."""
     interval = job.precision.statistics_interval
     jobs = [stretch.job for stretch in stretches]
-    formats = [one for each in jobs for one in formats_of(each.model, each.precision).values()]
-    if not interval or not any(one.quantized for one in formats):
+    if not interval or not any(quantizes(each.model, each.precision) for each in jobs):
         return []
     return [MeasureRounding(Path(job.run_dir), interval, max(own_step, 0))]
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of
+from hybrid_train.config.product_formats import formats_of, quantizes
 from hybrid_train.config.schema.precision import Backend, ProductFormat
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
@@ -42,7 +42,7 @@ def build_model(
         UserError: if the wanted kernels are not there, or another megatron-core is.
     """
     megatron.require_version()
-    quantized = any(one.quantized for one in formats_of(job.model, job.precision).values())
+    quantized = quantizes(job.model, job.precision)
     emulated = quantized and (not on_gpu or job.precision.backend is Backend.emulated)
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
     backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -13,7 +12,7 @@ from hybrid_train.model import plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.model.quantized import emulations_of
 from hybrid_train.precision import native_audit
-from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision.audit import AUDIT, type_in_words
 
 
 def observe(chunks: Iterable[Module]) -> Callable[[], None]:
@@ -60,21 +59,17 @@ def unwrapped(chunk: Module) -> Module:
 
 
 def _noting(linear: Linear, module: Module) -> Callable[..., None]:
-    weight = _name(next(module.parameters()).dtype)
+    weight = type_in_words(next(module.parameters()).dtype)
 
     def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
-        x = _name(inputs[0].dtype)
+        x = type_in_words(inputs[0].dtype)
         AUDIT.note(linear, Product.fprop, x, weight)
         result = output[0] if isinstance(output, tuple) else output
         if result.requires_grad:
             result.register_hook(lambda grad: note_gradients(grad, x))
 
     def note_gradients(grad: Tensor, x: str) -> None:
-        AUDIT.note(linear, Product.dgrad, _name(grad.dtype), weight)
-        AUDIT.note(linear, Product.wgrad, _name(grad.dtype), x)
+        AUDIT.note(linear, Product.dgrad, type_in_words(grad.dtype), weight)
+        AUDIT.note(linear, Product.wgrad, type_in_words(grad.dtype), x)
 
     return note
-
-
-def _name(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,16 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.nn import Module
 
-from hybrid_train.config.product_formats import formats_of
+from hybrid_train.config.product_formats import Linear, formats_of
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.precision import Precision
 from hybrid_train.model import plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.precision.emulated import Emulation, emulation_of, quantized_linear
 from hybrid_train.precision.noise import NOISE
+
+if TYPE_CHECKING:
+    from hybrid_train.precision.delayed import AmaxHistory
 
 
 class QuantizedProducts:
@@ -41,6 +44,7 @@ class QuantizedProducts:
         self._chunks = chunks
         self._seed = seed
         self._group = group
+        self.histories: list[AmaxHistory] = []  # in the same order on all ranks of the group
 
     def use(self, model: Model, precision: Precision) -> None:
         """Let every linear layer multiply in its format; what another phase asked is undone."""
@@ -57,28 +61,31 @@ class QuantizedProducts:
                 module._forward_impl = partial(_split_linear, make())  # type: ignore[assignment]
             else:
                 vars(module).pop("_forward_impl", None)  # the method of its class shows again
+        self.histories = [
+            history
+            for _, module in self._linears()
+            for how in emulations_of(module)
+            for history in how.histories.values()
+        ]
 
     def start_step(self, step: int) -> None:
-        """Set the random bits of a step."""
+        """Set the random bits of a step, and what fp8_delayed has seen in it: nothing yet."""
         NOISE.start_step(self._seed, step, dist.get_rank())
+        for history in self.histories:
+            history.forget()
 
     def end_step(self) -> None:
         """End a step of fp8_delayed: the ranks agree on the largest values that they saw."""
-        histories = [one for how in self._emulations() for one in how.histories.values()]
-        if not histories:
+        if not self.histories:
             return
-        seen = torch.stack([history.seen for history in histories])
+        seen = torch.stack([history.seen for history in self.histories])
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._group)
-        for history, amax in zip(histories, seen, strict=True):
+        for history, amax in zip(self.histories, seen, strict=True):
             history.roll(amax)
 
-    def _linears(self) -> Iterator[tuple[Any, Module]]:
+    def _linears(self) -> Iterator[tuple[Linear, Module]]:
         for chunk in self._chunks:
             yield from linear_modules(chunk)
-
-    def _emulations(self) -> Iterator[Emulation]:
-        for _, module in self._linears():
-            yield from emulations_of(module)
 
 
 def emulations_of(module: Module) -> list[Emulation]:

@@ -1,5 +1,7 @@
 """What the linear layers of this process really multiplied, product by product."""
 
+import torch
+
 from hybrid_train.config.product_formats import Linear
 from hybrid_train.config.schema.precision import Product
 
@@ -30,3 +32,8 @@ class Audit:
 
 
 AUDIT = Audit()
+
+
+def type_in_words(kind: torch.dtype) -> str:
+    """Say what an operand is that is not quantized: "bfloat16"."""
+    return str(kind).removeprefix("torch.")

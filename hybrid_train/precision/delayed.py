@@ -35,7 +35,11 @@ class AmaxHistory:
         scale = torch.div(GRIDS[element].largest, amax).clamp_max(torch.finfo(torch.float32).max)
         return torch.where(amax == 0, 1.0, scale).reciprocal()
 
+    def forget(self) -> None:
+        """Begin a step: what was seen since the last one, in a validation, does not count."""
+        self.seen = torch.zeros_like(self.seen)
+
     def roll(self, amax: Tensor) -> None:
         """End a step in which this was the largest magnitude on all ranks that share the tensor."""
         self._earlier = [amax, *self._earlier][: self._length]
-        self.seen = torch.zeros_like(amax)
+        self.forget()

@@ -19,7 +19,7 @@ from hybrid_train.config.product_formats import Formats, Linear
 from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
 from hybrid_train.ops.linear import add_product
 from hybrid_train.ops.linear import product as linear_product
-from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision.audit import AUDIT, type_in_words
 from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.noise import NOISE
 from hybrid_train.precision.operands import quantize_dequantize
@@ -185,7 +185,7 @@ def _note(how: Emulation, product: Product, left: Tensor, right: Tensor) -> None
         return
     (one, _), (other, _) = OPERANDS[product]
     words = [
-        str(how.scheme(product, operand) or str(tensor.dtype).removeprefix("torch."))
+        str(how.scheme(product, operand) or type_in_words(tensor.dtype))
         for operand, tensor in ((one, left), (other, right))
     ]
     AUDIT.note(how.linear, product, *words)

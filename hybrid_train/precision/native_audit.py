@@ -7,7 +7,6 @@ The operands are objects whose class and quantizer are what is multiplied, whate
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,8 @@ from torch.nn import Module
 
 from hybrid_train.config.product_formats import Linear
 from hybrid_train.config.schema.precision import Product
-from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision import te
+from hybrid_train.precision.audit import AUDIT, type_in_words
 from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
 
 _PRODUCTS = {"TN": Product.fprop, "NN": Product.dgrad, "NT": Product.wgrad}
@@ -27,7 +27,6 @@ _CALLS = {
     "layernorm_linear": "general_gemm",
     "grouped_linear": "general_grouped_gemm",
 }
-_PACKAGE = "transformer_engine.pytorch.module"
 
 
 def is_native(module: Module) -> bool:
@@ -44,8 +43,8 @@ def observe(pairs: Iterable[tuple[Linear, Module]]) -> Callable[[], None]:
     Returns:
         What to call when the step is over.
     """
-    places = {name: importlib.import_module(f"{_PACKAGE}.{name}") for name in _CALLS}
-    return observe_calls(pairs, [(place, _CALLS[name]) for name, place in places.items()])
+    calls = [(te.linear_module(name), function) for name, function in _CALLS.items()]
+    return observe_calls(pairs, calls)
 
 
 def observe_calls(
@@ -121,7 +120,7 @@ def words(operand: Any, product: Product) -> str:
     """Say what an operand is, in the words of the recipes (`Scheme`)."""
     kind = next((name for name in _KINDS if _is_a(operand, name)), None)
     if kind is None:
-        return str(operand.dtype).removeprefix("torch.")
+        return type_in_words(operand.dtype)
     if operand._quantizer is None:
         return f"{kind}, how quantized is unknown"
     return str(_KINDS[kind](operand, product))

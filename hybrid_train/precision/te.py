@@ -5,6 +5,7 @@ Nothing is imported before it is asked for. Files and lines are those of version
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
@@ -24,6 +25,15 @@ def recipe(format: ProductFormat, precision: Precision) -> Any:
     """
     optional.require("transformer_engine", f"precision.format={format.value} on a GPU")
     return _BUILDERS[format](importlib.import_module("transformer_engine.common.recipe"), precision)
+
+
+def linear_module(name: str) -> ModuleType:
+    """Return the module that holds a kind of linear layer, and the function that multiplies in it.
+
+    Args:
+        name: "linear", "layernorm_linear" or "grouped_linear".
+    """
+    return importlib.import_module(f"transformer_engine.pytorch.module.{name}")
 
 
 def fp8_format(format: ProductFormat, precision: Precision) -> str:

@@ -101,9 +101,9 @@ def asynchronous(
 def engine_of(model: str) -> tuple[Any, Callable[[], None]]:
     """Build the engine of a named model; return it with a step on fixed tokens."""
     import torch
+    from fixed_batch import fixed_batch
 
     from hybrid_train.config import compose
-    from hybrid_train.data.batch import Batch
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
     from hybrid_train.model.counts import parameters
@@ -119,9 +119,7 @@ def engine_of(model: str) -> tuple[Any, Callable[[], None]]:
     built = build_model(job, groups, 4096, on_gpu=False)
     print(f"{model}: {parameters(job.model, 4096).total / 1e6:.1f}M parameters with 4096 rows")
     engine = build_engine(job, built, groups, torch.device("cpu"))
-    rows = torch.randint(4096, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(LENGTH).expand(BATCH, -1)
-    batch = Batch(rows[:, :-1], rows[:, 1:], torch.ones(BATCH, LENGTH), positions)
+    batch = fixed_batch(4096, BATCH, LENGTH)
     return engine, lambda: engine.step(iter([batch]), tokens_seen=10**6)
 
 

@@ -54,9 +54,9 @@ def overrides(hidden: int, length: int, format: str) -> list[str]:
 def step_of(lines: list[str], groups: Any) -> Callable[[], None]:
     """Build an engine; return a step on fixed tokens."""
     import torch
+    from fixed_batch import fixed_batch
 
     from hybrid_train.config import compose
-    from hybrid_train.data.batch import Batch
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
     from hybrid_train.runtime.seeds import start_tracker
@@ -65,11 +65,7 @@ def step_of(lines: list[str], groups: Any) -> Callable[[], None]:
     start_tracker()
     built = build_model(job, groups, VOCAB, on_gpu=True)
     engine = build_engine(job, built, groups, torch.device("cuda"))
-    length = job.train.sequence_length
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(VOCAB, (1, length + 1), generator=generator)
-    positions = torch.arange(length).expand(1, -1)
-    batch = Batch(rows[:, :-1], rows[:, 1:], torch.ones(1, length), positions)
+    batch = fixed_batch(VOCAB, 1, job.train.sequence_length)
     return lambda: engine.step(iter([batch]), tokens_seen=10**6)
 
 

@@ -30,9 +30,7 @@ def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
             "M*-", parallel=parallel, precision=Precision(format=ProductFormat.fp8_delayed)
         )
         engine = tiny_engine(job, groups)
-        histories = [
-            one for how in engine.quantized._emulations() for one in how.histories.values()
-        ]
+        histories = engine.quantized.histories
         saw: list[float] = []
         roll = engine.quantized.end_step
 

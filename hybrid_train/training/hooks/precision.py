@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hybrid_train.config import format_table
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import Formats, Linear, formats_of
+from hybrid_train.config.product_formats import Formats, Linear, formats_of, quantizes
 from hybrid_train.config.schema.precision import Precision, Product
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model.observed import observe
@@ -82,7 +82,7 @@ class AuditPrecision(Hook):
 
     def _say(self, formats: Mapping[Linear, Formats], wrong: int) -> None:
         precision = self._job.precision
-        if not any(one.quantized for one in formats.values()):
+        if not quantizes(self._job.model, precision):
             return
         found = "as asked" if not wrong else f"{wrong} products NOT as asked"
         _log.info("matrix products of this step, %s (%s):", found, self._run_dir / AUDIT_NAME)

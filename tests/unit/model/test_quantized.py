@@ -108,6 +108,19 @@ def test_activations_that_are_computed_again_are_quantized_alike(groups: Any) ->
     assert [step(kept) for _ in range(2)] == [step(again) for _ in range(2)]
 
 
+def test_a_validation_does_not_change_the_scales_of_later_steps(groups: Any) -> None:
+    losses = []
+    for validates in (False, True):
+        engine = tiny_engine(job_of(Precision(format=ProductFormat.fp8_delayed)), groups)
+        found = []
+        for _ in range(3):
+            if validates:
+                engine.evaluate([next(microbatches(some_rows(seed=9), 2))])
+            found.append(step(engine))
+        losses.append(found)
+    assert losses[0] == losses[1]
+
+
 def test_a_model_learns_in_four_bits(groups: Any) -> None:
     job = job_of(Precision(format=ProductFormat.nvfp4))
     job.schedule.peak_lr = 1e-2
