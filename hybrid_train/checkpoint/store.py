@@ -171,11 +171,14 @@ def _removed_on_failure(final: Path) -> Iterator[None]:
 def _explained(error: OSError, final: Path) -> UserError:
     """Say what a refusal of the operating system means for the run."""
     if error.errno in _FULL:
-        return UserError(
+        explained = UserError(
             f"the disk is full: {final} could not be written and was removed; older checkpoints "
             "are whole. Free space, or lower checkpoint.keep, and start again: the run resumes"
         )
-    return UserError(
-        f"{final} could not be written: {error}; older checkpoints are whole, and the same command "
-        "goes on from the newest"
-    )
+    else:
+        explained = UserError(
+            f"{final} could not be written: {error}; older checkpoints are whole, and the same "
+            "command goes on from the newest"
+        )
+    explained.kind = "disk"
+    return explained

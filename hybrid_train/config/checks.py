@@ -40,6 +40,7 @@ from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.prepare import DataJob
+from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.show import IndexJob, ShowJob
 from hybrid_train.config.schema.study import StudyJob
@@ -48,7 +49,17 @@ from hybrid_train.config.schema.verify import VerifyJob
 
 _SEARCH_WIDTH = 4096  # how far from a value the nearest legal one is looked for
 
-Job = TrainJob | StudyJob | GenerateJob | CountJob | ConvertJob | VerifyJob | ShowJob | DataJob
+Job = (
+    TrainJob
+    | StudyJob
+    | ResumeJob
+    | GenerateJob
+    | CountJob
+    | ConvertJob
+    | VerifyJob
+    | ShowJob
+    | DataJob
+)
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 
 

@@ -283,6 +283,20 @@ def load(run_dir: Path) -> TrainJob:
         raise ConfigError([_composition_problem(error)], f"read from {path}") from error
 
 
+def reload(run_dir: Path) -> TrainJob:
+    """Read the config of a run and check it for the processes that are here.
+
+    Raises:
+        UserError: if the folder has no config.
+        ConfigError: with every problem found.
+    """
+    job = load(run_dir)
+    job.run_dir = str(run_dir)  # it may have moved
+    if found := _job_problems(job):
+        raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")
+    return job
+
+
 def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
     """Put the schema of the saved kind in place of the general one."""
     kind = OmegaConf.select(saved, f"{group}.kind")

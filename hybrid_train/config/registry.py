@@ -30,6 +30,7 @@ from hybrid_train.config.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
 from hybrid_train.config.schema.show import IndexJob, ShowJob
@@ -43,6 +44,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "train"): TrainJob,
     ("job", "check"): CheckJob,
     ("job", "study"): StudyJob,
+    ("job", "resume"): ResumeJob,
     ("job", "generate"): GenerateJob,
     ("job", "count"): CountJob,
     ("job", "convert"): ConvertJob,

@@ -31,6 +31,7 @@ class Job:
 # A name of two words is a job of a family: `hybrid-train data tokenize`, conf/data_tokenize.yaml.
 JOBS = {
     "train": Job("train a model, or go on with a run that stopped", "hybrid_train.jobs.train"),
+    "resume": Job("go on with a run as its folder says", "hybrid_train.jobs.resume"),
     "check": Job(
         "check a training run for processes=N and print its plan", "hybrid_train.jobs.check"
     ),

@@ -1,6 +1,8 @@
 """One training run from its checks to its summary, as one straight line."""
 
 import logging
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
 from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.record import changes, read_record, record_of, write_record
-from hybrid_train.jobs import history, run_folder
+from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.assemble import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
 from hybrid_train.model import counts
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
+from hybrid_train.tracking import history
 from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.console import Console
 from hybrid_train.tracking.jsonl import FILE_NAME
@@ -80,27 +83,48 @@ def train(job: TrainJob, device: torch.device) -> int:
         if start.is_own and ranks.is_main():
             _say_summary(Path(job.run_dir))
         return 0
+    stop = StopOnSignal()
     stretches = lay_out(job)
     data = _open_data(job, stretches)
     record = _same_data(job, data, state) if start.is_own else record_of(data)
-    builder = PhaseBuilder(data, device, Path(job.run_dir))
+    with attempts.attempt(Path(job.run_dir), state.step, job.runtime.hang_timeout_s) as attempt:
+        if ranks.is_main():
+            compose.freeze(job, Path(job.run_dir))
+            write_record(Path(job.run_dir), record)
+            data.tokenizer.save(Path(job.run_dir) / TOKENIZER)
+        _fit(job, device, start, data, stop)
+        if ranks.is_main():
+            attempt.end(*stop.how_it_ended())
+    if stop.signal is None:
+        return 0
+    _log.info("stopped by %s after a save; the same command goes on", stop.signal.name)
+    return _exit_code(stop.signal)
+
+
+def _exit_code(number: signal.Signals) -> int:
+    """Return 128 + signal; 0 under torchrun after SIGUSR1, which would start the run again."""
+    asked_by_launcher = number is signal.SIGUSR1 and "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if asked_by_launcher else 128 + number
+
+
+def _fit(
+    job: TrainJob, device: torch.device, start: Start, data: RunData, stop: StopOnSignal
+) -> None:
+    """Build the run, train it to its end or until it is stopped, and say what came of it."""
+    run_dir, state, stretches = Path(job.run_dir), start.state(), lay_out(job)
+    builder = PhaseBuilder(data, device, run_dir)
     run = builder.build(at(stretches, state.tokens), state, tokens(job.train.tokens))
     _restore(start, run.engine)
-    if ranks.is_main():
-        compose.freeze(job, Path(job.run_dir))
-        write_record(Path(job.run_dir), record)
-        data.tokenizer.save(Path(job.run_dir) / TOKENIZER)
     peak = peak_flops(device, job.runtime.peak_tflops)
-    saving = SaveCheckpoints(job.checkpoint, Path(job.run_dir), start.own_step)
+    saving = SaveCheckpoints(job.checkpoint, run_dir, start.own_step)
 
     def enter(run: Run, phase: Stretch, before: Stretch) -> None:
         builder.enter(run, phase, before, saving)
 
-    stop = StopOnSignal()
     run.hooks = HookList(
         [
             EnterPhases(stretches, enter),
-            AuditPrecision(Path(job.run_dir), lambda seen: at(stretches, seen).job),
+            AuditPrecision(run_dir, lambda seen: at(stretches, seen).job),
             *_rounding(job, stretches, start.own_step),
             *_hooks(job, run, data, peak),
             saving,
@@ -112,11 +136,7 @@ def train(job: TrainJob, device: torch.device) -> int:
     finally:
         say_through(None)
     if ranks.is_main():
-        _conclude(Path(job.run_dir), peak)
-    if stop.signal is None:
-        return 0
-    _log.info("stopped by %s after a save; the same command goes on", stop.signal.name)
-    return 128 + stop.signal
+        _conclude(run_dir, peak)
 
 
 def _claim(job: TrainJob) -> Start:
@@ -126,10 +146,12 @@ def _claim(job: TrainJob) -> Start:
     def check() -> None:
         check_data(job.data)
         run_folder.require_same_run(job)
+        attempts.require_alone(run_dir)
         sizes = counts.parameters(job.model, job.model.vocab_size or _asked_vocab_size(job))
         run_folder.require_space(run_dir, sizes.total)
         for leftover in drop_partial(run_dir):
             _log.warning("removed %s, which an interrupted save left behind", leftover)
+        attempts.conclude(run_dir)
 
     ranks.main_first(check)
     own = layout.latest(run_dir)
@@ -187,7 +209,7 @@ def _same_data(job: TrainJob, data: RunData, state: TrainState) -> dict[str, Any
     for line in found:
         _log.warning("%s; accepted", line)
     if found and ranks.is_main():
-        history.note(run_dir, "data changed", {"step": state.step, "changes": found})
+        history.note(run_dir, "data changed", step=state.step, changes=found)
     return now
 
 

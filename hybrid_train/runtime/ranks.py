@@ -63,6 +63,24 @@ def main_first(work: Callable[[], None]) -> None:
         raise _everywhere(failure[0])
 
 
+def said_by_main[T](work: Callable[[], T]) -> T:
+    """Do `work` on the main process and return its result everywhere; all fail if it fails there.
+
+    Raises:
+        UserError: on the other processes, with the words of the main process's error.
+    """
+    import torch.distributed as dist
+
+    result: list[T | None] = [None]
+
+    def take() -> None:
+        result[0] = work()
+
+    main_first(take)
+    dist.broadcast_object_list(result, src=0)
+    return result[0]  # type: ignore[return-value]  # it was set on the main process
+
+
 def together[T](work: Callable[[], T]) -> T:
     """Do `work` on every process; all fail if one does, so that none waits for it later.
 

@@ -90,7 +90,9 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
+    explained = UserError(
         f"cannot write {path}: {error.strerror}; make room or permit it, then start the same "
         f"command again: the run goes on from its last checkpoint"
     )
+    explained.kind = "disk"
+    return explained

@@ -19,6 +19,7 @@ from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.model.quantized import QuantizedProducts
 from hybrid_train.optim.megatron import set_learning_rate
 from hybrid_train.optim.schedules import learning_rate
+from hybrid_train.runtime import progress
 from hybrid_train.training import megatron
 from hybrid_train.training.nonfinite import NonFiniteError, first_bad_module
 from hybrid_train.training.objective import Objective
@@ -65,7 +66,9 @@ class Engine:
         rate = learning_rate(self.schedule, tokens_seen - self.rate_offset, self.rate_tokens)
         set_learning_rate(self.optimizer, rate)
         sequences = sequences or self.sequences_per_step
+        progress.enter(progress.DATA, self.steps_done + 1)
         microbatches = self._take(batches, sequences)
+        progress.enter(progress.FORWARD_BACKWARD)
         megatron.zero_gradients(self.chunks)
         self.optimizer.zero_grad()
         AUX_LOSSES.take()  # of forward passes between steps, if there were any
@@ -73,8 +76,10 @@ class Engine:
             self.quantized.start_step(self.steps_done)
         try:
             found = self._run(microbatches, forward_only=False)
+            progress.enter(progress.REDUCE)
             metrics = self._reduce(found, len(microbatches))
             self._require_finite(metrics)
+            progress.enter(progress.OPTIMIZER)
             _, grad_norm, _ = self.optimizer.step()
         except NonFiniteError as error:
             self.finalizer.restore_expert_biases()
@@ -82,6 +87,7 @@ class Engine:
         if self.quantized is not None:
             self.quantized.end_step()
         self.steps_done += 1
+        progress.enter(progress.BETWEEN)
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")
         drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
@@ -89,6 +95,7 @@ class Engine:
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
+        progress.enter(progress.VALIDATION)
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -96,6 +103,7 @@ class Engine:
             found = self._run(self._filled_up(microbatches), forward_only=True)
         for chunk in self.chunks:
             chunk.train()
+        progress.enter(progress.BETWEEN)
         return self._means(found, _sum_over_processes(found.sums))
 
     def forward_only(self, microbatches: list[Batch]) -> None:
@@ -131,6 +139,7 @@ class Engine:
         dist.all_reduce(totals, group=self.groups.dp_cp)
 
         def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+            progress.enter(progress.last().part)  # still there
             return self.objective.forward(model, next(iterator), totals[: len(terms)])
 
         reports = megatron.run_schedule(

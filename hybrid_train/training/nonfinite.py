@@ -16,6 +16,7 @@ class NonFiniteError(UserError):
     """A loss or a gradient is NaN or infinite. Both are sums over all processes."""
 
     everywhere = True
+    kind = "nonfinite"
 
 
 def raise_bad_norm(norm: float) -> None:

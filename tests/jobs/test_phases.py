@@ -1,6 +1,5 @@
 """Runs with sources, blends, packing and phases: what they read, report, refuse and go on with."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from hybrid_train.data.token_files import write_documents
+from hybrid_train.tracking import history
 from tests.jobs.command import Finished, finish, metrics, start, train
 from tests.jobs.kills import (
     STEP_TOKENS,
@@ -140,8 +140,7 @@ def test_data_that_changed_is_refused_by_name_unless_it_is_accepted(
     assert "source web" not in refused.err
     accepted = train(run_dir, *moved, "data.accept_changes=true")
     assert accepted.code == 0, accepted.err
-    (noted,) = map(json.loads, (run_dir / "history.jsonl").read_text().splitlines())
-    assert noted["event"] == "data changed"
+    (noted,) = (event for event in history.read(run_dir) if event["event"] == "data changed")
     assert noted["step"] == 18
     assert "source code, train" in noted["changes"][0]
 

@@ -10,7 +10,7 @@ from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.config.schema.checkpoint import Checkpoint
-from hybrid_train.runtime import ranks
+from hybrid_train.runtime import progress, ranks
 from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
@@ -93,6 +93,7 @@ class SaveCheckpoints(Hook):
 
     def _save(self, run: Run, *, copy: bool) -> None:
         self._finish()
+        progress.enter(progress.SAVE)
         start = time.perf_counter()
         self._saved_step = run.state.step
         saving = store.start(
@@ -106,6 +107,7 @@ class SaveCheckpoints(Hook):
         self._in_flight = _InFlight(saving, start, time.perf_counter() - start)
         if not copy:
             self._finish()
+        progress.enter(progress.BETWEEN)
 
     def _finish(self) -> None:
         if self._in_flight is None:

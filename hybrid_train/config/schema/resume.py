@@ -1,0 +1,12 @@
+"""The root of a resumption: a run folder, which has all the settings."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class ResumeJob:
+    """A run that goes on, or begins, with the config that lies in its folder."""
+
+    run_dir: str = MISSING

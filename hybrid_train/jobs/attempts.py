@@ -1,0 +1,221 @@
+"""One attempt at a run: alone in its folder, noted as it begins, explained when it is over."""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.config.problems import UserError
+from hybrid_train.runtime import progress, ranks
+from hybrid_train.runtime.watchdog import Standstill, Watchdog
+from hybrid_train.tracking import history, last_words
+from hybrid_train.tracking.last_words import Words
+
+ALIVE = Path(last_words.FOLDER) / "alive.json"  # of rank 0; touched while it lives
+TICK_S = 5.0  # how often
+_LOST = ("connection closed", "connection reset", "timed out", "broken pipe", "socket", "nccl")
+
+
+@dataclass
+class Attempt:
+    """The attempt that this process is part of."""
+
+    run_dir: Path
+    number: int
+    over: bool = False  # whether its end is in the history
+
+    def end(self, outcome: str, kind: str, cause: str, found_ranks: tuple[int, ...] = ()) -> None:
+        """Note how it ended; one process does."""
+        self.over = True
+        _note_end(self.run_dir, self.number, outcome, last_words.Cause(kind, cause, found_ranks, 0))
+
+    def leave(self, kind: str, text: str, seen: Standstill | None = None) -> None:
+        """Leave the last words of this process."""
+        sign = progress.last()
+        words = Words(
+            ranks.rank(), kind, text, time.time(), sign.step, sign.part, sign.count,
+            waits=seen.waits if seen else False, stack=seen.stack if seen else "",
+        )  # fmt: skip
+        last_words.leave(self.run_dir, self.number, words)
+
+    def failed(self, error: BaseException) -> None:
+        """Note what this process died of; the history has it at once if all died of the same."""
+        if self.over:
+            return
+        lost = not isinstance(error, UserError) and any(
+            words in str(error).lower() for words in _LOST
+        )
+        kind = last_words.LOST if lost else getattr(error, "kind", "error")
+        text = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        )
+        together = getattr(error, "everywhere", False) or ranks.world_size() == 1
+        if together and ranks.is_main():
+            self.end(history.FAILED, kind, text)
+        elif not together:
+            stack = "".join(traceback.format_exception(error))
+            self.leave(kind, text, Standstill(progress.last(), 0.0, stack, waits=lost))
+
+
+@contextmanager
+def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt]:
+    """Begin an attempt and watch it; every process enters and leaves it.
+
+    Args:
+        run_dir: the run folder, claimed by `require_alone` and `conclude` before.
+        step: step that it goes on from.
+        hang_timeout_s: silence of a process that ends it; 0: any is accepted.
+    """
+    number = ranks.said_by_main(lambda: _begin(run_dir, step))
+    this = Attempt(run_dir, number)
+    alive = run_dir / ALIVE
+
+    def hang(seen: Standstill) -> None:
+        text = f"silent for {seen.seconds:.0f} s"
+        this.leave(last_words.HANG, text, seen)
+        sys.stderr.write(f"[rank {ranks.rank()}] {text}, ended by the watchdog:\n{seen.stack}")
+        sys.stderr.flush()
+
+    def told(number: signal.Signals, seen: Standstill) -> None:
+        this.leave(last_words.TOLD, f"rank {ranks.rank()} was told to end by {number.name}", seen)
+
+    def tick() -> None:
+        if ranks.is_main():
+            os.utime(alive)
+
+    crash = last_words.crash_file(run_dir, number, ranks.rank())
+    with _crash_log(crash), Watchdog(hang_timeout_s, hang, told, tick, TICK_S):
+        try:
+            yield this
+        except BaseException as error:
+            this.failed(error)
+            raise
+    _tidy(this, crash)
+
+
+def _tidy(this: Attempt, crash: Path) -> None:
+    """Leave nothing behind of an attempt that ended in order."""
+    crash.unlink(missing_ok=True)
+    (crash.with_suffix(".json")).unlink(missing_ok=True)
+    if ranks.is_main():
+        (this.run_dir / ALIVE).unlink(missing_ok=True)
+    with suppress(OSError):  # another process still has a file there
+        crash.parent.rmdir()
+
+
+def _begin(run_dir: Path, step: int) -> int:
+    number = 1 + max((one.number for one in history.attempts(history.read(run_dir))), default=0)
+    last_words.folder(run_dir, number).mkdir(parents=True, exist_ok=True)
+    host, job = socket.gethostname(), _slurm_job()
+    history.note(
+        run_dir, history.ATTEMPT, attempt=number, step=step, processes=ranks.world_size(),
+        nodes=max(1, ranks.world_size() // ranks.local_world_size()), host=host, job=job,
+        restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )  # fmt: skip
+    me = {"host": host, "pid": os.getpid(), "started": _started(os.getpid()), "job": job}
+    (run_dir / ALIVE).write_text(json.dumps(me) + "\n", encoding="utf-8")
+    return number
+
+
+@contextmanager
+def _crash_log(path: Path) -> Iterator[IO[str]]:
+    """Have Python write where it was if a signal such as SIGSEGV or SIGBUS ends this process."""
+    with path.open("w", encoding="utf-8") as file:
+        before = faulthandler.is_enabled()
+        faulthandler.enable(file=file)
+        try:
+            yield file
+        finally:
+            faulthandler.disable()
+            if before:
+                faulthandler.enable()
+
+
+def require_alone(run_dir: Path) -> None:
+    """Refuse a folder in which another process trains.
+
+    Raises:
+        UserError: naming that process.
+    """
+    other = _other(run_dir)
+    if other is None or not _lives(other, run_dir):
+        return
+    raise UserError(
+        f"{run_dir} is in use: process {other['pid']} on {other['host']} trains there; wait for "
+        "it, stop it (kill -USR1 saves first), or choose another run_dir=..."
+    )
+
+
+def _other(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((run_dir / ALIVE).read_text(encoding="utf-8"))
+        return found if {"host", "pid", "started", "job"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _lives(other: dict[str, Any], run_dir: Path) -> bool:
+    if other["host"] == socket.gethostname():
+        return _started(other["pid"]) == other["started"] is not None
+    if other["job"] is not None and other["job"] == _slurm_job():
+        return False  # a job runs again only after its processes are gone
+    path = run_dir / ALIVE
+    before = path.stat().st_mtime
+    if time.time() - before > 12 * TICK_S:
+        return False
+    time.sleep(2 * TICK_S + 1)
+    return path.exists() and path.stat().st_mtime != before
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process of this machine began, in ticks since boot; None if it is gone."""
+    try:
+        after_name = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
+    return None if after_name[0] == "Z" else after_name[19]
+
+
+def _slurm_job() -> str | None:
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def conclude(run_dir: Path) -> None:
+    """Explain the end of the last attempt in the history, if nobody did; it must be over."""
+    found = unexplained(run_dir)
+    if found is not None:
+        number, cause = found
+        _note_end(run_dir, number, history.FAILED, cause)
+
+
+def unexplained(run_dir: Path) -> tuple[int, last_words.Cause] | None:
+    """Return number and cause of the last attempt if it is over and nobody noted why."""
+    known = history.attempts(history.read(run_dir))
+    if not known or known[-1].end is not None:
+        return None
+    last = known[-1]
+    alive = run_dir / ALIVE
+    seen = max(last.start, alive.stat().st_mtime if alive.exists() else 0.0)
+    words = last_words.read(run_dir, last.number)
+    return last.number, last_words.cause_of(words, last.processes, seen)
+
+
+def _note_end(run_dir: Path, number: int, outcome: str, cause: last_words.Cause) -> None:
+    newest = layout.latest(run_dir)
+    history.note(
+        run_dir, history.END, at=cause.time or None, attempt=number,
+        step=newest.step if newest else 0, outcome=outcome, kind=cause.kind, cause=cause.text,
+        ranks=list(cause.ranks),
+    )  # fmt: skip

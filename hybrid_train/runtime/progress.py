@@ -1,0 +1,53 @@
+"""Where this process is within its step, and how long each part took.
+
+Who trains says `enter("data")`; the watchdog reads it when nothing is said for too long, and the
+report of slow processes takes the times. One process trains one run, so this is one per process.
+"""
+
+import time
+from dataclasses import dataclass
+
+DATA, FORWARD_BACKWARD, REDUCE, OPTIMIZER = "data", "forward_backward", "reduce", "optimizer"
+SAVE, VALIDATION, BETWEEN, START = "save", "validation", "between steps", "start"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The last sign of life of a process.
+
+    Attributes:
+        count: signs so far; processes of one layout and stage give the same.
+        step: optimizer step that it is in.
+        part: of the step.
+        since: when it said so, of time.monotonic().
+    """
+
+    count: int
+    step: int
+    part: str
+    since: float
+
+
+_last = Sign(0, 0, START, time.monotonic())
+_seconds: dict[str, float] = {}
+
+
+def enter(part: str, step: int | None = None) -> None:
+    """Say that this process is now in a part of the step, or still is."""
+    global _last  # the main thread alone writes it, as a whole
+    now = time.monotonic()
+    _seconds[_last.part] = _seconds.get(_last.part, 0.0) + now - _last.since
+    _last = Sign(_last.count + 1, _last.step if step is None else step, part, now)
+
+
+def last() -> Sign:
+    """Return the last sign; any thread may ask."""
+    return _last
+
+
+def take_seconds() -> dict[str, float]:
+    """Return the seconds of each part since the last call, the present part up to now."""
+    enter(_last.part)
+    taken = dict(_seconds)
+    _seconds.clear()
+    return taken

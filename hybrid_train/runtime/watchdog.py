@@ -1,0 +1,114 @@
+"""A thread that watches the main one: has it stood still for too long, was it told to end?
+
+Python runs signal handlers between two bytecodes of the main thread, so a process that waits in a
+collective never hears a SIGTERM. The C part of Python writes its number to a pipe at once, though,
+and that is where this thread hears of it.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hybrid_train.runtime import progress
+
+_EXIT_CODE = 75  # EX_TEMPFAIL: worth another attempt
+_FRAMES = 25  # of a stack that is kept
+# A process that waits for the others gives the one they wait for the time to speak first.
+_PATIENCE_S = 5.0
+_WAITING = ("torch/distributed/", "/c10d/", "pipeline_parallel/p2p_communication")
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """What the main thread does, as seen from outside.
+
+    Attributes:
+        sign: the last thing that it said.
+        seconds: since then.
+        stack: of the main thread, innermost last.
+        waits: whether it waits for other processes.
+    """
+
+    sign: progress.Sign
+    seconds: float
+    stack: str
+    waits: bool
+
+
+class Watchdog:
+    """Watches as long as the block lasts.
+
+    Args:
+        limit_s: longest silence; 0: any.
+        on_hang: called before this process is ended for its silence.
+        on_signal: called when a signal has arrived, whether or not the main thread can hear it.
+        on_tick: called every `tick_s` while all is well.
+        tick_s: how often this looks.
+    """
+
+    def __init__(
+        self,
+        limit_s: float,
+        on_hang: Callable[[Standstill], None],
+        on_signal: Callable[[signal.Signals, Standstill], None],
+        on_tick: Callable[[], None],
+        tick_s: float = 5.0,
+    ) -> None:
+        self._limit_s = limit_s
+        self._on_hang, self._on_signal, self._on_tick = on_hang, on_signal, on_tick
+        self._tick_s = min(tick_s, limit_s / 4) if limit_s else tick_s
+        self._main = threading.main_thread().ident
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        progress.enter(progress.START)
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._before)
+        self._ended.set()
+        os.write(self._write, b"\0")  # wakes the thread; no signal has this number
+        self._thread.join()
+        os.close(self._write)
+        os.close(self._read)
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            ready, _, _ = select.select([self._read], [], [], self._tick_s)
+            if self._ended.is_set():
+                return
+            for number in os.read(self._read, 64) if ready else b"":
+                self._on_signal(signal.Signals(number), self._look())
+            if not ready:
+                self._on_tick()
+            self._check()
+
+    def _check(self) -> None:
+        silence_s = time.monotonic() - progress.last().since
+        if not self._limit_s or silence_s < self._limit_s:
+            return
+        seen = self._look()
+        if seen.waits and silence_s < self._limit_s + _PATIENCE_S:
+            return
+        self._on_hang(seen)
+        # The main thread cannot be interrupted where it is; what could be saved was saved before.
+        os._exit(_EXIT_CODE)
+
+    def _look(self) -> Standstill:
+        sign = progress.last()
+        frame = sys._current_frames().get(self._main or 0)
+        frames = traceback.extract_stack(frame)[-_FRAMES:] if frame else []
+        stack = "".join(traceback.format_list(frames))
+        waits = bool(frames) and any(part in frames[-1].filename for part in _WAITING)
+        return Standstill(sign, time.monotonic() - sign.since, stack, waits)
