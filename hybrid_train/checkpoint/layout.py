@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ FOLDER = "checkpoints"
 POSITION = "position.json"
 TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -87,6 +89,14 @@ def complete(run_dir: Path) -> list[Found]:
     """List the complete checkpoints of a run, oldest first."""
     found = [_found(path) for path in (run_dir / FOLDER).glob("step_*")]
     return sorted((one for one in found if one is not None), key=lambda one: one.step)
+
+
+def set_aside(found: Found) -> Path:
+    """Give a damaged checkpoint a name under which no run takes it for one; return its place."""
+    place = found.path.with_name(found.path.name + DAMAGED)
+    if place.exists():
+        shutil.rmtree(place)
+    return found.path.rename(place)
 
 
 def latest(run_dir: Path) -> Found | None:

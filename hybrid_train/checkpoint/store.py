@@ -4,7 +4,7 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybrid_train.checkpoint import layout, megatron
+from hybrid_train.checkpoint import checksums, layout, megatron
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
@@ -21,6 +21,7 @@ from hybrid_train.checkpoint.writing import InThread, Part, Writing
 from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 
+DISK = "disk"  # kind of the errors of a disk that is full, or refuses
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
@@ -132,6 +133,31 @@ def load(found: layout.Found, content: Content) -> dict[str, Any]:
     return found.position()
 
 
+def newest_sound(
+    run_dir: Path, set_aside: Callable[[layout.Found, str], None]
+) -> layout.Found | None:
+    """Find the newest checkpoint that is as it was written; every process calls this.
+
+    Args:
+        run_dir: the run folder.
+        set_aside: called on the first process for each damaged one, which is there no longer then.
+    """
+    while (found := layout.latest(run_dir)) is not None:
+        damaged = damages(found)
+        if not damaged:
+            return found
+        ranks.main_first(lambda: set_aside(found, damaged))  # noqa: B023  called at once
+    return None
+
+
+def damages(found: layout.Found) -> str:
+    """Compare a checkpoint with its checksums, each process its share; say what is wrong."""
+    here = checksums.damages(found.path, part=ranks.rank(), parts=ranks.world_size())
+    everywhere: list[list[str]] = [[]] * ranks.world_size()
+    dist.all_gather_object(everywhere, here)
+    return ", ".join(one for share in everywhere for one in share)
+
+
 def _partial(final: Path) -> Path:
     return final.with_name(final.name + layout.PARTIAL)
 
@@ -145,6 +171,7 @@ def _empty(folder: Path) -> None:
 def _publish(partial: Path, saving: Saving) -> None:
     write_plan(partial, saving.plan)
     layout.write_position(partial, saving.position)
+    checksums.write(partial, saving.writing.sums)
     layout.sync(partial)
     if saving.final.exists():
         shutil.rmtree(saving.final)
@@ -180,5 +207,5 @@ def _explained(error: OSError, final: Path) -> UserError:
             f"{final} could not be written: {error}; older checkpoints are whole, and the same "
             "command goes on from the newest"
         )
-    explained.kind = "disk"
+    explained.kind = DISK
     return explained

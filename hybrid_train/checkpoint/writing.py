@@ -4,7 +4,7 @@ import pickle
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.metadata import Metadata
 
+from hybrid_train.checkpoint import checksums
 from hybrid_train.runtime import ranks
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)  # Megatron's words
@@ -54,6 +55,7 @@ class Part:
     """What came of the part of one process."""
 
     results: bytes = b""  # torch's description of what was written, pickled beside training
+    sums: dict[str, checksums.Sum] = field(default_factory=dict)  # of the files, by name
     failure: str = ""
     errno: int | None = None  # of the operating system, if the failure came from there
 
@@ -72,6 +74,7 @@ class Writing:
     ) -> None:
         self._folder, self._writer, self._metadata = folder, writer, metadata
         self._results = b""
+        self._sums: dict[str, checksums.Sum] = {}
         self._thread = InThread(self._write)
 
     def _write(self) -> None:
@@ -84,6 +87,7 @@ class Writing:
             if isinstance(outcome, Exception):
                 raise outcome
             results += outcome
+            self._sums[bucket[1]] = checksums.of_file(self._folder / bucket[1])
         self._writer.write_buckets = None  # and with it the copy in host memory
         self._results = pickle.dumps(results)
 
@@ -106,7 +110,7 @@ class Writing:
         """
         self.wait()
         error = self._thread.failure
-        part = Part(self._results)
+        part = Part(self._results, self._sums)
         if error is not None:
             part = Part(failure=f"{type(error).__name__}: {error}", errno=_errno(error))
         parts: list[Any] | None = [None] * dist.get_world_size() if ranks.is_main() else None
@@ -120,6 +124,7 @@ class Writing:
         results = [pickle.loads(part.results) for part in parts]
         self._writer.finish(self._metadata, results)
         save_config(_FORMAT, str(self._folder))
+        self.sums = {name: one for part in parts for name, one in part.sums.items()}
 
 
 def _require_all(parts: list[Part]) -> None:

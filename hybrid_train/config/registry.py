@@ -30,6 +30,7 @@ from hybrid_train.config.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
@@ -69,6 +70,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("schedule", "wsd"): Wsd,
     ("objective", "next_token"): NextToken,
     ("checkpoint", "base"): Checkpoint,
+    ("recovery", "base"): Recovery,
     ("tracking", "base"): Tracking,
     ("runtime", "base"): Runtime,
 }

@@ -52,14 +52,11 @@ class Attempt:
         """Note what this process died of; the history has it at once if all died of the same."""
         if self.over:
             return
-        lost = not isinstance(error, UserError) and any(
-            words in str(error).lower() for words in _LOST
-        )
+        alone, known = ranks.world_size() == 1, isinstance(error, UserError)
+        lost = not (alone or known) and any(words in str(error).lower() for words in _LOST)
         kind = last_words.LOST if lost else getattr(error, "kind", "error")
-        text = (
-            f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
-        )
-        together = getattr(error, "everywhere", False) or ranks.world_size() == 1
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        together = getattr(error, "everywhere", False) or alone
         if together and ranks.is_main():
             self.end(history.FAILED, kind, text)
         elif not together:

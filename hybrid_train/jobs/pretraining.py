@@ -31,11 +31,12 @@ from hybrid_train.runtime.logs import say_through
 from hybrid_train.tracking import history
 from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.console import Console
-from hybrid_train.tracking.jsonl import FILE_NAME
+from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.plots import plot_losses
 from hybrid_train.tracking.summary import summarise
 from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.tracker import FanOut
+from hybrid_train.training.bad_steps import BadSteps
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook, HookList
 from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of
@@ -43,7 +44,9 @@ from hybrid_train.training.hooks.garbage import CollectGarbage
 from hybrid_train.training.hooks.metrics import LogMetrics
 from hybrid_train.training.hooks.phases import EnterPhases
 from hybrid_train.training.hooks.precision import AuditPrecision, MeasureRounding
+from hybrid_train.training.hooks.recovery import Recover
 from hybrid_train.training.hooks.stop import StopOnSignal
+from hybrid_train.training.hooks.stragglers import CompareProcesses
 from hybrid_train.training.hooks.validation import Validate
 from hybrid_train.training.loop import Run, fit
 from hybrid_train.training.state import TrainState
@@ -83,7 +86,7 @@ def train(job: TrainJob, device: torch.device) -> int:
         if start.is_own and ranks.is_main():
             _say_summary(Path(job.run_dir))
         return 0
-    stop = StopOnSignal()
+    stop = StopOnSignal(job.recovery.time_limit_s)
     stretches = lay_out(job)
     data = _open_data(job, stretches)
     record = _same_data(job, data, state) if start.is_own else record_of(data)
@@ -95,10 +98,10 @@ def train(job: TrainJob, device: torch.device) -> int:
         _fit(job, device, start, data, stop)
         if ranks.is_main():
             attempt.end(*stop.how_it_ended())
-    if stop.signal is None:
-        return 0
-    _log.info("stopped by %s after a save; the same command goes on", stop.signal.name)
-    return _exit_code(stop.signal)
+    outcome, _, cause, _ = stop.how_it_ended()
+    if outcome == history.STOPPED:
+        _log.info("%s; the same command goes on", cause)
+    return 0 if stop.signal is None else _exit_code(stop.signal)
 
 
 def _exit_code(number: signal.Signals) -> int:
@@ -115,8 +118,10 @@ def _fit(
     builder = PhaseBuilder(data, device, run_dir)
     run = builder.build(at(stretches, state.tokens), state, tokens(job.train.tokens))
     _restore(start, run.engine)
+    run.bad_steps = _bad_steps(job, run_dir, start)
     peak = peak_flops(device, job.runtime.peak_tflops)
-    saving = SaveCheckpoints(job.checkpoint, run_dir, start.own_step)
+    failures = job.recovery.max_failed_saves
+    saving = SaveCheckpoints(job.checkpoint, run_dir, start.own_step, failures)
 
     def enter(run: Run, phase: Stretch, before: Stretch) -> None:
         builder.enter(run, phase, before, saving)
@@ -127,6 +132,8 @@ def _fit(
             AuditPrecision(run_dir, lambda seen: at(stretches, seen).job),
             *_rounding(job, stretches, start.own_step),
             *_hooks(job, run, data, peak),
+            *([CompareProcesses(job.recovery, run_dir)] if _compares(job) else []),
+            Recover(job.recovery, run_dir, saving.settle),
             saving,
             stop,  # last: until the last save is done, a signal must not end the process
         ]
@@ -154,7 +161,7 @@ def _claim(job: TrainJob) -> Start:
         attempts.conclude(run_dir)
 
     ranks.main_first(check)
-    own = layout.latest(run_dir)
+    own = store.newest_sound(run_dir, _set_aside)
     if own is not None:
         _log.info("going on from %s", own.path)
         return Start(own, is_own=True)
@@ -162,9 +169,22 @@ def _claim(job: TrainJob) -> Start:
         return Start(None)
     found = layout.locate(Path(job.checkpoint.load))
     run_folder.require_same_model(job, found)
+    if damaged := store.damages(found):
+        error = UserError(f"{found.path} is damaged: {damaged}; take another checkpoint")
+        error.everywhere = True
+        raise error
     weights_only = job.checkpoint.load_only is not None
     _log.info("starting from %s of %s", "the weights" if weights_only else "all", found.path)
     return Start(found, weights_only)
+
+
+def _set_aside(found: layout.Found, damaged: str) -> None:
+    place = layout.set_aside(found)
+    before = layout.latest(found.run_dir)
+    instead = f"step {before.step}" if before else "the start"
+    _log.warning("%s is damaged: %s", found.path, damaged)
+    _log.warning("it is now %s, and the run goes on from %s", place, instead)
+    history.note(found.run_dir, "fallback", step=found.step, damage=damaged, instead=instead)
 
 
 def _asked_vocab_size(job: TrainJob) -> int:
@@ -221,6 +241,22 @@ def _restore(start: Start, engine: Engine) -> None:
         engine.optimizer.reload_model_params()
     else:
         store.load(start.found, content_of(engine))
+
+
+def _bad_steps(job: TrainJob, run_dir: Path, start: Start) -> BadSteps:
+    """Go on to judge losses with those that a run that goes on has had."""
+
+    def before() -> list[dict[str, float]]:
+        path = run_dir / FILE_NAME
+        lines = read_metrics(path) if start.is_own and path.exists() else []
+        return [line for line in lines if line["step"] <= start.own_step]
+
+    lines = ranks.said_by_main(lambda: before()[-2 * job.recovery.spike_window :])
+    return BadSteps(job.recovery, lines)
+
+
+def _compares(job: TrainJob) -> bool:
+    return ranks.world_size() > 1 and job.recovery.straggler_interval > 0
 
 
 def _hooks(job: TrainJob, run: Run, data: RunData, peak: Peak) -> list[Hook]:

@@ -1,5 +1,6 @@
 """Claims the folder of a run: new, or that of the same run."""
 
+import contextlib
 import dataclasses
 import enum
 import logging
@@ -23,6 +24,7 @@ _MAY_CHANGE = (
     "runtime.",
     "tracking.",
     "checkpoint.",
+    "recovery.",
     "parallel.",
     "train.tokens",
     "train.microbatch",
@@ -83,8 +85,7 @@ def _moved_phases(
     saved: TrainJob, job: TrainJob, run_dir: Path
 ) -> list[tuple[str, object, object]]:
     """List phases that have begun and are not as they were; those to come may change."""
-    newest = layout.latest(run_dir)
-    seen = newest.position()["tokens"] if newest else 0
+    seen = _tokens_seen(run_dir)
     before, now = lay_out(saved), lay_out(job)
     found: list[tuple[str, object, object]] = []
     for number, old in enumerate(before):
@@ -107,6 +108,14 @@ def _moved_phases(
             if name in FIXED and value != getattr(saved.train.phases[number], name)
         ]
     return found
+
+
+def _tokens_seen(run_dir: Path) -> int:
+    """Return the tokens of the newest checkpoint that says how many it has."""
+    for found in reversed(layout.complete(run_dir)):
+        with contextlib.suppress(UserError):  # it is damaged, and will be set aside
+            return int(found.position()["tokens"])
+    return 0
 
 
 def require_same_model(job: TrainJob, found: layout.Found) -> None:

@@ -49,18 +49,18 @@ def main_first(work: Callable[[], None]) -> None:
     """
     import torch.distributed as dist
 
-    failure: list[str | None] = [None]
+    failure: list[tuple[str, str] | None] = [None]
     try:
         if is_main():
             work()
     except Exception as error:
-        failure[0] = str(error)
+        failure[0] = str(error), getattr(error, "kind", UserError.kind)
         error.everywhere = True  # type: ignore[attr-defined]  # the others raise it too
         raise
     finally:
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise _everywhere(failure[0])
+        raise _everywhere(*failure[0])
 
 
 def said_by_main[T](work: Callable[[], T]) -> T:
@@ -107,7 +107,7 @@ def together[T](work: Callable[[], T]) -> T:
     return result
 
 
-def _everywhere(words: str) -> UserError:
+def _everywhere(words: str, kind: str = UserError.kind) -> UserError:
     error = UserError(words)
-    error.everywhere = True
+    error.everywhere, error.kind = True, kind
     return error

@@ -111,9 +111,9 @@ def cause_of(words: Sequence[Words], processes: int, alive: float | None) -> Cau
         first = min(own, key=lambda one: one.time)
         alike = tuple(one.rank for one in own if one.kind == first.kind)
         return Cause(first.kind, f"{_ranks(alike[:1])}{_at(first)}: {first.text}", alike, last)
-    if any(one.kind == HANG or _timed_out(one) for one in words):
-        return _hang(words, last)
     silent = tuple(sorted(set(range(processes)) - {one.rank for one in words}))
+    if any(one.kind == HANG or _timed_out(one) for one in words):
+        return _hang(words, silent, last)
     if silent:
         plural = "was" if len(silent) == 1 else "were"
         text = f"{_ranks(silent)} {plural} killed, without a word"
@@ -126,8 +126,14 @@ def cause_of(words: Sequence[Words], processes: int, alive: float | None) -> Cau
     return Cause(LOST, f"the processes lost each other{_at(first)}: {first.text}", (), last)
 
 
-def _hang(words: Sequence[Words], last: float | None) -> Cause:
-    """Name who kept the others waiting: who gave fewest signs of life and does not wait itself."""
+def _hang(words: Sequence[Words], silent: tuple[int, ...], last: float | None) -> Cause:
+    """Name who kept the others waiting: who can say nothing at all, or gave fewest signs of life.
+
+    A process that waits for others itself is named only if all do.
+    """
+    if silent:
+        text = f"{_ranks(silent)} stood still and could not even say where"
+        return Cause(HANG, f"{text}{_where(words)}", silent, last)
     busy = [one for one in words if not one.waits] or list(words)
     fewest = min(one.signs for one in busy)
     late = [one for one in busy if one.signs == fewest]

@@ -62,6 +62,7 @@ METRICS: dict[str, Metric] = {
         Metric("lr", "", "learning rate of the step", "{:.2e}".format),
         Metric("global_batch", "sequences", "size of a batch that grows", _whole, "batch"),
         Metric("grad_norm", "", "norm of the gradient before clipping", "{:.3f}".format),
+        Metric("skipped", "", "1 where the update was not made; history.jsonl says why", _whole),
         Metric("tokens_per_s", "tokens/s", "speed of all ranks", show_tokens, "tok/s"),
         Metric("step_time_s", "s", "wall time of the step", show_step_time, "time"),
         Metric("mfu", "", "share of the peak that the model's FLOPs reach", "{:.1%}".format, "MFU"),

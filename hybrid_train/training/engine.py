@@ -21,6 +21,7 @@ from hybrid_train.optim.megatron import set_learning_rate
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.runtime import progress
 from hybrid_train.training import megatron
+from hybrid_train.training.bad_steps import BadSteps, SpikeError
 from hybrid_train.training.nonfinite import NonFiniteError, first_bad_module
 from hybrid_train.training.objective import Objective
 from hybrid_train.training.report import StepReport
@@ -50,7 +51,12 @@ class Engine:
     steps_done: int = 0
 
     def step(
-        self, batches: Iterator[Batch], *, tokens_seen: int, sequences: int | None = None
+        self,
+        batches: Iterator[Batch],
+        *,
+        tokens_seen: int,
+        sequences: int | None = None,
+        bad_steps: BadSteps | None = None,
     ) -> StepReport:
         """Train on one global batch.
 
@@ -58,9 +64,11 @@ class Engine:
             batches: where this rank takes its microbatches from.
             tokens_seen: by all ranks before this step; the schedule looks at it.
             sequences: of the global batch, in a run whose batch grows.
+            bad_steps: which steps are skipped: without an update, parameters as before.
 
         Raises:
-            NonFiniteError: if loss or gradient is not finite; parameters are as before the step.
+            NonFiniteError: if loss or gradient is not finite and such steps are not skipped;
+                parameters are as before the step.
         """
         start = time.perf_counter()
         rate = learning_rate(self.schedule, tokens_seen - self.rate_offset, self.rate_tokens)
@@ -79,19 +87,27 @@ class Engine:
             progress.enter(progress.REDUCE)
             metrics = self._reduce(found, len(microbatches))
             self._require_finite(metrics)
+            if bad_steps is not None:
+                bad_steps.require_usual(metrics["loss"])
             progress.enter(progress.OPTIMIZER)
             _, grad_norm, _ = self.optimizer.step()
-        except NonFiniteError as error:
+            skipped = ""
+        except (NonFiniteError, SpikeError) as error:
             self.finalizer.restore_expert_biases()
-            raise self._located(error, microbatches) from None
-        if self.quantized is not None:
+            skipped, grad_norm = self._located(error, microbatches), math.nan
+            metrics["skipped"] = 1.0
+            if isinstance(error, NonFiniteError) and not (bad_steps and bad_steps.skips_nonfinite):
+                raise self._given_up(skipped) from None
+        if self.quantized is not None and not skipped:
             self.quantized.end_step()
+        if bad_steps is not None:
+            bad_steps.skipped() if skipped else bad_steps.took(metrics["loss"])
         self.steps_done += 1
         progress.enter(progress.BETWEEN)
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")
         drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
-        return StepReport(loss, float(grad_norm), rate, seconds, sequences, drawn, metrics)
+        return StepReport(loss, float(grad_norm), rate, seconds, sequences, skipped, drawn, metrics)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
@@ -201,14 +217,18 @@ class Engine:
             if not -float("inf") < metrics[name] < float("inf"):
                 raise NonFiniteError(f"{name} is {metrics[name]}")
 
-    def _located(self, error: NonFiniteError, microbatches: list[Batch]) -> NonFiniteError:
-        """Say at which step, on which rank and in which module it began."""
-        stage = self.groups.pp.rank()
+    def _located(self, error: NonFiniteError | SpikeError, microbatches: list[Batch]) -> str:
+        """Say what was wrong; of what is not finite also on which rank and in which module."""
+        if isinstance(error, SpikeError):
+            return str(error)
         culprit = first_bad_module(
-            self.chunks, lambda: self.forward_only(microbatches), stage=stage
+            self.chunks, lambda: self.forward_only(microbatches), stage=self.groups.pp.rank()
         )
+        return f"{error}; {culprit}"
+
+    def _given_up(self, words: str) -> NonFiniteError:
         return NonFiniteError(
-            f"step {self.steps_done + 1}: {error}; {culprit}. Nothing was updated; the last "
+            f"step {self.steps_done + 1}: {words}. Nothing was updated; the last "
             "checkpoint is good. Go on from it in another folder with a lower learning rate or "
             "other data: run_dir=... checkpoint.load=... schedule.peak_lr=... train.seed=..."
         )

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import Loader
+from hybrid_train.training.bad_steps import BadSteps
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import HookList
 from hybrid_train.training.state import TrainState
@@ -20,6 +22,7 @@ class Run:
         validation: what the present phase is validated on; iterate it once for each.
         flops_per_token: of training, in the present phase.
         token_budget: tokens of the whole run.
+        bad_steps: which steps are not taken.
         state: its position.
         hooks: what reacts to the loop.
         stop_requested: set by a hook, on all ranks alike.
@@ -28,6 +31,7 @@ class Run:
     engine: Engine
     batches: Loader
     token_budget: int
+    bad_steps: BadSteps = field(default_factory=lambda: BadSteps(Recovery()))
     validation: Iterable[Batch] | None = None
     flops_per_token: float = 0.0
     state: TrainState = field(default_factory=TrainState)
@@ -47,7 +51,10 @@ def fit(run: Run) -> TrainState:
         while not (run.is_complete or run.stop_requested):
             run.hooks.step_start(run)
             report = run.engine.step(
-                run.batches, tokens_seen=run.state.tokens, sequences=run.batches.global_batch
+                run.batches,
+                tokens_seen=run.state.tokens,
+                sequences=run.batches.global_batch,
+                bad_steps=run.bad_steps,
             )
             run.state.advance(
                 tokens=report.sequences * run.engine.sequence_length,

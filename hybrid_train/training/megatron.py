@@ -16,7 +16,7 @@ from torch.nn import Module
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision
 from hybrid_train.model.megatron import FLOAT32
-from hybrid_train.runtime import cpu
+from hybrid_train.runtime import cpu, progress
 from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]
@@ -112,6 +112,7 @@ class Finalizer:
 
     def __call__(self, chunks: Chunks, *args: Any, **kwargs: Any) -> None:
         """Take the place of `finalize_model_grads`."""
+        progress.enter(progress.REDUCE)  # from here on processes wait for each other
         self.expert_counts, self._biases = {}, []
         for chunk in chunks:
             for module in chunk.module.modules():

@@ -12,5 +12,6 @@ class StepReport:
     lr: float
     seconds: float
     sequences: int  # of the global batch
+    skipped: str = ""  # why the update was not made; empty: it was
     source_tokens: dict[str, int] = field(default_factory=dict)  # labels, where there are several
     metrics: dict[str, float] = field(default_factory=dict)  # by name of tracking/metrics.py

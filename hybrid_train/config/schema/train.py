@@ -13,6 +13,7 @@ from hybrid_train.config.schema.objective import NextToken
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision, PrecisionRule
+from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.tracking import Tracking
@@ -104,5 +105,6 @@ class TrainJob:
     schedule: Schedule = field(default_factory=Schedule)
     objective: NextToken = field(default_factory=NextToken)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    recovery: Recovery = field(default_factory=Recovery)
     tracking: Tracking = field(default_factory=Tracking)
     runtime: Runtime = field(default_factory=Runtime)

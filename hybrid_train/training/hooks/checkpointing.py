@@ -1,5 +1,6 @@
 """Saves the run at an interval, at its end, and when it is stopped."""
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
+from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.runtime import progress, ranks
+from hybrid_train.tracking import history
 from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
@@ -42,19 +45,43 @@ class SaveCheckpoints(Hook):
     gives it its name when a step finds it written by all processes; the next save waits for that.
     """
 
-    def __init__(self, settings: Checkpoint, run_dir: Path, saved_step: int) -> None:
+    def __init__(
+        self, settings: Checkpoint, run_dir: Path, saved_step: int, max_failed: int = 0
+    ) -> None:
+        """Take the settings.
+
+        Args:
+            settings: how often, how many.
+            run_dir: the run folder.
+            saved_step: of the newest checkpoint of this run.
+            max_failed: saves in a row that may fail for the disk while the run goes on.
+        """
         self._settings = settings
+        self._max_failed, self._failed = max_failed, 0
         self._run_dir = run_dir
-        self._saved_step = saved_step  # of the newest checkpoint of this run
+        self._saved_step = saved_step
         self._in_flight: _InFlight | None = None
         self._plan = KeptPlan()
 
     def step_end(self, run: Run, report: StepReport) -> None:
-        if self._in_flight is not None and self._is_done(self._in_flight):
-            self._finish()
-        interval = self._settings.interval
-        if interval and run.state.step % interval == 0:
-            self._save(run, copy=self._settings.async_save)
+        try:
+            if self._in_flight is not None and self._is_done(self._in_flight):
+                self._finish()
+            interval = self._settings.interval
+            if interval and run.state.step % interval == 0:
+                self._save(run, copy=self._settings.async_save)
+        except UserError as error:
+            self._failed += 1
+            if error.kind != store.DISK or self._failed > self._max_failed:
+                raise
+            self._saved_step = -1  # whatever was in flight: the next save is not left out
+            _log.warning("the run goes on, and saves again in %d steps: %s", interval, error)
+            if ranks.is_main():
+                self._note(run.state.step, str(error))
+
+    def _note(self, step: int, cause: str) -> None:
+        with contextlib.suppress(OSError):  # the disk of the history is that of the checkpoints
+            history.note(self._run_dir, "save failed", step=step, cause=cause)
 
     def _is_done(self, in_flight: _InFlight) -> bool:
         start = time.perf_counter()
@@ -68,6 +95,10 @@ class SaveCheckpoints(Hook):
 
     def fit_end(self, run: Run) -> None:
         self.save_now(run)
+
+    def settle(self) -> None:
+        """Have no save in flight when this returns; every process calls it."""
+        self._finish()
 
     def save_now(self, run: Run) -> None:
         """Have the present step on disk when this returns; every process calls it."""
@@ -115,6 +146,7 @@ class SaveCheckpoints(Hook):
         done, self._in_flight = self._in_flight, None
         start = time.perf_counter()
         path = done.saving.finish()
+        self._failed = 0
         end = time.perf_counter()
         waited_s = done.waited_s + end - start
         _log.info("saved %s in %.1f s, training waited %.1f s", path, end - done.start, waited_s)

@@ -1,6 +1,7 @@
-"""Stops the run between two steps when any of its processes got a signal."""
+"""Stops the run between two steps when any of its processes got a signal, or time is up."""
 
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,16 @@ from hybrid_train.training.report import StepReport
 class StopOnSignal(Hook):
     """All processes agree on the signal, so that all save the same step."""
 
-    def __init__(self) -> None:
+    def __init__(self, time_limit_s: float | None = None) -> None:
+        """Listen from now on.
+
+        Args:
+            time_limit_s: how long from now; None: for ever. The clock of rank 0 counts.
+        """
         self.signal: signal.Signals | None = None
         self._rank = 0  # the last of those that got it
+        self._end = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._limit_s, self._time_is_up = time_limit_s, False
         self._signals = StopSignals()
 
     def fit_start(self, run: Run) -> None:
@@ -28,18 +36,25 @@ class StopOnSignal(Hook):
 
     def _agree(self, run: Run) -> None:
         mine = self._signals.received or 0
-        told = torch.tensor([mine, dist.get_rank() + 1 if mine else 0], device=run.engine.device)
+        rank = dist.get_rank()
+        late = rank == 0 and self._end is not None and time.monotonic() > self._end
+        told = torch.tensor([mine, rank + 1 if mine else 0, late], device=run.engine.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        number, rank = told.tolist()
+        number, rank, time_is_up = told.tolist()
+        if time_is_up:
+            self._time_is_up = run.stop_requested = True
         if number:
             self.signal, self._rank = signal.Signals(number), rank - 1
             run.stop_requested = True
 
     def how_it_ended(self) -> tuple[str, str, str, tuple[int, ...]]:
         """Return outcome, kind, cause and ranks for the history of the run."""
+        if self.signal is None and self._time_is_up:
+            text = f"stopped after a save: recovery.time_limit_s={self._limit_s:g} is over"
+            return history.STOPPED, "clock", text, ()
         if self.signal is None:
             return history.FINISHED, "finished", "all tokens are trained", ()
-        text = f"{self.signal.name} on rank {self._rank}; saved and stopped"
+        text = f"stopped by {self.signal.name} on rank {self._rank} after a save"
         return history.STOPPED, "signal", text, (self._rank,)
 
     def fit_end(self, run: Run) -> None:
