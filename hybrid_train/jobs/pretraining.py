@@ -1,5 +1,6 @@
 """One training run from its checks to its summary, as one straight line."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -86,22 +87,27 @@ def train(job: TrainJob, device: torch.device) -> int:
         if start.is_own and ranks.is_main():
             _say_summary(Path(job.run_dir))
         return 0
-    stop = StopOnSignal(job.recovery.time_limit_s)
-    stretches = lay_out(job)
-    data = _open_data(job, stretches)
-    record = _same_data(job, data, state) if start.is_own else record_of(data)
-    with attempts.attempt(Path(job.run_dir), state.step, job.runtime.hang_timeout_s) as attempt:
-        if ranks.is_main():
-            compose.freeze(job, Path(job.run_dir))
-            write_record(Path(job.run_dir), record)
-            data.tokenizer.save(Path(job.run_dir) / TOKENIZER)
-        _fit(job, device, start, data, stop)
-        if ranks.is_main():
-            attempt.end(*stop.how_it_ended())
+    with contextlib.closing(StopOnSignal(job.recovery.time_limit_s)) as stop:
+        _attempt(job, device, start, stop)
     outcome, _, cause, _ = stop.how_it_ended()
     if outcome == history.STOPPED:
         _log.info("%s; the same command goes on", cause)
     return 0 if stop.signal is None else _exit_code(stop.signal)
+
+
+def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSignal) -> None:
+    """Open the data, refuse what cannot go on, and train; the history says how it ended."""
+    run_dir, state = Path(job.run_dir), start.state()
+    data = _open_data(job, lay_out(job))
+    record = _same_data(job, data, state) if start.is_own else record_of(data)
+    with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
+        if ranks.is_main():
+            compose.freeze(job, run_dir)
+            write_record(run_dir, record)
+            data.tokenizer.save(run_dir / TOKENIZER)
+        _fit(job, device, start, data, stop)
+        if ranks.is_main():
+            attempt.end(*stop.how_it_ended())
 
 
 def _exit_code(number: signal.Signals) -> int:
@@ -135,7 +141,7 @@ def _fit(
             *([CompareProcesses(job.recovery, run_dir)] if _compares(job) else []),
             Recover(job.recovery, run_dir, saving.settle),
             saving,
-            stop,  # last: until the last save is done, a signal must not end the process
+            stop,
         ]
     )
     try:

@@ -59,10 +59,23 @@ def _join_group(device: torch.device, timeout_s: float) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if ranks.world_size() == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()  # alone: no port, no network
+        store: dist.Store = dist.HashStore()  # alone: no port, no network
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        return
+    shared, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store = dist.PrefixStore(_restart(), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _restart() -> str:
+    """Name this start of the workers, where the processes of an earlier one used the same store.
+
+    torchrun 2.11 keeps one store over its restarts (rendezvous.py 189 says otherwise), and gloo
+    would connect to processes that are gone. On several nodes the counts of restarts differ; there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a store of its own, as launch/ sets it.
+    """
+    one_node = ranks.world_size() == ranks.local_world_size()
+    return f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if one_node else ""
 
 
 def _seed(seed: int) -> None:

@@ -62,8 +62,13 @@ def draw(number: int, steps: int, seed: int, of: Sequence[str] | None = None) ->
     places = [30 + apart * place + chance.randrange(max(1, apart // 3)) for place in range(number)]
     return [
         {"id": number, "kind": kind, "step": step, "rank": chance.randrange(PROCESSES)}
-        for number, (kind, step) in enumerate(zip(kinds, places, strict=True))
+        for number, (kind, step) in enumerate(zip(kinds, map(_late, kinds, places), strict=True))
     ]
+
+
+def _late(kind: str, step: int) -> int:
+    """Damage a checkpoint well after the last save began: it must be the one that is read next."""
+    return step // INTERVAL * INTERVAL + 8 if kind == "corrupt" else step
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,10 @@ class SaveCheckpoints(Hook):
         self._plan = KeptPlan()
 
     def step_end(self, run: Run, report: StepReport) -> None:
+        interval = self._settings.interval
         try:
             if self._in_flight is not None and self._is_done(self._in_flight):
                 self._finish()
-            interval = self._settings.interval
             if interval and run.state.step % interval == 0:
                 self._save(run, copy=self._settings.async_save)
         except UserError as error:

@@ -57,8 +57,6 @@ class StopOnSignal(Hook):
         text = f"stopped by {self.signal.name} on rank {self._rank} after a save"
         return history.STOPPED, "signal", text, (self._rank,)
 
-    def fit_end(self, run: Run) -> None:
-        self._signals.restore()
-
-    def fit_failed(self, run: Run) -> None:
+    def close(self) -> None:
+        """Let signals do what they did before; not earlier, or they end a process without a word."""
         self._signals.restore()
