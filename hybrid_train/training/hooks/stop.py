@@ -58,5 +58,5 @@ class StopOnSignal(Hook):
         return history.STOPPED, "signal", text, (self._rank,)
 
     def close(self) -> None:
-        """Let signals do what they did before; not earlier, or they end a process without a word."""
+        """Let signals do what they did before; earlier, they would end a process without a word."""
         self._signals.restore()
