@@ -115,9 +115,7 @@ def _as_seen(machine: Machine, names: list[str]) -> Finding:
         if row[4].isdecimal() and int(row[4]) > _BUSY_MIB
     ]
     if busy:
-        return warning(
-            f"{found}; in use: {', '.join(busy)}", "nvidia-smi shows by which processes"
-        )
+        return warning(f"{found}; in use: {', '.join(busy)}", "nvidia-smi shows by which processes")
     return ok(found)
 
 
