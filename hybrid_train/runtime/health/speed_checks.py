@@ -19,7 +19,7 @@ def measurement(machine: Machine) -> Callable[[], Sequence[DeviceSpeed]]:
     if machine.uses_gpus and isinstance(devices, list) and devices:
         return functools.cache(lambda: speed.measure("cuda", len(devices), threads=1))
     threads = max(1, machine.cores // speed.CPU_PROCESSES)
-    return functools.cache(lambda: speed.measure("cpu", speed.CPU_PROCESSES, threads))
+    return functools.cache(lambda: speed.measure("cpu", speed.CPU_PROCESSES, threads=threads))
 
 
 def matrix_product(machine: Machine) -> Finding:

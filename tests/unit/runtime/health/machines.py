@@ -49,7 +49,7 @@ def torch_library(devices: Sequence[str] = (), **facts: Any) -> Library:
 def cpu_machine(root: Path, **changes: Any) -> Machine:
     """A laptop without a GPU on which all is well."""
     (root / "dev/shm").mkdir(parents=True, exist_ok=True)
-    libraries = {name: ABSENT for name in VERSIONS}
+    libraries = dict.fromkeys(VERSIONS, ABSENT)
     libraries["megatron.core"] = Library(State.working, "0.19.2")
     libraries["torch"] = torch_library()
     well = Machine(
