@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from hybrid_train.config.pins import is_pinned, plain_name, read_pins
+
 TREE = Path(__file__).resolve().parents[1]
 KINDS = ("cpu", "gpu")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -30,17 +32,6 @@ PLAN = ("check", "experiment=nemotron_h_8b", "processes=64")
 TRAINING = ("train", "experiment=tiny_cpu", "data=streams", "train.tokens=2k", "run_dir=run")
 
 
-def pinned_versions(text: str) -> dict[str, str]:
-    """Read the lines `name==version` of a constraints file."""
-    pairs = (line.split("==") for line in text.splitlines() if "==" in line and line[0] != "#")
-    return {plain(name): version.strip() for name, version in pairs}
-
-
-def plain(name: str) -> str:
-    """Write the name of a distribution the one way that names are compared in (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
-
-
 def promised(kind: str) -> list[str]:
     """List what the installed package asks for: always, and for its extra `gpu` in that image."""
     extras = {"cpu": (), "gpu": ("gpu",)}[kind]
@@ -48,19 +39,18 @@ def promised(kind: str) -> list[str]:
     for line in metadata.requires("hybrid_train") or ():
         extra = re.search(r"extra == ['\"](\w+)['\"]", line)
         if extra is None or extra[1] in extras:
-            names.append(plain(re.split(r"[\s\[<>=!~;]", line, maxsplit=1)[0]))
+            names.append(plain_name(re.split(r"[\s\[<>=!~;]", line, maxsplit=1)[0]))
     return names
 
 
-def wrong_version(name: str, pin: str | None) -> str:
+def wrong_version(name: str, pin: str | None, *, rebuilt: bool) -> str:
     """Say what is wrong with the installed version; nothing if it is the pinned one."""
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "missing"
-    # A build of NVIDIA's is of the same release: 2.11.0a0+a6c236b9fd.nv26.03 of 2.11.0.
-    release = re.split(r"a\d+\+|\+", found)[0]
-    return "" if pin in (None, release) else f"{found}, wanted {pin}"
+    right = pin is None or is_pinned(found, pin, rebuilt=rebuilt)
+    return "" if right else f"{found}, wanted {pin}"
 
 
 def wrong_import(name: str) -> str:
@@ -76,9 +66,11 @@ def wrong_import(name: str) -> str:
 
 def wrong_libraries(kind: str, *, imports: bool) -> Iterator[str]:
     """Print a line for each library and yield what is wrong."""
-    pins = pinned_versions((TREE / "constraints.txt").read_text())
+    pins = read_pins((TREE / "constraints.txt").read_text())
     for name in promised(kind):
-        wrong = wrong_version(name, pins.get(name)) or (wrong_import(name) if imports else "")
+        wrong = wrong_version(name, pins.get(name), rebuilt=kind == "gpu")
+        if imports:
+            wrong = wrong or wrong_import(name)
         print(f"{name:20} {wrong or metadata.version(name)}", flush=True)
         if wrong:
             yield f"{name}: {wrong}"
