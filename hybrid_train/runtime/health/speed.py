@@ -19,8 +19,8 @@ from hybrid_train.runtime.health.ending import how_it_ended
 
 CPU_PROCESSES = 2  # the least that have something to tell each other
 PRODUCT_S = 1.0  # of products, and of reductions
-START_S = 60.0  # within which processes have started, met and measured, or are taken for dead
-_MEET_S = 20
+START_S = 120.0  # within which processes have started, met and measured, or are taken for dead
+_MEET_S = 60  # within which the slowest has imported torch, on a busy machine too
 _MOST_ROUNDS = 200
 # Rows and columns of a product, elements of a reduction; large enough that arithmetic and wires,
 # not the start of a kernel, are what is timed.

@@ -52,10 +52,16 @@ def test_a_driver_older_than_the_cuda_of_torch_is_broken(
     tmp_path: Path, version: str, cuda: str, grade: Grade
 ) -> None:
     machine = gpu_machine(tmp_path, ask=smi(f"0, {H100}, {version}, 81559, 4"))
-    machine = with_library(machine, "torch", torch_library([H100], cuda=cuda))
-    found = gpus.driver(machine)
+    found = gpus.driver(with_library(machine, "torch", torch_library(cuda=cuda)))
     assert found.grade is grade
     assert version in found.found
+
+
+def test_an_older_driver_with_which_torch_sees_the_gpus_is_a_warning(tmp_path: Path) -> None:
+    machine = gpu_machine(tmp_path, 1, ask=smi(f"0, {H100}, 570.172.08, 81559, 4"))
+    found = gpus.driver(machine)
+    assert found.grade is Grade.warning
+    assert "580" in found.fix
 
 
 def test_the_version_of_a_driver_is_known_without_nvidia_smi(tmp_path: Path) -> None:
