@@ -29,12 +29,12 @@ def slurm(machine: Machine) -> Finding:
     if version is None:
         return ok(f"job {job}, but no sinfo to ask" if job else "not here: no sinfo")
     if version.code:
-        said = f"sinfo fails: {(version.text.splitlines() or ['it says nothing'])[0]}"
+        said = f"sinfo fails: {version.first_line}"
         fix = "export SLURM_CONF=/PATH/slurm.conf, or ask the administrators"
         return broken(said, fix) if job else warning(said, f"{fix}; runs without SLURM need none")
     controller = machine.ask(["scontrol", "ping"])
     if controller is None or controller.code or " UP" not in controller.text:
-        said = controller.text.splitlines()[0] if controller and controller.text else "no answer"
+        said = controller.first_line if controller else "no scontrol"
         return warning(
             f"{version.text}, but its controller does not answer: {said}",
             "scontrol ping; systemctl status slurmctld on the controller's machine",

@@ -38,7 +38,7 @@ def driver(machine: Machine) -> Finding:
     if not machine.has_driver:
         return _no_driver(machine)
     if answer is not None and answer.code:
-        return broken(f"nvidia-smi fails: {answer.text.splitlines()[0]}", _RECOVER)
+        return broken(f"nvidia-smi fails: {answer.first_line}", _RECOVER)
     version = _driver_version(machine)
     if version is None:
         return warning("loaded, of unknown version", "install nvidia-smi, which comes with it")

@@ -24,6 +24,11 @@ class Answer:
     code: int
     text: str  # of stdout; of stderr where stdout is empty
 
+    @property
+    def first_line(self) -> str:
+        """What it said first."""
+        return next(iter(self.text.splitlines()), "it says nothing")
+
 
 def ask(command: Sequence[str]) -> Answer | None:
     """Run a command and return its answer; None if there is no such command."""
