@@ -1,7 +1,6 @@
 """Imports libraries in a process of their own, since a broken one may end it, and tells of each.
 
-As a program it takes a file to write to and the names of modules; a line of JSON says what is
-tried, and one what came of it.
+As a program it takes a file to write to and the names of modules; it adds a line of JSON for each.
 """
 
 import json
