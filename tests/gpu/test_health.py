@@ -1,4 +1,7 @@
-"""The measurement of `doctor` on GPUs: products and sums are right, and figures come back."""
+"""The measurement of `doctor` on GPUs: products and sums are right, and figures come back.
+
+Written for a GPU and not yet run on one.
+"""
 
 import pytest
 
