@@ -7,13 +7,13 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 
-def conf_files() -> list[tuple[str, list[str]]]:
+def data_files() -> list[tuple[str, list[str]]]:
     """Pair each folder of conf/ with its YAML files, for share/ below the prefix of Python.
 
-    conf/ lies outside the package, so a wheel carries it as data. Paths are relative: setuptools
-    accepts no others.
+    conf/ lies outside the package, so a wheel carries it as data; the pinned versions go along.
+    Paths are relative: setuptools accepts no others.
     """
-    folders: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {"share/hybrid_train": ["constraints.txt"]}
     for file in sorted((ROOT / "conf").rglob("*.yaml")):
         relative = file.relative_to(ROOT)
         folders.setdefault(f"share/hybrid_train/{relative.parent}", []).append(str(relative))
@@ -31,7 +31,7 @@ setup(
     python_requires="==3.12.*",
     packages=find_packages(include=["hybrid_train", "hybrid_train.*"]),
     package_data={"hybrid_train": ["py.typed"]},
-    data_files=conf_files(),
+    data_files=data_files(),
     entry_points={"console_scripts": ["hybrid-train = hybrid_train.__main__:main"]},
     install_requires=[
         "torch==2.11.*",

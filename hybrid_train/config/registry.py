@@ -15,6 +15,7 @@ from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.config.schema.convert import ConvertJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Data, Quickstart
+from hybrid_train.config.schema.doctor import DoctorJob
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.objective import NextToken
@@ -48,6 +49,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "resume"): ResumeJob,
     ("job", "generate"): GenerateJob,
     ("job", "count"): CountJob,
+    ("job", "doctor"): DoctorJob,
     ("job", "convert"): ConvertJob,
     ("job", "verify"): VerifyJob,
     ("job", "data_index"): IndexJob,

@@ -1,8 +1,9 @@
 """The command line: finds the job, composes its config, runs it, and says what went wrong.
 
-Exit codes: 0 done, 1 a fault of the program (with its traceback), 2 something the user can mend
-(one message on stderr), 130 interrupted. A command that ends with 2 before the job starts has
-written nothing. Job modules are imported when they run: help and errors need no torch.
+Exit codes: 0 done, 1 a fault of the program (with its traceback) or, of `doctor`, something broken,
+2 something the user can mend (one message on stderr), 130 interrupted. A command that ends with 2
+before the job starts has written nothing. Job modules are imported when they run: help and errors
+need no torch.
 """
 
 import argparse
@@ -43,6 +44,10 @@ JOBS = {
         "list the experiments that are ready to run", "hybrid_train.jobs.recipes", False
     ),
     "models": Job("list the models that have a name", "hybrid_train.jobs.models", False),
+    "doctor": Job(
+        "examine this machine: libraries, GPUs, limits, speed; what to mend",
+        "hybrid_train.jobs.doctor",
+    ),
     "count": Job(
         "count parameters, tensors, FLOPs and cache of a model", "hybrid_train.jobs.count"
     ),
@@ -77,6 +82,7 @@ FLAGS = {
     "--resolve": "with --cfg: put values in place of ${...}",
     "--info": "say where the config comes from: all, defaults, defaults-tree, searchpath, ...",
     "--multirun": "run every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
+    "--json": "short for json=true, of jobs that print one JSON object if asked: doctor",
     "--version": "print the version",
 }
 FIRST_SPEAKS_S = 5.0
@@ -129,6 +135,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--info", "-i", nargs="?", const="all", choices=_INFO)
     return parser
@@ -146,6 +153,7 @@ def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
     if not options.words:
         return _help_text(None, ()) if options.help or not arguments else _no_job()
     name, words = _job_name(options.words)
+    words += ["json=true"] if options.json else []
     if name in _families():
         if options.help:
             return _help_text(name, ())

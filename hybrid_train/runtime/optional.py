@@ -67,14 +67,26 @@ def status(name: str) -> Status:
     Args:
         name: module name, a key of `LIBRARIES`.
     """
-    library = LIBRARIES[name]
-    if importlib.util.find_spec(name) is None:
+    return look(name, LIBRARIES[name].distribution)
+
+
+def look(module: str, distribution: str) -> Status:
+    """Import a module now and tell what came of it, whether or not it is in the table."""
+    if not _is_installed(module):
         return Status(State.absent)
+    version = _version(distribution)
     try:
-        importlib.import_module(name)
+        importlib.import_module(module)
     except Exception as error:  # an extension that does not fit raises ImportError, OSError, ...
-        return Status(State.broken, _version(library), f"{type(error).__name__}: {error}")
-    return Status(State.working, _version(library))
+        return Status(State.broken, version, f"{type(error).__name__}: {error}")
+    return Status(State.working, version)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that the module is in
+        return False
 
 
 def available(name: str) -> bool:
@@ -106,9 +118,9 @@ def require(name: str, feature: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _version(library: OptionalLibrary) -> str | None:
+def _version(distribution: str) -> str | None:
     """Return the version that was installed; None for a module that nobody installed."""
     try:
-        return metadata.version(library.distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None

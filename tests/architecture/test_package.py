@@ -1,4 +1,4 @@
-"""conf/ and every module reach whoever installs a wheel or unpacks a source distribution."""
+"""conf/, the pinned versions and every module reach whoever installs a wheel, or an sdist."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_a_wheel_holds_every_module(wheel: Path, source_copy: Path) -> None:
     assert {f"hybrid_train/{module}" for module in modules} <= names
 
 
-def test_an_installed_wheel_has_conf_below_its_prefix(
+def test_an_installed_wheel_has_conf_and_the_pinned_versions_below_its_prefix(
     wheel: Path, source_copy: Path, tmp_path: Path
 ) -> None:
     # --ignore-installed: the environment may hold this very version as an editable install.
@@ -49,6 +49,8 @@ def test_an_installed_wheel_has_conf_below_its_prefix(
     subprocess.run(command, cwd=tmp_path, check=True)
     installed = files_below(tmp_path / "share" / "hybrid_train" / "conf", "*.yaml")
     assert installed == files_below(source_copy / "conf", "*.yaml")
+    pins = tmp_path / "share" / "hybrid_train" / "constraints.txt"
+    assert pins.read_text() == (source_copy / "constraints.txt").read_text()
 
 
 def test_a_source_distribution_is_complete(source_copy: Path, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""The job `doctor`: says of this machine, line by line, what is fine and what to mend."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+
+from hybrid_train.config.pins import pinned
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.doctor import DoctorJob
+from hybrid_train.runtime import ranks
+from hybrid_train.runtime.health import probe, speed_checks, table
+from hybrid_train.runtime.health.findings import Finding, Grade
+from hybrid_train.runtime.health.machine import Machine
+
+_NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
+
+
+def run(job: DoctorJob) -> int:
+    """Examine the machine; return 1 if anything is broken."""
+    if ranks.world_size() > 1:
+        raise UserError("doctor runs once on each machine; start it without torchrun")
+    machine = Machine(libraries=probe.libraries(table.MODULES), pins=pinned())
+    machine = dataclasses.replace(machine, measure=speed_checks.measurement(machine))
+    checks = {**table.CHECKS, **(table.MEASUREMENTS if job.measure else {})}
+    found = table.findings(machine, checks)
+    return _tell_json(found) if job.json else _tell_lines(found)
+
+
+def _tell_lines(found: Iterator[tuple[str, Finding]]) -> int:
+    """Print each finding as soon as it is there, and the verdict."""
+    grades = []
+    for name, finding in found:
+        grades.append(finding.grade)
+        words = " ".join(finding.found.split())  # an error may have several lines
+        _say(f"{name:{_NAME_WIDTH}}{finding.grade.value:{_GRADE_WIDTH}}{words}")
+        if finding.fix:
+            _say(f"{'':{_NAME_WIDTH}}{'':{_GRADE_WIDTH}}-> {finding.fix}")
+    worst = worst_of(grades)
+    number = grades.count(Grade.warning), grades.count(Grade.broken)
+    _say(f"\n{len(grades)} checks: {number[0]} warning(s), {number[1]} broken")
+    return int(worst is Grade.broken)
+
+
+def _tell_json(found: Iterator[tuple[str, Finding]]) -> int:
+    listed = list(found)
+    worst = worst_of([finding.grade for _, finding in listed])
+    checks = [
+        {
+            "check": name,
+            "grade": finding.grade.value,
+            "found": finding.found,
+            "fix": finding.fix,
+            "figures": dict(finding.figures),
+        }
+        for name, finding in listed
+    ]
+    _say(json.dumps({"verdict": worst.value, "checks": checks}, indent=2))
+    return int(worst is Grade.broken)
+
+
+def worst_of(grades: list[Grade]) -> Grade:
+    """Return the worst grade; ok if there is none."""
+    order = list(Grade)
+    return max(grades, key=order.index, default=Grade.ok)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
