@@ -4,11 +4,13 @@
 #   launch/local.sh experiment=quickstart                                all GPUs
 #   launch/local.sh --gpu 2 experiment=quickstart parallel.tensor=2      two GPUs
 #   launch/local.sh --cpu 2 experiment=quickstart parallel.tensor=2      two CPU processes
+#   launch/local.sh --restarts 3 experiment=quickstart                   after a worker died: again
 #
-# Arguments after the first option go to `hybrid-train train` as they are.
+# A restart goes on from the newest checkpoint; history.jsonl in the run folder says what happened.
+# Arguments after the options go to `hybrid-train train` as they are.
 set -euo pipefail
 
-usage="usage: launch/local.sh [--gpu N | --cpu N] [key=value ...]"
+usage="usage: launch/local.sh [--gpu N | --cpu N] [--restarts N] [key=value ...]"
 fail() {
   printf '%s\n%s\n' "$1" "$usage" >&2
   exit 2
@@ -16,18 +18,26 @@ fail() {
 
 device=cuda
 count=
-case ${1-} in
-  -h | --help)
-    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit 0
-    ;;
-  --cpu | --gpu)
-    [[ ${2-} =~ ^[1-9][0-9]*$ ]] || fail "$1 needs the number of processes, and got '${2-}'."
-    [[ $1 == --gpu ]] || device=cpu
-    count=$2
-    shift 2
-    ;;
-esac
+restarts=0
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    -h | --help)
+      sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+    --cpu | --gpu)
+      [[ ${2-} =~ ^[1-9][0-9]*$ ]] || fail "$1 needs the number of processes, and got '${2-}'."
+      [[ $1 == --gpu ]] || device=cpu
+      count=$2
+      ;;
+    --restarts)
+      [[ ${2-} =~ ^[0-9]+$ ]] || fail "$1 needs how many are allowed, and got '${2-}'."
+      restarts=$2
+      ;;
+    *) fail "There is no option $1." ;;
+  esac
+  shift 2
+done
 
 # The environment of `make setup` where there is one, else whatever is active.
 venv_bin=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin
@@ -41,5 +51,5 @@ if [[ -z $count ]]; then
   [[ $count -gt 0 ]] || fail "nvidia-smi lists no GPU; '--cpu N' trains on N CPU processes."
 fi
 
-exec torchrun --standalone --nproc-per-node "$count" -m hybrid_train train \
-  "runtime.device=$device" "$@"
+exec torchrun --standalone --nproc-per-node "$count" --max-restarts "$restarts" \
+  -m hybrid_train train "runtime.device=$device" "$@"

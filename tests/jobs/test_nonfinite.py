@@ -1,10 +1,11 @@
-"""A number that is no longer finite stops the run and says where it came from."""
+"""What a number that is no longer finite does to a run, and where it came from."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from hybrid_train.tracking import history
 from tests.jobs.command import (
     arguments,
     checkpoints,
@@ -17,6 +18,7 @@ from tests.jobs.command import (
 
 pytestmark = pytest.mark.xdist_group("nonfinite")
 
+STOP = ("recovery.skip_nonfinite=false",)
 SCRIPT = str(Path(__file__).with_name("poisoned.py"))
 
 
@@ -25,7 +27,7 @@ def test_a_learning_rate_that_explodes_stops_the_run_which_goes_on_from_a_good_c
 ) -> None:
     run_dir, data = tmp_path / "run", f"data.folder={corpus}"
     # The rate of the first step is 0, so the weights explode in the second and the third stops.
-    wild = ("optimizer.clip_grad_norm=0", "schedule.peak_lr=1e30")
+    wild = ("optimizer.clip_grad_norm=0", "schedule.peak_lr=1e30", *STOP)
     keep = ("checkpoint.interval=1", "checkpoint.keep=5")
     finished = train(run_dir, data, *wild, *keep)
     assert finished.code == 2
@@ -49,7 +51,7 @@ def test_the_rank_and_the_module_where_it_began_are_named(
     run_dir = tmp_path / "run"
     monkeypatch.setenv("POISON", "4:1:decoder.layers.3.mlp.linear_fc1.weight")
     words = arguments(
-        run_dir, f"data.folder={corpus}", "parallel.tensor=2", "checkpoint.interval=2"
+        run_dir, f"data.folder={corpus}", "parallel.tensor=2", "checkpoint.interval=2", *STOP
     )
     finished = finish(start_program(SCRIPT, *words, processes=2))
     assert finished.code != 0
@@ -57,3 +59,34 @@ def test_the_rank_and_the_module_where_it_began_are_named(
     assert finished.err.count(message) == 1
     assert f"{message}decoder.layers.3.mlp.linear_fc1" in finished.err
     assert checkpoints(run_dir) == ["step_00000002"]
+
+
+def test_bad_steps_are_skipped_and_after_a_row_of_them_the_run_goes_back_to_good_weights(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("POISON", "4:0:decoder.layers.3.mlp.linear_fc1.weight")
+    settings = ("checkpoint.interval=2", "recovery.rollback_after=2", f"data.folder={corpus}")
+    finished = finish(start_program(SCRIPT, *arguments(run_dir, *settings)))
+    assert finished.code == 0, finished.err
+    assert "step 4 was skipped: loss is nan; first in the forward pass on rank 0" in finished.said
+    assert "back to the weights of step 2; the batches of steps 4 to 5 are left" in finished.said
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in lines if line.get("skipped")] == [4, 5]
+    assert [line["loss"] for line in lines if line.get("skipped")] == [None, None]
+    told = [(one["event"], one["step"]) for one in history.read(run_dir)[1:-1]]
+    assert told == [("skipped", 4), ("skipped", 5), ("rolled back", 5)]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(run_dir, 10).values())
+
+
+def test_a_run_that_going_back_does_not_help_ends_and_says_so(tmp_path: Path, corpus: Path) -> None:
+    run_dir, data = tmp_path / "run", f"data.folder={corpus}"
+    wild = ("optimizer.clip_grad_norm=0", "schedule.peak_lr=1e30", "recovery.rollback_after=1")
+    keep = ("checkpoint.interval=1", "checkpoint.keep=5", "recovery.max_rollbacks=2")
+    finished = train(run_dir, data, *wild, *keep)
+    assert finished.code == 2
+    assert "after 2 rollbacks in a row. The checkpoints are good." in finished.err
+    assert "Traceback" not in finished.said
+    last = history.attempts(history.read(run_dir))[-1]
+    assert (last.outcome, last.kind) == (history.FAILED, "nonfinite")
