@@ -31,6 +31,7 @@ from hybrid_train.config.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.config.schema.profile import Profile
 from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Runtime
@@ -75,6 +76,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("recovery", "base"): Recovery,
     ("tracking", "base"): Tracking,
     ("runtime", "base"): Runtime,
+    ("profile", "base"): Profile,
 }
 
 

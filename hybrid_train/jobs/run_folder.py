@@ -23,6 +23,7 @@ from hybrid_train.config.units import show_tokens
 _MAY_CHANGE = (
     "run_dir",
     "runtime.",
+    "profile.",
     "tracking.",
     "checkpoint.",
     "recovery.",
