@@ -267,6 +267,25 @@ def freeze(job: TrainJob, run_dir: Path) -> None:
     half.replace(target)
 
 
+def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Read the config in a run folder as text and as plain data; that of another version, too.
+
+    Raises:
+        UserError: if the folder has no config, or it is damaged.
+    """
+    path = run_dir / FROZEN_NAME
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is damaged: it holds no settings")
+    return text, plain
+
+
 def load(run_dir: Path) -> TrainJob:
     """Read the config of a run back from its folder, sections of the kind that was chosen.
 
