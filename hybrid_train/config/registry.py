@@ -33,7 +33,7 @@ from hybrid_train.config.schema.prepare import (
 )
 from hybrid_train.config.schema.profile import Profile
 from hybrid_train.config.schema.recovery import Recovery
-from hybrid_train.config.schema.report import StatusJob
+from hybrid_train.config.schema.report import ReportJob, StatusJob
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
@@ -55,6 +55,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "convert"): ConvertJob,
     ("job", "verify"): VerifyJob,
     ("job", "status"): StatusJob,
+    ("job", "report"): ReportJob,
     ("job", "data_index"): IndexJob,
     ("job", "data_show"): ShowJob,
     ("job", "data_tokenize"): TokenizeJob,

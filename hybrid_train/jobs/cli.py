@@ -38,6 +38,7 @@ JOBS = {
         "check a training run for processes=N and print its plan", "hybrid_train.jobs.check"
     ),
     "status": Job("say how a run is: state, progress, attempts", "hybrid_train.jobs.status"),
+    "report": Job("write a page with the curves of a run", "hybrid_train.jobs.report"),
     "generate": Job("write text with a trained model", "hybrid_train.jobs.generate"),
     "study": Job(
         "compare variants of a run with a baseline, several seeds each", "hybrid_train.jobs.study"
