@@ -14,7 +14,7 @@ from typing import Any
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import compose
 from hybrid_train.config.units import is_tokens, tokens
-from hybrid_train.jobs.attempts import ALIVE
+from hybrid_train.jobs.attempts import ALIVE, is_gone, unexplained
 from hybrid_train.tracking import history
 from hybrid_train.tracking.goodput import DROPPED, Goodput, goodput
 from hybrid_train.tracking.history import Attempt
@@ -107,8 +107,10 @@ def look(run_dir: Path, now: float | None = None) -> RunState:
     silent = None if alive is None else max(0.0, now - alive)
     done = total_tokens is not None and seen >= total_tokens
     state, why = _state(attempts, lines, silent, done=done)
+    if state == history.RUNNING and is_gone(run_dir):
+        state, why = _dead(run_dir)
     # A run without a sign of life has not used its time since then.
-    until = alive if state == SILENT and alive is not None else now
+    until = now if state == history.RUNNING or alive is None else alive
     return RunState(
         run_dir=run_dir,
         state=state,
@@ -156,6 +158,12 @@ def _state(
         return history.RUNNING, "" if lines else "no step is done yet"
     after = f"; a step took {step_s:.3g} s" if recent else ", and no step is done"
     return SILENT, f"for {show_duration(silent)}{after}"
+
+
+def _dead(run_dir: Path) -> tuple[str, str]:
+    """Return the state of a run whose process is no more, without an end in its history."""
+    found = unexplained(run_dir)
+    return history.FAILED, found[1].text if found else "its process is gone"
 
 
 def _seconds_left(lines: Sequence[dict[str, float]], total: int | None) -> float | None:

@@ -1,6 +1,9 @@
 """What a run folder tells about its run."""
 
+import json
 import os
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -51,6 +54,23 @@ def test_a_run_without_an_end_runs_as_long_as_it_gives_signs_of_life(tmp_path: P
     assert dead.why.startswith("for 1h06m; a step took 0.5 s")
     assert dead.goodput is not None
     assert dead.goodput.wall_s == pytest.approx(25)  # nobody knows of more
+
+
+def test_a_run_whose_process_is_gone_has_failed(tmp_path: Path) -> None:
+    folder = make(tmp_path, steps=30, start=time.time() - 20, attempts=1, outcome=None)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(f"tokens: '{30 * 256}'", f"tokens: '{60 * 256}'"))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    me = {"host": socket.gethostname(), "pid": gone.pid, "started": "1", "job": None}
+    (folder / "attempts").mkdir()
+    (folder / "attempts" / "alive.json").write_text(json.dumps(me))
+    state = look(folder)
+    assert state.state == "failed"
+    assert "killed, without a word" in state.why
+    me = {"host": "another", "pid": gone.pid, "started": "1", "job": None}
+    (folder / "attempts" / "alive.json").write_text(json.dumps(me))
+    assert look(folder).state == "running"  # nobody here can know
 
 
 def test_slow_steps_give_a_run_more_time(tmp_path: Path) -> None:
