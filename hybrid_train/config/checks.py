@@ -40,6 +40,7 @@ from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.prepare import DataJob
+from hybrid_train.config.schema.report import ReportJob, StatusJob
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.show import IndexJob, ShowJob
@@ -59,6 +60,8 @@ Job = (
     | VerifyJob
     | ShowJob
     | DataJob
+    | StatusJob
+    | ReportJob
 )
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 

@@ -33,6 +33,7 @@ from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.secrets import masked, masked_data
 
 FROZEN_NAME = "config.yaml"  # of the config in a run folder
 # Keys that take text as it stands: commas and * mean nothing to Hydra there.
@@ -249,18 +250,40 @@ def to_yaml(job: checks.Job) -> str:
 
 
 def to_dict(job: checks.Job) -> dict[str, Any]:
-    """Return a job as plain nested data, enums by name."""
+    """Return a job as plain nested data, enums by name, credentials masked."""
     plain = OmegaConf.to_container(OmegaConf.structured(job), enum_to_str=True)
-    return cast("dict[str, Any]", plain)
+    return cast("dict[str, Any]", masked_data(plain))
 
 
 def freeze(job: TrainJob, run_dir: Path) -> None:
-    """Write the config of a run into its folder; a reader never sees half of it."""
+    """Write the config of a run into its folder, without credentials that its URLs may hold.
+
+    A reader never sees half of it.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     target = run_dir / FROZEN_NAME
     half = target.with_suffix(".yaml.tmp")
-    half.write_text(to_yaml(job), encoding="utf-8")
+    half.write_text(masked(to_yaml(job)), encoding="utf-8")
     half.replace(target)
+
+
+def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Read the config in a run folder as text and as plain data; that of another version, too.
+
+    Raises:
+        UserError: if the folder has no config, or it is damaged.
+    """
+    path = run_dir / FROZEN_NAME
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is damaged: it holds no settings")
+    return text, plain
 
 
 def load(run_dir: Path) -> TrainJob:

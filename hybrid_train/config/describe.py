@@ -25,6 +25,7 @@ from hybrid_train.config.compose import (
 )
 from hybrid_train.config.overrides import node_at, setting_names
 from hybrid_train.config.problems import ConfigError
+from hybrid_train.config.secrets import masked
 
 _COMMENTED = re.compile(r"^    (\w+): .*?#\s*(.+)$", re.MULTILINE)
 
@@ -129,11 +130,12 @@ def config_text(job_name: str, lines: Sequence[str], part: str, *, resolve: bool
     """
     config = sound_draft(job_name, lines)
     if part == "job":
-        return OmegaConf.to_yaml(config, resolve=resolve)
+        return masked(OmegaConf.to_yaml(config, resolve=resolve))
     with config_loader(job_name) as loader:
         whole = loader.load_configuration(job_name, [], RunMode.RUN, from_shell=False)
     hydra = OmegaConf.to_yaml(OmegaConf.create({"hydra": whole.hydra}), resolve=False)
-    return hydra if part == "hydra" else hydra + OmegaConf.to_yaml(config, resolve=resolve)
+    both = hydra if part == "hydra" else hydra + OmegaConf.to_yaml(config, resolve=resolve)
+    return masked(both)
 
 
 def print_info(job_name: str, lines: Sequence[str], what: str) -> None:

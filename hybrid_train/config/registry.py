@@ -31,7 +31,9 @@ from hybrid_train.config.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.config.schema.profile import Profile
 from hybrid_train.config.schema.recovery import Recovery
+from hybrid_train.config.schema.report import ReportJob, StatusJob
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
@@ -52,6 +54,8 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "doctor"): DoctorJob,
     ("job", "convert"): ConvertJob,
     ("job", "verify"): VerifyJob,
+    ("job", "status"): StatusJob,
+    ("job", "report"): ReportJob,
     ("job", "data_index"): IndexJob,
     ("job", "data_show"): ShowJob,
     ("job", "data_tokenize"): TokenizeJob,
@@ -75,6 +79,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("recovery", "base"): Recovery,
     ("tracking", "base"): Tracking,
     ("runtime", "base"): Runtime,
+    ("profile", "base"): Profile,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.secrets import MASK
 
 # What file systems call the things that change with the content, without case, hyphens, underscores
 _VERSION_FIELDS = {
@@ -43,6 +44,11 @@ class RemoteFile:
     """
 
     def __init__(self, url: str, *, tries: int, first_wait_s: float) -> None:
+        if MASK in url:
+            raise UserError(
+                f"{url}: a run folder holds no credentials, so they are missing here; give the "
+                "whole address on the command line, or better none with a password in it"
+            )
         self.url = url
         self._tries = tries
         self._first_wait_s = first_wait_s

@@ -19,6 +19,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.runtime.watchdog import Standstill, Watchdog
 from hybrid_train.tracking import history, last_words
+from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 from hybrid_train.tracking.last_words import Words
 
 ALIVE = Path(last_words.FOLDER) / "alive.json"  # of rank 0; touched while it lives
@@ -174,6 +175,14 @@ def _lives(other: dict[str, Any], run_dir: Path) -> bool:
     return path.exists() and path.stat().st_mtime != before
 
 
+def is_gone(run_dir: Path) -> bool:
+    """Tell whether the last process that trained there was on this machine and is no more."""
+    other = _other(run_dir)
+    return (
+        other is not None and other["host"] == socket.gethostname() and not _lives(other, run_dir)
+    )
+
+
 def _started(pid: int) -> str | None:
     """Return when a process of this machine began, in ticks since boot; None if it is gone."""
     try:
@@ -203,8 +212,8 @@ def unexplained(run_dir: Path) -> tuple[int, last_words.Cause] | None:
     if not known or known[-1].end is not None:
         return None
     last = known[-1]
-    alive = run_dir / ALIVE
-    seen = max(last.start, alive.stat().st_mtime if alive.exists() else 0.0)
+    signs = [run_dir / ALIVE, run_dir / METRICS]  # a step may be younger than the last tick
+    seen = max([last.start, *(path.stat().st_mtime for path in signs if path.exists())])
     words = last_words.read(run_dir, last.number)
     return last.number, last_words.cause_of(words, last.processes, seen)
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import UserError
+from hybrid_train.config.secrets import masked
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ JOBS = {
     "check": Job(
         "check a training run for processes=N and print its plan", "hybrid_train.jobs.check"
     ),
+    "status": Job("say how a run is: state, progress, attempts", "hybrid_train.jobs.status"),
+    "report": Job("write a page with the curves of a run", "hybrid_train.jobs.report"),
     "generate": Job("write text with a trained model", "hybrid_train.jobs.generate"),
     "study": Job(
         "compare variants of a run with a baseline, several seeds each", "hybrid_train.jobs.study"
@@ -86,11 +89,14 @@ FLAGS = {
     "--version": "print the version",
 }
 FIRST_SPEAKS_S = 5.0
+NOT_WRITABLE = 0o002  # by others than the user and the group
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # Whatever the user's own mask is, nobody else may write into what this process makes.
+    os.umask(os.umask(NOT_WRITABLE) | NOT_WRITABLE)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         start = _command(given)
@@ -117,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"hybrid-train: {text}\n")
+    sys.stderr.write(masked(f"hybrid-train: {text}\n"))
     sys.stderr.flush()
 
 

@@ -45,6 +45,7 @@ from hybrid_train.training.hooks.garbage import CollectGarbage
 from hybrid_train.training.hooks.metrics import LogMetrics
 from hybrid_train.training.hooks.phases import EnterPhases
 from hybrid_train.training.hooks.precision import AuditPrecision, MeasureRounding
+from hybrid_train.training.hooks.profiling import profiling_hooks
 from hybrid_train.training.hooks.recovery import Recover
 from hybrid_train.training.hooks.stop import StopOnSignal
 from hybrid_train.training.hooks.stragglers import CompareProcesses
@@ -134,6 +135,7 @@ def _fit(
 
     run.hooks = HookList(
         [
+            *profiling_hooks(job.profile, Path(job.run_dir)),
             EnterPhases(stretches, enter),
             AuditPrecision(run_dir, lambda seen: at(stretches, seen).job),
             *_rounding(job, stretches, start.own_step),

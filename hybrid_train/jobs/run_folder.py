@@ -16,12 +16,14 @@ from hybrid_train.config.phases import FIXED, lay_out
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.secrets import masked_data
 from hybrid_train.config.units import show_tokens
 
 # What may change when a run goes on; everything else makes it another run.
 _MAY_CHANGE = (
     "run_dir",
     "runtime.",
+    "profile.",
     "tracking.",
     "checkpoint.",
     "recovery.",
@@ -166,7 +168,8 @@ def require_space(run_dir: Path, num_parameters: int) -> None:
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, object, object]]:
     """Yield each setting in which two configs differ, with both values.
 
-    A vocabulary that the new config leaves to the tokenizer is no difference.
+    A vocabulary that the new config leaves to the tokenizer is no difference, nor are credentials,
+    which a frozen config does not hold.
     """
     if type(old) is not type(new):
         yield prefix.rstrip("."), type(old).__name__, type(new).__name__
@@ -179,11 +182,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, obj
         )
         if dataclasses.is_dataclass(before):
             yield from differences(before, after, f"{key}.")
-        elif before != after and not (
+        elif _show(before) != _show(after) and not (
             isinstance(old, Model) and field.name == "vocab_size" and after is None
         ):
             yield key, _show(before), _show(after)
 
 
 def _show(value: object) -> object:
-    return value.value if isinstance(value, enum.Enum) else value
+    return value.value if isinstance(value, enum.Enum) else masked_data(value)

@@ -18,6 +18,7 @@ import torch
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.study import StudyJob, Variant
+from hybrid_train.config.secrets import masked
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.study_plan import PlannedRun, are_paired
 from hybrid_train.tracking.gaps import (
@@ -167,7 +168,7 @@ def _facts(study: StudyJob, found: Mapping[str, _Found], missing: Sequence[str])
     }
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": shlex.join(["hybrid-train", *sys.argv[1:]]),
+        "command": masked(shlex.join(["hybrid-train", *sys.argv[1:]])),
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from hybrid_train.config.secrets import masked
 from hybrid_train.runtime import ranks
 
 # Libraries that speak of missing GPUs and optional parts at import: the start of a run says in its
@@ -20,7 +21,7 @@ class _Speaker(logging.Handler):
         self.write: Callable[[str], None] = _to_stderr
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.write(self.format(record))
+        self.write(masked(self.format(record)))
 
 
 def _to_stderr(text: str) -> None:

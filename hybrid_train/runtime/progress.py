@@ -29,20 +29,27 @@ class Sign:
 
 
 _last = Sign(0, 0, START, time.monotonic())
-_seconds: dict[str, float] = {}
+_seconds: dict[str, float] = {}  # since they were taken
+_all_seconds: dict[str, float] = {}
 
 
 def enter(part: str, step: int | None = None) -> None:
     """Say that this process is now in a part of the step, or still is."""
     global _last  # the main thread alone writes it, as a whole
     now = time.monotonic()
-    _seconds[_last.part] = _seconds.get(_last.part, 0.0) + now - _last.since
+    for seconds in (_seconds, _all_seconds):
+        seconds[_last.part] = seconds.get(_last.part, 0.0) + now - _last.since
     _last = Sign(_last.count + 1, _last.step if step is None else step, part, now)
 
 
 def last() -> Sign:
     """Return the last sign; any thread may ask."""
     return _last
+
+
+def all_seconds() -> dict[str, float]:
+    """Return the seconds of each part that is over, since this process began."""
+    return dict(_all_seconds)
 
 
 def take_seconds() -> dict[str, float]:

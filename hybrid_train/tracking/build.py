@@ -6,6 +6,7 @@ from typing import Any
 
 from hybrid_train.config.schema.tracking import Tracking, WandbMode
 from hybrid_train.runtime import optional
+from hybrid_train.tracking.goodput import note_dropped
 from hybrid_train.tracking.jsonl import FILE_NAME, JsonLines
 from hybrid_train.tracking.tracker import Tracker
 
@@ -40,4 +41,7 @@ def build_trackers(
         from hybrid_train.tracking.tensorboard import TensorBoard
 
         trackers.append(TensorBoard(run_dir / "tensorboard", resume_step))
-    return [JsonLines(run_dir / FILE_NAME, resume_step), *trackers]
+    lines = JsonLines(run_dir / FILE_NAME, resume_step)
+    if lines.dropped:
+        note_dropped(run_dir, resume_step, lines.dropped)
+    return [lines, *trackers]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid_train.config.secrets import masked_data
+
 FILE_NAME = "history.jsonl"
 ATTEMPT, END = "attempt", "end"
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
@@ -65,7 +67,7 @@ def note(run_dir: Path, event: str, at: float | None = None, **details: object) 
     moment = _now() if at is None else datetime.datetime.fromtimestamp(at, datetime.UTC)
     time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time, "event": event, **details}) + "\n")
+        file.write(json.dumps(masked_data({"time": time, "event": event, **details})) + "\n")
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hybrid_train.config.secrets import masked_data
+
 FOLDER = "attempts"
 # What ended a process. Every other kind names a fault of its own: error, disk, nonfinite, ...
 KILLED, HANG, LOST, TOLD, CRASH, DATA = "killed", "hang", "lost", "told", "crash", "data"
@@ -69,7 +71,7 @@ def leave(run_dir: Path, attempt: int, words: Words) -> None:
     """Leave the last words of a process; later ones take the place of earlier ones."""
     path = folder(run_dir, attempt) / f"rank_{words.rank:05d}.json"
     half = path.with_suffix(".part")
-    half.write_text(json.dumps(asdict(words)) + "\n", encoding="utf-8")
+    half.write_text(json.dumps(masked_data(asdict(words))) + "\n", encoding="utf-8")
     half.replace(path)
 
 

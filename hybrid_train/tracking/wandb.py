@@ -1,7 +1,9 @@
 """Gateway to Weights & Biases."""
 
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import wandb
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.tracking import Wandb, WandbMode
+from hybrid_train.config.secrets import masked
 
 ID_FILE = "wandb_run_id"
 
@@ -26,17 +29,19 @@ class WeightsAndBiases:
                 "set WANDB_API_KEY, or take tracking.wandb.mode=offline"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            name=settings.name or run_dir.resolve().name,
-            id=_run_id(run_dir / ID_FILE),
-            resume="allow",
-            mode=settings.mode.value,
-            dir=str(run_dir),
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        with _masked_command():
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                name=masked(settings.name or run_dir.resolve().name),
+                id=_run_id(run_dir / ID_FILE),
+                resume="allow",
+                mode=settings.mode.value,
+                dir=str(run_dir),
+                config=dict(config),
+                # Of git it would keep the address of the remote, which may hold a token.
+                settings=wandb.Settings(console="off", silent=True, disable_git=True),
+            )
         # Our own step as the axis: W&B drops rows whose own counter goes back, as it does when a
         # run resumes from a checkpoint before its last row.
         self._run.define_metric("step")
@@ -47,6 +52,17 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextmanager
+def _masked_command() -> Iterator[None]:
+    """Hide credentials in the command line, which wandb 0.31 keeps as it finds it in sys.argv."""
+    given = sys.argv
+    sys.argv = [masked(word) for word in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _run_id(path: Path) -> str:

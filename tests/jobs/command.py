@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300  # far beyond what any of these commands takes
-TIMING = ("tokens_per_s", "step_time_s", "mfu")  # what differs between equal runs
+# What differs between equal runs.
+TIMING = ("tokens_per_s", "step_time_s", "pause_s", "save_time_s", "validation_time_s", "mfu")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hybrid_train.config.schema.objective import NextToken
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.config.schema.precision import Precision, PrecisionRule
+from hybrid_train.config.schema.profile import Profile
 from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Schedule
@@ -108,3 +109,4 @@ class TrainJob:
     recovery: Recovery = field(default_factory=Recovery)
     tracking: Tracking = field(default_factory=Tracking)
     runtime: Runtime = field(default_factory=Runtime)
+    profile: Profile = field(default_factory=Profile)

@@ -1,12 +1,16 @@
 """Tells the trackers what each step did."""
 
+import time
 from collections.abc import Mapping
 
+from hybrid_train.runtime import progress
 from hybrid_train.tracking.throughput import Throughput
 from hybrid_train.tracking.tracker import Tracker
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
 from hybrid_train.training.report import StepReport
+
+_PAUSES = {progress.SAVE: "save_time_s", progress.VALIDATION: "validation_time_s"}
 
 
 class LogMetrics(Hook):
@@ -32,6 +36,11 @@ class LogMetrics(Hook):
         self._throughput = throughput
         self._batch_changes = batch_changes
         self._sizes = source_sizes
+        self._logged = 0.0
+        self._before: Mapping[str, float] = {}
+
+    def fit_start(self, run: Run) -> None:
+        self._logged, self._before = time.perf_counter(), progress.all_seconds()
 
     def step_end(self, run: Run, report: StepReport) -> None:
         tokens = report.sequences * run.engine.sequence_length
@@ -45,11 +54,26 @@ class LogMetrics(Hook):
             **size,
             "grad_norm": report.grad_norm,
             **speed,
+            **self._pauses(report),
             **report.metrics,
             **{f"tokens/{source}": count for source, count in seen.items()},
             **{f"epochs/{source}": count / self._sizes[source] for source, count in seen.items()},
         }
         self._tracker.log(run.state.step, record)
+
+    def _pauses(self, report: StepReport) -> dict[str, float]:
+        """Return the time since the last record that the step did not take, and what did.
+
+        The save of the step before is in it, and the validation of this one.
+        """
+        start, self._logged = self._logged, time.perf_counter()
+        before, self._before = self._before, progress.all_seconds()
+        found = {"pause_s": max(0.0, self._logged - start - report.seconds)}
+        for part, name in _PAUSES.items():
+            seconds = self._before.get(part, 0.0) - before.get(part, 0.0)
+            if seconds > 0:
+                found[name] = seconds
+        return found
 
     def fit_end(self, run: Run) -> None:
         self._tracker.close()

@@ -110,7 +110,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "text"),
     [
         (("trian",), "did you mean train?"),
-        (("dance",), "there are train, check, generate"),
+        (("dance",), "there are train, resume, check, status"),
         (("--multirun",), "which job?"),
         (("train", "--force"), "unrecognized arguments: --force"),
         (("train", "--cfg", "jobs"), "invalid choice: 'jobs'"),

@@ -1,0 +1,59 @@
+"""`hybrid-train status`: for people and for scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid_train.config.schema.report import StatusJob
+from hybrid_train.jobs import status
+from tests.unit.jobs.synthetic_run import make
+
+START = 1_700_000_000.0
+
+
+def printed(capsys: pytest.CaptureFixture[str], folder: Path, *, json: bool = False) -> str:
+    status.run(StatusJob(run_dir=str(folder), json=json))
+    return capsys.readouterr().out
+
+
+def test_people_read_state_progress_and_attempts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, make(tmp_path, steps=30, start=START))
+    assert "state         finished" in text
+    assert "step 30, 7.68k of 7.68k tokens (100.0%)" in text
+    assert "loss 2.9029" in text  # 3 + 5 exp(-8) + sin(30) / 10
+    assert "checkpoint    none yet" in text
+    assert "failed, killed" in text
+    assert "8 on 2 nodes" in text
+    assert "step 15: reason spike" in text
+    # 30 steps of half a second; 165 s are three attempts with ten seconds more and two pauses.
+    assert "goodput       8.8% of 2m45s" in text
+    assert "72.7%  2m00s  between attempts" in text
+
+
+def test_scripts_read_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path, steps=30, start=START, outcome="stopped")
+    lines = (folder / "metrics.jsonl").read_text().replace('"lr": 0.001', '"lr": null')
+    (folder / "metrics.jsonl").write_text(lines)
+    data = json.loads(printed(capsys, folder, json=True))
+    assert (data["state"], data["running"], data["step"]) == ("stopped", False, 30)
+    assert data["metrics"]["lr"] is None
+    assert data["goodput"]["share"] == pytest.approx(14.5 / 165)  # one of the steps was skipped
+    assert [one["outcome"] for one in data["attempts"]] == ["failed", "failed", "stopped"]
+    assert data["checkpoint"] is None
+
+
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    make(tmp_path, steps=3, start=START)
+    code = (
+        "import sys; from hybrid_train.jobs.cli import main; "
+        f"code = main(['status', 'run_dir={tmp_path}']); "
+        "sys.exit(code or 'torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
