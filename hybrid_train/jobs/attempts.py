@@ -127,13 +127,18 @@ def _begin(run_dir: Path, step: int) -> int:
 
 @contextmanager
 def _crash_log(path: Path) -> Iterator[IO[str]]:
-    """Have Python write where it was if a signal such as SIGSEGV or SIGBUS ends this process."""
+    """Have Python write where it was if a signal such as SIGSEGV or SIGBUS ends this process.
+
+    SIGUSR2 has it say so without an end: the stacks of all threads go to stderr.
+    """
     with path.open("w", encoding="utf-8") as file:
         before = faulthandler.is_enabled()
         faulthandler.enable(file=file)
+        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__ or sys.stderr)
         try:
             yield file
         finally:
+            faulthandler.unregister(signal.SIGUSR2)
             faulthandler.disable()
             if before:
                 faulthandler.enable()

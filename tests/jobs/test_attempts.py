@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from signal import SIGKILL, SIGUSR1
+from signal import SIGKILL, SIGUSR1, SIGUSR2
 
 import pytest
 
@@ -54,11 +54,13 @@ def test_a_folder_in_use_is_refused_by_name_and_left_as_it_is(tmp_path: Path, co
     while last_step(run_dir) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     refused = train(run_dir, *command)
+    working.send_signal(SIGUSR2)  # says where it is, and goes on
     working.send_signal(SIGUSR1)
     stopped = finish(working)
     assert refused.code == 2
     assert f"is in use: process {working.pid} on " in refused.err
     assert stopped.code == 128 + SIGUSR1, stopped.err
+    assert "in fit\n" in stopped.err
     assert [one.kind for one in attempts(run_dir)] == ["signal"]
 
 
