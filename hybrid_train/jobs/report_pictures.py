@@ -144,7 +144,9 @@ def _sources(series: Series, prefix: str, title: str, marks: Sequence[Any]) -> I
     for number, name in enumerate(names):
         steps, values = series.of(name)
         values = values if prefix.startswith("validation") else _smooth(values)
-        lines.append(svg.Curve(steps, values, _style(number)))
+        # A line of one point would not be seen.
+        dots = " dots" if len(steps) <= svg.COLUMNS // 4 else ""
+        lines.append(svg.Curve(steps, values, _style(number) + dots))
         legend.append((_style(number), f"{name.removeprefix(prefix)} {_last(values)}"))
     drawn = svg.curves(lines, _axes(series, "loss", marks), title) if lines else ""
     if drawn:
