@@ -18,10 +18,9 @@ from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
 from hybrid_train.checkpoint.retention import keep_newest
 from hybrid_train.checkpoint.writing import InThread, Part, Writing
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import DISK, UserError
 from hybrid_train.runtime import ranks
 
-DISK = "disk"  # kind of the errors of a disk that is full, or refuses
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 

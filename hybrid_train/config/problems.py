@@ -24,11 +24,20 @@ class Problem:
         return f"{self.path} = {self.value}: {self.rule}{hint}"
 
 
+DISK = "disk"  # kind of the errors of a disk that is full, or refuses
+
+
 class UserError(Exception):
     """Something the user can mend. The command line prints its text without a traceback."""
 
     everywhere = False  # whether all processes of a run raise it: then the first alone says it
     kind = "error"  # word for it in the history of a run
+
+
+def kind_of(error: BaseException) -> str:
+    """Return the word for an error in the history of a run."""
+    of_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    return str(getattr(error, "kind", DISK if of_disk else UserError.kind))
 
 
 class ConfigError(UserError):

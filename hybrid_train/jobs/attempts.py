@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import UserError, kind_of
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.runtime.watchdog import Standstill, Watchdog
 from hybrid_train.tracking import history, last_words
@@ -55,12 +55,12 @@ class Attempt:
             return
         alone, known = ranks.world_size() == 1, isinstance(error, UserError)
         lost = not (alone or known) and any(words in str(error).lower() for words in _LOST)
-        kind = last_words.LOST if lost else getattr(error, "kind", "error")
+        kind = last_words.LOST if lost else kind_of(error)
         text = str(error) if known else f"{type(error).__name__}: {error}"
         together = getattr(error, "everywhere", False) or alone
         if together and ranks.is_main():
             self.end(history.FAILED, kind, text)
-        elif not together:
+        else:  # also of what all should have died of: the others may not have
             stack = "".join(traceback.format_exception(error))
             self.leave(kind, text, Standstill(progress.last(), 0.0, stack, waits=lost))
 

@@ -6,7 +6,7 @@ torch is imported where processes talk to each other: jobs that prepare data do 
 import os
 from collections.abc import Callable
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import UserError, kind_of
 
 
 def rank() -> int:
@@ -54,7 +54,7 @@ def main_first(work: Callable[[], None]) -> None:
         if is_main():
             work()
     except Exception as error:
-        failure[0] = str(error), getattr(error, "kind", UserError.kind)
+        failure[0] = str(error), kind_of(error)
         error.everywhere = True  # type: ignore[attr-defined]  # the others raise it too
         raise
     finally:

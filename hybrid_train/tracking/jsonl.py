@@ -9,7 +9,7 @@ from typing import TextIO
 
 import orjson
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import DISK, UserError
 from hybrid_train.tracking.metrics import metric
 
 FILE_NAME = "metrics.jsonl"
@@ -108,5 +108,5 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
         f"cannot write {path}: {error.strerror}; make room or permit it, then start the same "
         f"command again: the run goes on from its last checkpoint"
     )
-    explained.kind = "disk"
+    explained.kind = DISK
     return explained

@@ -6,6 +6,8 @@ Prints every fault and what the history tells of it, the goodput, and the time t
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,7 +49,13 @@ def report(faults: list[drill.Fault], outcome: drill.Outcome) -> None:
         print("   not told:", fault)
     lost = drill.lost_seconds(faults, outcome, ["kill"])
     print(f"time lost by a kill, median of {len(lost)}: {drill.median(lost):.1f} s")
+    unasked = drill.unasked(faults, events)
+    print(f"attempts that ended without a fault: {unasked}")
+    subprocess.run(
+        [sys.executable, "-m", "hybrid_train", "status", f"run_dir={outcome.run_dir}"], check=True
+    )
     assert not absent
+    assert not unasked
 
 
 if __name__ == "__main__":

@@ -175,6 +175,14 @@ def missing(faults: Sequence[Fault], events: Sequence[history.Event]) -> list[Fa
     return absent
 
 
+def unasked(faults: Sequence[Fault], events: Sequence[history.Event]) -> int:
+    """Return how many attempts ended without a fault that ends one."""
+    deadly = [fault for fault in faults if TOLD[fault["kind"]][0] == history.END]
+    deadly += [fault for fault in faults if fault["kind"] == "corrupt"]  # it kills, too
+    ends = [event for event in events if event["event"] == history.END]
+    return len(ends) - 1 - len(deadly)  # the last one is the end of the run
+
+
 def _tells(event: history.Event, fault: Fault) -> bool:
     name, words = TOLD[fault["kind"]]
     if event["event"] != name:

@@ -28,5 +28,7 @@ def test_a_run_survives_faults_of_many_kinds_to_the_bit(tmp_path: Path) -> None:
     straight = drill.run(tmp_path / "straight", of_data, STEPS)
     struck = drill.run(tmp_path / "struck", FAULTS, STEPS)
     assert len(struck.struck()) == len(FAULTS) - len(of_data), "a fault did not happen"
-    assert drill.missing(FAULTS, history.read(struck.run_dir)) == []
+    told = history.read(struck.run_dir)
+    assert drill.missing(FAULTS, told) == []
+    assert drill.unasked(FAULTS, told) == 0
     drill.compare(struck, straight, STEPS)

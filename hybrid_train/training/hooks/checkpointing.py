@@ -10,7 +10,7 @@ from pathlib import Path
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import DISK, UserError
 from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.tracking import history
@@ -72,7 +72,7 @@ class SaveCheckpoints(Hook):
                 self._save(run, copy=self._settings.async_save)
         except UserError as error:
             self._failed += 1
-            if error.kind != store.DISK or self._failed > self._max_failed:
+            if error.kind != DISK or self._failed > self._max_failed:
                 raise
             self._saved_step = -1  # whatever was in flight: the next save is not left out
             _log.warning("the run goes on, and saves again in %d steps: %s", interval, error)
