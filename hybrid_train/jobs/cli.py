@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
+    except BrokenPipeError:
+        # Whoever read has had enough, as `head` has. Python would complain once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _complain(text: str) -> None:

@@ -1,12 +1,15 @@
 """Wrong commands: one message that names culprit and remedy, and nothing is written."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.jobs.command import Finished, arguments, contents, finish, start, train
+from tests.jobs.command import ROOT, Finished, arguments, contents, finish, start, train
 
 pytestmark = pytest.mark.xdist_group("bad input")
 
@@ -107,3 +110,13 @@ def test_under_torchrun_a_wrong_folder_is_told_once(tmp_path: Path, corpus: Path
     assert finished.code != 0
     assert finished.err.count("is not a run folder") == 1
     assert list(contents(tmp_path)) == ["letter.txt"]
+
+
+def test_a_reader_that_has_had_enough_gets_no_traceback() -> None:
+    command = f"{sys.executable} -m hybrid_train count model=nemotron3_super | head -1"
+    finished = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout.endswith(("\n0\n", "\n141\n"))
