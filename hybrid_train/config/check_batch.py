@@ -111,10 +111,11 @@ def _schedule_fits_the_run(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("schedule.decay_tokens", decay, rule, str(room))
 
 
+# The rules that depend on the number of processes, beside that the degrees divide it.
+SHARE_RULES = (_batch_is_whole_microbatches, _batch_ramp_reaches_the_batch)
 BATCH_RULES = (
     _sequence_is_split_evenly,
     _mtp_has_tokens_to_predict,
-    _batch_is_whole_microbatches,
-    _batch_ramp_reaches_the_batch,
+    *SHARE_RULES,
     _schedule_fits_the_run,
 )

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 
-from hybrid_train.config import degrees
+from hybrid_train.config import degrees, node_counts
 from hybrid_train.config.check_batch import BATCH_RULES
+from hybrid_train.config.check_cluster import cluster_fits_the_run
 from hybrid_train.config.check_files import (
     FILE_RULES,
     data_is_chosen,
@@ -45,6 +46,7 @@ from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.show import IndexJob, ShowJob
 from hybrid_train.config.schema.study import StudyJob
+from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
 
@@ -90,10 +92,13 @@ def check(job: Job, world_size: int) -> Iterator[Problem]:
                 found += filter(None, [as_problem_of(number, job, problem)])
     yield from (*in_order, *dict.fromkeys(found))
     # A plan does not depend on the tokens: `check` lists data that is not chosen yet, and passes.
-    yield from (vocabulary_is_known if isinstance(job, CheckJob) else data_is_chosen)(job)
+    planned = isinstance(job, CheckJob) or (isinstance(job, SubmitJob) and job.dry_run)
+    yield from (vocabulary_is_known if planned else data_is_chosen)(job)
     yield from sources_are_named_once(job.data)
     for file_rule in FILE_RULES:
         yield from file_rule(job)
+    if isinstance(job, SubmitJob):
+        yield from cluster_fits_the_run(job)
 
 
 def _data_problems(job: TrainJob) -> Iterator[Problem]:
@@ -200,6 +205,11 @@ def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Probl
     if isinstance(job, CheckJob):
         rule = f"must be a multiple of {needed} for {numbers}"
         yield Problem("processes", world_size, rule, legal)
+    elif isinstance(job, SubmitJob):
+        unit = node_counts.unit(job)
+        rule = f"makes {world_size} processes; must be a multiple of {unit} for {numbers}"
+        legal = degrees.nearest_multiple(node_counts.nodes(job), unit)
+        yield Problem("cluster.nodes", node_counts.nodes(job), rule, legal)
     else:
         rule = f"needs a multiple of {needed} processes, not {world_size}"
         hint = f"torchrun --nproc-per-node {legal} -m hybrid_train train ..."

@@ -26,12 +26,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, overrides, registry
+from hybrid_train.config import checks, node_counts, overrides, registry
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked, masked_data
 
@@ -51,6 +52,7 @@ GROUP_WORDS = {"study": {"name": "study"}}
 _WHAT_IS_READY = {
     "train": "`hybrid-train recipes` lists experiments with everything set",
     "check": "`hybrid-train recipes` lists experiments with everything set",
+    "submit": "`hybrid-train recipes` lists experiments with everything set",
     "count": "`hybrid-train models` lists the models that have a name: model=NAME",
     "study": "name=NAME takes one that is ready: `hybrid-train study --help` lists them",
 }
@@ -176,6 +178,8 @@ def compose(job_name: Literal["generate"], lines: Sequence[str]) -> GenerateJob:
 @overload
 def compose(job_name: Literal["count"], lines: Sequence[str]) -> CountJob: ...
 @overload
+def compose(job_name: Literal["submit"], lines: Sequence[str]) -> SubmitJob: ...
+@overload
 def compose(job_name: str, lines: Sequence[str]) -> checks.Job: ...
 def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     """Compose a job from overrides and check it as a whole.
@@ -215,9 +219,15 @@ def _job_problems(job: checks.Job) -> list[Problem]:
     found = list(collect(job))
     known = {problem.path for problem in found}
     mended = checks.mended(job, found)
-    processes = mended.processes if isinstance(mended, CheckJob) else world_size()
-    across = checks.check(mended, processes)
+    across = checks.check(mended, _processes_of(mended))
     return found + [problem for problem in across if problem.path not in known]
+
+
+def _processes_of(job: checks.Job) -> int:
+    """Return the number of processes that a job is checked for."""
+    if isinstance(job, CheckJob):
+        return job.processes
+    return node_counts.processes(job) if isinstance(job, SubmitJob) else world_size()
 
 
 def _is_missing(config: DictConfig, key: str) -> bool:

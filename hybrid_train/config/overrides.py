@@ -153,6 +153,8 @@ def _new_entry(node: DictConfig, name: str) -> Node | None:
     element = node._metadata.element_type
     if dataclasses.is_dataclass(element):
         return cast("Node", OmegaConf.structured(element))
+    if element is str:
+        return StringNode(None, is_optional=True)
     return FloatNode(None, is_optional=True) if element is float else None
 
 

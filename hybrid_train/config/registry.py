@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.checkpoint import Checkpoint
+from hybrid_train.config.schema.cluster import Cluster
 from hybrid_train.config.schema.convert import ConvertJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Data, Quickstart
@@ -39,6 +40,7 @@ from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
 from hybrid_train.config.schema.show import IndexJob, ShowJob
 from hybrid_train.config.schema.study import StudyJob
+from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.tracking import Tracking
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
@@ -47,6 +49,7 @@ from hybrid_train.config.units import is_tokens, tokens
 SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "train"): TrainJob,
     ("job", "check"): CheckJob,
+    ("job", "submit"): SubmitJob,
     ("job", "study"): StudyJob,
     ("job", "resume"): ResumeJob,
     ("job", "generate"): GenerateJob,
@@ -80,6 +83,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("tracking", "base"): Tracking,
     ("runtime", "base"): Runtime,
     ("profile", "base"): Profile,
+    ("cluster", "base"): Cluster,
 }
 
 

@@ -1,0 +1,47 @@
+"""How many nodes a submitted run can take: what the plan divides into, and every smaller number."""
+
+import math
+
+from hybrid_train.config import degrees
+from hybrid_train.config.check_batch import SHARE_RULES
+from hybrid_train.config.phases import jobs_of
+from hybrid_train.config.schema.cluster import processes_per_node
+from hybrid_train.config.schema.submit import SubmitJob
+
+
+def unit(job: SubmitJob) -> int:
+    """Return the number of nodes whose multiples the degrees of all phases can split."""
+    of_phases = [degrees.processes_unit(phase.parallel) for phase in jobs_of(job)]
+    own = processes_per_node(job.cluster)
+    return math.lcm(*of_phases, own) // own
+
+
+def nodes(job: SubmitJob) -> int:
+    """Return the number of nodes asked for: the fewest possible where the user names none."""
+    return job.cluster.nodes or unit(job)
+
+
+def processes(job: SubmitJob) -> int:
+    """Return the number of processes on all nodes asked for."""
+    return nodes(job) * processes_per_node(job.cluster)
+
+
+def legal(job: SubmitJob) -> list[int]:
+    """Return the node counts from `min_nodes` to `nodes` on which all phases can run, ascending.
+
+    Args:
+        job: a job that passes the checks on all its nodes; other rules ask for no number.
+    """
+    most, own = nodes(job), processes_per_node(job.cluster)
+    phases, step = list(jobs_of(job)), unit(job)
+    fewest = job.cluster.min_nodes or most
+    return [
+        count
+        for count in range(math.ceil(fewest / step) * step, most + 1, step)
+        if not any(
+            problem
+            for phase in phases
+            for rule in SHARE_RULES
+            for problem in rule(phase, count * own)
+        )
+    ]
