@@ -1,0 +1,73 @@
+"""A copy of the code beside a run, so that what was submitted is what runs, and runs again."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import hybrid_train
+from hybrid_train.config.compose import conf_dir
+
+PARTS = ("hybrid_train", "conf", "launch")
+VERSION = "VERSION"
+_NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def write(target: Path, launch: Path) -> None:
+    """Copy package, conf/ and launch/ into a folder; what was there before is replaced as a whole.
+
+    Of a git checkout those files are copied that git knows or would take, else all of them.
+
+    Args:
+        target: the folder.
+        launch: the launch/ folder that submits.
+    """
+    fresh, old = target.with_name("code.new"), target.with_name("code.old")
+    for folder in (fresh, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    package = Path(hybrid_train.__file__).parent
+    root = package.parent
+    listed = _listed(root)
+    if listed is None:
+        shutil.copytree(package, fresh / "hybrid_train", ignore=_NOT_SOURCE)
+        shutil.copytree(conf_dir(), fresh / "conf", ignore=_NOT_SOURCE)
+        shutil.copytree(launch, fresh / "launch", ignore=_NOT_SOURCE)
+    else:
+        for name in listed:
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, fresh / name)
+    (fresh / VERSION).write_text(_version(root, listed is not None), encoding="utf-8")
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _listed(root: Path) -> list[str] | None:
+    """Return the files that git knows or would take; None where this is no checkout."""
+    if not (root / ".git").exists():
+        return None
+    names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    if names is None:
+        return None
+    return [name for name in names.split("\0") if name and (root / name).is_file()]
+
+
+def _version(root: Path, is_checkout: bool) -> str:
+    """Return lines that say which code this is."""
+    if not is_checkout:
+        return f"installed package, from {root}\n"
+    commit = (_git(root, "rev-parse", "HEAD") or "none").strip()
+    changes = (_git(root, "status", "--porcelain", "--", *PARTS) or "").rstrip()
+    lines = [f"commit {commit}", "changed since" if changes else "nothing changed since", changes]
+    return "\n".join(filter(None, lines)) + "\n"
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """Return what git says; None where it is missing or refuses."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,207 @@
+"""Submission of a run to SLURM: check, freeze, copy the code, render the script, sbatch.
+
+    launch/submit.py [--dry-run | --multirun] cluster=NAME key=value ...
+
+It needs no torch. Exit codes: 0 submitted or shown, 2 refused; then nothing was written or queued.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from hybrid_train.config import compose
+from hybrid_train.config.check_files import data_is_chosen
+from hybrid_train.config.names import nearest
+from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.schema.cluster import Cluster, processes_per_node, seconds
+from hybrid_train.config.schema.submit import SubmitJob, training
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.jobs import code_snapshot, multirun, slurm
+from hybrid_train.jobs.batch_script import Submission, render
+from hybrid_train.jobs.run_folder import require_same_run
+
+_FOLDER_MODE = 0o750
+_JOBS = "jobs.txt"  # in launch/ of a run folder: an id a line, newest last
+
+
+def main(arguments: Sequence[str], launch: Path) -> int:
+    """Run the command.
+
+    Args:
+        arguments: words of the command line.
+        launch: the launch/ folder, which has the scripts.
+    """
+    parser = argparse.ArgumentParser(prog="launch/submit.py", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="check and print; queue nothing")
+    parser.add_argument("--multirun", "-m", action="store_true", help="every combination of values")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args(arguments)
+    lines = [*options.overrides, f"dry_run={str(options.dry_run).lower()}"]
+    try:
+        submission = _checked(lines, is_array=options.multirun)
+        script = render(submission, (launch / "slurm" / "train.sbatch").read_text("utf-8"))
+        if options.dry_run:
+            _show(submission, script)
+        else:
+            _submit(submission, script, launch)
+    except UserError as error:
+        sys.stderr.write(f"submit: {error}\n")
+        return 2
+    return 0
+
+
+def _checked(lines: Sequence[str], *, is_array: bool) -> Submission:
+    """Compose every run and check it, its folder, and the cluster.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    jobs: list[SubmitJob] = []
+    found: list[Problem] = []
+    for one in multirun.combinations(lines) if is_array else [list(lines)]:
+        try:
+            jobs.append(compose.compose("submit", one))
+        except ConfigError as error:
+            found += error.problems
+            found += _cluster_problems(_drafted(one), one)
+    if not found:
+        if any(job.cluster != jobs[0].cluster or job.run_dir != jobs[0].run_dir for job in jobs):
+            rule = "an array has one cluster and one run_dir; submit the others by themselves"
+            found.append(Problem("--multirun", "cluster or run_dir", rule))
+        submission = Submission(jobs, Path(jobs[0].run_dir).absolute(), is_array)
+        found += _cluster_problems(jobs[0].cluster, lines)
+        found += _folder_problems(submission)
+        if not submission.legal_nodes:
+            found.append(Problem("--multirun", "cluster.nodes", "there is no number for all runs"))
+    if found:
+        raise ConfigError(dict.fromkeys(found))
+    return submission
+
+
+def _drafted(lines: Sequence[str]) -> Cluster | None:
+    """Return the cluster of a job that has problems elsewhere; None if it has them itself."""
+    try:
+        drafted = OmegaConf.to_object(compose.draft("submit", lines).config.cluster)
+    except (UserError, ValueError):
+        return None
+    return drafted if isinstance(drafted, Cluster) else None
+
+
+def _cluster_problems(cluster: Cluster | None, lines: Sequence[str]) -> Iterator[Problem]:
+    """Yield what SLURM itself knows of the cluster, where it is at hand.
+
+    Raises:
+        UserError: if there is a SLURM that does not answer, and the job is to be queued.
+    """
+    if not any(line.startswith("cluster=") for line in lines):
+        options = sorted(file.stem for file in (compose.conf_dir() / "cluster").glob("*.yaml"))
+        yield Problem("cluster", "null", f"must be one of {', '.join(options)}")
+    elif cluster is not None and slurm.is_here():
+        try:
+            known = slurm.partitions()
+        except UserError as error:
+            if "dry_run=true" not in lines:
+                raise
+            _say(f"the partition was not looked up: {str(error).splitlines()[0]}")
+            return
+        yield from _partition_problems(cluster, known)
+
+
+def _partition_problems(cluster: Cluster, known: dict[str, slurm.Partition]) -> Iterator[Problem]:
+    """Yield what the partition cannot give; a job that waits for ever is refused here."""
+    name = cluster.partition or next((one.name for one in known.values() if one.is_default), None)
+    if name not in known:
+        rule = f"sinfo lists {', '.join(known)}"
+        yield Problem("cluster.partition", name or "null", rule, nearest(name or "", known))
+        return
+    partition, limit_s = known[name], seconds(cluster.time_limit)
+    if cluster.nodes is not None and (cluster.min_nodes or cluster.nodes) > partition.nodes:
+        path = "cluster.nodes" if cluster.min_nodes is None else "cluster.min_nodes"
+        rule = f"partition {name} has {partition.nodes} nodes"
+        yield Problem(path, cluster.min_nodes or cluster.nodes, rule, partition.nodes)
+    if partition.limit_s is not None and limit_s is not None and limit_s > partition.limit_s:
+        most = f"{partition.limit_s // 60}"
+        rule = f"partition {name} allows {most} minutes"
+        yield Problem("cluster.time_limit", cluster.time_limit, rule, most)
+
+
+def _folder_problems(submission: Submission) -> Iterator[Problem]:
+    """Yield what forbids the run folders: another run, or one that is queued already."""
+    path = str(submission.run_dir)
+    for job, run_dir in zip(submission.jobs, submission.run_dirs, strict=True):
+        try:
+            require_same_run(_of_folder(job, run_dir))
+        except UserError as error:
+            yield Problem("run_dir", run_dir, str(error))
+    jobs = submission.run_dir / "launch" / _JOBS
+    last = jobs.read_text("utf-8").split()[-1] if jobs.exists() else None
+    state = slurm.state(last) if last and slurm.is_here() else None
+    if state is not None:
+        rule = f"job {last} of this folder is {state}; wait for it, or scancel {last}"
+        yield Problem("run_dir", path, rule)
+
+
+def _of_folder(job: SubmitJob, run_dir: Path) -> TrainJob:
+    """Return the run of a job as it is frozen, with its folder named from the root."""
+    run = training(job)
+    run.run_dir = str(run_dir)
+    return run
+
+
+def _show(submission: Submission, script: str) -> None:
+    """Print the script, and beside it what it comes to."""
+    sys.stdout.write(script)
+    sys.stdout.flush()
+    _say(f"nothing was submitted; this would be {_in_words(submission)}")
+    unset = list(data_is_chosen(submission.jobs[0]))
+    if unset:
+        _say("still to be set before it can be submitted:")
+        for problem in unset:
+            _say(f"  {problem.path}: {problem.rule}")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"submit: {text}\n")
+
+
+def _in_words(submission: Submission) -> str:
+    """Say how large a submission is."""
+    legal, own = submission.legal_nodes, processes_per_node(submission.jobs[0].cluster)
+    size = f"{legal[-1]:,} nodes x {own} processes = {legal[-1] * own:,}"
+    fewer = f", or fewer nodes: {', '.join(map(str, legal[:-1]))}" if len(legal) > 1 else ""
+    runs = f"an array of {len(submission.jobs)} runs, each " if submission.is_array else ""
+    return f"{runs}{size}{fewer}"
+
+
+def _submit(submission: Submission, script: str, launch: Path) -> None:
+    """Write the run folders and hand the script to SLURM.
+
+    Raises:
+        UserError: if there is no SLURM, or it refuses.
+    """
+    if not slurm.is_here():
+        raise UserError("sbatch was not found; submit from a login node, or look: --dry-run")
+    slurm.require_acceptable(script)
+    run_dirs = submission.run_dirs
+    launch_dir = submission.run_dir / "launch"
+    for folder in (submission.run_dir, launch_dir, *run_dirs, *(one / "logs" for one in run_dirs)):
+        folder.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
+    path = launch_dir / "job.sbatch"
+    path.write_text(script, encoding="utf-8")
+    for job, run_dir in zip(submission.jobs, run_dirs, strict=True):
+        compose.freeze(_of_folder(job, run_dir), run_dir)
+    code_snapshot.write(submission.run_dir / "code", launch)
+    number = slurm.submit(path)
+    with (launch_dir / _JOBS).open("a", encoding="utf-8") as file:
+        file.write(number + "\n")
+    watched = run_dirs[0]
+    sys.stdout.write(
+        f"job {number}: {_in_words(submission)}\n"
+        f"  run folder   {submission.run_dir}\n"
+        f"  watch        hybrid-train status run_dir={watched}\n"
+        f"  log          tail -F {watched}/logs/slurm_*.log\n"
+        f"  cancel       scancel {number} (the run saves; submit again to go on)\n"
+    )
