@@ -3,7 +3,10 @@
 # installed, and these tests are skipped with their reason.
 set -euo pipefail
 
-packages=(chromium-headless-shell) # tests/unit/jobs/test_report_in_browser.py
+packages=(
+  chromium-headless-shell # tests/unit/jobs/test_report_in_browser.py
+  slurmctld slurmd slurm-client munge # tests/slurm; their services need not run
+)
 
 missing=()
 for package in "${packages[@]}"; do
