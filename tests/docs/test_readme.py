@@ -29,7 +29,10 @@ YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHORT = "train.tokens=12k train.validation_batches=1"
 INFORMATION = {"--help", "-h", "--cfg", "--info"}  # asks a job about itself; nothing is trained
 SHELL_OPERATORS = {"|", "||", "&", "&&", ";", ">", ">>", "<"}
-PROGRAMS = {"hybrid-train", "torchrun", "make", "python", "launch/local.sh", "ls", "cat", "tail"}
+PROGRAMS = {
+    *("hybrid-train", "torchrun", "make", "python", "launch/local.sh", "launch/submit.py"),
+    *("ls", "cat", "tail"),
+}
 NOT_RUN = {
     "git": "would clone over the network",
     "cd": "the test already stands in the tree",
