@@ -42,7 +42,7 @@ lint: $(VENV)/installed-dev ## style, import layers, types, size limits, shell s
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck .ci/run docker/*.sh launch/*.sh tests/*.sh
+	$(VENV)/bin/shellcheck .ci/run docker/*.sh launch/*.sh launch/slurm/*.sh launch/slurm/train.sbatch tests/*.sh
 	$(VENV)/bin/pytest -q tests/architecture
 
 format: $(VENV)/installed-dev ## put the code into its standard form
