@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from hybrid_train.runtime.signals import StopSignals
+from hybrid_train.runtime.signals import SIGNALS, StopSignals
 from hybrid_train.tracking import history
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
@@ -35,16 +35,16 @@ class StopOnSignal(Hook):
         self._agree(run)
 
     def _agree(self, run: Run) -> None:
-        mine = self._signals.received or 0
-        rank = dist.get_rank()
+        received, rank, ranks = self._signals.received, dist.get_rank(), dist.get_world_size()
+        mine = -1 if received is None else SIGNALS.index(received) * ranks + rank
         late = rank == 0 and self._end is not None and time.monotonic() > self._end
-        told = torch.tensor([mine, rank + 1 if mine else 0, late], device=run.engine.device)
+        told = torch.tensor([mine, late], device=run.engine.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        number, rank, time_is_up = told.tolist()
+        theirs, time_is_up = told.tolist()
         if time_is_up:
             self._time_is_up = run.stop_requested = True
-        if number:
-            self.signal, self._rank = signal.Signals(number), rank - 1
+        if theirs >= 0:
+            self.signal, self._rank = SIGNALS[theirs // ranks], theirs % ranks
             run.stop_requested = True
 
     def how_it_ended(self) -> tuple[str, str, str, tuple[int, ...]]:

@@ -30,10 +30,13 @@ def test_second_ctrl_c_interrupts(signals: StopSignals) -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_second_request_of_the_scheduler_changes_nothing(signals: StopSignals) -> None:
-    signal.raise_signal(signal.SIGUSR1)
-    signal.raise_signal(signal.SIGTERM)
-    assert signals.received is not None
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_request_of_whoever_looks_after_the_run_goes_before_the_schedulers(
+    signals: StopSignals, first: signal.Signals
+) -> None:
+    for number in (first, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        signal.raise_signal(number)
+    assert signals.received is signal.SIGUSR1
 
 
 def test_handlers_from_before_come_back() -> None:
