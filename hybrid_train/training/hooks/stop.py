@@ -1,7 +1,7 @@
 """Stops the run between two steps when any of its processes got a signal, or time is up."""
 
-import signal
 import time
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,9 @@ from hybrid_train.tracking import history
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
 from hybrid_train.training.report import StepReport
+
+if TYPE_CHECKING:
+    import signal
 
 
 class StopOnSignal(Hook):
