@@ -30,7 +30,6 @@ def stopped_at(source: Path, run_dir: Path, step: int) -> Path:
     ("overrides", "words"),
     [
         (["parallel.tensor=2"], "tensor=2"),
-        (["train.microbatch=1"], "data=2"),
         (
             ["train.microbatch=1", "parallel.distributed_optimizer=false"],
             "data=2 distributed_optimizer=0",

@@ -17,6 +17,13 @@ pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("parity")]
 # Draws that once failed, and some more. 1: tied embeddings with MTP in a pipeline; 24: experts that
 # did not wait for parameters on their way.
 SEEDS = (1, 24, 0, 14, 25)
+# Splits in four where there are splits in two, and pairs that stand in a triple: `make parity` has
+# them.
+LEFT_OUT = {
+    "TP4", "EP4", "CP4", "DP4", "TP2 x PP2", "TP2 x CP2", "EP2 x CP2", "TP2 x EP2",
+    "EP2 x DP2, FSDP", "TP2, ETP1, FSDP",
+}  # fmt: skip
+TESTED = [name for name in LAYOUTS if name not in LEFT_OUT]
 # Each kind of split, and those that meet in one; `make parity` runs all on packed rows, and more
 # with quantized products.
 EVERY_SPLIT = ("EP2", "ETP2", "CP2", "EP2 x CP2, FSDP", "TP2 x CP2 x PP2")
@@ -30,7 +37,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     return Suite(tmp_path_factory.mktemp("parity"))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", TESTED)
 def test_a_layout_computes_what_one_process_computes(suite: Suite, name: str) -> None:
     assert suite.compare(LAYOUTS[name]).problems == []
 

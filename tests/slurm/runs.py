@@ -1,6 +1,7 @@
 """Submits runs to the test cluster as a user does, and reads what they leave behind."""
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,10 @@ OVERRIDES = (
 
 
 def submit_command(run_dir: Path, corpus: Path, *overrides: str) -> list[str]:
-    words = [sys.executable, str(ROOT / "launch" / "submit.py"), *OVERRIDES]
+    # Another test cluster on this machine numbers its jobs alike: each has ports of its own, below
+    # those that Linux gives to whoever asks for any.
+    port = f"cluster.port={20_000 + os.getpid() % 12 * 1000}"
+    words = [sys.executable, str(ROOT / "launch" / "submit.py"), *OVERRIDES, port]
     return [*words, f"run_dir={run_dir}", f"data.folder={corpus}", *overrides]
 
 
