@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybrid_train.tracking.history import Attempt
+from hybrid_train.tracking.wandb import ID_FILE
 from tests.jobs.command import assert_equal_to_the_bit, checkpoints, metrics
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
@@ -35,7 +37,8 @@ class Story:
 @pytest.fixture(scope="module")
 def story(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     run_dir = tmp_path_factory.mktemp("preempted") / "run"
-    job = runs.submit(cluster, run_dir, corpus, "tracking.tensorboard=true")
+    trackers = ("tracking.tensorboard=true", "tracking.wandb.mode=offline")
+    job = runs.submit(cluster, run_dir, corpus, *trackers)
     for number in range(1, PREEMPTIONS + 1):
         runs.wait_for_steps(run_dir, attempt=number)
         urgent = cluster.run(
@@ -72,6 +75,19 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(story: Story) -> None:
 def test_no_step_is_missing_or_doubled(story: Story) -> None:
     steps = [line["step"] for line in metrics(story.run_dir)]
     assert steps == list(range(1, story.last_step + 1))
+
+
+def test_tensorboard_shows_one_curve(story: Story) -> None:
+    seen = EventAccumulator(str(story.run_dir / "tensorboard")).Reload()
+    steps = [point.step for point in seen.Scalars("loss")]
+    assert steps == list(range(1, story.last_step + 1))
+
+
+def test_weights_and_biases_has_one_run(story: Story) -> None:
+    parts = list((story.run_dir / "wandb").glob("offline-run-*"))
+    assert len(parts) == len(story.attempts)  # each start writes a part of it
+    (number,) = {part.name.rpartition("-")[2] for part in parts}
+    assert number == (story.run_dir / ID_FILE).read_text().strip()
 
 
 def test_the_parameters_equal_those_of_an_undisturbed_job_to_the_bit(
