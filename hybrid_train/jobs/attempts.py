@@ -34,6 +34,7 @@ class Attempt:
     run_dir: Path
     number: int
     over: bool = False  # whether its end is in the history
+    spoke: bool = False  # whether this process has left words that count more than a signal
 
     def end(self, outcome: str, kind: str, cause: str, found_ranks: tuple[int, ...] = ()) -> None:
         """Note how it ended; one process does."""
@@ -41,13 +42,17 @@ class Attempt:
         _note_end(self.run_dir, self.number, outcome, last_words.Cause(kind, cause, found_ranks, 0))
 
     def leave(self, kind: str, text: str, seen: Standstill | None = None) -> None:
-        """Leave the last words of this process."""
+        """Leave the last words of this process, unless it has said something better before."""
+        if kind == last_words.TOLD and self.spoke:
+            return
+        self.spoke = kind != last_words.TOLD
         sign = progress.last()
         words = Words(
             ranks.rank(), kind, text, time.time(), sign.step, sign.part, sign.count,
             waits=seen.waits if seen else False, stack=seen.stack if seen else "",
         )  # fmt: skip
-        last_words.leave(self.run_dir, self.number, words)
+        with suppress(OSError):  # a full disk must not hide what really happened
+            last_words.leave(self.run_dir, self.number, words)
 
     def failed(self, error: BaseException) -> None:
         """Note what this process died of; the history has it at once if all died of the same."""
@@ -89,7 +94,8 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
 
     def tick() -> None:
         if ranks.is_main():
-            os.utime(alive)
+            with suppress(OSError):  # a disk that is away for a while is no reason to stop watching
+                os.utime(alive)
 
     crash = last_words.crash_file(run_dir, number, ranks.rank())
     with _crash_log(crash), Watchdog(hang_timeout_s, hang, told, tick, TICK_S):

@@ -125,13 +125,14 @@ def _fit(
     builder = PhaseBuilder(data, device, run_dir)
     run = builder.build(at(stretches, state.tokens), state, tokens(job.train.tokens))
     _restore(start, run.engine)
-    run.bad_steps = _bad_steps(job, run_dir, start)
+    run.bad_steps = _bad_steps(job, run_dir, start, at(stretches, state.tokens).start)
     peak = peak_flops(device, job.runtime.peak_tflops)
     failures = job.recovery.max_failed_saves
     saving = SaveCheckpoints(job.checkpoint, run_dir, start.own_step, failures)
 
     def enter(run: Run, phase: Stretch, before: Stretch) -> None:
         builder.enter(run, phase, before, saving)
+        run.bad_steps.forget()
 
     run.hooks = HookList(
         [
@@ -251,13 +252,14 @@ def _restore(start: Start, engine: Engine) -> None:
         store.load(start.found, content_of(engine))
 
 
-def _bad_steps(job: TrainJob, run_dir: Path, start: Start) -> BadSteps:
-    """Go on to judge losses with those that a run that goes on has had."""
+def _bad_steps(job: TrainJob, run_dir: Path, start: Start, phase_start: int) -> BadSteps:
+    """Go on to judge losses with those that a run that goes on has had in this phase."""
 
     def before() -> list[dict[str, float]]:
         path = run_dir / FILE_NAME
         lines = read_metrics(path) if start.is_own and path.exists() else []
-        return [line for line in lines if line["step"] <= start.own_step]
+        known = (line for line in lines if line["step"] <= start.own_step)
+        return [line for line in known if line["tokens"] > phase_start]
 
     lines = ranks.said_by_main(lambda: before()[-2 * job.recovery.spike_window :])
     return BadSteps(job.recovery, lines)

@@ -101,9 +101,11 @@ class Watchdog:
         seen = self._look()
         if seen.waits and silence_s < self._limit_s + _PATIENCE_S:
             return
-        self._on_hang(seen)
-        # The main thread cannot be interrupted where it is; what could be saved was saved before.
-        os._exit(_EXIT_CODE)
+        try:
+            self._on_hang(seen)
+        finally:
+            # The main thread cannot be interrupted where it is; what could be saved is saved.
+            os._exit(_EXIT_CODE)
 
     def _look(self) -> Standstill:
         sign = progress.last()

@@ -56,6 +56,10 @@ class BadSteps:
                 f"deviations above the {mean:.4f} of the last {len(window)} steps"
             )
 
+    def forget(self) -> None:
+        """Begin a new window: other data or another batch may have a loss of its own."""
+        self._losses.clear()
+
     def took(self, loss: float) -> None:
         """Count a step that was taken."""
         self.in_a_row = 0

@@ -60,3 +60,11 @@ def test_a_slow_process_is_named_with_the_part_of_the_step() -> None:
 
 def test_differences_below_two_milliseconds_are_not_told() -> None:
     assert stragglers([[0.001, 0.1, 0.02, 0.001], [0.0025, 0.1, 0.02, 0.001]], 1.5) == []
+
+
+def test_a_new_phase_may_have_a_loss_of_its_own() -> None:
+    found = judge(USUAL)
+    found.forget()
+    for loss in (5.0, 5.1, 4.9):
+        found.require_usual(loss)
+        found.took(loss)
