@@ -56,6 +56,26 @@ def test_a_killed_worker_is_started_again_inside_the_job_and_a_lost_node_is_done
     wait_until(lambda: cluster.node_states() == ["idle"] * 2, "both nodes are back", runs.START_S)
 
 
+def test_a_lost_node_is_waited_for_where_fewer_are_not_accepted(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = runs.submit(cluster, run_dir, corpus, "checkpoint.interval=2")
+    runs.wait_for_steps(run_dir, attempt=1, more=4)
+    cluster.kill_node("n2")
+    try:
+        runs.wait_for_state(cluster, job, run_dir, "PENDING")
+        assert len(runs.attempts(run_dir)) == 1
+    finally:
+        cluster.start_node("n2")
+    runs.wait_for_steps(run_dir, attempt=2)
+    first, second = runs.attempts(run_dir)
+    assert [one.nodes for one in (first, second)] == [2, 2]
+    assert second.start_step == first.end_step >= 2
+    cluster.run("scancel", job)
+    runs.wait_for_state(cluster, job, run_dir, "CANCELLED")
+
+
 def test_three_attempts_without_progress_end_the_job_with_the_reason(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
