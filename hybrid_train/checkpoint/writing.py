@@ -75,6 +75,7 @@ class Writing:
         self._folder, self._writer, self._metadata = folder, writer, metadata
         self._results = b""
         self._sums: dict[str, checksums.Sum] = {}
+        self.sums: dict[str, checksums.Sum] = {}  # of all processes, once described
         self._thread = InThread(self._write)
 
     def _write(self) -> None:

@@ -86,7 +86,7 @@ FLAGS = {
     "--resolve": "with --cfg: put values in place of ${...}",
     "--info": "say where the config comes from: all, defaults, defaults-tree, searchpath, ...",
     "--multirun": "run every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
-    "--json": "short for json=true, of jobs that print one JSON object if asked: doctor",
+    "--json": "short for json=true, of jobs that print one JSON object if asked: doctor, status",
     "--version": "print the version",
 }
 FIRST_SPEAKS_S = 5.0

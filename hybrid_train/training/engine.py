@@ -91,10 +91,11 @@ class Engine:
                 bad_steps.require_usual(metrics["loss"])
             progress.enter(progress.OPTIMIZER)
             _, grad_norm, _ = self.optimizer.step()
-            skipped = ""
+            skipped, kind = "", ""
         except (NonFiniteError, SpikeError) as error:
             self.finalizer.restore_expert_biases()
-            skipped, grad_norm = self._located(error, microbatches), math.nan
+            skipped, kind = self._located(error, microbatches), error.kind
+            grad_norm = math.nan
             metrics["skipped"] = 1.0
             if isinstance(error, NonFiniteError) and not (bad_steps and bad_steps.skips_nonfinite):
                 raise self._given_up(skipped) from None
@@ -107,7 +108,9 @@ class Engine:
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")
         drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
-        return StepReport(loss, float(grad_norm), rate, seconds, sequences, skipped, drawn, metrics)
+        return StepReport(
+            loss, float(grad_norm), rate, seconds, sequences, skipped, kind, drawn, metrics
+        )
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""

@@ -97,5 +97,5 @@ class Recover(Hook):
             "lower learning rate or other data: run_dir=... checkpoint.load=... "
             "schedule.peak_lr=... train.seed=..."
         )
-        error.everywhere, error.kind = True, "nonfinite" if "nan" in report.skipped else "spike"
+        error.everywhere, error.kind = True, report.skipped_kind
         return error

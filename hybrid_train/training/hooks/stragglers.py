@@ -18,7 +18,7 @@ from hybrid_train.training.report import StepReport
 # Each process does these for itself, so their time is its own. What waits for others is left out.
 _PARTS = (progress.DATA, progress.FORWARD_BACKWARD, progress.OPTIMIZER)
 _PROBE = "matrix product"  # the same work on every process: a slow device shows under any layout
-_PROBE_SIZE = {"cpu": 256, "cuda": 4096}
+_PROBE_OF = {"cpu": (256, torch.float32), "cuda": (4096, torch.bfloat16)}
 _LEAST_S = 0.002  # a step; below that, clocks and schedulers make the difference
 _log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ def stragglers(times: list[list[float]], ratio: float) -> list[str]:
 
 def _probe(device: torch.device) -> float:
     """Time the same product on every process, the best of three."""
-    size = _PROBE_SIZE[device.type]
-    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if size > 256 else None)  # noqa: PLR2004
+    size, dtype = _PROBE_OF[device.type]
+    a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
