@@ -277,15 +277,25 @@ def freeze(job: TrainJob, run_dir: Path) -> None:
     half.replace(target)
 
 
+def _frozen(run_dir: Path) -> Path:
+    """Return the config in a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = run_dir / FROZEN_NAME
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    return path
+
+
 def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
     """Read the config in a run folder as text and as plain data; that of another version, too.
 
     Raises:
         UserError: if the folder has no config, or it is damaged.
     """
-    path = run_dir / FROZEN_NAME
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    path = _frozen(run_dir)
     text = path.read_text(encoding="utf-8")
     try:
         plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -303,9 +313,7 @@ def load(run_dir: Path) -> TrainJob:
         UserError: if the folder has no config.
         ConfigError: if the config does not fit this version's settings.
     """
-    path = run_dir / FROZEN_NAME
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    path = _frozen(run_dir)
     try:
         saved = OmegaConf.load(path)
         typed = OmegaConf.structured(TrainJob)
