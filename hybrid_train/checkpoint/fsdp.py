@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from torch import Tensor
+
+from hybrid_train.model.stand_ins import empty_like, stand_ins
 
 
 @dataclass(frozen=True)
@@ -52,35 +53,27 @@ def parts(chunk: FullyShardedDataParallel) -> Iterator[Part]:
 
 
 @contextlib.contextmanager
-def stand_ins(chunk: FullyShardedDataParallel) -> Iterator[dict[int, Tensor]]:
+def whole_weights(chunk: FullyShardedDataParallel) -> Iterator[dict[int, Tensor]]:
     """Let the modules hold tensors without memory in place of their parameters.
 
     Yields:
         The parameter of each stand-in, by its id.
     """
-    core, made, held, of = chunk.module, {}, [], {}
+    core = chunk.module
     # Else the first call of state_dict would put distributed tensors back (megatron_fsdp.py 1146).
     was_split, core.is_param_fsdp_distributed = core.is_param_fsdp_distributed, True
-    for module in core.module.modules():
-        for name, current in module._parameters.items():
-            if current is not None:
-                parameter = getattr(current, "orig_param", current)
-                if id(parameter) not in made:  # tied weights are one
-                    made[id(parameter)] = _without_memory(parameter)
-                    of[id(made[id(parameter)])] = parameter
-                held.append((module, name, current))
     try:
-        for module, name, current in held:
-            parameter = getattr(current, "orig_param", current)
-            module._parameters[name] = made[id(parameter)]
-        yield of
+        with stand_ins(core.module, _without_memory, weight=_original) as pairs:
+            yield {id(stand_in): parameter for parameter, stand_in in pairs}
     finally:
-        for module, name, current in held:
-            module._parameters[name] = current
         core.is_param_fsdp_distributed = was_split
 
 
+def _original(parameter: Tensor) -> Tensor:
+    """Return the whole weight of a parameter that may be distributed."""
+    whole: Tensor = getattr(parameter, "orig_param", parameter)
+    return whole
+
+
 def _without_memory(parameter: Tensor) -> Tensor:
-    empty = torch.nn.Parameter(torch.empty_like(parameter, device="meta"))
-    empty.__dict__.update(parameter.__dict__)  # by which Megatron knows how it is split
-    return empty
+    return empty_like(parameter, "meta")

@@ -9,7 +9,7 @@ in memory. What a plan was made for stays alive with it, so that its memory is n
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
 from hybrid_train.checkpoint import fsdp
-from hybrid_train.checkpoint.optimizer_state import kept_tensors, state_parts
-from hybrid_train.checkpoint.places import bare, places
+from hybrid_train.checkpoint.optimizer_state import MASTER, StatePart, kept_tensors, state_parts
+from hybrid_train.checkpoint.places import Place, bare, places
+from hybrid_train.model.megatron import is_in_fp8
 
 _Address = tuple[int, torch.Size, torch.dtype]
 
@@ -63,7 +64,7 @@ class KeptPlan:
         if self._memory is None or self._memory != _memory(chunks, optimizer):
             found = places(chunks, groups)
             state = state_parts(optimizer, found)
-            self._tensors = [*(place.weight for place in found), *(part.tensor for part in state)]
+            self._tensors = [*_weights(found, state), *(part.tensor for part in state)]
             self._memory = _memory(chunks, optimizer)
         return self._tensors
 
@@ -107,6 +108,24 @@ class KeptPlan:
         return writer, self._plan.metadata
 
 
+def _weights(found: Sequence[Place], state: Sequence[StatePart]) -> Iterator[ShardedTensor]:
+    """Yield the weights; those in FP8 as what they are quantized from, their masters in bfloat16.
+
+    Each process has them of the masters that it keeps. So a checkpoint is that of a run that keeps
+    its weights in bfloat16.
+    """
+    in_fp8 = set()
+    for place in found:
+        if place.stand_in is None:
+            yield place.weight
+        else:
+            in_fp8.add(place.weight.key)
+    for part in state:
+        if part.kind == MASTER and part.weight_key in in_fp8:
+            values = part.tensor.data.to(torch.bfloat16)
+            yield replace(part.tensor, key=part.weight_key, data=values, dtype=values.dtype)
+
+
 def _place(item: WriteItem) -> tuple[str, tuple[int, ...]]:
     return item.index.fqn, tuple(item.index.offset or ())
 
@@ -142,9 +161,9 @@ def _described(tensors: Sequence[ShardedTensor]) -> list[Any]:
 
 
 def _memory(chunks: list[Any], optimizer: Any) -> list[_Address] | None:
-    """Return where weights, buffers and optimizer state lie; None where state is made up anew."""
+    """Return where weights, buffers and optimizer state lie; None where any is made up anew."""
     kept = kept_tensors(optimizer)
-    if kept is None:
+    if kept is None or any(is_in_fp8(one) for chunk in chunks for one in bare(chunk).parameters()):
         return None
     found = list(kept)
     for chunk in chunks:

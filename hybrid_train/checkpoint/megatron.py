@@ -38,7 +38,7 @@ from hybrid_train.checkpoint.optimizer_state import (
     step_count,
 )
 from hybrid_train.checkpoint.partition import is_partition
-from hybrid_train.checkpoint.places import places
+from hybrid_train.checkpoint.places import places, settle
 from hybrid_train.checkpoint.writing import Writing
 from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
@@ -196,6 +196,7 @@ def read(folder: Path, content: Content) -> None:
             *(random.values() if same_random else ()),
         ],
     )
+    settle(found)
     new = [part for part in state.parts if not part.is_stored(stored)]
     _begin(folder, new, stored)
     state.put_back()
@@ -228,6 +229,7 @@ def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroupCollection
     stored = _stored_in(folder)
     shared = compare(folder, stored, found).shared(found)
     _load(folder, [place.weight for place in shared])
+    settle(found, masters_follow=True)
 
 
 def _load(folder: Path, tensors: list[ShardedTensor]) -> None:

@@ -1,16 +1,18 @@
 """Which part of which tensor of the whole model each tensor of this process is."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hybrid_train.checkpoint import fsdp
 from hybrid_train.checkpoint.boxes import Box, boxes
+from hybrid_train.model.stand_ins import plain_weights
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Place:
 
     owner: Tensor  # parameter or buffer
     start: int  # first element of the range, counted in the flat owner
-    weight: ShardedTensor  # shares the owner's memory
+    weight: ShardedTensor  # shares the memory of the owner, or of what stands for it
+    stand_in: Tensor | None = None  # of an owner in FP8: plain, empty; takes what is loaded
 
 
 def places(chunks: list[Any], groups: ProcessGroupCollection) -> list[Place]:
@@ -27,7 +30,8 @@ def places(chunks: list[Any], groups: ProcessGroupCollection) -> list[Place]:
 
     Names are those of the whole model: layers are numbered through all stages. A tensor that packs
     several (the projections and convolutions of Mamba) has a place for each. Of a weight that
-    Megatron-FSDP has split there are places for the elements that this process keeps.
+    Megatron-FSDP has split there are places for the elements that this process keeps. A weight in
+    FP8 cannot be cut so: its places are those of a plain tensor without values (`settle`).
     """
     found: list[Place] = []
     for chunk in chunks:
@@ -37,20 +41,27 @@ def places(chunks: list[Any], groups: ProcessGroupCollection) -> list[Place]:
 
 def _whole(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
     metadata = {"dp_cp_group": groups.dp_cp}
-    for name, whole in bare(chunk).sharded_state_dict(metadata=metadata).items():
+    with plain_weights(bare(chunk)) as pairs:
+        in_fp8 = {id(stand_in): weight for weight, stand_in in pairs}
+        sharded = bare(chunk).sharded_state_dict(metadata=metadata)
+    for name, whole in sharded.items():
         if name.endswith("_extra_state"):  # of linear layers, empty
             continue
-        tree, owner = {name: whole}, whole.data
+        tree, held = {name: whole}, whole.data
         apply_factories(tree)
         for part in _leaves(tree[name]):
             assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"
-            yield Place(owner, part.data.storage_offset() - owner.storage_offset(), part)
+            start = part.data.storage_offset() - held.storage_offset()
+            if id(held) in in_fp8:
+                yield Place(in_fp8[id(held)], start, part, held)
+            else:
+                yield Place(held, start, part)
 
 
 def _kept(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
     """Cut the places of split weights down to what this process keeps; buffers are whole."""
     kept = {id(part.parameter): part for part in fsdp.parts(chunk)}
-    with fsdp.stand_ins(chunk) as parameters:
+    with fsdp.whole_weights(chunk) as parameters:
         whole = list(_whole(chunk, groups))
     for place in whole:
         parameter = parameters.get(id(place.owner))
@@ -59,6 +70,22 @@ def _kept(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
         elif id(parameter) in kept:
             part = kept[id(parameter)]
             yield from _cut(replace(place, owner=parameter), part.start, part.weights)
+
+
+def settle(found: Sequence[Place], *, masters_follow: bool = False) -> None:
+    """Quantize what was loaded for weights in FP8.
+
+    Args:
+        found: all places of a load that is over.
+        masters_follow: whether masters are to begin with what was loaded, when the optimizer is
+            told to reload them (`optim/megatron.py`): they take no values from FP8.
+    """
+    loaded = {id(one.owner): (one.owner, one.stand_in) for one in found if one.stand_in is not None}
+    for owner, values in loaded.values():
+        with torch.no_grad():
+            owner.copy_(values)
+        if masters_follow:
+            owner.loaded_values = values  # type: ignore[attr-defined]
 
 
 def _cut(place: Place, first: int, values: Tensor) -> Iterator[Place]:

@@ -74,8 +74,11 @@ def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | Non
 
     That is the setting of the latest phase up to this one which sets it, or that of the run. None
     for an exception of the run, which stands behind those of the phase: they may well leave it
-    nothing to decide, and what is wrong with it otherwise is found in the run itself.
+    nothing to decide, and what is wrong with it otherwise is found in the run itself. None, too,
+    for weights in FP8, of which a phase may keep none any more.
     """
+    if problem.path == "precision.fp8_param_gather":
+        return None
     if rule := _RULE_OF_RUN.fullmatch(problem.path):
         for earlier in range(number, -1, -1):
             own = job.train.phases[earlier].precision_exceptions

@@ -7,9 +7,11 @@ from hybrid_train.config.names import nearest
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.product_formats import (
+    GATHERED_IN_FP8,
     KINDS,
     formats_of,
     is_named,
+    kept_in_fp8,
     linears,
     matches,
 )
@@ -58,4 +60,30 @@ def formats_go_together(job: TrainJob, _: int) -> Iterator[Problem]:
             yield Problem(path, other.value, rule_text, base.value)
 
 
-PRECISION_RULES = (exceptions_match_something, formats_go_together)
+def weights_can_be_kept_in_fp8(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Megatron's distributed optimizer gathers FP8 weights, of formats that have them as such."""
+    precision = job.precision
+    if not precision.fp8_param_gather or not all(is_range(r.layers) for r in precision.exceptions):
+        return
+    names = " or ".join(one.value for one in GATHERED_IN_FP8)
+    rules = {
+        "needs parallel.distributed_optimizer=true: masters are the optimizer's": (
+            job.parallel.distributed_optimizer
+        ),
+        "needs parallel.fsdp=false": not job.parallel.fsdp,
+        "needs precision.unquantized=bf16: weights are bfloat16 or FP8": (
+            precision.base is NumberFormat.bf16
+        ),
+        f"needs main layers in {names}; weights of others are gathered in bfloat16": (
+            bool(kept_in_fp8(job.model, precision))
+        ),
+        # core has masters of its own beside FusedAdam then (optimizer_config.py 404)
+        "needs optimizer state in float32; lowered is "
+        f"{', '.join(job.optimizer.lowered)}": not job.optimizer.lowered,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            yield Problem("precision.fp8_param_gather", True, rule, "false")
+
+
+PRECISION_RULES = (exceptions_match_something, formats_go_together, weights_can_be_kept_in_fp8)

@@ -31,6 +31,9 @@ MTP_PROJECTION = "mtp.eh_proj"  # joins the token and the hidden state of a dept
 _MAIN_KINDS = (*(kind for kinds in MODULES.values() for kind in kinds), *SHARED_EXPERTS, *LATENT)
 KINDS = (*_MAIN_KINDS, MTP_PROJECTION, *(f"{MTP}.{kind}" for kind in _MAIN_KINDS))
 UNQUANTIZED = (ProductFormat.fp32, ProductFormat.bf16)
+# Formats whose weights have the same values in all products, and that Transformer Engine gathers:
+# MXFP8's are cut along the sum of each product, and gathered in bfloat16.
+GATHERED_IN_FP8 = (ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise)
 
 
 @dataclass(frozen=True, order=True)
@@ -104,6 +107,24 @@ def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
     return {
         linear: _formats(linear, precision.format, precision.exceptions, num_layers)
         for linear in linears(model)
+    }
+
+
+def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:
+    """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
+
+    Those of MTP blocks are not: core knows a block by another name while it builds it than ever
+    after (`model/native_precision.py`), and would build its weights by that name.
+    """
+    if not precision.fp8_param_gather:
+        return {}
+    found = {
+        linear: set(one.formats.values()) for linear, one in formats_of(model, precision).items()
+    }
+    return {
+        linear: next(iter(formats))
+        for linear, formats in found.items()
+        if linear.depth == 0 and len(formats) == 1 and formats <= set(GATHERED_IN_FP8)
     }
 
 

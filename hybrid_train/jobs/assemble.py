@@ -38,12 +38,14 @@ def build_engine(
 ) -> Engine:
     """Wire a model to its optimizer and objective."""
     pattern = parse(job.model.pattern)
-    chunks = megatron.wrap(built.chunks, built.config, job.parallel, job.precision)
+    formatted = megatron.in_model_format(built.chunks, built.config)
     dtype = DTYPES[job.precision.base]
     quantized = None
     if built.backend is Backend.emulated:
         quantized = QuantizedProducts(built.chunks, job.train.seed, groups.tp_dp_cp)
         quantized.use(job.model, job.precision)
+        quantized.keep_weights_in_fp8(job.model, job.precision)
+    chunks = megatron.wrap(formatted, built.config, job.parallel, job.precision)
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))
     return Engine(

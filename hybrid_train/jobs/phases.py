@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.phases import Stretch
+from hybrid_train.config.product_formats import kept_in_fp8
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.data.build import RunData
@@ -56,10 +57,15 @@ class PhaseBuilder:
     def enter(self, run: Run, stretch: Stretch, before: Stretch, saving: SaveCheckpoints) -> None:
         """Bring a run from one phase into the next."""
         _log.info("phase %s begins at %s tokens", stretch.name, show_tokens(run.state.tokens))
-        # Layers that cannot be told to multiply in another way are built anew.
+        # Layers that cannot be told to multiply in another way are built anew, and so are weights
+        # that were kept in FP8 and no longer are.
         other_formats = stretch.job.precision != before.job.precision
         fixed = run.engine.quantized is None
-        if stretch.job.parallel != before.job.parallel or (other_formats and fixed):
+        kept, kept_before = (
+            kept_in_fp8(one.job.model, one.job.precision) for one in (stretch, before)
+        )
+        anew = (other_formats and fixed) or kept != kept_before
+        if stretch.job.parallel != before.job.parallel or anew:
             self._move(run, stretch, saving)
         self._bring_into(run, stretch)
 

@@ -19,6 +19,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
+from hybrid_train.model.stand_ins import plain_weights
+
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes that softplus(dt_bias) starts from
 A_MIN, A_MAX = 1.0, 16.0  # decay rates that exp(A_log) starts from
 _PACKED_PARTS = ("z", "x", "B", "C", "dt")  # in_proj and conv1d are stored by part
@@ -30,10 +32,20 @@ def initialize(
 ) -> None:
     """Overwrite every parameter of the model chunks of this process."""
     for chunk in chunks:
-        storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-        for shard in sharded_tensors(chunk):
-            if shard.data.untyped_storage().data_ptr() in storages:
-                _fill(shard, std=std, num_layers=num_layers, seed=seed)
+        with plain_weights(chunk) as in_fp8:
+            storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+            for shard in sharded_tensors(chunk):
+                if shard.data.untyped_storage().data_ptr() in storages:
+                    _fill(shard, std=std, num_layers=num_layers, seed=seed)
+        for weight, drawn in in_fp8:  # by Transformer Engine, as it was built
+            _take(weight, drawn)
+
+
+@torch.no_grad()
+def _take(weight: Any, drawn: Tensor) -> None:
+    """Quantize what was drawn; masters begin with it as it was (core, distrib_optimizer.py 431)."""
+    weight.copy_(drawn)
+    weight.get_high_precision_init_val().copy_(drawn)
 
 
 def sharded_tensors(chunk: Any) -> Iterator[ShardedTensor]:

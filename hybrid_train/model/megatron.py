@@ -26,6 +26,7 @@ from hybrid_train.model import plain
 from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.ops import mixer, mixer_step
 from hybrid_train.ops.linear import add_product, linear
+from hybrid_train.precision import fp8_weights
 
 CORE_VERSION = "0.19.2"
 # Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names.
@@ -58,6 +59,22 @@ def use_recipes(make: Callable[[str], Any]) -> None:
         make: name of a format -> recipe object of Transformer Engine.
     """
     _replace(fp8_utils, _get_custom_recipe=make)
+
+
+def use_fp8_weights() -> None:
+    """Let core's buffers and optimizer know our weights in FP8 as Transformer Engine's (66)."""
+    _replace(
+        fp8_utils,
+        HAVE_TE_FP8_TENSOR_CLASS=True,
+        FP8_TENSOR_CLASS=fp8_weights.Float8Weight,
+        _modify_underlying_storage_impl=fp8_weights.replace_codes,
+        _quantize_param_shard_impl=fp8_weights.quantize_shards,
+    )
+
+
+def is_in_fp8(weight: Tensor) -> bool:
+    """Tell whether a weight is kept in FP8, by us or by Transformer Engine."""
+    return bool(fp8_utils.is_float8tensor(weight))
 
 
 def use_plain_latent_linears() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from hybrid_train.config.degrees import data_parallel, expert_data_parallel, expert_tensor
 from hybrid_train.config.pattern import parse
+from hybrid_train.config.product_formats import kept_in_fp8
+from hybrid_train.config.product_sizes import weight_sizes
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
@@ -14,7 +16,7 @@ from hybrid_train.config.schema.precision import NumberFormat
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model import counts
 
-_FP32, _HALF = 4, 2  # bytes
+_FP32, _HALF, _FP8 = 4, 2, 1  # bytes
 _MOMENT = {
     MomentFormat.float32: _FP32,
     MomentFormat.bfloat16: _HALF,
@@ -29,6 +31,7 @@ class Held:
 
     dense: int  # repeated over data-parallel and context ranks
     expert: int = 0  # routed experts, repeated over fewer where they are split by number
+    in_fp8: int = 0  # of both, with the weights kept in FP8
 
     @property
     def total(self) -> int:
@@ -36,11 +39,13 @@ class Held:
         return self.dense + self.expert
 
     def __add__(self, other: "Held") -> "Held":
-        return Held(self.dense + other.dense, self.expert + other.expert)
+        return Held(
+            self.dense + other.dense, self.expert + other.expert, self.in_fp8 + other.in_fp8
+        )
 
     def times(self, number: int) -> "Held":
         """Return so many of them."""
-        return Held(number * self.dense, number * self.expert)
+        return Held(number * self.dense, number * self.expert, number * self.in_fp8)
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,26 @@ def held(
     return found
 
 
+def held_in_fp8(job: TrainJob, layers: range) -> int:
+    """Count the parameters that one process keeps in FP8 of some of the main layers, from 1."""
+    local_experts = job.model.moe.experts // job.parallel.expert
+    found = 0
+    for linear in kept_in_fp8(job.model, job.precision):
+        if linear.layer in layers:
+            inner, outer = weight_sizes(job, linear.module)
+            copies = local_experts if ".experts." in linear.module else 1
+            found += copies * inner.value * outer.value
+    return found
+
+
 def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     """Return the bytes that training keeps of the parameters of one process.
 
     The distributed optimizer splits its state over the processes that hold the same parameters
     (Rajbhandari et al., arXiv:1910.02054, stage 1). FSDP splits weights and gradients too (stage
     3); the layer that runs is whole meanwhile, and not counted. The scales of moments in 16 and 8
-    bits, four bytes for a tensor, are not counted either.
+    bits and of weights in FP8, four bytes for a tensor or a block, are not counted either, nor are
+    the copies of weights, quantized or transposed, that products are taken from.
     """
     full = job.precision.base is NumberFormat.fp32
     in_fp32 = full or job.precision.reduce_gradients_in_fp32
@@ -105,7 +123,7 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
         expert = -(-expert // expert_data_parallel(job.parallel, processes))
     kept = dense + expert if job.parallel.fsdp else parameters.total
     return Memory(
-        weights=kept * (_FP32 if full else _HALF),
+        weights=kept * (_FP32 if full else _HALF) - parameters.in_fp8 * (_HALF - _FP8),
         gradients=kept * (_FP32 if in_fp32 else _HALF),
         optimizer=(dense + expert) * state,
     )

@@ -16,12 +16,14 @@ from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
 from hybrid_train.config.pattern import Pattern
 from hybrid_train.config.product_formats import (
+    GATHERED_IN_FP8,
     MTP,
     MTP_PROJECTION,
     UNQUANTIZED,
     Formats,
     Linear,
     formats_of,
+    kept_in_fp8,
 )
 from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.train import TrainJob
@@ -39,6 +41,7 @@ _FP8 = {
 # (Transformer Engine, pytorch/quantization.py 262): the first of these that a layer has.
 _WIDEST = (ProductFormat.nvfp4, ProductFormat.mxfp8)
 UNQUANTIZED_KEY = "unquantized"
+KEPT = ", weights kept"  # behind the key of a format: Transformer Engine builds them in FP8 (262)
 
 
 def settings(job: TrainJob) -> dict[str, object]:
@@ -91,6 +94,7 @@ def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | N
         return None
     first = 1 + sum(map(len, cut.stages[:chunk]))
     held = range(first, first + len(cut.stages[chunk]))
+    kept = kept_in_fp8(job.model, job.precision)
     matchers, delayed = [], False
     for linear, one in formats.items():
         (format,) = set(one.formats.values())
@@ -98,6 +102,7 @@ def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | N
             delayed = True
         elif linear.depth or linear.layer in held:
             key = UNQUANTIZED_KEY if format in UNQUANTIZED else format.value
+            key += KEPT if linear in kept else ""
             matchers += [GlobMatcher(path, key) for path in paths(linear, first)]
     if not delayed:  # whatever else could be quantized: nothing is by accident
         matchers.append(GlobMatcher("*", UNQUANTIZED_KEY))
@@ -136,14 +141,15 @@ def _configs(precision: Precision) -> dict[str, dict[str, object]]:
         if format is ProductFormat.fp8_delayed:
             continue
         bits = "fp4" if format is ProductFormat.nvfp4 else "fp8"
-        configs[format.value] = _config(
-            {
-                f"{bits}_quantization_recipe": "custom",
-                "custom_recipe_factory": format.value,
-                # The projection of an MTP block stands in no region of FP4 (1185 there).
-                "override_nonquantized_autocast": True,
-            }
-        )
+        recipe: dict[str, object] = {
+            f"{bits}_quantization_recipe": "custom",
+            "custom_recipe_factory": format.value,
+            # The projection of an MTP block stands in no region of FP4 (1185 there).
+            "override_nonquantized_autocast": True,
+        }
+        configs[format.value] = _config(recipe)
+        if format in GATHERED_IN_FP8:
+            configs[format.value + KEPT] = _config({**recipe, "fp8_param": True})
     return configs
 
 

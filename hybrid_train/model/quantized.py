@@ -11,15 +11,18 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
-from hybrid_train.config.product_formats import Linear, formats_of
+from hybrid_train.config.product_formats import Linear, formats_of, kept_in_fp8
 from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.precision import Precision
-from hybrid_train.model import plain
+from hybrid_train.config.schema.precision import Precision, Product
+from hybrid_train.model import megatron, plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.precision.emulated import Emulation, emulation_of, quantized_linear
+from hybrid_train.precision.fp8_weights import in_fp8
 from hybrid_train.precision.noise import NOISE
+from hybrid_train.precision.recipes import schemes
+from hybrid_train.precision.schemes import Scheme
 
 if TYPE_CHECKING:
     from hybrid_train.precision.delayed import AmaxHistory
@@ -68,6 +71,21 @@ class QuantizedProducts:
             for history in how.histories.values()
         ]
 
+    def keep_weights_in_fp8(self, model: Model, precision: Precision) -> None:
+        """Let the layers that are to keep their weights in FP8 do so; before buffers are made."""
+        kept = kept_in_fp8(model, precision)
+        if not kept:
+            return
+        megatron.use_fp8_weights()
+        for linear, module in self._linears():
+            if linear not in kept:
+                continue
+            found = schemes(kept[linear], Product.fprop, precision)
+            assert found is not None, "only quantized formats are kept"
+            for name, weight in module.named_parameters():
+                if name.startswith("weight"):  # of a norm in front of the product there may be one
+                    module._parameters[name] = _as_fp8(weight, found[1])
+
     def start_step(self, step: int) -> None:
         """Set the random bits of a step, and what fp8_delayed has seen in it: nothing yet."""
         NOISE.start_step(self._seed, step, dist.get_rank())
@@ -86,6 +104,12 @@ class QuantizedProducts:
     def _linears(self) -> Iterator[tuple[Linear, Module]]:
         for chunk in self._chunks:
             yield from linear_modules(chunk)
+
+
+def _as_fp8(weight: Parameter, scheme: Scheme) -> Parameter:
+    kept = Parameter(in_fp8(weight, scheme))
+    vars(kept).update(vars(weight))  # by which Megatron knows how it is split
+    return kept
 
 
 def emulations_of(module: Module) -> list[Emulation]:

@@ -10,14 +10,14 @@ multiplies nothing. A backward pass costs twice its forward pass everywhere, so 
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 
 from hybrid_train.config.pattern import Pattern, parse
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.model import counts
-from hybrid_train.model.memory import Held, held
+from hybrid_train.model.memory import Held, held, held_in_fp8
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def stages(job: TrainJob, vocab_rows: int) -> list[Stage]:
     for number, (layers, end) in enumerate(zip(pattern.stages, ends, strict=True)):
         first, last = number == 0, end == len(costs)
         flops = sum(costs[end - len(layers) : end])
+        own = held(job.model, parallel, layers, vocab_rows, first=first, last=last)
+        in_fp8 = held_in_fp8(job, range(end - len(layers) + 1, end + 1))
         found.append(
             Stage(
                 rank=number % parallel.pipeline,
@@ -54,7 +56,7 @@ def stages(job: TrainJob, vocab_rows: int) -> list[Stage]:
                 contents=_contents(pattern, layers, first=first, last=last),
                 flops=flops,
                 cost=flops / mean,
-                held=held(job.model, parallel, layers, vocab_rows, first=first, last=last),
+                held=replace(own, in_fp8=in_fp8),
             )
         )
     return found

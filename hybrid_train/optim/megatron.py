@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hybrid_train.config.schema.optimizer import AdamW
 from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.model.megatron import is_in_fp8
 from hybrid_train.optim.fused_adam import FusedAdam
 from hybrid_train.optim.groups import PATTERNS
 
@@ -61,6 +62,8 @@ def build_optimizer(
         _let_masters_be_reloaded(optimizer, chunks)
     if adamw.lowered:
         _let_masters_begin_with_weights(optimizer, dtype)
+    if any(is_in_fp8(weight) for chunk in chunks for weight in chunk.parameters()):
+        _let_masters_begin_with_loaded_values(optimizer)
     for (
         group
     ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
@@ -210,6 +213,32 @@ def _let_masters_be_reloaded(optimizer: ChainedOptimizer, chunks: list[Any]) -> 
             for group in chunk.param_and_grad_buffer.parameter_groups:
                 if group.main_weight_buffer is not None:  # both are cut alike
                     group.main_weight_buffer.data.copy_(group.model_weight_buffer.data)
+
+    optimizer.reload_model_params = reload
+
+
+def _let_masters_begin_with_loaded_values(optimizer: ChainedOptimizer) -> None:
+    """Give masters of weights in FP8 what was loaded for those, not what it was rounded to.
+
+    Core takes the rounded values, unless it gets a state dict of names of its own
+    (distrib_optimizer.py 3110).
+    """
+    reload_all = optimizer.reload_model_params
+
+    def reload(state_dict: Any = None) -> None:
+        reload_all(state_dict)
+        for part in optimizer.chained_optimizers:
+            if part.is_stub_optimizer:
+                continue
+            groups = zip(
+                part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True
+            )
+            for weights, masters in groups:
+                for weight, master in zip(weights, masters, strict=True):
+                    values = vars(weight).pop("loaded_values", None)
+                    if values is not None:
+                        own = part._get_model_param_range_map(weight)["param"]
+                        master.data.copy_(values.view(-1)[own.start : own.end])
 
     optimizer.reload_model_params = reload
 

@@ -21,6 +21,7 @@ from hybrid_train.ops.linear import add_product
 from hybrid_train.ops.linear import product as linear_product
 from hybrid_train.precision.audit import AUDIT, type_in_words
 from hybrid_train.precision.delayed import AmaxHistory
+from hybrid_train.precision.fp8_weights import Float8Weight
 from hybrid_train.precision.noise import NOISE
 from hybrid_train.precision.operands import quantize_dequantize
 from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
@@ -159,6 +160,9 @@ def _taken(tensor: Tensor, operand: Operand, product: Product, how: Emulation) -
     scheme = how.scheme(product, operand)
     if scheme is None:
         return tensor
+    if isinstance(tensor, Float8Weight):
+        assert tensor.scheme == scheme, f"kept as {tensor.scheme}, taken as {scheme}"
+        return tensor.dequantize()
     history = how.histories.get(operand)
     return quantize_dequantize(
         tensor,

@@ -4,7 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    param_and_grad_buffer,
+)
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -20,23 +24,28 @@ from hybrid_train.runtime import cpu, progress
 from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]
+_TOGETHER = param_and_grad_buffer._coalescing_manager
 
 
 def wrap(
     chunks: Sequence[Module], config: TransformerConfig, parallel: Parallel, precision: Precision
 ) -> Chunks:
-    """Wrap the model chunks of this process for data parallelism."""
+    """Wrap the model chunks of this process, in the model's format, for data parallelism."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=precision.reduce_gradients_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        fp8_param_gather=precision.fp8_param_gather,
     )
-    if config.bf16:
-        chunks = [_in_half_precision(config, chunk) for chunk in chunks]
     # Megatron-FSDP frees and reuses memory of collectives by the order of CUDA streams, which the
     # threads of gloo do not keep: they would write into what is somebody else's by then.
-    cpu.finish_collectives_at_once(parallel.fsdp)
+    cpu.finish_collectives_at_once(parallel.fsdp or precision.fp8_param_gather)
+    if not torch.cuda.is_available():
+        # Gloo makes one tensor of what is gathered together, codes and bfloat16 weights alike: of
+        # one type, which is wrong for the others.
+        alone = precision.fp8_param_gather
+        param_and_grad_buffer._coalescing_manager = cpu.one_by_one if alone else _TOGETHER
     if parallel.fsdp:
         return fsdp.wrap(chunks, config, precision)
     wrapped = [
@@ -47,6 +56,11 @@ def wrap(
         syncs = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return wrapped
+
+
+def in_model_format(chunks: Sequence[Module], config: TransformerConfig) -> list[Module]:
+    """Bring the model chunks of this process to bfloat16, where the model has it."""
+    return [_in_half_precision(config, chunk) if config.bf16 else chunk for chunk in chunks]
 
 
 def _in_half_precision(config: TransformerConfig, chunk: Module) -> Module:

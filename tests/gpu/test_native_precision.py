@@ -5,6 +5,7 @@ lacks are skipped by name.
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,6 +214,36 @@ def test_the_switches_of_nvfp4_reach_the_products(
 def test_the_scales_of_fp8_reach_the_products(gpu_groups: Any, power: bool) -> None:
     precision = quantized(ProductFormat.fp8_tensorwise, power_of_two_scales=power)
     assert surprises(audited(job_of(precision, Backend.native), gpu_groups)) == []
+
+
+GATHERED = [ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise]
+
+
+@pytest.mark.parametrize("format", GATHERED)
+def test_weights_in_fp8_give_the_steps_of_bfloat16_weights(
+    gpu_groups: Any, format: ProductFormat
+) -> None:
+    """As Transformer Engine means it: masters go through bfloat16 before they are quantized."""
+    plain = steps(job_of(quantized(format), Backend.native), gpu_groups)
+    precision = quantized(format, fp8_param_gather=True)
+    assert steps(job_of(precision, Backend.native), gpu_groups) == plain
+
+
+def steps(job: TrainJob, groups: Any) -> list[float]:
+    """The losses of some steps; gradients are not clipped, since norms are summed otherwise."""
+    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.model.build import build_model
+    from hybrid_train.model.megatron import is_in_fp8
+
+    job.optimizer.clip_grad_norm = 1e9
+    built = build_model(job, groups, VOCAB, on_gpu=True)
+    engine = build_engine(job, built, groups, torch.device("cuda"))
+    kept = sum(is_in_fp8(weight) for chunk in engine.chunks for weight in chunk.parameters())
+    assert bool(kept) is job.precision.fp8_param_gather
+    generator = torch.Generator().manual_seed(SEED)
+    rows = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
+    batches = itertools.repeat(batch_of(rows).to("cuda"))
+    return [engine.step(batches, tokens_seen=0).loss for _ in range(3)]
 
 
 def test_what_this_gpu_lacks_is_refused(gpu_groups: Any) -> None:

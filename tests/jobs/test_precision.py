@@ -99,3 +99,24 @@ def test_a_phase_heals_the_run_in_bfloat16(
     healed = [line["loss"] for line in metrics(run_dir)]
     assert healed[:6] == before[:6]
     assert healed[6] != before[6]
+
+
+def test_weights_in_fp8_train_as_those_in_bfloat16_and_are_healed(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """In two parts, the second of which begins in the phase that has no weights in FP8 any more."""
+    # Unclipped: a norm is summed in the order of the buffers, which are others.
+    healing = HEALING.replace("75%", "1536")
+    shared = (*command, "precision=fp8_tensorwise", "precision.exceptions=[]", healing)
+    shared += ("optimizer.clip_grad_norm=1e9",)
+    plain, kept, in_fp8 = tmp_path / "plain", tmp_path / "kept", "precision.fp8_param_gather=true"
+    finished = [
+        train(plain, *shared),
+        train(kept, *shared, in_fp8, "train.tokens=1792"),
+        train(kept, *shared, in_fp8),
+    ]
+    assert [one.code for one in finished] == [0, 0, 0], [one.err for one in finished]
+    assert [line["loss"] for line in metrics(kept)] == [line["loss"] for line in metrics(plain)]
+    assert audited(kept)["1"] == audited(plain)["1"]
+    assert audited(kept)["7"] == audited(plain)["7"]
+    assert "weights of 12 linear layers are kept and gathered in FP8" in finished[1].said

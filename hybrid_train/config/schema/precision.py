@@ -99,6 +99,7 @@ class Precision:
     strict: bool = True  # stop where a product did not run as asked
     statistics_interval: int = 100  # steps; 0: no underflow, saturation and error of operands
     reduce_gradients_in_fp32: bool = True
+    fp8_param_gather: bool = False  # keep and gather weights of FP8 layers in FP8, not bfloat16
 
     @property
     def base(self) -> NumberFormat:

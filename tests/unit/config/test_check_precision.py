@@ -1,10 +1,20 @@
 """Exceptions that name what there is, and formats that go together; paths lead into the list."""
 
+from typing import Any
+
 import pytest
 
 from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.precision import Precision, PrecisionRule, Product, ProductFormat
+from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
+from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.config.schema.precision import (
+    NumberFormat,
+    Precision,
+    PrecisionRule,
+    Product,
+    ProductFormat,
+)
 from tests.tiny import tiny_job
 
 BF16 = ProductFormat.bf16
@@ -48,3 +58,43 @@ def test_what_is_not_quantized_has_one_format(format: ProductFormat, other: Prod
     (found,) = problems(PrecisionRule(format=other), format=format)
     nearest = "fp32" if format is ProductFormat.fp32 else "bf16"
     assert (found.path, found.nearest) == ("precision.exceptions.0.format", nearest)
+
+
+def gather_problems(**sections: Any) -> list[str]:
+    precision = Precision(format=ProductFormat.fp8_tensorwise, fp8_param_gather=True)
+    job = tiny_job("M-*", **{"precision": precision, **sections})
+    found = [one for rule in PRECISION_RULES for one in rule(job, 1)]
+    assert {(one.path, one.nearest) for one in found} <= {("precision.fp8_param_gather", "false")}
+    return [one.rule for one in found]
+
+
+def kept(format: ProductFormat, **options: Any) -> Precision:
+    return Precision(format=format, fp8_param_gather=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"parallel": Parallel(distributed_optimizer=False)}, "distributed_optimizer=true"),
+        ({"parallel": Parallel(fsdp=True)}, "fsdp=false"),
+        ({"precision": kept(ProductFormat.mxfp8)}, "fp8_tensorwise or fp8_blockwise"),
+        ({"precision": kept(BF16)}, "fp8_tensorwise or fp8_blockwise"),
+        (
+            {"precision": kept(ProductFormat.fp8_blockwise, unquantized=NumberFormat.fp32)},
+            "unquantized=bf16",
+        ),
+        ({"optimizer": AdamW(first_moment=MomentFormat.bfloat16)}, "lowered is first_moment"),
+    ],
+    ids=str,
+)
+def test_weights_in_fp8_are_refused_where_megatron_does_not_gather_them(
+    sections: dict[str, Any], words: str
+) -> None:
+    (rule,) = gather_problems(**sections)
+    assert words in rule
+
+
+def test_weights_in_fp8_may_be_those_of_exceptions() -> None:
+    assert gather_problems() == []
+    exceptions = [PrecisionRule(format=ProductFormat.fp8_blockwise, modules=["mlp"])]
+    assert gather_problems(precision=kept(ProductFormat.mxfp8, exceptions=exceptions)) == []

@@ -69,6 +69,12 @@ def test_an_exception_of_a_phase_that_decides_nothing_is_named_with_its_phase() 
     assert "decides nothing" in problem.rule
 
 
+def test_a_phase_may_keep_no_weight_in_fp8_any_more() -> None:
+    found = healed(BF16)
+    found.precision = Precision(format=ProductFormat.fp8_tensorwise, fp8_param_gather=True)
+    assert problems(found) == {}
+
+
 def test_what_a_phase_leaves_out_is_as_in_the_one_before() -> None:
     phases = (
         Phase(name="one", blend={"a": 1.0}),

@@ -13,7 +13,7 @@ from hybrid_train.config.pattern import parse
 from hybrid_train.config.schema.model import Mtp
 from hybrid_train.config.schema.optimizer import AdamW, MasterFormat, MomentFormat
 from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
+from hybrid_train.config.schema.precision import Precision, PrecisionRule, ProductFormat
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model import counts
 from hybrid_train.model.memory import Held, held, memory
@@ -152,6 +152,25 @@ def test_lowered_moments_take_their_bytes_and_masters_two(
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * (moments + 2)
     job.precision.format = ProductFormat.fp32  # no masters
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * moments
+
+
+def test_a_weight_in_fp8_takes_one_byte_and_the_rest_two() -> None:
+    """Of the second stage the first layer is in bfloat16, and of experts a rank has a half."""
+    job = job_of("M*-E/E", pipeline=2, expert=2)
+    job = formats(job, format=ProductFormat.fp8_blockwise, fp8_param_gather=True)
+    job.precision.exceptions = [PrecisionRule(format=ProductFormat.bf16, layers="3")]
+    first, last = (stage.held for stage in stages(job, ROWS))
+    sizes, moe = job.model, job.model.moe
+    mamba = HIDDEN * (2 * 64 + 2 * 16 + 4) + 64 * HIDDEN  # in_proj, out_proj
+    attention = HIDDEN * (4 + 2 * 2) * sizes.attention.head_dim + 4 * 8 * HIDDEN
+    assert first.in_fp8 == mamba + attention
+    experts = 2 * 2 * moe.latent_size * moe.intermediate_size
+    shared = 2 * HIDDEN * moe.shared_intermediate_size
+    assert last.in_fp8 == experts + shared + 2 * HIDDEN * moe.latent_size
+    kept = memory(job, last, processes=4)
+    assert kept.weights == 2 * last.total - last.in_fp8
+    job.precision.fp8_param_gather = False
+    assert [stage.held.in_fp8 for stage in stages(job, ROWS)] == [0, 0]
 
 
 def test_masters_in_float16_take_two_bytes() -> None:

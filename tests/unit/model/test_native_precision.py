@@ -257,6 +257,35 @@ def test_core_reads_every_entry_of_a_recipe() -> None:
         assert training.override_quantized_autocast
 
 
+def test_core_is_told_which_weights_to_build_in_fp8() -> None:
+    """Those of main layers; an MTP block has another name while it is built."""
+    from megatron.core.extensions.transformer_engine import TEQuantizationParams
+    from megatron.core.quantization.utils import get_quant_config_or_none
+
+    from hybrid_train.model import native_precision
+
+    attention = PrecisionRule(format=ProductFormat.mxfp8, modules=["attention"])
+    job = tiny_job("M*M/-", precision=Precision(format=ProductFormat.fp8_tensorwise))
+    job.precision.exceptions = [attention, PrecisionRule(format=ProductFormat.bf16, layers="3")]
+    names = {
+        "decoder.layers.0.mixer.in_proj": True,
+        "decoder.layers.1.self_attention.linear_qkv": False,  # mxfp8
+        "decoder.layers.2.mixer.in_proj": False,  # bf16
+        "mtp.layers.0.mtp_model_layer.layers.0.mlp.linear_fc1": False,
+        "output_layer": False,
+    }
+    for asked in (True, False):
+        job.precision.fp8_param_gather = asked
+        recipe = native_precision.recipe_of_chunk(job, parse("M*M/-"), 0)
+        for name, is_kept in names.items():
+            config = get_quant_config_or_none(name, recipe)
+            assert config is not None
+            training = TEQuantizationParams.parse_from_config(config).training_recipe
+            assert training.fp8_param is (asked and is_kept), name
+            if is_kept:
+                assert training.custom_recipe_factory == "fp8_tensorwise"
+
+
 def test_the_recipe_of_super_is_the_published_one() -> None:
     """All 88 layers in four stages: Mamba's out_proj in MXFP8, attention, latent, MTP, the last."""
     from hybrid_train.model import native_precision
