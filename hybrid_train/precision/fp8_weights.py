@@ -8,6 +8,7 @@ those of a run that keeps its weights in bfloat16; so does this.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,11 +58,11 @@ class Float8Weight(Tensor):
 
     def dequantize(self) -> Tensor:
         """Return what the codes stand for, float32 [O, I], as products take it."""
-        values = self.codes.view(_CODES).to(torch.float32)
+        of_code = _values_of_codes(self.device)
         if self.scheme.shape is Shape.tensor:
-            return values.mul_(self.decode.view(()))
-        blocks = in_blocks(values, self._block()) * self.decode
-        return _matrix(blocks, self.shape)
+            return _looked_up(of_code * self.decode.view(()), self.codes)
+        values = _looked_up(of_code, self.codes)
+        return _matrix(in_blocks(values, self._block()).mul_(self.decode), self.shape)
 
     from_float8 = dequantize  # as core calls it where it finds no version of Transformer Engine
 
@@ -204,6 +205,17 @@ def quantize_shards(
     for (weight, part, start), own, amax in zip(parts, found, amaxes.split(sizes), strict=True):
         weight.set_scales(amax.view(own.shape))
         weight.write(part, start)
+
+
+@cache
+def _values_of_codes(device: torch.device) -> Tensor:
+    """Return the value of each of the 256 codes, float32."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(_CODES).to(torch.float32)
+
+
+def _looked_up(of_code: Tensor, codes: Tensor) -> Tensor:
+    """Return the value of each code; several times as fast on a CPU as torch's own conversion."""
+    return of_code.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
 
 
 def _codes(scaled: Tensor) -> Tensor:

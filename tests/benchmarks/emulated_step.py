@@ -12,7 +12,11 @@ import time
 from typing import Any
 
 LENGTH, BATCH, VOCAB = 512, 2, 4096
-RECIPES = ("bf16", "fp32", "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4", "mxfp4")
+IN_FP8 = "+weights"  # behind a recipe: its weights are kept and gathered in FP8
+RECIPES = (
+    "bf16", "fp32", "fp8_tensorwise", f"fp8_tensorwise{IN_FP8}", "fp8_blockwise",
+    f"fp8_blockwise{IN_FP8}", "mxfp8", "nvfp4", "mxfp4",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -47,10 +51,10 @@ def compare(model: str, recipes: list[str], rounds: int) -> None:
             engine.step(batches(), tokens_seen=10**6)
             seconds[name].append(time.perf_counter() - start)
     print(f"{model}, {BATCH} x {LENGTH} tokens, {rounds} rounds")
-    print(f"{'recipe':16} {'step':>8} {'to bf16':>8} {'to fp32':>8}")
+    print(f"{'recipe':24} {'step':>8} {'to bf16':>8} {'to fp32':>8}")
     for name, times in seconds.items():
         ratios = (_ratio(times, seconds.get(base)) for base in ("bf16", "fp32"))
-        print(f"{name:16} {statistics.median(times):7.2f}s {' '.join(ratios)}")
+        print(f"{name:24} {statistics.median(times):7.2f}s {' '.join(ratios)}")
 
 
 def _ratio(times: list[float], base: list[float] | None) -> str:
@@ -71,7 +75,9 @@ def engine_of(model: str, recipe: str, groups: Any) -> Any:
     sizes = [f"train.sequence_length={LENGTH}", f"train.global_batch={BATCH}"]
     sizes += [f"train.microbatch={BATCH}", f"model.vocab_size={VOCAB}"]
     base = ["experiment=tiny_cpu", f"model={model}", "run_dir=/nonexistent"]
-    job = compose.compose("train", [*base, f"precision={recipe}", *sizes])
+    kept = f"precision.fp8_param_gather={recipe.endswith(IN_FP8)}"
+    recipe = recipe.removesuffix(IN_FP8)
+    job = compose.compose("train", [*base, f"precision={recipe}", kept, *sizes])
     built = build_model(job, groups, VOCAB, on_gpu=False)
     engine = build_engine(job, built, groups, torch.device("cpu"))
     engine.step(batches(), tokens_seen=10**6)
