@@ -128,6 +128,13 @@ def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductForma
     }
 
 
+def kept_in_words(model: Model, precision: Precision) -> str | None:
+    """Say how many layers keep their weights in FP8; None for none."""
+    kept = kept_in_fp8(model, precision)
+    whole = len(linears(model))
+    return f"weights of {len(kept)} of {whole} linear layers, kept and gathered" if kept else None
+
+
 def quantizes(model: Model, precision: Precision) -> bool:
     """Tell whether any product of a model has quantized operands."""
     return any(one.quantized for one in formats_of(model, precision).values())

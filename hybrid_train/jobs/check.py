@@ -14,7 +14,7 @@ from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import Stretch, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of, quantizes
+from hybrid_train.config.product_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.config.ramp import ramps, run_length
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
@@ -92,6 +92,8 @@ def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
         )
         for line in format_table.lines(formats, precision.exceptions):
             page.print(line, soft_wrap=True, highlight=False)
+        if kept := kept_in_words(phase.job.model, precision):
+            page.print(f"FP8 parameters: {kept}", soft_wrap=True, highlight=False)
         shown = precision
 
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of, kept_in_fp8, quantizes
+from hybrid_train.config.product_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.config.schema.precision import Backend, ProductFormat
 from hybrid_train.config.schema.runtime import Kernels
 from hybrid_train.config.schema.train import TrainJob
@@ -48,8 +48,8 @@ def build_model(
     backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
         kernels["quantized products"] = _in_words(job, backend, on_gpu=on_gpu)
-    if kept := kept_in_fp8(job.model, job.precision):
-        kernels["parameters"] = f"weights of {len(kept)} linear layers are kept and gathered in FP8"
+    if kept := kept_in_words(job.model, job.precision):
+        kernels["FP8 parameters"] = kept
     native = backend is Backend.native
     config = transformer_config(job, on_gpu=on_gpu, native=native)
     if native:

@@ -119,4 +119,6 @@ def test_weights_in_fp8_train_as_those_in_bfloat16_and_are_healed(
     assert [line["loss"] for line in metrics(kept)] == [line["loss"] for line in metrics(plain)]
     assert audited(kept)["1"] == audited(plain)["1"]
     assert audited(kept)["7"] == audited(plain)["7"]
-    assert "weights of 12 linear layers are kept and gathered in FP8" in finished[1].said
+    assert (
+        "FP8 parameters: weights of 12 of 21 linear layers, kept and gathered" in finished[1].said
+    )
