@@ -176,7 +176,7 @@ def read(folder: Path, content: Content) -> None:
         UserError: if the checkpoint is of another model; MTP alone may be more or less.
     """
     stored = _stored_in(folder)
-    found = places(content.chunks, content.groups)
+    found = places(content.chunks, content.groups, to_load=True)
     differences = compare(folder, stored, found)
     _require_optimizer_state(folder, stored)
     state = state_of(content.optimizer, found)
@@ -225,7 +225,7 @@ def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroupCollection
     Raises:
         UserError: if the checkpoint is of another model; MTP alone may be more or less.
     """
-    found = places(chunks, groups)
+    found = places(chunks, groups, to_load=True)
     stored = _stored_in(folder)
     shared = compare(folder, stored, found).shared(found)
     _load(folder, [place.weight for place in shared])

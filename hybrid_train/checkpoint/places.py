@@ -22,26 +22,30 @@ class Place:
     owner: Tensor  # parameter or buffer
     start: int  # first element of the range, counted in the flat owner
     weight: ShardedTensor  # shares the memory of the owner, or of what stands for it
-    stand_in: Tensor | None = None  # of an owner in FP8: plain, empty; takes what is loaded
+    stand_in: Tensor | None = None  # of an owner in FP8: plain, empty
 
 
-def places(chunks: list[Any], groups: ProcessGroupCollection) -> list[Place]:
+def places(
+    chunks: list[Any], groups: ProcessGroupCollection, *, to_load: bool = False
+) -> list[Place]:
     """List the parameters and persistent buffers of the model chunks of this process.
 
     Names are those of the whole model: layers are numbered through all stages. A tensor that packs
     several (the projections and convolutions of Mamba) has a place for each. Of a weight that
     Megatron-FSDP has split there are places for the elements that this process keeps. A weight in
-    FP8 cannot be cut so: its places are those of a plain tensor without values (`settle`).
+    FP8 cannot be cut so: its places are those of a plain tensor, which has memory only if it is to
+    take what is loaded (`settle`).
     """
     found: list[Place] = []
     for chunk in chunks:
-        found += (_kept if fsdp.is_split(chunk) else _whole)(chunk, groups)
+        of_chunk = _kept(chunk, groups) if fsdp.is_split(chunk) else _whole(chunk, groups, to_load)
+        found += of_chunk
     return found
 
 
-def _whole(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
+def _whole(chunk: Any, groups: ProcessGroupCollection, to_load: bool) -> Iterator[Place]:
     metadata = {"dp_cp_group": groups.dp_cp}
-    with plain_weights(bare(chunk)) as pairs:
+    with plain_weights(bare(chunk), without_memory=not to_load) as pairs:
         in_fp8 = {id(stand_in): weight for weight, stand_in in pairs}
         sharded = bare(chunk).sharded_state_dict(metadata=metadata)
     for name, whole in sharded.items():
@@ -62,7 +66,7 @@ def _kept(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
     """Cut the places of split weights down to what this process keeps; buffers are whole."""
     kept = {id(part.parameter): part for part in fsdp.parts(chunk)}
     with fsdp.whole_weights(chunk) as parameters:
-        whole = list(_whole(chunk, groups))
+        whole = list(_whole(chunk, groups, to_load=False))
     for place in whole:
         parameter = parameters.get(id(place.owner))
         if parameter is None:

@@ -52,15 +52,23 @@ def stand_ins(
 
 
 @contextlib.contextmanager
-def plain_weights(model: Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def plain_weights(
+    model: Module, *, without_memory: bool = False
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Let empty tensors stand for the weights in FP8, in the type that those claim to have.
+
+    Args:
+        model: any module.
+        without_memory: ask for places alone, where values do not matter.
 
     Yields:
         Each weight in FP8 and what stands for it.
     """
 
     def make(parameter: Tensor) -> Tensor | None:
-        return empty_like(parameter, parameter.device) if is_in_fp8(parameter) else None
+        if not is_in_fp8(parameter):
+            return None
+        return empty_like(parameter, "meta" if without_memory else parameter.device)
 
     with stand_ins(model, make, weight=lambda parameter: parameter) as pairs:
         yield pairs

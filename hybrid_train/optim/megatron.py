@@ -63,7 +63,7 @@ def build_optimizer(
     if adamw.lowered:
         _let_masters_begin_with_weights(optimizer, dtype)
     if any(is_in_fp8(weight) for chunk in chunks for weight in chunk.parameters()):
-        _let_masters_begin_with_loaded_values(optimizer)
+        _let_masters_begin_with_loaded_values(optimizer, chunks)
     for (
         group
     ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
@@ -217,7 +217,7 @@ def _let_masters_be_reloaded(optimizer: ChainedOptimizer, chunks: list[Any]) -> 
     optimizer.reload_model_params = reload
 
 
-def _let_masters_begin_with_loaded_values(optimizer: ChainedOptimizer) -> None:
+def _let_masters_begin_with_loaded_values(optimizer: ChainedOptimizer, chunks: list[Any]) -> None:
     """Give masters of weights in FP8 what was loaded for those, not what it was rounded to.
 
     Core takes the rounded values, unless it gets a state dict of names of its own
@@ -227,20 +227,29 @@ def _let_masters_begin_with_loaded_values(optimizer: ChainedOptimizer) -> None:
 
     def reload(state_dict: Any = None) -> None:
         reload_all(state_dict)
-        for part in optimizer.chained_optimizers:
-            if part.is_stub_optimizer:
-                continue
-            groups = zip(
-                part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True
-            )
-            for weights, masters in groups:
-                for weight, master in zip(weights, masters, strict=True):
-                    values = vars(weight).pop("loaded_values", None)
-                    if values is not None:
-                        own = part._get_model_param_range_map(weight)["param"]
-                        master.data.copy_(values.view(-1)[own.start : own.end])
+        loaded = {
+            weight: vars(weight).pop("loaded_values")
+            for chunk in chunks
+            for weight in chunk.parameters()
+            if "loaded_values" in vars(weight)
+        }
+        for part, weight, master in _masters(optimizer):
+            if weight in loaded:
+                own = part._get_model_param_range_map(weight)["param"]
+                master.data.copy_(loaded[weight].view(-1)[own.start : own.end])
 
     optimizer.reload_model_params = reload
+
+
+def _masters(optimizer: ChainedOptimizer) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield each weight that is no master itself, its master, and the optimizer that has them."""
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+        for weights, masters in groups:
+            for weight, master in zip(weights, masters, strict=True):
+                yield part, weight, master
 
 
 def _watch_norm(optimizer: MegatronOptimizer, on_bad_norm: Callable[[float], None]) -> None:

@@ -3,7 +3,7 @@
 With FP8 parameter gather a process holds the codes and scales that products take, and nothing else
 of a weight; masters are the optimizer's. Megatron's buffers, its gather and its optimizer see a
 bfloat16 parameter whose bytes are codes. Transformer Engine brings masters to bfloat16 before it
-quantizes them (2.20, pytorch/tensor/utils.py, `cast_master_weights_to_fp8`), so that products are
+quantizes them (2.20, pytorch/tensor/utils.py, `quantize_master_weights`), so that products are
 those of a run that keeps its weights in bfloat16; so does this.
 """
 
