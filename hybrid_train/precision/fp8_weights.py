@@ -7,7 +7,7 @@ quantizes them (2.20, pytorch/tensor/utils.py, `quantize_master_weights`), so th
 those of a run that keeps its weights in bfloat16; so does this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from hybrid_train.precision.scales import factors
 from hybrid_train.precision.schemes import Element, Scheme, Shape
 
 _CODES = torch.float8_e4m3fn  # as torch calls what is kept as uint8
+_PIECE = 262144  # values that are worked on at once, as in `operands.py`
 _aten = torch.ops.aten
 
 
@@ -88,9 +89,10 @@ class Float8Weight(Tensor):
         if self.scheme.shape is Shape.tensor:
             found = part.abs().amax() if part.numel() else part.new_zeros(())
             return found.to(torch.float32).view(1, 1, 1, 1)
-        blocks, first, _ = self._covered(part, start)
         found = torch.zeros_like(self.encode)
-        found[first : first + len(blocks)] = blocks.abs().amax((1, 3), keepdim=True)
+        for piece, begin in self._pieces(part, start):
+            blocks, first, _ = self._covered(piece, begin)
+            found[first : first + len(blocks)] = blocks.abs().amax((1, 3), keepdim=True)
         return found
 
     def set_scales(self, amax: Tensor) -> None:
@@ -101,15 +103,27 @@ class Float8Weight(Tensor):
 
     def write(self, part: Tensor, start: int) -> None:
         """Quantize a range of the flat weight by the scales, and take its codes."""
-        stop = start + part.numel()
-        if self.scheme.shape is Shape.tensor:
-            codes = _codes(part.to(torch.float32) * self.encode.view(()))
-        else:
-            blocks, first, skipped = self._covered(part, start)
-            scaled = blocks * self.encode[first : first + len(blocks)]
-            rows = _codes(scaled).flatten(2).flatten(0, 1)[:, : self.shape[1]]
-            codes = rows.reshape(-1)[skipped : skipped + part.numel()]
-        self.codes.view(-1)[start:stop] = codes
+        kept = self.codes.view(-1)
+        for piece, begin in self._pieces(part, start):
+            if self.scheme.shape is Shape.tensor:
+                codes = _codes(piece.to(torch.float32) * self.encode.view(()))
+            else:
+                blocks, first, skipped = self._covered(piece, begin)
+                scaled = blocks * self.encode[first : first + len(blocks)]
+                rows = _codes(scaled).flatten(2).flatten(0, 1)[:, : self.shape[1]]
+                codes = rows.reshape(-1)[skipped : skipped + piece.numel()]
+            kept[begin : begin + piece.numel()] = codes
+
+    def _pieces(self, part: Tensor, start: int) -> Iterator[tuple[Tensor, int]]:
+        """Cut a flat range between rows of blocks into pieces that stay in a core's cache."""
+        unit = 1 if self.scheme.shape is Shape.tensor else self._block()[0] * self.shape[1]
+        most = part.numel() if part.is_cuda else _PIECE
+        size = max(1, most // unit) * unit
+        begin, stop = start, start + part.numel()
+        while begin < stop:
+            end = min(stop, (begin // size + 1) * size)
+            yield part[begin - start : end - start], begin
+            begin = end
 
     def _covered(self, part: Tensor, start: int) -> tuple[Tensor, int, int]:
         """Cut the rows of blocks that a flat range touches into blocks, with zeros around it.
