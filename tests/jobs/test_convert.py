@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     folder = run.with_name("exported")
-    done = finish(start("convert", f"export={run}", f"output={folder}"))
+    done = finish(start("convert", f"export={run}", f"output={folder}", cold=True))
     assert done.code == 0, done.said
     return folder
 

@@ -1,18 +1,16 @@
 """The job generate from its command line to the text that it writes."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hybrid_train.jobs import cli
+from tests.jobs.command import train
 from tests.tiny import MEGATRON_WARNINGS
 
 pytestmark = MEGATRON_WARNINGS
 
-ROOT = Path(__file__).parents[2]
 Generate = Callable[..., int]
 
 
@@ -20,9 +18,8 @@ Generate = Callable[..., int]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of the smallest model after two steps."""
     folder = tmp_path_factory.mktemp("generate")
-    train = [sys.executable, "-m", "hybrid_train", "train", "experiment=tiny_cpu"]
-    options = [f"run_dir={folder / 'run'}", f"data.folder={folder / 'data'}", "train.tokens=512"]
-    subprocess.run([*train, *options], check=True, cwd=ROOT)
+    done = train(folder / "run", f"data.folder={folder / 'data'}", "train.tokens=512")
+    assert done.code == 0, done.said
     return folder / "run"
 
 
