@@ -95,6 +95,9 @@ ENDS = {
     "at once": "os._exit(5)",
     "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
     "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
+    "a large code": "sys.exit(300)",
+    "a closed pipe": "import subprocess; print('lost'); sys.stdout.flush(); os.close(1)\n"
+    "print('nowhere')",
     "a thread": "import threading; threading.Timer(0.2, print, ['of the thread']).start()",
     "Ctrl-C": "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
 }
