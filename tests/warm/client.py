@@ -65,10 +65,12 @@ def main() -> None:
         answer = json.loads(answers.readline() or "{}")
     except OSError as error:
         answer = {"gone": str(error)}
-    if "cold" in answer:  # the server says why it cannot do this one
+    if "cold" in answer:
         server.close()
         signals.give_back()
         os.execv(sys.executable, [sys.executable, *words])
+    if "refused" in answer:
+        sys.exit(f"a fork is not what Python would be here; start it cold. {answer['refused']}")
     if "process" not in answer:
         sys.exit(f"the server of {address} is gone: see server.log beside it. {answer}")
     signals.pass_on_to(answer["process"])

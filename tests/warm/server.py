@@ -2,8 +2,9 @@
 
 The child becomes what `python WORDS` would be: its own session, arguments, environment, folder,
 open files, standard streams, `__main__`; it ends as Python ends, but for `leave`. What it cannot
-become is refused with the reason, and the client then starts Python anew: options of Python other
-than -u, an environment that differs in what is read at import, a GPU that is visible.
+become is started anew by the client: options of Python other than -u, anything beside a GPU. Where
+the environment differs in what is read at import, the command fails with the names: the test has to
+ask for a cold start.
 
 Not handed over: limits (`ulimit`), priorities, ignored signals. The hash of strings is that of the
 server, in every child.
@@ -30,10 +31,11 @@ from typing import Any
 # Variables that Python, torch and others read when they are loaded. OMP_NUM_THREADS is not among
 # them, since the child can still do what torch does with it.
 AT_IMPORT = (
-    *("PYTHON", "LD_", "LC_", "LANG", "TORCH", "CUDA", "NVIDIA", "TRITON", "HF_", "TRANSFORMERS_"),
-    *("MKL", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "TOKENIZERS_", "MPL"),
+    *("PYTHON", "LD_", "LC_", "LANG", "TORCH", "CUDA", "NVIDIA", "TRITON"),
+    *("MKL", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "MPL"),
 )
-AT_CALL = ("TORCHELASTIC_", "TORCH_NCCL_")  # what torchrun sets: read where it is used
+# Read where they are used: what torchrun sets, and what torch._dynamo sets in a test.
+AT_CALL = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCHINDUCTOR_")
 THREADS = "OMP_NUM_THREADS"
 AT_START = dict(os.environ)  # an import may set more: torch._dynamo does
 HIGH = 500  # descriptors above those that a command is given
@@ -61,18 +63,20 @@ class Request:
         """The words after options: -m MODULE, -c CODE or a file, and arguments."""
         return self.words[1:] if self.words[:1] == ["-u"] else self.words
 
-    def refusal(self) -> str | None:
-        """Say why a fork would not be what a fresh Python is; None if it would."""
+    def is_plain(self) -> bool:
+        """Tell whether it asks for a program without options of Python."""
         first = self.program[0] if self.program else "-"
-        if first.startswith("-") and (first not in ("-m", "-c") or len(self.program) < 2):
-            return f"{' '.join(self.words[:2])} is not -m, -c or a file"
+        return not first.startswith("-") or (first in ("-m", "-c") and len(self.program) > 1)
+
+    def refusal(self) -> str | None:
+        """Say how the environment makes a fork other than a fresh Python; None if it does not."""
         mine, theirs = at_import(AT_START), at_import(self.environment)
         different = [name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)]
         if different:
-            return f"{', '.join(sorted(different))}: read at import, and other than here"
+            return f"{', '.join(sorted(different))}: read at import"
         threads = self.environment.get(THREADS)
         if threads != AT_START.get(THREADS) and not (threads or "").isdecimal():
-            return f"{THREADS}={threads}: no number to set in its place"
+            return f"{THREADS}={threads}: read at import, and no number to set in its place"
         return None
 
 
@@ -87,9 +91,9 @@ def at_import(environment: dict[str, str]) -> dict[str, str]:
 class Server:
     """Forks a process for each request and tells its client how it ended."""
 
-    def __init__(self, listener: socket.socket, refusal: str | None) -> None:
+    def __init__(self, listener: socket.socket, forks: bool) -> None:
         self._listener = listener
-        self._refusal = refusal  # of everything
+        self._forks = forks  # whether it may
         self._clients: dict[int, socket.socket | None] = {}  # None: gone, as its process will be
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -124,19 +128,22 @@ class Server:
         if request is None:
             client.close()
             return None
-        refusal = self._refusal or request.refusal()
-        child = 0 if refusal else os.fork()
-        if child == 0 and refusal is None:
-            self._leave(client)
-            return request
+        if not self._forks or not request.is_plain():
+            answer: dict[str, object] = {"cold": True}
+        elif refusal := request.refusal():
+            answer = {"refused": refusal}
+        else:
+            child = os.fork()
+            if child == 0:
+                self._leave(client)
+                return request
+            self._clients[child] = client
+            answer = {"process": child}
         for number in request.received:
             os.close(number)
-        if refusal:
-            say(client, cold=refusal)
+        say(client, **answer)
+        if "process" not in answer:
             client.close()
-        else:
-            self._clients[child] = client
-            say(client, process=child)
         return None
 
     def _leave(self, client: socket.socket) -> None:
@@ -260,12 +267,18 @@ def leave(code: int) -> None:
     os._exit(code & 0xFF)
 
 
-def preload() -> str | None:
-    """Import what commands import; say why nothing can be forked, if that is so."""
+def preload() -> bool:
+    """Import what commands import; return whether a fork has all that it needs.
+
+    CUDA does not survive a fork.
+
+    Raises:
+        RuntimeError: if an import has started a thread, which a fork would lose.
+    """
     import torch
 
     if torch.cuda.is_available():
-        return "a GPU is visible, and CUDA does not survive a fork"
+        return False
     from hybrid_train.runtime import cpu
 
     cpu.install()
@@ -273,8 +286,8 @@ def preload() -> str | None:
         importlib.import_module(module)
     tasks = Path("/proc/self/task")
     if tasks.exists() and len(list(tasks.iterdir())) > 1:
-        return "an import has started a thread, and a fork would lose it"
-    return None
+        raise RuntimeError("an import has started a thread, and a fork would lose it")
+    return True
 
 
 # What a run imports by its end. Programs that are run with -m are not among them: Python warns of
@@ -296,10 +309,10 @@ PRELOADED = (
 
 def main(listening: int) -> None:
     """Serve, and in each child be what was asked for."""
-    refusal = preload()
+    forks = preload()
     gc.collect()
     gc.freeze()  # the garbage collector of a child would copy every page
-    request = Server(socket.socket(fileno=listening), refusal).serve()
+    request = Server(socket.socket(fileno=listening), forks).serve()
     if request is not None:
         become(request)
         code = 0

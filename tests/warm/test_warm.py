@@ -181,23 +181,24 @@ def test_processes_of_multiprocessing_are_started_anew(tmp_path: Path) -> None:
         assert (done.stdout, done.stderr) == ("False\n", "")
 
 
-@pytest.mark.parametrize(
-    ("options", "changes"),
-    [
-        (["-X", "utf8"], {}),
-        (["-W", "ignore"], {}),
-        ([], {"PYTHONPATH": "elsewhere"}),
-        ([], {"TORCH_LOGS": "all"}),
-        ([], {"CUDA_VISIBLE_DEVICES": "7"}),
-        ([], {"OMP_NUM_THREADS": "2,1"}),
-    ],
-    ids=str,
-)
-def test_what_a_fork_cannot_be_is_started_cold(options: list[str], changes: dict[str, str]) -> None:
-    environment = {**interpreter.environment(), **changes}
-    code = f"{MODULES}; print(sys.executable)"
-    done = run(interpreter.warm(), *options, "-c", code, env=environment)
+@pytest.mark.parametrize("options", ["-Xutf8", "-Wignore", "-s"])
+def test_a_python_with_options_is_started_cold(options: str) -> None:
+    done = run(interpreter.warm(), options, "-c", f"{MODULES}; print(sys.executable)")
     assert done.stdout.splitlines() == ["False False", sys.executable]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PYTHONPATH", "elsewhere"), ("TORCH_LOGS", "all"), ("CUDA_VISIBLE_DEVICES", "7"),
+        ("OMP_NUM_THREADS", "2,1"),
+    ],
+)  # fmt: skip
+def test_an_environment_that_matters_at_import_is_refused_by_name(name: str, value: str) -> None:
+    done = run(interpreter.warm(), "-c", "", env={**interpreter.environment(), name: value})
+    assert done.returncode == 1
+    assert "start it cold" in done.stderr
+    assert name in done.stderr
 
 
 def test_threads_and_random_numbers_are_those_of_a_fresh_torch() -> None:
