@@ -14,7 +14,7 @@ from tests.hf_folders import read_files, write_files
 from tests.jobs.command import contents, finish, start, train
 from tests.tiny import MEGATRON_WARNINGS, alone
 
-pytestmark = MEGATRON_WARNINGS
+pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("convert")]
 CPU = ("runtime=cpu", "runtime.threads=1")
 Call = Callable[..., tuple[int, str]]
 

@@ -9,18 +9,18 @@ from hybrid_train.jobs import cli
 from tests.jobs.command import train
 from tests.tiny import MEGATRON_WARNINGS
 
-pytestmark = MEGATRON_WARNINGS
+pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("generate")]
 
 Generate = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A run folder of the smallest model after two steps."""
-    folder = tmp_path_factory.mktemp("generate")
-    done = train(folder / "run", f"data.folder={folder / 'data'}", "train.tokens=512")
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    done = train(folder, f"data.folder={corpus}", "train.tokens=512")
     assert done.code == 0, done.said
-    return folder / "run"
+    return folder
 
 
 @pytest.fixture
