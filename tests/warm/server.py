@@ -98,7 +98,7 @@ class Server:
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._waker.fileno())
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
     def serve(self) -> Request | None:
         """Return a request in the process that is to become it, None when stdin has ended."""
@@ -284,6 +284,7 @@ def preload() -> bool:
     cpu.install()
     for module in PRELOADED:
         importlib.import_module(module)
+    sys.modules["hybrid_train.config.registry"].register()  # once for all compositions
     tasks = Path("/proc/self/task")
     if tasks.exists() and len(list(tasks.iterdir())) > 1:
         raise RuntimeError("an import has started a thread, and a fork would lose it")

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.warm import interpreter
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="beside a GPU every command is started cold"
+)
 TIMEOUT_S = 120
 # What a shell on the way to Python may add.
 OF_A_SHELL = {"_", "SHLVL", "PWD", "OLDPWD"}
