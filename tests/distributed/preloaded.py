@@ -3,16 +3,19 @@
 Nothing here may compute in parallel: a fork does not take the threads along.
 """
 
+import importlib
 import logging
 import warnings
 
 import torch
 
 from hybrid_train.runtime import cpu
+from tests.warm.server import PRELOADED
 
 warnings.simplefilter("ignore")  # Megatron's, of its own defaults; nobody reads them in a rank
 logging.getLogger("megatron").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # the ranks share the cores of one machine
 cpu.install()
 
-import hybrid_train.jobs.pretraining  # noqa: E402, F401 - after the emulation is in place
+for name in (*PRELOADED, "tests.tiny"):  # after the emulation is in place; the last brings pytest
+    importlib.import_module(name)

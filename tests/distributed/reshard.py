@@ -170,7 +170,7 @@ def reshard_table(pairs: Pairs = PAIRS) -> list[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for size in SIZES:
-            run_distributed(_save, size, folder)
+            run_distributed(_save, size, folder, {source for source, _ in pairs})
         for size in SIZES:
             run_distributed(_load, size, folder, pairs)
         return [_row(folder, *pair) for pair in pairs]
@@ -218,12 +218,12 @@ def job_of(layout: Layout) -> TrainJob:
     return job
 
 
-def _save(folder: Path) -> None:
-    """Under each layout of as many processes: two steps, a checkpoint, three steps."""
+def _save(folder: Path, names: set[str]) -> None:
+    """Under each of these layouts of as many processes: two steps, a checkpoint, three steps."""
     from hybrid_train.checkpoint import store
     from hybrid_train.training.hooks.checkpointing import content_of
 
-    for name, engine in _engines():
+    for name, engine in _engines(names):
         batches = _batches(engine)
         for _ in range(BEFORE):
             engine.step(batches, tokens_seen=0)
@@ -236,7 +236,7 @@ def _load(folder: Path, pairs: Pairs) -> None:
     from hybrid_train.checkpoint import layout, store
     from hybrid_train.training.hooks.checkpointing import content_of
 
-    for name, engine in _engines(seed=99):
+    for name, engine in _engines({target for _, target in pairs}, seed=99):
         for source, target in pairs:
             if target == name:
                 store.load(layout.locate(folder / source), content_of(engine))
@@ -245,14 +245,14 @@ def _load(folder: Path, pairs: Pairs) -> None:
                 _go_on(engine, _batches(engine), run_dir)
 
 
-def _engines(seed: int | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield an engine for each layout of as many processes as there are."""
+def _engines(names: set[str], seed: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield an engine for each of these layouts of as many processes as there are."""
     cpu.install()
     from hybrid_train.parallel.groups import build_groups, destroy_groups
     from hybrid_train.runtime.seeds import start_tracker
 
     for name, layout in LAYOUTS.items():
-        if layout.processes == dist.get_world_size():
+        if name in names and layout.processes == dist.get_world_size():
             groups = build_groups(layout.parallel, timeout_s=60)
             start_tracker()
             job = job_of(layout)

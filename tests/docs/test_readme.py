@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("readme")
 README = Path(__file__).parents[2] / "README.md"
 BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-SHORT = "train.tokens=12k train.validation_batches=1"
+SHORT = "train.tokens=4k train.validation_batches=1"  # 16 steps; a profile is of 5 and 6
 INFORMATION = {"--help", "-h", "--cfg", "--info"}  # asks a job about itself; nothing is trained
 SHELL_OPERATORS = {"|", "||", "&", "&&", ";", ">", ">>", "<"}
 PROGRAMS = {

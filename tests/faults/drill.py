@@ -1,12 +1,10 @@
 """Drives a run that faults happen to, and says whether it came out as one without them."""
 
 import json
-import os
 import random
 import shutil
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 from hybrid_train.tracking import history
 from tests.jobs.command import ROOT, arguments, assert_equal_to_the_bit, untimed
 from tests.jobs.kills import write_sources
+from tests.warm import interpreter
 
 PROCESSES = 2
 INTERVAL = 10  # steps between checkpoints
@@ -120,15 +119,10 @@ def run(folder: Path, faults: Sequence[Fault], steps: int, *overrides: str) -> O
 def _start(folder: Path, settings: Sequence[str]) -> None:
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     words += ["--max-restarts", "100", "-m", "tests.faults.victim"]
-    environment = {
-        **os.environ,
-        "FAULTS": str(folder / "faults.json"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {**interpreter.environment(), "FAULTS": str(folder / "faults.json")}
     with (folder / "said.log").open("a") as said:
         subprocess.run(
-            [sys.executable, *words, *arguments(folder / "run", *settings)],
+            [interpreter.warm(), *words, *arguments(folder / "run", *settings)],
             stdout=said, stderr=said, env=environment, cwd=ROOT, check=False,
         )  # fmt: skip
 

@@ -1,7 +1,10 @@
-"""Runs `hybrid-train train` as a user does, and reads what it leaves behind."""
+"""Runs `hybrid-train train` as a user does, and reads what it leaves behind.
+
+A command is a fork of a process that has imported torch and Megatron (`tests/warm`), unless it is
+asked to be `cold`: then Python is started anew, and so are the processes that it starts.
+"""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +18,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from tests.warm import interpreter
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300  # far beyond what any of these commands takes
@@ -39,28 +44,24 @@ def arguments(run_dir: Path, *overrides: str) -> list[str]:
     return ["train", "experiment=tiny_cpu", f"run_dir={run_dir}", "runtime.threads=1", *overrides]
 
 
-def start(*words: str, processes: int = 1) -> subprocess.Popen[str]:
+def start(*words: str, processes: int = 1, cold: bool = False) -> subprocess.Popen[str]:
     """Start `hybrid-train WORDS`, under torchrun if it has several processes."""
     program = ["-m", "hybrid_train"]
-    return start_program(*program, *words, processes=processes)
+    return start_program(*program, *words, processes=processes, cold=cold)
 
 
-def start_program(*words: str, processes: int = 1) -> subprocess.Popen[str]:
+def start_program(*words: str, processes: int = 1, cold: bool = False) -> subprocess.Popen[str]:
+    python = sys.executable if cold else interpreter.warm()
     launcher = []
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(processes)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
     return subprocess.Popen(
-        [sys.executable, *launcher, *words],
+        [python, *launcher, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=interpreter.environment(),
         cwd=ROOT,
     )
 
@@ -74,8 +75,8 @@ def finish(process: subprocess.Popen[str]) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def train(run_dir: Path, *overrides: str, processes: int = 1) -> Finished:
-    return finish(start(*arguments(run_dir, *overrides), processes=processes))
+def train(run_dir: Path, *overrides: str, processes: int = 1, cold: bool = False) -> Finished:
+    return finish(start(*arguments(run_dir, *overrides), processes=processes, cold=cold))
 
 
 def signal_at_step(

@@ -49,7 +49,7 @@ def test_the_history_tells_how_each_attempt_ended(tmp_path: Path, corpus: Path) 
 
 def test_a_folder_in_use_is_refused_by_name_and_left_as_it_is(tmp_path: Path, corpus: Path) -> None:
     run_dir, command = tmp_path / "run", (f"data.folder={corpus}", LONG, "checkpoint.interval=0")
-    working = start(*arguments(run_dir, *command))
+    working = start(*arguments(run_dir, *command), cold=True)  # it is to say its process id
     deadline = time.monotonic() + TIMEOUT_S
     while last_step(run_dir) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_resume_takes_everything_from_the_folder(tmp_path: Path, corpus: Path) -
     assert resumed.code == 0, resumed.err
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, 21))
     before = contents(run_dir)
-    again = finish(start("resume", f"run_dir={run_dir}"))
+    again = finish(start("resume", f"run_dir={run_dir}", cold=True))
     assert again.code == 0
     assert "is complete" in again.err
     assert contents(run_dir) == before

@@ -14,7 +14,7 @@ from tests.hf_folders import read_files, write_files
 from tests.jobs.command import contents, finish, start, train
 from tests.tiny import MEGATRON_WARNINGS, alone
 
-pytestmark = MEGATRON_WARNINGS
+pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("convert")]
 CPU = ("runtime=cpu", "runtime.threads=1")
 Call = Callable[..., tuple[int, str]]
 
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
     folder = run.with_name("exported")
-    done = finish(start("convert", f"export={run}", f"output={folder}"))
+    done = finish(start("convert", f"export={run}", f"output={folder}", cold=True))
     assert done.code == 0, done.said
     return folder
 

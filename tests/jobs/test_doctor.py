@@ -20,7 +20,7 @@ def broken_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_check_is_a_line_and_this_machine_can_train() -> None:
-    done = finish(start("doctor"))
+    done = finish(start("doctor", cold=True))
     assert done.code == 0, done.said
     lines = [line for line in done.out.splitlines() if line and not line.startswith(" ")]
     told = {name: line for name in NAMES for line in lines if line.startswith(f"{name}  ")}
@@ -32,7 +32,7 @@ def test_every_check_is_a_line_and_this_machine_can_train() -> None:
 
 
 def test_json_is_one_object_with_every_check() -> None:
-    done = finish(start("doctor", "--json"))
+    done = finish(start("doctor", "--json", cold=True))
     assert done.code == 0, done.said
     told = json.loads(done.out)
     assert [check["check"] for check in told["checks"]] == NAMES
@@ -46,7 +46,7 @@ def test_json_is_one_object_with_every_check() -> None:
 
 @pytest.mark.usefixtures("broken_library")
 def test_a_broken_library_is_told_with_the_way_out_and_the_exit_code_is_1() -> None:
-    done = finish(start("doctor", "measure=false"))
+    done = finish(start("doctor", "measure=false", cold=True))
     assert done.code == 1
     lines = done.out.splitlines()
     (place,) = (n for n, line in enumerate(lines) if line.startswith("mamba-ssm "))
@@ -59,7 +59,7 @@ def test_a_broken_library_is_told_with_the_way_out_and_the_exit_code_is_1() -> N
 
 
 def test_under_torchrun_it_is_refused() -> None:
-    done = finish(start("doctor", processes=2))
+    done = finish(start("doctor", processes=2, cold=True))
     assert done.code != 0
     assert "doctor runs once on each machine" in done.err
     assert "matrix product" not in done.out

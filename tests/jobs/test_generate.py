@@ -1,29 +1,26 @@
 """The job generate from its command line to the text that it writes."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hybrid_train.jobs import cli
+from tests.jobs.command import train
 from tests.tiny import MEGATRON_WARNINGS
 
-pytestmark = MEGATRON_WARNINGS
+pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("generate")]
 
-ROOT = Path(__file__).parents[2]
 Generate = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A run folder of the smallest model after two steps."""
-    folder = tmp_path_factory.mktemp("generate")
-    train = [sys.executable, "-m", "hybrid_train", "train", "experiment=tiny_cpu"]
-    options = [f"run_dir={folder / 'run'}", f"data.folder={folder / 'data'}", "train.tokens=512"]
-    subprocess.run([*train, *options], check=True, cwd=ROOT)
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    done = train(folder, f"data.folder={corpus}", "train.tokens=512")
+    assert done.code == 0, done.said
+    return folder
 
 
 @pytest.fixture

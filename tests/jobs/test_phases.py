@@ -171,7 +171,7 @@ def test_data_show_prints_what_the_step_read(straight: Path, step: int) -> None:
 
 
 def test_data_show_says_which_steps_there_are(straight: Path) -> None:
-    found = show(straight, 21)
+    found = finish(start("data", "show", f"run_dir={straight}", "step=21", cold=True))
     assert found.code == 2
     assert "its steps go from 1 to 20" in found.err
 

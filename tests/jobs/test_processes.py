@@ -16,19 +16,20 @@ LOSSES = ("loss", "mtp_loss_1", "validation_loss", "unigram_loss")
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     run_dir = tmp_path_factory.mktemp("single") / "run"
-    finished = train(run_dir, f"data.folder={corpus}")
+    finished = train(run_dir, f"data.folder={corpus}", cold=True)
     assert finished.code == 0, finished.err
     return run_dir
 
 
 @pytest.mark.parametrize(
-    "layout", ["parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"]
+    ("layout", "cold"),
+    [("parallel.tensor=2", True), ("parallel.expert=2", False), ("parallel.pipeline=2", False)],
 )
 def test_two_processes_reach_the_losses_of_one(
-    layout: str, single: Path, tmp_path: Path, corpus: Path
+    layout: str, cold: bool, single: Path, tmp_path: Path, corpus: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    finished = train(run_dir, f"data.folder={corpus}", layout, processes=2)
+    finished = train(run_dir, f"data.folder={corpus}", layout, processes=2, cold=cold)
     assert finished.code == 0, finished.err
     assert_one_voice(finished, run_dir)
     mine, theirs = metrics(run_dir), metrics(single)

@@ -1,17 +1,16 @@
 """No credential gets into a run folder, and nobody else may write there."""
 
 import json
-import os
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.jobs.command import ROOT, Finished, arguments, checkpoints
 from tests.unit.data.http_folder import serve
+from tests.warm import interpreter
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -26,13 +25,11 @@ PASSWORD = "pa55-of-the-url"
 
 def command(*words: str) -> Finished:
     """Run a command with credentials around it, and a mask that lets everybody write."""
+    program = [interpreter.warm(), "-m", "hybrid_train", *words]
     done = subprocess.run(
-        ["sh", "-c", 'umask 000; exec "$@"', "sh", sys.executable, "-m", "hybrid_train", *words],
+        ["sh", "-c", 'umask 000; exec "$@"', "sh", *program],
         capture_output=True, text=True, check=False, cwd=ROOT,
-        env={
-            **os.environ, **SECRETS, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        },
+        env={**interpreter.environment(), **SECRETS},
     )  # fmt: skip
     return Finished(done.returncode, done.stdout, done.stderr)
 
