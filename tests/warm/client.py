@@ -25,11 +25,9 @@ class Signals:
     def __init__(self) -> None:
         self._early: list[int] = []
         self._process: int | None = None
-        self._before = {
-            number: signal.signal(number, self._received)
-            for number in (getattr(signal, name) for name in PASSED_ON)
-            if signal.getsignal(number) is not signal.SIG_IGN
-        }
+        # Ignored ones, too (nohup, a job in the background): the other may have a use for them.
+        numbers = (getattr(signal, name) for name in PASSED_ON)
+        self._before = {number: signal.signal(number, self._received) for number in numbers}
 
     def _received(self, number: int, _: object) -> None:
         if self._process is None:
