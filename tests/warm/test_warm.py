@@ -103,7 +103,7 @@ ENDS = {
     "a closed pipe": "import subprocess; print('lost'); sys.stdout.flush(); os.close(1)\n"
     "print('nowhere')",
     "a thread": "import threading; threading.Timer(0.2, print, ['of the thread']).start()",
-    "Ctrl-C": "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+    "Ctrl-C": "os.kill(os.getpid(), signal.SIGINT); time.sleep(1)",
 }
 
 
