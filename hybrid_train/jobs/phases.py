@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.config.degrees import padded_vocab_size
+from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import Stretch
 from hybrid_train.config.product_formats import kept_in_fp8
 from hybrid_train.config.schema.train import TrainJob
@@ -141,6 +142,11 @@ def _engine(
         job.precision.format.value,
         device,
     )
+    if job.model.moe.top_k == 1 and parse(job.model.pattern).count("E"):
+        _log.info(
+            "  routers: top_k = 1 gives the chosen expert the weight 1, whatever its score; they "
+            "learn from the balance loss alone"
+        )
     if job.parallel.pipeline > 1:
         for line in stages.describe(stages.stages(job, rows_of(job))):
             _log.info("  %s", line)

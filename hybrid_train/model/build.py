@@ -59,9 +59,8 @@ def build_model(
         mamba_chunk_size=job.model.mamba.chunk_size,
         mamba_layer=recompute.mamba_layer(job.parallel),
     )
-    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     chunks = [
-        _build_chunk(job, config, spec, groups, rows, chunk)
+        _build_chunk(job, config, spec, groups, vocab_size, chunk)
         for chunk in range(job.parallel.virtual_pipeline)
     ]
     initialize(chunks, std=init_std(job.model), num_layers=config.num_layers, seed=job.train.seed)
@@ -107,12 +106,13 @@ def _build_chunk(
     config: TransformerConfig,
     spec: ModuleSpec,
     groups: ProcessGroupCollection,
-    vocab_rows: int,
+    vocab_size: int,
     chunk: int,
 ) -> Hybrid:
+    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     virtual = job.parallel.virtual_pipeline
     stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
-    pattern = stages.cut(job, vocab_rows)
+    pattern = stages.cut(job, rows)
     if config.fp8 or config.fp4:
         number = chunk * groups.pp.size() + stage
         # Read while a chunk is built, and never after.
@@ -120,7 +120,8 @@ def _build_chunk(
     model = Hybrid(
         config=config,
         hybrid_stack_spec=spec,
-        vocab_size=vocab_rows,
+        vocab_size=rows,
+        num_tokens=vocab_size,
         max_sequence_length=job.train.sequence_length,
         hybrid_layer_pattern=str(pattern),
         pre_process=stage == 0 and chunk == 0,
@@ -141,7 +142,7 @@ def _choose_kernels(
     """Take the libraries where they can run; say of each part what was taken, and why."""
     megatron.use_aux_loss_record()
     packed.use_packed_rows()
-    recompute.use_sorted_routing()
+    megatron.use_family_routing()
     if not on_gpu:
         megatron.use_gradient_accumulation()
         megatron.use_direct_products()

@@ -22,8 +22,15 @@ class Hybrid(HybridModel):
     the output, every depth gets the denominator of the whole step from the objective.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, num_tokens: int, **settings: Any) -> None:
+        """Build the chunk.
+
+        Args:
+            num_tokens: of the vocabulary without its padding, which has no probability.
+            **settings: core's; its vocab_size counts the padded rows.
+        """
         super().__init__(**settings)
+        self.num_tokens = num_tokens
         if self.share_embeddings_and_output_weights and self.mtp_process:
             # Behind the first pipeline stage core 0.19.2 allocates a head that nothing reads and
             # that its own checkpoints refuse (hybrid_model.py 322, language_module.py 497).
@@ -60,7 +67,7 @@ class Hybrid(HybridModel):
         Returns:
             Before the last stage hidden states, [S, B, hidden]; on the last one, with labels, the
             cross-entropy of the next token and of each MTP depth, [1 + D, B, S] in float32, else
-            logits over the whole vocabulary, [B, S, V]; with a cache those of the last position.
+            logits over the padded vocabulary, [B, S, V]; with a cache those of the last position.
         """
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
         packing: dict[str, Any] = {}
@@ -95,7 +102,9 @@ class Hybrid(HybridModel):
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = self._logits(hidden)
-        losses = cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
+        losses = cross_entropy(
+            logits, labels.transpose(0, 1), self.pg_collection.tp, vocab_size=self.num_tokens
+        )
         return losses.transpose(0, 1)
 
     def _losses_of_all_depths(

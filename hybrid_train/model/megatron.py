@@ -127,6 +127,31 @@ def use_aux_loss_record() -> None:
     _replace(router, get_moe_metrics_tracker=lambda: AUX_LOSSES)
 
 
+def use_family_routing() -> None:
+    """Let routers weigh the chosen experts as the family does, in one order.
+
+    Without gradients, as in the first pass of a recomputed layer, core leaves the experts unsorted
+    (moe_utils.py 823): sums over them would differ in the last bit. And the weight of a single one
+    it does not divide by itself (868), which config.json says of the family (norm_topk_prob).
+    """
+    _replace(router, topk_routing_with_score_function=_route)
+
+
+_core_route = router.topk_routing_with_score_function
+
+
+@functools.wraps(_core_route)
+def _route(
+    logits: Tensor, topk: int, *args: Any, scaling_factor: float | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():  # scores that were made without carry none: no graph is kept
+        if topk > 1:
+            return _core_route(logits, topk, *args, scaling_factor=scaling_factor, **kwargs)
+        weights, chosen = _core_route(logits, topk, *args, **kwargs)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * (scaling_factor or 1.0), chosen
+
+
 def mark_mtp_routers(model: Any) -> None:
     """Tell the routers of the MTP block where they are.
 

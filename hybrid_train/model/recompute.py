@@ -1,19 +1,16 @@
 """Activations that are computed again in the backward pass instead of kept.
 
 Core (0.19.2) does it for whole layers and for the modules of most kinds; what is missing stands
-here: the Mamba layer, and two places where the second pass would not be the first to the bit, or
-would need a compiler.
+here: the Mamba layer, and a place where the second pass would need a compiler.
 """
 
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer.moe import router
 from torch import Tensor
 
 from hybrid_train.config.schema.parallel import Parallel, Recompute, RecomputeModule
@@ -82,20 +79,3 @@ def _refill(emptied: Tensor, again: Tensor) -> None:
     storage = emptied.untyped_storage()
     storage.resize_(again.untyped_storage().nbytes())
     storage.copy_(again.untyped_storage())
-
-
-def use_sorted_routing() -> None:
-    """Let the chosen experts come in the same order with and without gradients (moe_utils.py 823).
-
-    Their weights are added up in this order. Without gradients, as in the first pass of a
-    recomputed layer, core leaves them unsorted: sums would differ in the last bit.
-    """
-    router.topk_routing_with_score_function = _sorted_routing
-
-
-_core_routing = router.topk_routing_with_score_function
-
-
-def _sorted_routing(*args: Any, **kwargs: Any) -> Any:
-    with torch.enable_grad():  # scores that were made without carry none: no graph is kept
-        return _core_routing(*args, **kwargs)

@@ -3,6 +3,7 @@
 Dimensions: V vocabulary, V/tp the part of one rank; any leading dimensions.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,13 +12,21 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> Tensor:
     """Return the negative log-probability of each label, in nats.
 
     Args:
         logits: this rank's slice of the vocabulary, [..., V/tp]; equal slices in rank order.
         labels: token ids in the whole vocabulary, [...].
         group: the tensor-parallel group; None for one process that holds the whole vocabulary.
+        vocab_size: tokens of the vocabulary; columns from there on are padding, which has no
+            probability and gets no gradient. None: there is no padding.
 
     Returns:
         Losses, [...], float32 (float64 if the logits are), equal on all ranks of the group.
@@ -31,7 +40,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | Non
         )
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    loss: Tensor = _CrossEntropy.apply(logits, labels, group)  # type: ignore[no-untyped-call]
+    first = 0 if group is None else dist.get_rank(group) * logits.shape[-1]
+    width = logits.shape[-1] if vocab_size is None else vocab_size - first
+    width = min(max(width, 0), logits.shape[-1])  # 0: this rank holds nothing but padding
+    loss: Tensor = _CrossEntropy.apply(logits, labels, group, first, width)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -44,34 +56,46 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        group: dist.ProcessGroup | None,
+        first: int,
+        width: int,
     ) -> Tensor:
         kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        probs = torch.softmax(logits, dim=-1, dtype=kind)
-        log_sum = logits.amax(-1).to(kind) - probs.amax(-1).log()
-        share, first = None, 0
+        columns = logits[..., :width]
+        probs = torch.softmax(columns, dim=-1, dtype=kind)
+        if width:
+            log_sum = columns.amax(-1).to(kind) - probs.amax(-1).log()
+        else:
+            log_sum = torch.full(labels.shape, -math.inf, dtype=kind, device=logits.device)
+        share = None
         if group is not None:
             total = _log_sum_over_ranks(log_sum, group)
             share = torch.exp(log_sum - total)  # of this rank in the whole probability
-            log_sum, first = total, dist.get_rank(group) * logits.shape[-1]
+            log_sum = total
         local = labels - first
-        mine = (local >= 0) & (local < logits.shape[-1])
+        mine = (local >= 0) & (local < width)
         local = local.clamp(0, logits.shape[-1] - 1)
         picked = logits.gather(-1, local[..., None]).squeeze(-1).to(kind) * mine
         if group is not None:
             dist.all_reduce(picked, group=group)
         ctx.save_for_backward(probs, share, local, mine)
-        ctx.logits_type = logits.dtype
+        ctx.logits_type, ctx.padding = logits.dtype, logits.shape[-1] - width
         return log_sum - picked
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         probs, share, local, mine = ctx.saved_tensors
         scale = grad if share is None else grad * share
-        out = probs * scale[..., None]
+        width = probs.shape[-1]
+        out = probs.new_empty((*probs.shape[:-1], width + ctx.padding))
+        torch.mul(probs, scale[..., None], out=out[..., :width])
+        out[..., width:] = 0.0
         out.scatter_add_(-1, local[..., None], -(grad * mine)[..., None])
-        return out.to(ctx.logits_type), None, None
+        return out.to(ctx.logits_type), None, None, None, None
 
 
 def _log_sum_over_ranks(log_sum: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -26,6 +26,25 @@ def _compare_with_one_process() -> None:
     torch.testing.assert_close(part.grad, whole.grad.chunk(2, dim=-1)[rank])
 
 
+def _compare_padded_with_one_process() -> None:
+    """13 tokens in 24 columns over 4 ranks: the third holds one token, the fourth none."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(3, 5, 24, generator=generator)
+    labels = torch.randint(13, (3, 5), generator=generator)
+    weight = torch.rand(3, 5, generator=generator)
+    whole = logits.clone().requires_grad_()
+    tokens = whole[..., :13].flatten(0, 1)
+    expected = F.cross_entropy(tokens, labels.flatten(), reduction="none").view(3, 5)
+    (expected * weight).sum().backward()
+
+    rank = dist.get_rank()
+    part = logits.chunk(4, dim=-1)[rank].clone().requires_grad_()
+    losses = cross_entropy(part, labels, dist.group.WORLD, vocab_size=13)
+    (losses * weight).sum().backward()
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(part.grad, whole.grad.chunk(4, dim=-1)[rank])
+
+
 def _fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         raise RuntimeError("rank one is broken")
@@ -33,6 +52,12 @@ def _fail_on_rank_one() -> None:
 
 def test_split_vocabulary_gives_the_losses_and_gradients_of_the_whole() -> None:
     run_distributed(_compare_with_one_process, 2)
+
+
+def test_padding_of_a_split_vocabulary_has_no_influence_even_where_a_rank_holds_nothing_else() -> (
+    None
+):
+    run_distributed(_compare_padded_with_one_process, 4)
 
 
 def test_launcher_raises_the_error_of_a_rank() -> None:

@@ -41,7 +41,21 @@ def test_first_row_is_the_cross_entropy_of_the_logits(groups: Any, tied: bool) -
         logits = model(batch.tokens)
     assert logits.shape == (3, LENGTH, 64)  # the padded rows too
     losses = losses_of(model, batch.tokens, batch.labels)
-    torch.testing.assert_close(losses[0], cross_entropy(logits, batch.labels))
+    torch.testing.assert_close(losses[0], cross_entropy(logits[..., :VOCAB], batch.labels))
+
+
+def test_padded_rows_of_the_vocabulary_have_no_influence_and_no_gradient(groups: Any) -> None:
+    model = tiny_model(tiny_job("ME*-/*E"), groups)
+    batch = batch_of(some_rows(3))
+    before = losses_of(model, batch.tokens, batch.labels)
+    head = model.output_layer.weight
+    with torch.no_grad():
+        head[VOCAB:] += 10.0
+    assert torch.equal(losses_of(model, batch.tokens, batch.labels), before)
+    losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    (gradient,) = torch.autograd.grad(losses.sum(), head)
+    assert gradient[:VOCAB].abs().amin(dim=1).gt(0).any()
+    assert torch.equal(gradient[VOCAB:], torch.zeros_like(gradient[VOCAB:]))
 
 
 def test_row_of_a_depth_equals_its_parts_put_together_by_hand(groups: Any) -> None:
@@ -54,7 +68,7 @@ def test_row_of_a_depth_equals_its_parts_put_together_by_hand(groups: Any) -> No
         embedded = model.embedding(F.pad(batch.tokens[:, 1:], (0, 1)), None)
         joined = torch.cat([depth.enorm(embedded), depth.hnorm(hidden)], dim=-1)
         inner = depth.mtp_model_layer(joined @ depth.eh_proj.weight.T, attention_mask=None)
-        logits = depth.final_layernorm(inner) @ model.output_layer.weight.T
+        logits = depth.final_layernorm(inner) @ model.output_layer.weight[:VOCAB].T
     expected = cross_entropy(logits.transpose(0, 1)[:, :-1], batch.labels[:, 1:])
     losses = losses_of(model, batch.tokens, batch.labels)
     torch.testing.assert_close(losses[1, :, :-1], expected)

@@ -23,6 +23,20 @@ def test_loss_and_gradient_equal_torch(vocabulary: int) -> None:
     )
 
 
+def test_columns_of_padding_have_no_probability_and_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 11, generator=generator).requires_grad_()
+    labels = torch.randint(7, (2, 3), generator=generator)
+    padded = torch.cat([logits[..., :7].detach(), torch.full((2, 3, 4), 80.0)], -1).requires_grad_()
+    expected = F.cross_entropy(logits[..., :7].flatten(0, 1), labels.flatten(), reduction="none")
+    actual = cross_entropy(padded, labels, vocab_size=7)
+    torch.testing.assert_close(actual.flatten(), expected)
+    (gradient,) = torch.autograd.grad(actual.sum(), padded)
+    (wanted,) = torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(gradient, wanted)
+    assert torch.equal(gradient[..., 7:], torch.zeros(2, 3, 4))
+
+
 def test_the_loss_of_a_hopeless_label_is_finite() -> None:
     logits = torch.tensor([[0.0, 500.0]])  # its probability, exp(-500), is zero in float32
     assert cross_entropy(logits, torch.tensor([0])).item() == 500.0
