@@ -1,4 +1,4 @@
-"""Which steps are not taken: those that are not finite, and spikes of the loss."""
+"""Which steps are not taken: without labels, without finite numbers, with a spike of the loss."""
 
 import math
 import statistics
@@ -14,6 +14,13 @@ class SpikeError(UserError):
 
     everywhere = True
     kind = "spike"
+
+
+class NoLabelsError(UserError):
+    """A step in which no label counts, so that it has neither loss nor gradient."""
+
+    everywhere = True
+    kind = "no labels"
 
 
 class BadSteps:

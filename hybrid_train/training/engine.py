@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.data.batch import Batch
 from hybrid_train.model.aux_losses import AUX_LOSSES
@@ -21,7 +22,7 @@ from hybrid_train.optim.megatron import set_learning_rate
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.runtime import progress
 from hybrid_train.training import megatron
-from hybrid_train.training.bad_steps import BadSteps, SpikeError
+from hybrid_train.training.bad_steps import BadSteps, NoLabelsError, SpikeError
 from hybrid_train.training.nonfinite import NonFiniteError, first_bad_module
 from hybrid_train.training.objective import Objective
 from hybrid_train.training.report import StepReport
@@ -86,13 +87,14 @@ class Engine:
             found = self._run(microbatches, forward_only=False)
             progress.enter(progress.REDUCE)
             metrics = self._reduce(found, len(microbatches))
+            self._require_labels(metrics)
             self._require_finite(metrics)
             if bad_steps is not None:
                 bad_steps.require_usual(metrics["loss"])
             progress.enter(progress.OPTIMIZER)
             _, grad_norm, _ = self.optimizer.step()
             skipped, kind = "", ""
-        except (NonFiniteError, SpikeError) as error:
+        except (NonFiniteError, SpikeError, NoLabelsError) as error:
             self.finalizer.restore_expert_biases()
             skipped, kind = self._located(error, microbatches), error.kind
             grad_norm = math.nan
@@ -106,7 +108,7 @@ class Engine:
         self.steps_done += 1
         progress.enter(progress.BETWEEN)
         seconds = time.perf_counter() - start
-        loss = metrics.pop("loss")
+        loss = metrics.pop("loss", math.nan)
         drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
         return StepReport(
             loss, float(grad_norm), rate, seconds, sequences, skipped, kind, drawn, metrics
@@ -185,15 +187,10 @@ class Engine:
             by_source.index_add_(0, batch.source, rows)
 
     def _means(self, found: "_Losses", sums: Tensor) -> dict[str, float]:
-        """Divide sums over all processes by tokens; a source without any has no loss."""
+        """Divide sums over all processes by tokens; a term or source without any has no loss."""
         names = [*self.objective.names, *(f"loss/{name}" for name in self.sources)]
         pairs = zip(names, sums.tolist(), found.totals.tolist(), strict=False)
-        own = len(self.objective.names)
-        return {
-            name: value / total if total else math.nan
-            for number, (name, value, total) in enumerate(pairs)
-            if number < own or total
-        }
+        return {name: value / total for name, value, total in pairs if total}
 
     def _reduce(self, found: "_Losses", num_microbatches: int) -> dict[str, float]:
         """Bring losses, balance loss and expert loads of all processes together, in one message."""
@@ -215,14 +212,19 @@ class Engine:
                 metrics[f"expert_load_{'mtp_' if in_mtp else ''}{layer}"] = ratio
         return metrics
 
+    def _require_labels(self, metrics: dict[str, float]) -> None:
+        """Refuse a step without a label of the main loss; an MTP depth may well have none."""
+        if self.objective.names[0] not in metrics:
+            raise NoLabelsError("no token of the step has a label that counts")
+
     def _require_finite(self, metrics: dict[str, float]) -> None:
         for name in self.objective.names:
-            if not -float("inf") < metrics[name] < float("inf"):
+            if not math.isfinite(metrics.get(name, 0.0)):
                 raise NonFiniteError(f"{name} is {metrics[name]}")
 
-    def _located(self, error: NonFiniteError | SpikeError, microbatches: list[Batch]) -> str:
+    def _located(self, error: UserError, microbatches: list[Batch]) -> str:
         """Say what was wrong; of what is not finite also on which rank and in which module."""
-        if isinstance(error, SpikeError):
+        if not isinstance(error, NonFiniteError):
             return str(error)
         culprit = first_bad_module(
             self.chunks, lambda: self.forward_only(microbatches), stage=self.groups.pp.rank()

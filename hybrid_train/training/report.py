@@ -13,6 +13,6 @@ class StepReport:
     seconds: float
     sequences: int  # of the global batch
     skipped: str = ""  # why the update was not made; empty: it was
-    skipped_kind: str = ""  # the same in a word: nonfinite or spike
+    skipped_kind: str = ""  # the same in a word: nonfinite, spike, no labels
     source_tokens: dict[str, int] = field(default_factory=dict)  # labels, where there are several
     metrics: dict[str, float] = field(default_factory=dict)  # by name of tracking/metrics.py

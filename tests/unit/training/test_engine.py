@@ -9,12 +9,15 @@ from torch.nn import functional as F
 
 from hybrid_train.config.schema.model import Mtp
 from hybrid_train.config.schema.objective import NextToken
+from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.config.schema.schedule import Schedule, Wsd
+from hybrid_train.training.bad_steps import BadSteps
 from tests.packed import documents, packed_batch
 from tests.tiny import (
     BATCH,
     LENGTH,
     MEGATRON_WARNINGS,
+    VOCAB,
     batch_of,
     microbatches,
     some_rows,
@@ -113,7 +116,7 @@ def test_loss_is_the_mean_over_the_labels_that_count(groups: Any) -> None:
     engine = engine_of(groups, "M*-")
     rows, mask = some_rows(), uneven_mask()
     with torch.no_grad():
-        logits = engine.chunks[0].module(rows[:, :-1])
+        logits = engine.chunks[0].module(rows[:, :-1])[..., :VOCAB]
     losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     expected = (losses * mask.flatten()).sum() / mask.sum()
     report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
@@ -275,3 +278,27 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(groups: Any) -> No
     name = "embedding.word_embeddings.weight"
     tied = engine.chunks[0].module.get_parameter(name)
     torch.testing.assert_close(tied.main_grad, plain.get_parameter(name).grad)
+
+
+def test_an_mtp_depth_without_labels_has_no_loss_and_changes_nothing(groups: Any) -> None:
+    """Documents of two tokens, as packing may leave them: depth 1 has nothing to predict."""
+    mask = torch.zeros(BATCH, LENGTH)
+    mask[:, 0] = 1
+    engine = engine_of(groups, "M-/*E", objective=NextToken(moe_aux_loss_scale=0.0))
+    report = engine.step(microbatches(some_rows(), 2, mask), tokens_seen=0)
+    assert report.skipped == ""
+    assert "mtp_loss_1" not in report.metrics
+    alone = engine_of(groups, "M-")
+    without = alone.step(microbatches(some_rows(), 2, mask), tokens_seen=0)
+    assert report.loss == without.loss
+    assert report.grad_norm == pytest.approx(without.grad_norm, rel=8 * EPSILON)
+
+
+def test_a_step_without_any_label_is_skipped_by_name(groups: Any) -> None:
+    engine = engine_of(groups, "M-/*E")
+    before = state_of(engine)
+    rows = microbatches(some_rows(), 2, torch.zeros(BATCH, LENGTH))
+    report = engine.step(rows, tokens_seen=0, bad_steps=BadSteps(Recovery(skip_nonfinite=False)))
+    assert report.skipped == "no token of the step has a label that counts"
+    assert report.skipped_kind == "no labels"
+    assert all(torch.equal(value, before[name]) for name, value in state_of(engine).items())
