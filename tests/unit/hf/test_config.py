@@ -23,7 +23,11 @@ def model_named(name: str) -> Model:
 
 def config_of(name: str) -> dict[str, Any]:
     return hf_config.to_config(
-        model_named(name), vocab_size=4096, length=8192, dtype="bfloat16", end_of_document=7
+        model_named(name),
+        vocab_size=4096,
+        length=8192,
+        dtype="bfloat16",
+        token_ids={"eos_token_id": 7},
     )
 
 
@@ -118,7 +122,7 @@ def test_a_model_without_a_shared_expert_is_not_exported() -> None:
     model = model_named("tiny")
     model.moe = dataclasses.replace(model.moe, shared_intermediate_size=None)
     with pytest.raises(UserError, match="always has a shared expert"):
-        hf_config.to_config(model, vocab_size=8, length=8, dtype="float32", end_of_document=None)
+        hf_config.to_config(model, vocab_size=8, length=8, dtype="float32", token_ids={})
 
 
 @pytest.mark.parametrize(
