@@ -205,6 +205,7 @@ def _our_gradients(checkpoint: Checkpoint, rows: Tensor) -> tuple[float, dict[st
     job.runtime, job.schedule = RUNTIME, Schedule(peak_lr=0.0)
     job.train = Train(tokens="1M", sequence_length=LENGTH, microbatch=2, global_batch=2)
     job.objective.mtp_loss_scale = job.objective.moe_aux_loss_scale = 0.0
+    job.optimizer.clip_grad_norm = 0.0
     with alone() as groups:
         built = build_model(job, groups, checkpoint.vocab_size, on_gpu=False)
         engine = build_engine(job, built, groups, torch.device("cpu"))

@@ -26,7 +26,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         UserError: if something stands there already, or the disk is full.
     """
     require_free(output)
-    partial = output.with_name(output.name + PARTIAL)
+    partial = _partial(output)
     if partial.exists():
         _log.warning("removing %s, which an interrupted conversion left behind", partial)
         shutil.rmtree(partial)
@@ -84,8 +84,15 @@ def refusals_named(**settings: Path) -> Iterator[None]:
         if name is None:
             names = ", ".join(f"{name}={path}" for name, path in settings.items())
             raise UserError(f"{said}: {file or 'a file'} ({names})") from error
-        where = "" if file == str(settings[name]) else f" ({file})"
-        raise UserError(f"{name} = {settings[name]}: {said}{where}") from error
+        path = settings[name]
+        shown = file.replace(str(_partial(path)), str(path))  # of which the user knows nothing
+        where = "" if shown == str(path) else f" ({shown})"
+        raise UserError(f"{name} = {path}: {said}{where}") from error
+
+
+def _partial(output: Path) -> Path:
+    """Return the name of a folder while it is written."""
+    return output.with_name(output.name + PARTIAL)
 
 
 def _setting_of(file: Path, settings: Mapping[str, Path]) -> str | None:
@@ -93,8 +100,8 @@ def _setting_of(file: Path, settings: Mapping[str, Path]) -> str | None:
     place = file.absolute()
     for name, path in settings.items():
         own = path.absolute()
-        partial = own.with_name(own.name + PARTIAL)
-        if any(place.is_relative_to(one) for one in (own, partial)) or own.is_relative_to(place):
+        inside = any(place.is_relative_to(one) for one in (own, _partial(own)))
+        if inside or own.is_relative_to(place):
             return name
     return None
 
