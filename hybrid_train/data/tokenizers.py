@@ -10,14 +10,13 @@ from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.data.tokenizer_folder import (
     CONFIG,
     copy_tokenizer,
     named_tokens,
-    read_settings,
 )
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -70,7 +69,6 @@ class Tokenizer:
         end = special["eos_token"]
         if backend.token_to_id(end) is None:
             raise UserError(f"{path} lacks the end-of-document token {end!r} that its folder names")
-        _begin_as_settings_say(backend, special, read_settings(path.parent / CONFIG))
         return cls(backend, special, text, path.parent)
 
     @cached_property
@@ -158,29 +156,6 @@ def train_byte_level_bpe(
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, dict.fromkeys(("bos_token", "eos_token"), special_tokens[0]))
-
-
-def _begin_as_settings_say(
-    backend: Backend, special: Mapping[str, str], settings: Mapping[str, object]
-) -> None:
-    """Let the settings of a folder say what surrounds a text, where they do.
-
-    As transformers 5 does (tokenization_utils_tokenizers.py 628): add_bos_token and add_eos_token
-    replace what tokenizer.json says.
-    """
-    if not {"add_bos_token", "add_eos_token"} & settings.keys():
-        return
-    names = [
-        special.get(f"{edge}_token") if settings.get(f"add_{edge}_token") else None
-        for edge in ("bos", "eos")
-    ]
-    begin, end = (
-        [name] if name and backend.token_to_id(name) is not None else [] for name in names
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*begin, "$A", *end],
-        special_tokens=[(name, backend.token_to_id(name)) for name in {*begin, *end}],
-    )
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
