@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import UserError, collect
 from hybrid_train.config.schema.model import Model
 from hybrid_train.hf.names import mtp_blocks
 from hybrid_train.model.counts import CONV_WIDTH
@@ -22,6 +22,7 @@ from hybrid_train.model.counts import CONV_WIDTH
 FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 MODEL_TYPE = "nemotron_h"
+LENGTH = "max_position_embeddings"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPE_KEYS = ("torch_dtype", "dtype")
 _TOKEN_KEYS = (  # of a generation config, lists of token ids
@@ -43,6 +44,7 @@ _LAYER_KEYS = (
     "num_nextn_predict_layers",
 )
 LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+_KINDS = {"attention": "*", "mamba": "M", "mlp": "-", "moe": "E"}
 _OLDER_TYPES = {"mamba": "M", "mamba2": "M", "attention": "*"}
 _log = logging.getLogger(__name__)
 _LARGEST = 2**24  # no size of the family is near; a larger one is a mistake, or meant to hurt
@@ -161,17 +163,37 @@ def to_model(config: Mapping[str, Any], path: Path) -> Model:
         model.pattern = str(_pattern(config))
     except ValueError as error:
         faults.append(str(error))
+    faults += _senseless(LENGTH, config.get(LENGTH), 4096)
+    if not faults:
+        _leave_out_unused(model, config)
+        faults += [f"{problem}" for problem in collect(model)] or [*_uneven(model)]
     if faults:
         raise UserError(
             f"{path} does not describe a model of the family:\n  " + "\n  ".join(faults)
         )
+    return model
+
+
+def _leave_out_unused(model: Model, config: Mapping[str, Any]) -> None:
+    """Give sections of layers that the model lacks their defaults: their sizes mean nothing."""
+    if config.get("num_key_value_heads", 0) is None:
+        model.attention.kv_heads = model.attention.heads
     if not model.moe.shared_intermediate_size:
         model.moe.shared_intermediate_size = None
-    if "E" not in model.pattern:
-        model.moe = type(model.moe)()  # its sizes mean nothing
-    if "-" not in model.pattern:
-        model.mlp = type(model.mlp)()
-    return model
+    for section, letter in _KINDS.items():
+        if letter not in model.pattern:
+            setattr(model, section, type(getattr(model, section))())
+
+
+def _uneven(model: Model) -> Iterator[str]:
+    """Yield the groups that do not have as many heads each."""
+    attention, mamba = model.attention, model.mamba
+    for key, groups, heads in (
+        ("num_key_value_heads", attention.kv_heads, attention.heads),
+        ("n_groups", mamba.groups, mamba.heads),
+    ):
+        if heads % groups:
+            yield f"{key} is {groups}; it must divide the number of heads, {heads}"
 
 
 def _foreign(config: Mapping[str, Any]) -> Iterator[str]:
@@ -203,7 +225,11 @@ def _senseless(key: str, value: Any, default: object) -> Iterator[str]:
     if isinstance(default, bool):
         yield f"{key} is {value!r}; it must be true or false"
     elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             yield f"{key} is {value!r}; it must be a number above 0"
     elif type(value) is not int or not 0 <= value <= _LARGEST:
         yield f"{key} is {value!r}; it must be a whole number up to {_LARGEST}"
@@ -282,7 +308,7 @@ def to_config(
         **sizes,
         **token_ids,
         "vocab_size": vocab_size,
-        "max_position_embeddings": length,
+        LENGTH: length,
         "num_hidden_layers": len(pattern.main),
         "hybrid_override_pattern": pattern.main,
         "num_nextn_predict_layers": mtp_blocks(model),
@@ -316,20 +342,19 @@ def as_trained(said: Mapping[str, Any], *, length: int, dtype: str) -> dict[str,
     for key in DTYPE_KEYS:
         if config.get(key) is not None:
             config[key] = dtype
-    before = config.get("max_position_embeddings")
+    before = config.get(LENGTH)
     if type(before) is int and before < length:
-        config["max_position_embeddings"] = length
+        config[LENGTH] = length
     return config
 
 
 def _computation(model: Model) -> dict[str, object]:
     """Return what of a model decides its logits, by the names of our settings."""
     pattern = parse(model.pattern)
-    letters = {"attention": "*", "mamba": "M", "mlp": "-", "moe": "E"}
     found: dict[str, object] = {"pattern": str(pattern)}
     for field in _FIELDS:
         section = field.ours.partition(".")[0]
-        is_used = letters.get(section, "") in pattern.layers and (section != "mtp" or pattern.mtp)
+        is_used = _KINDS.get(section, "") in pattern.layers and (section != "mtp" or pattern.mtp)
         if is_used and field.ours != "init_std":
             found[field.ours] = reduce(getattr, field.ours.split("."), model)
     return found

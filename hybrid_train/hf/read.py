@@ -200,7 +200,7 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             _write_tensors(weights, tensors, folder, cast)
             layout.write_position(weights, {"step": 0, "tokens": 0})
             origin.keep(source, partial)
-            length = int(config.get("max_position_embeddings") or 4096)
+            length = int(config.get(hf_config.LENGTH) or 4096)
             main = dtype or folder.main_dtype()
             compose.freeze(_train_job(model, output, length, main), partial)
     if not has_vocabulary(source):
