@@ -63,7 +63,13 @@ def model_of(shape: str) -> NemotronHForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = NemotronHForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(3)
+    scatter(model, 3)
+    return model
+
+
+def scatter(model: NemotronHForCausalLM, seed: int) -> None:
+    """Give every weight that is trivial at the start a random value."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name or name.endswith("mixer.D"):
@@ -72,7 +78,6 @@ def model_of(shape: str) -> NemotronHForCausalLM:
                 tensor.uniform_(-0.2, 0.2, generator=generator)  # some choices change
             elif tensor.dim() == 2 and "gate" not in name:
                 tensor.normal_(0, 0.1, generator=generator)
-    return model
 
 
 def folder_of(shape: str, folder: Path, *, stacked: bool = False, shards: int = 1) -> Path:
@@ -88,10 +93,11 @@ def folder_of(shape: str, folder: Path, *, stacked: bool = False, shards: int = 
 def mtp_tensors(folder: Path) -> dict[str, Tensor]:
     """Random weights of the MTP layers, which transformers ignores."""
     model = hf_config.to_model(hf_config.read_config(folder), folder / hf_config.FILE)
+    assert model.vocab_size is not None
     generator = torch.Generator().manual_seed(4)
     return {
         part.name: torch.randn(part.shape, generator=generator)
-        for stored in table(model, VOCAB)
+        for stored in table(model, model.vocab_size)
         for part in stored.parts
         if part.name.startswith("mtp.")
     }

@@ -115,7 +115,9 @@ def read(folder: Path) -> Metadata:
         _require_plain_common(folder, metadata)
         return metadata
     except OSError as error:
-        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+        raise UnreadableError(
+            f"{error.filename or path} cannot be read: {error.strerror}"
+        ) from error
     except UnreadableError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything

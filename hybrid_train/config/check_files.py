@@ -25,7 +25,10 @@ def data_is_chosen(job: TrainJob) -> Iterator[Problem]:
         rule = "needs at least one prefix of a .bin and .idx file; or choose data=quickstart"
         yield Problem("data.train", "[]", rule)
     if data.tokenizer is None and needs_tokenizer(data):
-        yield Problem("data.tokenizer", None, "must name the folder of the tokenizer of data.train")
+        own = Path(job.checkpoint.load or "") / "tokenizer"  # of the run whose weights are taken
+        near = str(own) if job.checkpoint.load and own.is_dir() else None
+        rule = "must name the folder of the tokenizer of data.train"
+        yield Problem("data.tokenizer", None, rule, near)
 
 
 def vocabulary_is_known(job: TrainJob) -> Iterator[Problem]:
@@ -89,14 +92,27 @@ def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:
     if load is None and job.checkpoint.load_only is not None:
         value = job.checkpoint.load_only.name
         yield Problem("checkpoint.load_only", value, "needs checkpoint.load=PATH", "null")
-    if load is not None and not Path(load).is_dir():
-        yield _no_folder("checkpoint.load", load)
+    if load is not None:
+        yield from _folder_problems("checkpoint.load", load)
 
 
-def _no_folder(path: str, folder: str) -> Problem:
-    """Say that a run folder or checkpoint is not there, and which one is alike."""
+def no_run(path: str, folder: str, config_name: str) -> Problem:
+    """Say why a folder is no run folder, nor a checkpoint of one."""
+    lacking = list(_folder_problems(path, folder))
+    rule = f"is no run folder, nor a checkpoint of one: it has no {config_name}"
+    return lacking[0] if lacking else Problem(path, folder, rule)
+
+
+def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
+    """Say that a folder is not there and which one is alike, or why it cannot be looked at."""
+    try:
+        if Path(folder).is_dir():
+            return
+    except OSError as error:  # a folder on the way may not be entered, a name is too long
+        yield Problem(path, folder, f"cannot be read: {error.strerror}")
+        return
     siblings = {str(entry) for entry in _entries(Path(folder).parent, "*") if entry.is_dir()}
-    return Problem(path, folder, "there is no such folder", nearest(folder, siblings))
+    yield Problem(path, folder, "there is no such folder", nearest(folder, siblings))
 
 
 def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
@@ -119,8 +135,7 @@ FILE_RULES = (
 
 def generation_problems(job: GenerateJob) -> Iterator[Problem]:
     """Yield what a generation job lacks on disk or in its prompts."""
-    if not Path(job.checkpoint).is_dir():
-        yield _no_folder("checkpoint", job.checkpoint)
+    yield from _folder_problems("checkpoint", job.checkpoint)
     if not job.prompt and job.prompt_file is None:
         yield Problem(
             "prompt", "[]", "needs prompt=TEXT (repeat it for several) or prompt_file=PATH"
@@ -137,5 +152,5 @@ def folder_problems(job: object) -> Iterator[Problem]:
     elif isinstance(job, VerifyJob):
         named = {"checkpoint": job.checkpoint, "hf": job.hf}
     for path, folder in named.items():
-        if folder is not None and not Path(folder).is_dir():
-            yield _no_folder(path, folder)
+        if folder is not None:
+            yield from _folder_problems(path, folder)

@@ -323,7 +323,12 @@ def _vocabulary_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
 
 def _vocabulary_holds_the_tokens(job: TrainJob, _: int) -> Iterator[Problem]:
     size = job.model.vocab_size
-    if size is not None and isinstance(job.data, Quickstart) and size < job.data.vocab_size:
+    if size is None or not isinstance(job.data, Quickstart) or size >= job.data.vocab_size:
+        return
+    if job.checkpoint.load is not None:  # whose weights have as many rows as they have
+        rule = f"must not exceed the vocabulary of checkpoint.load ({size})"
+        yield Problem("data.vocab_size", job.data.vocab_size, rule, size)
+    else:
         rule = f"must be at least data.vocab_size ({job.data.vocab_size})"
         yield Problem("model.vocab_size", size, rule, job.data.vocab_size)
 

@@ -27,6 +27,7 @@ from omegaconf.errors import (
 )
 
 from hybrid_train.config import checks, node_counts, overrides, registry
+from hybrid_train.config.check_files import no_run
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.check import CheckJob
@@ -134,7 +135,38 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
         problems.extend(overrides.set_value(config, override, groups))
     for key, texts in given.texts.items():
         OmegaConf.update(config, key, texts)
+    if unreadable := _take_loaded_model(config, given, groups):
+        problems += unreadable
+        wrong.add("model")
     return Draft(config, problems, wrong)
+
+
+def _take_loaded_model(
+    config: DictConfig, given: overrides.Given, groups: Sequence[str]
+) -> list[Problem]:
+    """Put the model of the run to start from in place of what an experiment says of it.
+
+    What the command line itself says of the model stays, so that a contradiction is found; MTP may
+    be added that way.
+    """
+    section = config.get("checkpoint") if "model" in config else None
+    source = section.get("load") if isinstance(section, DictConfig) else None
+    if source is None or any(one.key_or_group == "model" and one.value() for one in given.groups):
+        return []
+    try:
+        places = [Path(source), Path(source).parent.parent]  # a run folder, or a checkpoint of one
+        found = [load(place).model for place in places if (place / FROZEN_NAME).is_file()]
+    except OSError as error:
+        return [Problem("checkpoint.load", source, f"cannot be read: {error.strerror}")]
+    if not found:
+        return [no_run("checkpoint.load", source, FROZEN_NAME)]
+    model = found[0]
+    model.pattern = model.pattern.replace("|", "")  # cuts are of the layout, not of the model
+    config.model = OmegaConf.structured(model)
+    for override in given.values:
+        if override.key_or_group.partition(".")[0] == "model":
+            list(overrides.set_value(config, override, groups))  # what does not fit is known
+    return []
 
 
 def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ class Settings:
     seed: int = 1234
     max_new_tokens: int = 128  # of each sequence
     vocab_size: int  # ids from here on are padding of the vocabulary and never drawn
-    end_of_document: int | None = None  # ends a sequence; None: only the length does
+    ends: frozenset[int] = frozenset()  # each of them ends a sequence; none: only the length does
 
 
 def stream(
@@ -41,8 +41,8 @@ def stream(
         settings: how to choose and when to stop.
 
     Yields:
-        A token for each prompt, or None where its prompt goes on or its end is reached. The
-        end-of-document token is given as well.
+        A token for each prompt, or None where its prompt goes on or its end is reached. The token
+        that ends it is given as well.
 
     Raises:
         ValueError: if there is no prompt, or an empty one.
@@ -77,7 +77,7 @@ class _Row:
 
     def __init__(self, prompt: Sequence[int], settings: Settings) -> None:
         self._prompt = prompt
-        self._end = settings.end_of_document
+        self._ends = settings.ends
         self._left = settings.max_new_tokens
         self.latest = prompt[-1]
 
@@ -93,7 +93,7 @@ class _Row:
         self.latest = drawn  # after the end as well: the others need a full row
         if self.finished:
             return None
-        self._left = 0 if drawn == self._end else self._left - 1
+        self._left = 0 if drawn in self._ends else self._left - 1
         return drawn
 
 

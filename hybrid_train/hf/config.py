@@ -5,15 +5,16 @@ config that is read, demanded: a model that differs there is another model.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import UserError, collect
 from hybrid_train.config.schema.model import Model
 from hybrid_train.hf.names import mtp_blocks
 from hybrid_train.model.counts import CONV_WIDTH
@@ -21,8 +22,31 @@ from hybrid_train.model.counts import CONV_WIDTH
 FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 MODEL_TYPE = "nemotron_h"
+LENGTH = "max_position_embeddings"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DTYPE_KEYS = ("torch_dtype", "dtype")
+_TOKEN_KEYS = (  # of a generation config, lists of token ids
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "force_words_ids",
+    "forced_decoder_ids",
+    "sequence_bias",
+    "suppress_tokens",
+)
+_LAYER_KEYS = (
+    "hybrid_override_pattern",
+    "layer_types",
+    "layers_block_type",
+    "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type",
+    "mtp_num_layers",
+    "num_hidden_layers",
+    "num_nextn_predict_layers",
+)
 LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+_KINDS = {"attention": "*", "mamba": "M", "mlp": "-", "moe": "E"}
 _OLDER_TYPES = {"mamba": "M", "mamba2": "M", "attention": "*"}
+_log = logging.getLogger(__name__)
 _LARGEST = 2**24  # no size of the family is near; a larger one is a mistake, or meant to hurt
 
 
@@ -92,10 +116,10 @@ _SAID = {  # no part of the computation, but asked for by some readers
     "rescale_prenorm_residual": True,
     "residual_in_fp32": False,
     "time_step_floor": 1e-4,
-    "time_step_limit": [0.0, math.inf],
     "time_step_max": 0.1,
-    # Steps of the family have no lower limit, as time_step_limit says; transformers 5.23 takes this
-    # key for one (modeling_nemotron_h.py 414). 0 would break its initialisation, a logarithm.
+    # Steps of the family have no limit, which is the default of time_step_limit; transformers 5.23
+    # takes this key for one (modeling_nemotron_h.py 414). 0 would break its initialisation, a
+    # logarithm.
     "time_step_min": 1e-30,
     "use_cache": True,
     "use_mamba_kernels": True,
@@ -139,17 +163,37 @@ def to_model(config: Mapping[str, Any], path: Path) -> Model:
         model.pattern = str(_pattern(config))
     except ValueError as error:
         faults.append(str(error))
+    faults += _senseless(LENGTH, config.get(LENGTH), 4096)
+    if not faults:
+        _leave_out_unused(model, config)
+        faults += [f"{problem}" for problem in collect(model)] or [*_uneven(model)]
     if faults:
         raise UserError(
             f"{path} does not describe a model of the family:\n  " + "\n  ".join(faults)
         )
+    return model
+
+
+def _leave_out_unused(model: Model, config: Mapping[str, Any]) -> None:
+    """Give sections of layers that the model lacks their defaults: their sizes mean nothing."""
+    if config.get("num_key_value_heads", 0) is None:
+        model.attention.kv_heads = model.attention.heads
     if not model.moe.shared_intermediate_size:
         model.moe.shared_intermediate_size = None
-    if "E" not in model.pattern:
-        model.moe = type(model.moe)()  # its sizes mean nothing
-    if "-" not in model.pattern:
-        model.mlp = type(model.mlp)()
-    return model
+    for section, letter in _KINDS.items():
+        if letter not in model.pattern:
+            setattr(model, section, type(getattr(model, section))())
+
+
+def _uneven(model: Model) -> Iterator[str]:
+    """Yield the groups that do not have as many heads each."""
+    attention, mamba = model.attention, model.mamba
+    for key, groups, heads in (
+        ("num_key_value_heads", attention.kv_heads, attention.heads),
+        ("n_groups", mamba.groups, mamba.heads),
+    ):
+        if heads % groups:
+            yield f"{key} is {groups}; it must divide the number of heads, {heads}"
 
 
 def _foreign(config: Mapping[str, Any]) -> Iterator[str]:
@@ -167,7 +211,7 @@ def _foreign(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"time_step_limit is {limit!r}, and [0, Infinity] in all models that are known here"
 
 
-def _is_no_limit(limit: Any) -> bool:
+def _is_no_limit(limit: Any) -> TypeGuard[list[Any]]:
     """Tell whether it is [0, inf]; transformers 5 writes {"__float__": "Infinity"} for inf."""
     if not isinstance(limit, list) or len(limit) != 2:  # noqa: PLR2004  low, high
         return False
@@ -181,7 +225,11 @@ def _senseless(key: str, value: Any, default: object) -> Iterator[str]:
     if isinstance(default, bool):
         yield f"{key} is {value!r}; it must be true or false"
     elif isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             yield f"{key} is {value!r}; it must be a number above 0"
     elif type(value) is not int or not 0 <= value <= _LARGEST:
         yield f"{key} is {value!r}; it must be a whole number up to {_LARGEST}"
@@ -225,7 +273,7 @@ def _letters(words: Any) -> str:
 
 
 def to_config(
-    model: Model, *, vocab_size: int, length: int, dtype: str, end_of_document: int | None
+    model: Model, *, vocab_size: int, length: int, dtype: str, token_ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Translate a model section into a complete config.json.
 
@@ -234,7 +282,7 @@ def to_config(
         vocab_size: tokens of the embedding, without padding.
         length: positions it was trained for.
         dtype: number format of most tensors, "bfloat16".
-        end_of_document: id of the token that ends a text; None if there is no tokenizer.
+        token_ids: of special tokens, by their keys; empty if there is no tokenizer.
 
     Raises:
         UserError: if their class cannot compute the model.
@@ -252,16 +300,15 @@ def to_config(
         sizes["initializer_range"] = 0.9 / math.sqrt(model.hidden_size)
     if model.moe.shared_intermediate_size is None:
         sizes["moe_shared_expert_intermediate_size"] = model.moe.intermediate_size
-    token = {} if end_of_document is None else dict.fromkeys(TOKEN_IDS, end_of_document)
     config = {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": MODEL_TYPE,
         **_FIXED,
         **_SAID,
         **sizes,
-        **token,
+        **token_ids,
         "vocab_size": vocab_size,
-        "max_position_embeddings": length,
+        LENGTH: length,
         "num_hidden_layers": len(pattern.main),
         "hybrid_override_pattern": pattern.main,
         "num_nextn_predict_layers": mtp_blocks(model),
@@ -273,13 +320,62 @@ def to_config(
     return dict(sorted(config.items()))
 
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+def changes(before: Model, now: Model) -> list[str]:
+    """Name the settings that decide the logits of a model and are not as they were."""
+    old, new = _computation(before), _computation(now)
+    return [key for key in new if old.get(key) != new[key]]
+
+
+def renewed(said: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as it was read, but for the keys that describe the computation."""
+    keys = _computation_keys()
+    kept = {key: value for key, value in said.items() if key not in keys}
+    return kept | {key: value for key, value in made.items() if key in keys}
+
+
+def as_trained(said: Mapping[str, Any], *, length: int, dtype: str) -> dict[str, Any]:
+    """Return a config of the same model in another number format, trained for longer texts."""
+    config = dict(said)
+    limit = config.get("time_step_limit")
+    if _is_no_limit(limit) and math.inf in limit:
+        del config["time_step_limit"]  # no JSON, and the default
+    for key in DTYPE_KEYS:
+        if config.get(key) is not None:
+            config[key] = dtype
+    before = config.get(LENGTH)
+    if type(before) is int and before < length:
+        config[LENGTH] = length
+    return config
+
+
+def _computation(model: Model) -> dict[str, object]:
+    """Return what of a model decides its logits, by the names of our settings."""
+    pattern = parse(model.pattern)
+    found: dict[str, object] = {"pattern": str(pattern)}
+    for field in _FIELDS:
+        section = field.ours.partition(".")[0]
+        is_used = _KINDS.get(section, "") in pattern.layers and (section != "mtp" or pattern.mtp)
+        if is_used and field.ours != "init_std":
+            found[field.ours] = reduce(getattr, field.ours.split("."), model)
+    return found
+
+
+def _computation_keys() -> set[str]:
+    """Return every key, the former spellings included, that `to_model` reads or demands."""
+    fields = (key for field in _FIELDS for key in (field.theirs, *field.older))
+    older = (key for keys in _OLDER_FIXED.values() for key in keys)
+    return {*fields, *older, *_FIXED, *_LAYER_KEYS, "time_step_limit", "mamba_dt_limit"}
+
+
+def names_tokens(key: str) -> bool:
+    """Tell whether the value of a key is made of token ids, which mean nothing elsewhere."""
+    return key.endswith(("_token_id", "_token_ids")) or key in _TOKEN_KEYS
 
 
 def generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the generation config that follows from a config.json."""
     return {
         "_from_model_config": True,
-        **{key: config[key] for key in TOKEN_IDS if key in config},
+        **{key: config[key] for key in TOKEN_IDS if config.get(key) is not None},
         "use_cache": True,
     }

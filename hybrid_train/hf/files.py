@@ -1,9 +1,10 @@
-"""Folders that appear whole or not at all, and the files that go along as they are."""
+"""Folders that appear whole or not at all, JSON that every reader takes, refusals of the system."""
 
 import contextlib
 import errno
 import json
 import logging
+import math
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -13,19 +14,6 @@ from typing import Any, NoReturn
 from hybrid_train.checkpoint.layout import PARTIAL
 from hybrid_train.config.problems import UserError
 
-# Data only: what else lies in a folder, code above all, stays there.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-VOCABULARY_FILES = {"tokenizer.json", "tokenizer.model"}  # one of them makes a tokenizer
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
@@ -38,7 +26,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         UserError: if something stands there already, or the disk is full.
     """
     require_free(output)
-    partial = output.with_name(output.name + PARTIAL)
+    partial = _partial(output)
     if partial.exists():
         _log.warning("removing %s, which an interrupted conversion left behind", partial)
         shutil.rmtree(partial)
@@ -78,15 +66,78 @@ def _end(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the files of a tokenizer, and return their names."""
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    target.mkdir(parents=True, exist_ok=True)
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
+@contextlib.contextmanager
+def refusals_named(**settings: Path) -> Iterator[None]:
+    """Say what the system refuses, such as a permission, with the path and the setting it is of.
+
+    Args:
+        settings: what each setting names.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        said, file = error.strerror or str(error), str(error.filename or "")
+        name = _setting_of(Path(file), settings) if file else None
+        if name is None:
+            names = ", ".join(f"{name}={path}" for name, path in settings.items())
+            raise UserError(f"{said}: {file or 'a file'} ({names})") from error
+        path = settings[name]
+        shown = file.replace(str(_partial(path)), str(path))  # of which the user knows nothing
+        where = "" if shown == str(path) else f" ({shown})"
+        raise UserError(f"{name} = {path}: {said}{where}") from error
+
+
+def _partial(output: Path) -> Path:
+    """Return the name of a folder while it is written."""
+    return output.with_name(output.name + PARTIAL)
+
+
+def _setting_of(file: Path, settings: Mapping[str, Path]) -> str | None:
+    """Return the setting that names a folder in which, or on the way to which, a file lies."""
+    place = file.absolute()
+    for name, path in settings.items():
+        own = path.absolute()
+        inside = any(place.is_relative_to(one) for one in (own, _partial(own)))
+        if inside or own.is_relative_to(place):
+            return name
+    return None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file as transformers does."""
-    path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+    """Write a JSON file as transformers does, numbers that are none in JSON included."""
+    text = json.dumps(_tagged(dict(content)), indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def as_strict_json(path: Path) -> None:
+    """Write a JSON file again if it has numbers that JSON has not; others stay as they are.
+
+    Raises:
+        UserError: if it is no JSON at all.
+    """
+    foreign = False
+
+    def note(word: str) -> float:
+        nonlocal foreign
+        foreign = True
+        return float(word)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=note)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}; download it again") from error
+    if foreign:
+        write_json(path, content)
+
+
+def _tagged(value: Any) -> Any:
+    """Write NaN and infinity as transformers 5 does: {"__float__": "Infinity"}."""
+    if isinstance(value, float) and not math.isfinite(value):
+        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return {"__float__": name}
+    if isinstance(value, dict):
+        return {key: _tagged(one) for key, one in value.items()}
+    return [_tagged(one) for one in value] if isinstance(value, list | tuple) else value

@@ -23,16 +23,16 @@ from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.config.schema.train import Train, TrainJob
+from hybrid_train.data.tokenizer_folder import has_vocabulary
 from hybrid_train.hf import config as hf_config
-from hybrid_train.hf.files import VOCABULARY_FILES, copy_tokenizer, new_folder
+from hybrid_train.hf import origin
+from hybrid_train.hf.files import new_folder
 from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
 from hybrid_train.hf.tensors import Cast, ours_from_theirs, require_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SOURCE = "hf"  # folder of a run that holds the config files it was imported with
-_SOURCE_FILES = (hf_config.FILE, hf_config.GENERATION_FILE)
 _STACKED = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
 _log = logging.getLogger(__name__)
 
@@ -199,12 +199,11 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             weights.mkdir(parents=True)
             _write_tensors(weights, tensors, folder, cast)
             layout.write_position(weights, {"step": 0, "tokens": 0})
-            copied = copy_tokenizer(source, partial / layout.TOKENIZER)
-            copy_source(source, partial / SOURCE)
-            length = int(config.get("max_position_embeddings") or 4096)
+            origin.keep(source, partial)
+            length = int(config.get(hf_config.LENGTH) or 4096)
             main = dtype or folder.main_dtype()
             compose.freeze(_train_job(model, output, length, main), partial)
-    if not VOCABULARY_FILES & set(copied):
+    if not has_vocabulary(source):
         _log.warning("%s has no tokenizer: text cannot be generated from %s", source, output)
     if config.get("auto_map"):
         _log.info("%s names code of its own (auto_map); it was neither run nor copied", source)
@@ -212,14 +211,6 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
     if loss:
         _log.warning("%s", loss)
     return f"{output}: {len(folder.names)} tensors of {source} in {len(tensors)} of ours"
-
-
-def copy_source(source: Path, target: Path) -> None:
-    """Keep the config files of a folder as they are, so that an export can give them back."""
-    target.mkdir()
-    for name in _SOURCE_FILES:
-        if (source / name).is_file():
-            (target / name).write_bytes((source / name).read_bytes())
 
 
 def _require_model(folder: Folder, model: Model, tensors: list[Stored]) -> None:

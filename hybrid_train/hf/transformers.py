@@ -35,7 +35,7 @@ def _mend(config: NemotronHConfig, model: Model) -> None:
     """Set what transformers 5.23 takes from a config otherwise than the released models' code.
 
     It limits Mamba's steps from below by time_step_min, which is a value of the initialisation
-    (modeling_nemotron_h.py 414), and does not know attention_head_dim.
+    (modeling_nemotron_h.py 414), and does not know attention_head_dim and rms_norm_eps.
     """
     if config.time_step_min > _NO_LIMIT:
         _log.info(
@@ -44,7 +44,7 @@ def _mend(config: NemotronHConfig, model: Model) -> None:
             config.time_step_min,
         )
         config.time_step_min = _NO_LIMIT
-    config.head_dim = model.attention.head_dim
+    config.head_dim, config.layer_norm_epsilon = model.attention.head_dim, model.norm_eps
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The export of a checkpoint as a Hugging Face folder that transformers loads as it is."""
 
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -13,20 +14,22 @@ from torch import Tensor
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import compose
+from hybrid_train.config.phases import lay_out
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.any_tokenizer import open_tokenizer
+from hybrid_train.data.tokenizer_folder import has_vocabulary
 from hybrid_train.hf import config as hf_config
-from hybrid_train.hf.files import VOCABULARY_FILES, copy_tokenizer, new_folder, write_json
+from hybrid_train.hf.files import new_folder, write_json
 from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
-from hybrid_train.hf.read import INDEX, SOURCE
+from hybrid_train.hf.origin import Origin
+from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
 from hybrid_train.hf.tensors import Cast, Theirs, require_shapes, theirs_from_ours, turned
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
-_KEYS_OF_DTYPE = ("torch_dtype", "dtype")
 _log = logging.getLogger(__name__)
 
 
@@ -127,13 +130,15 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
             name: cast.of(_dtype_of(one, weights), keeps_float32=one.keeps_float32)
             for name, one in theirs.items()
         }
-        config = _config(checkpoint, _main(theirs, formats), changed=dtype is not None)
+        origin = Origin.of(checkpoint.found.run_dir)
+        config = _config(checkpoint, origin, _main(theirs, formats))
         with new_folder(output) as partial:
             shards = _write_shards(partial, theirs, formats, (weights, cast), shard_bytes)
             write_json(partial / hf_config.FILE, config)
-            _write_generation_config(checkpoint, partial, config)
-            copied = copy_tokenizer(checkpoint.found.run_dir / layout.TOKENIZER, partial)
-    if not VOCABULARY_FILES & set(copied):
+            origin.write_generation_config(partial, config)
+            origin.copy_tokenizer(partial)
+            has_tokenizer = has_vocabulary(partial)
+    if not has_tokenizer:
         _log.warning("%s has no tokenizer: none was exported", checkpoint.found.run_dir)
     loss = cast.in_words(len(theirs))
     if loss:
@@ -153,46 +158,35 @@ def _main(theirs: dict[str, Theirs], formats: dict[str, torch.dtype]) -> str:
     return str(max(count, key=count.__getitem__)).removeprefix("torch.")
 
 
-def _config(checkpoint: Checkpoint, dtype: str, *, changed: bool) -> dict[str, Any]:
-    """Return the config.json: that of the import, where there was one, else a new one."""
-    source = checkpoint.found.run_dir / SOURCE
-    if (source / hf_config.FILE).is_file():
-        config = hf_config.read_config(source)
-        said = hf_config.to_model(config, source / hf_config.FILE)
-        if _sizes(said) == _sizes(checkpoint.model):
-            if changed:
-                keys = [key for key in _KEYS_OF_DTYPE if key in config] or [_KEYS_OF_DTYPE[0]]
-                config.update(dict.fromkeys(keys, dtype))
-            return config
-        _log.warning("%s is of another model, and left out of the export", source)
-    return hf_config.to_config(
+def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any]:
+    """Return the config.json: that of the folder it began with, where there was one, else new."""
+    length = _trained_length(checkpoint)
+    make = functools.partial(
+        hf_config.to_config,
         checkpoint.model,
         vocab_size=checkpoint.vocab_size,
-        length=checkpoint.job.train.sequence_length,
+        length=length,
         dtype=dtype,
-        end_of_document=_end_of_document(checkpoint),
     )
+    if origin.folder is None:
+        return make(token_ids=origin.token_ids())
+    path = origin.folder / hf_config.FILE
+    config = hf_config.read_config(origin.folder)
+    if changes := hf_config.changes(hf_config.to_model(config, path), checkpoint.model):
+        _log.info("%s is written anew, since these changed: %s", path.name, ", ".join(changes))
+        config = hf_config.renewed(config, make(token_ids={}))
+    config = hf_config.as_trained(config, length=length, dtype=dtype)
+    return config if origin.is_same_tokenizer else origin.with_own_ids(config, path)
 
 
-def _sizes(model: Model) -> list[tuple[str, tuple[int, ...]]]:
-    assert model.vocab_size is not None
-    return [(stored.key, stored.shape) for stored in table(model, model.vocab_size)]
-
-
-def _end_of_document(checkpoint: Checkpoint) -> int | None:
-    folder = checkpoint.found.run_dir / layout.TOKENIZER
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        return None
-    return open_tokenizer(folder).end_of_document
-
-
-def _write_generation_config(checkpoint: Checkpoint, output: Path, config: dict[str, Any]) -> None:
-    kept = checkpoint.found.run_dir / SOURCE / hf_config.GENERATION_FILE
-    if kept.is_file():
-        (output / hf_config.GENERATION_FILE).write_bytes(kept.read_bytes())
-    else:
-        made = hf_config.generation_config(config)
-        write_json(output / hf_config.GENERATION_FILE, made)
+def _trained_length(checkpoint: Checkpoint) -> int:
+    """Return the longest sequences of the phases that have begun."""
+    seen = int(checkpoint.found.position().get("tokens", 0))
+    train = checkpoint.job.train
+    if not seen or not train.phases:
+        return train.sequence_length
+    begun = (one for one in lay_out(checkpoint.job) if one.start < seen)
+    return max(one.job.train.sequence_length for one in begun)
 
 
 def _write_shards(

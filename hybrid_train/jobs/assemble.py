@@ -15,7 +15,7 @@ from hybrid_train.config.schema.precision import Backend, Precision, ProductForm
 from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
-from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
+from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.quantized import QuantizedProducts
@@ -91,8 +91,9 @@ class LoadedModel:
     """A trained model on one process, ready to run."""
 
     model: Hybrid
-    tokenizer: AnyTokenizer
+    tokenizer: FolderTokenizer
     job: TrainJob
+    run_dir: Path
 
 
 def load_model(checkpoint: str, runtime: Runtime) -> LoadedModel:
@@ -119,4 +120,5 @@ def load_model(checkpoint: str, runtime: Runtime) -> LoadedModel:
     built = build_model(job, groups, vocab_size, on_gpu=torch.cuda.is_available())
     read_weights(found.path, built.chunks, groups)
     _log.info("loaded %s, trained for %d steps", found.path, found.step)
-    return LoadedModel(built.chunks[0], tokenizer, job)
+    job.model.vocab_size = vocab_size
+    return LoadedModel(built.chunks[0], tokenizer, job, found.run_dir)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.convert import ConvertJob, WeightFormat
+from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.tensors import Format
 from hybrid_train.hf.write import export_checkpoint
@@ -24,8 +25,12 @@ def run(job: ConvertJob) -> None:
     dtype = None if job.dtype is WeightFormat.keep else Format[job.dtype.name].value
     output = Path(job.output).absolute()
     if job.import_ is not None:
-        done = import_folder(Path(job.import_), output, dtype)
+        source = Path(job.import_)
+        with refusals_named(**{"import": source, "output": output}):
+            done = import_folder(source, output, dtype)
     else:
         assert job.export is not None, "the checks ask for one of them"
-        done = export_checkpoint(Path(job.export), output, dtype, int(job.shard_gb * 1e9))
+        source = Path(job.export)
+        with refusals_named(export=source, output=output):
+            done = export_checkpoint(source, output, dtype, int(job.shard_gb * 1e9))
     _log.info("%s", done)

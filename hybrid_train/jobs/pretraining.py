@@ -23,6 +23,7 @@ from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
 from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.record import changes, read_record, record_of, write_record
+from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.assemble import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
@@ -106,6 +107,8 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
             compose.freeze(job, run_dir)
             write_record(run_dir, record)
             data.tokenizer.save(run_dir / TOKENIZER)
+            if not start.is_own:
+                origin.pass_on(start.found.run_dir if start.found else None, run_dir)
         _fit(job, device, start, data, stop)
         if ranks.is_main():
             attempt.end(*stop.how_it_ended())
@@ -213,9 +216,16 @@ def _open_data(job: TrainJob, stretches: list[Stretch]) -> RunData:
             "the quickstart" if isinstance(job.data, Quickstart) else "data.train",
         )
     if job.model.vocab_size < data.vocab_size:
+        loaded = job.checkpoint.load
+        remedy = (
+            f"the weights of checkpoint.load={loaded} have no more rows; take its tokenizer, "
+            "and data that it made"
+            if loaded
+            else "leave model.vocab_size out to take its size"
+        )
         raise UserError(
             f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {data.vocab_size} "
-            "tokens; leave model.vocab_size out to take its size"
+            f"tokens; {remedy}"
         )
     for line in data.description():
         _log.info("%s", line)

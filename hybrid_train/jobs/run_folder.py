@@ -44,6 +44,7 @@ _MAY_CHANGE = (
 )
 _PHASES = "train.phases"
 _PATTERN = "model.pattern"
+_KINDS = {"model.attention.": "*", "model.mamba.": "M", "model.mlp.": "-", "model.moe.": "E"}
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 _log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def require_same_run(job: TrainJob) -> None:
             "choose another run_dir=..."
         )
     saved = compose.load(run_dir)
-    changes = list(differences(saved, job))
+    unused = _unused_sections(saved.model, job.model)
+    changes = [one for one in differences(saved, job) if not one[0].startswith(unused)]
     free = (*_MAY_CHANGE, "data.") if job.data.accept_changes else _MAY_CHANGE
     foreign = [
         change
@@ -127,15 +129,23 @@ def require_same_model(job: TrainJob, found: layout.Found) -> None:
         UserError: with every setting that differs.
     """
     saved = compose.load(found.run_dir).model
+    unused = _unused_sections(saved, job.model)
     free = _MAY_CHANGE if job.checkpoint.load_only is None else (*_MAY_CHANGE, *_BESIDE_WEIGHTS)
     lines = [
         f"  {key}: {old} there, {new} here"
         for key, old, new in differences(saved, job.model, "model.")
         if not (key.startswith((*free, "model.mtp.")) or _is_other_mtp(key, old, new))
+        and not key.startswith(unused)
     ]
     if lines:
         text = "\n".join(lines)
         raise UserError(f"checkpoint.load={found.path} is of another model:\n{text}")
+
+
+def _unused_sections(*models: Model) -> tuple[str, ...]:
+    """Name the sections of kinds of layers that one of the models lacks: they say nothing there."""
+    layers = [parse(model.pattern).layers for model in models]
+    return tuple(key for key, kind in _KINDS.items() if any(kind not in each for each in layers))
 
 
 def _is_other_cut(key: str, old: object, new: object) -> bool:

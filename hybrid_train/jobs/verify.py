@@ -9,6 +9,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.verify import VerifyJob
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.compare import Differences, differences
+from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder
 from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint
 from hybrid_train.runtime import optional, ranks
@@ -25,6 +26,11 @@ def run(job: VerifyJob) -> None:
         raise UserError("verify runs in one process; start it without torchrun")
     if job.logits:
         optional.require("transformers", "verify with logits=true")
+    with refusals_named(checkpoint=Path(job.checkpoint), hf=Path(job.hf)):
+        _verify(job)
+
+
+def _verify(job: VerifyJob) -> None:
     checkpoint = open_checkpoint(Path(job.checkpoint))
     found = _compare_tensors(checkpoint, Path(job.hf))
     for line in (f"{found.tensors} tensors compared", *found.lines()):

@@ -105,9 +105,7 @@ def make_source(source: Path) -> int:
         writer.close()
         total += (source / file).stat().st_size
     write_json(source / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    said = hf_config.to_config(
-        model, vocab_size=VOCAB, length=8192, dtype="bfloat16", end_of_document=None
-    )
+    said = hf_config.to_config(model, vocab_size=VOCAB, length=8192, dtype="bfloat16", token_ids={})
     write_json(source / hf_config.FILE, said)
     return total
 

@@ -20,7 +20,7 @@ class Checkpoint:
     interval: int = 500  # steps between saves; 0: only at the end
     keep: int = 2  # newest checkpoints that stay
     async_save: bool = True  # train on while it is written, from a copy in host memory
-    load: str | None = None  # a run folder or one checkpoint of it
+    load: str | None = None  # a run folder or one checkpoint of it; the model is that of the run
     load_only: LoadOnly | None = None  # None: weights, optimizer and position
 
     def problems(self) -> Iterator[Problem]:

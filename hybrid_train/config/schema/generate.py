@@ -16,6 +16,8 @@ class GenerateJob:
     checkpoint: str = MISSING  # a run folder or one checkpoint of it
     prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
     prompt_file: str | None = None  # one prompt per line
+    bos: bool | None = None  # begin as the tokenizer does; None: if the model was imported
+    special_tokens: bool = False  # <|im_start|> in a prompt is that token, not its letters
     max_new_tokens: int = 128
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all tokens

@@ -204,7 +204,7 @@ def test_a_sequence_stops_at_its_end_of_document_and_the_others_go_on(build: Bui
     free = generate(model, PROMPTS, settings)
     end = free[0][3]  # drawn early in the first sequence
     expected = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in free]
-    assert generate(model, PROMPTS, replace(settings, end_of_document=end)) == expected
+    assert generate(model, PROMPTS, replace(settings, ends=frozenset([end]))) == expected
     assert len({len(tokens) for tokens in expected}) > 1
 
 

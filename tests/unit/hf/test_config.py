@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ def model_named(name: str) -> Model:
 
 def config_of(name: str) -> dict[str, Any]:
     return hf_config.to_config(
-        model_named(name), vocab_size=4096, length=8192, dtype="bfloat16", end_of_document=7
+        model_named(name),
+        vocab_size=4096,
+        length=8192,
+        dtype="bfloat16",
+        token_ids={"eos_token_id": 7},
     )
 
 
@@ -106,6 +111,13 @@ def test_a_pattern_may_name_its_mtp_layers_itself() -> None:
         ({"hybrid_override_pattern": None}, "neither layers_block_type nor"),
         ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers is 1000000000"),
         ({"layers_block_type": ["moe", "rwkv"]}, "layers_block_type has other words"),
+        ({"layer_norm_epsilon": math.inf}, "layer_norm_epsilon is inf"),
+        ({"routed_scaling_factor": math.nan}, "routed_scaling_factor is nan"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings is 'long'"),
+        ({"num_key_value_heads": 0}, "attention.kv_heads = 0: must be at least 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide"),
+        ({"n_groups": 3}, "n_groups is 3; it must divide the number of heads, 8"),
+        ({"num_experts_per_tok": 9}, "moe.top_k = 9: must not exceed experts (4)"),
     ],
 )
 def test_what_is_no_model_of_the_family_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -114,11 +126,52 @@ def test_what_is_no_model_of_the_family_is_refused(changes: dict[str, Any], mess
     assert message in str(error.value)
 
 
+def test_sizes_of_layers_that_a_model_lacks_may_be_anything() -> None:
+    none = {"num_attention_heads": 0, "n_routed_experts": 0, "moe_intermediate_size": 0}
+    config = config_of("nemotron_h_8b") | none | {"hybrid_override_pattern": "M-"}
+    config |= {"num_hidden_layers": 2}
+    assert hf_config.to_model(config, PATH).pattern == "M-"
+
+
+def test_key_value_heads_that_are_left_to_the_heads_are_as_many() -> None:
+    config = config_of("tiny") | {"num_key_value_heads": None}
+    assert hf_config.to_model(config, PATH).attention.kv_heads == 4
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_new_config_is_strict_json_and_has_no_limit_of_steps(name: str, tmp_path: Path) -> None:
+    json.dumps(config_of(name), allow_nan=False)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
+    assert tuple(NemotronHConfig.from_pretrained(tmp_path).time_step_limit) == (0.0, math.inf)
+
+
+def test_a_config_that_is_renewed_keeps_what_describes_no_computation() -> None:
+    older = {"attention_head_dim": 3, "layers_block_type": ["moe"], "mtp_num_layers": 7}
+    said = {"auth": {"by": "a lab"}, "eos_token_id": [2, 5], "torch_dtype": "float16"} | older
+    made = config_of("nemotron_h_8b")
+    renewed = hf_config.renewed(said, made)
+    assert {key: renewed[key] for key in ("auth", "eos_token_id", "torch_dtype")} == {
+        "auth": {"by": "a lab"}, "eos_token_id": [2, 5], "torch_dtype": "float16",
+    }  # fmt: skip
+    assert not older.keys() & renewed.keys()
+    assert hf_config.to_model(renewed, PATH) == hf_config.to_model(made, PATH)
+
+
+def test_changes_are_those_that_decide_logits() -> None:
+    before, now = model_named("tiny"), model_named("tiny")
+    now.init_std, now.moe.bias_update_rate, now.vocab_multiple = 0.5, 0.0, 16
+    assert hf_config.changes(before, now) == []
+    now.moe.top_k, now.norm_eps = 1, 1e-3
+    assert hf_config.changes(before, now) == ["norm_eps", "moe.top_k"]
+    before.pattern = now.pattern = "M-"
+    assert hf_config.changes(before, now) == ["norm_eps"]
+
+
 def test_a_model_without_a_shared_expert_is_not_exported() -> None:
     model = model_named("tiny")
     model.moe = dataclasses.replace(model.moe, shared_intermediate_size=None)
     with pytest.raises(UserError, match="always has a shared expert"):
-        hf_config.to_config(model, vocab_size=8, length=8, dtype="float32", end_of_document=None)
+        hf_config.to_config(model, vocab_size=8, length=8, dtype="float32", token_ids={})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Logits of an imported and of an exported model against transformers, for every shape."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
+from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.read import import_folder
+from hybrid_train.hf.transformers import load
 from hybrid_train.hf.write import export_checkpoint, open_checkpoint
 from tests.hf_folders import SHAPES, VOCAB, folder_of, model_of, tokens_of
 from tests.tiny import MEGATRON_WARNINGS
@@ -43,3 +46,12 @@ def test_imported_and_exported_models_have_the_logits_of_transformers(
         for name, found in (("imported", imported), ("exported", exported)):
             largest = (found - expected).abs().max()
             assert largest <= SHARE * expected.std(), f"{name}, length {length}"
+
+
+def test_transformers_is_compared_with_the_former_spellings_of_a_config_too(tmp_path: Path) -> None:
+    folder = folder_of("dense H", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    del config["layer_norm_epsilon"]
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load(folder, hf_config.to_model(config, folder))
+    assert loaded.model.norm_f.variance_epsilon == 0.5
