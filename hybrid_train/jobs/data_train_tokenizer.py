@@ -3,8 +3,9 @@
 import logging
 from pathlib import Path
 
+from hybrid_train.config.listed import listed, listed_paths
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import TrainTokenizerJob, listed
+from hybrid_train.config.schema.prepare import TrainTokenizerJob
 from hybrid_train.config.units import show_bytes
 from hybrid_train.data.prepare.sampling import Sample
 from hybrid_train.data.prepare.sources import find_sources
@@ -24,7 +25,7 @@ def run(job: TrainTokenizerJob) -> None:
     output = Path(job.output)
     if output.exists():
         raise UserError(f"{output} exists; choose another output=, or remove it")
-    sources = find_sources(listed(job.input), job.format, job.suffixes)
+    sources = find_sources(listed_paths(job.input), job.format, job.suffixes)
     sample = Sample(sources, job.text_key, job.block_kb * 1024, job.sample_share, job.seed)
     tokenizer = train_byte_level_bpe(sample, job.vocab_size, listed(job.special_tokens))
     if not sample.documents:

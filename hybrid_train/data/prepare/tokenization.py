@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_train.config.listed import listed_paths
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import TokenizeJob, listed
+from hybrid_train.config.schema.prepare import TokenizeJob
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.prepare.blocks import Block, all_blocks
 from hybrid_train.data.prepare.crew import Crew
@@ -83,7 +84,7 @@ def tokenize(job: TokenizeJob, workers: int, report: Callable[[Progress], None])
     """
     tokenizer = open_tokenizer(job.tokenizer)
     facts = TokenizerFacts.of(job.tokenizer, tokenizer)
-    sources = find_sources(listed(job.input), job.format, job.suffixes)
+    sources = find_sources(listed_paths(job.input), job.format, job.suffixes)
     output = Output(job.output)
     if not output.folder.exists() and not job.overwrite:
         output.refuse_existing()  # before the folder is made
