@@ -82,16 +82,18 @@ def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return bool(names) and fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
-def nothing_named(name: str) -> UserError:
-    """Say that an input names nothing, and what it may mean."""
+def nothing_named(
+    name: str, what: str = "no such file, folder or match", suffix: str = ""
+) -> UserError:
+    """Say what an input names that is not there, and which file of this suffix it may mean."""
     parent = next(folder for folder in Path(name).parents if os.path.isdir(folder))
     if not os.access(parent, os.R_OK | os.X_OK, effective_ids=True):
         return UserError(f"input={name}: the folder {parent} may not be read: permission denied")
-    near = nearest(name, map(str, parent.glob("*")))
+    near = nearest(name, (str(one).removesuffix(suffix) for one in parent.glob(f"*{suffix}")))
     hint = f"; did you mean {near}?" if near else ""
     if near and "," in near:
         hint = f"; did you mean {near}? A name with a comma needs quotes: input={in_quotes(near)}"
-    return UserError(f"input={name}: there is no such file, folder or match{hint}")
+    return UserError(f"input={name}: there is {what}{hint}")
 
 
 def real_path(path: str) -> str:
