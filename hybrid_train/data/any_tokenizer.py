@@ -1,6 +1,6 @@
 """What every tokenizer offers, whichever library does the work, and how one is opened."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +35,24 @@ class AnyTokenizer(Protocol):
         """Write a folder from which `open_tokenizer` reads the same tokenizer."""
 
 
-def open_tokenizer(path: str | Path) -> AnyTokenizer:
+class FolderTokenizer(AnyTokenizer, Protocol):
+    """A tokenizer that was read from a folder, which says how its special tokens are used."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the special tokens that the folder names, by their use: bos_token and others."""
+
+    def encode_prompt(self, text: str, *, begin: bool, special: bool) -> list[int]:
+        """Turn text into token ids.
+
+        Args:
+            text: the text.
+            begin: put around it what the tokenizer puts around a text, such as a BOS token.
+            special: take special tokens that are spelt out in it for what they are.
+        """
+
+
+def open_tokenizer(path: str | Path) -> FolderTokenizer:
     """Read a tokenizer.json folder, a folder with a tokenizer.model, or a SentencePiece file.
 
     A folder with both is read by its tokenizer.json, as transformers does.

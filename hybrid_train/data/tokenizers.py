@@ -10,9 +10,15 @@ from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.data.tokenizer_folder import (
+    CONFIG,
+    copy_tokenizer,
+    named_tokens,
+    read_settings,
+)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -21,16 +27,23 @@ class Tokenizer:
     """A tokenizer of a Hugging Face folder.
 
     Text stays text: a special token that is spelt out in it is encoded as its letters, so no text
-    can close a document by accident.
+    can close a document by accident; a prompt may ask for it (`encode_prompt`).
     """
 
-    def __init__(self, backend: Backend, end_of_document: str, text: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        special: Mapping[str, str],
+        text: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self._backend = backend
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()  # some folders ask for both: made for batches of sentences
         self._backend.no_padding()
-        self._end_of_document = end_of_document
+        self._special = dict(special)  # eos_token and others, as they are spelt
         self._text = text or backend.to_str(pretty=True)  # of tokenizer.json
+        self._folder = folder  # that it was read from
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -49,10 +62,16 @@ class Tokenizer:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path} is no tokenizer: {error}; download it again") from error
-        end = _end_of_document(Path(folder))
+        special = named_tokens(path.parent)
+        if "eos_token" not in special:
+            raise UserError(
+                f"{folder} names no end-of-document token; add eos_token to its {CONFIG}"
+            )
+        end = special["eos_token"]
         if backend.token_to_id(end) is None:
             raise UserError(f"{path} lacks the end-of-document token {end!r} that its folder names")
-        return cls(backend, end, text)
+        _begin_as_settings_say(backend, special, read_settings(path.parent / CONFIG))
+        return cls(backend, special, text, path.parent)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,9 +91,13 @@ class Tokenizer:
     @cached_property
     def end_of_document(self) -> int:
         """Id of the token that closes each document (eos_token of the folder)."""
-        found = self._backend.token_to_id(self._end_of_document)
-        assert found is not None  # `load` and the trainer see to it
-        return int(found)
+        return self.special_ids["eos_token"]  # `load` and the trainer see to it
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens that the folder names and the vocabulary has, by their use."""
+        ids = {use: self._backend.token_to_id(token) for use, token in self._special.items()}
+        return {use: int(found) for use, found in ids.items() if found is not None}
 
     def encode(self, text: str) -> list[int]:
         """Turn text into token ids, without any special token."""
@@ -85,24 +108,34 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
+    def encode_prompt(self, text: str, *, begin: bool, special: bool) -> list[int]:
+        """Turn text into token ids, as transformers' `tokenizer(text)` does with both settings."""
+        self._backend.encode_special_tokens = not special
+        try:
+            return list(self._backend.encode(text, add_special_tokens=begin).ids)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Turn token ids into text; `skip_special` leaves out tokens such as end of document."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder in the Hugging Face format."""
+        """Write the folder in the Hugging Face format; one that was read is copied as it is."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
+        if self._folder is not None:
+            copy_tokenizer(self._folder, path)
+            return
         # Not with the library's own `save`: a full disk is no OSError there.
         (path / "tokenizer.json").write_bytes(self._text.encode())
-        special = {"bos_token": self._end_of_document, "eos_token": self._end_of_document}
         config = {
-            **special,
+            **self._special,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
-        _write_json(path / "tokenizer_config.json", config)
-        _write_json(path / "special_tokens_map.json", special)
+        _write_json(path / CONFIG, config)
+        _write_json(path / "special_tokens_map.json", self._special)
 
 
 def train_byte_level_bpe(
@@ -124,24 +157,29 @@ def train_byte_level_bpe(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, special_tokens[0])
+    return Tokenizer(backend, dict.fromkeys(("bos_token", "eos_token"), special_tokens[0]))
 
 
-def _end_of_document(folder: Path) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}; download it again") from error
-        if isinstance(token, dict):  # written by older versions of transformers
-            token = token.get("content")
-        if token:
-            return str(token)
-    raise UserError(
-        f"{folder} names no end-of-document token; add eos_token to its tokenizer_config.json"
+def _begin_as_settings_say(
+    backend: Backend, special: Mapping[str, str], settings: Mapping[str, object]
+) -> None:
+    """Let the settings of a folder say what surrounds a text, where they do.
+
+    As transformers 5 does (tokenization_utils_tokenizers.py 628): add_bos_token and add_eos_token
+    replace what tokenizer.json says.
+    """
+    if not {"add_bos_token", "add_eos_token"} & settings.keys():
+        return
+    names = [
+        special.get(f"{edge}_token") if settings.get(f"add_{edge}_token") else None
+        for edge in ("bos", "eos")
+    ]
+    begin, end = (
+        [name] if name and backend.token_to_id(name) is not None else [] for name in names
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        special_tokens=[(name, backend.token_to_id(name)) for name in {*begin, *end}],
     )
 
 
