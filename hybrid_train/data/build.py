@@ -1,6 +1,7 @@
 """From the data section of a run to its batches."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,7 +130,7 @@ def check_data(data: Data) -> None:
         UserError: if a file is missing, truncated or from another tokenizer.
     """
     if isinstance(data, Quickstart):
-        if folder_of(data).exists():
+        if os.path.lexists(folder_of(data)):
             read_quickstart(folder_of(data))
         return
     _open(data)

@@ -126,6 +126,11 @@ def _open(prefix: str, suffix: str, remote: Remote | None) -> File:
         raise UserError(
             f"{path} does not exist{hint}; check the prefixes of the data section"
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror or error}; check its permissions, or the "
+            "prefixes of the data section"
+        ) from error
 
 
 def _parse(prefix: str, file: File, tokens_file: File) -> Opened:

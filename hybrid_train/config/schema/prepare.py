@@ -67,6 +67,7 @@ class TokenizeJob(TextJob):
 
     output: str = MISSING  # prefix of the .bin and .idx
     tokenizer: str = MISSING  # Hugging Face folder, or SentencePiece model or its folder
+    bos: bool = False  # begin each document with what the tokenizer puts before a text
     workers: int | None = None  # processes; None: one a core
     max_bad_share: float = 0.01  # of the lines; beyond it the job stops
     overwrite: bool = False  # replace an output, or a partial one of another command

@@ -193,6 +193,41 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     assert texts(sources(path)) == ["one"]
 
 
+def test_the_mark_of_a_file_that_was_joined_to_another_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    path = written(tmp_path, "a.jsonl", mark + json_lines(["one"]) + mark + json_lines(["two"]))
+    assert texts(sources(path)) == ["one", "two"]
+    path = written(tmp_path, "a.txt", mark + b"one\n" + mark + b"two\n")
+    assert texts(sources(path, asked=Format.lines)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_whole_text_in_another_unicode_is_read_by_its_mark(tmp_path: Path, encoding: str) -> None:
+    text = "def f():\n    return 'caf\u00e9'\n"
+    for name in ("a.txt", "code/a.py"):
+        written(tmp_path, name, ("\ufeff" + text).encode(encoding))
+    (part,) = parts(sources(tmp_path / "code"), size=10**6)
+    assert (part.texts, part.binary) == ([text], 0)
+    assert texts(sources(tmp_path / "a.txt")) == [text]
+    damaged = ("\ufeff" + text).encode(encoding)[:-1]
+    ((one,),) = (p.bad for p in parts(sources(written(tmp_path, "b.txt", damaged))))
+    assert one.reason.startswith(f"is not {encoding[:6].upper()}")
+
+
+@pytest.mark.parametrize("asked", [Format.jsonl, Format.lines])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_lines_in_another_unicode_are_bad_and_the_first_says_why(
+    tmp_path: Path, asked: Format, encoding: str
+) -> None:
+    path = written(tmp_path, "a.jsonl", json_lines(["one", "two"]).decode().encode(encoding))
+    (part,) = parts(sources(path, asked=asked), size=10**6)
+    assert part.texts == []
+    name = encoding.upper()
+    said = f"is {name}, not UTF-8; convert the file: iconv -f {name} -t UTF-8"
+    assert part.bad[0].reason == said
+    assert len(part.bad) == part.lines
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

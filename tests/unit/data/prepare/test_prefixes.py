@@ -1,4 +1,4 @@
-"""Prefixes of token files are named like input files: through links, each once, commas in quotes."""
+"""Prefixes of token files are named as input files are: each once, commas in quotes."""
 
 from pathlib import Path
 
