@@ -10,7 +10,7 @@ import orjson
 from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.blocks import Block
 from hybrid_train.data.prepare.file_kinds import BYTE_ORDER_MARK
-from hybrid_train.data.prepare.packed import opened
+from hybrid_train.data.prepare.packed import Compression, opened
 from hybrid_train.data.prepare.parquet import unpack
 from hybrid_train.data.prepare.sources import Source
 
@@ -19,6 +19,7 @@ _WIDE_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
+_NO_TEXT = "is no UTF-8 text: it has zero bytes, as binary files and UTF-16 have"
 _KEPT_BYTES = 4096  # of a bad line; enough to know it again
 _READ_BYTES = 2**20
 _BINARY_HEAD = 8192  # bytes; a zero byte among them makes a file binary, as git has it
@@ -139,8 +140,12 @@ def _plain_lines(path: str, lines: Sequence[bytes]) -> Documents:
     found = Documents(last_line=len(lines))
     for number, line in enumerate(lines, start=1):
         line = line.removeprefix(BYTE_ORDER_MARK).removesuffix(b"\r")
-        if line.strip():
-            found.lines += 1
+        if not line.strip():
+            continue
+        found.lines += 1
+        if b"\0" in line and _wide(line) is None:
+            found.bad.append(_bad(path, number, _NO_TEXT, line))
+        else:
             _decode(found, path, number, line)
     return found
 
@@ -161,11 +166,14 @@ def _whole_files(source: Source, paths: Sequence[str]) -> Documents:
         with opened(path, source.compression) as (stream, _):
             content = stream.read()
         wide = _wide(content)
-        is_code = source.format is Format.code
-        if is_code and wide is None and b"\0" in content[:_BINARY_HEAD]:
+        is_binary = wide is None and b"\0" in content[:_BINARY_HEAD]
+        if is_binary and source.format is Format.code:
             found.binary += 1
             continue
         found.lines += 1
+        if is_binary:
+            found.bad.append(_bad(path, 1, _NO_TEXT, content))
+            continue
         _decode(found, path, None, content.removeprefix(BYTE_ORDER_MARK), wide or "utf-8")
     return found
 
@@ -193,6 +201,11 @@ def _not_unicode(content: bytes, error: UnicodeDecodeError) -> str:
     if wide and error.encoding == "utf-8":
         name = wide.upper()
         return f"is {name}, not UTF-8; convert the file: iconv -f {name} -t UTF-8"
+    packed = next(
+        (one.name for one in Compression if one.value and content[:4].startswith(one.value)), ""
+    )
+    if packed:
+        return f"is no text but packed by {packed}; say so by the suffix of the file"
     return f"is not {error.encoding.upper()}: byte {content[error.start]:#04x} at {error.start}"
 
 

@@ -98,8 +98,13 @@ def _of_input(name: str, asked: Format, suffixes: Sequence[str]) -> Iterator[Sou
         raise nothing_named(name)
     paths = [Path(one) for one in found]
     files = once([path for path in paths if not path.is_dir()])
-    for path in filter(leads_nowhere, files):
-        raise _dead_link(name, path)
+    for path in files:
+        if leads_nowhere(path):
+            raise _dead_link(name, path)
+        if not path.is_file():
+            raise UserError(
+                f"input={name}: {path} is a pipe or a device; write its content to a file first"
+            )
     kinds = _kinds(name, files, asked)
     for path in paths:
         if path.is_dir():

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -201,6 +202,15 @@ def test_the_mark_of_a_file_that_was_joined_to_another_is_no_text(tmp_path: Path
     assert texts(sources(path, asked=Format.lines)) == ["one", "two"]
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_packed_file_under_a_plain_name_says_so(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    path = written(tmp_path, "a.jsonl", pack(json_lines(TEXTS)))
+    first = parts(sources(path), size=10**6)[0].bad[0]
+    assert first.reason.startswith("is no text but packed by ")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
 def test_a_whole_text_in_another_unicode_is_read_by_its_mark(tmp_path: Path, encoding: str) -> None:
     text = "def f():\n    return 'caf\u00e9'\n"
@@ -212,6 +222,14 @@ def test_a_whole_text_in_another_unicode_is_read_by_its_mark(tmp_path: Path, enc
     damaged = ("\ufeff" + text).encode(encoding)[:-1]
     ((one,),) = (p.bad for p in parts(sources(written(tmp_path, "b.txt", damaged))))
     assert one.reason.startswith(f"is not {encoding[:6].upper()}")
+
+
+def test_a_text_with_zero_bytes_is_bad(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.txt", "no mark, but UTF-16".encode("utf-16-le"))
+    for asked in (Format.text, Format.lines):
+        (part,) = parts(sources(path, asked=asked))
+        assert part.texts == []
+        assert "has zero bytes, as binary files and UTF-16 have" in part.bad[0].reason
 
 
 @pytest.mark.parametrize("asked", [Format.jsonl, Format.lines])

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,13 @@ def test_a_packing_that_is_not_read_is_named(tmp_path: Path, magic: bytes, name:
     path = written(tmp_path, "a.jsonl.packed", magic + b"\0" * 10)
     with pytest.raises(UserError, match=rf"packed by {name}, which is not read here"):
         sources(path)
+
+
+def test_a_pipe_is_not_taken_for_an_empty_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "part-0")
+    for path in (tmp_path / "part-0", tmp_path / "*"):
+        with pytest.raises(UserError, match="part-0 is a pipe or a device"):
+            sources(path)
 
 
 def test_a_long_first_line_is_json_too(tmp_path: Path) -> None:
