@@ -58,11 +58,19 @@ def _prefix_problems(path: str, prefix: str) -> Iterator[Problem]:
         return
     if "://" in prefix:
         return  # found out when it is opened, not before every command
-    lacking = [prefix + suffix for suffix in _SUFFIXES if not Path(prefix + suffix).is_file()]
+    lacking = [prefix + suffix for suffix in _SUFFIXES if not _may_be_file(prefix + suffix)]
     if lacking:
         siblings = {str(file)[:-4] for file in _entries(Path(prefix).parent, "*.idx")}
         rule = f"there is no file {' and no '.join(lacking)}"
         yield Problem(path, prefix, rule, nearest(prefix, siblings))
+
+
+def _may_be_file(path: str | Path) -> bool:
+    """Tell whether there may be a file; whoever opens it says that it may not be read."""
+    try:
+        return Path(path).is_file()
+    except PermissionError:
+        return True
 
 
 def _entries(folder: Path, glob: str) -> list[Path]:
@@ -81,7 +89,7 @@ def tokenizer_exists(job: TrainJob) -> Iterator[Problem]:
     places = [Path(folder) / name for name in ("tokenizer.json", "tokenizer.model")]
     if folder.endswith(".model"):
         places.append(Path(folder))
-    if not any(place.is_file() for place in places):
+    if not any(map(_may_be_file, places)):
         rule = "must be a folder with a tokenizer.json or tokenizer.model in it, or a .model file"
         yield Problem("data.tokenizer", folder, rule)
 

@@ -31,6 +31,7 @@ class UserError(Exception):
     """Something the user can mend. The command line prints its text without a traceback."""
 
     everywhere = False  # whether all processes of a run raise it: then the first alone says it
+    repeated = False  # whether some raise it, of which another one says it
     kind = "error"  # word for it in the history of a run
 
 

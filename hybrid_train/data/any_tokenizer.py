@@ -58,9 +58,17 @@ def open_tokenizer(path: str | Path) -> FolderTokenizer:
     A folder with both is read by its tokenizer.json, as transformers does.
 
     Raises:
-        UserError: if there is no tokenizer, or it names no end-of-document token.
+        UserError: if there is no tokenizer, it cannot be read or names no end-of-document token.
     """
     place = Path(path)
+    try:
+        return _open(place)
+    except OSError as error:
+        what = f"{error.filename} cannot be read: {error.strerror or error}"
+        raise UserError(f"the tokenizer {place} cannot be opened: {what}") from error
+
+
+def _open(place: Path) -> FolderTokenizer:
     if place.suffix == ".model" or (
         (place / "tokenizer.model").is_file() and not (place / "tokenizer.json").is_file()
     ):

@@ -1,7 +1,8 @@
 """From the data section of a run to its batches."""
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.data.any_tokenizer import AnyTokenizer
+from hybrid_train.data.documents import Documents
 from hybrid_train.data.held_out import HeldOut, hold_out
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.loader import Loader, Validation
@@ -128,7 +130,7 @@ def check_data(data: Data) -> None:
         UserError: if a file is missing, truncated or from another tokenizer.
     """
     if isinstance(data, Quickstart):
-        if folder_of(data).exists():
+        if os.path.lexists(folder_of(data)):
             read_quickstart(folder_of(data))
         return
     _open(data)
@@ -173,11 +175,12 @@ def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
     tokenizer = tokenizer_of(data)
     _require_same_tokenizer(data, tokenizer)
     cache = IndexCache(_cache_folder(data))
+    size = tokenizer.vocab_size
     longest = {name: one.longest for name, one in sources.items() if one.longest is not None}
     train, held_out = (
         Opened(
             {
-                name: Joined(name, open_source(source, split, tokenizer, data.remote))
+                name: _joined(name, open_source(source, split, tokenizer, data.remote), split, size)
                 for name, source in sources.items()
                 if source.has(split)
             },
@@ -188,6 +191,22 @@ def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
         for split in (Split.train, Split.validation)
     )
     return tokenizer, train, held_out
+
+
+def _joined(name: str, parts: Sequence[Documents], split: Split, vocab_size: int) -> Joined:
+    """Join the files of a source.
+
+    Raises:
+        UserError: if there is no token in them, however many documents they have.
+    """
+    joined = Joined(name, parts, vocab_size)
+    if not joined.tokens:
+        files = ", ".join(part.name for part in parts)
+        raise UserError(
+            f"the {split.value} part of source {name} holds no token: all {len(joined):,} "
+            f"documents of {files} are empty; leave it out, or write the files anew"
+        )
+    return joined
 
 
 def _require_same_tokenizer(data: Data, tokenizer: AnyTokenizer) -> None:

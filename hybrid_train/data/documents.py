@@ -56,6 +56,11 @@ class FileDocuments:
         self._opened = opened
         self._dtype, self._width = opened.facts.dtype, opened.facts.dtype.itemsize
         self._read_bytes, self._size = opened.bin.read, opened.bin.size
+        if opened.lengths.min() < 0:
+            raise UserError(
+                f"{prefix}.idx contradicts itself: it has a sequence of {opened.lengths.min()} "
+                "tokens; write the files anew"
+            )
         if _one_sequence_each(opened):
             self._starts, self._lengths = opened.offsets, opened.lengths
         else:

@@ -126,6 +126,11 @@ def _open(prefix: str, suffix: str, remote: Remote | None) -> File:
         raise UserError(
             f"{path} does not exist{hint}; check the prefixes of the data section"
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror or error}; check its permissions, or the "
+            "prefixes of the data section"
+        ) from error
 
 
 def _parse(prefix: str, file: File, tokens_file: File) -> Opened:
@@ -175,10 +180,20 @@ class _Parts:
 def _check_vocabulary(facts: TokenFile, file: File, vocab_size: int) -> None:
     pieces = _REMOTE_PIECES if is_remote(facts.prefix) else 64
     for part in _spread(facts, file, at_most=1024 * pieces, pieces=pieces):
-        low, high = int(part.min()), int(part.max())
-        if low < 0 or high >= vocab_size:
-            raise UserError(
-                f"{file.name} holds token {high if high >= vocab_size else low}, but the "
-                f"vocabulary ends at {vocab_size - 1}; these files come from another tokenizer: "
-                "set data.tokenizer to the one that made them, or tokenize again"
-            )
+        if (place := place_beyond(part, vocab_size)) is not None:
+            raise beyond_vocabulary(file.name, f"token {part[place]}", vocab_size)
+
+
+def place_beyond(ids: NDArray[np.int64], vocab_size: int) -> int | None:
+    """Return the place of the first id that a vocabulary lacks, None if it has all of them."""
+    if not ids.size or np.maximum.reduce(ids.view(np.uint64)) < vocab_size:  # -1 is 2**64 - 1
+        return None
+    return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+
+
+def beyond_vocabulary(where: str, token: str, vocab_size: int) -> UserError:
+    """Say that files hold a token that the vocabulary lacks."""
+    return UserError(
+        f"{where} holds {token}, but the vocabulary ends at {vocab_size - 1}; these files come "
+        "from another tokenizer: set data.tokenizer to the one that made them, or tokenize again"
+    )

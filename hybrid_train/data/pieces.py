@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_train.data.documents import Documents
+from hybrid_train.data.indexed import beyond_vocabulary, place_beyond
 
 
 class Piece(NamedTuple):
@@ -18,10 +19,19 @@ class Piece(NamedTuple):
 
 
 class Joined:
-    """The documents of several files as those of one source, numbered through."""
+    """The documents of several files as those of one source, numbered through.
 
-    def __init__(self, name: str, parts: Sequence[Documents]) -> None:
+    Args:
+        name: of the source.
+        parts: the files.
+        vocab_size: what is read must be below it; None: nobody knows.
+    """
+
+    def __init__(
+        self, name: str, parts: Sequence[Documents], vocab_size: int | None = None
+    ) -> None:
         self.name = name
+        self._vocab_size = vocab_size
         self._parts = parts
         self._firsts = np.cumsum([0, *(len(part.lengths) for part in parts)])
         lengths = [part.lengths for part in parts]
@@ -32,12 +42,24 @@ class Joined:
         return len(self.lengths)
 
     def read(self, piece: Piece) -> NDArray[np.int64]:
-        """Return the tokens of a piece, [stop - start]."""
+        """Return the tokens of a piece, [stop - start].
+
+        Raises:
+            UserError: if an id is beyond the vocabulary: a sample at the start may not have met it,
+                and a model may compute with it in silence, in the padding or on other processes.
+        """
         number = 0
         if len(self._parts) > 1:
             number = int(np.searchsorted(self._firsts, piece.document, side="right")) - 1
         part = self._parts[number]
-        return part.read(piece.document - int(self._firsts[number]), piece.start, piece.stop)
+        document = piece.document - int(self._firsts[number])
+        tokens = part.read(document, piece.start, piece.stop)
+        size = self._vocab_size
+        if size is not None and (place := place_beyond(tokens, size)) is not None:
+            where = f"source {self.name}: document {document} of {part.name}"
+            token = f"token {tokens[place]} at place {piece.start + place}"
+            raise beyond_vocabulary(where, token, size)
+        return tokens
 
     def file_of(self, document: int) -> tuple[str, int]:
         """Return the name of the file that holds a document, and the document's number there."""

@@ -9,6 +9,7 @@ FOLDER/vocab-4096/
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sysconfig
@@ -58,7 +59,7 @@ def prepare(config: Quickstart, source: Path | None = None) -> Data:
         UserError: if the folder cannot be written or holds something else.
     """
     folder = folder_of(config)
-    if folder.exists():
+    if os.path.lexists(folder):
         read_manifest(folder)
         return _as_data(config, folder)
     building = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex}")

@@ -56,8 +56,9 @@ class Tokenizer:
             raise UserError(
                 f"{path} does not exist; data.tokenizer must name a Hugging Face tokenizer folder"
             )
+        content = path.read_bytes()
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = content.decode("utf-8")
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path} is no tokenizer: {error}; download it again") from error

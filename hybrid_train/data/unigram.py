@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.indexed import spread, verify
+from hybrid_train.data.indexed import beyond_vocabulary, place_beyond, spread, verify
 
 _AT_MOST_TOKENS = 100_000_000  # of each file; counts of a longer one come from evenly spaced parts
 
@@ -32,5 +32,7 @@ def count_tokens(prefixes: Sequence[str], vocab_size: int) -> NDArray[np.int64]:
     counts = np.zeros(vocab_size, dtype=np.int64)
     for prefix in prefixes:
         for part in spread(verify(prefix, vocab_size), _AT_MOST_TOKENS):
+            if (place := place_beyond(part, vocab_size)) is not None:
+                raise beyond_vocabulary(f"{prefix}.bin", f"token {part[place]}", vocab_size)
             counts += np.bincount(part, minlength=vocab_size)
     return counts

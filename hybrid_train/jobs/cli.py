@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return start() or 0
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank and error.everywhere:
+        if rank and (error.everywhere or error.repeated):
             time.sleep(FIRST_SPEAKS_S)
         else:
             _complain(f"rank {rank}: {error}" if rank else str(error))

@@ -1,6 +1,7 @@
 """The job `data count`: a table of documents and tokens."""
 
-from hybrid_train.config.schema.prepare import CountTokensJob, listed
+from hybrid_train.config.listed import listed_paths
+from hybrid_train.config.schema.prepare import CountTokensJob
 from hybrid_train.config.units import show_bytes
 from hybrid_train.data.indexed import TokenFile, verify
 from hybrid_train.data.prepare.manifest import read_manifest
@@ -13,7 +14,7 @@ _FINGERPRINT = 12  # characters; enough to tell tokenizers apart
 
 def run(job: CountTokensJob) -> None:
     """Print a row for each prefix, and their sum."""
-    found = [verify(prefix) for prefix in find_prefixes(listed(job.input))]
+    found = [verify(prefix) for prefix in find_prefixes(listed_paths(job.input))]
     rows = [_row(one) for one in found]
     documents, tokens = sum(one.documents for one in found), sum(one.tokens for one in found)
     size = sum(one.tokens * one.dtype.itemsize for one in found)

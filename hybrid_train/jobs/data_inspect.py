@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from hybrid_train.config.listed import listed_paths
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import InspectJob, listed
+from hybrid_train.config.schema.prepare import InspectJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.data.indexed import verify
@@ -20,7 +21,7 @@ def run(job: InspectJob) -> None:
     Raises:
         UserError: if they are broken, or have no document of this number.
     """
-    for prefix in find_prefixes(listed(job.input)):
+    for prefix in find_prefixes(listed_paths(job.input)):
         _show(prefix, job.tokenizer, job.document)
 
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from hybrid_train.config.schema.prepare import MergeJob, listed
+from hybrid_train.config.listed import listed_paths
+from hybrid_train.config.schema.prepare import MergeJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.shards import merge
@@ -10,7 +11,7 @@ from hybrid_train.data.prepare.shards import merge
 
 def run(job: MergeJob) -> None:
     """Merge, and say how much it is."""
-    prefixes = find_prefixes(listed(job.input))
+    prefixes = find_prefixes(listed_paths(job.input))
     documents, tokens = merge(prefixes, job.output, overwrite=job.overwrite)
     sys.stdout.write(
         f"{job.output}: {documents:,} documents, {show_tokens(tokens)} tokens of "

@@ -1,6 +1,8 @@
 """The job `data split`: a pair of token files becomes several."""
 
-from hybrid_train.config.schema.prepare import SplitJob, listed
+from hybrid_train.config.listed import listed_paths
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.prepare import SplitJob
 from hybrid_train.config.units import tokens
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.shards import split_by_shares, split_by_tokens
@@ -8,8 +10,17 @@ from hybrid_train.jobs.help import console, show_numbers
 
 
 def run(job: SplitJob) -> None:
-    """Split, and show the parts."""
-    (prefix,) = find_prefixes(listed(job.input))
+    """Split, and show the parts.
+
+    Raises:
+        UserError: if the input is not one prefix.
+    """
+    prefix, *more = find_prefixes(listed_paths(job.input))
+    if more:
+        raise UserError(
+            f"input={','.join(job.input)} names {1 + len(more)} prefixes, {prefix} and {more[0]} "
+            "among them; split takes one: merge first"
+        )
     if job.tokens_per_shard is not None:
         size = tokens(job.tokens_per_shard)
         parts = split_by_tokens(prefix, job.output, size, overwrite=job.overwrite)

@@ -2,8 +2,9 @@
 
 import sys
 
+from hybrid_train.config.listed import listed_paths
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import VerifyTokensJob, listed
+from hybrid_train.config.schema.prepare import VerifyTokensJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.prepare.manifest import TokenizerFacts
@@ -21,7 +22,7 @@ def run(job: VerifyTokensJob) -> None:
     if job.tokenizer is not None:
         facts = TokenizerFacts.of(job.tokenizer, open_tokenizer(job.tokenizer))
     faults = []
-    for prefix in find_prefixes(listed(job.input)):
+    for prefix in find_prefixes(listed_paths(job.input)):
         found = verify_whole(prefix, facts)
         faults += [f"  {prefix}: {fault}" for fault in found.faults]
         state = "faulty" if found.faults else "whole"

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -120,7 +121,8 @@ class Engine:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            microbatches = [self._own(batch) for batch in batches]
+            with self._said_once():
+                microbatches = [self._own(batch) for batch in batches]
             found = self._run(self._filled_up(microbatches), forward_only=True)
         for chunk in self.chunks:
             chunk.train()
@@ -134,7 +136,19 @@ class Engine:
 
     def _take(self, batches: Iterator[Batch], sequences: int) -> list[Batch]:
         count = sequences // (self.microbatch * self.groups.dp.size())
-        return [self._own(batch) for batch in islice(batches, count)]
+        with self._said_once():
+            return [self._own(batch) for batch in islice(batches, count)]
+
+    @contextmanager
+    def _said_once(self) -> Iterator[None]:
+        """Of the processes that read the same rows, let the first say what is wrong with them."""
+        try:
+            yield
+        except UserError as error:
+            groups = self.groups
+            error.everywhere = groups.dp.size() == 1
+            error.repeated = any(one.rank() for one in (groups.tp, groups.pp, groups.cp))
+            raise
 
     def _own(self, batch: Batch) -> Batch:
         """Return what this process sees of a microbatch of its data-parallel rank."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.jobs.command import ROOT, Finished, arguments, contents, finish, start, train
+from tests.unit.data.corpus import write_stray
 
 pytestmark = pytest.mark.xdist_group("bad input")
 
@@ -110,6 +111,18 @@ def test_under_torchrun_a_wrong_folder_is_told_once(tmp_path: Path, corpus: Path
     assert finished.code != 0
     assert finished.err.count("is not a run folder") == 1
     assert list(contents(tmp_path)) == ["letter.txt"]
+
+
+def test_under_torchrun_an_id_beyond_the_vocabulary_is_told_once(
+    tmp_path: Path, corpus: Path
+) -> None:
+    tokenizer = corpus / "vocab-512" / "tokenizer"
+    prefix = write_stray(tmp_path / "a", 550, vocab_size=512)  # 512 rows a process, padded to 1,024
+    data = ("data=files", f"data.train=[{prefix}]", f"data.tokenizer={tokenizer}")
+    layout = ("parallel.tensor=2", "model.vocab_multiple=1024", "train.tokens=4096")
+    finished = train(tmp_path / "run", *data, *layout, processes=2)
+    assert finished.code != 0
+    assert finished.err.count(f"of {prefix} holds token 550 at place 40, but the vocabulary") == 1
 
 
 def test_a_reader_that_has_had_enough_gets_no_traceback() -> None:

@@ -1,6 +1,7 @@
 """The roots of the jobs that prepare data: from text to token files, and what is done with these.
 
-Files and prefixes are named as on a command line: commas between them, * and ** as in a shell.
+Files and prefixes are named as on a command line: commas between them (and quotes around a name
+that has one), * and ** as in a shell.
 """
 
 import enum
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from hybrid_train.config.listed import listed, listed_paths
 from hybrid_train.config.problems import Problem, at_least, within
 from hybrid_train.config.units import TOKENS_RULE, is_tokens
 
@@ -31,11 +33,11 @@ class Format(enum.Enum):
 class DataJob:
     """A job that reads files: input=FILES, repeated or with commas."""
 
-    input: list[str] = MISSING  # files, globs, folders; input=a.jsonl,b/*.parquet,src
+    input: list[str] = MISSING  # files, globs, folders; input=a.jsonl,b/*.parquet,src,"one,name"
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        if not listed(self.input):
+        if not listed_paths(self.input):
             yield Problem("input", "[]", "must name at least one file, glob or folder")
 
 
@@ -65,6 +67,7 @@ class TokenizeJob(TextJob):
 
     output: str = MISSING  # prefix of the .bin and .idx
     tokenizer: str = MISSING  # Hugging Face folder, or SentencePiece model or its folder
+    bos: bool = False  # begin each document with what the tokenizer puts before a text
     workers: int | None = None  # processes; None: one a core
     max_bad_share: float = 0.01  # of the lines; beyond it the job stops
     overwrite: bool = False  # replace an output, or a partial one of another command
@@ -109,8 +112,8 @@ class SplitJob(DataJob):
         yield from super().problems()
         yield from _prefix(self.output)
         yield from at_least(0, seed=self.seed)
-        if len(listed(self.input)) > 1:
-            yield Problem("input", ",".join(listed(self.input)), "takes one prefix; merge first")
+        if len(names := listed_paths(self.input)) > 1:
+            yield Problem("input", ",".join(names), "takes one prefix; merge first")
         if bool(self.shares) == (self.tokens_per_shard is not None):
             given = "both" if self.shares else "neither"
             yield Problem("shares, tokens_per_shard", given, "one of them says how to split")
@@ -171,13 +174,6 @@ class TrainTokenizerJob(TextJob):
         if not special or len(set(special)) != len(special):
             rule = "must be different names, the first of them that of the end of a document"
             yield Problem("special_tokens", ",".join(special), rule)
-
-
-def listed(texts: Sequence[str]) -> list[str]:
-    """Return what raw texts of the command line name: ["a,b", "[c,d]"] -> a, b, c, d."""
-    stripped = [text.strip() for text in texts]
-    inner = [text[1:-1] if text[:1] + text[-1:] == "[]" else text for text in stripped]
-    return [name.strip() for text in inner for name in text.split(",") if name.strip()]
 
 
 def _prefix(output: str) -> Iterator[Problem]:

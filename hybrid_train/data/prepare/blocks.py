@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from hybrid_train.config.schema.prepare import Format
-from hybrid_train.data.prepare.packed import opened
+from hybrid_train.data.prepare.packed import Compression, opened
 from hybrid_train.data.prepare.parquet import column_blocks
-from hybrid_train.data.prepare.sources import Compression, Source
+from hybrid_train.data.prepare.sources import Source
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Blocks to documents: the text of each, and what was wrong with the lines that have none."""
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +9,17 @@ import orjson
 
 from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.blocks import Block
-from hybrid_train.data.prepare.packed import opened
+from hybrid_train.data.prepare.file_kinds import BYTE_ORDER_MARK
+from hybrid_train.data.prepare.packed import Compression, opened
 from hybrid_train.data.prepare.parquet import unpack
 from hybrid_train.data.prepare.sources import Source
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The longer mark first: that of UTF-32 begins with that of UTF-16.
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_NO_TEXT = "is no UTF-8 text: it has zero bytes, as binary files and UTF-16 have"
 _KEPT_BYTES = 4096  # of a bad line; enough to know it again
 _READ_BYTES = 2**20
 _BINARY_HEAD = 8192  # bytes; a zero byte among them makes a file binary, as git has it
@@ -57,8 +64,6 @@ def read_documents(source: Source, block: Block, key: str) -> Documents:
     if block.rows is not None:
         return _rows(source.path, unpack(block.rows))
     data = read_lines(source.path, *block.span) if block.span else block.lines or b""
-    if block.number == 0:
-        data = data.removeprefix(_BYTE_ORDER_MARK)
     lines = data.split(b"\n")
     del data  # a long line would be there twice
     if lines and not lines[-1]:
@@ -91,6 +96,7 @@ def _json_lines(path: str, lines: list[bytes], key: str) -> Documents:
     found = Documents(last_line=len(lines))
     for number, line in enumerate(lines, start=1):
         lines[number - 1] = b""  # a long line and its text need not both stay
+        line = line.removeprefix(BYTE_ORDER_MARK)  # of the file, or of one that was joined to it
         try:
             text = orjson.loads(line)[key]
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -113,7 +119,7 @@ def _json_reason(line: bytes, key: str) -> str:
         try:
             line.decode()
         except UnicodeDecodeError as wrong:
-            return f"is not UTF-8: byte {line[wrong.start]:#04x} at {wrong.start}"
+            return _not_unicode(line, wrong)
         return f"is not JSON: {error}"
     if not isinstance(content, dict):
         return f"is no JSON object but {_kind(content)}"
@@ -133,9 +139,13 @@ def _kind(value: object) -> str:
 def _plain_lines(path: str, lines: Sequence[bytes]) -> Documents:
     found = Documents(last_line=len(lines))
     for number, line in enumerate(lines, start=1):
-        line = line.removesuffix(b"\r")
-        if line.strip():
-            found.lines += 1
+        line = line.removeprefix(BYTE_ORDER_MARK).removesuffix(b"\r")
+        if not line.strip():
+            continue
+        found.lines += 1
+        if b"\0" in line and _wide(line) is None:
+            found.bad.append(_bad(path, number, _NO_TEXT, line))
+        else:
             _decode(found, path, number, line)
     return found
 
@@ -155,24 +165,48 @@ def _whole_files(source: Source, paths: Sequence[str]) -> Documents:
     for path in paths:
         with opened(path, source.compression) as (stream, _):
             content = stream.read()
-        if source.format is Format.code and b"\0" in content[:_BINARY_HEAD]:
+        wide = _wide(content)
+        is_binary = wide is None and b"\0" in content[:_BINARY_HEAD]
+        if is_binary and source.format is Format.code:
             found.binary += 1
             continue
         found.lines += 1
-        _decode(found, path, None, content.removeprefix(_BYTE_ORDER_MARK))
+        if is_binary:
+            found.bad.append(_bad(path, 1, _NO_TEXT, content))
+            continue
+        _decode(found, path, None, content.removeprefix(BYTE_ORDER_MARK), wide or "utf-8")
     return found
 
 
-def _decode(found: Documents, path: str, number: int | None, content: bytes) -> None:
+def _wide(content: bytes) -> str | None:
+    """Return the encoding that a byte order mark tells, unless it is UTF-8."""
+    return next((name for mark, name in _WIDE_MARKS.items() if content.startswith(mark)), None)
+
+
+def _decode(
+    found: Documents, path: str, number: int | None, content: bytes, encoding: str = "utf-8"
+) -> None:
     """Add a text; the line of a whole file's fault is that of the fault."""
     try:
-        text = content.decode()
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        where = f"byte {content[error.start]:#04x} at {error.start}"
         line = number or content.count(b"\n", 0, error.start) + 1
-        found.bad.append(_bad(path, line, f"is not UTF-8: {where}", content))
+        found.bad.append(_bad(path, line, _not_unicode(content, error), content))
     else:
         _add(found, text)
+
+
+def _not_unicode(content: bytes, error: UnicodeDecodeError) -> str:
+    wide = _wide(content)
+    if wide and error.encoding == "utf-8":
+        name = wide.upper()
+        return f"is {name}, not UTF-8; convert the file: iconv -f {name} -t UTF-8"
+    packed = next(
+        (one.name for one in Compression if one.value and content[:4].startswith(one.value)), ""
+    )
+    if packed:
+        return f"is no text but packed by {packed}; say so by the suffix of the file"
+    return f"is not {error.encoding.upper()}: byte {content[error.start]:#04x} at {error.start}"
 
 
 def _add(found: Documents, text: str) -> None:

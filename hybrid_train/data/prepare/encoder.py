@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_train.data.any_tokenizer import AnyTokenizer
+from hybrid_train.data.any_tokenizer import AnyTokenizer, FolderTokenizer
 from hybrid_train.data.prepare.word_pattern import WordPattern, word_pattern
 
 _KEPT_WORDS = 1_000_000  # some 200 MB a process; then all are forgotten
@@ -37,13 +37,26 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with one tokenizer, in one process."""
+    """Encodes documents with one tokenizer, in one process.
+
+    Args:
+        tokenizer: does it.
+        dtype: of the ids.
+        begin: ids that each document begins with.
+        word_cache: whether words that come again are looked up.
+    """
 
     def __init__(
-        self, tokenizer: AnyTokenizer, dtype: np.dtype[np.generic], *, word_cache: bool = True
+        self,
+        tokenizer: AnyTokenizer,
+        dtype: np.dtype[np.generic],
+        begin: Sequence[int] = (),
+        *,
+        word_cache: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self.dtype = dtype
+        self._begin = np.array(begin, dtype).tobytes()
         self._end = np.array([tokenizer.end_of_document], dtype).tobytes()
         description = getattr(tokenizer, "description", None)  # SentencePiece has none
         self._pattern = word_pattern(description) if description and word_cache else None
@@ -68,6 +81,8 @@ class Encoder:
         else:
             parts = [self._looked_up(text, pattern) for text in texts]
             self._compare(texts, parts)
+        if self._begin:
+            parts = [self._begin + part for part in parts]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts)) // self.dtype.itemsize + 1
         ids_of_all = self._end.join([*parts, b""]) if parts else b""
         return Encoded(ids_of_all, lengths.astype("<i4").tobytes())
@@ -118,3 +133,13 @@ class _Words(dict[str, bytes]):
                 self.clear()
             self[word] = ids
         return ids
+
+
+def beginning(tokenizer: FolderTokenizer) -> list[int]:
+    """Return the ids that a tokenizer puts before a text by its own settings, such as a BOS."""
+    plain = tokenizer.encode("a")
+    whole = tokenizer.encode_prompt("a", begin=True, special=False)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []

@@ -97,15 +97,17 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         UserError: if it is no manifest.
     """
     path = path_of(prefix)
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if (said := known.pop("format")) != FORMAT:
             raise ValueError(f"its format is {said!r}, not {FORMAT!r}")
         if known["tokenizer"] is not None:
             known["tokenizer"] = TokenizerFacts(**known["tokenizer"])
         return Manifest(**known)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} is no manifest of token files: {error}; remove it, or copy it again"

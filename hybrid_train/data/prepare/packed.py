@@ -1,5 +1,6 @@
 """Gateway to `zstandard`, with gzip beside it: packed files as streams of bytes."""
 
+import enum
 import gzip
 import io
 import zlib
@@ -11,9 +12,16 @@ from typing import BinaryIO, cast
 import zstandard
 
 from hybrid_train.config.problems import UserError
-from hybrid_train.data.prepare.sources import Compression
 
 _READ_BYTES = 2**20
+
+
+class Compression(enum.Enum):
+    """How a file is packed; the value is how its bytes begin."""
+
+    none = b""
+    gzip = b"\x1f\x8b"
+    zstd = b"\x28\xb5\x2f\xfd"
 
 
 @contextmanager
@@ -21,13 +29,15 @@ def opened(path: str, compression: Compression) -> Iterator[tuple[BinaryIO, Bina
     """Open a file; yield the stream of its content, and the file, whose position is progress.
 
     Raises:
-        UserError: if it is damaged, which is met while it is read.
+        UserError: if it is damaged or cannot be read, which is met while it is read.
     """
-    with Path(path).open("rb", buffering=_READ_BYTES) as file:
-        try:
+    try:
+        with Path(path).open("rb", buffering=_READ_BYTES) as file:
             yield _stream(file, compression), file
-        except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
-            raise UserError(f"{path} is damaged or cut off: {error}; copy it again") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
+        raise UserError(f"{path} is damaged or cut off: {error}; copy it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _stream(file: BinaryIO, compression: Compression) -> BinaryIO:

@@ -1,24 +1,24 @@
 """Inputs to sources: what files, globs and folders name, in a fixed order, and what they hold."""
 
-import enum
-import glob
+import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.prepare import Format
-
-
-class Compression(enum.Enum):
-    """How a file is packed."""
-
-    none = ""
-    gzip = ".gz"
-    zstd = ".zst"
+from hybrid_train.data.prepare.file_kinds import Kind, by_content, by_name, require_readable
+from hybrid_train.data.prepare.listing import (
+    files_below,
+    leads_nowhere,
+    matches,
+    nothing_named,
+    once,
+    real_path,
+)
+from hybrid_train.data.prepare.packed import Compression
 
 
 @dataclass(frozen=True)
@@ -42,108 +42,218 @@ class Source:
     files: tuple[tuple[str, int], ...] = ()
 
 
-_BY_NAME = {
-    ".jsonl": Format.jsonl,
-    ".ndjson": Format.jsonl,
-    ".json": Format.jsonl,
-    ".parquet": Format.parquet,
-    ".txt": Format.text,
-}
 _log = logging.getLogger(__name__)
-_SHARDS = (".jsonl", ".ndjson", ".parquet")  # a folder with any of them is one of shards
+_PART_OF_CODE = (".json", ".txt")  # suffixes that do not make a folder one of data
 
 
 def find_sources(inputs: Sequence[str], asked: Format, suffixes: Sequence[str]) -> list[Source]:
     """Return the sources of all inputs: inputs as given, files of a folder or glob by name.
 
     Args:
-        inputs: files, globs and folders.
-        asked: format of every file; `auto` goes by names.
-        suffixes: of folders, only files with these; all if empty.
+        inputs: files, globs and folders; a file that links lead to as well counts once.
+        asked: format of every file; `auto` goes by names, and by content where these say nothing.
+        suffixes: of folders, only files with these; all if empty. Capitals do not matter.
 
     Raises:
-        UserError: if an input is not there, is named twice or holds nothing.
+        UserError: if an input is not there, cannot be read, is named twice or holds nothing, or if
+            nobody can tell what its files are.
     """
-    found = [source for name in inputs for source in _of_input(name, asked, suffixes)]
-    seen: set[str] = set()
-    for source in found:
-        real = os.path.realpath(source.path)
-        if real in seen:
-            raise UserError(f"{source.path} is named twice by input; its text would count twice")
-        seen.add(real)
+    found: list[Source] = []
+    named_by: dict[str, int] = {}  # number of an input, by the real path of each of its files
+    for number, name in enumerate(inputs):
+        try:
+            for source in _of_input(name, asked, suffixes):
+                kept = _not_seen(source, number, named_by)
+                found += [kept] if kept is not None else []
+        except PermissionError as error:
+            raise UserError(
+                f"input={name}: {error.filename} may not be read: permission denied"
+            ) from error
     return found
 
 
+def _not_seen(source: Source, number: int, named_by: dict[str, int]) -> Source | None:
+    """Return a source without the files that this input has named before; None if none is left."""
+    files = source.files or ((source.path, source.size),)
+    kept = []
+    for path, size in files:
+        real = real_path(path)
+        if named_by.get(real, number) != number:
+            raise UserError(f"{path} is named twice by input; its text would count twice")
+        if real not in named_by:
+            if not os.access(path, os.R_OK, effective_ids=True):  # now, not hours later
+                raise PermissionError(errno.EACCES, "permission denied", path)
+            kept.append((path, size))
+            named_by[real] = number
+    if len(kept) == len(files):
+        return source
+    if not source.files or not kept:
+        return None
+    return replace(source, files=tuple(kept), size=sum(size for _, size in kept))
+
+
 def _of_input(name: str, asked: Format, suffixes: Sequence[str]) -> Iterator[Source]:
-    path = Path(name)
-    if path.is_dir():
-        yield from _of_folder(path, asked, suffixes)
-    elif path.exists():
-        yield _file(path, asked)
-    else:
-        matches = sorted(glob.glob(name, recursive=True))
-        if not matches:
-            near = nearest(name, map(str, path.parent.glob("*"))) if path.parent.is_dir() else None
-            hint = f"; did you mean {near}?" if near else ""
-            raise UserError(f"input={name}: there is no such file, folder or match{hint}")
-        for match in matches:
-            yield from _of_input(match, asked, suffixes)
+    found = [name] if os.path.lexists(name) else matches(name)
+    if not found:
+        raise nothing_named(name)
+    paths = [Path(one) for one in found]
+    files = once([path for path in paths if not path.is_dir()])
+    for path in files:
+        if leads_nowhere(path):
+            raise _dead_link(name, path)
+        if not path.is_file():
+            raise UserError(
+                f"input={name}: {path} is a pipe or a device; write its content to a file first"
+            )
+    kinds = _kinds(name, files, asked)
+    for path in paths:
+        if path.is_dir():
+            yield from _of_folder(path, asked, suffixes)
+        elif path in kinds:
+            require_readable(kinds[path], path)
+            yield _file(path, kinds[path])
 
 
 def _of_folder(folder: Path, asked: Format, suffixes: Sequence[str]) -> Iterator[Source]:
-    files = list(_files_below(folder, suffixes))
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    files = [
+        path for path in files_below(folder) if not endings or path.name.lower().endswith(endings)
+    ]
+    files = _without_dead_links(folder, files)
     if not files:
         only = f" with {', '.join(suffixes)}" if suffixes else ""
         raise UserError(f"input={folder}: there is no file{only} below this folder")
-    shards = [path for path in files if _kind(path)[0] in _SHARDS]
-    if asked is Format.code or (asked is Format.auto and not shards):
-        listed = [(str(path), path.stat()) for path in files]
-        yield Source(
-            path=str(folder),
-            format=Format.code,
-            compression=Compression.none,
-            size=sum(stat.st_size for _, stat in listed),
-            stamp=max(stat.st_mtime_ns for _, stat in listed),
-            files=tuple((path, stat.st_size) for path, stat in listed),
-        )
+    if asked is Format.auto and (shards := once([path for path in files if _is_shard(path)])):
+        read = {real_path(str(path)) for path in shards}
+        if others := [path for path in files if real_path(str(path)) not in read]:
+            _log.warning("%s: %d other files are not read: %s, ...", folder, len(others), others[0])
+        files = shards
+    files = once(files)
+    if asked is Format.code:
+        yield _code(folder, files)
         return
-    if asked is Format.auto and len(shards) < len(files):
-        _log.info("%s: %d other files are not read", folder, len(files) - len(shards))
-    for path in shards if asked is Format.auto else files:
-        yield _file(path, asked)
+    kinds = _kinds(str(folder), files, asked, is_folder=True)
+    if all(kind.format is Format.code for kind in kinds.values()):
+        yield _code(folder, files)
+        return
+    for path, kind in kinds.items():
+        yield _file(path, kind)
 
 
-def _files_below(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Yield the files of a folder by name; nothing hidden, no links, which may go in circles."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(one for one in folders if not one.startswith("."))
-        for name in sorted(names):
-            path = Path(place, name)
-            hidden = name.startswith(".") or path.is_symlink() or not path.is_file()
-            if not hidden and (not suffixes or name.endswith(tuple(suffixes))):
-                yield path
+def _without_dead_links(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Leave out links that lead nowhere; refuse one by whose name there should be data."""
+    dead = [path for path in files if leads_nowhere(path)]
+    for path in dead:
+        if by_name(path).format is not None:
+            raise _dead_link(str(folder), path)
+    if dead:
+        _log.warning("%s: %d dead links are left out: %s, ...", folder, len(dead), dead[0])
+    return [path for path in files if path not in dead] if dead else list(files)
 
 
-def _file(path: Path, asked: Format) -> Source:
-    kind, compression = _kind(path)
-    format_ = _BY_NAME.get(kind, Format.code) if asked is Format.auto else asked
-    stat = path.stat()
-    if format_ is Format.parquet and compression is not Compression.none:
+def _dead_link(name: str, path: Path) -> UserError:
+    return UserError(
+        f"input={name}: {path} is a link to {path.readlink()}, which is not there; bring it back, "
+        "or remove the link"
+    )
+
+
+def _is_shard(path: Path) -> bool:
+    """Tell whether a file of a folder holds documents of its own; JSON is part of source code."""
+    kind = by_name(path)
+    is_plain = kind.compression is Compression.none
+    return kind.format is not None and not (is_plain and path.suffix.lower() in _PART_OF_CODE)
+
+
+def _kinds(
+    name: str, files: Sequence[Path], asked: Format, *, is_folder: bool = False
+) -> Mapping[Path, Kind]:
+    """Say what each of the files of an input holds: as asked, by name, or by content."""
+    kinds = {path: by_name(path) for path in files}
+    if asked is not Format.auto:
+        packed = {path: by_content(path) for path in files if kinds[path].format is None}
+        return {path: replace(kind, format=asked) for path, kind in {**kinds, **packed}.items()}
+    unknown = [
+        path
+        for path, kind in kinds.items()
+        if kind.format is None or (is_folder and not _is_shard(path))
+    ]
+    return {**kinds, **_by_content(name, unknown)}
+
+
+def _by_content(name: str, files: Sequence[Path]) -> dict[Path, Kind]:
+    """Decide together on files whose names say nothing, so that none is taken for another kind.
+
+    Raises:
+        UserError: if most, but not all, hold JSON lines or Parquet.
+    """
+    kinds = dict.fromkeys(files, Kind(Format.code, Compression.none)) | _looked_at(files)
+    filled = [path for path, kind in kinds.items() if not kind.is_empty]
+    known = [path for path in filled if kinds[path].format is not Format.code]
+    if known and len(known) == len(filled):
+        _log.info(
+            "%s: %d file(s) without a known suffix hold %s and are read so; with format=text each "
+            "is one document", name, len(known), _held(kinds[known[0]]),
+        )  # fmt: skip
+        empty = replace(kinds[known[0]], compression=Compression.none)  # such as _SUCCESS
+        return {path: empty if kind.is_empty else kind for path, kind in kinds.items()}
+    sure = [path for path in known if kinds[path].json_lines != 1]  # one line may be anything
+    if sure:
+        what = f"{name}: {len(sure)} of {len(filled)} files hold {_held(kinds[sure[0]])}"
+        other = next(path for path in filled if path not in sure)
+        if 2 * len(sure) > len(filled):
+            raise UserError(
+                f"input={what} by their content, for one {sure[0]}, and others do not, for one "
+                f"{other}; name those that should be read, or say what all are: format=jsonl"
+            )
+        _log.warning("%s, for one %s, and are read as source code like the rest", what, sure[0])
+    return {path: replace(kind, format=Format.code) for path, kind in kinds.items()}
+
+
+def _held(kind: Kind) -> str:
+    return "Parquet" if kind.format is Format.parquet else "lines of JSON objects"
+
+
+def _looked_at(files: Iterable[Path]) -> dict[Path, Kind]:
+    """Look into files; of those whose suffix is a word, which may name a language, into one."""
+    found: dict[Path, Kind] = {}
+    languages = {".txt"}
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in languages:
+            continue
+        kind = by_content(path)
+        if kind.format is None:
+            kind = replace(kind, format=Format.code)
+            if suffix[1:].isalpha() and suffix != ".json" and not kind.is_empty:
+                languages.add(suffix)
+        found[path] = kind
+    return found
+
+
+def _code(folder: Path, files: Sequence[Path]) -> Source:
+    listed = [(str(path), path.stat()) for path in files]
+    return Source(
+        path=str(folder),
+        format=Format.code,
+        compression=Compression.none,
+        size=sum(stat.st_size for _, stat in listed),
+        stamp=max(stat.st_mtime_ns for _, stat in listed),
+        files=tuple((path, stat.st_size) for path, stat in listed),
+    )
+
+
+def _file(path: Path, kind: Kind) -> Source:
+    assert kind.format is not None, "every kind was decided"
+    if kind.format is Format.parquet and kind.compression is not Compression.none:
         raise UserError(f"{path}: Parquet compresses its own columns; unpack the file first")
-    is_document = format_ in (Format.code, Format.text)
+    stat = path.stat()
+    is_document = kind.format in (Format.code, Format.text)
     return Source(
         path=str(path),
-        format=format_,
-        compression=compression,
+        format=kind.format,
+        compression=kind.compression,
         size=stat.st_size,
         stamp=stat.st_mtime_ns,
         files=((str(path), stat.st_size),) if is_document else (),
     )
-
-
-def _kind(path: Path) -> tuple[str, Compression]:
-    """Return the suffix that tells the format, and the compression behind it."""
-    packed = next((one for one in Compression if one.value and path.name.endswith(one.value)), None)
-    if packed is None:
-        return path.suffix, Compression.none
-    return Path(path.stem).suffix, packed

@@ -1,6 +1,8 @@
 """Text to token files: blocks go out to workers, and their ids come back into place."""
 
 import dataclasses
+import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -9,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from hybrid_train.config.listed import listed_paths
 from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import TokenizeJob, listed
-from hybrid_train.data.any_tokenizer import open_tokenizer
+from hybrid_train.config.schema.prepare import TokenizeJob
+from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.data.prepare.blocks import Block, all_blocks
 from hybrid_train.data.prepare.crew import Crew
 from hybrid_train.data.prepare.documents import read_documents
-from hybrid_train.data.prepare.encoder import Encoder
+from hybrid_train.data.prepare.encoder import Encoder, beginning
 from hybrid_train.data.prepare.journal import Journal, Part
 from hybrid_train.data.prepare.manifest import (
     Counts,
@@ -28,6 +31,7 @@ from hybrid_train.data.prepare.output import Output, write_whole
 from hybrid_train.data.prepare.sources import Source, find_sources
 from hybrid_train.data.token_files import checksum, dtype_for, write_index
 
+_log = logging.getLogger(__name__)
 _JUDGED_LINES = 1000  # before that, a share of bad lines says little
 
 
@@ -67,6 +71,7 @@ class _Facts:
     tokenizer: str
     dtype: str
     word_cache: bool
+    begin: tuple[int, ...]
 
 
 def tokenize(job: TokenizeJob, workers: int, report: Callable[[Progress], None]) -> Finished:
@@ -83,9 +88,10 @@ def tokenize(job: TokenizeJob, workers: int, report: Callable[[Progress], None])
     """
     tokenizer = open_tokenizer(job.tokenizer)
     facts = TokenizerFacts.of(job.tokenizer, tokenizer)
-    sources = find_sources(listed(job.input), job.format, job.suffixes)
+    begin = beginning_of_documents(job, tokenizer)
+    sources = find_sources(listed_paths(job.input), job.format, job.suffixes)
     output = Output(job.output)
-    if not output.folder.exists() and not job.overwrite:
+    if not os.path.lexists(output.folder) and not job.overwrite:
         output.refuse_existing()  # before the folder is made
     with output.locked():
         if not job.overwrite and not Journal.is_there(output):
@@ -95,7 +101,10 @@ def tokenize(job: TokenizeJob, workers: int, report: Callable[[Progress], None])
             overwrite=job.overwrite, interval_s=job.save_interval_s,
         ) as journal:  # fmt: skip
             if not journal.is_complete:
-                _write(job, facts, sources, workers, journal, report)
+                light = [dataclasses.replace(one, files=()) for one in sources]  # blocks name files
+                dtype = dtype_for(facts.vocab_size).str
+                worker = _Facts(light, job.text_key, job.tokenizer, dtype, job.word_cache, begin)
+                _write(job, worker, sources, workers, journal, report)
                 _finish(job, facts, sources, journal, output)
             counts = dict(zip([source.path for source in sources], journal.counts, strict=True))
         output.publish()
@@ -104,11 +113,35 @@ def tokenize(job: TokenizeJob, workers: int, report: Callable[[Progress], None])
     return Finished(manifest, counts)
 
 
+def beginning_of_documents(job: TokenizeJob, tokenizer: FolderTokenizer) -> tuple[int, ...]:
+    """Return the ids that each document begins with; say so where the tokenizer would add some.
+
+    Raises:
+        UserError: if one is asked for and the tokenizer has none.
+    """
+    own = beginning(tokenizer)
+    if own and not job.bos:
+        _log.warning(
+            "%s begins a text with %s (%s), the documents of these files do not; bos=true puts it "
+            "there", job.tokenizer, tokenizer.decode(own), ", ".join(map(str, own)),
+        )  # fmt: skip
+    if not job.bos:
+        return ()
+    named = tokenizer.special_ids.get("bos_token")
+    if not own and named is None:
+        raise UserError(
+            f"bos=true: the tokenizer {job.tokenizer} puts nothing before a text, and its "
+            "tokenizer_config.json names no bos_token; leave bos out"
+        )
+    return tuple(own) if own or named is None else (named,)
+
+
 def _command(job: TokenizeJob, facts: TokenizerFacts, sources: Sequence[Source]) -> dict[str, Any]:
     """Return what the token files depend on."""
     return {
         "tokenizer": facts.fingerprint,
         "text_key": job.text_key,
+        "bos": job.bos,
         "block_kb": job.block_kb,
         "sources": [
             {
@@ -124,15 +157,11 @@ def _command(job: TokenizeJob, facts: TokenizerFacts, sources: Sequence[Source])
 
 
 def _write(
-    job: TokenizeJob, facts: TokenizerFacts, sources: Sequence[Source], workers: int,
+    job: TokenizeJob, worker: _Facts, sources: Sequence[Source], workers: int,
     journal: Journal, report: Callable[[Progress], None],
 ) -> None:  # fmt: skip
     """Do the blocks that are not done yet."""
     before = [0, *np.cumsum([source.size for source in sources]).tolist()]
-    light = [dataclasses.replace(source, files=()) for source in sources]  # blocks name the files
-    worker = _Facts(
-        light, job.text_key, job.tokenizer, dtype_for(facts.vocab_size).str, job.word_cache
-    )
     tasks = all_blocks(sources, job.text_key, job.block_kb * 1024, journal.position)
     report(_progress(journal, before[journal.position[0]], before[-1]))
     try:
@@ -151,7 +180,8 @@ def _write(
 def prepare_worker(facts: _Facts) -> Callable[[Block], Part]:
     """Open the tokenizer in a worker; return what turns a block into ids."""
     dtype: np.dtype[np.generic] = np.dtype(facts.dtype)
-    encoder = Encoder(open_tokenizer(facts.tokenizer), dtype, word_cache=facts.word_cache)
+    tokenizer = open_tokenizer(facts.tokenizer)
+    encoder = Encoder(tokenizer, dtype, facts.begin, word_cache=facts.word_cache)
     return partial(_part, facts, encoder)
 
 

@@ -110,8 +110,7 @@ def _id_faults(reader: TokenReader, facts: TokenizerFacts) -> Iterator[str]:
     for first in range(0, len(reader), _STRETCH):
         lengths = reader.document_lengths(first, min(first + _STRETCH, len(reader)))
         begin = int(reader.offsets[int(reader.boundaries[first])]) // reader.facts.dtype.itemsize
-        ends = begin + np.cumsum(lengths) - 1
-        closed = (lengths > 0) & (reader.tokens[np.maximum(ends, 0)] == facts.end_of_document)
-        open_ += int((~closed).sum())
+        ends = begin + np.cumsum(lengths)[lengths > 0] - 1  # empty documents have none
+        open_ += len(lengths) - int((reader.tokens[ends] == facts.end_of_document).sum())
     if open_:
         yield f"{open_} documents do not end with the end-of-document token {facts.end_of_document}"

@@ -154,3 +154,11 @@ def test_the_fingerprint_of_long_files_sees_both_ends(tmp_path: Path, place: int
     data[place] ^= 1
     (tmp_path / "a.bin").write_bytes(data)
     assert FileDocuments(str(tmp_path / "a")).fingerprint() != before
+
+
+def test_an_index_with_a_negative_length_is_named(prefix: str) -> None:
+    data = bytearray(Path(f"{prefix}.idx").read_bytes())
+    data[34:38] = np.int32(-5).tobytes()  # of sequence 0, behind the header
+    Path(f"{prefix}.idx").write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.idx contradicts itself: it has a sequence of -5"):
+        FileDocuments(prefix)

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -191,6 +192,58 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
     content = b"\xef\xbb\xbf" + (b"one" if name == "a.txt" else json_lines(["one"]))
     path = written(tmp_path, name, gzip.compress(content) if name.endswith("gz") else content)
     assert texts(sources(path)) == ["one"]
+
+
+def test_the_mark_of_a_file_that_was_joined_to_another_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    path = written(tmp_path, "a.jsonl", mark + json_lines(["one"]) + mark + json_lines(["two"]))
+    assert texts(sources(path)) == ["one", "two"]
+    path = written(tmp_path, "a.txt", mark + b"one\n" + mark + b"two\n")
+    assert texts(sources(path, asked=Format.lines)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_packed_file_under_a_plain_name_says_so(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    path = written(tmp_path, "a.jsonl", pack(json_lines(TEXTS)))
+    first = parts(sources(path), size=10**6)[0].bad[0]
+    assert first.reason.startswith("is no text but packed by ")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_whole_text_in_another_unicode_is_read_by_its_mark(tmp_path: Path, encoding: str) -> None:
+    text = "def f():\n    return 'caf\u00e9'\n"
+    for name in ("a.txt", "code/a.py"):
+        written(tmp_path, name, ("\ufeff" + text).encode(encoding))
+    (part,) = parts(sources(tmp_path / "code"), size=10**6)
+    assert (part.texts, part.binary) == ([text], 0)
+    assert texts(sources(tmp_path / "a.txt")) == [text]
+    damaged = ("\ufeff" + text).encode(encoding)[:-1]
+    ((one,),) = (p.bad for p in parts(sources(written(tmp_path, "b.txt", damaged))))
+    assert one.reason.startswith(f"is not {encoding[:6].upper()}")
+
+
+def test_a_text_with_zero_bytes_is_bad(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.txt", "no mark, but UTF-16".encode("utf-16-le"))
+    for asked in (Format.text, Format.lines):
+        (part,) = parts(sources(path, asked=asked))
+        assert part.texts == []
+        assert "has zero bytes, as binary files and UTF-16 have" in part.bad[0].reason
+
+
+@pytest.mark.parametrize("asked", [Format.jsonl, Format.lines])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_lines_in_another_unicode_are_bad_and_the_first_says_why(
+    tmp_path: Path, asked: Format, encoding: str
+) -> None:
+    path = written(tmp_path, "a.jsonl", json_lines(["one", "two"]).decode().encode(encoding))
+    (part,) = parts(sources(path, asked=asked), size=10**6)
+    assert part.texts == []
+    name = encoding.upper()
+    said = f"is {name}, not UTF-8; convert the file: iconv -f {name} -t UTF-8"
+    assert part.bad[0].reason == said
+    assert len(part.bad) == part.lines
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hybrid_train.data.prepare.manifest import TokenizerFacts, read_manifest
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.shards import merge, split_by_shares, split_by_tokens
 from hybrid_train.data.prepare.verification import verify_whole
-from hybrid_train.data.token_files import TokenReader
+from hybrid_train.data.token_files import TokenReader, write_documents
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from tests.unit.data.corpus import END, VOCAB, write_corpus
 from tests.unit.data.prepare.texts import CORPUS, ids_of, job, json_lines, names, read_ids, run
@@ -184,6 +184,14 @@ def test_files_that_do_not_belong_together_are_found(made: list[str]) -> None:
     assert "part-2.bin does not exist" in fault
 
 
+def test_documents_without_a_token_are_open_and_nothing_else(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a", [[], []], vocab_size=50)
+    write_documents(tmp_path / "b", [[1, 0], [], [2, 0]], vocab_size=50)
+    for name, count in (("a", 2), ("b", 1)):
+        (fault,) = verify_whole(str(tmp_path / name), FACTS).faults
+        assert fault.startswith(f"{count} documents do not end with the end-of-document token")
+
+
 def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", [5])
     found = verify_whole(str(tmp_path / "a"), None)
@@ -213,3 +221,5 @@ def test_a_histogram_has_a_line_for_each_power_of_two() -> None:
     lines = histogram(np.array([2, 3, 3, 9], dtype=np.int32))
     counts = [(*line.split()[:1], *line.split()[2:4]) for line in lines]
     assert counts == [("2", "3", "3"), ("4", "7", "0"), ("8", "15", "1")]
+    lines = histogram(np.array([0, 0, 1], dtype=np.int32))
+    assert [line.split()[:4] for line in lines] == [["0", "-", "0", "2"], ["1", "-", "1", "1"]]

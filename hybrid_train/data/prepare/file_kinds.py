@@ -1,0 +1,114 @@
+"""What a file holds: by its name where that tells, else by its content."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.prepare import Format
+from hybrid_train.data.prepare.packed import Compression, opened
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BY_NAME = {
+    ".jsonl": Format.jsonl,
+    ".ndjson": Format.jsonl,
+    ".json": Format.jsonl,
+    ".parquet": Format.parquet,
+    ".txt": Format.text,
+}
+_PACKED = {".gz": Compression.gzip, ".zst": Compression.zstd}
+_OTHER_PACKINGS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip"}
+_PARQUET = b"PAR1"
+_START = 64  # bytes that most files need not more than to be told
+_HEAD = 2**16  # bytes that are looked at
+_LONG_LINE = 2**23  # bytes of a first line that are looked at
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file holds, as far as somebody knows.
+
+    Attributes:
+        format: None where nothing tells.
+        compression: of the file.
+        json_lines: lines of JSON objects that were found at its beginning.
+        is_empty: whether there is nothing in it.
+        packed_by: name of a compression that cannot be read.
+    """
+
+    format: Format | None
+    compression: Compression
+    json_lines: int = 0
+    is_empty: bool = False
+    packed_by: str = ""
+
+
+def by_name(path: Path) -> Kind:
+    """Tell by the suffix, and the one of a compression behind it; capitals do not matter."""
+    name = Path(path.name.lower())
+    packed = _PACKED.get(name.suffix, Compression.none)
+    inner = Path(name.stem) if packed is not Compression.none else name
+    return Kind(_BY_NAME.get(inner.suffix), packed)
+
+
+def by_content(path: Path) -> Kind:
+    """Tell by the first bytes: Parquet, JSON lines, or None for any other; packed ones too.
+
+    Raises:
+        UserError: if the file cannot be read, or is damaged.
+    """
+    with opened(str(path), Compression.none) as (file, _):
+        start = file.read(_START)
+    packed = next(one for one in reversed(Compression) if start.startswith(one.value))
+    if start.startswith(_PARQUET):
+        return Kind(Format.parquet, packed)
+    names = (name for magic, name in _OTHER_PACKINGS.items() if start.startswith(magic))
+    may_be_json = packed is not Compression.none or _begins_object(start) or not start.strip()
+    lines = _json_lines(str(path), packed) if may_be_json else 0
+    return Kind(
+        Format.jsonl if lines else None, packed, lines,
+        is_empty=not start, packed_by=next(names, ""),
+    )  # fmt: skip
+
+
+def _begins_object(head: bytes) -> bool:
+    return head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")
+
+
+def _json_lines(path: str, compression: Compression) -> int:
+    """Count lines of JSON objects at the beginning; none unless most lines are."""
+    with opened(path, compression) as (file, _):
+        head = file.read(_HEAD)
+        if not _begins_object(head):
+            return 0
+        if b"\n" not in head:
+            head += file.read(_LONG_LINE)
+        is_whole = not file.read(1)
+    head = head.removeprefix(BYTE_ORDER_MARK)
+    lines = [line for line in head.split(b"\n") if line.strip()]
+    if len(lines) == 1 and not is_whole and b"\n" not in head:
+        return 1  # an object of many megabytes
+    judged = lines if is_whole or head.endswith(b"\n") else lines[:-1]
+    objects = sum(map(_is_object, judged))
+    return objects if 2 * objects > len(judged) else 0
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def require_readable(kind: Kind, path: Path) -> None:
+    """Refuse a file that is packed in a way that nothing here can unpack.
+
+    Raises:
+        UserError: says so.
+    """
+    if kind.packed_by:
+        raise UserError(
+            f"{path} is packed by {kind.packed_by}, which is not read here; unpack it, or pack it "
+            "with gzip or zstd"
+        )
