@@ -19,7 +19,7 @@ SMALLEST_VOCABULARY = 256  # every byte
 
 
 class Format(enum.Enum):
-    """What input files hold; `auto` goes by their names, and takes others for source code."""
+    """What input files hold; `auto` goes by names, then by content; other text is source code."""
 
     auto = "auto"
     jsonl = "jsonl"

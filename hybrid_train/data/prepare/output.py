@@ -49,7 +49,7 @@ class Output:
                     ) from None
                 yield
         except OSError as error:
-            raise UserError(_cannot_write(self.folder, error)) from error
+            raise UserError(_cannot_write(self.prefix, self.folder, error)) from error
 
     def refuse_existing(self) -> None:
         """Refuse to replace files of the prefix.
@@ -83,13 +83,14 @@ def _exists(path: str) -> bool:
     return os.path.lexists(path)
 
 
-def _cannot_write(folder: Path, error: OSError) -> str:
+def _cannot_write(prefix: str, folder: Path, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return (
             f"the disk is full: {folder}; free some space, and the same command goes on from the "
             "last saved position"
         )
-    return f"cannot write {folder}: {error}"
+    place = error.filename or folder
+    return f"output={prefix} cannot be written: {place}: {error.strerror or error}"
 
 
 def write_whole(path: Path, text: str) -> None:
