@@ -25,7 +25,7 @@ def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:
     if length % pieces:
         rule = f"must be a multiple of {pieces} to split along the sequence"
         nearest = degrees.nearest_multiple(length, pieces)
-        yield Problem("train.sequence_length", length, rule, nearest)
+        yield Problem("train.sequence_length", length, rule, nearest, unit=pieces)
 
 
 def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -54,8 +54,9 @@ def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Pro
     per_rank, rest = divmod(train.global_batch, unit)
     if rest or not per_rank:
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        nearest = degrees.nearest_multiple(train.global_batch, unit * train.microbatch)
-        yield Problem("train.global_batch", train.global_batch, rule, nearest)
+        whole = unit * train.microbatch
+        nearest = degrees.nearest_multiple(train.global_batch, whole)
+        yield Problem("train.global_batch", train.global_batch, rule, nearest, unit=whole)
     elif per_rank % train.microbatch:
         rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
         yield Problem("train.microbatch", train.microbatch, rule)
@@ -74,7 +75,8 @@ def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Pr
     for name in uneven:
         size = getattr(ramp, name)
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        yield Problem(f"train.batch_ramp.{name}", size, rule, degrees.nearest_multiple(size, unit))
+        nearest = degrees.nearest_multiple(size, unit)
+        yield Problem(f"train.batch_ramp.{name}", size, rule, nearest, unit=unit)
     room = train.global_batch - ramp.start_batch
     if uneven:
         return

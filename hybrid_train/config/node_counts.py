@@ -4,14 +4,14 @@ import math
 
 from hybrid_train.config import degrees
 from hybrid_train.config.check_batch import SHARE_RULES
-from hybrid_train.config.phases import jobs_of
+from hybrid_train.config.phases import views_of
 from hybrid_train.config.schema.cluster import processes_per_node
 from hybrid_train.config.schema.submit import SubmitJob
 
 
 def unit(job: SubmitJob) -> int:
     """Return the number of nodes whose multiples the degrees of all phases can split."""
-    of_phases = [degrees.processes_unit(phase.parallel) for phase in jobs_of(job)]
+    of_phases = [degrees.processes_unit(phase.parallel) for phase in views_of(job)]
     own = processes_per_node(job.cluster)
     return math.lcm(*of_phases, own) // own
 
@@ -33,7 +33,7 @@ def legal(job: SubmitJob) -> list[int]:
         job: a job that passes the checks on all its nodes; other rules ask for no number.
     """
     most, own = nodes(job), processes_per_node(job.cluster)
-    phases, step = list(jobs_of(job)), unit(job)
+    phases, step = list(views_of(job)), unit(job)
     fewest = job.cluster.min_nodes or most
     return [
         count

@@ -7,10 +7,11 @@ convolutions and scans are no part of this: they are never quantized.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from hybrid_train.config.layer_ranges import layers_of
 from hybrid_train.config.pattern import parse
-from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.model import Model, Moe, Mtp
 from hybrid_train.config.schema.precision import (
     Precision,
     PrecisionRule,
@@ -103,11 +104,42 @@ def modules_of(letter: str, model: Model) -> tuple[str, ...]:
 
 def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
     """Return the formats of every linear layer; the exceptions must be readable."""
-    num_layers = len(parse(model.pattern).main)
-    return {
-        linear: _formats(linear, precision.format, precision.exceptions, num_layers)
-        for linear in linears(model)
-    }
+    rules = tuple(
+        (one.format, one.layers, tuple(one.modules), tuple(one.products))
+        for one in precision.exceptions
+    )
+    moe = model.moe
+    parts = (moe.shared_intermediate_size is not None, moe.latent_size is not None)
+    return dict(
+        _known_formats(model.pattern, model.mtp.repeated_block, parts, precision.format, rules)
+    )
+
+
+_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+
+
+@lru_cache(maxsize=64)  # large models take 50 ms, and the checks ask again and again
+def _known_formats(
+    pattern: str, repeated: bool, parts: tuple[bool, bool], usual: ProductFormat, rules: _Rules
+) -> dict[Linear, Formats]:
+    """Return the formats that follow from all that they depend on.
+
+    Args:
+        pattern: of the model.
+        repeated: whether all MTP depths are one block.
+        parts: whether expert layers have a shared expert, and latent projections.
+        usual: format without an exception.
+        rules: format, layers, modules and products of each exception.
+    """
+    shared, latent = (1 if there else None for there in parts)
+    moe = Moe(shared_intermediate_size=shared, latent_size=latent)
+    model = Model(pattern=pattern, mtp=Mtp(repeated_block=repeated), moe=moe)
+    exceptions = [
+        PrecisionRule(format=format, layers=layers, modules=list(modules), products=list(products))
+        for format, layers, modules, products in rules
+    ]
+    num_layers = len(parse(pattern).main)
+    return {one: _formats(one, usual, exceptions, num_layers) for one in linears(model)}
 
 
 def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:
