@@ -18,16 +18,22 @@ from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 
+_DEGREES = tuple(
+    f"parallel.{name}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
+)
+_ROWS = "the rows of queries, keys and values"
+
 
 def _divides(path: str, degree: int, sizes: dict[str, int]) -> Iterator[Problem]:
     """Yield a problem that names each size that a degree does not divide."""
-    uneven = [f"{name} ({size})" for name, size in sizes.items() if size % degree]
+    uneven = {name: size for name, size in sizes.items() if size % degree}
     if uneven:
-        *others, last = uneven
+        *others, last = (f"{name} ({size})" for name, size in uneven.items())
         named = f"{', '.join(others)} and {last}" if others else last
         whole = math.gcd(*sizes.values())
         fits = [number for number in range(1, min(whole, degree) + 1) if not whole % number]
-        yield Problem(path, degree, f"must divide {named}", fits[-1])
+        beside = tuple("model.attention.head_dim" if name == _ROWS else name for name in uneven)
+        yield Problem(path, degree, f"must divide {named}", fits[-1], beside=beside)
 
 
 def _pattern(job: TrainJob) -> Pattern:
@@ -53,17 +59,17 @@ def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Probl
     legal = degrees.nearest_multiple(world_size, needed)
     if isinstance(job, CheckJob):
         rule = f"must be a multiple of {needed} for {numbers}"
-        yield Problem("processes", world_size, rule, legal, unit=needed)
+        yield Problem("processes", world_size, rule, legal, unit=needed, beside=_DEGREES)
     elif isinstance(job, SubmitJob):
         own = processes_per_node(job.cluster)
         unit = math.lcm(needed, own) // own
         rule = f"makes {world_size} processes; must be a multiple of {unit} for {numbers}"
         nodes = node_counts.nodes(job)
         legal = degrees.nearest_multiple(nodes, unit)
-        yield Problem("cluster.nodes", nodes, rule, legal, unit=unit)
+        yield Problem("cluster.nodes", nodes, rule, legal, unit=unit, beside=_DEGREES)
     else:
         rule = f"needs a multiple of {needed} processes, not {world_size}"
-        yield Problem("parallel", numbers, rule, legal, unit=needed)
+        yield Problem("parallel", numbers, rule, legal, unit=needed, beside=_DEGREES)
 
 
 def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -73,7 +79,7 @@ def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
         heads = model.attention
         sizes["model.attention.heads"] = heads.heads
         rows = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
-        sizes["the rows of queries, keys and values"] = rows
+        sizes[_ROWS] = rows
     if pattern.count("M"):
         sizes["model.mamba.heads"] = model.mamba.heads
         sizes["model.mamba.groups"] = model.mamba.groups
@@ -91,7 +97,7 @@ def _tensor_fits_kv_heads(job: TrainJob, _: int) -> Iterator[Problem]:
     tensor, kv_heads = job.parallel.tensor, job.model.attention.kv_heads
     if _pattern(job).count("*") and kv_heads % tensor and tensor % kv_heads:
         rule = f"must divide model.attention.kv_heads ({kv_heads}) or be a multiple of it"
-        yield Problem("parallel.tensor", tensor, rule)
+        yield Problem("parallel.tensor", tensor, rule, beside=("model.attention.kv_heads",))
 
 
 def _query_heads_share_kv_heads(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -117,7 +123,7 @@ def _context_splits_mamba(job: TrainJob, _: int) -> Iterator[Problem]:
     yield from _divides("parallel.context", plan.context, {"model.mamba.heads / tensor": heads})
     if groups % plan.context and plan.context % groups:
         rule = f"must divide model.mamba.groups / tensor ({groups}) or be a multiple of it"
-        yield Problem("parallel.context", plan.context, rule)
+        yield Problem("parallel.context", plan.context, rule, beside=("model.mamba.groups",))
 
 
 def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:

@@ -1,21 +1,26 @@
 """What Transformer Engine and Megatron-Core do not compute: refused here, never replaced.
 
-The rules hold where a GPU would compute quantized products itself; `precision.backend=emulated`
-runs what they refuse. Which formats a GPU has is asked when it is there (`precision/hardware.py`).
+The rules hold where a GPU is meant to compute quantized products itself; a CPU emulates them, as
+`precision.backend=emulated` does anywhere, and takes what they refuse. With `runtime.device=auto`
+the start of a run knows, and what they say is a note before (`hardware_notes`). Which formats a GPU
+has is asked when it is there (`precision/hardware.py`).
 Where a comment names a file, it is one of Megatron-Core 0.19.2 or, with TE in front, of
 Transformer Engine 2.20.2.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hybrid_train.config.layer_ranges import is_range
 from hybrid_train.config.pattern import parse
+from hybrid_train.config.phases import views_of
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.product_formats import UNQUANTIZED, Formats, Linear, formats_of
 from hybrid_train.config.product_sizes import packed_rows, token_sizes, weight_sizes
 from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.config.schema.precision import Backend, NumberFormat, ProductFormat
 from hybrid_train.config.schema.runtime import Device, Kernels
+from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 
 # What each dimension of a product must be a multiple of, as each is summed over in one of the three
@@ -35,9 +40,37 @@ _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
 
 
 def is_native(job: TrainJob) -> bool:
-    """Tell whether a GPU, if there is one, computes quantized products itself."""
+    """Tell whether a GPU is meant to compute quantized products itself."""
     backend, device = job.precision.backend, job.runtime.device
-    return backend is Backend.native or (backend is Backend.auto and device is not Device.cpu)
+    on_gpus = isinstance(job, SubmitJob) and job.cluster.gpus_per_node > 0
+    meant = device is Device.cuda or (on_gpus and device is Device.auto)
+    return backend is Backend.native or (backend is Backend.auto and meant)
+
+
+def on_a_gpu(job: TrainJob) -> TrainJob:
+    """Return the job as it is where `runtime.device=auto` finds a GPU."""
+    return replace(job, runtime=replace(job.runtime, device=Device.cuda))
+
+
+def hardware_notes(job: TrainJob) -> list[Problem]:
+    """Return what a GPU would refuse of a job whose quantized products are emulated.
+
+    One that may find a GPU is told all of it, another the sizes alone: they are easily overlooked.
+    """
+    if is_native(job):
+        return []
+    rules = NATIVE_RULES
+    if job.precision.backend is Backend.emulated or job.runtime.device is Device.cpu:
+        rules = (sizes_fit_the_formats,)
+    meant = on_a_gpu(job)
+    meant.precision = replace(job.precision, backend=Backend.native)
+    found = {
+        problem.path: problem
+        for one in views_of(meant)
+        for rule in rules
+        for problem in rule(one, 1)
+    }
+    return list(found.values())
 
 
 def quantized_linears(job: TrainJob) -> dict[Linear, Formats]:

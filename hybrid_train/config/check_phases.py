@@ -87,12 +87,19 @@ def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | Non
                 path = f"train.phases.{earlier}.precision_exceptions.{rule[1]}{rule[2]}"
                 return replace(problem, path=path) if int(rule[1]) < len(own) else None
         return None
-    for name, path in SETTINGS.items():
-        if path != problem.path:
-            continue
-        for earlier in range(number, -1, -1):
-            if getattr(job.train.phases[earlier], name):
-                path = f"train.phases.{earlier}.{name}"
-                return replace(problem, path=path)
+    beside = tuple(_where(number, job, path) for path in problem.beside)
+    place = _where(number, job, problem.path)
+    if place != problem.path:
+        return replace(problem, path=place, beside=beside)
     phase = job.train.phases[number].name
-    return replace(problem, rule=f"{problem.rule} [phase {phase}]")
+    return replace(problem, rule=f"{problem.rule} [phase {phase}]", beside=beside)
+
+
+def _where(number: int, job: TrainJob, path: str) -> str:
+    """Return where a setting of the run is set for a phase: there, or in the run."""
+    for name, of_run in SETTINGS.items():
+        if path == of_run:
+            for earlier in range(number, -1, -1):
+                if getattr(job.train.phases[earlier], name):
+                    return f"train.phases.{earlier}.{name}"
+    return path

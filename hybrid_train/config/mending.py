@@ -80,6 +80,7 @@ class _Search:
         of_sections: problems of its sections.
         known: paths of all problems before any value was changed.
         unmended: paths without a legal value.
+        beside: settings that rules compare the wrong ones with, and one of the latter.
         parents: for a setting that is sound by itself, the one whose change asks for its own.
     """
 
@@ -89,6 +90,7 @@ class _Search:
     of_sections: list[Problem] = field(default_factory=list)
     known: set[str] = field(default_factory=set)
     unmended: set[str] = field(default_factory=set)
+    beside: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
     _broken: dict[str, dict[Rule, None]] = field(default_factory=dict)  # rules that named a path
     _hints: dict[str, list[object]] = field(default_factory=dict)  # what they asked for there
@@ -97,22 +99,34 @@ class _Search:
     _tried: set[tuple[str, str]] = field(default_factory=set)
 
     def sound_sections(self) -> Values:
-        """Return values that keep the limits of the sections."""
+        """Return values that keep the limits of the sections; the rules may look at no others."""
         values: Values = {}
+        self.of_sections = self._unsound(values)
         for _ in range(_ROUNDS):
-            found = [one for one in self._sections(values) if one.path not in self.unmended]
+            found = self._unsound(values)
             if not found:
                 break
-            for problem in found:
-                self._learn(problem)
-                if problem.path not in values:
-                    self.of_sections.append(problem)
-                if problem.path in values or not self._takes(problem):
-                    values.pop(problem.path, None)
-                    self.unmended.add(problem.path)
-                else:
-                    values[problem.path] = problem.nearest
+            path = found[0].path
+            others = _without(values, path)
+            numbers = self._candidates(path) if self._takes(found[0]) else []
+            candidates = dict.fromkeys([*self._hints[path], *numbers[:_TRIES]] if numbers else ())
+            tried = ({**others, path: value} for value in candidates)
+            best = min(tried, key=lambda one: len(self._unsound(one)), default=others)
+            values = best
+            if any(problem.path == path for problem in self._unsound(best)):
+                self.unmended.add(path)
+                values = others
+        for path in values:
+            values = {**values, path: self._quietest(path, values)}
         return values
+
+    def _quietest(self, path: str, values: Values) -> object:
+        """Return the value of a section that breaks the fewest rules across sections."""
+        numbers = self._candidates(path)[:_TRIES] if isinstance(values[path], int) else []
+        tried = [{**values, path: value} for value in (values[path], *numbers)]
+        sound = [one for one in tried if not self._unsound(one)]
+        best = min(sound, default=values, key=lambda one: len({p.path for p in self._look(one)}))
+        return best[path]
 
     def problems(self, values: Values) -> list[Problem]:
         """Return what is wrong with these values in place, and learn from it."""
@@ -156,7 +170,8 @@ class _Search:
 
     def _alone(self) -> Values:
         """Return the one value that mends everything; none if there is no such."""
-        for path in sorted(self.known, key=lambda path: -len(self._broken.get(path, ()))):
+        often = sorted(self.known, key=lambda path: (-len(self._broken.get(path, ())), path))
+        for path in [*often, *self.beside]:
             for value in islice(self._fitting(path, {}), _TRIES_ALONE):
                 if self.passes({path: value}):
                     return {path: value}
@@ -188,6 +203,8 @@ class _Search:
         """Yield values of a setting that keep its own rules beside others, nearest first."""
         base, rules = self._with(others), self._broken.get(path, {})
         for value in self._candidates(path):
+            if self.of_sections and self._unsound({**others, path: value}):
+                continue
             job, started = self._put(base, path, value)
             across = self.rules.across(job, processes_of(job, started), rules)
             if not any(problem.path == path for problem, _ in across):
@@ -213,8 +230,12 @@ class _Search:
     def _look(self, values: Values) -> Iterator[Problem]:
         """Yield what is wrong with values in place.
 
-        Rules come first, for they are quick to say no. Sections were sound when the search began.
+        Rules come first where all sections were sound, for they are quick to say no.
         """
+        unsound = self._unsound(values) if self.of_sections else []
+        yield from unsound
+        if unsound:
+            return
         job, started = self._with(values)
         for problem, rule in self.rules.across(job, processes_of(job, started), None):
             self._learn(problem)
@@ -222,10 +243,7 @@ class _Search:
             if not self._takes(problem):
                 self.unmended.add(problem.path)
             yield problem
-        for problem in self.rules.sections(job):
-            if problem.path not in self.unmended:
-                self._learn(problem)
-                yield problem
+        yield from self._unsound(values)
 
     def _learn(self, problem: Problem) -> None:
         hints = self._hints.setdefault(problem.path, [])
@@ -235,6 +253,10 @@ class _Search:
             self._units.setdefault(problem.path, {})[problem.unit] = None
         given = self.started if problem.path == PROCESSES else problem.value
         self._given.setdefault(problem.path, given)
+        for path in problem.beside:
+            if path not in self.beside and (number := _number(self.job, path)) is not None:
+                self.beside[path] = problem.path
+                self._given.setdefault(path, number)
 
     def _takes(self, problem: Problem) -> bool:
         """Tell whether there is something to try in the place of a problem."""
@@ -247,8 +269,13 @@ class _Search:
             return False
         return True
 
-    def _sections(self, values: Values) -> list[Problem]:
-        return list(self.rules.sections(self._with(values)[0]))
+    def _unsound(self, values: Values) -> list[Problem]:
+        """Return what is wrong with sections by themselves, and learn from it."""
+        found = self.rules.sections(self._with(values)[0])
+        unsound = [problem for problem in found if problem.path not in self.unmended]
+        for problem in unsound:
+            self._learn(problem)
+        return unsound
 
     def _with(self, values: Mapping[str, object]) -> tuple[TrainJob, int]:
         """Return the job and the processes with values in place."""
@@ -285,6 +312,13 @@ def _changed(section: object, names: list[str], value: object) -> object:
     return copied
 
 
+def _number(job: object, path: str) -> int | None:
+    """Return the whole number at a path; None if there stands something else, or nothing."""
+    for name in path.split("."):
+        job = job[int(name)] if isinstance(job, list) else getattr(job, name, None)
+    return job if isinstance(job, int) and not isinstance(job, bool) else None
+
+
 def _typed(section: object, name: str, value: object) -> object:
     """Return a value that is given as text, "null", as what its field holds."""
     if not isinstance(value, str) or isinstance(getattr(section, name), str):
@@ -305,22 +339,16 @@ def _lines(found: list[Problem], values: Values, search: _Search) -> list[Proble
             shown[key] = problem
         elif problem.rule not in shown[key].rule:
             shown[key] = replace(shown[key], rule=f"{shown[key].rule}; {problem.rule}")
-    causes = [key for key in shown if key[0] in values or key[0] in search.unmended] or list(shown)[
-        :1
-    ]
-    along: dict[str, list[tuple[str, object]]] = {}
+    along: dict[str, tuple[tuple[str, object], ...]] = {}
     for path, value in values.items():
         if path not in search.known:
-            along.setdefault(_owner(path, search, [one for one, _ in causes]), []).append(
-                (path, value)
-            )
+            owner = _owner(path, search, found)
+            along[owner] = (*along.get(owner, ()), (path, value))
+    caused = {*values, *search.unmended, *along}
     return [
-        replace(
-            shown[key],
-            nearest=_nearest(shown[key], values, search),
-            along=tuple(along.get(key[0], ())),
-        )
-        for key in causes
+        replace(one, nearest=_nearest(one, values, search), along=along.get(one.path, ()))
+        for one in shown.values()
+        if one.path in caused
     ]
 
 
@@ -332,10 +360,10 @@ def _nearest(problem: Problem, values: Values, search: _Search) -> object | None
     return problem.nearest if is_element else None
 
 
-def _owner(path: str, search: _Search, causes: list[str]) -> str:
-    """Return the problem that a further change belongs to."""
+def _owner(path: str, search: _Search, found: list[Problem]) -> str:
+    """Return the path of the problem that a change of another setting belongs to."""
     for _ in range(_ROUNDS):
-        if path in causes:
+        if path in search.known:
             return path
-        path = search.parents.get(path, causes[0])
-    return causes[0]
+        path = search.parents.get(path) or search.beside.get(path) or found[0].path
+    return found[0].path

@@ -15,6 +15,7 @@ class Problem:
     rule: str
     nearest: object | None = None  # what the user could write instead; None if nothing is near
     unit: int | None = None  # what the value must be a multiple of, for a rule that asks for that
+    beside: tuple[str, ...] = ()  # whole numbers elsewhere that the rule compares the value with
     along: tuple[tuple[str, object], ...] = ()  # other settings that must change with it
 
     def under(self, prefix: str) -> "Problem":
