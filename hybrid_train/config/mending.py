@@ -207,8 +207,11 @@ class _Search:
                 continue
             job, started = self._put(base, path, value)
             across = self.rules.across(job, processes_of(job, started), rules)
-            if not any(problem.path == path for problem, _ in across):
+            broken = next((problem for problem, _ in across if problem.path == path), None)
+            if broken is None:
                 yield value
+            else:
+                self._learn(broken)  # it may ask for a value that is no candidate yet
 
     def _candidates(self, path: str) -> list[object]:
         """Return what may be tried at a path: numbers by distance, else what rules asked for."""

@@ -4,7 +4,7 @@ The first rule that matches a product of a layer decides. Embedding, head, route
 convolutions and scans are no part of this: they are never quantized.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -104,18 +104,35 @@ def modules_of(letter: str, model: Model) -> tuple[str, ...]:
 
 def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
     """Return the formats of every linear layer; the exceptions must be readable."""
+    return dict(_known_formats(*_what_decides(model, precision)))
+
+
+def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozenset[ProductFormat]]:
+    """Return the formats of each kind of linear layer that has a quantized product in any layer."""
+    return _known_kinds(*_what_decides(model, precision))
+
+
+_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+_Decides = tuple[str, bool, tuple[bool, bool], ProductFormat, _Rules]
+
+
+def _what_decides(model: Model, precision: Precision) -> _Decides:
+    """Return all that formats depend on, to know them again."""
     rules = tuple(
         (one.format, one.layers, tuple(one.modules), tuple(one.products))
         for one in precision.exceptions
     )
-    moe = model.moe
-    parts = (moe.shared_intermediate_size is not None, moe.latent_size is not None)
-    return dict(
-        _known_formats(model.pattern, model.mtp.repeated_block, parts, precision.format, rules)
-    )
+    parts = (model.moe.shared_intermediate_size is not None, model.moe.latent_size is not None)
+    return model.pattern, model.mtp.repeated_block, parts, precision.format, rules
 
 
-_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+@lru_cache(maxsize=64)
+def _known_kinds(*decides: *_Decides) -> Mapping[str, frozenset[ProductFormat]]:
+    kinds: dict[str, frozenset[ProductFormat]] = {}
+    for linear, one in _known_formats(*decides).items():
+        if one.quantized:
+            kinds[linear.module] = kinds.get(linear.module, frozenset()).union(one.formats.values())
+    return kinds
 
 
 @lru_cache(maxsize=64)  # large models take 50 ms, and the checks ask again and again

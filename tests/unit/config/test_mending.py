@@ -123,21 +123,107 @@ def settings_of(job: TrainJob) -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{path}.sequence_length", (0, 1, 63, 100, 1000, 1_000_000)
     if hasattr(job, "processes"):
         yield "processes", (0, 1, 2, 3, 7, 100, 384, 512, 768, 1000, 2000)
-        yield "processes", (0, 1, 2, 3, 7, 100, 384, 512, 768, 1000, 2000)
     if hasattr(job, "cluster"):
         yield "cluster.nodes", (0, 1, 2, 3, 48, 64, 100)
         yield "cluster.min_nodes", (0, 1, 5, 500)
 
 
-def drawn(seed: int, number: int) -> tuple[str, TrainJob, int, list[str]]:
-    """Return a published or tiny job with a number of random values, and what they are."""
+def drawn(name: str, seed: str, number: int) -> tuple[TrainJob, int, list[str]]:
+    """Return a root with a number of random values, its processes, and what the values are."""
     rng = random.Random(seed)
-    name = rng.choice(list(ROOTS))
     job, told = composed(name), []
-    for _ in range(number):
-        path, values = rng.choice(list(settings_of(job)))
+    settings = list(settings_of(job))
+    for path, values in rng.sample(settings, number):
         value = rng.choice(values)
         job = changed(job, path, value)
         told.append(f"{path}={value}")
-    started = rng.choice((1, 1, 2, 3, 6)) if name == "tiny started" else 1
-    return name, job, started, told
+    return job, rng.choice((1, 2, 3, 6)) if number > 1 else 1, told
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("name", ROOTS)
+def test_all_that_is_offered_for_a_broken_job_makes_it_pass(name: str, number: int) -> None:
+    for seed in range(20):
+        job, started, told = drawn(name, f"{name}/{number}/{seed}", number)
+        found = list(checks.check(job, started))
+        unmended = {one.path for one in found if one.nearest is None and not one.along}
+        left = checks.check(*taken(job, started, found))
+        assert not [str(one) for one in left if one.path not in unmended], told
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_one_wrong_value_gets_one_line(name: str) -> None:
+    for seed in range(20):
+        job, started, told = drawn(name, f"{name}/one/{seed}", 1)
+        if "batch_ramp.tokens" in told[0]:  # a ramp needs two settings more
+            continue
+        lines = [str(one) for one in checks.check(job, started)]
+        assert len(lines) <= 1, (told, lines)
+
+
+def problems(name: str, *given: tuple[str, object], started: int = 1) -> list[Problem]:
+    """Return what is wrong with a root with values of these settings."""
+    job = composed(name)
+    for path, value in given:
+        job = changed(job, path, value)
+    return list(checks.check(job, started))
+
+
+@pytest.mark.parametrize("processes", [384, 512, 768, 1000])
+def test_processes_fit_the_layouts_of_all_phases_at_once(processes: int) -> None:
+    (one,) = problems("ultra", ("processes", processes))
+    # Multiples of 384 for two phases, of 512 for the third.
+    assert (one.path, one.nearest) == ("processes", 1536)
+
+
+@pytest.mark.parametrize("nodes", [48, 64, 100])
+def test_nodes_fit_the_layouts_of_all_phases_at_once(nodes: int) -> None:
+    (one,) = problems("ultra submitted", ("cluster.nodes", nodes))
+    assert (one.path, one.nearest) == ("cluster.nodes", 192)
+
+
+def test_processes_that_are_to_be_started_suit_the_batch_too() -> None:
+    # Tensor 2 takes 2, 4, 6 processes; a batch of 12 in microbatches of 4 only 1 or 3 data ranks.
+    given = (("parallel.tensor", 2), ("train.global_batch", 12), ("train.microbatch", 4))
+    (one,) = problems("tiny started", *given, started=5)
+    assert one.path == "parallel"
+    assert "--nproc-per-node 6 " in str(one.nearest)
+
+
+def test_settings_that_only_hold_together_are_offered_together() -> None:
+    (one,) = problems("tiny", ("processes", 8), ("parallel.tensor", 8))
+    assert str(one).endswith("; nearest: 2 with train.microbatch=1")
+
+
+def test_a_size_is_offered_where_it_alone_would_suit_all_phases() -> None:
+    (one,) = problems("super", ("model.moe.experts", 500))
+    assert one.path == "parallel.expert"  # of phase 1; a later one has another
+    assert str(one).endswith("; nearest: model.moe.experts=512")
+
+
+def test_a_limit_of_a_section_and_a_rule_across_sections_make_one_line() -> None:
+    (one,) = problems("tiny", ("processes", 2), ("train.global_batch", 0))
+    assert (one.path, one.nearest) == ("train.global_batch", 4)
+
+
+def test_what_has_no_legal_value_is_offered_none_and_the_rest_is_mended_beside_it() -> None:
+    given = (("train.phases.1.start", "100%"), ("train.phases.1.sequence_length", 63))
+    found = {one.path: one.nearest for one in problems("tiny in phases", *given)}
+    assert found == {"train.phases.1.start": None, "train.phases.1.sequence_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "value"),
+    [
+        ("M*-", "model.moe.top_k", 1000),
+        ("M*-", "model.moe.experts", 0),
+        ("E*-/*", "model.mamba.heads", -1),
+        ("ME", "model.attention.kv_heads", 0),
+        ("ME*", "model.mlp.intermediate_size", 0),
+    ],
+)
+def test_settings_of_layers_that_the_model_lacks_are_not_looked_at(
+    pattern: str, path: str, value: int
+) -> None:
+    assert problems("tiny", ("model.pattern", pattern), (path, value)) == []
+    assert problems("tiny", ("model.pattern", "ME*-"), (path, value)) != []
