@@ -60,12 +60,12 @@ def with_nearest(job: TrainJob, started: int, rules: Rules) -> list[Problem]:
         rules: what it must keep.
     """
     search = _Search(job, started, rules)
-    values = search.sound_sections()
-    found = [*search.of_sections, *search.problems(values)]
+    sound = search.sound_sections()
+    found = [*search.of_sections, *search.problems(sound)]
     if not found:
         return []
     search.known = {problem.path for problem in found}
-    values = search.smallest(search.solved(values))
+    values = search.smallest(search.solved(sound), sound)
     return _lines(found, values, search)
 
 
@@ -155,11 +155,11 @@ class _Search:
         self.unmended |= {one.path for one in self.problems(values)}
         return {path: value for path, value in values.items() if path not in self.unmended}
 
-    def smallest(self, values: Values) -> Values:
-        """Return as few of the values as will do, each as near as can be."""
+    def smallest(self, values: Values, sections: Values) -> Values:
+        """Return as few of the values as will do, each as near as can be; see `_alone`."""
         if not self.passes(values):
             return {}
-        if len(values) > 1 and (alone := self._alone()):
+        if len(values) > 1 and (alone := self._alone(sections)):
             return alone
         for path in reversed(list(values)):
             fewer = _without(values, path)
@@ -168,10 +168,16 @@ class _Search:
             values = {**values, path: self._nearest(path, _without(values, path), values[path])}
         return values
 
-    def _alone(self) -> Values:
-        """Return the one value that mends everything; none if there is no such."""
+    def _alone(self, sections: Values) -> Values:
+        """Return the one value that mends everything; none if there is no such.
+
+        Args:
+            sections: values that keep the limits of sections; each of these settings must change.
+        """
+        if len(sections) > 1:
+            return {}
         often = sorted(self.known, key=lambda path: (-len(self._broken.get(path, ())), path))
-        for path in [*often, *self.beside]:
+        for path in list(sections) or [*often, *self.beside]:
             for value in islice(self._fitting(path, {}), _TRIES_ALONE):
                 if self.passes({path: value}):
                     return {path: value}
