@@ -25,7 +25,7 @@ def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:
     if length % pieces:
         rule = f"must be a multiple of {pieces} to split along the sequence"
         nearest = degrees.nearest_multiple(length, pieces)
-        yield Problem("train.sequence_length", length, rule, nearest)
+        yield Problem("train.sequence_length", length, rule, nearest, unit=pieces)
 
 
 def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -54,11 +54,13 @@ def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Pro
     per_rank, rest = divmod(train.global_batch, unit)
     if rest or not per_rank:
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        nearest = degrees.nearest_multiple(train.global_batch, unit * train.microbatch)
-        yield Problem("train.global_batch", train.global_batch, rule, nearest)
+        whole = unit * train.microbatch
+        nearest = degrees.nearest_multiple(train.global_batch, whole)
+        beside = ("train.microbatch",)
+        yield Problem("train.global_batch", train.global_batch, rule, nearest, whole, beside)
     elif per_rank % train.microbatch:
         rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
-        yield Problem("train.microbatch", train.microbatch, rule)
+        yield Problem("train.microbatch", train.microbatch, rule, beside=("train.global_batch",))
 
 
 def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Problem]:
@@ -70,18 +72,24 @@ def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Pr
         yield Problem("train.batch_ramp.tokens", ramp.tokens, rule, train.tokens)
     shares, ranks = _shares_of_a_batch(job, world_size)
     unit = shares * train.microbatch
+    if train.global_batch <= unit:
+        rule = f"leaves no batch below train.global_batch ({train.global_batch}); needs more than "
+        rule += f"{train.microbatch} (train.microbatch) x {ranks}"
+        yield Problem("train.batch_ramp.tokens", ramp.tokens, rule, "0")
+        return
     uneven = [name for name in ("start_batch", "increment") if getattr(ramp, name) % unit]
     for name in uneven:
         size = getattr(ramp, name)
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        yield Problem(f"train.batch_ramp.{name}", size, rule, degrees.nearest_multiple(size, unit))
+        nearest = degrees.nearest_multiple(size, unit)
+        yield Problem(f"train.batch_ramp.{name}", size, rule, nearest, unit=unit)
     room = train.global_batch - ramp.start_batch
     if uneven:
         return
     if room <= 0:
         rule = f"must be less than train.global_batch ({train.global_batch})"
-        legal = train.global_batch - unit
-        yield Problem("train.batch_ramp.start_batch", ramp.start_batch, rule, max(legal, 1))
+        legal = (train.global_batch - 1) // unit * unit
+        yield Problem("train.batch_ramp.start_batch", ramp.start_batch, rule, legal)
     elif room % ramp.increment:
         rule = f"must divide the {room} sequences from start_batch to train.global_batch"
         fits = [step for step in range(1, room + 1) if not room % step and not step % unit]

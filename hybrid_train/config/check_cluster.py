@@ -7,13 +7,16 @@ from pathlib import Path
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.runtime import Device
 from hybrid_train.config.schema.submit import SubmitJob
+from hybrid_train.config.schema.train import TrainJob
 
 # The path stands in lines of sbatch, which quotes nothing, and takes % and \ for its own.
 _PLAIN_PATH = re.compile(r"[\w./+=@~-]+")
 
 
-def cluster_fits_the_run(job: SubmitJob) -> Iterator[Problem]:
+def cluster_fits_the_run(job: TrainJob, _: int) -> Iterator[Problem]:
     """The nodes have what the run asks for, and SLURM can write its log into the run folder."""
+    if not isinstance(job, SubmitJob):
+        return
     device, gpus = job.runtime.device, job.cluster.gpus_per_node
     if device is Device.cuda and not gpus:
         yield Problem("runtime.device", "cuda", "needs cluster.gpus_per_node > 0", "cpu")

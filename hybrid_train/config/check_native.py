@@ -1,21 +1,32 @@
 """What Transformer Engine and Megatron-Core do not compute: refused here, never replaced.
 
-The rules hold where a GPU would compute quantized products itself; `precision.backend=emulated`
-runs what they refuse. Which formats a GPU has is asked when it is there (`precision/hardware.py`).
+The rules hold where a GPU is meant to compute quantized products itself; a CPU emulates them, as
+`precision.backend=emulated` does anywhere, and takes what they refuse. With `runtime.device=auto`
+the start of a run knows, and what they say is a note before (`hardware_notes`). Which formats a GPU
+has is asked when it is there (`precision/hardware.py`).
 Where a comment names a file, it is one of Megatron-Core 0.19.2 or, with TE in front, of
 Transformer Engine 2.20.2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from hybrid_train.config.layer_ranges import is_range
 from hybrid_train.config.pattern import parse
+from hybrid_train.config.phases import views_of
 from hybrid_train.config.problems import Problem
-from hybrid_train.config.product_formats import UNQUANTIZED, Formats, Linear, formats_of
+from hybrid_train.config.product_formats import (
+    UNQUANTIZED,
+    Formats,
+    Linear,
+    formats_of,
+    quantized_kinds,
+)
 from hybrid_train.config.product_sizes import packed_rows, token_sizes, weight_sizes
 from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.config.schema.precision import Backend, NumberFormat, ProductFormat
 from hybrid_train.config.schema.runtime import Device, Kernels
+from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 
 # What each dimension of a product must be a multiple of, as each is summed over in one of the three
@@ -35,9 +46,37 @@ _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
 
 
 def is_native(job: TrainJob) -> bool:
-    """Tell whether a GPU, if there is one, computes quantized products itself."""
+    """Tell whether a GPU is meant to compute quantized products itself."""
     backend, device = job.precision.backend, job.runtime.device
-    return backend is Backend.native or (backend is Backend.auto and device is not Device.cpu)
+    on_gpus = isinstance(job, SubmitJob) and job.cluster.gpus_per_node > 0
+    meant = device is Device.cuda or (on_gpus and device is Device.auto)
+    return backend is Backend.native or (backend is Backend.auto and meant)
+
+
+def on_a_gpu(job: TrainJob) -> TrainJob:
+    """Return the job as it is where `runtime.device=auto` finds a GPU."""
+    return replace(job, runtime=replace(job.runtime, device=Device.cuda))
+
+
+def hardware_notes(job: TrainJob) -> list[Problem]:
+    """Return what a GPU would refuse of a job whose quantized products are emulated.
+
+    One that may find a GPU is told all of it, another the sizes alone: they are easily overlooked.
+    """
+    if is_native(job):
+        return []
+    rules = NATIVE_RULES
+    if job.precision.backend is Backend.emulated or job.runtime.device is Device.cpu:
+        rules = (sizes_fit_the_formats,)
+    meant = on_a_gpu(job)
+    meant.precision = replace(job.precision, backend=Backend.native)
+    found = {
+        problem.path: problem
+        for one in views_of(meant)
+        for rule in rules
+        for problem in rule(one, 1)
+    }
+    return list(found.values())
 
 
 def quantized_linears(job: TrainJob) -> dict[Linear, Formats]:
@@ -48,12 +87,19 @@ def quantized_linears(job: TrainJob) -> dict[Linear, Formats]:
     return {linear: one for linear, one in found.items() if one.quantized}
 
 
+def _quantized_kinds(job: TrainJob) -> Mapping[str, frozenset[ProductFormat]]:
+    """Return the kinds of `quantized_linears`, each with its formats."""
+    if not all(is_range(rule.layers) for rule in job.precision.exceptions):
+        return {}
+    return quantized_kinds(job.model, job.precision)
+
+
 def native_needs_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
     """A CPU has no such products, and the plain layers leave none to Transformer Engine."""
     if job.precision.backend is Backend.native and job.runtime.device is Device.cpu:
         rule = "needs a GPU; runtime.device is cpu"
         yield Problem("precision.backend", "native", rule, "emulated")
-    elif job.runtime.kernels is Kernels.plain and is_native(job) and quantized_linears(job):
+    elif job.runtime.kernels is Kernels.plain and is_native(job) and _quantized_kinds(job):
         rule = f"leaves no quantized products to Transformer Engine; {_EMULATE}"
         yield Problem("runtime.kernels", "plain", rule, "auto")
 
@@ -77,6 +123,8 @@ def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
     if not is_native(job):
         return
     rules = job.precision.exceptions
+    if not any(one.products for one in rules):
+        return
     mixed = [one for one in quantized_linears(job).values() if len(set(one.formats.values())) > 1]
     deciding = {number for one in mixed for number in one.rules.values()}
     for number, exception in enumerate(rules):
@@ -91,7 +139,7 @@ def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
 def quantized_beside_bf16(job: TrainJob, _: int) -> Iterator[Problem]:
     """NVFP4's transform reads bfloat16 alone (TE csrc/quantizer.cpp 2634); one rule for all."""
     precision = job.precision
-    if not is_native(job) or precision.base is not NumberFormat.fp32 or not quantized_linears(job):
+    if not is_native(job) or precision.base is not NumberFormat.fp32 or not _quantized_kinds(job):
         return
     if precision.unquantized is NumberFormat.fp32 and precision.format not in UNQUANTIZED:
         rule = f"the hardware quantizes bfloat16; {_EMULATE}"
@@ -108,8 +156,8 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     (extensions/transformer_engine.py 191). Whenever one closes, the histories of all modules move
     on (TE quantization.py 782), so a second one in a pass would shift in zeros.
     """
-    found = quantized_linears(job) if is_native(job) else {}
-    formats = {format for one in found.values() for format in one.formats.values()}
+    found = _quantized_kinds(job) if is_native(job) else {}
+    formats = {format for kinds in found.values() for format in kinds}
     quantized = formats.difference(UNQUANTIZED)
     if ProductFormat.fp8_delayed not in quantized:
         return
@@ -151,11 +199,11 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
     if not is_native(job):
         return
     needed: dict[str, tuple[int, ProductFormat]] = {}  # of each kind: the largest, and whose
-    for linear, one in quantized_linears(job).items():
-        for format in one.formats.values():
+    for module, formats in _quantized_kinds(job).items():
+        for format in sorted(formats, key=lambda one: one.value):
             multiple = MULTIPLES.get(format, 1)
-            if multiple > needed.get(linear.module, (1, format))[0]:
-                needed[linear.module] = (multiple, format)
+            if multiple > needed.get(module, (1, format))[0]:
+                needed[module] = (multiple, format)
     reported: set[str] = set()
     for module, (multiple, format) in needed.items():
         for size in (*weight_sizes(job, module), *token_sizes(job, module)):
@@ -166,9 +214,9 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
                     f"{format.value} on a GPU; precision.backend=emulated takes any"
                 )
                 yield Problem(size.setting, _value(job, size.setting), rule)
-    formats = {format for _, format in needed.values()}
+    chosen = {format for _, format in needed.values()}
     if "model.mamba.heads" not in reported:
-        yield from _packed_rows(job, formats)
+        yield from _packed_rows(job, chosen)
 
 
 def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem]:
@@ -202,7 +250,7 @@ def fsdp_is_not_native(job: TrainJob, _: int) -> Iterator[Problem]:
 
     A copy is renewed in the first microbatch of a step alone (transformer/module.py 105).
     """
-    if job.parallel.fsdp and is_native(job) and quantized_linears(job):
+    if job.parallel.fsdp and is_native(job) and _quantized_kinds(job):
         rule = f"is not joined with products that the hardware quantizes; {_EMULATE}"
         yield Problem("parallel.fsdp", True, rule, "false")
 

@@ -40,7 +40,7 @@ def _blended(path: str, name: str, weight: float, data: Data, split: Split) -> I
         yield Problem(f"{path}.{name}", weight, f"has no {split.value} data", 0)
 
 
-def phases_are_in_order(job: TrainJob) -> Iterator[Problem]:
+def phases_are_in_order(job: TrainJob, _: int) -> Iterator[Problem]:
     """Phases have names of their own, begin at the start of the run, and follow each other."""
     phases, total = job.train.phases, job.train.tokens
     if not phases or not is_tokens(total) or not all(is_position(one.start) for one in phases):
@@ -66,7 +66,8 @@ def phases_are_in_order(job: TrainJob) -> Iterator[Problem]:
         second = position(phases[1].start, tokens(total))
         if tokens(ramp) > second:
             rule = f"must not exceed the start of the second phase ({phases[1].start})"
-            yield Problem("train.batch_ramp.tokens", ramp, rule, str(second))
+            legal = phases[1].start if is_tokens(phases[1].start) else str(second)
+            yield Problem("train.batch_ramp.tokens", ramp, rule, legal)
 
 
 def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | None:
@@ -86,12 +87,19 @@ def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | Non
                 path = f"train.phases.{earlier}.precision_exceptions.{rule[1]}{rule[2]}"
                 return replace(problem, path=path) if int(rule[1]) < len(own) else None
         return None
-    for name, path in SETTINGS.items():
-        if path != problem.path:
-            continue
-        for earlier in range(number, -1, -1):
-            if getattr(job.train.phases[earlier], name):
-                path = f"train.phases.{earlier}.{name}"
-                return Problem(path, problem.value, problem.rule, problem.nearest)
+    beside = tuple(_where(number, job, path) for path in problem.beside)
+    place = _where(number, job, problem.path)
+    if place != problem.path:
+        return replace(problem, path=place, beside=beside)
     phase = job.train.phases[number].name
-    return Problem(problem.path, problem.value, f"{problem.rule} [phase {phase}]", problem.nearest)
+    return replace(problem, rule=f"{problem.rule} [phase {phase}]", beside=beside)
+
+
+def _where(number: int, job: TrainJob, path: str) -> str:
+    """Return where a setting of the run is set for a phase: there, or in the run."""
+    for name, of_run in SETTINGS.items():
+        if path == of_run:
+            for earlier in range(number, -1, -1):
+                if getattr(job.train.phases[earlier], name):
+                    return f"train.phases.{earlier}.{name}"
+    return path

@@ -22,7 +22,7 @@ from hybrid_train.config.schema.train import TrainJob
 def exceptions_match_something(job: TrainJob, _: int) -> Iterator[Problem]:
     """Every rule speaks of layers that there are, and decides some that no earlier one does."""
     rules, model = job.precision.exceptions, job.model
-    if not all(is_range(rule.layers) for rule in rules):
+    if not rules or not all(is_range(rule.layers) for rule in rules):
         return  # reported where they stand
     found, count = linears(model), len(parse(model.pattern).main)
     decided = formats_of(model, job.precision).values()

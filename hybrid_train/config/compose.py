@@ -26,7 +26,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, node_counts, overrides, registry
+from hybrid_train.config import checks, overrides, registry
 from hybrid_train.config.check_files import no_run
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
@@ -229,7 +229,7 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     try:
         if not missing and not composed.wrong_groups:
             job = cast("checks.Job", OmegaConf.to_object(config))
-            found = _job_problems(job)
+            found = list(checks.check(job, world_size()))
         else:
             found = list(_section_problems(config))
     except OmegaConfBaseException as error:
@@ -244,22 +244,6 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     if found:
         raise ConfigError(found, advice)
     return job
-
-
-def _job_problems(job: checks.Job) -> list[Problem]:
-    """Check the sections, then the rules across them with the sections mended."""
-    found = list(collect(job))
-    known = {problem.path for problem in found}
-    mended = checks.mended(job, found)
-    across = checks.check(mended, _processes_of(mended))
-    return found + [problem for problem in across if problem.path not in known]
-
-
-def _processes_of(job: checks.Job) -> int:
-    """Return the number of processes that a job is checked for."""
-    if isinstance(job, CheckJob):
-        return job.processes
-    return node_counts.processes(job) if isinstance(job, SubmitJob) else world_size()
 
 
 def _is_missing(config: DictConfig, key: str) -> bool:
@@ -365,7 +349,7 @@ def reload(run_dir: Path) -> TrainJob:
     """
     job = load(run_dir)
     job.run_dir = str(run_dir)  # it may have moved
-    if found := _job_problems(job):
+    if found := list(checks.check(job, world_size())):
         raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")
     return job
 

@@ -1,17 +1,18 @@
 """How many nodes a submitted run can take: what the plan divides into, and every smaller number."""
 
 import math
+from collections.abc import Sequence
 
 from hybrid_train.config import degrees
 from hybrid_train.config.check_batch import SHARE_RULES
-from hybrid_train.config.phases import jobs_of
+from hybrid_train.config.phases import views_of
 from hybrid_train.config.schema.cluster import processes_per_node
 from hybrid_train.config.schema.submit import SubmitJob
 
 
 def unit(job: SubmitJob) -> int:
     """Return the number of nodes whose multiples the degrees of all phases can split."""
-    of_phases = [degrees.processes_unit(phase.parallel) for phase in jobs_of(job)]
+    of_phases = [degrees.processes_unit(phase.parallel) for phase in views_of(job)]
     own = processes_per_node(job.cluster)
     return math.lcm(*of_phases, own) // own
 
@@ -32,12 +33,21 @@ def legal(job: SubmitJob) -> list[int]:
     Args:
         job: a job that passes the checks on all its nodes; other rules ask for no number.
     """
-    most, own = nodes(job), processes_per_node(job.cluster)
-    phases, step = list(jobs_of(job)), unit(job)
-    fewest = job.cluster.min_nodes or most
+    whole = nodes(job)
+    return _legal_within(job, job.cluster.min_nodes or whole, whole)
+
+
+def most(jobs: Sequence[SubmitJob], available: int) -> int | None:
+    """Return the largest number of nodes, of those available, on which each job can run."""
+    legal = [set(_legal_within(job, 1, available)) for job in jobs]
+    return max(set.intersection(*legal), default=None) if legal else None
+
+
+def _legal_within(job: SubmitJob, fewest: int, largest: int) -> list[int]:
+    own, step, phases = processes_per_node(job.cluster), unit(job), list(views_of(job))
     return [
         count
-        for count in range(math.ceil(fewest / step) * step, most + 1, step)
+        for count in range(math.ceil(fewest / step) * step, largest + 1, step)
         if not any(
             problem
             for phase in phases

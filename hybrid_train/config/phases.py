@@ -6,7 +6,7 @@ tokens, says in which phase it is and how many of its sequences are done: there 
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_train.config.ramp import RunLength, global_batch, ramps, run_length
 from hybrid_train.config.schema.data import has_sources
@@ -129,12 +129,22 @@ def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
 
     A run without `data.sources` leaves the blends of its phases out, see `unread_sources`.
     """
-    current = copy.deepcopy(job)
-    current.train.phases = []
+    yield from map(copy.deepcopy, views_of(job))
+
+
+def views_of(job: TrainJob) -> Iterator[TrainJob]:
+    """Yield what `jobs_of` does, to look at alone: parts that do not change are those of the run.
+
+    The checks look at thousands of them while they search for a legal value.
+    """
+    current = copy.copy(job)
+    current.train = replace(job.train, phases=[])
     if not job.train.phases:
         yield current
     for number, phase in enumerate(job.train.phases):
-        current = copy.deepcopy(current)
+        current = copy.copy(current)
+        for section in ("train", "parallel", "data", "precision"):
+            setattr(current, section, copy.copy(getattr(current, section)))
         if number:  # the checks see to it that the batch has grown by then
             current.train.batch_ramp = BatchRamp()
         for name, path in SETTINGS.items():
@@ -143,11 +153,10 @@ def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
                 continue
             if value:
                 section, key = path.split(".")
-                setattr(getattr(current, section), key, copy.copy(value))
+                setattr(getattr(current, section), key, value)
         if phase.precision_exceptions is not None:
-            rules = [*phase.precision_exceptions, *job.precision.exceptions]
-            current.precision.exceptions = copy.deepcopy(rules)
-        current.schedule = copy.deepcopy(job.schedule)
+            current.precision.exceptions = [*phase.precision_exceptions, *job.precision.exceptions]
+        current.schedule = job.schedule
         if phase.constant_lr is not None:
             current.schedule = Schedule(peak_lr=phase.constant_lr)
         yield current

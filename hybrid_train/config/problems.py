@@ -14,13 +14,19 @@ class Problem:
     value: object
     rule: str
     nearest: object | None = None  # what the user could write instead; None if nothing is near
+    unit: int | None = None  # what the value must be a multiple of, for a rule that asks for that
+    beside: tuple[str, ...] = ()  # whole numbers elsewhere that the rule compares the value with
+    along: tuple[tuple[str, object], ...] = ()  # other settings that must change with it
 
     def under(self, prefix: str) -> "Problem":
         """Return the same problem with its path put below `prefix`."""
         return dataclasses.replace(self, path=f"{prefix}.{self.path}" if prefix else self.path)
 
     def __str__(self) -> str:
-        hint = "" if self.nearest is None else f"; nearest: {self.nearest}"
+        others = ", ".join(f"{path}={value}" for path, value in self.along)
+        words = "" if self.nearest is None else str(self.nearest)
+        words += f" with {others}" if words and others else others
+        hint = f"; nearest: {words}" if words else ""
         return f"{self.path} = {self.value}: {self.rule}{hint}"
 
 

@@ -4,13 +4,14 @@ The first rule that matches a product of a layer decides. Embedding, head, route
 convolutions and scans are no part of this: they are never quantized.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from hybrid_train.config.layer_ranges import layers_of
 from hybrid_train.config.pattern import parse
-from hybrid_train.config.schema.model import Model
+from hybrid_train.config.schema.model import Model, Moe, Mtp
 from hybrid_train.config.schema.precision import (
     Precision,
     PrecisionRule,
@@ -103,11 +104,59 @@ def modules_of(letter: str, model: Model) -> tuple[str, ...]:
 
 def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
     """Return the formats of every linear layer; the exceptions must be readable."""
-    num_layers = len(parse(model.pattern).main)
-    return {
-        linear: _formats(linear, precision.format, precision.exceptions, num_layers)
-        for linear in linears(model)
-    }
+    return dict(_known_formats(*_what_decides(model, precision)))
+
+
+def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozenset[ProductFormat]]:
+    """Return the formats of each kind of linear layer that has a quantized product in any layer."""
+    return _known_kinds(*_what_decides(model, precision))
+
+
+_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+_Decides = tuple[str, bool, tuple[bool, bool], ProductFormat, _Rules]
+
+
+def _what_decides(model: Model, precision: Precision) -> _Decides:
+    """Return all that formats depend on, to know them again."""
+    rules = tuple(
+        (one.format, one.layers, tuple(one.modules), tuple(one.products))
+        for one in precision.exceptions
+    )
+    parts = (model.moe.shared_intermediate_size is not None, model.moe.latent_size is not None)
+    return model.pattern, model.mtp.repeated_block, parts, precision.format, rules
+
+
+@lru_cache(maxsize=64)
+def _known_kinds(*decides: *_Decides) -> Mapping[str, frozenset[ProductFormat]]:
+    kinds: dict[str, frozenset[ProductFormat]] = {}
+    for linear, one in _known_formats(*decides).items():
+        if one.quantized:
+            kinds[linear.module] = kinds.get(linear.module, frozenset()).union(one.formats.values())
+    return kinds
+
+
+@lru_cache(maxsize=64)  # large models take 50 ms, and the checks ask again and again
+def _known_formats(
+    pattern: str, repeated: bool, parts: tuple[bool, bool], usual: ProductFormat, rules: _Rules
+) -> dict[Linear, Formats]:
+    """Return the formats that follow from all that they depend on.
+
+    Args:
+        pattern: of the model.
+        repeated: whether all MTP depths are one block.
+        parts: whether expert layers have a shared expert, and latent projections.
+        usual: format without an exception.
+        rules: format, layers, modules and products of each exception.
+    """
+    shared, latent = (1 if there else None for there in parts)
+    moe = Moe(shared_intermediate_size=shared, latent_size=latent)
+    model = Model(pattern=pattern, mtp=Mtp(repeated_block=repeated), moe=moe)
+    exceptions = [
+        PrecisionRule(format=format, layers=layers, modules=list(modules), products=list(products))
+        for format, layers, modules, products in rules
+    ]
+    num_layers = len(parse(pattern).main)
+    return {one: _formats(one, usual, exceptions, num_layers) for one in linears(model)}
 
 
 def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from hybrid_train.config import degrees, format_table
 from hybrid_train.config.check_files import data_is_chosen
+from hybrid_train.config.check_native import hardware_notes
 from hybrid_train.config.compose import world_size
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import Stretch, lay_out, unread_sources
@@ -64,6 +65,10 @@ def run(job: CheckJob) -> None:
             f"\nThe phases name sources ({', '.join(unread)}). Without data.sources all phases "
             "read the same data."
         )
+    if notes := hardware_notes(job):
+        page.print("\nEmulated this runs; a GPU that computes quantized products would refuse it:")
+        for note in notes:
+            page.print(f"  {note}", soft_wrap=True, highlight=False, markup=False)
     unset = list(data_is_chosen(job))
     if unset:
         page.print("\nStill to be set; the plan does not depend on it, but `train` will ask:")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from hybrid_train.config import compose
+from hybrid_train.config import compose, node_counts
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError
@@ -66,13 +66,13 @@ def _checked(lines: Sequence[str], *, is_array: bool) -> Submission:
             jobs.append(compose.compose("submit", one))
         except ConfigError as error:
             found += error.problems
-            found += _cluster_problems(_drafted(one), one)
+            found += _cluster_problems(_drafted(one), one, [])
     if not found:
         if any(job.cluster != jobs[0].cluster or job.run_dir != jobs[0].run_dir for job in jobs):
             rule = "an array has one cluster and one run_dir; submit the others by themselves"
             found.append(Problem("--multirun", "cluster or run_dir", rule))
         submission = Submission(jobs, Path(jobs[0].run_dir).absolute(), is_array)
-        found += _cluster_problems(jobs[0].cluster, lines)
+        found += _cluster_problems(jobs[0].cluster, lines, jobs)
         found += _folder_problems(submission)
         if not submission.legal_nodes:
             found.append(Problem("--multirun", "cluster.nodes", "there is no number for all runs"))
@@ -90,8 +90,15 @@ def _drafted(lines: Sequence[str]) -> Cluster | None:
     return drafted if isinstance(drafted, Cluster) else None
 
 
-def _cluster_problems(cluster: Cluster | None, lines: Sequence[str]) -> Iterator[Problem]:
+def _cluster_problems(
+    cluster: Cluster | None, lines: Sequence[str], jobs: Sequence[SubmitJob]
+) -> Iterator[Problem]:
     """Yield what SLURM itself knows of the cluster, where it is at hand.
+
+    Args:
+        cluster: that the jobs share; None if it has problems itself.
+        lines: overrides.
+        jobs: the jobs, if they have no problems.
 
     Raises:
         UserError: if there is a SLURM that does not answer, and the job is to be queued.
@@ -107,10 +114,12 @@ def _cluster_problems(cluster: Cluster | None, lines: Sequence[str]) -> Iterator
                 raise
             _say(f"the partition was not looked up: {str(error).splitlines()[0]}")
             return
-        yield from _partition_problems(cluster, known)
+        yield from _partition_problems(cluster, known, jobs)
 
 
-def _partition_problems(cluster: Cluster, known: dict[str, slurm.Partition]) -> Iterator[Problem]:
+def _partition_problems(
+    cluster: Cluster, known: dict[str, slurm.Partition], jobs: Sequence[SubmitJob]
+) -> Iterator[Problem]:
     """Yield what the partition cannot give; a job that waits for ever is refused here."""
     name = cluster.partition or next((one.name for one in known.values() if one.is_default), None)
     if name not in known:
@@ -121,7 +130,10 @@ def _partition_problems(cluster: Cluster, known: dict[str, slurm.Partition]) -> 
     if cluster.nodes is not None and (cluster.min_nodes or cluster.nodes) > partition.nodes:
         path = "cluster.nodes" if cluster.min_nodes is None else "cluster.min_nodes"
         rule = f"partition {name} has {partition.nodes} nodes"
-        yield Problem(path, cluster.min_nodes or cluster.nodes, rule, partition.nodes)
+        legal = node_counts.most(jobs, partition.nodes)
+        if jobs and legal is None:
+            rule += ", too few for the layout and the batch"
+        yield Problem(path, cluster.min_nodes or cluster.nodes, rule, legal)
     if partition.limit_s is not None and limit_s is not None and limit_s > partition.limit_s:
         most = f"{partition.limit_s // 60}"
         rule = f"partition {name} allows {most} minutes"
