@@ -242,7 +242,7 @@ class _Search:
             found |= {(middle + step) * unit for step in range(-reach, reach + 1)}
         found |= {2**power for power in range(13)}
         legal = (number for number in found if number > 0 and number != given)
-        return sorted(legal, key=lambda one: (abs(one - given), one not in hints, one))
+        return sorted(legal, key=lambda one: (abs(one - given), one not in hints[:1], one))
 
     def _look(self, values: Values) -> Iterator[Problem]:
         """Yield what is wrong with values in place.
