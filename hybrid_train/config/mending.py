@@ -241,9 +241,9 @@ class _Search:
             middle = given // unit
             found |= {(middle + step) * unit for step in range(-reach, reach + 1)}
         found |= {2**power for power in range(13)}
-        whole: int = given
         legal = (number for number in found if number > 0 and number != given)
-        return sorted(legal, key=lambda one: (abs(one - whole), one not in hints[:1], one))
+        nearest = sorted(legal, key=lambda one: (abs(one - given), one not in hints[:1], one))
+        return [*nearest]
 
     def _look(self, values: Values) -> Iterator[Problem]:
         """Yield what is wrong with values in place.
