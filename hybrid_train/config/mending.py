@@ -27,6 +27,7 @@ _WIDTH = 512  # numbers on each side of a value that are tried
 _MULTIPLES = 64  # the same, where a rule asks for multiples of a number
 _TRIES = 24  # values of a setting that keep its own rules and are tried on the others
 _TRIES_ALONE = 256
+_COMPARED_ALONE = 2000  # so that large jobs are answered in a second
 _ROUNDS = 40
 
 
@@ -66,6 +67,8 @@ def with_nearest(job: TrainJob, started: int, rules: Rules) -> list[Problem]:
         return []
     search.known = {problem.path for problem in found}
     values = search.smallest(search.solved(sound), sound)
+    # What a change brings to light is told too where nothing mends it.
+    found += [one for one in search.problems(values) if one.path not in search.known]
     return _lines(found, values, search)
 
 
@@ -97,6 +100,7 @@ class _Search:
     _units: dict[str, dict[int, None]] = field(default_factory=dict)  # multiples they asked for
     _given: dict[str, object] = field(default_factory=dict)  # what stands there
     _tried: set[tuple[str, str]] = field(default_factory=set)
+    _compared: int = 0  # values that were held against the rules of a setting
 
     def sound_sections(self) -> Values:
         """Return values that keep the limits of the sections; the rules may look at no others."""
@@ -176,11 +180,14 @@ class _Search:
         """
         if len(sections) > 1:
             return {}
+        most = self._compared + _COMPARED_ALONE
         often = sorted(self.known, key=lambda path: (-len(self._broken.get(path, ())), path))
         for path in list(sections) or [*often, *self.beside]:
             for value in islice(self._fitting(path, {}), _TRIES_ALONE):
                 if self.passes({path: value}):
                     return {path: value}
+            if self._compared > most:
+                break
         return {}
 
     def _nearest(self, path: str, others: Values, found: object) -> object:
@@ -211,6 +218,7 @@ class _Search:
         for value in self._candidates(path):
             if self.of_sections and self._unsound({**others, path: value}):
                 continue
+            self._compared += 1
             job, started = self._put(base, path, value)
             across = self.rules.across(job, processes_of(job, started), rules)
             broken = next((problem for problem, _ in across if problem.path == path), None)
@@ -234,7 +242,8 @@ class _Search:
             found |= {(middle + step) * unit for step in range(-reach, reach + 1)}
         found |= {2**power for power in range(13)}
         legal = (number for number in found if number > 0 and number != given)
-        return sorted(legal, key=lambda number: (abs(number - given), number))
+        nearest = sorted(legal, key=lambda one: (abs(one - given), one not in hints[:1], one))
+        return [*nearest]
 
     def _look(self, values: Values) -> Iterator[Problem]:
         """Yield what is wrong with values in place.

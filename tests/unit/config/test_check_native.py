@@ -3,13 +3,19 @@
 import copy
 
 import pytest
+import torch
 
 from hybrid_train.config import degrees
-from hybrid_train.config.check_native import MULTIPLES, NATIVE_RULES, quantized_linears
+from hybrid_train.config.check_native import (
+    MULTIPLES,
+    NATIVE_RULES,
+    hardware_notes,
+    quantized_linears,
+)
 from hybrid_train.config.checks import check
 from hybrid_train.config.compose import compose
 from hybrid_train.config.phases import jobs_of
-from hybrid_train.config.problems import Problem
+from hybrid_train.config.problems import ConfigError, Problem
 from hybrid_train.config.product_sizes import token_sizes
 from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.config.schema.precision import (
@@ -263,3 +269,32 @@ def test_a_published_recipe_runs_on_a_gpu(name: str, processes: int) -> None:
     assert quantized_linears(job)
     for phase in [job, *jobs_of(job)]:
         assert problems(phase, processes) == []
+
+
+def odd(device: Device, backend: Backend = Backend.auto) -> TrainJob:
+    """A job in FP8 with a width that no GPU takes."""
+    job = small(Precision(format=ProductFormat.fp8_blockwise, backend=backend))
+    job.model.mlp.intermediate_size = 81
+    job.runtime.device = device
+    return job
+
+
+def test_an_odd_size_is_refused_where_a_gpu_is_meant() -> None:
+    for job in (odd(Device.cuda), odd(Device.auto, Backend.native)):
+        assert [one.path for one in check(job, 1)] == ["model.mlp.intermediate_size"]
+        assert hardware_notes(job) == []
+
+
+def test_an_odd_size_is_a_note_where_products_are_emulated() -> None:
+    for job in (odd(Device.auto), odd(Device.cpu), odd(Device.cuda, Backend.emulated)):
+        assert list(check(job, 1)) == []
+        assert [one.path for one in hardware_notes(job)] == ["model.mlp.intermediate_size"]
+
+
+def test_a_gpu_that_is_found_refuses_what_was_a_note_before() -> None:
+    from hybrid_train.jobs.train import require_hardware
+
+    with pytest.raises(ConfigError, match="intermediate_size = 81"):
+        require_hardware(odd(Device.auto), torch.device("cuda"))
+    require_hardware(odd(Device.auto), torch.device("cpu"))
+    require_hardware(odd(Device.auto, Backend.emulated), torch.device("cuda"))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hybrid_train.config.checks import check
 from hybrid_train.config.compose import compose
 from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.problems import Problem, collect
+from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.model import stages
@@ -76,25 +76,16 @@ JOBS = st.fixed_dictionaries(CHOICES).map(lambda values: with_values(TINY, value
 
 
 def problems(job: CheckJob) -> list[Problem]:
-    sections = list(collect(job))
-    return sections or list(check(job, job.processes))
+    return list(check(job, job.processes))
 
 
-def mended(job: CheckJob, problem: Problem) -> CheckJob:
-    """Put the nearest value in place; test_checks.py does so by overrides, as a user would."""
+def mended(job: CheckJob, found: list[Problem]) -> CheckJob:
+    """Put all that is offered in place; test_checks.py does so by overrides, as a user would."""
     words = {"null": None, "true": True, "false": False}
-    value = problem.nearest
-    return with_values(job, {problem.path: words.get(value, value)})  # type: ignore[call-overload]
-
-
-def until_nothing_is_wrong(job: CheckJob) -> CheckJob | None:
-    """Take the first advice, look again, and so on; None if that does not end."""
-    for _ in range(30):
-        found = problems(job)
-        if not found:
-            return job
-        job = mended(job, found[0])
-    return None
+    offered = [(problem.path, problem.nearest) for problem in found]
+    offered += [pair for problem in found for pair in problem.along]
+    values = {path: value for path, value in offered if value is not None}
+    return with_values(job, {path: words.get(value, value) for path, value in values.items()})  # type: ignore[call-overload]
 
 
 @contextmanager
@@ -149,26 +140,15 @@ def test_what_passes_is_built_and_holds_what_the_plan_says(
     emulated: None, job: CheckJob, place: float
 ) -> None:
     # Most examples break a rule; with advice taken they are the odd layouts worth building.
-    sound = until_nothing_is_wrong(job)
-    assume(sound is not None)
-    assert sound is not None
+    sound = mended(job, problems(job))
     assume(sound.processes <= 96)
     built, planned = build(sound, rank=int(place * sound.processes))
     assert built == planned
 
 
-@settings(max_examples=300)
-@given(job=JOBS)
-def test_the_nearest_value_removes_its_problem(job: CheckJob) -> None:
-    assume(not list(collect(job)))
-    for problem in check(job, job.processes):
-        assert problem.nearest is not None, problem
-        changed = mended(job, problem)
-        left = check(changed, changed.processes)
-        assert (problem.path, problem.rule) not in [(p.path, p.rule) for p in left]
-
-
 @settings(max_examples=200)
 @given(job=JOBS)
-def test_taking_the_advice_leads_to_a_run_without_problems(job: CheckJob) -> None:
-    assert until_nothing_is_wrong(job) is not None
+def test_all_that_is_offered_taken_at_once_leaves_no_problem(job: CheckJob) -> None:
+    found = problems(job)
+    assert all(problem.nearest is not None or problem.along for problem in found)
+    assert problems(mended(job, found)) == []

@@ -142,7 +142,7 @@ def drawn(name: str, seed: str, number: int) -> tuple[TrainJob, int, list[str]]:
     return job, rng.choice((1, 2, 3, 6)) if number > 1 else 1, told
 
 
-@pytest.mark.parametrize(("number", "draws"), [(1, 24), (2, 12)])
+@pytest.mark.parametrize(("number", "draws"), [(1, 28), (2, 8)])
 @pytest.mark.parametrize("name", ROOTS)
 def test_all_that_is_offered_makes_a_job_pass_in_one_line_for_one_wrong_value(
     name: str, number: int, draws: int
@@ -154,7 +154,7 @@ def test_all_that_is_offered_makes_a_job_pass_in_one_line_for_one_wrong_value(
         left = checks.check(*taken(job, started, found)) if found else ()
         assert not [str(one) for one in left if one.path not in unmended], told
         # A ramp that is set needs two settings more.
-        if number == 1 and "batch_ramp.tokens" not in told[0]:
+        if number == 1 and not unmended and "batch_ramp.tokens" not in told[0]:
             assert len(found) <= 1, (told, found)
 
 
