@@ -8,7 +8,7 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2 or, with TE in f
 Transformer Engine 2.20.2.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from hybrid_train.config.layer_ranges import is_range
@@ -65,7 +65,7 @@ def hardware_notes(job: TrainJob) -> list[Problem]:
     """
     if is_native(job):
         return []
-    rules = NATIVE_RULES
+    rules: tuple[Callable[[TrainJob, int], Iterator[Problem]], ...] = NATIVE_RULES
     if job.precision.backend is Backend.emulated or job.runtime.device is Device.cpu:
         rules = (sizes_fit_the_formats,)
     meant = on_a_gpu(job)
