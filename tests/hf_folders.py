@@ -48,6 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "num_attention_heads": 6,
         "mamba_head_dim": 20,
+        "layer_norm_epsilon": 1e-3,
     },
     "Nano 3, experts": {"pattern": "MEM*EME", **_MOE},
     "Super, latent experts, MTP": {"pattern": "MEM*EME", **_MOE, "moe_latent_size": 16, **_MTP},

@@ -132,6 +132,7 @@ def _build_chunk(
     )
     model.model_type = ModelType.encoder_or_decoder
     megatron.mark_mtp_routers(model)
+    megatron.use_norm_eps(model, job.model.norm_eps)
     megatron.begin_in_float32(model)
     return model.to(torch.cuda.current_device())
 

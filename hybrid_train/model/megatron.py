@@ -221,6 +221,15 @@ def mamba_mixers(model: torch.nn.Module) -> list[Any]:
     return [part for part in model.modules() if isinstance(part, mamba_mixer.MambaMixer)]
 
 
+def use_norm_eps(model: torch.nn.Module, eps: float) -> None:
+    """Have the gated norms of Mamba layers take the model's epsilon.
+
+    Core 0.19.2 gives them 1e-5 whatever layernorm_epsilon says (mamba_mixer.py 419).
+    """
+    for mixer in mamba_mixers(model):
+        mixer.norm.eps = eps
+
+
 def static_context(num_sequences: int, max_length: int) -> Any:
     """Return an empty cache of Megatron for sequences of equal length, decoded together."""
     return StaticInferenceContext(num_sequences, max_length)
