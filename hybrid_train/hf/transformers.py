@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from hybrid_train.config.pattern import parse
+from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.model import Model
 
 _NO_LIMIT = 1e-30  # its logarithm exists
@@ -19,7 +21,15 @@ def load(folder: Path, model: Model) -> NemotronHForCausalLM:
     Args:
         folder: with config.json and safetensors files; checked before (`hf/read.py`).
         model: what its config.json says, the former spellings of keys included.
+
+    Raises:
+        UserError: if it cannot run the model.
     """
+    if "E" in parse(model.pattern).main and model.moe.experts == 1:
+        raise UserError(
+            "transformers 5.23 cannot run a single expert (n_routed_experts is 1; "
+            "modeling_nemotron_h.py 777): verify with logits=false compares the tensors"
+        )
     config = NemotronHConfig.from_pretrained(folder, local_files_only=True)
     _mend(config, model)
     config._attn_implementation = "eager"

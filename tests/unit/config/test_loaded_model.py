@@ -48,8 +48,14 @@ def problems(*lines: str) -> dict[str, Problem]:
     return found
 
 
-@pytest.mark.parametrize("place", ["run", "run/checkpoints/step_00000007"])
-@pytest.mark.parametrize("experiment", [TINY, "experiment=ladder_3m", "data=streams"])
+@pytest.mark.parametrize(
+    ("experiment", "place"),
+    [
+        (TINY, "run"),
+        ("experiment=ladder_3m", "run/checkpoints/step_00000007"),
+        ("data=streams", "run"),
+    ],
+)
 def test_the_model_is_that_of_the_run_whatever_the_experiment_says(
     saved: TrainJob, load: list[str], tmp_path: Path, place: str, experiment: str
 ) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hybrid_train.config.problems import UserError
+from hybrid_train.config.schema.model import Model, Moe
 from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.read import import_folder
@@ -55,3 +57,9 @@ def test_transformers_is_compared_with_the_former_spellings_of_a_config_too(tmp_
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load(folder, hf_config.to_model(config, folder))
     assert loaded.model.norm_f.variance_epsilon == 0.5
+
+
+def test_a_single_expert_is_said_to_be_beyond_transformers(tmp_path: Path) -> None:
+    model = Model(pattern="ME", hidden_size=8, moe=Moe(experts=1, top_k=1))
+    with pytest.raises(UserError, match=r"cannot run a single expert .* logits=false"):
+        load(tmp_path, model)
