@@ -26,7 +26,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, node_counts, overrides, registry
+from hybrid_train.config import checks, node_counts, overrides, own_conf, registry, yaml_files
+from hybrid_train.config.command_text import setting
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.check import CheckJob
@@ -66,6 +67,7 @@ class Draft:
     config: DictConfig
     problems: list[Problem]
     wrong_groups: set[str]  # groups whose choice does not exist
+    files: yaml_files.Walk  # that were composed
 
 
 def conf_dir() -> Path:
@@ -88,13 +90,25 @@ def conf_dir() -> Path:
     )
 
 
+def conf_folders(own: Sequence[Path] = ()) -> list[Path]:
+    """Return every folder of YAML files, that of the program first."""
+    return [conf_dir(), *own, *own_conf.folders(conf_dir())]
+
+
 @contextmanager
-def config_loader(job_name: str) -> Iterator[ConfigLoader]:
-    """Open Hydra on the conf folder for as long as the block lasts."""
+def config_loader(job_name: str, own: Sequence[Path] = ()) -> Iterator[ConfigLoader]:
+    """Open Hydra on the conf folders for as long as the block lasts.
+
+    Args:
+        job_name: name of a root in `conf/`.
+        own: folders of the user's own beside those of `own_conf.folders`.
+    """
     registry.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), job_name=job_name, version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+        loader = GlobalHydra.instance().config_loader()
+        own_conf.add_folders(loader, conf_folders(own)[1:])
+        yield loader
 
 
 def group_names(job_name: str) -> list[str]:
@@ -111,30 +125,58 @@ def group_names(job_name: str) -> list[str]:
 
 def draft(job_name: str, lines: Sequence[str]) -> Draft:
     """Compose without checks; settings that do not fit are left out and reported."""
-    with config_loader(job_name) as loader:
-        groups = group_names(job_name)
-        words = GROUP_WORDS.get(job_name, {})
-        given = overrides.read(spelt_out(job_name, lines), groups, RAW_KEYS.get(job_name, ()))
-        problems, wrong, choices = given.problems, set(), []
-        # With folders of the user's own, Hydra itself says which choices there are.
-        own_folders = any(one.key_or_group == "hydra.searchpath" for one in given.groups)
-        for override in given.groups:
-            problem = None if own_folders else _wrong_choice(loader, override)
-            if problem is None:
-                choices.append(str(override.input_line))
-            else:
-                word = {group: word for word, group in words.items()}.get(problem.path)
-                problems.append(dataclasses.replace(problem, path=word or problem.path))
-                wrong.add(override.key_or_group)
-        try:
-            config = hydra_compose(job_name, choices)
-        except _COMPOSE_ERRORS as error:
-            raise ConfigError([*problems, _composition_problem(error)]) from error
+    groups = group_names(job_name)
+    rest, own = own_conf.taken_out(lines)
+    given = overrides.read(spelt_out(job_name, rest), groups, RAW_KEYS.get(job_name, ()))
+    problems = given.problems
+    with config_loader(job_name, own) as loader:
+        chosen = [(one, _wrong_choice(loader, one)) for one in given.groups]
+        problems += [problem for _, problem in chosen if problem is not None]
+        choices = [_as_read(one) for one, problem in chosen if problem is None]
+        files = yaml_files.walk(job_name, choices, conf_folders(own))
+        config = _composed(job_name, choices, problems, files)
     for override in given.values:
         problems.extend(overrides.set_value(config, override, groups))
     for key, texts in given.texts.items():
         OmegaConf.update(config, key, texts)
-    return Draft(config, problems, wrong)
+    return Draft(config, *_in_words(job_name, problems, groups), files)
+
+
+def _as_read(choice: Override) -> str:
+    """Write a choice as Hydra reads it; the user may have left out quotes."""
+    line = str(choice.input_line)
+    return line if choice.is_delete() else setting(line.partition("=")[0], choice.value())
+
+
+def _composed(
+    job_name: str, choices: list[str], problems: Sequence[Problem], files: yaml_files.Walk
+) -> DictConfig:
+    """Compose the choices.
+
+    Raises:
+        ConfigError: if the files are faulty, or do not fit.
+    """
+    if files.problems:
+        raise ConfigError([*problems, *files.problems])
+    try:
+        return hydra_compose(job_name, choices)
+    except (*_COMPOSE_ERRORS, ValueError) as error:  # Hydra's own of a choice that is no name
+        raise ConfigError([*problems, yaml_files.explained(error, files)]) from error
+
+
+def _in_words(
+    job_name: str, problems: list[Problem], groups: Sequence[str]
+) -> tuple[list[Problem], set[str]]:
+    """Name groups by their words, and tell of which of them nothing right was chosen."""
+    words = {group: word for word, group in GROUP_WORDS.get(job_name, {}).items()}
+    wrong = {
+        group
+        for group in groups
+        for one in problems
+        if one.path == group or str(one.nearest).startswith(f"{group}=")
+    }
+    unique = [one for number, one in enumerate(problems) if one not in problems[:number]]
+    return [dataclasses.replace(one, path=words.get(one.path, one.path)) for one in unique], wrong
 
 
 def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
@@ -149,24 +191,14 @@ def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
 def _wrong_choice(loader: ConfigLoader, override: Override) -> Problem | None:
     """Return a problem if the group has no such choice."""
     choice = override.value()
-    if override.is_hydra_override() or override.is_delete() or choice is None:
+    if override.is_delete():
         return None
     options = loader.get_group_options(override.key_or_group)
     if choice in options:
         return None
     rule = f"must be one of {', '.join(options)}"
-    return Problem(override.key_or_group, choice, rule, nearest(str(choice), options))
-
-
-def _composition_problem(error: BaseException) -> Problem:
-    """Turn what Hydra says about files and values into one problem: the key, the file, why."""
-    text = " ".join(line.strip() for line in str(error).splitlines())
-    rule, _, rest = text.partition(" Config search path:")[0].partition("full_key: ")
-    inner: BaseException | None = error
-    while inner is not None and not rest:  # Hydra leaves the key to the exception inside its own
-        rest = getattr(inner, "full_key", None) or ""
-        inner = inner.__cause__ or inner.__context__
-    return Problem(rest.split()[0] if rest else "conf", "(as composed)", rule.strip())
+    value = "null" if choice is None else choice if isinstance(choice, str) else str(choice)
+    return Problem(override.key_or_group, value, rule, nearest(value, options))
 
 
 @overload
@@ -201,10 +233,11 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
         else:
             found = list(_section_problems(config))
     except OmegaConfBaseException as error:
-        found = [_composition_problem(error)]
+        found = [yaml_files.explained(error, composed.files)]
     advice = ""
     if missing and not composed.wrong_groups:  # a wrong choice leaves its section empty
-        found.extend(Problem(key, "???", "is not set") for key in missing)
+        rule = "are not set" if len(missing) > 1 else "is not set"
+        found.append(Problem(", ".join(missing), "???", rule))
         typed = job_name.replace("_", " ", 1)
         advice = _WHAT_IS_READY.get(job_name, f"`hybrid-train {typed} --help` lists the settings")
     refused = {problem.path for problem in composed.problems}  # left out, so reported once
@@ -321,7 +354,7 @@ def load(run_dir: Path) -> TrainJob:
             _choose_kind(typed, saved, str(group))
         return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
     except _COMPOSE_ERRORS as error:
-        raise ConfigError([_composition_problem(error)], f"read from {path}") from error
+        raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
 
 
 def reload(run_dir: Path) -> TrainJob:

@@ -17,7 +17,7 @@ from omegaconf.nodes import EnumNode
 
 from hybrid_train.config.compose import (
     GROUP_WORDS,
-    conf_dir,
+    conf_folders,
     config_loader,
     draft,
     group_names,
@@ -47,12 +47,17 @@ def choices(job_name: str) -> dict[str, dict[str, str]]:
 
 def descriptions(group: str) -> dict[str, str]:
     """Return the files of a group by name, each with its first comment."""
-    return {file.stem: _first_comment(file) for file in sorted((conf_dir() / group).glob("*.yaml"))}
+    found = [file for folder in conf_folders() for file in sorted((folder / group).glob("*.yaml"))]
+    return {file.stem: _first_comment(file) for file in sorted(found, key=lambda one: one.stem)}
 
 
 def _first_comment(file: Path) -> str:
     """Return the first comment of a YAML file that is no directive to Hydra."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError as error:
+        return f"(cannot be read: {error.strerror})"
+    for line in lines:
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").rstrip()
     return ""

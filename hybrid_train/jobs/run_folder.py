@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import compose
+from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import FIXED, lay_out
 from hybrid_train.config.problems import UserError
@@ -77,7 +78,7 @@ def require_same_run(job: TrainJob) -> None:
         raise UserError(
             f"{run_dir} belongs to a run with another config:\n{lines}\n"
             "Choose another run_dir=..., or start from its weights: "
-            f"checkpoint.load={run_dir} checkpoint.load_only=weights run_dir=..."
+            f"{typed(setting('checkpoint.load', run_dir))} checkpoint.load_only=weights run_dir=..."
         )
     for key, old, new in changes:
         _log.info("%s: %s before, %s from here on", key, old, new)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.config import compose
+from hybrid_train.config.command_text import setting
 from hybrid_train.config.phases import lay_out
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.study import StudyJob
@@ -92,7 +93,7 @@ def _of_seed(
     """Give the job of a variant a seed and a folder, without composing it again."""
     job = copy.deepcopy(composed)
     job.train.seed, job.run_dir = seed, f"{run_dir}/{variant}/seed_{seed}"
-    own = [f"train.seed={seed}", f'run_dir="{job.run_dir}"']
+    own = [f"train.seed={seed}", setting("run_dir", job.run_dir)]
     return PlannedRun(variant, seed, [*lines, *own], job)
 
 
