@@ -6,7 +6,7 @@ Nothing is written and no process group is needed: every process composes for it
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from hybrid_train.config.problems import ConfigError, Problem, UserError, collec
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked, masked_data
@@ -42,6 +43,7 @@ FROZEN_NAME = "config.yaml"  # of the config in a run folder
 RAW_KEYS = {
     "generate": ("prompt",),
     "study": ("overrides",),
+    "resume": ("overrides",),
     "data_train_tokenizer": ("input", "special_tokens"),
     **dict.fromkeys(
         ("data_tokenize", "data_merge", "data_split", "data_inspect", "data_count", "data_verify"),
@@ -180,7 +182,16 @@ def _in_words(
 
 
 def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
-    """Put the name of a group in place of its word: name=precision -> study=precision."""
+    """Put the name of a group, or of the setting that is meant, in place of a word.
+
+    name=precision -> study=precision; resume: train.tokens=2M -> overrides=train.tokens=2M.
+    """
+    if job_name == "resume":  # every setting but its own is one of the run
+        own = {field.name for field in dataclasses.fields(ResumeJob)}
+        is_own = [line.lstrip("+").partition("=")[0] in own for line in lines]
+        return [
+            line if mine else f"overrides={line}" for line, mine in zip(lines, is_own, strict=True)
+        ]
     groups = GROUP_WORDS.get(job_name, {})
     keys_and_rest = [(line.partition("=")[0], line) for line in lines]
     return [
@@ -357,14 +368,19 @@ def load(run_dir: Path) -> TrainJob:
         raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
 
 
-def reload(run_dir: Path) -> TrainJob:
+def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) -> TrainJob:
     """Read the config of a run and check it for the processes that are here.
+
+    Args:
+        run_dir: the run folder.
+        change: what becomes of the config before it is checked.
 
     Raises:
         UserError: if the folder has no config.
         ConfigError: with every problem found.
     """
-    job = load(run_dir)
+    saved = load(run_dir)
+    job = change(saved) if change else saved
     job.run_dir = str(run_dir)  # it may have moved
     if found := _job_problems(job):
         raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")

@@ -50,6 +50,11 @@ _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 _log = logging.getLogger(__name__)
 
 
+def may_change(key: str) -> bool:
+    """Tell whether a setting, or a whole group as `runtime.`, may change when a run goes on."""
+    return key.startswith(_MAY_CHANGE)
+
+
 def require_same_run(job: TrainJob) -> None:
     """Refuse a folder that holds something else; say what goes on with other values.
 
