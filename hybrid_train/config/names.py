@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 _ALIKE = 0.6  # share of letters that two names have in common
+_ALIKE_SECTION = 0.5  # of sections, where the last part is the same
 _ALIKE_PART = 0.7  # of two parts of dotted names, which are short
 
 
@@ -24,7 +25,8 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
     for full in sorted(known):
         other_section, _, other = full.rpartition(".")
         parts = (_likeness(name, other), _likeness(section, other_section))
-        if parts[0] == 1 or min(parts) >= _ALIKE_PART:
+        is_same = parts[0] == 1 and (not section or parts[1] >= _ALIKE_SECTION)
+        if is_same or min(parts) >= _ALIKE_PART:
             scores[full] = sum(parts)
     return max(scores, key=lambda full: scores[full]) if scores else None
 

@@ -5,6 +5,7 @@ import functools
 import keyword
 import math
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,12 +27,13 @@ OWN_FILE = "conf/experiment/NAME.yaml, taken by experiment=NAME"
 _ASSIGNMENT = re.compile(r"(?:\+{0,2})([A-Za-z_][\w./@:-]*)=(.*)", re.DOTALL)
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
 _MOST = 500  # settings of a command line; each takes milliseconds to read
+_MOST_BRACKETS = 1000
 _NOT_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes of the command line that are not UTF-8
 # Of a list: texts in quotes, letters that structure it, and what stands between.
 _PARTS = re.compile(
     r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[\]{}(),]|[^\[\]{}(),"']+|.)""", re.DOTALL
 )
-_HYDRA_RULE = "Hydra's own settings do nothing here; leave it out"
+HYDRA_RULE = "Hydra's own settings do nothing here; leave it out"
 _INSTEAD_OF_HYDRA = {
     "hydra.run.dir": "Hydra writes nothing here; run_dir=PATH is the folder of a run",
     "hydra.sweep.dir": "Hydra writes nothing here; of several runs number N gets run_dir/N",
@@ -65,7 +67,7 @@ def read(lines: Sequence[str], groups: Collection[str], raw_keys: Collection[str
         match = _ASSIGNMENT.fullmatch(line)
         if _NOT_TEXT.search(line):
             key, _, value = map(_printable, line.partition("="))
-            given.problems.append(Problem(key, value, "is not UTF-8; write or name it in UTF-8"))
+            given.problems.append(Problem(key, value, _not_text()))
         elif match and match[1] in raw_keys:
             given.texts.setdefault(match[1], []).append(match[2])
         elif match is None and _DELETION.fullmatch(line) is None:
@@ -81,6 +83,12 @@ def read(lines: Sequence[str], groups: Collection[str], raw_keys: Collection[str
     return given
 
 
+def _not_text() -> str:
+    encoding = sys.getfilesystemencoding()
+    hint = "" if encoding == "utf-8" else "; with PYTHONUTF8=1 it may be UTF-8"
+    return f"has bytes that are no text in {encoding}{hint}"
+
+
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -93,7 +101,7 @@ def _sort(line: str, given: Given, groups: Collection[str]) -> None:
         return
     key, text = override.key_or_group, _text(override)
     if override.is_hydra_override():
-        given.problems.append(Problem(key, text, _INSTEAD_OF_HYDRA.get(key, _HYDRA_RULE)))
+        given.problems.append(Problem(key, text, _INSTEAD_OF_HYDRA.get(key, HYDRA_RULE)))
     elif key in groups and override.package is not None:
         rule = f"a choice of {key} has one place; write {key}={text}"
         given.problems.append(Problem(f"{key}@{override.package}", text, rule))
@@ -116,6 +124,8 @@ def parse(line: str, *, is_sweep: bool = False) -> Override | Problem:
         is_sweep: whether commas do separate values.
     """
     key, _, value = line.lstrip("+~").partition("=")
+    if sum(map(value.count, "[{(")) > _MOST_BRACKETS:  # Hydra would read for minutes
+        return Problem(key, value, "has too many brackets to be read; write it into a file")
     before = line[: len(line) - len(value)]
     try:
         # What looks like a list and is none is text as a whole: the setting says which it can be.

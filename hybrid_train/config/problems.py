@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+_LONGEST = 300  # letters of a value that a message repeats
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -21,7 +23,10 @@ class Problem:
 
     def __str__(self) -> str:
         hint = "" if self.nearest is None else f"; nearest: {self.nearest}"
-        return f"{self.path} = {self.value}: {self.rule}{hint}"
+        value = str(self.value)
+        if len(value) > _LONGEST:
+            value = f"{value[:_LONGEST]}... ({len(value):,} letters)"
+        return f"{self.path} = {value}: {self.rule}{hint}"
 
 
 DISK = "disk"  # kind of the errors of a disk that is full, or refuses

@@ -20,6 +20,7 @@ from hybrid_train.config.schema.train import TrainJob
 
 GLOBAL_GROUPS = ("experiment", "study")  # their files set keys of the whole job
 _HEADER = re.compile(r"#\s*@package\s*_global_\s*")
+_NO_TEXT = re.compile("[\ud800-\udfff\0]")
 _MOST_VALUES = 100_000  # of a file, aliases written out
 _DEEPEST = 100
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -62,6 +63,7 @@ class Walk:
             content = _mapping(there[0])
             self.files[name] = there[0], content
             _require_header(name, there[0])
+            _refuse_hydra(content)
             for group, choice, line in _included(name, content):
                 self._follow(name, f"{group}/{choice}" if group else choice, line)
         except OSError as error:
@@ -96,7 +98,11 @@ class Walk:
 
     def place(self, key: str) -> tuple[str, str] | None:
         """Return file and line, and the value, of a dotted key; None if no file sets it."""
-        for name, (file, content) in reversed(self.files.items()):
+        root, *rest = self.files
+        # An experiment has the last word, and what includes another file the last but one.
+        rest.sort(key=lambda name: name.partition("/")[0] not in GLOBAL_GROUPS)
+        for name in (*rest, root):
+            file, content = self.files[name]
             group = name.partition("/")[0]
             for path in (key, key.removeprefix(f"{group}.")):
                 node = _at(content, path.split("."))
@@ -104,6 +110,11 @@ class Walk:
                     value = node.value if isinstance(node, yaml.ScalarNode) else "(a section)"
                     return f"{file}, line {node.start_mark.line + 1}", value
         return None
+
+    def named_in(self, text: str) -> str | None:
+        """Return the file that a text of Hydra names, as in: In 'experiment/mine': ..."""
+        named = re.match(r"In '([^']*)'", text)
+        return str(self.files[named[1]][0]) if named and named[1] in self.files else None
 
 
 def walk(job_name: str, choices: Sequence[str], folders: Sequence[Path]) -> Walk:
@@ -131,16 +142,17 @@ def explained(error: BaseException, files: Walk | None = None) -> Problem:
     while inner is not None and not rest:  # Hydra leaves the key to the exception inside its own
         rest = getattr(inner, "full_key", None) or ""
         inner = inner.__cause__ or inner.__context__
-    key, rule = rest.split()[0] if rest else "conf", rule.strip()
-    place = files and files.place(key)
-    if not place:
-        return Problem(key, "(as composed)", rule)
-    if re.search(r"Key '.*' not in '", rule):
+    key = rest.split()[0] if rest and not rest.startswith("object_type=") else ""
+    place = files.place(key) if files and key else None
+    file = files.named_in(rule) if files else None
+    where, value = place or (file, "(as composed)")
+    rule = rule.rpartition("composing config: ")[2].strip() or "is nothing that can be read"
+    if re.search(r"Key '.*' not in '", rule) and where:
         known = overrides.setting_names(OmegaConf.structured(TrainJob))
-        return Problem(
-            key, place[1], f"{place[0]}: there is no such setting", nearest_key(key, known)
-        )
-    return Problem(key, place[1], f"{place[0]}: {rule.rpartition('composing config: ')[2]}")
+        return Problem(key, value, f"{where}: there is no such setting", nearest_key(key, known))
+    if not key and where:
+        return Problem(where, "(its settings)", f"a value of another kind is wanted: {rule}")
+    return Problem(key or "conf", value, f"{where}: {rule}" if where else rule)
 
 
 def text_of(path: Path) -> str:
@@ -201,6 +213,8 @@ def _count(node: yaml.Node, known: dict[int, int], above: list[int]) -> int:
         raise _FaultError("has an alias (*) that stands within its own anchor (&)", line)
     if len(above) > _DEEPEST:
         raise _FaultError("is nested too deeply", line)
+    if isinstance(node, yaml.ScalarNode) and _NO_TEXT.search(node.value):
+        raise _FaultError("has a letter that no text can have", line)
     if id(node) not in known:
         below = list(_children(node))
         known[id(node)] = 1 + sum(_count(one, known, [*above, id(node)]) for one in below)
@@ -218,6 +232,9 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 raise _FaultError("has a list or a section as a key", line)
+            if not key.tag.endswith((":str", ":merge")):
+                rule = f"is a key that YAML reads as {key.tag.rpartition(':')[2]}; put it in quotes"
+                raise _FaultError(rule, line, key.value)
             if key.value in seen:
                 raise _FaultError("this key stands there twice", line, key.value)
             seen.add(key.value)
@@ -233,6 +250,12 @@ def _require_header(name: str, path: Path) -> None:
         return
     rule = "lacks the first line `# @package _global_`; without it all of it lands in"
     raise _FaultError(f"{rule} {group}.*", 1)
+
+
+def _refuse_hydra(content: yaml.MappingNode) -> None:
+    for key, _ in content.value:
+        if key.value == "hydra":
+            raise _FaultError(overrides.HYDRA_RULE, key.start_mark.line + 1, "hydra")
 
 
 def _included(name: str, content: yaml.MappingNode) -> Iterator[tuple[str, str, int]]:
@@ -260,6 +283,8 @@ def _entry(
     """Yield what one entry of a defaults list names, unless it is a schema or nothing."""
     where = (key or "").removeprefix("override ").removeprefix("optional ").strip()
     place, choice = where.partition("@")[0], value.value.partition("@")[0]
+    if place.lstrip("/").startswith("hydra"):
+        raise _FaultError(overrides.HYDRA_RULE, line, place)
     is_nothing = value.tag.endswith(":null") or choice in ("_self_", "???") or "${" in choice
     if is_nothing or "schema/" in place + choice or "optional " in (key or ""):
         return

@@ -137,6 +137,8 @@ def test_experiments_of_ones_own_may_lie_elsewhere(tmp_path: Path) -> None:
     [
         ("\ntrian: {tokens: 1}\n", "trian", "mine.yaml, line 3: there is no such setting"),
         ("train:\n  tokns: 1\n", "train.tokns", "mine.yaml, line 3: there is no such setting"),
+        ("train: {phases: [{nme: 1}]}\n", "nme", "mine.yaml: there is no such setting"),
+        ("defaults: [tiny_cpu]\ntrain: null\n", "train", "mine.yaml, line 3: field 'train'"),
         ("train: {seed: x}\n", "train.seed", "mine.yaml, line 2: Value 'x' of type 'str' could"),
         ("train: {tokens: '${run_dir}'}\nrun_dir: ${train.tokens}", "train.tokens", "line 2"),
     ],

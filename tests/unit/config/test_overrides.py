@@ -88,6 +88,8 @@ def test_a_sweep_takes_such_letters_too() -> None:
         ("~nothing", "nothing", "there is no such setting"),
         ("optimizer.no_decay=[norms", "optimizer.no_decay", "must be a list"),
         ("optimizer.no_decay=norms", "optimizer.no_decay", "must be a list"),
+        ("train.phases=" + "[" * 20_000, "train.phases", "too many brackets"),
+        ("train.phases.0.name=x", "train.phases.0.name", "there is no such setting"),
         ("=x", "=x", "write settings as KEY=VALUE"),
         (".a=1", ".a=1", "write settings as KEY=VALUE"),
         ("++", "++", "write settings as KEY=VALUE"),
@@ -98,9 +100,11 @@ def test_a_sweep_takes_such_letters_too() -> None:
         ("experiment=quickstart,tiny_cpu", "experiment", "several choices need --multirun"),
         ("train.seed=1,2", "train.seed", "several values need --multirun"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_one_mistake_is_one_line(line: str, path: str, rule: str) -> None:
     found = problem(line)
+    assert len(str(found)) < 1000
     assert found.path == path
     assert rule in found.rule
 

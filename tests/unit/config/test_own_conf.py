@@ -95,6 +95,18 @@ def test_help_lists_the_choices_of_ones_own(project: Path) -> None:
     assert "quickstart" in describe.choices("train")["experiment"]
 
 
+def test_a_file_that_cannot_be_composed_is_left_out_of_the_table_and_told(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(project / "conf", "experiment/half", "# @package _global_\nmodel: {mlp: 1}\n")
+    (folder / "experiment" / "broken.yaml").write_text("- a\n")
+    assert cli.main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    assert "\nquickstart " in text
+    assert f"broken is left out: {folder}/experiment/broken.yaml" in text
+    assert f"half is left out: {folder}/experiment/half.yaml" in text
+
+
 def test_a_name_that_the_program_has_is_refused_as_soon_as_it_is_used(project: Path) -> None:
     written(project / "conf", "model/tiny", "hidden_size: 8\n")
     compose("train", ["experiment=quickstart"])  # does not read it

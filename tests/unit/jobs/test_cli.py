@@ -138,7 +138,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", QUICKSTART, "hydra/job_logging=none"), "Hydra's own settings do nothing here"),
         (("train", QUICKSTART, "hydra.searchpath=[x]"), "x: there is no such folder"),
         (("train", QUICKSTART, "hydra.searchpath=x"), "must be a list of folders"),
-        (("train", QUICKSTART, "run_dir=\udcff"), "run_dir = \\udcff: is not UTF-8"),
+        (("train", QUICKSTART, "run_dir=\udcff"), "run_dir = \\udcff: has bytes that are no text"),
         (("train", QUICKSTART, *(f"a.b{n}=1" for n in range(600))), "are too many"),
     ],
 )
