@@ -340,7 +340,7 @@ def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
         UserError: if the folder has no config, or it is damaged.
     """
     path = _frozen(run_dir)
-    text = path.read_text(encoding="utf-8")
+    text = yaml_files.text_of(path)
     try:
         plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
@@ -359,7 +359,7 @@ def load(run_dir: Path) -> TrainJob:
     """
     path = _frozen(run_dir)
     try:
-        saved = OmegaConf.load(path)
+        saved = OmegaConf.create(yaml_files.text_of(path))
         typed = OmegaConf.structured(TrainJob)
         for group in typed:
             _choose_kind(typed, saved, str(group))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import keyword
 import math
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -202,10 +203,17 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
     if isinstance(node, StringNode) and isinstance(value, int | float | list | dict):
         value = text  # 2M, 1e6, 0123 and [a] stay as written where a text is wanted
     try:
-        _update(config, key, value)
+        _update(config, key, _at_home(value))
     except OmegaConfBaseException as error:
         rule, near = _type_rule(node, text, error)
         yield Problem(key, text, rule, near)
+
+
+def _at_home(value: Any) -> Any:
+    """Put the home folder in place of ~/, as bash does in `run_dir=~/runs/x`; zsh does not."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if str(value).startswith("~/") else value
 
 
 def _text(override: Override) -> str:

@@ -189,6 +189,10 @@ def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
     Raises:
         UserError: if it cannot run.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working folder is gone; cd to one that is there") from error
     options = _parser().parse_intermixed_args(arguments)
     if options.version:
         return _version

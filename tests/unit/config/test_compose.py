@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import registry
-from hybrid_train.config.compose import compose, conf_dir, draft, freeze, group_names, load, to_yaml
+from hybrid_train.config.compose import (
+    compose,
+    conf_dir,
+    draft,
+    freeze,
+    group_names,
+    load,
+    read_frozen,
+    to_yaml,
+)
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.runtime import Device
@@ -177,6 +186,16 @@ def test_a_frozen_config_that_does_not_fit_says_where(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text.replace("kind: cosine", "kind: zigzag"))
     with pytest.raises(ConfigError, match="must be one of constant, cosine, wsd"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data", ["run_dir: läuft".encode("latin-1"), b"\xff\xfer\x00", b"\xef\xbb\xbf"]
+)
+def test_a_frozen_config_that_is_no_text_is_told(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(data)
+    for read in (load, read_frozen):
+        with pytest.raises(UserError, match=r"config\.yaml, line 1: "):
+            read(tmp_path)
 
 
 def test_a_conf_folder_that_is_not_there_is_named(

@@ -151,6 +151,17 @@ def test_what_cannot_run_is_explained_without_a_traceback(
     assert "Traceback" not in told
 
 
+def test_a_working_folder_that_is_gone_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["train", QUICKSTART]) == 2
+    assert "the working folder is gone" in capsys.readouterr().err
+
+
 def test_only_the_first_process_explains_a_wrong_config(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
