@@ -5,6 +5,7 @@ set -euo pipefail
 
 packages=(
   chromium-headless-shell # tests/unit/jobs/test_report_in_browser.py
+  zsh # tests/docs, tests/unit/config/test_command_text.py
   slurmctld slurmd slurm-client munge # tests/slurm; their services need not run
 )
 

@@ -59,7 +59,9 @@ def phases_are_in_order(job: TrainJob, _: int) -> Iterator[Problem]:
             rule = f"must lie after the start of the phase before ({phases[number - 1].start})"
             yield Problem(f"{path}.start", phase.start, rule)
         elif start >= tokens(total):
-            rule = f"must lie before train.tokens ({total}); train.phases=[] trains without phases"
+            rule = (
+                f"must lie before train.tokens ({total}); 'train.phases=[]' trains without phases"
+            )
             yield Problem(f"{path}.start", phase.start, rule)
     ramp = job.train.batch_ramp.tokens
     if len(phases) > 1 and is_tokens(ramp):

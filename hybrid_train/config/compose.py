@@ -6,7 +6,7 @@ Nothing is written and no process group is needed: every process composes for it
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,15 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, overrides, registry
+from hybrid_train.config import checks, overrides, own_conf, registry, yaml_files
 from hybrid_train.config.check_files import no_run
+from hybrid_train.config.command_text import setting
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked, masked_data
@@ -42,6 +44,7 @@ FROZEN_NAME = "config.yaml"  # of the config in a run folder
 RAW_KEYS = {
     "generate": ("prompt",),
     "study": ("overrides",),
+    "resume": ("overrides",),
     "data_train_tokenizer": ("input", "special_tokens"),
     **dict.fromkeys(
         ("data_tokenize", "data_merge", "data_split", "data_inspect", "data_count", "data_verify"),
@@ -67,6 +70,7 @@ class Draft:
     config: DictConfig
     problems: list[Problem]
     wrong_groups: set[str]  # groups whose choice does not exist
+    files: yaml_files.Walk  # that were composed
 
 
 def conf_dir() -> Path:
@@ -89,13 +93,25 @@ def conf_dir() -> Path:
     )
 
 
+def conf_folders(own: Sequence[Path] = ()) -> list[Path]:
+    """Return every folder of YAML files, that of the program first."""
+    return [conf_dir(), *own, *own_conf.folders(conf_dir())]
+
+
 @contextmanager
-def config_loader(job_name: str) -> Iterator[ConfigLoader]:
-    """Open Hydra on the conf folder for as long as the block lasts."""
+def config_loader(job_name: str, own: Sequence[Path] = ()) -> Iterator[ConfigLoader]:
+    """Open Hydra on the conf folders for as long as the block lasts.
+
+    Args:
+        job_name: name of a root in `conf/`.
+        own: folders of the user's own beside those of `own_conf.folders`.
+    """
     registry.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), job_name=job_name, version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+        loader = GlobalHydra.instance().config_loader()
+        own_conf.add_folders(loader, conf_folders(own)[1:])
+        yield loader
 
 
 def group_names(job_name: str) -> list[str]:
@@ -112,33 +128,60 @@ def group_names(job_name: str) -> list[str]:
 
 def draft(job_name: str, lines: Sequence[str]) -> Draft:
     """Compose without checks; settings that do not fit are left out and reported."""
-    with config_loader(job_name) as loader:
-        groups = group_names(job_name)
-        words = GROUP_WORDS.get(job_name, {})
-        given = overrides.read(spelt_out(job_name, lines), groups, RAW_KEYS.get(job_name, ()))
-        problems, wrong, choices = given.problems, set(), []
-        # With folders of the user's own, Hydra itself says which choices there are.
-        own_folders = any(one.key_or_group == "hydra.searchpath" for one in given.groups)
-        for override in given.groups:
-            problem = None if own_folders else _wrong_choice(loader, override)
-            if problem is None:
-                choices.append(str(override.input_line))
-            else:
-                word = {group: word for word, group in words.items()}.get(problem.path)
-                problems.append(dataclasses.replace(problem, path=word or problem.path))
-                wrong.add(override.key_or_group)
-        try:
-            config = hydra_compose(job_name, choices)
-        except _COMPOSE_ERRORS as error:
-            raise ConfigError([*problems, _composition_problem(error)]) from error
+    groups = group_names(job_name)
+    rest, own = own_conf.taken_out(lines)
+    given = overrides.read(spelt_out(job_name, rest), groups, RAW_KEYS.get(job_name, ()))
+    problems = given.problems
+    with config_loader(job_name, own) as loader:
+        chosen = [(one, _wrong_choice(loader, one)) for one in given.groups]
+        problems += [problem for _, problem in chosen if problem is not None]
+        choices = [_as_read(one) for one, problem in chosen if problem is None]
+        files = yaml_files.walk(job_name, choices, conf_folders(own))
+        config = _composed(job_name, choices, problems, files)
     for override in given.values:
         problems.extend(overrides.set_value(config, override, groups))
     for key, texts in given.texts.items():
         OmegaConf.update(config, key, texts)
-    if unreadable := _take_loaded_model(config, given, groups):
-        problems += unreadable
-        wrong.add("model")
-    return Draft(config, problems, wrong)
+    unreadable = _take_loaded_model(config, given, groups)
+    found, wrong = _in_words(job_name, [*problems, *unreadable], groups)
+    return Draft(config, found, wrong | {"model"} if unreadable else wrong, files)
+
+
+def _as_read(choice: Override) -> str:
+    """Write a choice as Hydra reads it; the user may have left out quotes."""
+    line = str(choice.input_line)
+    return line if choice.is_delete() else setting(line.partition("=")[0], choice.value())
+
+
+def _composed(
+    job_name: str, choices: list[str], problems: Sequence[Problem], files: yaml_files.Walk
+) -> DictConfig:
+    """Compose the choices.
+
+    Raises:
+        ConfigError: if the files are faulty, or do not fit.
+    """
+    if files.problems:
+        raise ConfigError([*problems, *files.problems])
+    try:
+        return hydra_compose(job_name, choices)
+    except (*_COMPOSE_ERRORS, ValueError) as error:  # Hydra's own of a choice that is no name
+        raise ConfigError([*problems, yaml_files.explained(error, files)]) from error
+
+
+def _in_words(
+    job_name: str, problems: list[Problem], groups: Sequence[str]
+) -> tuple[list[Problem], set[str]]:
+    """Name groups by their words, and tell of which of them nothing right was chosen."""
+    words = {group: word for word, group in GROUP_WORDS.get(job_name, {}).items()}
+    wrong = {
+        group
+        for group in groups
+        for one in problems
+        if one.path == group or str(one.nearest).startswith(f"{group}=")
+    }
+    unique = [one for number, one in enumerate(problems) if one not in problems[:number]]
+    return [dataclasses.replace(one, path=words.get(one.path, one.path)) for one in unique], wrong
 
 
 def _take_loaded_model(
@@ -170,7 +213,16 @@ def _take_loaded_model(
 
 
 def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
-    """Put the name of a group in place of its word: name=precision -> study=precision."""
+    """Put the name of a group, or of the setting that is meant, in place of a word.
+
+    name=precision -> study=precision; resume: train.tokens=2M -> overrides=train.tokens=2M.
+    """
+    if job_name == "resume":  # every setting but its own is one of the run
+        own = {field.name for field in dataclasses.fields(ResumeJob)}
+        is_own = [line.lstrip("+").partition("=")[0] in own for line in lines]
+        return [
+            line if mine else f"overrides={line}" for line, mine in zip(lines, is_own, strict=True)
+        ]
     groups = GROUP_WORDS.get(job_name, {})
     keys_and_rest = [(line.partition("=")[0], line) for line in lines]
     return [
@@ -181,24 +233,14 @@ def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
 def _wrong_choice(loader: ConfigLoader, override: Override) -> Problem | None:
     """Return a problem if the group has no such choice."""
     choice = override.value()
-    if override.is_hydra_override() or override.is_delete() or choice is None:
+    if override.is_delete():
         return None
     options = loader.get_group_options(override.key_or_group)
     if choice in options:
         return None
     rule = f"must be one of {', '.join(options)}"
-    return Problem(override.key_or_group, choice, rule, nearest(str(choice), options))
-
-
-def _composition_problem(error: BaseException) -> Problem:
-    """Turn what Hydra says about files and values into one problem: the key, the file, why."""
-    text = " ".join(line.strip() for line in str(error).splitlines())
-    rule, _, rest = text.partition(" Config search path:")[0].partition("full_key: ")
-    inner: BaseException | None = error
-    while inner is not None and not rest:  # Hydra leaves the key to the exception inside its own
-        rest = getattr(inner, "full_key", None) or ""
-        inner = inner.__cause__ or inner.__context__
-    return Problem(rest.split()[0] if rest else "conf", "(as composed)", rule.strip())
+    value = "null" if choice is None else choice if isinstance(choice, str) else str(choice)
+    return Problem(override.key_or_group, value, rule, nearest(value, options))
 
 
 @overload
@@ -233,10 +275,11 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
         else:
             found = list(_section_problems(config))
     except OmegaConfBaseException as error:
-        found = [_composition_problem(error)]
+        found = [yaml_files.explained(error, composed.files)]
     advice = ""
     if missing and not composed.wrong_groups:  # a wrong choice leaves its section empty
-        found.extend(Problem(key, "???", "is not set") for key in missing)
+        rule = "are not set" if len(missing) > 1 else "is not set"
+        found.append(Problem(", ".join(missing), "???", rule))
         typed = job_name.replace("_", " ", 1)
         advice = _WHAT_IS_READY.get(job_name, f"`hybrid-train {typed} --help` lists the settings")
     refused = {problem.path for problem in composed.problems}  # left out, so reported once
@@ -312,7 +355,7 @@ def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
         UserError: if the folder has no config, or it is damaged.
     """
     path = _frozen(run_dir)
-    text = path.read_text(encoding="utf-8")
+    text = yaml_files.text_of(path)
     try:
         plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
@@ -331,23 +374,28 @@ def load(run_dir: Path) -> TrainJob:
     """
     path = _frozen(run_dir)
     try:
-        saved = OmegaConf.load(path)
+        saved = OmegaConf.create(yaml_files.text_of(path))
         typed = OmegaConf.structured(TrainJob)
         for group in typed:
             _choose_kind(typed, saved, str(group))
         return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
     except _COMPOSE_ERRORS as error:
-        raise ConfigError([_composition_problem(error)], f"read from {path}") from error
+        raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
 
 
-def reload(run_dir: Path) -> TrainJob:
+def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) -> TrainJob:
     """Read the config of a run and check it for the processes that are here.
+
+    Args:
+        run_dir: the run folder.
+        change: what becomes of the config before it is checked.
 
     Raises:
         UserError: if the folder has no config.
         ConfigError: with every problem found.
     """
-    job = load(run_dir)
+    saved = load(run_dir)
+    job = change(saved) if change else saved
     job.run_dir = str(run_dir)  # it may have moved
     if found := list(checks.check(job, world_size())):
         raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")

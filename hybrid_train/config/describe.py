@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import getsource
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import EnumNode
 
+from hybrid_train.config import yaml_files
+from hybrid_train.config.command_text import setting
 from hybrid_train.config.compose import (
     GROUP_WORDS,
-    conf_dir,
+    conf_folders,
     config_loader,
     draft,
     group_names,
@@ -47,12 +50,42 @@ def choices(job_name: str) -> dict[str, dict[str, str]]:
 
 def descriptions(group: str) -> dict[str, str]:
     """Return the files of a group by name, each with its first comment."""
-    return {file.stem: _first_comment(file) for file in sorted((conf_dir() / group).glob("*.yaml"))}
+    found = [file for folder in conf_folders() for file in sorted((folder / group).glob("*.yaml"))]
+    return {file.stem: _first_comment(file) for file in sorted(found, key=lambda one: one.stem)}
+
+
+def each_choice[T](
+    job_name: str, group: str, read: Callable[[DictConfig], T]
+) -> tuple[dict[str, T], dict[str, str]]:
+    """Compose a job with every choice of a group.
+
+    Args:
+        job_name: name of a root in `conf/`.
+        group: the group.
+        read: what is wanted of the config.
+
+    Returns:
+        What was read, by choice; and why some could not be, such as files of the user's own.
+    """
+    found: dict[str, T] = {}
+    left_out: dict[str, str] = {}
+    for name in descriptions(group):
+        try:
+            found[name] = read(sound_draft(job_name, [setting(group, name)]))
+        except ConfigError as error:
+            left_out[name] = str(error.problems[0])
+        except (OmegaConfBaseException, ValueError) as error:
+            left_out[name] = str(yaml_files.explained(error))
+    return found, left_out
 
 
 def _first_comment(file: Path) -> str:
     """Return the first comment of a YAML file that is no directive to Hydra."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError as error:
+        return f"(cannot be read: {error.strerror})"
+    for line in lines:
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").rstrip()
     return ""

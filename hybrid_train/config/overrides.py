@@ -1,9 +1,12 @@
 """Overrides of the command line: read them, and set typed values, collecting every problem."""
 
 import dataclasses
+import functools
 import keyword
+import math
+import os
 import re
-import shlex
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,12 +18,30 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
-from hybrid_train.config.names import nearest
+from hybrid_train.config.command_text import quoted, setting, typed
+from hybrid_train.config.names import nearest, nearest_key
 from hybrid_train.config.problems import Problem
 from hybrid_train.config.registry import kinds
 
+COMMA_RULE = "several values need --multirun; a value with a comma in it needs quotes"
+OWN_FILE = "conf/experiment/NAME.yaml, taken by experiment=NAME"
 _ASSIGNMENT = re.compile(r"(?:\+{0,2})([A-Za-z_][\w./@:-]*)=(.*)", re.DOTALL)
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
+_MOST = 500  # settings of a command line; each takes milliseconds to read
+_MOST_BRACKETS = 1000
+_NOT_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes of the command line that are not UTF-8
+# Of a list: texts in quotes, letters that structure it, and what stands between.
+_PARTS = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[\]{}(),]|[^\[\]{}(),"']+|.)""", re.DOTALL
+)
+HYDRA_RULE = "Hydra's own settings do nothing here; leave it out"
+_INSTEAD_OF_HYDRA = {
+    "hydra.run.dir": "Hydra writes nothing here; run_dir=PATH is the folder of a run",
+    "hydra.sweep.dir": "Hydra writes nothing here; of several runs number N gets run_dir/N",
+    "hydra.sweep.subdir": "Hydra writes nothing here; of several runs number N gets run_dir/N",
+    "hydra.mode": "does nothing here; --multirun runs every combination of values",
+    "hydra.verbose": "does nothing here; see tracking.* and profile=torch",
+}
 
 
 @dataclass
@@ -42,67 +63,157 @@ def read(lines: Sequence[str], groups: Collection[str], raw_keys: Collection[str
         raw_keys: keys whose value is plain text without a grammar; each repetition adds one.
     """
     given = Given()
+    read_so_far = 0
     for line in lines:
         match = _ASSIGNMENT.fullmatch(line)
-        if match and keyword.iskeyword(match[1]):  # import=...: no field can be called so
-            _sort(f"{match[1]}_={match[2]}", given, groups)
+        if _NOT_TEXT.search(line):
+            key, _, value = map(_printable, line.partition("="))
+            given.problems.append(Problem(key, value, _not_text()))
         elif match and match[1] in raw_keys:
             given.texts.setdefault(match[1], []).append(match[2])
         elif match is None and _DELETION.fullmatch(line) is None:
-            given.problems.append(Problem(line, "(nothing)", "write settings as KEY=VALUE"))
+            given.problems.append(Problem(line or '""', "(nothing)", "write settings as KEY=VALUE"))
+        elif (read_so_far := read_so_far + 1) > _MOST:
+            rule = f"are too many for a command line, which takes {_MOST}; write them into a file"
+            given.problems.append(Problem("settings", f"{len(lines):,}", f"{rule}: {OWN_FILE}"))
+            break
+        elif match and keyword.iskeyword(match[1]):  # import=...: no field can be called so
+            _sort(f"{match[1]}_={match[2]}", given, groups)
         else:
             _sort(line, given, groups)
     return given
 
 
+def _not_text() -> str:
+    encoding = sys.getfilesystemencoding()
+    hint = "" if encoding == "utf-8" else "; with PYTHONUTF8=1 it may be UTF-8"
+    return f"has bytes that are no text in {encoding}{hint}"
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _sort(line: str, given: Given, groups: Collection[str]) -> None:
     """Parse one override and put it where it belongs."""
-    key, _, value = line.lstrip("+~").partition("=")
-    try:
-        override = OverridesParser.create().parse_override(line)
-    except HydraException:
-        given.problems.append(
-            Problem(key, value, "has characters with a meaning of their own", _quoted(key, value))
-        )
+    override = parse(line)
+    if isinstance(override, Problem):
+        given.problems.append(override)
         return
-    if override.is_sweep_override():
-        rule = "several values need --multirun; a value with a comma in it needs quotes"
-        given.problems.append(Problem(key, value, rule, _quoted(key, value)))
-    elif override.key_or_group in groups or override.is_hydra_override():
+    key, text = override.key_or_group, _text(override)
+    if override.is_hydra_override():
+        given.problems.append(Problem(key, text, _INSTEAD_OF_HYDRA.get(key, HYDRA_RULE)))
+    elif key in groups and override.package is not None:
+        rule = f"a choice of {key} has one place; write {key}={text}"
+        given.problems.append(Problem(f"{key}@{override.package}", text, rule))
+    elif key in groups and override.is_sweep_override():
+        given.problems.append(Problem(key, text, "several choices need --multirun"))
+    elif key in groups:
         given.groups.append(override)
     else:
         given.values.append(override)
 
 
-def _quoted(key: str, value: str) -> str:
-    """Write the override so that both the shell and Hydra's grammar take the value as text."""
-    inner = value.replace('"', '\\"')
-    return shlex.quote(f'{key}="{inner}"')
+def parse(line: str, *, is_sweep: bool = False) -> Override | Problem:
+    """Read one override; text that Hydra's grammar does not know is taken as it stands.
+
+    Letters beyond ASCII, and = # ( ) and the like, can only be part of a text. What may mean two
+    things is refused: a comma, which separates values of a sweep, and quotes without their end.
+
+    Args:
+        line: `key=value`, `+key=value` or `~key`.
+        is_sweep: whether commas do separate values.
+    """
+    key, _, value = line.lstrip("+~").partition("=")
+    if sum(map(value.count, "[{(")) > _MOST_BRACKETS:  # Hydra would read for minutes
+        return Problem(key, value, "has too many brackets to be read; write it into a file")
+    before = line[: len(line) - len(value)]
+    try:
+        # What looks like a list and is none is text as a whole: the setting says which it can be.
+        override = _hydra(line) or _hydra(before + _in_quotes(value, is_sweep))
+        override = override or _hydra(before + quoted(value))
+    except ValueError as error:
+        return Problem(key, value, str(error), typed(setting(key, value)))
+    if override is None:
+        return Problem(key, value, "there is no such setting")
+    override.input_line = line
+    return override
+
+
+@functools.cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _hydra(line: str) -> Override | None:
+    """Return what Hydra reads; None if it cannot."""
+    try:
+        return _parser().parse_override(line)
+    except (HydraException, RecursionError):
+        return None
+
+
+def _in_quotes(value: str, is_sweep: bool) -> str:
+    """Put the texts of a value that Hydra cannot read into quotes; lists keep their brackets.
+
+    Raises:
+        ValueError: with the rule, if the value may mean two things.
+    """
+    text = value.strip()
+    if not (is_sweep or text.startswith(("[", "{"))):
+        if "," in text:
+            raise ValueError(COMMA_RULE)
+        if text.startswith(("'", '"')):
+            raise ValueError("begins with a quote that is not closed at its end")
+        return quoted(text)
+    parts = _PARTS.findall(text)
+    if not {"(", ")", "'", '"'}.isdisjoint(parts):
+        raise ValueError("texts with quotes or ( ) among several need quotes, each its own")
+    return "".join(part if part in "[]{}," else _quoted_entry(part) for part in parts)
+
+
+def _quoted_entry(text: str) -> str:
+    """Quote one text of a list, or the value of `name: value`, unless Hydra can read it."""
+    if not text.strip() or _hydra(f"key={text}") is not None:
+        return text
+    name, colon, value = text.partition(": ")
+    return f"{name}: {quoted(value.strip())}" if colon else quoted(text.strip())
 
 
 def set_value(config: DictConfig, override: Override, groups: Collection[str]) -> Iterator[Problem]:
     """Set one value in a typed config, or yield why it cannot be set."""
     key = override.key_or_group
     text = _text(override)
-    if override.is_delete():
-        yield Problem(key, "(removed)", "a setting cannot be removed; set it to another value")
-        return
     node = node_at(config, key)
     if node is None or override.package is not None:
         yield _unknown(config, key, text, groups)
+        return
+    if override.is_delete():
+        yield Problem(key, "(removed)", "a setting cannot be removed; set it to another value")
+        return
+    if override.is_sweep_override():
+        form = typed(setting(key, text)) if isinstance(node, StringNode) else None
+        yield Problem(key, text, COMMA_RULE if form else "several values need --multirun", form)
         return
     group, _, name = key.partition(".")
     if name == "kind" and kinds(group):
         yield Problem(key, text, f"is set by the choice of {group}", f"{group}={text}")
         return
     value: Any = override.value()
-    if isinstance(node, StringNode) and isinstance(value, int | float):
-        value = text  # 2M, 1e6 and 0123 stay as written where a text is wanted
+    if isinstance(node, StringNode) and isinstance(value, int | float | list | dict):
+        value = text  # 2M, 1e6, 0123 and [a] stay as written where a text is wanted
     try:
-        _update(config, key, value)
+        _update(config, key, _at_home(value))
     except OmegaConfBaseException as error:
         rule, near = _type_rule(node, text, error)
         yield Problem(key, text, rule, near)
+
+
+def _at_home(value: Any) -> Any:
+    """Put the home folder in place of ~/, as bash does in `run_dir=~/runs/x`; zsh does not."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if str(value).startswith("~/") else value
 
 
 def _text(override: Override) -> str:
@@ -181,8 +292,14 @@ def _unknown(config: DictConfig, key: str, text: str, groups: Collection[str]) -
     if chosen and owners:
         rule = f"{group}={chosen} has no such setting; {group}={' or '.join(owners)} has"
         return Problem(key, text, rule)
-    near = nearest(key, setting_names(config) if "." in key else {*setting_names(config), *groups})
-    return Problem(key, text, "there is no such setting", near and f"{near}={text}")
+    is_part = text.startswith("{")  # then a section is meant, else a single setting
+    known = {
+        name
+        for name in setting_names(config)
+        if isinstance(node_at(config, name), DictConfig) == is_part
+    }
+    near = nearest_key(key, known if "." in key else {*known, *groups})
+    return Problem(key, text, "there is no such setting", near and typed(f"{near}={text}"))
 
 
 def _type_rule(node: Node, text: str, error: Exception) -> tuple[str, object | None]:
@@ -192,11 +309,18 @@ def _type_rule(node: Node, text: str, error: Exception) -> tuple[str, object | N
         return f"must be one of {', '.join(members)}", nearest(text, members)
     if isinstance(node, IntegerNode):
         number = re.fullmatch(r"-?\d+(\.\d*)?(e\d+)?", text)
-        return "must be a whole number", round(float(text)) if number else None
-    if isinstance(node, FloatNode):
-        return "must be a number", None
+        near = float(text) if number else math.inf
+        return "must be a whole number", round(near) if math.isfinite(near) else None
     if isinstance(node, BooleanNode):
         return "must be true or false", nearest(text.lower(), ["true", "false"])
+    return _rule_without_near(node, text, error), None
+
+
+def _rule_without_near(node: Node, text: str, error: Exception) -> str:
+    if isinstance(node, FloatNode):
+        return "must be a number"
+    if isinstance(node, ListConfig) and not (text.startswith("[") and text.endswith("]")):
+        return "must be a list, such as [a,b]"
     if isinstance(node, DictConfig):
-        return "is a section, not a single setting; set one of its keys", None
-    return str(error).partition("\n")[0], None
+        return "is a section, not a single setting; set one of its keys"
+    return str(error).partition("\n")[0]

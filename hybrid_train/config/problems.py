@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+_LONGEST = 300  # letters of a value that a message repeats
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,7 +29,10 @@ class Problem:
         words = "" if self.nearest is None else str(self.nearest)
         words += f" with {others}" if words and others else others
         hint = f"; nearest: {words}" if words else ""
-        return f"{self.path} = {self.value}: {self.rule}{hint}"
+        value = str(self.value)
+        if len(value) > _LONGEST:
+            value = f"{value[:_LONGEST]}... ({len(value):,} letters)"
+        return f"{self.path} = {value}: {self.rule}{hint}"
 
 
 DISK = "disk"  # kind of the errors of a disk that is full, or refuses

@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from hybrid_train.config import own_conf
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.secrets import masked
+from hybrid_train.runtime.streams import accept_any_letter
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,24 @@ FLAGS = {
     "--resolve": "with --cfg: put values in place of ${...}",
     "--info": "say where the config comes from: all, defaults, defaults-tree, searchpath, ...",
     "--multirun": "run every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
+    "--config-dir PATH": "a folder with YAML files of your own, such as PATH/experiment/mine.yaml; "
+    "conf/ of the working folder is one without being named",
     "--json": "short for json=true, of jobs that print one JSON object if asked: doctor, status",
     "--version": "print the version",
 }
 FIRST_SPEAKS_S = 5.0
 NOT_WRITABLE = 0o002  # by others than the user and the group
+# Options of Hydra's own programs that have another form here.
+_INSTEAD = {
+    ("--config-name", "-cn"): "the job names its config; a file of your own is experiment=NAME",
+    ("--config-path", "-cp"): "use --config-dir PATH for a folder of your own",
+    ("--run", "-r"): "a job runs without it",
+    ("--package", "-p"): "write the key as a whole: --cfg job prints all of them",
+    ("--hydra-help",): "see hybrid-train --help",
+    ("--shell-completion", "-sc"): "there is no completion",
+    ("--experimental-rerun",): "hybrid-train resume run_dir=PATH goes on with a run",
+}
+_WITH_JSON = ("doctor", "status")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -98,7 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # Whatever the user's own mask is, nobody else may write into what this process makes.
     os.umask(os.umask(NOT_WRITABLE) | NOT_WRITABLE)
+    accept_any_letter()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with own_conf.as_it_was():
+        return _main(given)
+
+
+def _main(given: Sequence[str]) -> int:
     try:
         start = _command(given)
     except UserError as error:
@@ -139,6 +160,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see hybrid-train --help")
 
 
+class _Refused(argparse.Action):
+    """An option of Hydra that has another form here."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise UserError(f"there is no option {self.option_strings[0]}; {self.help}")
+
+
 def _parser() -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
@@ -149,6 +177,9 @@ def _parser() -> _Parser:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--info", "-i", nargs="?", const="all", choices=_INFO)
+    parser.add_argument(own_conf.OPTION, "-cd", action="append", default=[], dest="folders")
+    for names, instead in _INSTEAD.items():
+        parser.add_argument(*names, nargs="?", action=_Refused, help=instead)
     return parser
 
 
@@ -158,12 +189,19 @@ def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
     Raises:
         UserError: if it cannot run.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working folder is gone; cd to one that is there") from error
     options = _parser().parse_intermixed_args(arguments)
     if options.version:
         return _version
     if not options.words:
         return _help_text(None, ()) if options.help or not arguments else _no_job()
     name, words = _job_name(options.words)
+    _require_useful(name, options)
+    words, folders = own_conf.taken_out(words)
+    own_conf.name([*own_conf.checked(options.folders), *folders])
     words += ["json=true"] if options.json else []
     if name in _families():
         if options.help:
@@ -195,8 +233,27 @@ def _job_name(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def _no_such_job(name: str, known: Sequence[str], family: str) -> UserError:
     near = nearest(name, known)
-    hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
     return UserError(f"there is no job {family + name!r}; {hint} See hybrid-train {family}--help")
+
+
+def _require_useful(name: str, options: argparse.Namespace) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        UserError: naming what does.
+    """
+    if options.help:
+        return
+    asked = [flag for flag in ("cfg", "info", "multirun", "json") if getattr(options, flag)]
+    if options.resolve and not options.cfg:
+        raise UserError("--resolve belongs to --cfg: --cfg job --resolve prints values in place")
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} do not go together")
+    if asked and name in JOBS and not JOBS[name].composed:
+        raise UserError(f"{name} has no option --{asked[0]}; hybrid-train {name} is all there is")
+    if options.json and name not in _WITH_JSON:
+        raise UserError(f"{name} has no option --json; {' and '.join(_WITH_JSON)} have")
 
 
 def _families() -> set[str]:

@@ -51,6 +51,12 @@ def show_numbers(page: Console, rows: Sequence[Sequence[str]], heads: Sequence[s
     page.print(layout)
 
 
+def show_left_out(page: Console, left_out: Mapping[str, str]) -> None:
+    """Say what is not in a table, and why."""
+    for name, why in left_out.items():
+        page.print(f"\n{name} is left out: {why}", soft_wrap=True)
+
+
 def show_jobs(jobs: Mapping[str, str], flags: Mapping[str, str]) -> None:
     """Print what `hybrid-train` can do."""
     page = console()

@@ -1,9 +1,9 @@
 """The job `models`: a table of the models that have a name, with their counts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hybrid_train.config import describe
 from hybrid_train.config.degrees import padded_vocab_size
@@ -12,7 +12,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.units import show_tokens
 from hybrid_train.jobs.count import layers_in_words
-from hybrid_train.jobs.help import console, show_numbers
+from hybrid_train.jobs.help import console, show_left_out, show_numbers
 from hybrid_train.model import counts
 
 _HEADS = (
@@ -26,7 +26,10 @@ def run(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError("models takes no settings; hybrid-train count model=NAME does")
     page = console()
-    show_numbers(page, list(_rows()), _HEADS)
+    found, left_out = describe.each_choice("count", "model", _cells)
+    by_size = sorted(found.items(), key=lambda item: item[1][0])
+    show_numbers(page, [(name, *cells) for name, (_, cells) in by_size], _HEADS)
+    show_left_out(page, left_out)
     page.print(
         "\nGFLOP/token: training, at a sequence of 8,192. KV and state: bytes that generation "
         "keeps.\nA dash: the model takes the vocabulary of the tokenizer; "
@@ -35,28 +38,18 @@ def run(arguments: Sequence[str]) -> None:
     )
 
 
-def _rows() -> Iterator[tuple[str, ...]]:
-    """Yield the cells of each model, small models first."""
-    jobs = {name: _job(name) for name in describe.descriptions("model")}
-    for name, job in sorted(jobs.items(), key=lambda item: _size(item[1])):
-        model, cache = job.model, counts.cache_size(job.model)
-        yield (
-            name,
-            layers_in_words(parse(model.pattern)),
-            str(model.hidden_size),
-            f"{counts.tensors(model).total:,}",
-            *_with_vocabulary(job),
-            f"{cache.kv_per_token:,}",
-            f"{cache.ssm_per_sequence + cache.conv_per_sequence:,}",
-        )
-
-
-def _job(name: str) -> CountJob:
-    return cast("CountJob", OmegaConf.to_object(describe.sound_draft("count", [f"model={name}"])))
-
-
-def _size(job: CountJob) -> int:
-    return counts.parameters(job.model, job.model.vocab_size or 0).total
+def _cells(config: DictConfig) -> tuple[int, tuple[str, ...]]:
+    """Return the number of parameters of a model, and its cells."""
+    job = cast("CountJob", OmegaConf.to_object(config))
+    model, cache = job.model, counts.cache_size(job.model)
+    return counts.parameters(model, model.vocab_size or 0).total, (
+        layers_in_words(parse(model.pattern)),
+        str(model.hidden_size),
+        f"{counts.tensors(model).total:,}",
+        *_with_vocabulary(job),
+        f"{cache.kv_per_token:,}",
+        f"{cache.ssm_per_sequence + cache.conv_per_sequence:,}",
+    )
 
 
 def _with_vocabulary(job: CountJob) -> tuple[str, str, str]:

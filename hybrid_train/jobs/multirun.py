@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override
 
+from hybrid_train.config import overrides
+from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.compose import RAW_KEYS, compose
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.train import TrainJob
@@ -42,7 +43,7 @@ def commands(name: str, lines: Sequence[str]) -> list[list[str]]:
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
             continue
-        own = [f'run_dir="{job.run_dir}/{number}"'] if isinstance(job, TrainJob) else []
+        own = [setting("run_dir", f"{job.run_dir}/{number}")] if isinstance(job, TrainJob) else []
         given = [line for line in combination if not (own and line.startswith("run_dir="))]
         listed.append(command(name, [*given, *own, *texts]))
     if problems:
@@ -57,10 +58,11 @@ def command(name: str, lines: Sequence[str]) -> list[str]:
 
 def combinations(lines: Sequence[str]) -> list[list[str]]:
     """Expand sweeps: ["a=1,2", "b=3"] -> [["a=1", "b=3"], ["a=2", "b=3"]]."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(lines))
-    except HydraException as error:
-        raise ConfigError([Problem("--multirun", " ".join(lines), str(error))]) from error
+    read = [overrides.parse(line, is_sweep=True) for line in lines]
+    problems = [one for one in read if isinstance(one, Problem)]
+    if problems:
+        raise ConfigError(problems)
+    parsed = [one for one in read if isinstance(one, Override)]
     return [list(one) for batch in BasicSweeper.split_arguments(parsed, None) for one in batch]
 
 
@@ -68,7 +70,7 @@ def run_all(listed: Sequence[Sequence[str]]) -> int:
     """Run the commands one after the other; return the first exit code that is not 0."""
     codes = []
     for number, one in enumerate(listed):
-        sys.stderr.write(f"run {number + 1} of {len(listed)}: {' '.join(one[3:])}\n")
+        sys.stderr.write(f"run {number + 1} of {len(listed)}: {typed(*one[3:])}\n")
         codes.append(subprocess.run(one, check=False).returncode)
     failed = [str(number) for number, code in enumerate(codes) if code]
     if failed:

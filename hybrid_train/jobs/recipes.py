@@ -1,15 +1,15 @@
 """The job `recipes`: a table of the experiments."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hybrid_train.config import describe
 from hybrid_train.config.degrees import padded_vocab_size
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.units import show_tokens
-from hybrid_train.jobs.help import console, table
+from hybrid_train.jobs.help import console, show_left_out, table
 from hybrid_train.model import counts
 
 if TYPE_CHECKING:
@@ -23,22 +23,22 @@ def run(arguments: Sequence[str]) -> None:
     if arguments:
         raise UserError("recipes takes no settings; run one: hybrid-train train experiment=NAME")
     page = console()
-    page.print(table(_rows(), _HEADS))
+    rows, left_out = describe.each_choice("train", "experiment", _sizes)
+    comments = describe.descriptions("experiment")
+    page.print(table(((name, *row, comments[name]) for name, row in rows.items()), _HEADS))
+    show_left_out(page, left_out)
     page.print("\nRun one: hybrid-train train experiment=NAME")
 
 
-def _rows() -> Iterator[tuple[str, ...]]:
-    """Yield the cells of each experiment."""
-    for name, description in describe.descriptions("experiment").items():
-        config = describe.sound_draft("train", [f"experiment={name}"])
-        model = cast("Model", OmegaConf.to_object(config.model))
-        rows = model.vocab_size or OmegaConf.select(config, "data.vocab_size") or 0
-        parameters = counts.parameters(model, padded_vocab_size(rows, model.vocab_multiple))
-        sizes = (
-            show_tokens(parameters.total),
-            show_tokens(parameters.active),
-            config.train.tokens,
-            config.train.sequence_length,
-            config.train.global_batch,
-        )
-        yield (name, *map(str, sizes), description)
+def _sizes(config: DictConfig) -> tuple[str, ...]:
+    """Return the sizes of an experiment, as cells."""
+    model = cast("Model", OmegaConf.to_object(config.model))
+    rows = model.vocab_size or OmegaConf.select(config, "data.vocab_size") or 0
+    parameters = counts.parameters(model, padded_vocab_size(rows, model.vocab_multiple))
+    return (
+        show_tokens(parameters.total),
+        show_tokens(parameters.active),
+        str(config.train.tokens),
+        str(config.train.sequence_length),
+        str(config.train.global_batch),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import compose
+from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import FIXED, lay_out
 from hybrid_train.config.problems import UserError
@@ -50,6 +51,11 @@ _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 _log = logging.getLogger(__name__)
 
 
+def may_change(key: str) -> bool:
+    """Tell whether a setting, or a whole group as `runtime.`, may change when a run goes on."""
+    return key.startswith(_MAY_CHANGE)
+
+
 def require_same_run(job: TrainJob) -> None:
     """Refuse a folder that holds something else; say what goes on with other values.
 
@@ -79,7 +85,7 @@ def require_same_run(job: TrainJob) -> None:
         raise UserError(
             f"{run_dir} belongs to a run with another config:\n{lines}\n"
             "Choose another run_dir=..., or start from its weights: "
-            f"checkpoint.load={run_dir} checkpoint.load_only=weights run_dir=..."
+            f"{typed(setting('checkpoint.load', run_dir))} checkpoint.load_only=weights run_dir=..."
         )
     for key, old, new in changes:
         _log.info("%s: %s before, %s from here on", key, old, new)

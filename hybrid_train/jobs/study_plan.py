@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.config import compose
+from hybrid_train.config.check_files import run_dir_can_be_a_folder
+from hybrid_train.config.command_text import setting
 from hybrid_train.config.phases import lay_out
-from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.study import StudyJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
@@ -79,11 +81,35 @@ def plan(study: StudyJob) -> list[PlannedRun]:
             runs += [_of_seed(study.run_dir, name, seed, lines, job) for seed in study.seeds]
         except ConfigError as error:
             found[name] = list(error.problems)
-    if found:
-        raise ConfigError(_by_variant(found, len(study.chosen())))
+    outside = [*_seed_problems(study, runs), *_folder_problems(study, runs)]
+    if found or outside:
+        raise ConfigError([*_by_variant(found, len(study.chosen())), *outside])
     runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants stay in their order
     _require_same_runs(runs)
     return runs
+
+
+def _seed_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:
+    """Yield the seeds that a run would refuse; they were not there when it was composed."""
+    for run in runs:
+        if run.variant == runs[0].variant:
+            for problem in collect(run.job.train):
+                if problem.path == "seed":
+                    yield replace(problem, path=f"seeds.{study.seeds.index(run.seed)}")
+
+
+def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:
+    """Yield why the study, or a run of it, cannot have its folder."""
+    if (Path(study.run_dir) / compose.FROZEN_NAME).is_file():
+        yield Problem("run_dir", study.run_dir, "is the folder of a run; a study needs its own")
+    for run in runs:
+        if problem := next(run_dir_can_be_a_folder(run.job), None):
+            yield problem
+            return  # it is the same for all, or for all of a variant
+        frozen = run.folder / compose.FROZEN_NAME
+        if run.folder.is_dir() and not frozen.is_file() and any(run.folder.iterdir()):
+            rule = f"is not empty and no run folder: it has no {compose.FROZEN_NAME}"
+            yield Problem("run_dir", str(run.folder), rule)
 
 
 def _of_seed(
@@ -92,7 +118,7 @@ def _of_seed(
     """Give the job of a variant a seed and a folder, without composing it again."""
     job = copy.deepcopy(composed)
     job.train.seed, job.run_dir = seed, f"{run_dir}/{variant}/seed_{seed}"
-    own = [f"train.seed={seed}", f'run_dir="{job.run_dir}"']
+    own = [f"train.seed={seed}", setting("run_dir", job.run_dir)]
     return PlannedRun(variant, seed, [*lines, *own], job)
 
 
@@ -112,7 +138,7 @@ def _batches(job: TrainJob) -> tuple[Any, ...]:
 
 def _by_variant(found: Mapping[str, Sequence[Problem]], variants: int) -> Iterator[Problem]:
     """Name the variant of each problem; one that all have is reported once, of the base."""
-    lists = list(found.values())
+    lists = list(found.values()) or [[]]
     shared = [one for one in lists[0] if all(one in each for each in lists)]
     if len(lists) < variants or variants == 1:
         shared = []

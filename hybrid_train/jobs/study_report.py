@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hybrid_train.config.command_text import command, typed
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.study import StudyJob, Variant
 from hybrid_train.config.secrets import masked
@@ -168,7 +168,7 @@ def _facts(study: StudyJob, found: Mapping[str, _Found], missing: Sequence[str])
     }
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": masked(shlex.join(["hybrid-train", *sys.argv[1:]])),
+        "command": masked(command(*sys.argv[1:])),
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -238,10 +238,10 @@ def _markdown(study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, 
     if facts["missing"]:
         parts += [f"Missing, since they failed: {', '.join(facts['missing'])}.", ""]
     parts += ["## Settings", ""]
-    parts += ["Every run: `hybrid-train train " + shlex.join(facts["base"]) + "`", ""]
+    parts += [f"Every run: `{command('train', *facts['base'])}`", ""]
     parts += [f"Seeds: {', '.join(map(str, facts['seeds']))}.", ""]
     settings = [
-        (name, f"`{shlex.join(one.variant.overrides)}`" if one.variant.overrides else "as above",
+        (name, f"`{typed(*one.variant.overrides)}`" if one.variant.overrides else "as above",
          show_duration(seconds[name]))
         for name, one in found.items()
     ]  # fmt: skip

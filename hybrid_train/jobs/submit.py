@@ -6,14 +6,16 @@ It needs no torch. Exit codes: 0 submitted or shown, 2 refused; then nothing was
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from hybrid_train.config import compose, node_counts
+from hybrid_train.config import compose, describe, node_counts, own_conf
 from hybrid_train.config.check_files import data_is_chosen
+from hybrid_train.config.command_text import command, setting
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.cluster import Cluster, processes_per_node, seconds
@@ -22,6 +24,7 @@ from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs import code_snapshot, multirun, slurm
 from hybrid_train.jobs.batch_script import Submission, render
 from hybrid_train.jobs.run_folder import require_same_run
+from hybrid_train.runtime.streams import accept_any_letter
 
 _FOLDER_MODE = 0o750
 _JOBS = "jobs.txt"  # in launch/ of a run folder: an id a line, newest last
@@ -37,11 +40,18 @@ def main(arguments: Sequence[str], launch: Path) -> int:
     parser = argparse.ArgumentParser(prog="launch/submit.py", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="check and print; queue nothing")
     parser.add_argument("--multirun", "-m", action="store_true", help="every combination of values")
+    parser.add_argument(
+        *(own_conf.OPTION, "-cd"), action="append", default=[], dest="folders", metavar="PATH",
+        help="a folder with YAML files of your own",
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    accept_any_letter()
     options = parser.parse_intermixed_args(arguments)
     lines = [*options.overrides, f"dry_run={str(options.dry_run).lower()}"]
     try:
-        submission = _checked(lines, is_array=options.multirun)
+        with own_conf.as_it_was():
+            own_conf.name(own_conf.checked(options.folders))
+            submission = _checked(lines, is_array=options.multirun)
         script = render(submission, (launch / "slurm" / "train.sbatch").read_text("utf-8"))
         if options.dry_run:
             _show(submission, script)
@@ -104,7 +114,7 @@ def _cluster_problems(
         UserError: if there is a SLURM that does not answer, and the job is to be queued.
     """
     if not any(line.startswith("cluster=") for line in lines):
-        options = sorted(file.stem for file in (compose.conf_dir() / "cluster").glob("*.yaml"))
+        options = describe.descriptions("cluster")
         yield Problem("cluster", "null", f"must be one of {', '.join(options)}")
     elif cluster is not None and slurm.is_here():
         try:
@@ -213,7 +223,7 @@ def _submit(submission: Submission, script: str, launch: Path) -> None:
     sys.stdout.write(
         f"job {number}: {_in_words(submission)}\n"
         f"  run folder   {submission.run_dir}\n"
-        f"  watch        hybrid-train status run_dir={watched}\n"
-        f"  log          tail -F {watched}/logs/slurm_*.log\n"
+        f"  watch        {command('status', setting('run_dir', watched))}\n"
+        f"  log          tail -F {shlex.quote(f'{watched}/logs')}/slurm_*.log\n"
         f"  cancel       scancel {number} (the run saves; submit again to go on)\n"
     )

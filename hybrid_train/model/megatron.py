@@ -226,8 +226,8 @@ def use_norm_eps(model: torch.nn.Module, eps: float) -> None:
 
     Core 0.19.2 gives them 1e-5 whatever layernorm_epsilon says (mamba_mixer.py 419).
     """
-    for mixer in mamba_mixers(model):
-        mixer.norm.eps = eps
+    for layer in mamba_mixers(model):
+        layer.norm.eps = eps
 
 
 def static_context(num_sequences: int, max_length: int) -> Any:

@@ -1,11 +1,11 @@
 """What a run says at its end, in words."""
 
 import math
-import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrid_train.config.command_text import command, setting
 from hybrid_train.config.units import show_tokens
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import show, show_duration
@@ -31,8 +31,8 @@ def summarise(run_dir: Path, peak: str = "", commands: Sequence[str] = ()) -> st
         return f"No step was done. The run folder is {run_dir}."
     parts = [_length(lines), *_losses(lines), *_validation(lines), *_speed(lines, peak)]
     parts += ["", "Where things lie:", *_places(run_dir)]
-    generate = f'hybrid-train generate checkpoint={shlex.quote(str(run_dir))} prompt="import"'
-    parts += ["", "Next:", *(f"  {command}" for command in (generate, *commands))]
+    generate = command("generate", setting("checkpoint", run_dir), "prompt=import")
+    parts += ["", "Next:", *(f"  {one}" for one in (generate, *commands))]
     return "\n".join(parts)
 
 

@@ -9,6 +9,7 @@ not know fails its test, so that no command is left out unnoticed.
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.xdist_group("readme")
 
 README = Path(__file__).parents[2] / "README.md"
 BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ANY_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SHORT = "train.tokens=4k train.validation_batches=1"  # 16 steps; a profile is of 5 and 6
 INFORMATION = {"--help", "-h", "--cfg", "--info"}  # asks a job about itself; nothing is trained
@@ -55,6 +57,26 @@ def commands(text: str) -> list[str]:
             if words:
                 found.append(line.strip())
     return found
+
+
+def commands_of_all_blocks(text: str) -> list[str]:
+    """List the commands of all blocks, also of those that are shown and not run."""
+    blocks = ANY_BLOCK.findall(text)
+    shown = commands("".join(f"```bash\n{body}```\n" for kind, body in blocks if not kind))
+    return commands(text) + [one for one in shown if words_of(one)[0] in PROGRAMS]
+
+
+def read_by(shell: str, command: str, folder: Path) -> list[str]:
+    """Return the words that a shell makes of a command, in an empty folder."""
+    line = re.sub(
+        rf"(^|\s){re.escape(words_of(command)[0])}(\s|$)", r"\1record\2", command, count=1
+    )
+    script = f"record() {{ printf '%s\\0' \"$@\"; }}\n{line}\n"
+    done = subprocess.run(
+        [shell, "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), f"{shell}: {command}\n{done.stderr}"
+    return done.stdout.split("\0")[:-1]
 
 
 def words_of(command: str) -> list[str]:
@@ -115,6 +137,42 @@ def test_command_runs(command: str, source_copy: Path, environment: dict[str, st
         check=False,
     )
     assert done.returncode == 0, f"{as_run(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.fixture
+def zsh() -> str:
+    found = shutil.which("zsh")
+    if found is None:
+        pytest.skip("zsh is not installed; tests/install_system_parts.sh does it")
+    return found
+
+
+def test_bash_and_zsh_read_every_command_alike(zsh: str, tmp_path: Path) -> None:
+    listed = commands_of_all_blocks(README.read_text())
+    assert len(listed) > len(SHOWN)
+    for command in listed:
+        line = command.replace(".venv/bin/", "")
+        assert read_by(zsh, line, tmp_path) == read_by("bash", line, tmp_path)
+
+
+@pytest.mark.parametrize("word", ["a=[0]", "a=*", "a=b?", "=ls", "a={b,c}"])
+def test_a_word_that_shells_take_for_their_own_is_noticed(
+    word: str, zsh: str, tmp_path: Path
+) -> None:
+    line = f"hybrid-train train {word}"
+    with pytest.raises(AssertionError):  # zsh refuses it, or both expand it
+        assert read_by(zsh, line, tmp_path) == ["train", word]
+
+
+def test_commands_run_in_zsh(zsh: str, source_copy: Path, environment: dict[str, str]) -> None:
+    (pattern,) = (one for one in SHOWN if "model.pattern=" in one)
+    (submit,) = (one for one in SHOWN if one.startswith("launch/submit.py"))
+    for command in (f"{pattern} --cfg job", submit):
+        done = subprocess.run(
+            [zsh, "-e", "-c", command], cwd=source_copy, env=environment, capture_output=True,
+            text=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

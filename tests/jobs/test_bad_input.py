@@ -133,3 +133,20 @@ def test_a_reader_that_has_had_enough_gets_no_traceback() -> None:
     )  # fmt: skip
     assert "Traceback" not in finished.stderr
     assert finished.stdout.endswith(("\n0\n", "\n141\n"))
+
+
+@pytest.mark.parametrize(
+    "variables", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}]
+)
+def test_bytes_that_are_no_text_are_told_in_every_encoding(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    variables = variables or {"PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "hybrid_train", "generate", "checkpoint=x", b"prompt=\xff\xfe"]
+    finished = subprocess.run(
+        command, capture_output=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert b"prompt = \\udcff\\udcfe: has bytes that are no text" in finished.stderr
+    assert b"Traceback" not in finished.stderr

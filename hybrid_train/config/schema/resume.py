@@ -1,6 +1,6 @@
 """The root of a resumption: a run folder, which has all the settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -10,3 +10,4 @@ class ResumeJob:
     """A run that goes on, or begins, with the config that lies in its folder."""
 
     run_dir: str = MISSING
+    overrides: list[str] = field(default_factory=list)  # settings of `train`: train.tokens=2M

@@ -9,7 +9,8 @@ from omegaconf import MISSING
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import Problem, at_least
 
-_FOLDER_NAME = re.compile(r"\w[\w.-]*")
+_FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")
+_OUTPUTS = ("study.md", "study.json", "plots")  # beside the folders of the variants
 _OWN_KEYS = ("run_dir", "train.seed", "runtime.threads")  # what the study itself sets
 
 
@@ -51,17 +52,32 @@ class StudyJob:
         yield from at_least(1, parallel=self.parallel)
         yield from _own_keys("base", self.base)
         yield from _own_keys("overrides", self.overrides)
-        for name in self.variants:
-            if not _FOLDER_NAME.fullmatch(name):
-                rule = "must be usable as a folder: letters, digits, _, - and . only"
-                yield Problem(f"variants.{name}", name, rule)
+        yield from self._names()
         yield from self._unknown("baseline", [self.baseline])
         yield from self._unknown("only", self.only)
+        for name in sorted({name for name in self.only if self.only.count(name) > 1}):
+            yield Problem("only", name, "stands there twice")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             yield Problem("seeds", self.seeds, "must be one or more seeds, none of them twice")
 
+    def _names(self) -> Iterator[Problem]:
+        """Each variant has a folder: no two may be the same, where case does not count either."""
+        taken = {name.lower(): name for name in _OUTPUTS}
+        for name in self.variants:
+            path = f"variants.{name}"
+            if not _FOLDER_NAME.fullmatch(name):
+                rule = "must be usable as a folder: up to 100 letters, digits, _, - and ."
+                yield Problem(path, name, rule)
+            elif taken.setdefault(name.lower(), name) != name or name in _OUTPUTS:
+                yield Problem(path, name, f"{taken[name.lower()]} has this name already")
+
     def _unknown(self, path: str, names: list[str]) -> Iterator[Problem]:
         for name in names:
+            if not self.variants:
+                yield Problem(
+                    path, name, "there are no variants: variants: {NAME: {overrides: []}}"
+                )
+                return
             if name not in self.variants:
                 rule = f"must be one of the variants: {', '.join(self.variants)}"
                 yield Problem(path, name, rule, nearest(name, self.variants))

@@ -120,9 +120,26 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", "trian.tokens=1", "--help"), "nearest: train.tokens=1"),
         (("train", "model=quikstart"), "nearest: quickstart"),
         (("train", QUICKSTART, "model.pattern=MEXM"), "^ 'X' is no kind of layer"),
-        (("train",), "train.tokens = ???: is not set"),
+        (("train",), "schedule.peak_lr = ???: are not set"),
         (("generate", "checkpoint=nowhere", "prompt=x"), "there is no such folder"),
         (("train", QUICKSTART, "train.seed=1,2"), "need --multirun"),
+        (("",), "there is no job ''; there are train,"),
+        (("train", "train", "train"), "train = (nothing): write settings as KEY=VALUE"),
+        (("train", "--resolve"), "--resolve belongs to --cfg"),
+        (("train", "--cfg", "job", "--multirun"), "--cfg and --multirun do not go together"),
+        (("train", "--json"), "train has no option --json; doctor and status have"),
+        (("recipes", "--cfg", "job"), "recipes has no option --cfg"),
+        (("train", "--config-name", "x"), "a file of your own is experiment=NAME"),
+        (("train", "-cn", "x"), "there is no option --config-name"),
+        (("train", "-cp", "x"), "use --config-dir PATH"),
+        (("train", "--config-dir"), "--config-dir/-cd: expected one argument"),
+        (("train", "--config-dir", "nowhere"), "there is no such folder"),
+        (("train", QUICKSTART, "hydra.run.dir=x"), "run_dir=PATH is the folder of a run"),
+        (("train", QUICKSTART, "hydra/job_logging=none"), "Hydra's own settings do nothing here"),
+        (("train", QUICKSTART, "hydra.searchpath=[x]"), "x: there is no such folder"),
+        (("train", QUICKSTART, "hydra.searchpath=x"), "must be a list of folders"),
+        (("train", QUICKSTART, "run_dir=\udcff"), "run_dir = \\udcff: has bytes that are no text"),
+        (("train", QUICKSTART, *(f"a.b{n}=1" for n in range(600))), "are too many"),
     ],
 )
 def test_what_cannot_run_is_explained_without_a_traceback(
@@ -132,6 +149,17 @@ def test_what_cannot_run_is_explained_without_a_traceback(
     assert told.startswith("hybrid-train: ")
     assert text in told
     assert "Traceback" not in told
+
+
+def test_a_working_folder_that_is_gone_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["train", QUICKSTART]) == 2
+    assert "the working folder is gone" in capsys.readouterr().err
 
 
 def test_only_the_first_process_explains_a_wrong_config(
@@ -184,7 +212,7 @@ def test_a_sweep_is_one_command_per_combination() -> None:
     commands = [command[4:] for command in multirun.commands("train", lines)]
     seeds_and_betas = [(1, 0.9), (1, 0.95), (2, 0.9), (2, 0.95)]
     assert commands == [
-        [QUICKSTART, f"train.seed={seed}", f"optimizer.beta2={beta}", f'run_dir="out/{number}"']
+        [QUICKSTART, f"train.seed={seed}", f"optimizer.beta2={beta}", f"run_dir=out/{number}"]
         for number, (seed, beta) in enumerate(seeds_and_betas)
     ]
 

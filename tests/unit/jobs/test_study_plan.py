@@ -127,6 +127,12 @@ def test_a_run_is_finished_when_its_metrics_reach_its_last_token(tmp_path: Path)
         ({"base": [*TINY, "train.seed=3"]}, "base"),
         ({"overrides": ["run_dir=elsewhere"]}, "overrides"),
         ({"variants": {"plain": Variant(), "a/b": Variant()}}, "variants.a/b"),
+        ({"variants": {"plain": Variant(), "a" * 300: Variant()}}, f"variants.{'a' * 300}"),
+        ({"variants": {"plain": Variant(), "Plain": Variant()}}, "variants.Plain"),
+        ({"variants": {"plain": Variant(), "study.md": Variant()}}, "variants.study.md"),
+        ({"variants": {"plain": Variant(), "Plots": Variant()}}, "variants.Plots"),
+        ({"variants": {}}, "baseline"),
+        ({"only": ["fast", "fast"]}, "only"),
         (
             {"variants": {"plain": Variant(overrides=["runtime.threads=2"])}},
             "variants.plain.overrides",
@@ -136,6 +142,31 @@ def test_a_run_is_finished_when_its_metrics_reach_its_last_token(tmp_path: Path)
 )
 def test_what_makes_no_study_is_named(tmp_path: Path, changes: dict[str, Any], path: str) -> None:
     assert [problem.path for problem in collect(study(tmp_path, **changes))] == [path]
+
+
+def test_a_seed_that_a_run_would_refuse_is_refused_with_the_problems_of_the_variants(
+    tmp_path: Path,
+) -> None:
+    text = refusal(study(tmp_path, seeds=(1, -2), overrides=["schedule.peak_rl=1"]))
+    assert "every variant: schedule.peak_rl" in text
+    assert "seeds" not in text  # there is no run yet that could be asked
+    assert "seeds.1 = -2: must be at least 0" in refusal(study(tmp_path, seeds=(1, -2)))
+
+
+def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "fast" / "seed_2").mkdir(parents=True)
+    (tmp_path / "fast" / "seed_2" / "letter.txt").touch()
+    assert f"{tmp_path}/fast/seed_2: is not empty and no run folder" in refusal(study(tmp_path))
+    (tmp_path / "slow").touch()
+    assert f"{tmp_path}/slow is a file, not a folder" in refusal(study(tmp_path))
+    run = tmp_path / "run"
+    compose.freeze(compose.compose("train", TINY), run)
+    assert f"run_dir = {run}: is the folder of a run" in refusal(study(run))
+
+
+def test_runs_get_folders_with_any_letters(tmp_path: Path) -> None:
+    run = plan(study(tmp_path / "läuft, a=1", seeds=(1,)))[0]
+    assert compose.compose("train", run.lines).run_dir == f"{tmp_path}/läuft, a=1/plain/seed_1"
 
 
 def test_a_study_is_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

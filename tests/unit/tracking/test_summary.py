@@ -49,7 +49,7 @@ def test_only_what_is_there_is_listed(tmp_path: Path) -> None:
 def test_the_next_commands_can_be_typed_as_they_stand(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     text = summarise(run(folder), commands=["hybrid-train train train.tokens=4M"])
-    assert f"  hybrid-train generate checkpoint='{folder}' prompt=" in text
+    assert f"  hybrid-train generate 'checkpoint=\"{folder}\"' prompt=import" in text
     assert text.endswith("  hybrid-train train train.tokens=4M")
 
 

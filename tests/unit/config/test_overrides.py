@@ -1,0 +1,133 @@
+"""Values with letters that Hydra takes for its own: taken where they mean one thing."""
+
+import shlex
+
+import pytest
+
+from hybrid_train.config.compose import compose
+from hybrid_train.config.overrides import parse
+from hybrid_train.config.problems import ConfigError, Problem
+from hybrid_train.jobs import multirun
+
+QUICKSTART = "experiment=quickstart"
+
+
+def problem(*lines: str) -> Problem:
+    with pytest.raises(ConfigError) as refused:
+        compose("train", [QUICKSTART, *lines])
+    (found,) = refused.value.problems
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "out/läuft",
+        "lr=3e-4",
+        "my run (2)",
+        "o'brien/a",
+        "a#b",
+        "[a]",
+        "{x}",
+        "C:\\run;1",
+        "a&b",
+        "1,5",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_text_is_taken_as_it_stands_or_in_the_form_that_the_message_names(text: str) -> None:
+    line = f"run_dir={text}"
+    if "," in text:
+        found = problem(line)
+        assert "--multirun" in found.rule
+        (line,) = shlex.split(str(found.nearest))
+    assert compose("train", [QUICKSTART, line]).run_dir == text
+
+
+def test_a_path_at_home_is_the_same_from_every_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere/me")
+    lines = ["run_dir=~/runs/x", "data=files", "data.train=[~/a, b~/c]"]
+    with pytest.raises(ConfigError) as refused:
+        compose("train", [QUICKSTART, *lines])
+    values = [str(one.value) for one in refused.value.problems]
+    assert "/somewhere/me/a" in values
+    assert "b~/c" in values
+    assert compose("train", [QUICKSTART, lines[0]]).run_dir == "/somewhere/me/runs/x"
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("[läuft,b=1]", ["läuft", "b=1"]),
+        ("[ a#1 , b ]", ["a#1", "b"]),
+        ('["a,b","c"]', ["a,b", "c"]),
+        ("[{name: später, start: 80%}]", [{"name": "später", "start": "80%"}]),
+        ("[[ä,1],[2]]", [["ä", 1], [2]]),
+    ],
+)
+def test_texts_of_a_list_are_taken_one_by_one(value: str, read: list[object]) -> None:
+    override = parse(f"data.train={value}")
+    assert not isinstance(override, Problem)
+    assert override.value() == read
+
+
+@pytest.mark.parametrize("value", ['"a', "'a' b=", "[a(b,c)=]", '["a,=b]'])
+def test_what_may_mean_two_things_is_refused_with_a_form_that_works(value: str) -> None:
+    found = parse(f"run_dir={value}")
+    assert isinstance(found, Problem)
+    (line,) = shlex.split(str(found.nearest))
+    override = parse(line)
+    assert not isinstance(override, Problem)
+    assert override.value() == value
+
+
+def test_a_sweep_takes_such_letters_too() -> None:
+    lines = [QUICKSTART, "train.seed=1,2", "run_dir=läuft=1"]
+    commands = multirun.commands("train", lines)
+    assert [words[-1] for words in commands] == [f'run_dir="läuft=1/{n}"' for n in (0, 1)]
+    assert multirun.combinations(["a.b=ä,c=1"]) == [['a.b="ä"'], ['a.b="c=1"']]
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "rule"),
+    [
+        ("train.seed=1e400", "train.seed", "must be a whole number"),
+        ("model.rope=1", "model.rope", "there is no such setting"),
+        ("modle=[1,2", "modle", "there is no such setting"),
+        ("a..b=1", "a..b", "there is no such setting"),
+        ("läuft=1", "läuft", "there is no such setting"),
+        ("~nothing", "nothing", "there is no such setting"),
+        ("optimizer.no_decay=[norms", "optimizer.no_decay", "must be a list"),
+        ("optimizer.no_decay=norms", "optimizer.no_decay", "must be a list"),
+        ("train.phases=" + "[" * 20_000, "train.phases", "too many brackets"),
+        ("train.phases.0.name=x", "train.phases.0.name", "there is no such setting"),
+        ("=x", "=x", "write settings as KEY=VALUE"),
+        (".a=1", ".a=1", "write settings as KEY=VALUE"),
+        ("++", "++", "write settings as KEY=VALUE"),
+        ("", '""', "write settings as KEY=VALUE"),
+        ("model=null", "model", "must be one of"),
+        ("model=", "model", "must be one of"),
+        ("model@x=tiny", "model@x", "has one place"),
+        ("experiment=quickstart,tiny_cpu", "experiment", "several choices need --multirun"),
+        ("train.seed=1,2", "train.seed", "several values need --multirun"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_one_mistake_is_one_line(line: str, path: str, rule: str) -> None:
+    found = problem(line)
+    assert len(str(found)) < 1000
+    assert found.path == path
+    assert rule in found.rule
+
+
+def test_a_misspelt_group_is_the_only_problem() -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose("train", ["experimnt=quickstart"])
+    (found,) = refused.value.problems
+    assert found.nearest == "experiment=quickstart"
+
+
+def test_an_unknown_key_offers_a_setting_for_a_value_and_a_section_for_a_section() -> None:
+    assert problem("model.mo=1").nearest is None
+    assert problem("model.mo={top_k: 1}").nearest == "'model.moe={top_k: 1}'"
+    assert problem("model.hiden_size=1").nearest == "model.hidden_size=1"
