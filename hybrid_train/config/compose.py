@@ -26,7 +26,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, node_counts, overrides, registry
+from hybrid_train.config import checks, launcher, node_counts, overrides, registry
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.check import CheckJob
@@ -227,7 +227,7 @@ def _processes_of(job: checks.Job) -> int:
     """Return the number of processes that a job is checked for."""
     if isinstance(job, CheckJob):
         return job.processes
-    return node_counts.processes(job) if isinstance(job, SubmitJob) else world_size()
+    return node_counts.processes(job) if isinstance(job, SubmitJob) else launcher.world_size()
 
 
 def _is_missing(config: DictConfig, key: str) -> bool:
@@ -247,11 +247,6 @@ def _section_problems(config: DictConfig) -> Iterator[Problem]:
             continue  # what is missing is reported by itself
         if dataclasses.is_dataclass(section):  # not a table of names of the user's own
             yield from collect(section, name)
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def to_yaml(job: checks.Job) -> str:

@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.generation.text import GrowingText, show
-from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
 
 
 def run(job: GenerateJob) -> None:
     """Write each prompt with its continuation to stdout, and the speed to stderr."""
     texts = _prompts(job)
-    if ranks.world_size() > 1:
-        raise UserError("generate runs in one process; start it without torchrun")
+    require_alone("generate")
     with process(job.runtime, job.seed):
         from hybrid_train.generation.decode import Settings, stream  # needs the process
         from hybrid_train.jobs.assemble import load_model

@@ -1,13 +1,13 @@
 """The runs of a study: composed and checked before any of them starts, and what is done already."""
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hybrid_train.config import compose
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.phases import lay_out
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.study import StudyJob
@@ -68,8 +68,7 @@ def plan(study: StudyJob) -> list[PlannedRun]:
         ConfigError: if any variant cannot run, with every problem of every variant.
         UserError: if a run folder holds a run with other settings.
     """
-    if "RANK" in os.environ:
-        raise UserError("study starts processes of its own; call it without torchrun")
+    require_alone("study")
     runs: list[PlannedRun] = []
     found: dict[str, list[Problem]] = {}
     for name, variant in study.chosen().items():

@@ -139,7 +139,7 @@ def test_what_makes_no_study_is_named(tmp_path: Path, changes: dict[str, Any], p
 
 
 def test_a_study_is_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in refusal(study(tmp_path))
 
 
