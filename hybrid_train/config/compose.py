@@ -291,10 +291,10 @@ def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
         UserError: if the folder has no config, or it is damaged.
     """
     path = _frozen(run_dir)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(plain, dict):
         raise UserError(f"{path} is damaged: it holds no settings")
@@ -315,7 +315,7 @@ def load(run_dir: Path) -> TrainJob:
         for group in typed:
             _choose_kind(typed, saved, str(group))
         return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
-    except _COMPOSE_ERRORS as error:
+    except (*_COMPOSE_ERRORS, UnicodeDecodeError) as error:
         raise ConfigError([_composition_problem(error)], f"read from {path}") from error
 
 

@@ -15,14 +15,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hybrid_train.config import launcher
 from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import UserError, of_the_system
 from hybrid_train.config.secrets import masked
 
 
@@ -104,12 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(os.umask(NOT_WRITABLE) | NOT_WRITABLE)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        start = _command(given)
+        with _explained():
+            start = _command(given)
     except UserError as error:
         error.everywhere = True  # every process of a job finds the same fault
         return _refuse(error)
     try:
-        return start() or 0
+        with _explained():
+            return start() or 0
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -119,6 +121,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read has had enough, as `head` has. Python would complain once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the system says of a path or a disk into an error that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        explained = of_the_system(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _refuse(error: UserError) -> int:

@@ -103,6 +103,7 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
     record = _same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
+            run_folder.take_over(job)
             compose.freeze(job, run_dir)
             write_record(run_dir, record)
             data.tokenizer.save(run_dir / TOKENIZER)
@@ -160,9 +161,10 @@ def _claim(job: TrainJob) -> Start:
     run_dir = Path(job.run_dir)
 
     def check() -> None:
-        check_data(job.data)
-        run_folder.require_same_run(job)
+        run_folder.require_access(run_dir)
         attempts.require_alone(run_dir)
+        run_folder.require_same_run(job)
+        check_data(job.data)
         sizes = counts.parameters(job.model, job.model.vocab_size or _asked_vocab_size(job))
         run_folder.require_space(run_dir, sizes.total)
         for leftover in drop_partial(run_dir):

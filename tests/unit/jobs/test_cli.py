@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -176,6 +177,31 @@ def test_what_a_job_refuses_is_told_with_the_rank(
     second_of_two(monkeypatch)
     words = ("train", QUICKSTART, "train.microbatch=2")
     assert complaint(capsys, *words) == "hybrid-train: rank 1: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.EISDIR]
+)
+def test_a_path_that_the_system_refuses_is_told_without_a_traceback(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(_: TrainJob) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/history.jsonl")
+
+    started(monkeypatch, write)
+    told = complaint(capsys, "train", QUICKSTART)
+    assert told.startswith(
+        f"hybrid-train: runs/a/history.jsonl cannot be used: {os.strerror(number)}; "
+    )
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(_: TrainJob) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "a mistake of ours")
+
+    started(monkeypatch, lose)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", QUICKSTART])
 
 
 def test_an_interrupted_job_ends_with_the_code_of_shells(
