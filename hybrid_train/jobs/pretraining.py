@@ -27,6 +27,10 @@ from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.assemble import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
 from hybrid_train.model import counts
+from hybrid_train.model.aux_losses import AUX_LOSSES
+from hybrid_train.parallel.groups import destroy_groups
+from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision.statistics import STATISTICS
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.tracking import history
@@ -94,6 +98,14 @@ def train(job: TrainJob, device: torch.device) -> int:
     if outcome == history.STOPPED:
         _log.info("%s; the same command goes on", cause)
     return 0 if stop.signal is None else _exit_code(stop.signal)
+
+
+def leave_nothing_behind() -> None:
+    """Forget what belongs to the process rather than to the run, which may have failed anywhere."""
+    destroy_groups()
+    AUX_LOSSES.take()
+    AUDIT.stop()
+    STATISTICS.stop()
 
 
 def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSignal) -> None:
