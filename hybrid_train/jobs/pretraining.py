@@ -50,11 +50,12 @@ from hybrid_train.training.hooks.metrics import LogMetrics
 from hybrid_train.training.hooks.phases import EnterPhases
 from hybrid_train.training.hooks.precision import AuditPrecision, MeasureRounding
 from hybrid_train.training.hooks.profiling import profiling_hooks
-from hybrid_train.training.hooks.recovery import Recover
+from hybrid_train.training.hooks.recovery import Recover, ways_on
 from hybrid_train.training.hooks.stop import StopOnSignal
 from hybrid_train.training.hooks.stragglers import CompareProcesses
 from hybrid_train.training.hooks.validation import Validate
 from hybrid_train.training.loop import Run, fit
+from hybrid_train.training.nonfinite import NonFiniteError
 from hybrid_train.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -162,6 +163,8 @@ def _fit(
     )
     try:
         fit(run)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}. {ways_on(run_dir)}") from None
     finally:
         say_through(None)
     if ranks.is_main():

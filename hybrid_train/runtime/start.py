@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import random
@@ -21,6 +22,7 @@ from hybrid_train.runtime import cpu, ranks
 from hybrid_train.runtime.logs import start_logging
 
 _TRY_S = 1.0  # between two tries to reach rank 0
+_starts = itertools.count()  # of this process; all processes of a run start as often
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +89,7 @@ def _join_group(device: torch.device, timeout_s: float) -> None:
     try:
         _reach_rank_0(timeout_s)
         shared, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        store = dist.PrefixStore(_restart(), shared)
+        store = dist.PrefixStore(_name_of_start(), shared)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (dist.DistError, OSError) as error:  # of the store, the network or the collectives
         raise _lonely(error, timeout_s) from error
@@ -138,15 +140,16 @@ def _first_sentence(text: str) -> str:
     return re.split(r"\.\s|\n|; this is|Exception raised", text.strip(), maxsplit=1)[0].strip()
 
 
-def _restart() -> str:
-    """Name this start of the workers, where the processes of an earlier one used the same store.
+def _name_of_start() -> str:
+    """Name this start, where an earlier one of this process or of its forerunners used the store.
 
     torchrun 2.11 keeps one store over its restarts (rendezvous.py 189 says otherwise), and gloo
     would connect to processes that are gone. On several nodes the counts of restarts differ; there
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a store of its own, as launch/ sets it.
     """
     one_node = ranks.world_size() == ranks.local_world_size()
-    return f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if one_node else ""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else ""
+    return f"restart {restarts}, start {next(_starts)}"
 
 
 def _seed(seed: int) -> None:

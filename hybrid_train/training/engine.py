@@ -94,11 +94,13 @@ class Engine:
             skipped, kind = "", ""
         except (NonFiniteError, SpikeError) as error:
             self.finalizer.restore_expert_biases()
-            skipped, kind = self._located(error, microbatches), error.kind
+            skipped, kind = self._located(error, microbatches, rate), error.kind
             grad_norm = math.nan
             metrics["skipped"] = 1.0
             if isinstance(error, NonFiniteError) and not (bad_steps and bad_steps.skips_nonfinite):
-                raise self._given_up(skipped) from None
+                end = tokens_seen + sequences * self.sequence_length
+                where = f"tokens {tokens_seen} to {end}{_in_words(self._drawn(found))}"
+                raise NonFiniteError(f"step {self.steps_done + 1}: {skipped}; {where}") from None
         if self.quantized is not None and not skipped:
             self.quantized.end_step()
         if bad_steps is not None:
@@ -107,10 +109,14 @@ class Engine:
         progress.enter(progress.BETWEEN)
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss")
-        drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
         return StepReport(
-            loss, float(grad_norm), rate, seconds, sequences, skipped, kind, drawn, metrics
+            *(loss, float(grad_norm), rate, seconds, sequences, skipped, kind, self._drawn(found)),
+            metrics,
         )
+
+    def _drawn(self, found: "_Losses") -> dict[str, int]:
+        """Return the valid tokens of each source, where they are told apart."""
+        return dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
@@ -220,21 +226,16 @@ class Engine:
             if not -float("inf") < metrics[name] < float("inf"):
                 raise NonFiniteError(f"{name} is {metrics[name]}")
 
-    def _located(self, error: NonFiniteError | SpikeError, microbatches: list[Batch]) -> str:
+    def _located(
+        self, error: NonFiniteError | SpikeError, microbatches: list[Batch], rate: float
+    ) -> str:
         """Say what was wrong; of what is not finite also on which rank and in which module."""
         if isinstance(error, SpikeError):
-            return str(error)
+            return f"{error}; learning rate {rate:.3g}"
         culprit = first_bad_module(
             self.chunks, lambda: self.forward_only(microbatches), stage=self.groups.pp.rank()
         )
-        return f"{error}; {culprit}"
-
-    def _given_up(self, words: str) -> NonFiniteError:
-        return NonFiniteError(
-            f"step {self.steps_done + 1}: {words}. Nothing was updated; the last "
-            "checkpoint is good. Go on from it in another folder with a lower learning rate or "
-            "other data: run_dir=... checkpoint.load=... schedule.peak_lr=... train.seed=..."
-        )
+        return f"{error}; {culprit}; learning rate {rate:.3g}"
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,12 @@ class _Losses:
     def source_tokens(self) -> Tensor:
         """Return the valid tokens of each source, [sources]."""
         return self.totals[self.terms :]
+
+
+def _in_words(drawn: dict[str, int]) -> str:
+    """Say which sources a step read: ", of web 300, code 20"."""
+    named = [f"{name} {count}" for name, count in drawn.items() if count]
+    return f", of {', '.join(named)}" if named else ""
 
 
 def _sum_over_processes(values: Tensor) -> Tensor:

@@ -44,6 +44,17 @@ def test_every_run_of_a_process_is_what_it_is_alone(tmp_path: Path, corpus: Path
     assert untimed(tmp_path / "other") == untimed(tmp_path / "other again")
 
 
+def test_processes_meet_again_for_every_run(tmp_path: Path, corpus: Path) -> None:
+    layouts = {"split": "parallel.tensor=2", "staged": "parallel.pipeline=2"}
+    layouts["split again"] = layouts["split"]
+    words = (f"data.folder={corpus}", "train.tokens=512")
+    jobs = [("train", arguments(tmp_path / name, *words, one)[1:]) for name, one in layouts.items()]
+    finished = finish(start_program(SCRIPT, json.dumps(jobs), processes=2))
+    assert finished.code == 0, finished.said
+    assert untimed(tmp_path / "split") == untimed(tmp_path / "split again")
+    assert len(untimed(tmp_path / "staged")) == 2
+
+
 def test_a_run_in_another_thread_is_refused() -> None:
     with pytest.raises(UserError, match="in its main thread alone"):
         unprivileged.call(train_job.run, tiny_job())
