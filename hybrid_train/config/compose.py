@@ -279,6 +279,8 @@ def _frozen(run_dir: Path) -> Path:
         UserError: if there is none.
     """
     path = run_dir / FROZEN_NAME
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no run folder: there is no such folder")
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
     return path
