@@ -1,5 +1,6 @@
 """The job `report`: one HTML file about a run that opens anywhere, without a network."""
 
+import contextlib
 import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,9 @@ def run(job: ReportJob) -> None:
     """
     run_dir = Path(job.run_dir)
     target = Path(job.output) if job.output else run_dir / FILE_NAME
-    if target.is_dir():
-        raise UserError(f"output = {target} is a folder; name a file: {target / FILE_NAME}")
+    with contextlib.suppress(OSError):  # what stands in the way is said as it is written
+        if target.is_dir():
+            raise UserError(f"output = {target} is a folder; name a file: {target / FILE_NAME}")
     text = report(look(run_dir))
     half = target.with_name(f"{target.name}.tmp")
     try:
