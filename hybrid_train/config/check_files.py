@@ -1,18 +1,23 @@
 """Rules about what a job reads from disk: token files, tokenizers, checkpoints, prompts."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from hybrid_train.config.names import nearest
 from hybrid_train.config.problems import Problem
+from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.convert import ConvertJob
 from hybrid_train.config.schema.data import named_sources, needs_tokenizer
 from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.show import IndexJob
 from hybrid_train.config.schema.source import Split
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.schema.verify import VerifyJob
 
 _SUFFIXES = (".bin", ".idx")
+# About as long as the name of a file in a checkpoint that is being written.
+_LONGEST_INSIDE = "checkpoints/step_00000000.partial/__000000_000000.distcp.part"
 
 
 def data_is_chosen(job: TrainJob) -> Iterator[Problem]:
@@ -124,13 +129,44 @@ def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
 
 
 def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
-    """The run folder is made where nothing stands in its way."""
+    """The run folder is made where nothing stands in its way, and this user may write."""
     if not job.run_dir.strip():
         yield Problem("run_dir", '""', "must name a folder", "runs/train")
         return
-    for place in (Path(job.run_dir), *Path(job.run_dir).parents):
-        if place.exists() and not place.is_dir():
-            yield Problem("run_dir", job.run_dir, f"{place} is a file, not a folder")
+    # A plan may be for another machine.
+    here = not isinstance(job, CheckJob | IndexJob)
+    obstacle = what_forbids(Path(job.run_dir), writing=here)
+    if obstacle is not None:
+        yield Problem("run_dir", job.run_dir, obstacle)
+
+
+def what_forbids(folder: Path, *, writing: bool = True) -> str | None:
+    """Say why a folder cannot be there, or not be written into; None if it can."""
+    try:
+        os.lstat(folder / _LONGEST_INSIDE)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # the way there says more
+    except (OSError, ValueError) as error:
+        return f"can be no path: {getattr(error, 'strerror', None) or error}"
+    for place in (folder, *folder.parents):
+        try:
+            is_folder = place.is_dir()
+        except OSError as error:
+            return f"{place} cannot be reached: {error.strerror}"
+        if is_folder:
+            return _why_not_written(place) if writing else None
+        if os.path.lexists(place):
+            what = "a link that leads nowhere" if place.is_symlink() else "a file, not a folder"
+            return f"{place} is {what}"
+    return None
+
+
+def _why_not_written(folder: Path) -> str | None:
+    if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return None
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{folder} is on a file system that is read-only"
+    return f"this user may not read and write in {folder}"
 
 
 FILE_RULES = (

@@ -26,7 +26,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, overrides, own_conf, registry, yaml_files
+from hybrid_train.config import checks, launcher, overrides, own_conf, registry, yaml_files
 from hybrid_train.config.check_files import no_run
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.names import nearest
@@ -271,7 +271,7 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     try:
         if not missing and not composed.wrong_groups:
             job = cast("checks.Job", OmegaConf.to_object(config))
-            found = list(checks.check(job, world_size()))
+            found = list(checks.check(job, launcher.world_size()))
         else:
             found = list(_section_problems(config))
     except OmegaConfBaseException as error:
@@ -308,11 +308,6 @@ def _section_problems(config: DictConfig) -> Iterator[Problem]:
             yield from collect(section, name)
 
 
-def world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def to_yaml(job: checks.Job) -> str:
     """Write a job as YAML, every value resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(job))
@@ -343,6 +338,8 @@ def _frozen(run_dir: Path) -> Path:
         UserError: if there is none.
     """
     path = run_dir / FROZEN_NAME
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no run folder: there is no such folder")
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
     return path
@@ -397,7 +394,7 @@ def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) 
     saved = load(run_dir)
     job = change(saved) if change else saved
     job.run_dir = str(run_dir)  # it may have moved
-    if found := list(checks.check(job, world_size())):
+    if found := list(checks.check(job, launcher.world_size())):
         raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")
     return job
 

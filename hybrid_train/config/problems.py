@@ -1,6 +1,7 @@
 """What is wrong with a configuration, collected so that one edit can fix all of it."""
 
 import dataclasses
+import errno
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,26 @@ def kind_of(error: BaseException) -> str:
     """Return the word for an error in the history of a run."""
     of_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
     return str(getattr(error, "kind", DISK if of_disk else UserError.kind))
+
+
+# What the system says of a path or a disk; no mistake of the program makes it say so.
+_OF_THE_SYSTEM = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
+
+
+def of_the_system(error: OSError) -> UserError | None:
+    """Return what the user can mend where the system refuses a path; None if it is not that."""
+    if error.errno not in _OF_THE_SYSTEM:
+        return None
+    where = "the disk" if error.filename is None else str(error.filename)
+    explained = UserError(
+        f"{where} cannot be used: {error.strerror}; permit it, make room, or choose another place"
+    )
+    explained.everywhere = getattr(error, "everywhere", False)
+    explained.kind = DISK
+    return explained
 
 
 class ConfigError(UserError):

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrid_train.config.problems import UserError
-from hybrid_train.data.build import RunData
+
+if TYPE_CHECKING:
+    from hybrid_train.data.build import RunData
 
 FILE_NAME = "data.json"
 
 
-def record_of(data: RunData) -> dict[str, Any]:
+def record_of(data: "RunData") -> dict[str, Any]:
     """Describe the data by what changes when it changes."""
     splits = {"train": data.train, "validation": data.held_out}
     return {

@@ -79,6 +79,7 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
         step: step that it goes on from.
         hang_timeout_s: silence of a process that ends it; 0: any is accepted.
     """
+    progress.begin()
     number = ranks.said_by_main(lambda: _begin(run_dir, step))
     this = Attempt(run_dir, number)
     alive = run_dir / ALIVE

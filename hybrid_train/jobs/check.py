@@ -11,10 +11,9 @@ from rich.console import Console
 from hybrid_train.config import degrees, format_table
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.check_native import hardware_notes
-from hybrid_train.config.compose import world_size
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import Stretch, lay_out, unread_sources
-from hybrid_train.config.problems import UserError
 from hybrid_train.config.product_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.config.ramp import ramps, run_length
 from hybrid_train.config.schema.check import CheckJob
@@ -38,8 +37,7 @@ _HELD_HEADS = (
 
 def run(job: CheckJob) -> None:
     """Print what every process will do and hold, and what is still to be set."""
-    if world_size() > 1:
-        raise UserError("check runs in one process; start it without torchrun: processes=N")
+    require_alone("check")
     rows = degrees.padded_vocab_size(_vocab_size(job), job.model.vocab_multiple)
     phases = lay_out(job)
     first = phases[0].job

@@ -7,19 +7,22 @@ need no torch.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
-from hybrid_train.config import own_conf
+from hybrid_train.config import launcher, own_conf
 from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import UserError, of_the_system
 from hybrid_train.config.secrets import masked
 from hybrid_train.runtime.streams import accept_any_letter
 
@@ -121,24 +124,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(given: Sequence[str]) -> int:
     try:
-        start = _command(given)
+        with _explained():
+            start = _command(given)
     except UserError as error:
-        # Every process of a job finds the same fault; the first says it. The others wait, since
-        # torchrun ends all of them, the first included, as soon as one is gone.
-        if os.environ.get("RANK", "0") == "0":
-            _complain(str(error))
-        else:
-            time.sleep(FIRST_SPEAKS_S)
-        return 2
+        error.everywhere = True  # every process of a job finds the same fault
+        return _refuse(error)
     try:
-        return start() or 0
+        with _explained():
+            return start() or 0
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank and (error.everywhere or error.repeated):
-            time.sleep(FIRST_SPEAKS_S)
-        else:
-            _complain(f"rank {rank}: {error}" if rank else str(error))
-        return 2
+        return _refuse(error)
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
@@ -146,6 +141,50 @@ def _main(given: Sequence[str]) -> int:
         # Whoever read has had enough, as `head` has. Python would complain once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the system says of a path or a disk into an error that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        explained = of_the_system(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _refuse(error: UserError) -> int:
+    """Say what the user can mend, once; return the exit code."""
+    rank = os.environ.get(launcher.RANK, "").strip()  # it may be what is wrong
+    is_other = rank.isdecimal() and int(rank) > 0
+    if launcher.by_torchrun():
+        is_first = os.environ.get(launcher.LOCAL_RANK, "0") == "0"
+        if is_first if error.everywhere else not error.repeated:
+            _tell_torchrun(str(error))  # each node has a torchrun of its own
+        if is_other and (error.everywhere or error.repeated):
+            # The first process says it. The others wait, since torchrun ends all of them, the
+            # first included, as soon as one is gone.
+            time.sleep(FIRST_SPEAKS_S)
+            return 2
+    _complain(f"rank {rank}: {error}" if is_other else str(error))
+    return 2
+
+
+def _tell_torchrun(text: str) -> None:
+    """Leave the message where torchrun looks for it: it ends its own report with it (torch 2.11).
+
+    Otherwise a message is buried under the traceback of torchrun.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {
+            "message": masked(f"hybrid-train: {text}"),
+            "extraInfo": {"timestamp": str(int(time.time()))},
+        }
+        with contextlib.suppress(OSError):  # it is on stderr as well
+            Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def _complain(text: str) -> None:
@@ -277,6 +316,7 @@ def _job_command(
     job = JOBS[name]
     if options.help:
         return _help_text(name, words)
+    launcher.require_sound()
     if not job.composed:
         return lambda: importlib.import_module(job.module).run(list(words))
     from hybrid_train.config import compose, describe  # Hydra takes a moment to import

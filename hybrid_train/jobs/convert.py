@@ -4,13 +4,12 @@ import gc
 import logging
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.schema.convert import ConvertJob, WeightFormat
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.tensors import Format
 from hybrid_train.hf.write import export_checkpoint
-from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import start_logging
 
 _log = logging.getLogger(__name__)
@@ -18,8 +17,7 @@ _log = logging.getLogger(__name__)
 
 def run(job: ConvertJob) -> None:
     """Convert; nothing is left behind if it fails."""
-    if ranks.world_size() > 1:
-        raise UserError("convert runs in one process; start it without torchrun")
+    require_alone("convert")
     start_logging()
     gc.freeze()  # what was imported stays: among 100,000 small objects its sweeps take their time
     dtype = None if job.dtype is WeightFormat.keep else Format[job.dtype.name].value

@@ -5,10 +5,9 @@ import json
 import sys
 from collections.abc import Iterator
 
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.pins import pinned
-from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.doctor import DoctorJob
-from hybrid_train.runtime import ranks
 from hybrid_train.runtime.health import probe, speed_checks, table
 from hybrid_train.runtime.health.findings import Finding, Grade
 from hybrid_train.runtime.health.machine import Machine
@@ -18,8 +17,7 @@ _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
 
 def run(job: DoctorJob) -> int:
     """Examine the machine; return 1 if anything is broken."""
-    if ranks.world_size() > 1:
-        raise UserError("doctor runs once on each machine; start it without torchrun")
+    require_alone("doctor")
     machine = Machine(libraries=probe.libraries(table.MODULES), pins=pinned())
     machine = dataclasses.replace(machine, measure=speed_checks.measurement(machine))
     checks = {**table.CHECKS, **(table.MEASUREMENTS if job.measure else {})}

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.generation.text import GrowingText, show
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.origin import Origin
-from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ _log = logging.getLogger(__name__)
 def run(job: GenerateJob) -> None:
     """Write each prompt with its continuation to stdout, and the speed to stderr."""
     texts = _prompts(job)
-    if ranks.world_size() > 1:
-        raise UserError("generate runs in one process; start it without torchrun")
+    require_alone("generate")
     with process(job.runtime, job.seed):
         from hybrid_train.generation.decode import Settings, stream  # needs the process
         from hybrid_train.jobs.assemble import load_model

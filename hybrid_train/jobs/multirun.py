@@ -1,6 +1,5 @@
 """Several runs from one command line: every combination of the values, one after the other."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from hydra.core.override_parser.types import Override
 from hybrid_train.config import overrides
 from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.compose import RAW_KEYS, compose
-from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.launcher import require_alone
+from hybrid_train.config.problems import ConfigError, Problem
 from hybrid_train.config.schema.train import TrainJob
 
 
@@ -22,8 +22,7 @@ def plan(name: str, lines: Sequence[str]) -> Callable[[], int]:
         UserError: under torchrun.
         ConfigError: if any combination cannot run.
     """
-    if "RANK" in os.environ:
-        raise UserError("--multirun starts processes of its own; call it without torchrun")
+    require_alone("--multirun")
     listed = commands(name, lines)
     return lambda: run_all(listed)
 

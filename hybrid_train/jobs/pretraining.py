@@ -28,6 +28,10 @@ from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.assemble import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
 from hybrid_train.model import counts
+from hybrid_train.model.aux_losses import AUX_LOSSES
+from hybrid_train.parallel.groups import destroy_groups
+from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision.statistics import STATISTICS
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.tracking import history
@@ -47,11 +51,12 @@ from hybrid_train.training.hooks.metrics import LogMetrics
 from hybrid_train.training.hooks.phases import EnterPhases
 from hybrid_train.training.hooks.precision import AuditPrecision, MeasureRounding
 from hybrid_train.training.hooks.profiling import profiling_hooks
-from hybrid_train.training.hooks.recovery import Recover
+from hybrid_train.training.hooks.recovery import Recover, ways_on
 from hybrid_train.training.hooks.stop import StopOnSignal
 from hybrid_train.training.hooks.stragglers import CompareProcesses
 from hybrid_train.training.hooks.validation import Validate
 from hybrid_train.training.loop import Run, fit
+from hybrid_train.training.nonfinite import NonFiniteError
 from hybrid_train.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -97,6 +102,14 @@ def train(job: TrainJob, device: torch.device) -> int:
     return 0 if stop.signal is None else _exit_code(stop.signal)
 
 
+def leave_nothing_behind() -> None:
+    """Forget what belongs to the process rather than to the run, which may have failed anywhere."""
+    destroy_groups()
+    AUX_LOSSES.take()
+    AUDIT.stop()
+    STATISTICS.stop()
+
+
 def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSignal) -> None:
     """Open the data, refuse what cannot go on, and train; the history says how it ended."""
     run_dir, state = Path(job.run_dir), start.state()
@@ -104,6 +117,7 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
     record = _same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
+            run_folder.take_over(job)
             compose.freeze(job, run_dir)
             write_record(run_dir, record)
             data.tokenizer.save(run_dir / TOKENIZER)
@@ -152,6 +166,8 @@ def _fit(
     )
     try:
         fit(run)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}. {ways_on(run_dir)}") from None
     finally:
         say_through(None)
     if ranks.is_main():
@@ -163,9 +179,10 @@ def _claim(job: TrainJob) -> Start:
     run_dir = Path(job.run_dir)
 
     def check() -> None:
-        check_data(job.data)
-        run_folder.require_same_run(job)
+        run_folder.require_access(run_dir)
         attempts.require_alone(run_dir)
+        run_folder.require_same_run(job)
+        check_data(job.data)
         sizes = counts.parameters(job.model, job.model.vocab_size or _asked_vocab_size(job))
         run_folder.require_space(run_dir, sizes.total)
         for leftover in drop_partial(run_dir):

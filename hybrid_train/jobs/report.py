@@ -1,5 +1,6 @@
 """The job `report`: one HTML file about a run that opens anywhere, without a network."""
 
+import contextlib
 import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.report import ReportJob
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.config.units import show_bytes
@@ -52,15 +54,24 @@ def run(job: ReportJob) -> None:
     """Write the report of a run and say where it is.
 
     Raises:
-        UserError: if there is no run in the folder, or a file in it is damaged.
+        UserError: if there is no run in the folder, a file in it is damaged, or the report cannot
+            be written.
     """
     run_dir = Path(job.run_dir)
     target = Path(job.output) if job.output else run_dir / FILE_NAME
+    with contextlib.suppress(OSError):  # what stands in the way is said as it is written
+        if target.is_dir():
+            raise UserError(f"output = {target} is a folder; name a file: {target / FILE_NAME}")
     text = report(look(run_dir))
-    target.parent.mkdir(parents=True, exist_ok=True)
     half = target.with_name(f"{target.name}.tmp")
-    half.write_text(text, encoding="utf-8")
-    half.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text(text, encoding="utf-8")
+        half.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {error.strerror}; name another file: output=..."
+        ) from error
     print(f"{target} ({show_bytes(len(text.encode()))})")  # noqa: T201  the result
 
 

@@ -4,21 +4,27 @@ import contextlib
 import dataclasses
 import enum
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.config import compose
 from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import FIXED, lay_out
-from hybrid_train.config.problems import UserError
+from hybrid_train.config.problems import ConfigError, UserError
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.config.units import show_tokens
+from hybrid_train.data.record import FILE_NAME as RECORD
+from hybrid_train.hf import origin
+from hybrid_train.tracking import history, last_words
+from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 
 # What may change when a run goes on; everything else makes it another run.
 _MAY_CHANGE = (
@@ -47,6 +53,14 @@ _PHASES = "train.phases"
 _PATTERN = "model.pattern"
 _KINDS = {"model.attention.": "*", "model.mamba.": "M", "model.mlp.": "-", "model.moe.": "E"}
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
+_SIGNS = {compose.FROZEN_NAME, history.FILE_NAME}
+_WRITTEN = {
+    *_SIGNS, last_words.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER, METRICS, RECORD,
+    "precision.json", "tensorboard", "wandb", "wandb_run_id",
+}  # fmt: skip
+_HALVES = {f"{compose.FROZEN_NAME}.tmp", f"{METRICS}.part", f"{RECORD}.tmp"}
+# What a run leaves behind before its first step, and what its submission does.
+_OF_A_START = _WRITTEN | _HALVES | {"launch", "logs", "code"}
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 _log = logging.getLogger(__name__)
 
@@ -56,8 +70,71 @@ def may_change(key: str) -> bool:
     return key.startswith(_MAY_CHANGE)
 
 
+def require_access(run_dir: Path) -> None:
+    """Refuse a run folder in which this user may not read and write what a run needs.
+
+    A checkpoint that cannot be seen would be taken for one that is not there.
+
+    Raises:
+        UserError: naming the file or folder.
+    """
+    for place in _places(run_dir):
+        if not _may_use(place):
+            raise UserError(
+                f"run_dir = {run_dir}: this user may not read and write {place}; permit it (chmod, "
+                "chown), or choose another run_dir=..."
+            )
+
+
+def _places(run_dir: Path) -> Iterator[Path]:
+    """Yield what a run needs in its folder, a folder before what is in it."""
+    yield run_dir
+    yield from (run_dir / name for name in sorted(_WRITTEN))
+    saved = run_dir / layout.FOLDER
+    if saved.is_dir():
+        yield from sorted(saved.iterdir())
+
+
+def _may_use(place: Path) -> bool:
+    """Tell whether a place can be read and written, if it is there; its folder was looked at."""
+    if not place.exists():
+        return True
+    return os.access(place, os.R_OK | os.W_OK | (os.X_OK if place.is_dir() else 0))
+
+
+def is_untrained(run_dir: Path) -> bool:
+    """Tell whether a folder holds what a run leaves at its start, and nothing that it learned."""
+    saved = run_dir / layout.FOLDER
+    learned = any(not one.name.endswith(layout.PARTIAL) for one in saved.glob("*"))
+    metrics = run_dir / METRICS
+    steps = metrics.is_file() and b"\n" in metrics.read_bytes()
+    names = {one.name for one in run_dir.iterdir()}
+    return not (learned or steps) and names <= _OF_A_START and bool(names & _SIGNS)
+
+
+def take_over(job: TrainJob) -> None:
+    """Make an untrained folder that of this run; the history keeps what its config was."""
+    run_dir = Path(job.run_dir)
+    if not (run_dir / compose.FROZEN_NAME).is_file() or not is_untrained(run_dir):
+        return
+    with contextlib.suppress(UserError):  # its config does not fit this version
+        changes = [
+            f"{key}: {old} before" for key, old, _ in differences(compose.load(run_dir), job)
+        ]
+        if changes:
+            history.note(run_dir, "taken over", changes=changes)
+    if (run_dir / origin.FOLDER).is_dir():
+        shutil.rmtree(run_dir / origin.FOLDER)  # a copy of what the other run started from
+    own = run_dir / TOKENIZER
+    asked = job.data.tokenizer
+    if own.is_dir() and not (asked and Path(asked).resolve() == own.resolve()):
+        shutil.rmtree(own)  # a copy of the one that the other run read
+
+
 def require_same_run(job: TrainJob) -> None:
     """Refuse a folder that holds something else; say what goes on with other values.
+
+    A folder in which nothing was trained may become that of another run.
 
     Raises:
         UserError: if the folder is no run folder, or the run in it has another config.
@@ -65,21 +142,31 @@ def require_same_run(job: TrainJob) -> None:
     run_dir = Path(job.run_dir)
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return
+    untrained = is_untrained(run_dir)
     if not (run_dir / compose.FROZEN_NAME).is_file():
+        if untrained:
+            return
         raise UserError(
             f"{run_dir} is not a run folder: it has no {compose.FROZEN_NAME}, and it is not empty; "
             "choose another run_dir=..."
         )
-    saved = compose.load(run_dir)
+    try:
+        saved = compose.load(run_dir)
+    except ConfigError:
+        if not untrained:
+            raise
+        _log.warning("nothing was trained in %s: this run takes the folder over", run_dir)
+        return
     unused = _unused_sections(saved.model, job.model)
     changes = [one for one in differences(saved, job) if not one[0].startswith(unused)]
-    free = (*_MAY_CHANGE, "data.") if job.data.accept_changes else _MAY_CHANGE
-    foreign = [
-        change
-        for change in changes
-        if not (change[0].startswith((*free, _PHASES)) or _is_other_cut(*change))
-    ]
-    foreign += _moved_phases(saved, job, run_dir)
+    foreign = _foreign(saved, job, changes)
+    if foreign and untrained:
+        names = ", ".join(key for key, _, _ in foreign)
+        _log.warning(
+            "nothing was trained in %s: this run takes the folder over, with other settings (%s)",
+            *(run_dir, names),
+        )
+        return
     if foreign:
         lines = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in foreign)
         raise UserError(
@@ -91,13 +178,25 @@ def require_same_run(job: TrainJob) -> None:
         _log.info("%s: %s before, %s from here on", key, old, new)
 
 
-def _moved_phases(
-    saved: TrainJob, job: TrainJob, run_dir: Path
-) -> list[tuple[str, object, object]]:
+Change = tuple[str, object, object]  # a setting, its value there, its value here
+
+
+def _foreign(saved: TrainJob, job: TrainJob, changes: Sequence[Change]) -> list[Change]:
+    """Return the changes that make it another run."""
+    free = (*_MAY_CHANGE, "data.") if job.data.accept_changes else _MAY_CHANGE
+    foreign = [
+        change
+        for change in changes
+        if not (change[0].startswith((*free, _PHASES)) or _is_other_cut(*change))
+    ]
+    return foreign + _moved_phases(saved, job, Path(job.run_dir))
+
+
+def _moved_phases(saved: TrainJob, job: TrainJob, run_dir: Path) -> list[Change]:
     """List phases that have begun and are not as they were; those to come may change."""
     seen = _tokens_seen(run_dir)
     before, now = lay_out(saved), lay_out(job)
-    found: list[tuple[str, object, object]] = []
+    found: list[Change] = []
     for number, old in enumerate(before):
         if old.start >= seen and number:
             break

@@ -1,7 +1,6 @@
 """The runs of a study: composed and checked before any of them starts, and what is done already."""
 
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from hybrid_train.config import compose
 from hybrid_train.config.check_files import run_dir_can_be_a_folder
 from hybrid_train.config.command_text import setting
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.phases import lay_out
 from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.config.schema.study import StudyJob
@@ -70,8 +70,7 @@ def plan(study: StudyJob) -> list[PlannedRun]:
         ConfigError: if any variant cannot run, with every problem of every variant.
         UserError: if a run folder holds a run with other settings.
     """
-    if "RANK" in os.environ:
-        raise UserError("study starts processes of its own; call it without torchrun")
+    require_alone("study")
     runs: list[PlannedRun] = []
     found: dict[str, list[Problem]] = {}
     for name, variant in study.chosen().items():

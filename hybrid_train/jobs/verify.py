@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.verify import VerifyJob
 from hybrid_train.hf import config as hf_config
@@ -12,7 +13,7 @@ from hybrid_train.hf.compare import Differences, differences
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder
 from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint
-from hybrid_train.runtime import optional, ranks
+from hybrid_train.runtime import optional
 from hybrid_train.runtime.start import process
 
 
@@ -22,8 +23,7 @@ def run(job: VerifyJob) -> None:
     Raises:
         UserError: if the two are not the same model.
     """
-    if ranks.world_size() > 1:
-        raise UserError("verify runs in one process; start it without torchrun")
+    require_alone("verify")
     if job.logits:
         optional.require("transformers", "verify with logits=true")
     with refusals_named(checkpoint=Path(job.checkpoint), hf=Path(job.hf)):

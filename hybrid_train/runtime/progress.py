@@ -1,7 +1,7 @@
 """Where this process is within its step, and how long each part took.
 
 Who trains says `enter("data")`; the watchdog reads it when nothing is said for too long, and the
-report of slow processes takes the times. One process trains one run, so this is one per process.
+report of slow processes takes the times. A process trains one run at a time, so there is one of it.
 """
 
 import time
@@ -33,6 +33,14 @@ _seconds: dict[str, float] = {}  # since they were taken
 _all_seconds: dict[str, float] = {}
 
 
+def begin() -> None:
+    """Start anew: what an earlier run of this process said and took does not count."""
+    global _last
+    _last = Sign(0, 0, START, time.monotonic())
+    _seconds.clear()
+    _all_seconds.clear()
+
+
 def enter(part: str, step: int | None = None) -> None:
     """Say that this process is now in a part of the step, or still is."""
     global _last  # the main thread alone writes it, as a whole
@@ -48,7 +56,7 @@ def last() -> Sign:
 
 
 def all_seconds() -> dict[str, float]:
-    """Return the seconds of each part that is over, since this process began."""
+    """Return the seconds of each part that is over, since the run began."""
     return dict(_all_seconds)
 
 

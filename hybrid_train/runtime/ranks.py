@@ -1,32 +1,15 @@
-"""Which process this is among those that torchrun or SLURM started.
+"""What the processes of a run do together: one goes first, one says it, all fail if one does.
 
 torch is imported where processes talk to each other: jobs that prepare data do without it.
 """
 
-import os
 from collections.abc import Callable
 
+from hybrid_train.config.launcher import local_rank as local_rank
+from hybrid_train.config.launcher import local_world_size as local_world_size
+from hybrid_train.config.launcher import rank as rank
+from hybrid_train.config.launcher import world_size as world_size
 from hybrid_train.config.problems import UserError, kind_of
-
-
-def rank() -> int:
-    """Return the number of this process; 0 if it runs alone."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """Return the number of this process on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """Return the number of processes of the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_world_size() -> int:
-    """Return the number of processes of the run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:

@@ -18,6 +18,10 @@ ATTEMPT, END = "attempt", "end"
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 
 Event = Mapping[str, Any]
+_NEEDED = {
+    ATTEMPT: {"attempt", "step"},
+    END: {"attempt", "step", "outcome", "kind", "cause", "ranks"},
+}
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,18 @@ def note(run_dir: Path, event: str, at: float | None = None, **details: object) 
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all events, oldest first; a line that was cut short is left out."""
+    """Return all events, oldest first; a line that is damaged, or was cut short, is left out."""
     path = run_dir / FILE_NAME
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             event = json.loads(line)
-        except ValueError:  # the disk was full, or the process killed while it wrote
-            continue
-        if isinstance(event, dict) and "event" in event and "time" in event:
+            seconds(event)
+        except (ValueError, TypeError, KeyError):
+            continue  # the disk was full, or the process killed while it wrote
+        if _NEEDED.get(event.get("event"), {"event"}) <= event.keys():
             found.append(event)
     return found
 

@@ -13,6 +13,7 @@ from hybrid_train.config.problems import DISK, UserError
 from hybrid_train.tracking.metrics import metric
 
 FILE_NAME = "metrics.jsonl"
+_NUMBERS = frozenset({int, float})
 
 
 class JsonLines:
@@ -65,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     The last line may be cut short, if the run was killed while it wrote; it is left out.
 
     Raises:
-        UserError: if another line is no JSON object.
+        UserError: if another line is no JSON object of numbers.
     """
     lines = path.read_bytes().split(b"\n")
     whole = lines[:-1]  # what follows the last line break is no whole line
@@ -75,7 +76,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             values = orjson.loads(line)  # of a long run there are a hundred megabytes
             if b"null" in line:
                 values = {k: math.nan if v is None else v for k, v in values.items()}
-            values["step"]
+            counted = type(values["step"]) is type(values.get("tokens", 0)) is int
+            if not counted or not _NUMBERS.issuperset(map(type, values.values())):
+                raise TypeError("a metric is a number")
         except (orjson.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
             text = line[:80].decode(errors="replace")
             raise UserError(f"{path}, line {number} is damaged: {text!r}") from error

@@ -6,6 +6,7 @@
 A process that was killed says nothing: that is how it is told from the others, which lost it.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -79,8 +80,9 @@ def read(run_dir: Path, attempt: int) -> list[Words]:
     """Return the words of all processes that left any, by rank; crashes count as words."""
     found: dict[int, Words] = {}
     for path in sorted(folder(run_dir, attempt).glob("rank_*.json")):
-        words = Words(**json.loads(path.read_text(encoding="utf-8")))
-        found[words.rank] = words
+        with contextlib.suppress(ValueError, TypeError):  # damaged: it says nothing
+            words = Words(**json.loads(path.read_text(encoding="utf-8")))
+            found[words.rank] = words
     for path in sorted(folder(run_dir, attempt).glob("rank_*.crash")):
         if path.stat().st_size:
             words = _crashed(path)

@@ -88,20 +88,19 @@ class Engine:
             found = self._run(microbatches, forward_only=False)
             progress.enter(progress.REDUCE)
             metrics = self._reduce(found, len(microbatches))
-            self._require_labels(metrics)
-            self._require_finite(metrics)
-            if bad_steps is not None:
-                bad_steps.require_usual(metrics["loss"])
+            self._require_sound(metrics, bad_steps)
             progress.enter(progress.OPTIMIZER)
             _, grad_norm, _ = self.optimizer.step()
             skipped, kind = "", ""
         except (NonFiniteError, SpikeError, NoLabelsError) as error:
             self.finalizer.restore_expert_biases()
-            skipped, kind = self._located(error, microbatches), error.kind
+            skipped, kind = self._located(error, microbatches, rate), error.kind
             grad_norm = math.nan
             metrics["skipped"] = 1.0
             if isinstance(error, NonFiniteError) and not (bad_steps and bad_steps.skips_nonfinite):
-                raise self._given_up(skipped) from None
+                end = tokens_seen + sequences * self.sequence_length
+                where = f"tokens {tokens_seen} to {end}{_in_words(self._drawn(found))}"
+                raise NonFiniteError(f"step {self.steps_done + 1}: {skipped}; {where}") from None
         if self.quantized is not None and not skipped:
             self.quantized.end_step()
         if bad_steps is not None:
@@ -110,10 +109,14 @@ class Engine:
         progress.enter(progress.BETWEEN)
         seconds = time.perf_counter() - start
         loss = metrics.pop("loss", math.nan)
-        drawn = dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
         return StepReport(
-            loss, float(grad_norm), rate, seconds, sequences, skipped, kind, drawn, metrics
+            *(loss, float(grad_norm), rate, seconds, sequences, skipped, kind, self._drawn(found)),
+            metrics,
         )
+
+    def _drawn(self, found: "_Losses") -> dict[str, int]:
+        """Return the valid tokens of each source, where they are told apart."""
+        return dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
@@ -226,31 +229,27 @@ class Engine:
                 metrics[f"expert_load_{'mtp_' if in_mtp else ''}{layer}"] = ratio
         return metrics
 
-    def _require_labels(self, metrics: dict[str, float]) -> None:
-        """Refuse a step without a label of the main loss; an MTP depth may well have none."""
-        if self.objective.names[0] not in metrics:
+    def _require_sound(self, metrics: dict[str, float], bad_steps: BadSteps | None) -> None:
+        """Refuse a step without labels, with a loss that is not finite, or with a spike of it."""
+        main, *depths = self.objective.names
+        if main not in metrics:  # an MTP depth may well have none
             raise NoLabelsError("no token of the step has a label that counts")
-
-    def _require_finite(self, metrics: dict[str, float]) -> None:
-        for name in self.objective.names:
+        for name in (main, *depths):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise NonFiniteError(f"{name} is {metrics[name]}")
+        if bad_steps is not None:
+            bad_steps.require_usual(metrics[main])
 
-    def _located(self, error: UserError, microbatches: list[Batch]) -> str:
+    def _located(self, error: UserError, microbatches: list[Batch], rate: float) -> str:
         """Say what was wrong; of what is not finite also on which rank and in which module."""
+        if isinstance(error, SpikeError):
+            return f"{error}; learning rate {rate:.3g}"
         if not isinstance(error, NonFiniteError):
             return str(error)
         culprit = first_bad_module(
             self.chunks, lambda: self.forward_only(microbatches), stage=self.groups.pp.rank()
         )
-        return f"{error}; {culprit}"
-
-    def _given_up(self, words: str) -> NonFiniteError:
-        return NonFiniteError(
-            f"step {self.steps_done + 1}: {words}. Nothing was updated; the last "
-            "checkpoint is good. Go on from it in another folder with a lower learning rate or "
-            "other data: run_dir=... checkpoint.load=... schedule.peak_lr=... train.seed=..."
-        )
+        return f"{error}; {culprit}; learning rate {rate:.3g}"
 
 
 @dataclass(frozen=True)
@@ -271,6 +270,12 @@ class _Losses:
     def source_tokens(self) -> Tensor:
         """Return the valid tokens of each source, [sources]."""
         return self.totals[self.terms :]
+
+
+def _in_words(drawn: dict[str, int]) -> str:
+    """Say which sources a step read: ", of web 300, code 20"."""
+    named = [f"{name} {count}" for name, count in drawn.items() if count]
+    return f", of {', '.join(named)}" if named else ""
 
 
 def _sum_over_processes(values: Tensor) -> Tensor:

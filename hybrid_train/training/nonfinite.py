@@ -47,7 +47,7 @@ def first_bad_module(chunks: megatron.Chunks, replay: Callable[[], None], *, sta
     for rank, (_, parameter) in reversed(list(enumerate(everyone))):
         if parameter is not None:
             return f"first in the backward pass on rank {rank}, parameter {parameter}"
-    return "the forward pass does not show it again"
+    return "the forward pass, repeated, does not show it"
 
 
 def _found_in_forward(
@@ -58,11 +58,13 @@ def _found_in_forward(
     calls = itertools.count()
 
     def listen(name: str) -> Callable[..., None]:
-        def after(_: torch.nn.Module, __: Any, output: Any) -> None:
+        def after(module: torch.nn.Module, _: Any, output: Any) -> None:
             call = next(calls)
             tensors = output if isinstance(output, tuple) else (output,)
             if any(_is_bad(tensor) for tensor in tensors):
-                bad.append((call, name))
+                own = module.named_parameters(recurse=False)
+                ill = [f"its {part}" for part, parameter in own if _is_bad(parameter)]
+                bad.append((call, f"{name} ({', '.join(ill)} not finite)" if ill else name))
 
         return after
 

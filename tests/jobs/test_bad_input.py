@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.jobs.command import ROOT, Finished, arguments, contents, finish, start, train
+from hybrid_train.config import compose
+from hybrid_train.tracking import history
+from tests.jobs.command import (
+    ROOT,
+    Finished,
+    arguments,
+    contents,
+    finish,
+    start,
+    start_program,
+    train,
+)
 from tests.unit.data.corpus import write_stray
 
 pytestmark = pytest.mark.xdist_group("bad input")
@@ -96,11 +107,52 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, co
     assert list(contents(tmp_path)) == ["letter.txt"]
 
 
+def test_a_folder_that_may_not_be_written_is_refused_before_the_data_is_opened(
+    tmp_path: Path,
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(0o555)
+    script = str(ROOT / "tests" / "unprivileged.py")
+    for run_dir in (closed / "run", closed):
+        finished = finish(start_program(script, *arguments(run_dir)))
+        assert finished.code == 2, finished.said
+        text = f"run_dir = {run_dir}: this user may not read and write in {closed}"
+        assert text in finished.err
+        assert "Traceback" not in finished.said
+        assert "train data" not in finished.said
+        assert list(closed.iterdir()) == []
+
+
+def test_a_run_that_was_killed_at_its_start_leaves_a_folder_for_another(
+    tmp_path: Path, corpus: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "attempts" / "0001").mkdir(parents=True)
+    job = compose.compose("train", ["experiment=tiny_cpu", "train.seed=7"])
+    compose.freeze(job, run_dir)
+    finished = train(run_dir, f"data.folder={corpus}", "train.tokens=512")
+    assert finished.code == 0, finished.err
+    said = f"nothing was trained in {run_dir}: this run takes the folder over"
+    assert finished.err.count(said) == 1
+    assert history.read(run_dir)[1]["event"] == "taken over"
+    other = train(run_dir, f"data.folder={corpus}", "train.tokens=512", "train.seed=8")
+    assert other.code == 2
+    assert f"{run_dir} belongs to a run with another config" in other.err
+
+
+def assert_told_once_and_last(finished: Finished, text: str) -> None:
+    """Check that one process says it, and that torchrun ends its own report with it."""
+    assert finished.code != 0
+    said, report = finished.err.split("Root Cause (first observed failure):")
+    assert said.count(text) == 1
+    assert "traceback : hybrid-train: " in report
+    assert report.count(text) == 1
+
+
 def test_under_torchrun_a_wrong_config_is_told_once(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     finished = train(run_dir, "train.tokns=2M", processes=2)
-    assert finished.code != 0
-    assert finished.err.count("train.tokns") == 1
+    assert_told_once_and_last(finished, "train.tokns = 2M: there is no such setting")
     assert not run_dir.exists()
 
 
@@ -108,8 +160,7 @@ def test_under_torchrun_a_wrong_folder_is_told_once(tmp_path: Path, corpus: Path
     (tmp_path / "letter.txt").write_text("Dear reader")
     words = arguments(tmp_path, f"data.folder={corpus}", "parallel.tensor=2")
     finished = finish(start(*words, processes=2))
-    assert finished.code != 0
-    assert finished.err.count("is not a run folder") == 1
+    assert_told_once_and_last(finished, f"{tmp_path} is not a run folder")
     assert list(contents(tmp_path)) == ["letter.txt"]
 
 

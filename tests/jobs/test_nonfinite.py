@@ -32,8 +32,9 @@ def test_a_learning_rate_that_explodes_stops_the_run_which_goes_on_from_a_good_c
     finished = train(run_dir, data, *wild, *keep)
     assert finished.code == 2
     assert "step 3: loss is nan; first in the forward pass on rank 0, module " in finished.err
-    assert "the last checkpoint is good" in finished.err
-    assert "checkpoint.load=" in finished.err
+    assert "; learning rate 1e+30; tokens 512 to 768" in finished.err
+    assert "the checkpoints are as they were" in finished.err
+    assert f"checkpoint.load={run_dir}/checkpoints/step_00000002" in finished.err
     assert "Traceback" not in finished.said
     assert checkpoints(run_dir) == ["step_00000001", "step_00000002"]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(run_dir, 2).values())
@@ -56,8 +57,10 @@ def test_the_rank_and_the_module_where_it_began_are_named(
     finished = finish(start_program(SCRIPT, *words, processes=2))
     assert finished.code != 0
     message = "step 4: loss is nan; first in the forward pass on rank 1, module "
-    assert finished.err.count(message) == 1
-    assert f"{message}decoder.layers.3.mlp.linear_fc1" in finished.err
+    said, _ = finished.err.split("Root Cause (first observed failure):")  # torchrun says it again
+    assert said.count(message) == 1
+    module = "decoder.layers.3.mlp.linear_fc1 (its weight not finite)"
+    assert f"{message}{module}" in finished.err
     assert checkpoints(run_dir) == ["step_00000002"]
 
 
@@ -86,7 +89,22 @@ def test_a_run_that_going_back_does_not_help_ends_and_says_so(tmp_path: Path, co
     keep = ("checkpoint.interval=1", "checkpoint.keep=5", "recovery.max_rollbacks=2")
     finished = train(run_dir, data, *wild, *keep)
     assert finished.code == 2
-    assert "after 2 rollbacks in a row. The checkpoints are good." in finished.err
+    assert "after 2 rollbacks in a row. Nothing was updated, so the checkpoints" in finished.err
+    assert f"checkpoint.load={run_dir}/checkpoints/step_" in finished.err
     assert "Traceback" not in finished.said
     last = history.attempts(history.read(run_dir))[-1]
     assert (last.outcome, last.kind) == (history.FAILED, "nonfinite")
+
+
+@pytest.mark.parametrize("settings", [STOP, ("recovery.rollback_after=1",)])
+def test_without_a_checkpoint_none_is_promised(
+    settings: tuple[str, ...], tmp_path: Path, corpus: Path
+) -> None:
+    wild = ("optimizer.clip_grad_norm=0", "schedule.peak_lr=1e30", "checkpoint.interval=100")
+    finished = train(tmp_path / "run", f"data.folder={corpus}", *wild, *settings)
+    assert finished.code == 2
+    assert "step 3: loss is nan; first in the forward pass on rank 0, module " in finished.err
+    assert "learning rate 1e+30" in finished.err
+    assert "There is no checkpoint to go on from: start in another folder" in finished.err
+    for promise in ("checkpoints are", "is good", "checkpoint.load"):
+        assert promise not in finished.err

@@ -1,6 +1,7 @@
 """Notes steps that were not taken, and goes back to a checkpoint where they come in a row."""
 
 import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,23 @@ from hybrid_train.training.loop import Run
 from hybrid_train.training.report import StepReport
 
 _log = logging.getLogger(__name__)
+
+
+def ways_on(run_dir: Path) -> str:
+    """Say how to go on after a step that was not taken and ended the run."""
+    newest = layout.latest(run_dir)
+    if newest is None:
+        return (
+            "There is no checkpoint to go on from: start in another folder with a lower learning "
+            "rate or other data (run_dir=... schedule.peak_lr=... train.seed=...), and save "
+            "earlier (checkpoint.interval=...)"
+        )
+    return (
+        "Nothing was updated, so the checkpoints are as they were: go on in another folder, from "
+        "the newest, or an older one if that fails alike, with a lower learning rate or other "
+        f"data: run_dir=... checkpoint.load={shlex.quote(str(newest.path))} "
+        "schedule.peak_lr=... train.seed=..."
+    )
 
 
 class Recover(Hook):
@@ -89,13 +107,11 @@ class Recover(Hook):
         why = (
             f"after {self._rollbacks - 1} rollbacks in a row"
             if target
-            else "and there is no checkpoint before them to go back to"
+            else "and no checkpoint was saved before them"
         )
         error = UserError(
             f"step {step}: {report.skipped}; {self._settings.rollback_after} steps in a row were "
-            f"skipped, {why}. The checkpoints are good. Go on from one in another folder with a "
-            "lower learning rate or other data: run_dir=... checkpoint.load=... "
-            "schedule.peak_lr=... train.seed=..."
+            f"skipped, {why}. {ways_on(self._run_dir)}"
         )
         error.everywhere, error.kind = True, report.skipped_kind
         return error

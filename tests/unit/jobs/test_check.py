@@ -227,7 +227,9 @@ def test_every_problem_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_check_is_refused_under_torchrun(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
     assert "without torchrun" in refusal(capsys, *SUPER)
 
 

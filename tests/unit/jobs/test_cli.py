@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from hybrid_train.config import launcher
 from hybrid_train.config.compose import conf_dir, draft
 from hybrid_train.config.problems import ConfigError, UserError
 from hybrid_train.config.schema.train import TrainJob
@@ -21,7 +23,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run every command in an empty folder of its own, outside any launcher."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYBRID_TRAIN_CONF", str(conf_dir()))
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in (*launcher.NAMES, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -165,9 +167,17 @@ def test_a_working_folder_that_is_gone_is_told(
 def test_only_the_first_process_explains_a_wrong_config(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    second_of_two(monkeypatch)
     monkeypatch.setattr(cli, "FIRST_SPEAKS_S", 0)
     assert complaint(capsys, "train", "model=quikstart") == ""
+
+
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be what torchrun starts as the second of two processes."""
+    told = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500, "TORCHELASTIC_RUN_ID": "a"}
+    for name, value in {**told, **where}.items():
+        monkeypatch.setenv(name, str(value))
 
 
 def started(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
@@ -192,8 +202,34 @@ def test_what_a_job_refuses_is_told_with_the_rank(
 
     started(monkeypatch, refuse)
     assert complaint(capsys, "train", QUICKSTART) == "hybrid-train: the disk is full\n"
-    monkeypatch.setenv("RANK", "1")
-    assert complaint(capsys, "train", QUICKSTART) == "hybrid-train: rank 1: the disk is full\n"
+    second_of_two(monkeypatch)
+    words = ("train", QUICKSTART, "train.microbatch=2")
+    assert complaint(capsys, *words) == "hybrid-train: rank 1: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.EISDIR]
+)
+def test_a_path_that_the_system_refuses_is_told_without_a_traceback(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(_: TrainJob) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/history.jsonl")
+
+    started(monkeypatch, write)
+    told = complaint(capsys, "train", QUICKSTART)
+    assert told.startswith(
+        f"hybrid-train: runs/a/history.jsonl cannot be used: {os.strerror(number)}; "
+    )
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(_: TrainJob) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "a mistake of ours")
+
+    started(monkeypatch, lose)
+    with pytest.raises(FileNotFoundError):
+        cli.main(["train", QUICKSTART])
 
 
 def test_an_interrupted_job_ends_with_the_code_of_shells(
@@ -232,6 +268,7 @@ def test_a_sweep_with_a_wrong_combination_starts_nothing() -> None:
 def test_a_sweep_is_refused_under_torchrun(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    second_of_two(monkeypatch)
     monkeypatch.setenv("RANK", "0")
     assert "without torchrun" in complaint(capsys, "train", QUICKSTART, "train.seed=1,2", "-m")
 

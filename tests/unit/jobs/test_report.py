@@ -1,15 +1,18 @@
 """`hybrid-train report`: one page that says all, and runs nothing that came from outside."""
 
 import html.parser
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.report import ReportJob
 from hybrid_train.jobs import report
 from hybrid_train.jobs.run_state import look
 from tests.unit.jobs.synthetic_run import NASTY, make
+from tests.unprivileged import modes_count
 
 START = 1_700_000_000.0
 EMPTY = {"meta", "br", "img"}  # tags that need no end
@@ -115,3 +118,27 @@ def test_the_file_is_written_where_it_is_asked_for(
         assert path.read_text().startswith("<!doctype html>")
         assert str(path) in capsys.readouterr().out
     assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("there", "output = there is a folder; name a file: there/report.html"),
+        ("there/", "output = there is a folder; name a file: there/report.html"),
+        ("file/report.html", "file/report.html cannot be written: "),
+        ("closed/report.html", "closed/report.html cannot be written: Permission denied"),
+        ("x" * 300, "cannot be written: File name too long"),
+    ],
+)
+def test_a_place_that_takes_no_report_is_named(
+    output: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "run", steps=3, start=START)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "closed").mkdir(0o555)
+    (tmp_path / "file").write_text("here")
+    before = sorted(tmp_path.iterdir())
+    with modes_count(), pytest.raises(UserError, match=re.escape(words)):
+        report.run(ReportJob(run_dir=str(folder), output=output))
+    assert sorted(tmp_path.iterdir()) == before

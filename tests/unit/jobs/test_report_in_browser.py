@@ -72,10 +72,14 @@ def test_nothing_is_asked_for_and_nothing_complains(page: Path, tmp_path: Path) 
 
 def test_a_page_that_asks_and_complains_is_found_out(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    page.write_text("<img src='http://example.org/a.png'><script>console.error('oh')</script>")
+    page.write_text(
+        "<img src='http://example.org/a.png'><link rel='stylesheet' href='https://example.net/b'>"
+        "<script>console.error('oh'); fetch('https://example.com/c')</script>"
+    )
     seen = browser.open_page(str(FOUND), page, tmp_path / "profile")
     assert any("oh" in line for line in seen.console)
-    assert any("example.org" in line for line in seen.asked)
+    hosts = ("example.com", "example.net", "example.org")
+    assert sorted(line.split("/")[2] for line in seen.asked) == [*hosts]
 
 
 def test_curves_can_be_seen(page: Path, tmp_path: Path) -> None:

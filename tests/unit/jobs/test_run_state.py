@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config.problems import UserError
+from hybrid_train.jobs import report
 from hybrid_train.jobs.run_state import look
 from tests.unit.jobs.synthetic_run import STEP_S, make
 
@@ -102,3 +103,75 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("[")
     with pytest.raises(UserError, match="yaml is damaged"):
         look(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 31, "lo\x00\n',
+        b'\xff\xfe{"step": 31}\n',
+        b"[31]\n",
+        b'{"loss": 2.0}\n',
+        b'{"step": "31", "tokens": 7936}\n',
+        b'{"step": 31, "tokens": null}\n',
+        b'{"step": 31, "tokens": 7936, "loss": "2"}\n',
+    ],
+    ids=repr,
+)
+def test_a_damaged_line_of_metrics_is_named(line: bytes, tmp_path: Path) -> None:
+    folder = make(tmp_path, steps=30, start=START)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 31 is damaged: "):
+        look(folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'\xff\xfe{"event": "end"}\n',
+        b'{"event": "attempt", "time": "yesterday", "attempt": 9, "step": 0}\n',
+        b'{"event": "attempt", "time": "2026-01-01T00:00:00Z"}\n',
+        b'{"event": "end", "time": "2026-01-01T00:00:00Z", "attempt": 3}\n',
+        b'{"time": 5, "event": ["end"]}\n',
+        b"\x00\x00\x00\n",
+    ],
+    ids=repr,
+)
+def test_a_damaged_line_of_the_history_is_left_out(line: bytes, tmp_path: Path) -> None:
+    folder = make(tmp_path, steps=30, start=START)
+    before = look(folder, now=START)
+    with (folder / "history.jsonl").open("ab") as file:
+        file.write(line)
+    after = look(folder, now=START)
+    assert (after.attempts, after.events) == (before.attempts, before.events)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (b"train: 3\n", None),  # of another version, or another program
+        (b"train: {tokens: [1]}\nmodel: M\n", None),
+        (b"a: [\xff", "is damaged"),
+        (b"a: [", "is damaged"),
+        (b"", "is damaged: it holds no settings"),
+    ],
+    ids=repr,
+)
+def test_a_config_of_another_kind_is_read_or_refused(
+    config: bytes, words: str | None, tmp_path: Path
+) -> None:
+    folder = make(tmp_path, steps=30, start=START)
+    (folder / "config.yaml").write_bytes(config)
+    if words is None:
+        state = look(folder)
+        assert (state.step, state.total_tokens) == (30, None)
+        assert report.report(state).startswith("<!doctype html>")
+    else:
+        with pytest.raises(UserError, match=words):
+            look(folder)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        look(tmp_path / "nowhere")

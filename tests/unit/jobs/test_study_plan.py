@@ -170,7 +170,7 @@ def test_runs_get_folders_with_any_letters(tmp_path: Path) -> None:
 
 
 def test_a_study_is_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun" in refusal(study(tmp_path))
 
 

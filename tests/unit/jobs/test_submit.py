@@ -151,6 +151,7 @@ def test_the_folder_of_another_run_is_refused(
 ) -> None:
     run_dir = tmp_path / "run"
     compose.freeze(compose.compose("train", ["experiment=tiny_cpu", f"run_dir={run_dir}"]), run_dir)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')  # something was trained there
     said = refusal(capsys, "--dry-run", *TINY, f"run_dir={run_dir}", "train.seed=7")
     assert "belongs to a run with another config" in said
     assert "train.seed: 1234 there, 7 here" in said

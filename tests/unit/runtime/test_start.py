@@ -1,12 +1,15 @@
 """A process of a run: its device, its group, its random numbers."""
 
 import random
+import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from hybrid_train.config import launcher
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.runtime import Device, Runtime
 from hybrid_train.runtime.start import choose_device, process
@@ -27,6 +30,7 @@ def test_device_is_the_wanted_one(
     wanted: Device, gpu: bool, expected: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device(Runtime(device=wanted)) == expected
 
@@ -35,6 +39,14 @@ def test_missing_gpu_is_an_error_where_one_is_wanted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"runtime.device=cuda, but torch sees no GPU"):
         choose_device(Runtime(device=Device.cuda))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"LOCAL_RANK = 2: torch sees 2 GPU\(s\)"):
+        choose_device(Runtime())
 
 
 def test_a_process_alone_is_a_group_of_one_while_it_lasts() -> None:
@@ -59,3 +71,48 @@ def test_every_generator_starts_from_the_seed() -> None:
     assert draws(5) == draws(5)
     assert all(one != other for one, other in zip(draws(5), draws(6), strict=True))
     draws(2**40)  # more than numpy takes
+
+
+def test_a_second_process_that_finds_no_first_says_so_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    several(monkeypatch, rank=1, port=port)  # nobody listens there any more
+    with pytest.raises(UserError) as error, process(replace(RUNTIME, timeout_s=1), seed=1):
+        pass
+    for text in ("rank 1", f"127.0.0.1:{port}", "runtime.timeout_s=1", "unset WORLD_SIZE"):
+        assert text in str(error.value)
+    assert not dist.is_initialized()
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        several(monkeypatch, rank=0, port=port)
+        text = f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}: another program uses this port"
+        with pytest.raises(UserError, match=text), process(RUNTIME, seed=1):
+            pass
+
+
+def several(monkeypatch: pytest.MonkeyPatch, rank: int, port: int) -> None:
+    """Be one of two processes that a script has started, without torchrun."""
+    told = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name in (*launcher.NAMES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("values", [{"MASTER_ADDR": "login1"}, {"RANK": "", "MASTER_PORT": "1"}])
+def test_variables_left_over_are_said_once_and_not_used(
+    values: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in launcher.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with process(RUNTIME, seed=1):
+        assert dist.get_world_size() == 1
+    said = f"alone, without a launcher: the variables {', '.join(values)} are not used\n"
+    assert capsys.readouterr().err.count(said) == 1

@@ -78,5 +78,5 @@ def test_the_sound_run_raises_nothing_and_leaves_no_hooks(groups: Any) -> None:
     engine = engine_after_one_step(groups)
     batches = [next(microbatches(some_rows(), 2))]
     found = first_bad_module(engine.chunks, lambda: engine.forward_only(batches))
-    assert found == "the forward pass does not show it again"
+    assert found == "the forward pass, repeated, does not show it"
     assert not any(module._forward_hooks for module in engine.chunks[0].module.modules())
