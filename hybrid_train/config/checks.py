@@ -9,7 +9,9 @@ a file, it is one of Megatron-Core 0.19.2.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import reduce
+from typing import Any
 
 from hybrid_train.config import degrees, node_counts
 from hybrid_train.config.check_batch import BATCH_RULES
@@ -123,10 +125,22 @@ def mended(job: Job, problems: Iterable[Problem]) -> Job:
     copied = copy.deepcopy(job)
     for problem in problems:
         section_path, _, name = problem.path.rpartition(".")
-        section = _section(copied, section_path)
-        if problem.nearest is not None and hasattr(section, name):
-            setattr(section, name, problem.nearest)
+        # What has no place of its own, such as a name of the user's with a dot, stays as it is.
+        with suppress(AttributeError, LookupError, ValueError):
+            if problem.nearest is not None:
+                _put(_section(copied, section_path), name, problem.nearest)
     return copied
+
+
+def _put(section: Any, name: str, value: object) -> None:
+    """Set a part of a section by name, of a list by number; a section gets no new ones."""
+    if isinstance(section, list):
+        section[int(name)] = value
+    elif isinstance(section, dict):
+        if isinstance(section[name], int | float):  # else the name is what is wrong
+            section[name] = value
+    elif hasattr(section, name):
+        setattr(section, name, value)
 
 
 def _section(job: object, path: str) -> object:

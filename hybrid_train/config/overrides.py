@@ -1,11 +1,11 @@
 """Overrides of the command line: read them, and set typed values, collecting every problem."""
 
-import dataclasses
 import keyword
+import math
 import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,10 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
 from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import Problem
+from hybrid_train.config.problems import Problem, within_limits
 from hybrid_train.config.registry import kinds
 
 _ASSIGNMENT = re.compile(r"(?:\+{0,2})([A-Za-z_][\w./@:-]*)=(.*)", re.DOTALL)
+_FAR = 1e30  # beyond every limit
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
 
 
@@ -151,7 +152,7 @@ def _new_entry(node: DictConfig, name: str) -> Node | None:
     if kind is not dict:
         return None
     element = node._metadata.element_type
-    if dataclasses.is_dataclass(element):
+    if is_dataclass(element):
         return cast("Node", OmegaConf.structured(element))
     if element is str:
         return StringNode(None, is_optional=True)
@@ -190,13 +191,28 @@ def _type_rule(node: Node, text: str, error: Exception) -> tuple[str, object | N
     if isinstance(node, EnumNode):
         members = list(node.enum_type.__members__)
         return f"must be one of {', '.join(members)}", nearest(text, members)
-    if isinstance(node, IntegerNode):
-        number = re.fullmatch(r"-?\d+(\.\d*)?(e\d+)?", text)
-        return "must be a whole number", round(float(text)) if number else None
-    if isinstance(node, FloatNode):
-        return "must be a number", None
+    if isinstance(node, IntegerNode | FloatNode):
+        is_whole = isinstance(node, IntegerNode)
+        rule = "must be a whole number" if is_whole else "must be a number"
+        return rule, _nearest_whole(node, text) if is_whole else None
     if isinstance(node, BooleanNode):
         return "must be true or false", nearest(text.lower(), ["true", "false"])
     if isinstance(node, DictConfig):
         return "is a section, not a single setting; set one of its keys", None
+    if isinstance(node, ListConfig) and text[:1] not in ("[", "{"):
+        return "must be a list", f"[{text}]"
     return str(error).partition("\n")[0], None
+
+
+def _nearest_whole(node: Node, text: str) -> object | None:
+    """Return the nearest whole number to a number that is none, within the limits of its field."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    if math.isnan(number):
+        return None
+    whole = round(max(-_FAR, min(number, _FAR)))  # infinity has no whole number beside it
+    parent = node._get_parent()
+    schema = parent._metadata.object_type if isinstance(parent, DictConfig) else None
+    return within_limits(schema, str(node._key()), whole) if is_dataclass(schema) else whole

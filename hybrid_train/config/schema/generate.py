@@ -1,11 +1,11 @@
 """The root of a generation job."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from hybrid_train.config.problems import Problem, at_least, within
+from hybrid_train.config.limits import CountOrNone, FileName, Range, Seed, Share
 from hybrid_train.config.schema.runtime import Runtime
 
 
@@ -13,18 +13,12 @@ from hybrid_train.config.schema.runtime import Runtime
 class GenerateJob:
     """Text from a checkpoint. Without temperature the most likely token is taken each time."""
 
-    checkpoint: str = MISSING  # a run folder or one checkpoint of it
+    checkpoint: FileName = MISSING  # a run folder or one checkpoint of it
     prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
-    prompt_file: str | None = None  # one prompt per line
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    seed: int = 1234
+    prompt_file: FileName | None = None  # one prompt per line
+    max_new_tokens: Annotated[int, Range(1, 2**20)] = 128
+    temperature: Annotated[float, Range(0, 1000)] = 0.0  # 0: greedy
+    top_k: CountOrNone = 0  # 0: all tokens
+    top_p: Share = 1.0
+    seed: Seed = 1234
     runtime: Runtime = field(default_factory=Runtime)
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from at_least(1, max_new_tokens=self.max_new_tokens)
-        yield from at_least(0, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
-        yield from within(0, 1, top_p=self.top_p)

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from hybrid_train.config.limits import FileName
+
 
 @dataclass(kw_only=True)
 class ResumeJob:
     """A run that goes on, or begins, with the config that lies in its folder."""
 
-    run_dir: str = MISSING
+    run_dir: FileName = MISSING
