@@ -101,9 +101,6 @@ def _no_folder(path: str, folder: str) -> Problem:
 
 def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
     """The run folder is made where nothing stands in its way."""
-    if not job.run_dir.strip():
-        yield Problem("run_dir", '""', "must name a folder", "runs/train")
-        return
     for place in (Path(job.run_dir), *Path(job.run_dir).parents):
         if place.exists() and not place.is_dir():
             yield Problem("run_dir", job.run_dir, f"{place} is a file, not a folder")

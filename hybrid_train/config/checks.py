@@ -43,6 +43,7 @@ from hybrid_train.config.schema.count import CountJob
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.prepare import DataJob
+from hybrid_train.config.schema.profile import Tool
 from hybrid_train.config.schema.report import ReportJob, StatusJob
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.runtime import Device, Kernels
@@ -358,6 +359,13 @@ def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.overlap_param_gather", True, rule, "false")
 
 
+def _profiled_processes_exist(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    for number, rank in enumerate(job.profile.ranks if job.profile.tool is not Tool.none else ()):
+        if rank >= world_size:
+            rule = f"the run has {world_size} processes, the last is {world_size - 1}"
+            yield Problem(f"profile.ranks.{number}", rank, rule, world_size - 1)
+
+
 RULES: tuple[Rule, ...] = (
     _processes_fit_the_degrees,
     _stages_match_the_pattern,
@@ -378,4 +386,5 @@ RULES: tuple[Rule, ...] = (
     *NATIVE_RULES,
     fsdp_runs,
     packed_rows_run,
+    _profiled_processes_exist,
 )

@@ -37,7 +37,7 @@ class Range:
             return f"must be at least {self.low}", self.low
         if value > self.high:
             return f"must be at most {self.high}", self.high
-        return f"must be a number from {self.low} to {self.high}", None
+        return f"must be a number from {self.low} to {self.high}", self.low
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ MOST_TOKENS = 10**15  # a hundred times what any model has seen; exact as a floa
 Size = Annotated[int, Range(1, 2**20)]  # widths and parts of a layer; the widest known have 2^17
 Length = Annotated[int, Range(1, 2**30)]  # tokens of a sequence, or text
 Vocabulary = Annotated[int, Range(1, 2**24)]  # sixteen times the largest known
+Batch = Annotated[int, Range(1, 2**20)]  # sequences; the largest known have 2^14
 Count = Annotated[int, Range(1, 10**9)]
 CountOrNone = Annotated[int, Range(0, 10**9)]  # 0: none, or never
 Processes = Annotated[int, Range(1, 10**6)]  # ten times the largest machine
@@ -110,7 +111,8 @@ SecondsOrMore = Annotated[float, Range(1, 10**8)]
 Rate = Annotated[float, Range(0, 10)]  # of learning; AdamW moves a weight by about so much a step
 Weight = Annotated[float, Range(0, MOST_TOKENS)]  # of a source, which may be its tokens
 
-FileName = Annotated[str, Words("a file or folder", _LONGEST_PATH)]
+FILE = Words("a file or folder", _LONGEST_PATH)
+FileName = Annotated[str, FILE]
 Name = Annotated[str, Words("something", _LONGEST_NAME)]
 TokenCount = Annotated[str, Tokens(1)]
 TokenCountOrNone = Annotated[str, Tokens(0)]  # 0: none

@@ -103,7 +103,15 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
         _update(config, key, value)
     except OmegaConfBaseException as error:
         rule, near = _type_rule(node, text, error)
-        yield Problem(key, text, rule, near)
+        yield Problem(key, text, rule, _as_it_was(node) if near is None else near)
+
+
+def _as_it_was(node: Node) -> object | None:
+    """Return the value that a number or text has without the override; None if there is none."""
+    is_plain = isinstance(node, IntegerNode | FloatNode | StringNode)
+    if not is_plain or node._is_missing() or node._is_interpolation():
+        return None
+    return "null" if node._is_none() else node._value()
 
 
 def _text(override: Override) -> str:

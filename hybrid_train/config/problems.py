@@ -25,7 +25,8 @@ class Problem:
 
     def __str__(self) -> str:
         hint = "" if self.nearest is None else f"; nearest: {self.nearest}"
-        return f"{self.path} = {self.value}: {self.rule}{hint}"
+        value = '""' if self.value == "" else self.value
+        return f"{self.path} = {value}: {self.rule}{hint}"
 
 
 DISK = "disk"  # kind of the errors of a disk that is full, or refuses
@@ -74,15 +75,23 @@ def collect(section: Any, prefix: str = "") -> Iterator[Problem]:
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         for problem in _beyond(_types(schema)[field.name], value, field.name):
-            usual = field.default if problem.path == field.name else dataclasses.MISSING
-            if problem.nearest is None and usual not in (dataclasses.MISSING, MISSING, None):
-                problem = dataclasses.replace(problem, nearest=usual)
-            found.append(problem)
+            found.append(_with_usual(problem, field) if problem.path == field.name else problem)
     beyond = {problem.path for problem in found}
     own = getattr(section, "problems", tuple)
     found += [problem for problem in own() if problem.path not in beyond]
     for problem in found:
         yield problem.under(prefix)
+
+
+def _with_usual(problem: Problem, field: "dataclasses.Field[Any]") -> Problem:
+    """Put the usual value of a field beside a value that is near to none."""
+    has_usual = field.default not in (dataclasses.MISSING, MISSING, None)
+    is_near = problem.nearest is not None and problem.value == problem.value  # but NaN
+    return (
+        dataclasses.replace(problem, nearest=field.default)
+        if has_usual and not is_near
+        else problem
+    )
 
 
 def within_limits(schema: Any, name: str, value: object) -> object:

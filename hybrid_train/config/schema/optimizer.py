@@ -8,7 +8,7 @@ from hybrid_train.config.limits import Factor, Range
 
 Beta = Annotated[float, Range(0, 0.999999)]  # 1 remembers all, and its correction divides by 0
 Epsilon = Annotated[float, Range(1e-30, 1)]  # 0 divides by 0 where there is no gradient
-Norm = Annotated[float, Range(0, 10**6)]
+Norm = Annotated[float, Range(0, 10**9)]
 
 
 class ParameterKind(enum.Enum):

@@ -11,6 +11,7 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from hybrid_train.config.limits import (
+    FILE,
     FileName,
     Name,
     Range,
@@ -48,6 +49,9 @@ class DataJob:
         """Check the limits of this section."""
         if not listed(self.input):
             yield Problem("input", "[]", "must name at least one file, glob or folder")
+        for name in listed(self.input):
+            if bad := FILE.broken(name):
+                yield Problem("input", name, bad[0])
 
 
 @dataclass(kw_only=True)
@@ -178,8 +182,8 @@ def listed(texts: Sequence[str]) -> list[str]:
 
 
 def _prefix(output: str) -> Iterator[Problem]:
-    if not output.strip() or output.endswith("/"):
-        yield Problem("output", output or '""', "must name a file, without .bin or .idx")
+    if output.endswith("/"):
+        yield Problem("output", output, "must name a file, without .bin or .idx")
     elif output.endswith((".bin", ".idx")):
         yield Problem("output", output, "is written without .bin or .idx", output[:-4])
 

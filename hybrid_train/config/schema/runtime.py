@@ -1,11 +1,14 @@
 """The machine a process runs on."""
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from hybrid_train.config.limits import Range, Seconds, SecondsOrMore, Workers
+from hybrid_train.config.problems import Problem
 
+SHORTEST_SILENCE_S = 5  # of a process that builds a model or saves
 Teraflops = Annotated[float, Range(1e-6, 10**6)]
 
 
@@ -35,3 +38,11 @@ class Runtime:
     peak_tflops: Teraflops | None = None  # peak for MFU; None: table of GPUs, or measured on a CPU
     timeout_s: SecondsOrMore = 600  # a collective that takes longer stops the run
     hang_timeout_s: Seconds = 1800  # a process silent for longer is ended, with its stack; 0: never
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if 0 < self.hang_timeout_s < SHORTEST_SILENCE_S:
+            rule = (
+                f"must be 0 or at least {SHORTEST_SILENCE_S}: so long a healthy process is silent"
+            )
+            yield Problem("hang_timeout_s", self.hang_timeout_s, rule, SHORTEST_SILENCE_S)

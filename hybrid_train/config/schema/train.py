@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from hybrid_train.config.limits import (
+    Batch,
     Count,
     CountOrNone,
     FileName,
@@ -39,8 +40,8 @@ class BatchRamp:
     """A global batch that grows to its size in stages of equal length; the end is global_batch."""
 
     tokens: TokenCountOrNone = "0"  # length of all stages; 0: no ramp
-    start_batch: Count = 1  # sequences of the first steps over all ranks
-    increment: Count = 1  # sequences that each stage adds
+    start_batch: Batch = 1  # sequences of the first steps over all ranks
+    increment: Batch = 1  # sequences that each stage adds
 
 
 @dataclass(kw_only=True)
@@ -51,8 +52,8 @@ class Phase:
     start: Place = "0"  # "80%" of train.tokens, or a number of tokens, "20T"
     blend: dict[str, Weight] = field(default_factory=dict)
     sequence_length: Length | None = None
-    microbatch: Count | None = None
-    global_batch: Count | None = None
+    microbatch: Batch | None = None
+    global_batch: Batch | None = None
     tensor: Processes | None = None
     pipeline: Processes | None = None
     context: Processes | None = None
@@ -71,8 +72,8 @@ class Train:
 
     tokens: TokenCount = MISSING  # "2M"; the run ends at the first step that reaches this
     sequence_length: Length = MISSING
-    microbatch: Count = 1  # sequences of one forward pass of one data-parallel rank
-    global_batch: Count = MISSING  # sequences of one step over all ranks
+    microbatch: Batch = 1  # sequences of one forward pass of one data-parallel rank
+    global_batch: Batch = MISSING  # sequences of one step over all ranks
     batch_ramp: BatchRamp = field(default_factory=BatchRamp)
     phases: list[Phase] = field(default_factory=list)  # empty: one phase from start to end
     seed: Seed = 1234
