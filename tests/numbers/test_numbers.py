@@ -20,8 +20,40 @@ from tests.numbers.tried import BASES, composer, every, fields_of, numeric_owner
 
 SHARES = 8  # of the long form, so that several workers have something to do
 SAMPLED = 23  # every so many values, so that all kinds of values come to all kinds of fields
-# Fields that change no metric and no file, in a healthy run of one process on a CPU.
-IDLE = {}
+_ONE_PROCESS = "a run of one process has one layout"
+_NOTHING_REMOTE = "no source of the tiny run is a URL"
+_HEALTHY = "the tiny run is healthy: no step is bad, and no save fails"
+# Fields that change no metric and no file of the tiny run, and why.
+IDLE = {
+    "Data.warn_epochs": "when the console says that a source is repeated",
+    **dict.fromkeys(
+        ("Parallel.tensor", "Parallel.pipeline", "Parallel.virtual_pipeline", "Parallel.expert"),
+        _ONE_PROCESS,
+    ),
+    **dict.fromkeys(("Parallel.expert_tensor", "Parallel.context"), _ONE_PROCESS),
+    **dict.fromkeys(
+        ("Phase.tensor", "Phase.pipeline", "Phase.context", "Phase.expert"), _ONE_PROCESS
+    ),
+    "Parallel.recompute_layers": "memory and time; what is computed again is the same",
+    "Profile.ranks": _ONE_PROCESS,
+    "Profile.snapshot_events": "only a GPU records allocations",
+    **dict.fromkeys(
+        ("Recovery.spike_sigmas", "Recovery.spike_window", "Recovery.rollback_after"), _HEALTHY
+    ),
+    **dict.fromkeys(("Recovery.max_rollbacks", "Recovery.max_failed_saves"), _HEALTHY),
+    "Recovery.straggler_interval": _ONE_PROCESS,
+    "Recovery.straggler_ratio": _ONE_PROCESS,
+    **dict.fromkeys(
+        ("Remote.cache_bytes", "Remote.block_bytes", "Remote.read_ahead", "Remote.tries"),
+        _NOTHING_REMOTE,
+    ),
+    "Remote.first_wait_s": _NOTHING_REMOTE,
+    "Runtime.threads": "time; the tiny run is too small for a second thread",
+    "Runtime.peak_tflops": "the MFU, which is as much a time as a metric",
+    "Runtime.timeout_s": "a collective that hangs; a healthy run has none",
+    "Runtime.hang_timeout_s": "a process that hangs; a healthy run has none",
+    "Tracking.console_interval": "how often the console has a line",
+}
 
 
 def accepted(asked: dict[Pair, str | None]) -> list[Pair]:

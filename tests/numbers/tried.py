@@ -54,17 +54,21 @@ BASES = {
 }
 # What a setting needs beside it to have something to do.
 BESIDE = {
-    "train.phases": ("train.phases=[{name: a},{name: b,start: 50%}]",),
-    "train.batch_ramp": (
-        "train.batch_ramp.tokens=32", "train.global_batch=2", "train.tokens=64",
-        "train.batch_ramp.start_batch=1",
+    "train.phases": (
+        "train.phases=[{name: a},{name: b,start: 50%}]", "train.global_batch=2", "train.tokens=128",
     ),
+    "train.batch_ramp": ("train.batch_ramp.tokens=32", "train.global_batch=4", "train.tokens=128"),
+    "train.microbatch": ("train.global_batch=2",),
     "train.validation": ("train.tokens=48",),
-    "data.validation_blend": ("data.validation_blend={copy: 1}",),
-    "precision.amax_history": ("precision.format=fp8_delayed",),
+    "data.sources.copy": ("data.blend.copy=1000",),
+    "data.validation_blend": ("data.validation_blend={copy: 5,sums: 1}",),
+    "precision.amax_history": ("precision.format=fp8_delayed", "train.tokens=64"),
     "precision.statistics_interval": ("precision.format=fp8_tensorwise",),
     "parallel.recompute_layers": ("parallel.recompute=full",),
     "profile": ("profile.tool=torch", "profile.start=1", "profile.steps=1"),
+    "schedule.decay_tokens": ("schedule.decay_tokens=24",),
+    "schedule.final_lr_ratio": ("schedule.decay_tokens=24",),
+    "checkpoint.keep": ("checkpoint.interval=1",),
 }  # fmt: skip
 
 

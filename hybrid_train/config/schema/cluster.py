@@ -12,8 +12,9 @@ TIME_RULE = "must be a time of SLURM: minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:M
 PORTS = 1000  # a job takes `port` + its id modulo this, so that two jobs on a node do not meet
 Port = Annotated[int, Range(1024, 65535 - PORTS)]
 Notice = Annotated[int, Range(1, 65535)]  # as SLURM takes it
-_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)")
+_MINUTES = re.compile(r"\d{1,9}")
+_DAYS = re.compile(r"(\d{1,6})-(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?")
+_CLOCK = re.compile(r"(?:(\d{1,9}):)?(\d{1,9}):(\d{1,9})")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _CREDENTIAL = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _WORD = re.compile(r"[\w.,@+:-]+")  # what a line of #SBATCH takes without quotes
@@ -40,7 +41,7 @@ _OURS = {  # options of sbatch that other settings write, or that the scripts co
 def seconds(text: str) -> int | None:
     """Read a time of SLURM: "90" and "1:30:00" -> 5400; None if it cannot be read."""
     text = text.strip()
-    if text.isdecimal():
+    if _MINUTES.fullmatch(text):
         return int(text) * 60
     if days := _DAYS.fullmatch(text):
         number, hours, minutes, rest = (int(part or 0) for part in days.groups())

@@ -1,12 +1,16 @@
 """The root of a generation job."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from omegaconf import MISSING
 
-from hybrid_train.config.limits import CountOrNone, FileName, Range, Seed, Share
+from hybrid_train.config.limits import CountOrNone, Factor, FileName, Range, Seed, Share
+from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.runtime import Runtime
+
+COLDEST = 1e-4  # divides logits; what is much smaller divides by 0 in float32
 
 
 @dataclass(kw_only=True)
@@ -17,8 +21,14 @@ class GenerateJob:
     prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
     prompt_file: FileName | None = None  # one prompt per line
     max_new_tokens: Annotated[int, Range(1, 2**20)] = 128
-    temperature: Annotated[float, Range(0, 1000)] = 0.0  # 0: greedy
+    temperature: Factor = 0.0  # 0: greedy
     top_k: CountOrNone = 0  # 0: all tokens
     top_p: Share = 1.0
     seed: Seed = 1234
     runtime: Runtime = field(default_factory=Runtime)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if 0 < self.temperature < COLDEST:
+            rule = f"must be 0, the most likely token, or at least {COLDEST}"
+            yield Problem("temperature", self.temperature, rule, 0)

@@ -20,6 +20,9 @@ from hybrid_train.config.limits import (
 )
 from hybrid_train.config.problems import ConfigError, Problem, collect
 from hybrid_train.config.registry import SCHEMAS
+from hybrid_train.config.schema.cluster import Cluster
+from hybrid_train.config.schema.generate import GenerateJob
+from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.config.schema.train import Phase
 
 TINY = "experiment=tiny_cpu"
@@ -188,6 +191,31 @@ def test_values_of_a_yaml_file_are_checked_like_those_of_the_command_line(tmp_pa
 )
 def test_the_nearest_value_keeps_the_limits(line: str, path: str, nearest: object) -> None:
     assert refused(TINY, line)[path].nearest == nearest
+
+
+def of(problems: Iterator[Problem]) -> list[tuple[str, object]]:
+    return [(problem.path, problem.nearest) for problem in problems]
+
+
+def test_what_is_off_at_0_has_a_smallest_value_beside_it() -> None:
+    cold = GenerateJob(checkpoint="a", temperature=1e-40)
+    assert of(collect(cold)) == [("temperature", 0)]
+    assert of(collect(Runtime(hang_timeout_s=0.5))) == [("hang_timeout_s", 5)]
+    assert of(collect(GenerateJob(checkpoint="a", temperature=1e-4))) == []
+    assert of(collect(Runtime(hang_timeout_s=0))) == []
+
+
+def test_a_time_that_no_machine_counts_is_refused() -> None:
+    for text in ("9" * 5000, f"{'9' * 5000}-00", f"{'9' * 5000}:00", "nan", "inf", ""):
+        assert [path for path, _ in of(collect(Cluster(time_limit=text)))] == ["time_limit"]
+
+
+@pytest.mark.parametrize("job", ["data_tokenize", "data_count", "data_merge"])
+def test_an_input_is_a_name_that_a_file_system_takes(job: str) -> None:
+    lines = {"data_tokenize": ["output=a", "tokenizer=b"], "data_merge": ["output=a"]}
+    name = "b/" + "a" * 300
+    found = refused(f"input={name},setup.py", *lines.get(job, []), job=job)
+    assert found["input"].value == name
 
 
 def test_rules_across_sections_are_tried_with_the_parts_of_lists_mended() -> None:
