@@ -22,7 +22,7 @@ def main() -> None:
     print(f"{len(every())} fields of {len(BASES)} jobs, {len(asked)} values: ", end="")
     print(f"{len(asked) - len(accepted)} refused, {len(accepted)} accepted", end="")
     print(f" in {time.monotonic() - began:.0f} s", flush=True)
-    runs = [one for one in accepted if one.field in fields_of("train") and not one.is_large]
+    runs = [one for one in accepted if one.field in fields_of("train") and not one.is_for_others]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         outcomes = train([one.lines for one in runs], Path(name))

@@ -17,6 +17,9 @@ LARGE = (
     "runtime.threads",
 )
 _LARGE_FROM = 1000
+_TIMED = {
+    f"recovery.time_limit_s={seconds}" for seconds in range(1, 10)
+}  # a busy machine is slower
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class Pair:
         return (*self.field.beside, self.line)
 
     @property
-    def is_large(self) -> bool:
+    def is_for_others(self) -> bool:
+        """Whether a test of two steps on any machine is not the place for it."""
         end = self.field.ends[-1] if self.field.ends else ""
-        is_end = end and self.line == f"{self.field.path}={end}" and float(end) > _LARGE_FROM
-        return bool(is_end) and self.field.path.startswith(LARGE)
+        is_end = bool(end) and self.line == f"{self.field.path}={end}" and float(end) > _LARGE_FROM
+        return (is_end and self.field.path.startswith(LARGE)) or self.line in _TIMED
 
 
 def pairs(fields: Iterable[Field]) -> list[Pair]:

@@ -58,7 +58,7 @@ IDLE = {
 
 def accepted(asked: dict[Pair, str | None]) -> list[Pair]:
     """Return what trains: accepted, and not too large for a test."""
-    return [one for one, said in asked.items() if said is None and not one.is_large]
+    return [one for one, said in asked.items() if said is None and not one.is_for_others]
 
 
 def assert_refused_in_words(asked: dict[Pair, str | None]) -> None:
