@@ -108,7 +108,7 @@ Share = Annotated[float, Range(0, 1)]
 Factor = Annotated[float, Range(0, 1000)]  # of a term of the loss, or of a threshold
 Seconds = Annotated[float, Range(0, 10**8)]  # three years; waits of the system end at 2^63 ns
 SecondsOrMore = Annotated[float, Range(1, 10**8)]
-Rate = Annotated[float, Range(0, 10)]  # of learning; AdamW moves a weight by about so much a step
+Rate = Annotated[float, Range(0, 5)]  # of learning; AdamW moves a weight by about so much a step
 Weight = Annotated[float, Range(0, MOST_TOKENS)]  # of a source, which may be its tokens
 
 FILE = Words("a file or folder", _LONGEST_PATH)

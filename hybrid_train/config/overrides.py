@@ -20,6 +20,11 @@ from hybrid_train.config.problems import Problem, within_limits
 from hybrid_train.config.registry import kinds
 
 _ASSIGNMENT = re.compile(r"(?:\+{0,2})([A-Za-z_][\w./@:-]*)=(.*)", re.DOTALL)
+_PLAIN: dict[type[Node], str] = {
+    IntegerNode: "must be a whole number",
+    FloatNode: "must be a number",
+    StringNode: "must be a text",
+}
 _FAR = 1e30  # beyond every limit
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
 
@@ -108,7 +113,7 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
 
 def _as_it_was(node: Node) -> object | None:
     """Return the value that a number or text has without the override; None if there is none."""
-    is_plain = isinstance(node, IntegerNode | FloatNode | StringNode)
+    is_plain = isinstance(node, tuple(_PLAIN))
     if not is_plain or node._is_missing() or node._is_interpolation():
         return None
     return "null" if node._is_none() else node._value()
@@ -199,10 +204,9 @@ def _type_rule(node: Node, text: str, error: Exception) -> tuple[str, object | N
     if isinstance(node, EnumNode):
         members = list(node.enum_type.__members__)
         return f"must be one of {', '.join(members)}", nearest(text, members)
-    if isinstance(node, IntegerNode | FloatNode):
-        is_whole = isinstance(node, IntegerNode)
-        rule = "must be a whole number" if is_whole else "must be a number"
-        return rule, _nearest_whole(node, text) if is_whole else None
+    for kind, rule in _PLAIN.items():
+        if isinstance(node, kind):
+            return rule, _nearest_whole(node, text) if kind is IntegerNode else None
     if isinstance(node, BooleanNode):
         return "must be true or false", nearest(text.lower(), ["true", "false"])
     if isinstance(node, DictConfig):

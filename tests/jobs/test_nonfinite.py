@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("nonfinite")
 STOP = ("recovery.skip_nonfinite=false",)
 # At the limits of all of these, one update makes weights that overflow in the next step.
 WILD = (
-    *("schedule.peak_lr=10", "optimizer.weight_decay=1000", "optimizer.clip_grad_norm=0"),
+    *("schedule.peak_lr=5", "optimizer.weight_decay=1000", "optimizer.clip_grad_norm=0"),
     "model.init_std=10",
 )
 SCRIPT = str(Path(__file__).with_name("poisoned.py"))
