@@ -241,6 +241,7 @@ CASES = [
         "plain",
     ),
     ("checkpoint.load_only=weights", 1, "checkpoint.load_only", "needs checkpoint.load", "null"),
+    ("profile.tool=torch profile.ranks=[0,2]", 2, "profile.ranks.1", "the last is 1", 1),
 ]
 
 
