@@ -5,6 +5,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN ?= runs/quickstart
 PROMPT ?= def __init__(self
 ARGS ?=
+SLOW ?=
 TESTS ?= tests
 WORKERS ?= 2
 
@@ -34,8 +35,8 @@ train: $(VENV)/installed ## train a small hybrid model on the standard library, 
 	@echo
 	$(VENV)/bin/hybrid-train generate checkpoint=$(RUN) prompt="$(PROMPT)" temperature=0.7 top_p=0.9
 
-test: $(VENV)/installed-dev ## run every test that this machine can run; skips say why
-	$(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup -rs $(TESTS)
+test: $(VENV)/installed-dev ## run the tests that this machine can run; SLOW=1: the slow ones, too
+	$(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup -rs $(if $(SLOW),,-m "not slow") $(TESTS)
 
 lint: $(VENV)/installed-dev ## style, import layers, types, size limits, shell scripts
 	$(VENV)/bin/ruff check

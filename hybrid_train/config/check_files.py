@@ -130,9 +130,6 @@ def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
 
 def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
     """The run folder is made where nothing stands in its way, and this user may write."""
-    if not job.run_dir.strip():
-        yield Problem("run_dir", '""', "must name a folder", "runs/train")
-        return
     # A plan may be for another machine.
     here = not isinstance(job, CheckJob | IndexJob)
     obstacle = what_forbids(Path(job.run_dir), writing=here)

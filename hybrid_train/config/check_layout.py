@@ -14,6 +14,7 @@ from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.cluster import processes_per_node
 from hybrid_train.config.schema.data import Quickstart
+from hybrid_train.config.schema.profile import Tool
 from hybrid_train.config.schema.runtime import Device, Kernels
 from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
@@ -205,6 +206,13 @@ def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.overlap_param_gather", True, rule, "false")
 
 
+def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem]:
+    for number, rank in enumerate(job.profile.ranks if job.profile.tool is not Tool.none else ()):
+        if rank >= processes:
+            rule = f"the run has {processes} processes, the last is {processes - 1}"
+            yield Problem(f"profile.ranks.{number}", rank, rule, processes - 1)
+
+
 LAYOUT_RULES = (
     _stages_match_the_pattern,
     _tensor_splits_every_layer,
@@ -219,4 +227,5 @@ LAYOUT_RULES = (
     _fused_kernels_need_a_gpu,
     _overlaps_build_on_each_other,
     _processes_fit_the_degrees,
+    _profiled_processes_exist,
 )

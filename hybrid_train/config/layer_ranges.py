@@ -4,8 +4,9 @@ import math
 import re
 
 RULE = 'must read "all", "first 2", "last 15%", "7" or "3-9"; layers count from 1'
-_END = re.compile(r"(first|last)\s+(\d+(?:\.\d+)?)\s*(%?)")
-_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+# Nine digits are more layers than any model has; of hundreds Python makes infinity, or nothing.
+_END = re.compile(r"(first|last)\s+(\d{1,9}(?:\.\d{1,9})?)\s*(%?)")
+_RANGE = re.compile(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?")
 
 
 def is_range(text: str) -> bool:

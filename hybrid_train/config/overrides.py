@@ -1,6 +1,5 @@
 """Overrides of the command line: read them, and set typed values, collecting every problem."""
 
-import dataclasses
 import functools
 import keyword
 import math
@@ -8,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,12 +19,18 @@ from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, Strin
 
 from hybrid_train.config.command_text import quoted, setting, typed
 from hybrid_train.config.names import nearest, nearest_key
-from hybrid_train.config.problems import Problem
+from hybrid_train.config.problems import Problem, within_limits
 from hybrid_train.config.registry import kinds
 
 COMMA_RULE = "several values need --multirun; a value with a comma in it needs quotes"
 OWN_FILE = "conf/experiment/NAME.yaml, taken by experiment=NAME"
 _ASSIGNMENT = re.compile(r"(?:\+{0,2})([A-Za-z_][\w./@:-]*)=(.*)", re.DOTALL)
+_PLAIN: dict[type[Node], str] = {
+    IntegerNode: "must be a whole number",
+    FloatNode: "must be a number",
+    StringNode: "must be a text",
+}
+_FAR = 1e30  # beyond every limit
 _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
 _MOST = 500  # settings of a command line; each takes milliseconds to read
 _MOST_BRACKETS = 1000
@@ -206,7 +211,15 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
         _update(config, key, _at_home(value))
     except OmegaConfBaseException as error:
         rule, near = _type_rule(node, text, error)
-        yield Problem(key, text, rule, near)
+        yield Problem(key, text, rule, _as_it_was(node) if near is None else near)
+
+
+def _as_it_was(node: Node) -> object | None:
+    """Return the value that a number or text has without the override; None if there is none."""
+    is_plain = isinstance(node, tuple(_PLAIN))
+    if not is_plain or node._is_missing() or node._is_interpolation():
+        return None
+    return "null" if node._is_none() else node._value()
 
 
 def _at_home(value: Any) -> Any:
@@ -262,7 +275,7 @@ def _new_entry(node: DictConfig, name: str) -> Node | None:
     if kind is not dict:
         return None
     element = node._metadata.element_type
-    if dataclasses.is_dataclass(element):
+    if is_dataclass(element):
         return cast("Node", OmegaConf.structured(element))
     if element is str:
         return StringNode(None, is_optional=True)
@@ -307,20 +320,27 @@ def _type_rule(node: Node, text: str, error: Exception) -> tuple[str, object | N
     if isinstance(node, EnumNode):
         members = list(node.enum_type.__members__)
         return f"must be one of {', '.join(members)}", nearest(text, members)
-    if isinstance(node, IntegerNode):
-        number = re.fullmatch(r"-?\d+(\.\d*)?(e\d+)?", text)
-        near = float(text) if number else math.inf
-        return "must be a whole number", round(near) if math.isfinite(near) else None
+    for kind, rule in _PLAIN.items():
+        if isinstance(node, kind):
+            return rule, _nearest_whole(node, text) if kind is IntegerNode else None
     if isinstance(node, BooleanNode):
         return "must be true or false", nearest(text.lower(), ["true", "false"])
-    return _rule_without_near(node, text, error), None
-
-
-def _rule_without_near(node: Node, text: str, error: Exception) -> str:
-    if isinstance(node, FloatNode):
-        return "must be a number"
-    if isinstance(node, ListConfig) and not (text.startswith("[") and text.endswith("]")):
-        return "must be a list, such as [a,b]"
     if isinstance(node, DictConfig):
-        return "is a section, not a single setting; set one of its keys"
-    return str(error).partition("\n")[0]
+        return "is a section, not a single setting; set one of its keys", None
+    if isinstance(node, ListConfig) and not (text.startswith("[") and text.endswith("]")):
+        return "must be a list, such as [a,b]", None if text[:1] in ("[", "{") else f"[{text}]"
+    return str(error).partition("\n")[0], None
+
+
+def _nearest_whole(node: Node, text: str) -> object | None:
+    """Return the nearest whole number to a number that is none, within the limits of its field."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    if math.isnan(number):
+        return None
+    whole = round(max(-_FAR, min(number, _FAR)))  # infinity has no whole number beside it
+    parent = node._get_parent()
+    schema = parent._metadata.object_type if isinstance(parent, DictConfig) else None
+    return within_limits(schema, str(node._key()), whole) if is_dataclass(schema) else whole

@@ -2,9 +2,13 @@
 
 import dataclasses
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
 
 _LONGEST = 300  # letters of a value that a message repeats
 
@@ -30,7 +34,7 @@ class Problem:
         words = "" if self.nearest is None else str(self.nearest)
         words += f" with {others}" if words and others else others
         hint = f"; nearest: {words}" if words else ""
-        value = str(self.value)
+        value = str(self.value) or '""'
         if len(value) > _LONGEST:
             value = f"{value[:_LONGEST]}... ({len(value):,} letters)"
         return f"{self.path} = {value}: {self.rule}{hint}"
@@ -85,35 +89,76 @@ class ConfigError(UserError):
         super().__init__(f"{text}\n{advice}" if advice else text)
 
 
+class Limit(Protocol):
+    """What the annotation of a field says that it may hold; `config/limits.py` has them."""
+
+    def broken(self, value: Any) -> tuple[str, object | None] | None:
+        """Return the rule that a value breaks and the nearest value that keeps it, if there is."""
+
+
 def collect(section: Any, prefix: str = "") -> Iterator[Problem]:
-    """Walk a tree of dataclasses and yield what each `problems` method reports, with full paths."""
-    own = getattr(section, "problems", None)
-    if own is not None:
-        for problem in own():
-            yield problem.under(prefix)
+    """Walk a tree of dataclasses and yield, with full paths, what is wrong with it.
+
+    That is each value beyond the limit in the type of its field, and what each `problems` method
+    reports of the others.
+    """
+    found: list[Problem] = []
+    schema: Any = type(section)
     for field in dataclasses.fields(section):
-        path = f"{prefix}.{field.name}" if prefix else field.name
         value = getattr(section, field.name)
-        parts: dict[str, object] = {path: value}
-        if isinstance(value, list):
-            parts = {f"{path}.{number}": part for number, part in enumerate(value)}
-        elif isinstance(value, dict):
-            parts = {f"{path}.{key}": part for key, part in value.items()}
-        for place, part in parts.items():
-            if dataclasses.is_dataclass(part) and not isinstance(part, type):
-                yield from collect(part, place)
+        for problem in _beyond(_types(schema)[field.name], value, field.name):
+            found.append(_with_usual(problem, field) if problem.path == field.name else problem)
+    beyond = {problem.path for problem in found}
+    own = getattr(section, "problems", tuple)
+    found += [problem for problem in own() if problem.path not in beyond]
+    for problem in found:
+        yield problem.under(prefix)
 
 
-def at_least(minimum: float, **values: float | None) -> Iterator[Problem]:
-    """Yield a problem for each named value below `minimum`; None counts as unset."""
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            yield Problem(name, value, f"must be at least {minimum}", minimum)
+def _with_usual(problem: Problem, field: "dataclasses.Field[Any]") -> Problem:
+    """Put the usual value of a field beside a value that is near to none."""
+    has_usual = field.default not in (dataclasses.MISSING, MISSING, None)
+    is_near = problem.nearest is not None and problem.value == problem.value  # but NaN
+    return (
+        dataclasses.replace(problem, nearest=field.default)
+        if has_usual and not is_near
+        else problem
+    )
 
 
-def within(low: float, high: float, **values: float | None) -> Iterator[Problem]:
-    """Yield a problem for each named value outside [low, high]; None counts as unset."""
-    for name, value in values.items():
-        if value is not None and not low <= value <= high:
-            nearest = low if value < low else high
-            yield Problem(name, value, f"must lie in [{low}, {high}]", nearest)
+def within_limits(schema: Any, name: str, value: object) -> object:
+    """Return a value of a field, or the nearest one that its limits let pass."""
+    kind = _types(schema).get(name)
+    return next((problem.nearest for problem in _beyond(kind, value, name)), value)
+
+
+@cache
+def _types(schema: Hashable) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass with their annotations."""
+    return get_type_hints(schema, include_extras=True)
+
+
+def _beyond(kind: Any, value: Any, path: str) -> Iterator[Problem]:
+    """Compare a value, and all that is inside it, with the limits of its type."""
+    if dataclasses.is_dataclass(value):
+        yield from collect(value, path)
+    elif get_origin(kind) is Annotated:
+        for limit in kind.__metadata__:
+            if bad := limit.broken(value):
+                yield Problem(path, value, *bad)
+    else:
+        for inner_kind, part, place in _parts(kind, value, path):
+            yield from _beyond(inner_kind, part, place)
+
+
+def _parts(kind: Any, value: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
+    """Yield type, value and path of all parts of an optional value, a list or a dictionary."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType) and value is not None:
+        yield from ((one, value, path) for one in inner)
+    elif origin is list:
+        yield from ((inner[0], part, f"{path}.{number}") for number, part in enumerate(value))
+    elif origin is dict:
+        for name, part in value.items():
+            yield inner[0], name, f"{path}.{name}"
+            yield inner[1], part, f"{path}.{name}"

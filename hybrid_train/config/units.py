@@ -1,12 +1,12 @@
 """Large numbers as people write them: "2M" tokens, "1.5T" tokens, "12.3 GB"."""
 
+import math
 import re
 
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kMBT]?)")
 _SHARE = re.compile(r"(\d+(?:\.\d*)?)\s*%")
 TOKENS_RULE = "must be a number of tokens, such as 500000, 500k, 2M, 1.5B or 25T"
-
 POSITION_RULE = "must be a number of tokens, such as 2M or 20T, or a share of the run, such as 80%"
 
 
@@ -16,15 +16,21 @@ def tokens(text: str) -> int:
     Raises:
         ValueError: if the text is no number with an optional suffix k, M, B or T.
     """
-    match = _PATTERN.fullmatch(text.strip())
-    if match is None:
+    number = _number(text)
+    if not math.isfinite(number):
         raise ValueError(f"{text!r} {TOKENS_RULE}")
-    return round(float(match[1]) * _FACTORS[match[2]])
+    return round(number)
 
 
 def is_tokens(text: str) -> bool:
     """Tell whether `tokens` can read the text."""
-    return _PATTERN.fullmatch(text.strip()) is not None
+    return math.isfinite(_number(text))
+
+
+def _number(text: str) -> float:
+    """Return the number that a text says; NaN if none, infinity if too large for a float."""
+    match = _PATTERN.fullmatch(text.strip())
+    return math.nan if match is None else float(match[1]) * _FACTORS[match[2]]
 
 
 def position(text: str, total: int) -> int:
@@ -33,13 +39,20 @@ def position(text: str, total: int) -> int:
     Raises:
         ValueError: if the text is neither.
     """
-    match = _SHARE.fullmatch(text.strip())
-    return tokens(text) if match is None else round(float(match[1]) * total / 100)
+    if not is_share(text):
+        return tokens(text)
+    return round(float(text.strip().removesuffix("%")) * total / 100)
 
 
 def is_position(text: str) -> bool:
     """Tell whether `position` can read the text."""
-    return _SHARE.fullmatch(text.strip()) is not None or is_tokens(text)
+    return is_share(text) or is_tokens(text)
+
+
+def is_share(text: str) -> bool:
+    """Tell whether the text is a share of something, such as 80%."""
+    match = _SHARE.fullmatch(text.strip())
+    return match is not None and math.isfinite(float(match[1]))
 
 
 def show_tokens(count: float) -> str:

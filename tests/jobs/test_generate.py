@@ -66,7 +66,7 @@ def test_prompts_of_the_command_line_and_of_a_file_are_continued_together(
     [
         ([], "prompt_file=PATH"),
         (["prompt_file=nowhere.txt"], "there is no such file"),
-        (["prompt=a", "top_p=2"], "top_p = 2.0: must lie in [0, 1]"),
+        (["prompt=a", "top_p=2"], "top_p = 2.0: must be at most 1"),
         (["prompt=a", "temprature=1"], "temperature"),
     ],
 )

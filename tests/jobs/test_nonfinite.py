@@ -19,6 +19,11 @@ from tests.jobs.command import (
 pytestmark = pytest.mark.xdist_group("nonfinite")
 
 STOP = ("recovery.skip_nonfinite=false",)
+# At the limits of all of these, one update makes weights that overflow in the next step.
+WILD = (
+    *("schedule.peak_lr=5", "optimizer.weight_decay=1000", "optimizer.clip_grad_norm=0"),
+    "model.init_std=10",
+)
 SCRIPT = str(Path(__file__).with_name("poisoned.py"))
 
 
@@ -27,9 +32,8 @@ def test_a_learning_rate_that_explodes_stops_the_run_which_goes_on_from_a_good_c
 ) -> None:
     run_dir, data = tmp_path / "run", f"data.folder={corpus}"
     # The rate of the first step is 0, so the weights explode in the second and the third stops.
-    wild = ("optimizer.clip_grad_norm=0", "schedule.peak_lr=1e30", *STOP)
     keep = ("checkpoint.interval=1", "checkpoint.keep=5")
-    finished = train(run_dir, data, *wild, *keep)
+    finished = train(run_dir, data, *WILD, *STOP, *keep)
     assert finished.code == 2
     assert "step 3: loss is nan; first in the forward pass on rank 0, module " in finished.err
     assert "; learning rate 1e+30; tokens 512 to 768" in finished.err
@@ -41,7 +45,7 @@ def test_a_learning_rate_that_explodes_stops_the_run_which_goes_on_from_a_good_c
 
     calmer = tmp_path / "calmer"
     load = f"checkpoint.load={run_dir}/checkpoints/step_00000001"
-    again = train(calmer, data, load)
+    again = train(calmer, data, load, "model.init_std=10")
     assert again.code == 0, again.err
     assert [line["step"] for line in metrics(calmer)] == list(range(2, 11))
 
@@ -85,9 +89,9 @@ def test_bad_steps_are_skipped_and_after_a_row_of_them_the_run_goes_back_to_good
 
 def test_a_run_that_going_back_does_not_help_ends_and_says_so(tmp_path: Path, corpus: Path) -> None:
     run_dir, data = tmp_path / "run", f"data.folder={corpus}"
-    wild = ("optimizer.clip_grad_norm=0", "schedule.peak_lr=1e30", "recovery.rollback_after=1")
-    keep = ("checkpoint.interval=1", "checkpoint.keep=5", "recovery.max_rollbacks=2")
-    finished = train(run_dir, data, *wild, *keep)
+    recovery = ("recovery.rollback_after=1", "recovery.max_rollbacks=2")
+    keep = ("checkpoint.interval=1", "checkpoint.keep=5")
+    finished = train(run_dir, data, *WILD, *recovery, *keep)
     assert finished.code == 2
     assert "after 2 rollbacks in a row. Nothing was updated, so the checkpoints" in finished.err
     assert f"checkpoint.load={run_dir}/checkpoints/step_" in finished.err

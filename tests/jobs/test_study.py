@@ -148,7 +148,8 @@ def test_a_study_whose_settings_changed_needs_another_folder(
 def test_a_run_that_fails_is_named_with_its_log_and_missing_in_the_table(
     folder: Path, tmp_path: Path
 ) -> None:
-    words = ('variants.none.overrides=["schedule.peak_lr=1e30"]', "seeds=[1]")
+    wild = '"schedule.peak_lr=5","optimizer.weight_decay=1000","model.init_std=10"'
+    words = (f"variants.none.overrides=[{wild}]", "seeds=[1]")
     failed = study(folder, f"run_dir={tmp_path}/study", *words)
     assert failed.code != 0
     assert "none seed 1 failed with exit code" in failed.err

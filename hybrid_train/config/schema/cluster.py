@@ -3,13 +3,18 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from hybrid_train.config.problems import Problem, at_least, within
+from hybrid_train.config.limits import Count, CountOrNone, FileName, Name, Processes, Range, Workers
+from hybrid_train.config.problems import Problem
 
 TIME_RULE = "must be a time of SLURM: minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"
 PORTS = 1000  # a job takes `port` + its id modulo this, so that two jobs on a node do not meet
-_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)")
+Port = Annotated[int, Range(1024, 65535 - PORTS)]
+Notice = Annotated[int, Range(1, 65535)]  # as SLURM takes it
+_MINUTES = re.compile(r"\d{1,9}")
+_DAYS = re.compile(r"(\d{1,6})-(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?")
+_CLOCK = re.compile(r"(?:(\d{1,9}):)?(\d{1,9}):(\d{1,9})")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _CREDENTIAL = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 _WORD = re.compile(r"[\w.,@+:-]+")  # what a line of #SBATCH takes without quotes
@@ -36,7 +41,7 @@ _OURS = {  # options of sbatch that other settings write, or that the scripts co
 def seconds(text: str) -> int | None:
     """Read a time of SLURM: "90" and "1:30:00" -> 5400; None if it cannot be read."""
     text = text.strip()
-    if text.isdecimal():
+    if _MINUTES.fullmatch(text):
         return int(text) * 60
     if days := _DAYS.fullmatch(text):
         number, hours, minutes, rest = (int(part or 0) for part in days.groups())
@@ -51,11 +56,11 @@ def seconds(text: str) -> int | None:
 class Container:
     """A container that pyxis starts on each node (`srun --container-image`)."""
 
-    image: str | None = None  # a squashfs file or a name in a registry; None: no container
+    image: FileName | None = None  # a squashfs file or a name in a registry; None: no container
     mounts: list[str] = field(
         default_factory=list
     )  # "SOURCE:TARGET"; the run folder comes by itself
-    python: str = "python3"  # the Python inside
+    python: FileName = "python3"  # the Python inside
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
@@ -71,35 +76,25 @@ class Container:
 class Cluster:
     """What is asked of SLURM, how a node is set up, and how the job looks after itself."""
 
-    partition: str | None = None  # None: the default of the cluster, as for account and qos
-    account: str | None = None
-    qos: str | None = None
-    nodes: int | None = None  # None: the fewest that the plan can run on
-    min_nodes: int | None = None  # fewer are taken when there are no more; None: as `nodes`
-    gpus_per_node: int = 8  # 0: none are asked for
-    processes_per_node: int | None = None  # None: one a GPU
+    partition: Name | None = None  # None: the default of the cluster, as for account and qos
+    account: Name | None = None
+    qos: Name | None = None
+    nodes: Processes | None = None  # None: the fewest that the plan can run on
+    min_nodes: Processes | None = None  # fewer are taken when there are no more; None: as `nodes`
+    gpus_per_node: Annotated[int, Range(0, 1024)] = 8  # 0: none are asked for
+    processes_per_node: Workers | None = None  # None: one a GPU
     time_limit: str = "1-00:00:00"
     container: Container = field(default_factory=Container)
     environment: dict[str, str] = field(default_factory=dict)  # exported on every node
     setup: list[str] = field(default_factory=list)  # shell lines before all else: module load ...
-    port: int = 29500  # of the rendezvous: the first of `PORTS`
-    signal_s: int = 600  # before the time limit, the run saves and is queued again
-    requeues_without_progress: int = 3  # so many attempts that end at one step end the job
-    max_restarts: int = 3  # of failed workers inside one job, by torchrun
+    port: Port = 29500  # of the rendezvous: the first of `PORTS`
+    signal_s: Notice = 600  # before the time limit, the run saves and is queued again
+    requeues_without_progress: Count = 3  # so many attempts that end at one step end the job
+    max_restarts: CountOrNone = 3  # of failed workers inside one job, by torchrun
     sbatch: list[str] = field(default_factory=list)  # further options: "--exclusive"
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(
-            1,
-            nodes=self.nodes,
-            min_nodes=self.min_nodes,
-            processes_per_node=self.processes_per_node,
-            requeues_without_progress=self.requeues_without_progress,
-        )
-        yield from at_least(0, gpus_per_node=self.gpus_per_node, max_restarts=self.max_restarts)
-        yield from within(1024, 65535 - PORTS, port=self.port)
-        yield from within(1, 65535, signal_s=self.signal_s)
         yield from self._size_problems()
         yield from self._time_problems()
         yield from self._text_problems()

@@ -3,9 +3,11 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from omegaconf import MISSING
 
+from hybrid_train.config.limits import FileName, Range
 from hybrid_train.config.problems import Problem
 
 
@@ -22,18 +24,14 @@ class WeightFormat(enum.Enum):
 class ConvertJob:
     """A Hugging Face folder becomes a checkpoint, or the other way round."""
 
-    import_: str | None = None  # Hugging Face folder; on the command line import=FOLDER
-    export: str | None = None  # a run folder or one checkpoint of it
-    output: str = MISSING  # new run folder, or new Hugging Face folder
+    import_: FileName | None = None  # Hugging Face folder; on the command line import=FOLDER
+    export: FileName | None = None  # a run folder or one checkpoint of it
+    output: FileName = MISSING  # new run folder, or new Hugging Face folder
     dtype: WeightFormat = WeightFormat.keep  # expert biases stay float32
-    shard_gb: float = 5.0  # size of the files of an export, in 1e9 bytes
+    shard_gb: Annotated[float, Range(0.001, 1000)] = 5.0  # files of an export, in 1e9 bytes
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         if (self.import_ is None) == (self.export is None):
             given = "neither" if self.export is None else "both"
             yield Problem("import, export", given, "one of them names what is converted")
-        if not self.shard_gb > 0:
-            yield Problem("shard_gb", self.shard_gb, "must be above 0", 5.0)
-        if not self.output.strip():
-            yield Problem("output", '""', "must name a new folder")

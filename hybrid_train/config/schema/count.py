@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hybrid_train.config.limits import Length
 from hybrid_train.config.pattern import parse, repair
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.model import Model
 
 
@@ -13,11 +14,10 @@ class CountJob:
     """Parameters, tensors, FLOPs and cache bytes of a model."""
 
     model: Model = field(default_factory=Model)
-    sequence_length: int = 8192  # tokens; attention and its cache grow with it
+    sequence_length: Length = 8192  # tokens; attention and its cache grow with it
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(1, sequence_length=self.sequence_length)
         if self.model.vocab_size is None:
             rule = "must be set: the model takes that of the tokenizer, and here is none"
             yield Problem("model.vocab_size", "null", rule, 131072)

@@ -3,10 +3,12 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import Factor, FileName, Name, Range, Weight
+from hybrid_train.config.problems import Problem
 from hybrid_train.config.schema.source import Remote, Source
 
 
@@ -22,21 +24,20 @@ class Data:
     """Tokens from Megatron .bin/.idx files or synthetic streams, and the tokenizer of the files."""
 
     kind: str = "files"
-    train: list[str] = field(default_factory=list)  # prefixes: a run of one source needs no more
-    validation: list[str] = field(default_factory=list)
-    sources: dict[str, Source] = field(default_factory=dict)  # by name, in place of the two above
-    blend: dict[str, float] = field(default_factory=dict)  # weights; empty: by size
-    validation_blend: dict[str, float] = field(default_factory=dict)  # the same for validation
+    train: list[FileName] = field(default_factory=list)  # prefixes: all that one source needs
+    validation: list[FileName] = field(default_factory=list)
+    sources: dict[Name, Source] = field(default_factory=dict)  # by name, in place of the two above
+    blend: dict[str, Weight] = field(default_factory=dict)  # weights; empty: by size
+    validation_blend: dict[str, Weight] = field(default_factory=dict)  # the same for validation
     packing: Packing = Packing.none
-    tokenizer: str | None = None  # folder of a Hugging Face or SentencePiece tokenizer
-    cache: str | None = None  # folder of index caches; None: beside the files
+    tokenizer: FileName | None = None  # folder of a Hugging Face or SentencePiece tokenizer
+    cache: FileName | None = None  # folder of index caches; None: beside the files
     remote: Remote = field(default_factory=Remote)  # for the prefixes that are URLs
-    warn_epochs: float = 4.0  # say so where a source is repeated more often
+    warn_epochs: Factor = 4.0  # say so where a source is repeated more often
     accept_changes: bool = False  # go on although the data of the run has changed
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(0, warn_epochs=self.warn_epochs)
         for name in ("blend", "validation_blend"):
             yield from blend_problems(name, getattr(self, name))
 
@@ -57,11 +58,8 @@ def needs_tokenizer(data: Data) -> bool:
 
 
 def blend_problems(path: str, blend: dict[str, float]) -> Iterator[Problem]:
-    """Check the weights of a blend; an empty one is no choice at all."""
-    for source, weight in blend.items():
-        if not 0 <= weight < float("inf"):
-            yield Problem(f"{path}.{source}", weight, "must not be negative", 0)
-    if blend and not any(weight > 0 for weight in blend.values()):
+    """Check that a blend takes something; an empty one is no choice at all."""
+    if blend and all(weight == 0 for weight in blend.values()):
         yield Problem(path, "all zero", "needs a weight above 0")
 
 
@@ -70,10 +68,5 @@ class Quickstart(Data):
     """The source code of Python's own standard library; built on first use, nothing to download."""
 
     kind: str = "quickstart"
-    folder: str = MISSING  # corpus, tokenizer and token files go here
-    vocab_size: int = 4096
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        yield from at_least(300, vocab_size=self.vocab_size)
+    folder: FileName = MISSING  # corpus, tokenizer and token files go here
+    vocab_size: Annotated[int, Range(300, 2**24)] = 4096

@@ -1,10 +1,14 @@
 """The optimizer."""
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from hybrid_train.config.problems import Problem, at_least, within
+from hybrid_train.config.limits import Factor, Range
+
+Beta = Annotated[float, Range(0, 0.999999)]  # 1 remembers all, and its correction divides by 0
+Epsilon = Annotated[float, Range(1e-30, 1)]  # 0 divides by 0 where there is no gradient
+Norm = Annotated[float, Range(0, 10**9)]
 
 
 class ParameterKind(enum.Enum):
@@ -53,10 +57,10 @@ class AdamW:
     """
 
     kind: str = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Epsilon = 1e-8
+    weight_decay: Factor = 0.1
     no_decay: list[ParameterKind] = field(
         default_factory=lambda: [
             ParameterKind.norms,
@@ -66,7 +70,7 @@ class AdamW:
             ParameterKind.dt_bias,
         ]
     )
-    clip_grad_norm: float = 1.0  # 0: no clipping
+    clip_grad_norm: Norm = 1.0  # 0: no clipping
     first_moment: MomentFormat = MomentFormat.float32
     # float8 makes 0 of what is less than 2^-19 of the largest of its tensor; steps are large there.
     second_moment: MomentFormat = MomentFormat.float32
@@ -79,10 +83,3 @@ class AdamW:
         names = ("first_moment", "second_moment", "main_gradients", "master_weights")
         formats = {name: str(getattr(self, name).value) for name in names}
         return {name: value for name, value in formats.items() if value != "float32"}
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from within(0, 1, beta1=self.beta1, beta2=self.beta2)
-        yield from at_least(
-            0, eps=self.eps, weight_decay=self.weight_decay, clip_grad_norm=self.clip_grad_norm
-        )

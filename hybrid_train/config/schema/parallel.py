@@ -1,10 +1,9 @@
 """The parallel layout: how many ways each axis of the work is split."""
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import Count, Processes
 
 
 class Recompute(enum.Enum):
@@ -38,12 +37,12 @@ class RecomputeMethod(enum.Enum):
 class Parallel:
     """Degrees of parallelism. What is left of the processes is data parallel."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # model chunks per pipeline stage (interleaved schedule)
-    expert: int = 1
-    expert_tensor: int | None = None  # None: the same as tensor
-    context: int = 1
+    tensor: Processes = 1
+    pipeline: Processes = 1
+    virtual_pipeline: Processes = 1  # model chunks per pipeline stage (interleaved schedule)
+    expert: Processes = 1
+    expert_tensor: Processes | None = None  # None: the same as tensor
+    context: Processes = 1
     sequence: bool | None = None  # split norms along the sequence too; None: when tensor > 1
     distributed_optimizer: bool = True  # split the optimizer state over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass still runs
@@ -51,18 +50,5 @@ class Parallel:
     recompute: Recompute = Recompute.none  # activations computed again, not kept
     recompute_modules: list[RecomputeModule] | None = None  # for selective; None: mamba and moe
     recompute_method: RecomputeMethod = RecomputeMethod.uniform  # for full
-    recompute_layers: int = 1  # for full: layers of a group, or of a stage
+    recompute_layers: Count = 1  # for full: layers of a group, or of a stage
     fsdp: bool = False  # split weights and gradients too, layer by layer; overlaps by itself
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from at_least(
-            1,
-            tensor=self.tensor,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual_pipeline,
-            expert=self.expert,
-            expert_tensor=self.expert_tensor,
-            context=self.context,
-            recompute_layers=self.recompute_layers,
-        )

@@ -3,11 +3,15 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from hybrid_train.config import layer_ranges
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import CountOrNone, Range
+from hybrid_train.config.problems import Problem
+
+History = Annotated[int, Range(1, 2**16)]  # each tensor keeps so many numbers
 
 
 class NumberFormat(enum.Enum):
@@ -91,13 +95,13 @@ class Precision:
     backend: Backend = Backend.auto
     gradient_element: GradientElement | None = None  # of FP8; null: e5m2 with one scale a tensor
     power_of_two_scales: bool | None = None  # of FP8 with float32 scales; null: in blocks
-    amax_history: int = 16  # steps that fp8_delayed remembers; native: microbatches
+    amax_history: History = 16  # steps that fp8_delayed remembers; native: microbatches
     amax_choice: AmaxChoice = AmaxChoice.max
     hadamard: bool = True  # nvfp4: turn the operands of wgrad
     stochastic_rounding: bool = True  # nvfp4: of gradients
     square_weight_blocks: bool = True  # nvfp4: 16x16 for weights
     strict: bool = True  # stop where a product did not run as asked
-    statistics_interval: int = 100  # steps; 0: no underflow, saturation and error of operands
+    statistics_interval: CountOrNone = 100  # steps; 0: no underflow, saturation, error
     reduce_gradients_in_fp32: bool = True
     fp8_param_gather: bool = False  # keep and gather weights of FP8 layers in FP8, not bfloat16
 
@@ -111,8 +115,6 @@ class Precision:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(1, amax_history=self.amax_history)
-        yield from at_least(0, statistics_interval=self.statistics_interval)
         plain = {ProductFormat.fp32: NumberFormat.fp32, ProductFormat.bf16: NumberFormat.bf16}
         wanted = plain.get(self.format)
         if self.unquantized is not None and wanted not in (None, self.unquantized):

@@ -7,15 +7,27 @@ that has one), * and ** as in a shell.
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
+from hybrid_train.config.limits import (
+    FILE,
+    FileName,
+    Name,
+    Range,
+    Seconds,
+    Seed,
+    Share,
+    TokenCount,
+    Workers,
+)
 from hybrid_train.config.listed import listed, listed_paths
-from hybrid_train.config.problems import Problem, at_least, within
-from hybrid_train.config.units import TOKENS_RULE, is_tokens
+from hybrid_train.config.problems import Problem
 
 _SHARES_TOLERANCE = 1e-6
 SMALLEST_VOCABULARY = 256  # every byte
+Part = Annotated[float, Range(1e-9, 1)]
 
 
 class Format(enum.Enum):
@@ -39,6 +51,9 @@ class DataJob:
         """Check the limits of this section."""
         if not listed_paths(self.input):
             yield Problem("input", "[]", "must name at least one file, glob or folder")
+        for name in listed_paths(self.input):
+            if bad := FILE.broken(name):
+                yield Problem("input", name, bad[0])
 
 
 @dataclass(kw_only=True)
@@ -46,16 +61,13 @@ class TextJob(DataJob):
     """A job that reads text."""
 
     format: Format = Format.auto
-    text_key: str = "text"  # of a JSON line or a Parquet column
+    text_key: Name = "text"  # of a JSON line or a Parquet column
     suffixes: list[str] = field(default_factory=list)  # [.py,.md]: of folders, these files only
-    block_kb: int = 1024  # text that a process takes at a time
+    block_kb: Annotated[int, Range(1, 10**6)] = 1024  # text that a process takes at a time
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from super().problems()
-        yield from at_least(1, block_kb=self.block_kb)
-        if not self.text_key:
-            yield Problem("text_key", '""', "must name a key", "text")
         for suffix in self.suffixes:
             if not suffix.startswith("."):
                 yield Problem("suffixes", suffix, "must begin with a dot", f".{suffix}")
@@ -65,21 +77,18 @@ class TextJob(DataJob):
 class TokenizeJob(TextJob):
     """Text becomes a pair of token files; the same command goes on after a kill."""
 
-    output: str = MISSING  # prefix of the .bin and .idx
-    tokenizer: str = MISSING  # Hugging Face folder, or SentencePiece model or its folder
+    output: FileName = MISSING  # prefix of the .bin and .idx
+    tokenizer: FileName = MISSING  # Hugging Face folder, or SentencePiece model or its folder
     bos: bool = False  # begin each document with what the tokenizer puts before a text
-    workers: int | None = None  # processes; None: one a core
-    max_bad_share: float = 0.01  # of the lines; beyond it the job stops
+    workers: Workers | None = None  # processes; None: one a core
+    max_bad_share: Share = 0.01  # of the lines; beyond it the job stops
     overwrite: bool = False  # replace an output, or a partial one of another command
     word_cache: bool = True  # look up the words that were encoded before; the ids are the same
-    save_interval_s: float = 5.0  # between saves of the position
+    save_interval_s: Seconds = 5.0  # between saves of the position
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from super().problems()
-        yield from at_least(1, workers=self.workers)
-        yield from at_least(0, save_interval_s=self.save_interval_s)
-        yield from within(0, 1, max_bad_share=self.max_bad_share)
         yield from _prefix(self.output)
 
 
@@ -87,7 +96,7 @@ class TokenizeJob(TextJob):
 class MergeJob(DataJob):
     """Token files of one tokenizer become one pair, in the order given."""
 
-    output: str = MISSING  # prefix of the .bin and .idx
+    output: FileName = MISSING  # prefix of the .bin and .idx
     overwrite: bool = False  # replace an output that is there
 
     def problems(self) -> Iterator[Problem]:
@@ -100,18 +109,17 @@ class MergeJob(DataJob):
 class SplitJob(DataJob):
     """A pair of token files becomes several: by shares of the documents, or by tokens."""
 
-    output: str = MISSING  # prefix of the parts: OUTPUT-00000 ..., or OUTPUT-NAME
-    shares: list[float] = field(default_factory=list)  # [0.99,0.01] of the documents, drawn
-    names: list[str] = field(default_factory=list)  # [train,validation]: one for each share
-    tokens_per_shard: str | None = None  # "1B": documents in their order, none is cut
-    seed: int = 1234  # of the draw
+    output: FileName = MISSING  # prefix of the parts: OUTPUT-00000 ..., or OUTPUT-NAME
+    shares: list[Part] = field(default_factory=list)  # [0.99,0.01] of the documents, drawn
+    names: list[Name] = field(default_factory=list)  # [train,validation]: one for each share
+    tokens_per_shard: TokenCount | None = None  # "1B": documents in their order, none is cut
+    seed: Seed = 1234  # of the draw
     overwrite: bool = False  # replace outputs that are there
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from super().problems()
         yield from _prefix(self.output)
-        yield from at_least(0, seed=self.seed)
         if len(names := listed_paths(self.input)) > 1:
             yield Problem("input", ",".join(names), "takes one prefix; merge first")
         if bool(self.shares) == (self.tokens_per_shard is not None):
@@ -123,21 +131,14 @@ class SplitJob(DataJob):
             yield Problem("names", self.names, f"must be {len(self.shares)}, one for each share")
         if len(set(self.names)) != len(self.names):
             yield Problem("names", self.names, "must differ from each other")
-        if self.tokens_per_shard is not None and not is_tokens(self.tokens_per_shard):
-            yield Problem("tokens_per_shard", self.tokens_per_shard, TOKENS_RULE)
 
 
 @dataclass(kw_only=True)
 class InspectJob(DataJob):
     """What a pair of token files holds."""
 
-    tokenizer: str | None = None  # to decode with; None: that of the manifest
-    document: int | None = None  # number of a document to print
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        yield from at_least(0, document=self.document)
+    tokenizer: FileName | None = None  # to decode with; None: that of the manifest
+    document: Annotated[int, Range(0, 10**12)] | None = None  # number of a document to print
 
 
 @dataclass(kw_only=True)
@@ -149,36 +150,36 @@ class CountTokensJob(DataJob):
 class VerifyTokensJob(DataJob):
     """Token files are read whole and compared with their index, manifest and vocabulary."""
 
-    tokenizer: str | None = None  # for files without a manifest: ids must be in its vocabulary
+    tokenizer: FileName | None = None  # for files without a manifest: ids must be in its vocabulary
 
 
 @dataclass(kw_only=True)
 class TrainTokenizerJob(TextJob):
     """A byte-level BPE tokenizer from text."""
 
-    output: str = MISSING  # new folder, in the Hugging Face format
-    vocab_size: int = 32768
+    output: FileName = MISSING  # new folder, in the Hugging Face format
+    vocab_size: Annotated[int, Range(SMALLEST_VOCABULARY + 1, 2**24)] = 32768
     special_tokens: list[str] = field(default_factory=lambda: ["<|endoftext|>"])  # first: the end
-    sample_share: float = 1.0  # of the blocks of text, drawn
-    seed: int = 1234  # of the draw
+    sample_share: Part = 1.0  # of the blocks of text, drawn
+    seed: Seed = 1234  # of the draw
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from super().problems()
-        yield from at_least(0, seed=self.seed)
         yield from _prefix(self.output)
         special = listed(self.special_tokens)
-        yield from at_least(SMALLEST_VOCABULARY + len(special), vocab_size=self.vocab_size)
-        if not 0 < self.sample_share <= 1:
-            yield Problem("sample_share", self.sample_share, "must be above 0 and at most 1", 1.0)
+        if self.vocab_size < SMALLEST_VOCABULARY + len(special):
+            smallest = SMALLEST_VOCABULARY + len(special)
+            rule = f"must be at least {smallest}: each byte, and the special tokens"
+            yield Problem("vocab_size", self.vocab_size, rule, smallest)
         if not special or len(set(special)) != len(special):
             rule = "must be different names, the first of them that of the end of a document"
             yield Problem("special_tokens", ",".join(special), rule)
 
 
 def _prefix(output: str) -> Iterator[Problem]:
-    if not output.strip() or output.endswith("/"):
-        yield Problem("output", output or '""', "must name a file, without .bin or .idx")
+    if output.endswith("/"):
+        yield Problem("output", output, "must name a file, without .bin or .idx")
     elif output.endswith((".bin", ".idx")):
         yield Problem("output", output, "is written without .bin or .idx", output[:-4])
 

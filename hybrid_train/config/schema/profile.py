@@ -4,7 +4,8 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import Count, CountOrNone
+from hybrid_train.config.problems import Problem
 
 
 class Tool(enum.Enum):
@@ -20,20 +21,16 @@ class Profile:
     """Which steps are traced, and whether memory is recorded; files go into RUN/profile."""
 
     tool: Tool = Tool.none
-    start: int = 10  # first traced step of the run; the first step of all is 1
-    steps: int = 3  # how many are traced
-    ranks: list[int] = field(default_factory=lambda: [0])  # processes that are traced
+    start: Count = 10  # first traced step of the run; the first step of all is 1
+    steps: Count = 3  # how many are traced
+    ranks: list[CountOrNone] = field(default_factory=lambda: [0])  # processes that are traced
     shapes: bool = False  # torch: note the shapes of all operands
     stacks: bool = False  # torch: note the lines of Python that asked for each operation
     memory: bool = False  # torch: note what each operation allocates
     snapshot: bool = False  # on a GPU: record allocations, write them when memory runs out
-    snapshot_events: int = 100_000  # allocations that are remembered, the newest
+    snapshot_events: Count = 100_000  # allocations that are remembered, the newest
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(1, start=self.start, steps=self.steps)
-        yield from at_least(1, snapshot_events=self.snapshot_events)
         if self.tool is not Tool.none and not self.ranks:
             yield Problem("ranks", "[]", "must name a process to trace", "[0]")
-        for number in self.ranks:
-            yield from at_least(0, ranks=number)

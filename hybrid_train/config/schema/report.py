@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from hybrid_train.config.limits import FileName
+
 
 @dataclass(kw_only=True)
 class StatusJob:
     """How a run is, in words or as JSON."""
 
-    run_dir: str = MISSING
+    run_dir: FileName = MISSING
     json: bool = False  # one JSON object, for scripts
 
 
@@ -17,5 +19,5 @@ class StatusJob:
 class ReportJob:
     """One HTML file about a run."""
 
-    run_dir: str = MISSING
-    output: str | None = None  # None: report.html in the run folder
+    run_dir: FileName = MISSING
+    output: FileName | None = None  # None: report.html in the run folder

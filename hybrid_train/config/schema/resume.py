@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from hybrid_train.config.limits import FileName
+
 
 @dataclass(kw_only=True)
 class ResumeJob:
     """A run that goes on, or begins, with the config that lies in its folder."""
 
-    run_dir: str = MISSING
+    run_dir: FileName = MISSING
     overrides: list[str] = field(default_factory=list)  # settings of `train`: train.tokens=2M

@@ -3,8 +3,13 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import Range, Seconds, SecondsOrMore, Workers
+from hybrid_train.config.problems import Problem
+
+SHORTEST_SILENCE_S = 5  # of a process that builds a model or saves
+Teraflops = Annotated[float, Range(1e-6, 10**6)]
 
 
 class Device(enum.Enum):
@@ -29,14 +34,15 @@ class Runtime:
 
     device: Device = Device.auto
     kernels: Kernels = Kernels.auto
-    threads: int | None = None  # CPU threads per process; None: cores / local processes
-    peak_tflops: float | None = None  # peak for MFU; None: table of GPUs, or measured on a CPU
-    timeout_s: float = 600  # a collective that takes longer stops the run
-    hang_timeout_s: float = 1800  # a process silent for longer is ended, with its stack; 0: never
+    threads: Workers | None = None  # CPU threads per process; None: cores / local processes
+    peak_tflops: Teraflops | None = None  # peak for MFU; None: table of GPUs, or measured on a CPU
+    timeout_s: SecondsOrMore = 600  # a collective that takes longer stops the run
+    hang_timeout_s: Seconds = 1800  # a process silent for longer is ended, with its stack; 0: never
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(1, threads=self.threads, timeout_s=self.timeout_s)
-        yield from at_least(0, hang_timeout_s=self.hang_timeout_s)
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            yield Problem("peak_tflops", self.peak_tflops, "must be more than 0", "null")
+        if 0 < self.hang_timeout_s < SHORTEST_SILENCE_S:
+            rule = (
+                f"must be 0 or at least {SHORTEST_SILENCE_S}: so long a healthy process is silent"
+            )
+            yield Problem("hang_timeout_s", self.hang_timeout_s, rule, SHORTEST_SILENCE_S)

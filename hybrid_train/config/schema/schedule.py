@@ -1,13 +1,11 @@
 """Learning rate over the run. Lengths are in tokens."""
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from hybrid_train.config.problems import Problem, at_least, within
-from hybrid_train.config.units import TOKENS_RULE, is_tokens
+from hybrid_train.config.limits import Rate, Share, TokenCountOrNone
 
 
 class DecayShape(enum.Enum):
@@ -24,14 +22,8 @@ class Schedule:
     """Constant rate after a linear warm-up; the base of the others."""
 
     kind: str = "constant"
-    peak_lr: float = MISSING
-    warmup_tokens: str = "0"
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from at_least(0, peak_lr=self.peak_lr)
-        if not is_tokens(self.warmup_tokens):
-            yield Problem("warmup_tokens", self.warmup_tokens, TOKENS_RULE)
+    peak_lr: Rate = MISSING
+    warmup_tokens: TokenCountOrNone = "0"
 
 
 @dataclass(kw_only=True)
@@ -39,12 +31,7 @@ class Cosine(Schedule):
     """Linear warm-up, then half a cosine down to the final rate at the end of training."""
 
     kind: str = "cosine"
-    final_lr_ratio: float = 0.01  # final rate / peak rate
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        yield from within(0, 1, final_lr_ratio=self.final_lr_ratio)
+    final_lr_ratio: Share = 0.01  # final rate / peak rate
 
 
 @dataclass(kw_only=True)
@@ -52,11 +39,5 @@ class Wsd(Cosine):
     """Warm up, stay, decay over the last `decay_tokens` of training."""
 
     kind: str = "wsd"
-    decay_tokens: str = MISSING
+    decay_tokens: TokenCountOrNone = MISSING
     decay_shape: DecayShape = DecayShape.minus_sqrt
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        if not is_tokens(self.decay_tokens):
-            yield Problem("decay_tokens", self.decay_tokens, TOKENS_RULE)

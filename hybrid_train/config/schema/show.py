@@ -1,11 +1,10 @@
 """The roots of jobs that look at the data of a run."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import Count, CountOrNone, FileName
 from hybrid_train.config.schema.train import TrainJob
 
 
@@ -13,15 +12,10 @@ from hybrid_train.config.schema.train import TrainJob
 class ShowJob:
     """The rows of one step of a run: their sources, documents and texts."""
 
-    run_dir: str = MISSING
-    step: int = MISSING  # the first is 1
-    rows: int = 8  # of the step, at most
-    characters: int = 300  # of the text of a row, at most
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from at_least(1, step=self.step, rows=self.rows)
-        yield from at_least(0, characters=self.characters)
+    run_dir: FileName = MISSING
+    step: Count = MISSING  # the first is 1
+    rows: Count = 8  # of the step, at most
+    characters: CountOrNone = 300  # of the text of a row, at most
 
 
 @dataclass(kw_only=True)

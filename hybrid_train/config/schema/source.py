@@ -3,12 +3,21 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import FileName, Length, Range, Seed
+from hybrid_train.config.problems import Problem
 
-_LARGEST_COUNT = 10**9  # documents of a stream: their lengths lie in memory, four bytes each
+Room = Annotated[int, Range(1, 2**60)]
+Block = Annotated[int, Range(2**12, 2**30)]  # read into memory at once
+Ahead = Annotated[int, Range(0, 1024)]
+Tries = Annotated[int, Range(1, 20)]  # the waits between them double: a minute becomes a year
+FirstWait = Annotated[float, Range(0, 60)]
+Documents = Annotated[int, Range(1, 10**9)]  # their lengths lie in memory, four bytes each
+DocumentsOrNone = Annotated[int, Range(0, 10**9)]
+Items = Annotated[int, Range(1, 2**20)]  # each is at least a token, and its kind an id
 
 
 class Split(enum.Enum):
@@ -26,18 +35,15 @@ class Remote:
     it cannot, take small blocks: a block that is used for one document is fetched for it alone.
     """
 
-    cache: str | None = None  # folder; None: hybrid_train/remote in $XDG_CACHE_HOME or ~/.cache
-    cache_bytes: int = 20 * 2**30  # the blocks least recently used go when there are more
-    block_bytes: int = 4 * 2**20  # of one request
-    read_ahead: int = 2  # blocks fetched ahead of a reader that goes through a file in order
-    tries: int = 5  # of one request
-    first_wait_s: float = 0.5  # before the second try; twice as long before each further one
+    cache: FileName | None = None  # None: hybrid_train/remote in $XDG_CACHE_HOME or ~/.cache
+    cache_bytes: Room = 20 * 2**30  # the blocks least recently used go when there are more
+    block_bytes: Block = 4 * 2**20  # of one request
+    read_ahead: Ahead = 2  # blocks fetched ahead of a reader that goes through a file in order
+    tries: Tries = 5  # of one request
+    first_wait_s: FirstWait = 0.5  # before the second try; twice as long before each further one
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(4096, block_bytes=self.block_bytes)
-        yield from at_least(0, read_ahead=self.read_ahead, first_wait_s=self.first_wait_s)
-        yield from at_least(1, tries=self.tries)
         if self.block_bytes % 8:
             # A token of eight bytes must not lie across two blocks.
             nearest = self.block_bytes // 8 * 8
@@ -57,21 +63,14 @@ class Synthetic:
     """
 
     kind: str = MISSING
-    documents: int = 1_000_000  # of the train split
-    validation_documents: int = 1_000
-    min_items: int = 4
-    max_items: int = 32
-    seed: int = 0
+    documents: Documents = 1_000_000  # of the train split
+    validation_documents: DocumentsOrNone = 1_000
+    min_items: Items = 4
+    max_items: Items = 32
+    seed: Seed = 0
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits that all streams share."""
-        yield from at_least(1, documents=self.documents, min_items=self.min_items)
-        yield from at_least(0, validation_documents=self.validation_documents, seed=self.seed)
-        for name in ("documents", "validation_documents"):
-            if getattr(self, name) > _LARGEST_COUNT:
-                yield Problem(name, getattr(self, name), "must be at most 1e9", _LARGEST_COUNT)
-        if self.seed >= 2**64:
-            yield Problem("seed", self.seed, "must be below 2**64", self.seed % 2**64)
         if self.max_items < self.min_items:
             yield Problem("max_items", self.max_items, "must not be below min_items")
 
@@ -81,12 +80,7 @@ class CopyStream(Synthetic):
     """A word of random symbols, then the same word again."""
 
     kind: str = "copy"
-    symbols: int = 32
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        yield from at_least(1, symbols=self.symbols)
+    symbols: Items = 32
 
 
 @dataclass(kw_only=True)
@@ -94,13 +88,12 @@ class RecallStream(Synthetic):
     """Pairs of a key and a value, then each key again, in another order, with its value."""
 
     kind: str = "recall"
-    keys: int = 64
-    values: int = 64
+    keys: Items = 64
+    values: Items = 64
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from super().problems()
-        yield from at_least(1, values=self.values)
         if self.keys < self.max_items:
             rule = "must be at least max_items: the keys of a document differ"
             yield Problem("keys", self.keys, rule, self.max_items)
@@ -111,12 +104,7 @@ class BracketStream(Synthetic):
     """Balanced brackets of several types."""
 
     kind: str = "brackets"
-    types: int = 4
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        yield from at_least(1, types=self.types)
+    types: Items = 4
 
 
 @dataclass(kw_only=True)
@@ -124,14 +112,8 @@ class SumStream(Synthetic):
     """Sums of random numbers modulo a number."""
 
     kind: str = "sums"
-    modulus: int = 23
-    terms: int = 2  # numbers that one sum adds
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from super().problems()
-        yield from at_least(2, modulus=self.modulus)
-        yield from at_least(1, terms=self.terms)
+    modulus: Annotated[int, Range(2, 2**20)] = 23
+    terms: Items = 2  # numbers that one sum adds
 
 
 STREAMS = ("copy", "recall", "brackets", "sums")
@@ -141,9 +123,9 @@ STREAMS = ("copy", "recall", "brackets", "sums")
 class Source:
     """Tokens under one name: those of files, or one of the synthetic streams."""
 
-    train: list[str] = field(default_factory=list)  # prefixes, without .bin or .idx; or URLs
-    validation: list[str] = field(default_factory=list)
-    longest: int | None = None  # packed documents are cut into pieces of so many tokens
+    train: list[FileName] = field(default_factory=list)  # prefixes, without .bin or .idx; or URLs
+    validation: list[FileName] = field(default_factory=list)
+    longest: Length | None = None  # packed documents are cut into pieces of so many tokens
     copy: CopyStream | None = None
     recall: RecallStream | None = None
     brackets: BracketStream | None = None
@@ -151,7 +133,6 @@ class Source:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(1, longest=self.longest)
         chosen = [name for name in STREAMS if getattr(self, name) is not None]
         if self.train or self.validation:
             chosen.append("files")

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from hybrid_train.config.limits import FileName, Name, Seed, Workers
 from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.problems import Problem
 
 _FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")
 _OUTPUTS = ("study.md", "study.json", "plots")  # beside the folders of the variants
@@ -31,14 +32,14 @@ class StudyJob:
     """Variants of a training run; same seed means same data and same initial weights."""
 
     title: str = MISSING
-    run_dir: str = MISSING  # each run gets the run folder run_dir/VARIANT/seed_N
+    run_dir: FileName = MISSING  # each run gets the run folder run_dir/VARIANT/seed_N
     base: list[str] = field(default_factory=list)  # of every run, as of `hybrid-train train`
     overrides: list[str] = field(default_factory=list)  # your own, of every run, after all others
-    seeds: list[int] = MISSING
-    baseline: str = MISSING  # name of the variant that the others are compared with
-    variants: dict[str, Variant] = field(default_factory=dict)
-    only: list[str] = field(default_factory=list)  # variants beside the baseline; empty: all
-    parallel: int | None = None  # runs at once; None: one for each core, one alone on a GPU
+    seeds: list[Seed] = MISSING
+    baseline: Name = MISSING  # name of the variant that the others are compared with
+    variants: dict[Name, Variant] = field(default_factory=dict)
+    only: list[Name] = field(default_factory=list)  # variants beside the baseline; empty: all
+    parallel: Workers | None = None  # runs at once; None: one for each core, one alone on a GPU
     keep_checkpoints: bool = False  # of finished runs; what is compared are their metrics
 
     def chosen(self) -> dict[str, Variant]:
@@ -49,7 +50,6 @@ class StudyJob:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        yield from at_least(1, parallel=self.parallel)
         yield from _own_keys("base", self.base)
         yield from _own_keys("overrides", self.overrides)
         yield from self._names()

@@ -1,10 +1,9 @@
 """What is shown and where the metrics go; `metrics.jsonl` is always written."""
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hybrid_train.config.problems import Problem, at_least
+from hybrid_train.config.limits import Count, Name
 
 
 class WandbMode(enum.Enum):
@@ -20,19 +19,15 @@ class Wandb:
     """Weights & Biases; its files go into the run folder."""
 
     mode: WandbMode = WandbMode.disabled
-    project: str = "hybrid_train"
-    entity: str | None = None
-    name: str | None = None  # None: name of the run folder
+    project: Name = "hybrid_train"
+    entity: Name | None = None
+    name: Name | None = None  # None: name of the run folder
 
 
 @dataclass(kw_only=True)
 class Tracking:
     """What is shown and where the metrics go."""
 
-    console_interval: int = 10  # steps between plain lines when there is no terminal
+    console_interval: Count = 10  # steps between plain lines when there is no terminal
     tensorboard: bool = False
     wandb: Wandb = field(default_factory=Wandb)
-
-    def problems(self) -> Iterator[Problem]:
-        """Check the limits of this section."""
-        yield from at_least(1, console_interval=self.console_interval)

@@ -26,18 +26,9 @@ def profiling_hooks(settings: Profile, run_dir: Path) -> list[Hook]:
         UserError: if it asks for a process that the run does not have.
     """
     hooks: list[Hook] = []
-    if settings.tool is not Tool.none:
-        beyond = [number for number in settings.ranks if number >= ranks.world_size()]
-        if beyond:
-            error = UserError(
-                f"profile.ranks = {settings.ranks}: the run has {ranks.world_size()} processes, "
-                f"the last is {ranks.world_size() - 1}"
-            )
-            error.everywhere = True
-            raise error
-        if ranks.rank() in settings.ranks:
-            tool = TraceSteps if settings.tool is Tool.torch else MarkSteps
-            hooks.append(tool(settings, run_dir / FOLDER))
+    if settings.tool is not Tool.none and ranks.rank() in settings.ranks:
+        tool = TraceSteps if settings.tool is Tool.torch else MarkSteps
+        hooks.append(tool(settings, run_dir / FOLDER))
     if settings.snapshot:
         hooks.append(SnapshotMemory(settings, run_dir / FOLDER))
     return hooks

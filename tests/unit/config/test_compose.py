@@ -82,7 +82,7 @@ def test_every_problem_is_reported_at_once() -> None:
     assert found["model"].nearest == "quickstart"
     assert found["trian.tokens"].nearest == "train.tokens=1"
     assert found["parallel.tensor"].rule == "must be a whole number"
-    assert found["optimizer.beta1"].nearest == 1
+    assert found["optimizer.beta1"].nearest == 0.999999
     assert found["run_dir"].nearest == """'run_dir="a,b"'"""
     assert found["lonely"].rule == "write settings as KEY=VALUE"
     assert len(found) == 6

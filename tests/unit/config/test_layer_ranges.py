@@ -31,8 +31,16 @@ def test_the_last_15_percent_of_super_are_its_last_14_layers() -> None:
     assert list(layers_of("last 15%", 88)) == list(range(75, 89))
 
 
+HUGE = "9" * 5000
+
+
 @pytest.mark.parametrize(
-    "text", ["", "none", "0", "last", "last 1.5", "5-3", "first -1", "1,2", "0-3", "last 5 %%"]
+    "text",
+    [
+        *("", "none", "0", "last", "last 1.5", "5-3", "first -1", "1,2", "0-3", "last 5 %%"),
+        *("last nan%", "inf", f"first {HUGE}", f"last {HUGE}%", HUGE, f"3-{HUGE}"),
+    ],
+    ids=lambda text: text[:12],
 )
 def test_other_words_are_refused(text: str) -> None:
     assert not is_range(text)

@@ -152,7 +152,7 @@ def test_a_longer_run_leaves_the_phases_before_the_last_as_they_are() -> None:
         ([Phase(name="a"), Phase(name="b", start="soon")], "train.phases.1.start", "share"),
         ([Phase(name="a"), Phase(name="a", start="50%")], "train.phases.1.name", "earlier"),
         ([Phase(name="a", blend={"c": 1.0})], "train.phases.0.blend.c", "is no source"),
-        ([Phase(name="a", blend={"a": -1.0, "b": 1.0})], "train.phases.0.blend.a", "negative"),
+        ([Phase(name="a", blend={"a": -1.0, "b": 1.0})], "train.phases.0.blend.a", "at least 0"),
         ([Phase(name="a", blend={"a": 0.0})], "train.phases.0.blend", "above 0"),
         (
             [Phase(name="a"), Phase(name="b", start="50%", global_batch=3)],

@@ -52,7 +52,7 @@ def test_a_value_out_of_range_is_named(config: Synthetic | Remote, path: str) ->
 def test_a_source_is_either_files_or_one_stream() -> None:
     assert list(collect(Source(train=["a"]))) == list(collect(Source(sums=SumStream()))) == []
     both = Source(train=["a"], sums=SumStream(), copy=CopyStream(symbols=0))
-    assert [problem.path for problem in collect(both)] == ["sums", "train", "copy.symbols"]
+    assert [problem.path for problem in collect(both)] == ["copy.symbols", "sums", "train"]
 
 
 def test_as_many_keys_as_pairs_are_enough() -> None:

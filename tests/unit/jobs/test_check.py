@@ -207,7 +207,7 @@ def test_a_vocabulary_of_unknown_size_is_asked_for(capsys: pytest.CaptureFixture
         (["parallel.tensor=3"], "parallel.tensor = 3: must divide model.attention.heads (32)"),
         (["parallel.pipeline=89"], "parallel.pipeline = 89: makes 89 stages of 88 main layers"),
         (["train.global_batch=3000"], "train.global_batch = 3000: must be a multiple of 1 "),
-        (["runtime.peak_tflops=0"], "runtime.peak_tflops = 0.0: must be more than 0"),
+        (["runtime.peak_tflops=0"], "runtime.peak_tflops = 0.0: must be at least 1e-06"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(
