@@ -159,7 +159,7 @@ def what_forbids(folder: Path, *, writing: bool = True) -> str | None:
 
 
 def _why_not_written(folder: Path) -> str | None:
-    if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+    if os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         return None
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
         return f"{folder} is on a file system that is read-only"

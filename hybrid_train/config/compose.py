@@ -1,4 +1,4 @@
-"""From names and overrides to a typed, checked job; and a run's own config back from its folder.
+"""From names and overrides to a typed, checked job.
 
 Nothing is written and no process group is needed: every process composes for itself.
 """
@@ -6,11 +6,11 @@ Nothing is written and no process group is needed: every process composes for it
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Literal, cast, overload
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
@@ -26,7 +26,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, launcher, overrides, own_conf, registry, yaml_files
+from hybrid_train.config import checks, frozen, launcher, overrides, own_conf, registry, yaml_files
 from hybrid_train.config.check_files import no_run
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.names import nearest
@@ -37,9 +37,7 @@ from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.submit import SubmitJob
 from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.secrets import masked, masked_data
 
-FROZEN_NAME = "config.yaml"  # of the config in a run folder
 # Keys that take text as it stands: commas and * mean nothing to Hydra there.
 RAW_KEYS = {
     "generate": ("prompt",),
@@ -198,11 +196,13 @@ def _take_loaded_model(
         return []
     try:
         places = [Path(source), Path(source).parent.parent]  # a run folder, or a checkpoint of one
-        found = [load(place).model for place in places if (place / FROZEN_NAME).is_file()]
+        found = [
+            frozen.load(place).model for place in places if (place / frozen.FROZEN_NAME).is_file()
+        ]
     except OSError as error:
         return [Problem("checkpoint.load", source, f"cannot be read: {error.strerror}")]
     if not found:
-        return [no_run("checkpoint.load", source, FROZEN_NAME)]
+        return [no_run("checkpoint.load", source, frozen.FROZEN_NAME)]
     model = found[0]
     model.pattern = model.pattern.replace("|", "")  # cuts are of the layout, not of the model
     config.model = OmegaConf.structured(model)
@@ -306,105 +306,3 @@ def _section_problems(config: DictConfig) -> Iterator[Problem]:
             continue  # what is missing is reported by itself
         if dataclasses.is_dataclass(section):  # not a table of names of the user's own
             yield from collect(section, name)
-
-
-def to_yaml(job: checks.Job) -> str:
-    """Write a job as YAML, every value resolved."""
-    return OmegaConf.to_yaml(OmegaConf.structured(job))
-
-
-def to_dict(job: checks.Job) -> dict[str, Any]:
-    """Return a job as plain nested data, enums by name, credentials masked."""
-    plain = OmegaConf.to_container(OmegaConf.structured(job), enum_to_str=True)
-    return cast("dict[str, Any]", masked_data(plain))
-
-
-def freeze(job: TrainJob, run_dir: Path) -> None:
-    """Write the config of a run into its folder, without credentials that its URLs may hold.
-
-    A reader never sees half of it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    target = run_dir / FROZEN_NAME
-    half = target.with_suffix(".yaml.tmp")
-    half.write_text(masked(to_yaml(job)), encoding="utf-8")
-    half.replace(target)
-
-
-def _frozen(run_dir: Path) -> Path:
-    """Return the config in a run folder.
-
-    Raises:
-        UserError: if there is none.
-    """
-    path = run_dir / FROZEN_NAME
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no run folder: there is no such folder")
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
-    return path
-
-
-def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """Read the config in a run folder as text and as plain data; that of another version, too.
-
-    Raises:
-        UserError: if the folder has no config, or it is damaged.
-    """
-    path = _frozen(run_dir)
-    text = yaml_files.text_of(path)
-    try:
-        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{path} is damaged: it holds no settings")
-    return text, plain
-
-
-def load(run_dir: Path) -> TrainJob:
-    """Read the config of a run back from its folder, sections of the kind that was chosen.
-
-    Raises:
-        UserError: if the folder has no config.
-        ConfigError: if the config does not fit this version's settings.
-    """
-    path = _frozen(run_dir)
-    try:
-        saved = OmegaConf.create(yaml_files.text_of(path))
-        typed = OmegaConf.structured(TrainJob)
-        for group in typed:
-            _choose_kind(typed, saved, str(group))
-        return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
-    except _COMPOSE_ERRORS as error:
-        raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
-
-
-def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) -> TrainJob:
-    """Read the config of a run and check it for the processes that are here.
-
-    Args:
-        run_dir: the run folder.
-        change: what becomes of the config before it is checked.
-
-    Raises:
-        UserError: if the folder has no config.
-        ConfigError: with every problem found.
-    """
-    saved = load(run_dir)
-    job = change(saved) if change else saved
-    job.run_dir = str(run_dir)  # it may have moved
-    if found := list(checks.check(job, launcher.world_size())):
-        raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")
-    return job
-
-
-def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
-    """Put the schema of the saved kind in place of the general one."""
-    kind = OmegaConf.select(saved, f"{group}.kind")
-    if kind is None:
-        return
-    known = registry.kinds(group)
-    if kind not in known:
-        raise ConfigError([Problem(f"{group}.kind", kind, f"must be one of {', '.join(known)}")])
-    typed[group] = OmegaConf.structured(known[kind])

@@ -26,7 +26,7 @@ PROCESSES = "parallel"  # path of the number of processes where no setting holds
 _WIDTH = 512  # numbers on each side of a value that are tried
 _MULTIPLES = 64  # the same, where a rule asks for multiples of a number
 _TRIES = 24  # values of a setting that keep its own rules and are tried on the others
-_TRIES_ALONE = 256
+_TRIES_ALONE = 64
 _COMPARED_ALONE = 2000  # so that large jobs are answered in a second
 _ROUNDS = 40
 
@@ -241,7 +241,7 @@ class _Search:
             middle = given // unit
             found |= {(middle + step) * unit for step in range(-reach, reach + 1)}
         found |= {2**power for power in range(13)}
-        legal = (number for number in found if number > 0 and number != given)
+        legal = (number for number in found if (number > 0 or number in hints) and number != given)
         nearest = sorted(legal, key=lambda one: (abs(one - given), one not in hints[:1], one))
         return [*nearest]
 

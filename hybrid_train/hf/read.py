@@ -16,7 +16,7 @@ from torch import Tensor
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.positions import OpenFiles
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.data import Data
 from hybrid_train.config.schema.model import Model
@@ -202,7 +202,7 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             origin.keep(source, partial)
             length = int(config.get(hf_config.LENGTH) or 4096)
             main = dtype or folder.main_dtype()
-            compose.freeze(_train_job(model, output, length, main), partial)
+            frozen.freeze(_train_job(model, output, length, main), partial)
     if not has_vocabulary(source):
         _log.warning("%s has no tokenizer: text cannot be generated from %s", source, output)
     if config.get("auto_map"):

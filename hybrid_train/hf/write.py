@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.phases import lay_out
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob
@@ -99,7 +99,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: if there is none.
     """
     found = layout.locate(path)
-    job = compose.load(found.run_dir)
+    job = frozen.load(found.run_dir)
     job.model.pattern = job.model.pattern.replace("|", "")
     size = job.model.vocab_size or open_tokenizer(found.run_dir / layout.TOKENIZER).vocab_size
     job.model.vocab_size = size

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.megatron import read_weights
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.pattern import Pattern, parse
 from hybrid_train.config.schema.precision import Backend, Precision, ProductFormat
 from hybrid_train.config.schema.runtime import Runtime
@@ -107,7 +107,7 @@ def load_model(checkpoint: str, runtime: Runtime) -> LoadedModel:
         UserError: if there is no complete checkpoint.
     """
     found = layout.locate(Path(checkpoint))
-    job = compose.load(found.run_dir)
+    job = frozen.load(found.run_dir)
     job.parallel = type(job.parallel)()
     job.model.pattern = job.model.pattern.replace("|", "")
     job.runtime = runtime

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.phases import Stretch, lay_out, rows_of_step
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.show import ShowJob
@@ -23,7 +23,7 @@ def run(job: ShowJob) -> None:
     """
     start_logging()
     run_dir = Path(job.run_dir)
-    trained = compose.load(run_dir)
+    trained = frozen.load(run_dir)
     stretches = lay_out(trained)
     found = rows_of_step(stretches, job.step)
     if found is None:

@@ -13,7 +13,7 @@ import torch
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.product_formats import quantizes
@@ -118,7 +118,7 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
             run_folder.take_over(job)
-            compose.freeze(job, run_dir)
+            frozen.freeze(job, run_dir)
             write_record(run_dir, record)
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
@@ -324,7 +324,7 @@ def _trackers(job: TrainJob, run: Run) -> FanOut:
     """Open the trackers; on the main process only, the others have none."""
     if not ranks.is_main():
         return FanOut()
-    trackers = build_trackers(job.tracking, Path(job.run_dir), run.state.step, compose.to_dict(job))
+    trackers = build_trackers(job.tracking, Path(job.run_dir), run.state.step, frozen.to_dict(job))
     console = Console(run.token_budget, run.state.tokens, job.tracking.console_interval)
     say_through(console.say)
     return FanOut([*trackers, console])

@@ -7,7 +7,7 @@ from typing import cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_train.config import compose, overrides, yaml_files
+from hybrid_train.config import compose, frozen, overrides, yaml_files
 from hybrid_train.config.problems import ConfigError, Problem
 from hybrid_train.config.schema.resume import ResumeJob
 from hybrid_train.config.schema.train import TrainJob
@@ -23,7 +23,7 @@ def run(job: ResumeJob) -> int:
             goes on (`run_folder`).
         ConfigError: if it does not fit this version, or these processes.
     """
-    return train.run(compose.reload(Path(job.run_dir), lambda run: changed(run, job.overrides)))
+    return train.run(frozen.reload(Path(job.run_dir), lambda run: changed(run, job.overrides)))
 
 
 def changed(job: TrainJob, lines: Sequence[str]) -> TrainJob:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import TOKENIZER
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.pattern import parse
 from hybrid_train.config.phases import FIXED, lay_out
@@ -53,12 +53,12 @@ _PHASES = "train.phases"
 _PATTERN = "model.pattern"
 _KINDS = {"model.attention.": "*", "model.mamba.": "M", "model.mlp.": "-", "model.moe.": "E"}
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
-_SIGNS = {compose.FROZEN_NAME, history.FILE_NAME}
+_SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
     *_SIGNS, last_words.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER, METRICS, RECORD,
     "precision.json", "tensorboard", "wandb", "wandb_run_id",
 }  # fmt: skip
-_HALVES = {f"{compose.FROZEN_NAME}.tmp", f"{METRICS}.part", f"{RECORD}.tmp"}
+_HALVES = {f"{frozen.FROZEN_NAME}.tmp", f"{METRICS}.part", f"{RECORD}.tmp"}
 # What a run leaves behind before its first step, and what its submission does.
 _OF_A_START = _WRITTEN | _HALVES | {"launch", "logs", "code"}
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
@@ -99,7 +99,9 @@ def _may_use(place: Path) -> bool:
     """Tell whether a place can be read and written, if it is there; its folder was looked at."""
     if not place.exists():
         return True
-    return os.access(place, os.R_OK | os.W_OK | (os.X_OK if place.is_dir() else 0))
+    return os.access(
+        place, os.R_OK | os.W_OK | (os.X_OK if place.is_dir() else 0), effective_ids=True
+    )
 
 
 def is_untrained(run_dir: Path) -> bool:
@@ -115,12 +117,10 @@ def is_untrained(run_dir: Path) -> bool:
 def take_over(job: TrainJob) -> None:
     """Make an untrained folder that of this run; the history keeps what its config was."""
     run_dir = Path(job.run_dir)
-    if not (run_dir / compose.FROZEN_NAME).is_file() or not is_untrained(run_dir):
+    if not (run_dir / frozen.FROZEN_NAME).is_file() or not is_untrained(run_dir):
         return
     with contextlib.suppress(UserError):  # its config does not fit this version
-        changes = [
-            f"{key}: {old} before" for key, old, _ in differences(compose.load(run_dir), job)
-        ]
+        changes = [f"{key}: {old} before" for key, old, _ in differences(frozen.load(run_dir), job)]
         if changes:
             history.note(run_dir, "taken over", changes=changes)
     if (run_dir / origin.FOLDER).is_dir():
@@ -143,15 +143,15 @@ def require_same_run(job: TrainJob) -> None:
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return
     untrained = is_untrained(run_dir)
-    if not (run_dir / compose.FROZEN_NAME).is_file():
+    if not (run_dir / frozen.FROZEN_NAME).is_file():
         if untrained:
             return
         raise UserError(
-            f"{run_dir} is not a run folder: it has no {compose.FROZEN_NAME}, and it is not empty; "
+            f"{run_dir} is not a run folder: it has no {frozen.FROZEN_NAME}, and it is not empty; "
             "choose another run_dir=..."
         )
     try:
-        saved = compose.load(run_dir)
+        saved = frozen.load(run_dir)
     except ConfigError:
         if not untrained:
             raise
@@ -233,7 +233,7 @@ def require_same_model(job: TrainJob, found: layout.Found) -> None:
     Raises:
         UserError: with every setting that differs.
     """
-    saved = compose.load(found.run_dir).model
+    saved = frozen.load(found.run_dir).model
     unused = _unused_sections(saved, job.model)
     free = _MAY_CHANGE if job.checkpoint.load_only is None else (*_MAY_CHANGE, *_BESIDE_WEIGHTS)
     lines = [

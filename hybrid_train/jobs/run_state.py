@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.units import is_tokens, tokens
 from hybrid_train.jobs.attempts import ALIVE, is_gone, unexplained
 from hybrid_train.tracking import history
@@ -95,7 +95,7 @@ def look(run_dir: Path, now: float | None = None) -> RunState:
         UserError: if it is no run folder, or a file in it is damaged.
     """
     now = time.time() if now is None else now
-    text, config = compose.read_frozen(run_dir)
+    text, config = frozen.read_frozen(run_dir)
     metrics = run_dir / FILE_NAME
     lines = read_metrics(metrics) if metrics.is_file() else []
     events = history.read(run_dir)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config import compose
+from hybrid_train.config import compose, frozen
 from hybrid_train.config.check_files import run_dir_can_be_a_folder
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.launcher import require_alone
@@ -99,15 +99,15 @@ def _seed_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Prob
 
 def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:
     """Yield why the study, or a run of it, cannot have its folder."""
-    if (Path(study.run_dir) / compose.FROZEN_NAME).is_file():
+    if (Path(study.run_dir) / frozen.FROZEN_NAME).is_file():
         yield Problem("run_dir", study.run_dir, "is the folder of a run; a study needs its own")
     for run in runs:
         if problem := next(run_dir_can_be_a_folder(run.job), None):
             yield problem
             return  # it is the same for all, or for all of a variant
-        frozen = run.folder / compose.FROZEN_NAME
-        if run.folder.is_dir() and not frozen.is_file() and any(run.folder.iterdir()):
-            rule = f"is not empty and no run folder: it has no {compose.FROZEN_NAME}"
+        config = run.folder / frozen.FROZEN_NAME
+        if run.folder.is_dir() and not config.is_file() and any(run.folder.iterdir()):
+            rule = f"is not empty and no run folder: it has no {frozen.FROZEN_NAME}"
             yield Problem("run_dir", str(run.folder), rule)
 
 
@@ -153,8 +153,8 @@ def _require_same_runs(runs: Sequence[PlannedRun]) -> None:
     """Refuse folders whose runs were made with other settings."""
     found: dict[str, list[PlannedRun]] = {}
     for run in runs:
-        if (run.folder / compose.FROZEN_NAME).is_file():
-            for key, old, new in differences(compose.load(run.folder), run.job):
+        if (run.folder / frozen.FROZEN_NAME).is_file():
+            for key, old, new in differences(frozen.load(run.folder), run.job):
                 if not key.startswith(_MAY_DIFFER):
                     found.setdefault(f"{key}: {old} there, {new} here", []).append(run)
     if found:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from hybrid_train.config import compose, describe, node_counts, own_conf
+from hybrid_train.config import compose, describe, frozen, node_counts, own_conf
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.command_text import command, setting
 from hybrid_train.config.names import nearest
@@ -214,7 +214,7 @@ def _submit(submission: Submission, script: str, launch: Path) -> None:
     path = launch_dir / "job.sbatch"
     path.write_text(script, encoding="utf-8")
     for job, run_dir in zip(submission.jobs, run_dirs, strict=True):
-        compose.freeze(_of_folder(job, run_dir), run_dir)
+        frozen.freeze(_of_folder(job, run_dir), run_dir)
     code_snapshot.write(submission.run_dir / "code", launch)
     number = slurm.submit(path)
     with (launch_dir / _JOBS).open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_train.config import compose
+from hybrid_train.config import compose, frozen
 from hybrid_train.tracking import history
 from tests.jobs.command import (
     ROOT,
@@ -129,7 +129,7 @@ def test_a_run_that_was_killed_at_its_start_leaves_a_folder_for_another(
     run_dir = tmp_path / "run"
     (run_dir / "attempts" / "0001").mkdir(parents=True)
     job = compose.compose("train", ["experiment=tiny_cpu", "train.seed=7"])
-    compose.freeze(job, run_dir)
+    frozen.freeze(job, run_dir)
     finished = train(run_dir, f"data.folder={corpus}", "train.tokens=512")
     assert finished.code == 0, finished.err
     said = f"nothing was trained in {run_dir}: this run takes the folder over"

@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import registry
-from hybrid_train.config.compose import (
-    compose,
-    conf_dir,
-    draft,
-    freeze,
-    group_names,
-    load,
-    read_frozen,
-    to_yaml,
-)
+from hybrid_train.config.compose import compose, conf_dir, draft, group_names
+from hybrid_train.config.frozen import freeze, load, read_frozen, to_yaml
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.config.schema.runtime import Device

@@ -181,7 +181,7 @@ def test_values_of_a_yaml_file_are_checked_like_those_of_the_command_line(tmp_pa
         ("runtime.threads=1e9", "runtime.threads", 1024),
         ("runtime.threads=1000000000", "runtime.threads", 1024),
         ("schedule.peak_lr=fast", "schedule.peak_lr", 1e-3),
-        ("train.tokens=[1]", "train.tokens", "2560"),
+        ("train.global_batch=[1]", "train.global_batch", 4),
         ("model.vocab_size=", "model.vocab_size", "null"),
         ("profile.ranks=3", "profile.ranks", "[3]"),
         ("profile.ranks=[0,-1]", "profile.ranks.1", 0),

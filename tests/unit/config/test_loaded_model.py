@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config.compose import compose, draft, freeze
+from hybrid_train.config.compose import compose, draft
+from hybrid_train.config.frozen import freeze
 from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.model import Model
 from hybrid_train.config.schema.train import TrainJob

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config import compose
+from hybrid_train.config import frozen
 from hybrid_train.config.problems import UserError
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.tokenizers import train_byte_level_bpe
@@ -62,7 +62,7 @@ def later(run: Path, name: str, tokenizer: Path) -> Path:
     """A run that starts from the weights of another, and has the same after no step."""
     new = run.with_name(name)
     shutil.copytree(layout.path_of(run, 0), layout.path_of(new, 0))
-    compose.freeze(compose.load(run), new)
+    frozen.freeze(frozen.load(run), new)
     open_tokenizer(tokenizer).save(new / layout.TOKENIZER)
     origin.pass_on(run, new)
     return new
@@ -198,11 +198,11 @@ def test_a_model_that_changed_gets_a_new_config_with_the_rest_of_the_old(
     source: Path, tmp_path: Path, said: Any
 ) -> None:
     import_folder(source, tmp_path / "run", None)
-    job = compose.load(tmp_path / "run")
+    job = frozen.load(tmp_path / "run")
     job.model.mamba.chunk_size, job.model.pattern = 2, f"{job.model.pattern}M".replace("M", "", 1)
     job.model.mamba.chunk_size = 2
     job.train.sequence_length = 4096
-    compose.freeze(job, tmp_path / "run")
+    frozen.freeze(job, tmp_path / "run")
     before = json.loads((source / "config.json").read_text())
     export_checkpoint(tmp_path / "run", tmp_path / "out", None, HUGE)
     after = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -4,7 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from hybrid_train.config.compose import compose, freeze
+from hybrid_train.config.compose import compose
+from hybrid_train.config.frozen import freeze
 from hybrid_train.tracking import history
 
 NASTY = "<script>alert('source')</script>"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.compose import compose, freeze, reload
+from hybrid_train.config.compose import compose
+from hybrid_train.config.frozen import freeze, reload
 from hybrid_train.config.problems import ConfigError, UserError
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs.resume import changed

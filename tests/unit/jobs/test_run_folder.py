@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config import compose
+from hybrid_train.config import compose, frozen
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs import run_folder
@@ -26,7 +26,7 @@ def job(run_dir: Path, seed: int = 1234, pattern: str = TINY.model.pattern) -> T
 def started(tmp_path: Path) -> Path:
     """The folder of a run that was killed before its first step."""
     run_dir = tmp_path / "run"
-    compose.freeze(job(run_dir), run_dir)
+    frozen.freeze(job(run_dir), run_dir)
     history.note(
         run_dir, history.ATTEMPT, attempt=1, step=0, processes=1, nodes=1, host="a", job=None,
         restart=0,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config import compose
+from hybrid_train.config import compose, frozen
 from hybrid_train.config.problems import ConfigError, UserError, collect
 from hybrid_train.config.schema.study import StudyJob, Variant
 from hybrid_train.jobs.study_plan import are_paired, plan
@@ -98,7 +98,7 @@ def test_runs_are_paired_where_model_and_batches_are_the_same(tmp_path: Path) ->
 
 def test_a_run_of_other_settings_is_not_taken_for_one_of_the_study(tmp_path: Path) -> None:
     job = plan(study(tmp_path))[1].job
-    compose.freeze(job, Path(job.run_dir))
+    frozen.freeze(job, Path(job.run_dir))
     assert len(plan(study(tmp_path))) == 6
     text = refusal(study(tmp_path, overrides=["train.tokens=5120"]))
     assert "train.tokens: 2560 there, 5120 here (fast seed 1)" in text
@@ -160,7 +160,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "slow").touch()
     assert f"{tmp_path}/slow is a file, not a folder" in refusal(study(tmp_path))
     run = tmp_path / "run"
-    compose.freeze(compose.compose("train", TINY), run)
+    frozen.freeze(compose.compose("train", TINY), run)
     assert f"run_dir = {run}: is the folder of a run" in refusal(study(run))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config import compose
+from hybrid_train.config import compose, frozen
 from hybrid_train.config.problems import ConfigError
 from hybrid_train.jobs import code_snapshot, slurm, submit
 from tests.jobs.command import ROOT
@@ -150,7 +150,7 @@ def test_the_folder_of_another_run_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    compose.freeze(compose.compose("train", ["experiment=tiny_cpu", f"run_dir={run_dir}"]), run_dir)
+    frozen.freeze(compose.compose("train", ["experiment=tiny_cpu", f"run_dir={run_dir}"]), run_dir)
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')  # something was trained there
     said = refusal(capsys, "--dry-run", *TINY, f"run_dir={run_dir}", "train.seed=7")
     assert "belongs to a run with another config" in said
@@ -210,7 +210,7 @@ def submitted(
 
 
 def test_a_submission_leaves_config_code_and_script(submitted: Path) -> None:
-    assert compose.load(submitted).run_dir == str(submitted)
+    assert frozen.load(submitted).run_dir == str(submitted)
     assert (submitted / "launch" / "job.sbatch").is_file()
     assert (submitted / "code" / "hybrid_train" / "__main__.py").is_file()
     assert (submitted / "code" / "conf" / "train.yaml").is_file()

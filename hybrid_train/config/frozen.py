@@ -1,0 +1,120 @@
+"""The config of a run in its own folder: frozen there at the start, read back from there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml  # type: ignore[import-untyped]
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hybrid_train.config import checks, launcher, registry, yaml_files
+from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.secrets import masked, masked_data
+
+FROZEN_NAME = "config.yaml"  # of the config in a run folder
+_UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def to_yaml(job: checks.Job) -> str:
+    """Write a job as YAML, every value resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(job))
+
+
+def to_dict(job: checks.Job) -> dict[str, Any]:
+    """Return a job as plain nested data, enums by name, credentials masked."""
+    plain = OmegaConf.to_container(OmegaConf.structured(job), enum_to_str=True)
+    return cast("dict[str, Any]", masked_data(plain))
+
+
+def freeze(job: TrainJob, run_dir: Path) -> None:
+    """Write the config of a run into its folder, without credentials that its URLs may hold.
+
+    A reader never sees half of it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    target = run_dir / FROZEN_NAME
+    half = target.with_suffix(".yaml.tmp")
+    half.write_text(masked(to_yaml(job)), encoding="utf-8")
+    half.replace(target)
+
+
+def _frozen(run_dir: Path) -> Path:
+    """Return the config in a run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = run_dir / FROZEN_NAME
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no run folder: there is no such folder")
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    return path
+
+
+def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Read the config in a run folder as text and as plain data; that of another version, too.
+
+    Raises:
+        UserError: if the folder has no config, or it is damaged.
+    """
+    path = _frozen(run_dir)
+    text = yaml_files.text_of(path)
+    try:
+        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is damaged: it holds no settings")
+    return text, plain
+
+
+def load(run_dir: Path) -> TrainJob:
+    """Read the config of a run back from its folder, sections of the kind that was chosen.
+
+    Raises:
+        UserError: if the folder has no config.
+        ConfigError: if the config does not fit this version's settings.
+    """
+    path = _frozen(run_dir)
+    try:
+        saved = OmegaConf.create(yaml_files.text_of(path))
+        typed = OmegaConf.structured(TrainJob)
+        for group in typed:
+            _choose_kind(typed, saved, str(group))
+        return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
+    except _UNREADABLE as error:
+        raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
+
+
+def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) -> TrainJob:
+    """Read the config of a run and check it for the processes that are here.
+
+    Args:
+        run_dir: the run folder.
+        change: what becomes of the config before it is checked.
+
+    Raises:
+        UserError: if the folder has no config.
+        ConfigError: with every problem found.
+    """
+    saved = load(run_dir)
+    job = change(saved) if change else saved
+    job.run_dir = str(run_dir)  # it may have moved
+    if found := list(checks.check(job, launcher.world_size())):
+        raise ConfigError(found, f"read from {run_dir / FROZEN_NAME}")
+    return job
+
+
+def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
+    """Put the schema of the saved kind in place of the general one."""
+    kind = OmegaConf.select(saved, f"{group}.kind")
+    if kind is None:
+        return
+    known = registry.kinds(group)
+    if kind not in known:
+        raise ConfigError([Problem(f"{group}.kind", kind, f"must be one of {', '.join(known)}")])
+    typed[group] = OmegaConf.structured(known[kind])
