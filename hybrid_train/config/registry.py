@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from hybrid_train.config.limits import MOST_TOKENS
 from hybrid_train.config.schema.check import CheckJob
 from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.config.schema.cluster import Cluster
@@ -101,8 +102,9 @@ def register() -> None:
 
 def share(part: float, total: str) -> str:
     """Return a part of a number of tokens, so that the phases of a schedule follow its length."""
-    # A total that is no number is reported where it stands, once.
-    return str(round(part * tokens(total))) if is_tokens(total) else "0"
+    # A total that is no number, or beyond the limit, is reported where it stands, once.
+    is_sound = is_tokens(total) and tokens(total) <= MOST_TOKENS
+    return str(round(part * tokens(total))) if is_sound else "0"
 
 
 def kinds(group: str) -> dict[str, type[Any]]:

@@ -5,6 +5,7 @@ taken. What a base brings along gives a field something to act on.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -219,7 +220,7 @@ class Composer:
         problems = [*given.problems]
         for override in given.values:
             problems.extend(overrides.set_value(config, override, self._groups))
-        draft = compose.Draft(config, problems, set())
+        draft = dataclasses.replace(self._draft, config=config, problems=problems)
         with mock.patch.object(compose, "draft", return_value=draft):
             return compose.compose(self._job, [])
 
