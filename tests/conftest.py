@@ -1,11 +1,13 @@
 """What holds for every test: one thread per worker, fixed seeds, GPU tests only beside a GPU."""
 
 import importlib
+import logging
 import os
 import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -45,6 +47,15 @@ def fixed_seeds() -> None:
     np.random.seed(1234)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging() -> Iterator[None]:
+    """Take back how a run speaks: messages of later tests would not reach pytest."""
+    yield
+    logger = logging.getLogger("hybrid_train")
+    logger.propagate, logger.handlers = True, []
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

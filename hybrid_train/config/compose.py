@@ -69,6 +69,7 @@ class Draft:
     problems: list[Problem]
     wrong_groups: set[str]  # groups whose choice does not exist
     files: yaml_files.Walk  # that were composed
+    choices: list[str]  # of groups, as Hydra reads them
 
 
 def conf_dir() -> Path:
@@ -142,7 +143,7 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
         OmegaConf.update(config, key, texts)
     unreadable = _take_loaded_model(config, given, groups)
     found, wrong = _in_words(job_name, [*problems, *unreadable], groups)
-    return Draft(config, found, wrong | {"model"} if unreadable else wrong, files)
+    return Draft(config, found, wrong | {"model"} if unreadable else wrong, files, choices)
 
 
 def _as_read(choice: Override) -> str:

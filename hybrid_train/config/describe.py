@@ -24,7 +24,6 @@ from hybrid_train.config.compose import (
     config_loader,
     draft,
     group_names,
-    spelt_out,
 )
 from hybrid_train.config.overrides import node_at, setting_names
 from hybrid_train.config.problems import ConfigError
@@ -173,15 +172,14 @@ def config_text(job_name: str, lines: Sequence[str], part: str, *, resolve: bool
 
 def print_info(job_name: str, lines: Sequence[str], what: str) -> None:
     """Let Hydra print where the config comes from."""
-    sound_draft(job_name, lines)
+    choices = sound_draft(job_name, lines).choices
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
         with config_loader(job_name):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
-            given = spelt_out(job_name, lines)
-            hydra.show_info(what, config_name=job_name, overrides=given, run_mode=RunMode.RUN)
+            hydra.show_info(what, config_name=job_name, overrides=choices, run_mode=RunMode.RUN)
     finally:  # Hydra 1.3 prints through the root logger and leaves it at DEBUG
         root.handlers[:] = handlers
         root.setLevel(level)

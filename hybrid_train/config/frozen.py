@@ -86,6 +86,8 @@ def load(run_dir: Path) -> TrainJob:
         for group in typed:
             _choose_kind(typed, saved, str(group))
         return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
+    except ConfigError as error:
+        raise ConfigError(error.problems, f"read from {path}") from error
     except _UNREADABLE as error:
         raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
 

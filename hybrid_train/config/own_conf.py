@@ -40,7 +40,7 @@ def checked(names: Sequence[str]) -> list[Path]:
     """Return folders that the user has named, from the root.
 
     Raises:
-        ConfigError: if one is not there.
+        ConfigError: if one is not there, or cannot be handed on to other processes.
     """
     found = [Path(name.removeprefix("file://")).expanduser().absolute() for name in names]
     wrong = [one for one in found if not os.path.isdir(one)]
@@ -48,6 +48,9 @@ def checked(names: Sequence[str]) -> list[Path]:
         raise ConfigError(
             Problem(OPTION, one, "there is no such folder", _alike(one)) for one in wrong
         )
+    if cut := [one for one in found if os.pathsep in str(one)]:
+        rule = f"must have no {os.pathsep} in its name, which ends a folder in {ENVIRONMENT}"
+        raise ConfigError(Problem(OPTION, one, rule) for one in cut)
     return found
 
 

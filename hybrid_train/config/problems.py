@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
@@ -48,6 +49,7 @@ class UserError(Exception):
 
     everywhere = False  # whether all processes of a run raise it: then the first alone says it
     repeated = False  # whether some raise it, of which another one says it
+    of_content = False  # whether data itself is wrong, so that all that read it raise it
     kind = "error"  # word for it in the history of a run
 
 
@@ -162,3 +164,15 @@ def _parts(kind: Any, value: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
         for name, part in value.items():
             yield inner[0], name, f"{path}.{name}"
             yield inner[1], part, f"{path}.{name}"
+
+
+@contextmanager
+def explained_by_the_system() -> Iterator[None]:
+    """Turn what the system says of a path or a disk into an error that the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        explained = of_the_system(error)
+        if explained is None:
+            raise
+        raise explained from error

@@ -89,10 +89,12 @@ class FileDocuments:
         first = self._starts.item(document) + start * self._width
         last = first + (stop - start) * self._width
         if first < 0 or last > self._size:
-            raise UserError(
+            error = UserError(
                 f"{self.name}.idx places document {document} outside {self.name}.bin; "
                 "write the files anew"
             )
+            error.of_content = True
+            raise error
         return self._read_bytes(first, last).view(self._dtype).astype(np.int64)
 
     def fingerprint(self) -> str:

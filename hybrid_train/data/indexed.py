@@ -193,7 +193,9 @@ def place_beyond(ids: NDArray[np.int64], vocab_size: int) -> int | None:
 
 def beyond_vocabulary(where: str, token: str, vocab_size: int) -> UserError:
     """Say that files hold a token that the vocabulary lacks."""
-    return UserError(
+    error = UserError(
         f"{where} holds {token}, but the vocabulary ends at {vocab_size - 1}; these files come "
         "from another tokenizer: set data.tokenizer to the one that made them, or tokenize again"
     )
+    error.of_content = True
+    return error

@@ -15,14 +15,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hybrid_train.config import launcher, own_conf
 from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import UserError, of_the_system
+from hybrid_train.config.problems import UserError, explained_by_the_system
 from hybrid_train.config.secrets import masked
 from hybrid_train.runtime.streams import accept_any_letter
 
@@ -124,13 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(given: Sequence[str]) -> int:
     try:
-        with _explained():
+        with explained_by_the_system():
             start = _command(given)
     except UserError as error:
         error.everywhere = True  # every process of a job finds the same fault
         return _refuse(error)
     try:
-        with _explained():
+        with explained_by_the_system():
             return start() or 0
     except UserError as error:
         return _refuse(error)
@@ -141,18 +141,6 @@ def _main(given: Sequence[str]) -> int:
         # Whoever read has had enough, as `head` has. Python would complain once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turn what the system says of a path or a disk into an error that the user can mend."""
-    try:
-        yield
-    except OSError as error:
-        explained = of_the_system(error)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _refuse(error: UserError) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
-from hybrid_train.config import frozen
+from hybrid_train.config import frozen, launcher
 from hybrid_train.config.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.product_formats import quantizes
@@ -113,7 +112,7 @@ def leave_nothing_behind() -> None:
 def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSignal) -> None:
     """Open the data, refuse what cannot go on, and train; the history says how it ended."""
     run_dir, state = Path(job.run_dir), start.state()
-    data = _open_data(job, lay_out(job))
+    data = _open_data(job, lay_out(job), start)
     record = _same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
@@ -130,7 +129,7 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
 
 def _exit_code(number: signal.Signals) -> int:
     """Return 128 + signal; 0 under torchrun after SIGUSR1, which would start the run again."""
-    asked_by_launcher = number is signal.SIGUSR1 and "TORCHELASTIC_RUN_ID" in os.environ
+    asked_by_launcher = number is signal.SIGUSR1 and launcher.by_torchrun()
     return 0 if asked_by_launcher else 128 + number
 
 
@@ -220,11 +219,13 @@ def _asked_vocab_size(job: TrainJob) -> int:
     return job.data.vocab_size if isinstance(job.data, Quickstart) else 0
 
 
-def _open_data(job: TrainJob, stretches: list[Stretch]) -> RunData:
+def _open_data(job: TrainJob, stretches: list[Stretch], start: Start) -> RunData:
     data = open_data(job, stretches, barrier=ranks.barrier, is_main=ranks.is_main())
     if job.model.vocab_size is None:
+        # Weights keep their vocabulary, also where another one would fit into the same padding.
+        loaded = frozen.load(start.found.run_dir).model.vocab_size if start.found else None
         for phase_job in (job, *(stretch.job for stretch in stretches)):
-            phase_job.model.vocab_size = data.vocab_size
+            phase_job.model.vocab_size = loaded or data.vocab_size
     assert job.model.vocab_size is not None
     if unread := unread_sources(job):
         _log.info(
@@ -233,11 +234,10 @@ def _open_data(job: TrainJob, stretches: list[Stretch]) -> RunData:
             "the quickstart" if isinstance(job.data, Quickstart) else "data.train",
         )
     if job.model.vocab_size < data.vocab_size:
-        loaded = job.checkpoint.load
         remedy = (
-            f"the weights of checkpoint.load={loaded} have no more rows; take its tokenizer, "
+            f"the weights of {start.found.run_dir} have no more rows; take its tokenizer, "
             "and data that it made"
-            if loaded
+            if start.found
             else "leave model.vocab_size out to take its size"
         )
         raise UserError(

@@ -11,11 +11,11 @@ from hybrid_train.config.check_files import run_dir_can_be_a_folder
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.phases import lay_out
-from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
+from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.schema.study import StudyJob
 from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.units import tokens
-from hybrid_train.jobs.run_folder import differences
+from hybrid_train.jobs.run_folder import differences, is_untrained
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 
 # What changes no loss, or is the study's own; any other difference makes it another run. Unlike a
@@ -80,21 +80,12 @@ def plan(study: StudyJob) -> list[PlannedRun]:
             runs += [_of_seed(study.run_dir, name, seed, lines, job) for seed in study.seeds]
         except ConfigError as error:
             found[name] = list(error.problems)
-    outside = [*_seed_problems(study, runs), *_folder_problems(study, runs)]
+    outside = list(_folder_problems(study, runs))
     if found or outside:
         raise ConfigError([*_by_variant(found, len(study.chosen())), *outside])
     runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants stay in their order
     _require_same_runs(runs)
     return runs
-
-
-def _seed_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:
-    """Yield the seeds that a run would refuse; they were not there when it was composed."""
-    for run in runs:
-        if run.variant == runs[0].variant:
-            for problem in collect(run.job.train):
-                if problem.path == "seed":
-                    yield replace(problem, path=f"seeds.{study.seeds.index(run.seed)}")
 
 
 def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:
@@ -105,8 +96,9 @@ def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Pr
         if problem := next(run_dir_can_be_a_folder(run.job), None):
             yield problem
             return  # it is the same for all, or for all of a variant
-        config = run.folder / frozen.FROZEN_NAME
-        if run.folder.is_dir() and not config.is_file() and any(run.folder.iterdir()):
+        if not run.folder.is_dir() or not any(run.folder.iterdir()) or is_untrained(run.folder):
+            continue
+        if not (run.folder / frozen.FROZEN_NAME).is_file():
             rule = f"is not empty and no run folder: it has no {frozen.FROZEN_NAME}"
             yield Problem("run_dir", str(run.folder), rule)
 
@@ -153,7 +145,7 @@ def _require_same_runs(runs: Sequence[PlannedRun]) -> None:
     """Refuse folders whose runs were made with other settings."""
     found: dict[str, list[PlannedRun]] = {}
     for run in runs:
-        if (run.folder / frozen.FROZEN_NAME).is_file():
+        if (run.folder / frozen.FROZEN_NAME).is_file() and not is_untrained(run.folder):
             for key, old, new in differences(frozen.load(run.folder), run.job):
                 if not key.startswith(_MAY_DIFFER):
                     found.setdefault(f"{key}: {old} there, {new} here", []).append(run)

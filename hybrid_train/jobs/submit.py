@@ -17,10 +17,11 @@ from hybrid_train.config import compose, describe, frozen, node_counts, own_conf
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.command_text import command, setting
 from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import ConfigError, Problem, UserError
+from hybrid_train.config.problems import ConfigError, Problem, UserError, explained_by_the_system
 from hybrid_train.config.schema.cluster import Cluster, processes_per_node, seconds
 from hybrid_train.config.schema.submit import SubmitJob, training
 from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config.secrets import masked
 from hybrid_train.jobs import code_snapshot, multirun, slurm
 from hybrid_train.jobs.batch_script import Submission, render
 from hybrid_train.jobs.run_folder import require_same_run
@@ -49,16 +50,16 @@ def main(arguments: Sequence[str], launch: Path) -> int:
     options = parser.parse_intermixed_args(arguments)
     lines = [*options.overrides, f"dry_run={str(options.dry_run).lower()}"]
     try:
-        with own_conf.as_it_was():
+        with own_conf.as_it_was(), explained_by_the_system():
             own_conf.name(own_conf.checked(options.folders))
             submission = _checked(lines, is_array=options.multirun)
-        script = render(submission, (launch / "slurm" / "train.sbatch").read_text("utf-8"))
-        if options.dry_run:
-            _show(submission, script)
-        else:
-            _submit(submission, script, launch)
+            script = render(submission, (launch / "slurm" / "train.sbatch").read_text("utf-8"))
+            if options.dry_run:
+                _show(submission, script)
+            else:
+                _submit(submission, script, launch)
     except UserError as error:
-        sys.stderr.write(f"submit: {error}\n")
+        _say(str(error))
         return 2
     return 0
 
@@ -186,7 +187,7 @@ def _show(submission: Submission, script: str) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"submit: {text}\n")
+    sys.stderr.write(masked(f"submit: {text}\n"))
 
 
 def _in_words(submission: Submission) -> str:

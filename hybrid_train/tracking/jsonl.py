@@ -68,6 +68,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     Raises:
         UserError: if another line is no JSON object of numbers.
     """
+    return _read(path, _NUMBERS)
+
+
+def _read(path: Path, types: frozenset[type]) -> list[dict[str, float]]:
+    """Read the whole lines of a file whose values have these types, the step among them."""
     lines = path.read_bytes().split(b"\n")
     whole = lines[:-1]  # what follows the last line break is no whole line
     found = []
@@ -77,8 +82,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             if b"null" in line:
                 values = {k: math.nan if v is None else v for k, v in values.items()}
             counted = type(values["step"]) is type(values.get("tokens", 0)) is int
-            if not counted or not _NUMBERS.issuperset(map(type, values.values())):
-                raise TypeError("a metric is a number")
+            if not counted or not types.issuperset(map(type, values.values())):
+                raise TypeError("a value of another kind")
         except (orjson.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
             text = line[:80].decode(errors="replace")
             raise UserError(f"{path}, line {number} is damaged: {text!r}") from error
@@ -94,7 +99,7 @@ def drop_after(path: Path, step: int) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    found = read_metrics(path)  # a damaged file is not silently shortened
+    found = _read(path, _NUMBERS | {str})  # a damaged file is not silently shortened
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]
     kept = [line for line in whole if json.loads(line)["step"] <= step]
     part = path.with_suffix(".jsonl.part")

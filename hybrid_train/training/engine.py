@@ -148,6 +148,8 @@ class Engine:
         try:
             yield
         except UserError as error:
+            if not error.of_content:
+                raise
             groups = self.groups
             error.everywhere = groups.dp.size() == 1
             error.repeated = any(one.rank() for one in (groups.tp, groups.pp, groups.cp))

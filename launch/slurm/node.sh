@@ -29,7 +29,7 @@ trap 'stopping=TERM' TERM # preempted, cancelled, or another node failed
     --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$id" \
     --rdzv-conf="is_host=$is_host" --local-addr="${addresses[SLURM_NODEID]}" \
     --max-restarts="$max_restarts" --signals-to-handle=SIGINT \
-    -m hybrid_train resume "run_dir=\"$run_dir\"" # quotes for commas and the like
+    -m hybrid_train resume "run_dir=\"$run_dir\"" # Hydra takes what is in quotes as it stands
 ) &
 torchrun=$!
 

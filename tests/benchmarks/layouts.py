@@ -126,11 +126,11 @@ def show(firsts: dict[str, float], seconds: dict[str, list[float]], parameters: 
 
 def serve(name: str) -> None:
     """Build the engine of a layout, take two steps, and answer until the other side is gone."""
-    from hybrid_train.config import compose
+    from hybrid_train.config import compose, launcher
     from hybrid_train.runtime.start import process
 
     job = compose.compose("train", [*OVERRIDES, *LAYOUTS[name]])
-    job.runtime.threads = CORES // compose.world_size()
+    job.runtime.threads = CORES // launcher.world_size()
     with process(job.runtime, job.train.seed):
         step, parameters = step_of(job)
         first = step()

@@ -174,7 +174,10 @@ def _weight_goes_bad() -> str:
 def test_a_bad_weight_is_found_in_the_forward_pass() -> None:
     for words in on_two_processes(_weight_goes_bad):
         module = POISONED.removesuffix(".weight")
-        assert f"first in the forward pass on rank 0, module {module}." in words
+        assert (
+            f"first in the forward pass on rank 0, module {module} (its weight not finite);"
+            in words
+        )
 
 
 def _gradients_in_bfloat16(parallel: Parallel) -> list[Any]:

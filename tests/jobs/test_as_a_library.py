@@ -15,7 +15,10 @@ SCRIPT = str(Path(__file__).with_name("several_runs.py"))
 SHORT = ("train.tokens=1k",)
 OTHER = ("train.tokens=512", "model.pattern=M*E", "train.seed=7", "precision=fp8_blockwise")
 COUNTED = ("precision.statistics_interval=1",)
-WILD = ("recovery.skip_nonfinite=false", "schedule.peak_lr=1e30", "optimizer.clip_grad_norm=0")
+WILD = (
+    *("recovery.skip_nonfinite=false", "schedule.peak_lr=5", "optimizer.clip_grad_norm=0"),
+    *("optimizer.weight_decay=1000", "model.init_std=10"),
+)
 
 
 def test_every_run_of_a_process_is_what_it_is_alone(tmp_path: Path, corpus: Path) -> None:

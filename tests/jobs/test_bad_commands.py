@@ -76,8 +76,9 @@ def main() -> None:
     for line, one in found.items():
         sys.stdout.write(f"$ hybrid-train {line}\n{one.said}[exit {one.code}, {one.wrote}]\n\n")
     longest = max(found, key=lambda line: found[line].seconds)
+    others = sum(one.code != 2 for one in found.values())
     sys.stdout.write(
-        f"{len(found)} commands; {sum(one.code != 2 for one in found.values())} did not end with 2; "
+        f"{len(found)} commands, {others} that did not end with exit code 2; "
         f"the longest took {found[longest].seconds:.1f} s: {longest}\n"
     )
 

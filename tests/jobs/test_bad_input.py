@@ -42,7 +42,7 @@ def assert_refused(finished: Finished, run_dir: Path, *texts: str) -> None:
         (["train.tokns=2M"], ["train.tokns", "train.tokens"]),
         (["model.pattern=MXM"], ["model.pattern = MXM", "'X'", "nearest: MM"]),
         (["train.global_batch=many"], ["train.global_batch = many", "whole number"]),
-        (["parallel.expert=3"], ["parallel.expert = 3", "model.moe.experts (4)", "nearest: 2"]),
+        (["parallel.expert=3"], ["parallel.expert = 3", "model.moe.experts (4)", "nearest: 1"]),
         (
             ["parallel.tensor=3"],
             ["parallel.tensor = 3", "model.attention.heads (4)", "nearest: 1"],
@@ -173,7 +173,9 @@ def test_under_torchrun_an_id_beyond_the_vocabulary_is_told_once(
     layout = ("parallel.tensor=2", "model.vocab_multiple=1024", "train.tokens=4096")
     finished = train(tmp_path / "run", *data, *layout, processes=2)
     assert finished.code != 0
-    assert finished.err.count(f"of {prefix} holds token 550 at place 40, but the vocabulary") == 1
+    assert_told_once_and_last(
+        finished, f"of {prefix} holds token 550 at place 40, but the vocabulary"
+    )
 
 
 def test_a_reader_that_has_had_enough_gets_no_traceback() -> None:

@@ -61,7 +61,7 @@ def test_a_broken_library_is_told_with_the_way_out_and_the_exit_code_is_1() -> N
 def test_under_torchrun_it_is_refused() -> None:
     done = finish(start("doctor", processes=2, cold=True))
     assert done.code != 0
-    assert "doctor runs once on each machine" in done.err
+    assert "doctor runs in one process" in done.err
     assert "matrix product" not in done.out
 
 

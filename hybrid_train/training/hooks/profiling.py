@@ -20,11 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def profiling_hooks(settings: Profile, run_dir: Path) -> list[Hook]:
-    """List the hooks that the section asks of this process.
-
-    Raises:
-        UserError: if it asks for a process that the run does not have.
-    """
+    """List the hooks that the section asks of this process."""
     hooks: list[Hook] = []
     if settings.tool is not Tool.none and ranks.rank() in settings.ranks:
         tool = TraceSteps if settings.tool is Tool.torch else MarkSteps

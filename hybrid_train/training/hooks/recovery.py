@@ -10,6 +10,7 @@ from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.runtime import ranks
 from hybrid_train.tracking import history
+from hybrid_train.training.bad_steps import NoLabelsError
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.hooks.checkpointing import content_of
 from hybrid_train.training.loop import Run
@@ -65,6 +66,8 @@ class Recover(Hook):
         self._good = 0
         self._tell(run, report)
         if run.bad_steps.in_a_row >= self._settings.rollback_after:
+            if report.skipped_kind == NoLabelsError.kind:
+                raise self._given_up(run.state.step, report, "and no checkpoint has other data")
             self._roll_back(run, report)
 
     def _tell(self, run: Run, report: StepReport) -> None:
@@ -88,7 +91,9 @@ class Recover(Hook):
         self._rollbacks += 1
         target = ranks.said_by_main(lambda: self._target(first))
         if target is None or self._rollbacks > self._settings.max_rollbacks:
-            raise self._given_up(last, report, target)
+            given_up = f"after {self._rollbacks - 1} rollbacks in a row"
+            why = given_up if target else "and no checkpoint was saved before them"
+            raise self._given_up(last, report, why)
         store.load(target, content_of(run.engine))
         run.bad_steps.in_a_row = 0
         _log.warning(
@@ -103,12 +108,7 @@ class Recover(Hook):
         before = [found for found in layout.complete(self._run_dir) if found.step < first]
         return before[max(-self._rollbacks, -len(before))] if before else None
 
-    def _given_up(self, step: int, report: StepReport, target: layout.Found | None) -> UserError:
-        why = (
-            f"after {self._rollbacks - 1} rollbacks in a row"
-            if target
-            else "and no checkpoint was saved before them"
-        )
+    def _given_up(self, step: int, report: StepReport, why: str) -> UserError:
         error = UserError(
             f"step {step}: {report.skipped}; {self._settings.rollback_after} steps in a row were "
             f"skipped, {why}. {ways_on(self._run_dir)}"

@@ -19,6 +19,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "läuft, a=1"
     freeze(compose("train", ["experiment=tiny_cpu"]), folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 256, "loss": 6.5}\n')
     return folder
 
 

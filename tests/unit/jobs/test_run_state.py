@@ -152,7 +152,7 @@ def test_a_damaged_line_of_the_history_is_left_out(line: bytes, tmp_path: Path) 
     [
         (b"train: 3\n", None),  # of another version, or another program
         (b"train: {tokens: [1]}\nmodel: M\n", None),
-        (b"a: [\xff", "is damaged"),
+        (b"a: [\xff", "is not UTF-8"),
         (b"a: [", "is damaged"),
         (b"", "is damaged: it holds no settings"),
     ],
