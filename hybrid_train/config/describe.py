@@ -20,6 +20,7 @@ from hybrid_train.config import yaml_files
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.compose import (
     GROUP_WORDS,
+    Draft,
     conf_folders,
     config_loader,
     draft,
@@ -120,10 +121,14 @@ def _members(node: Node | None) -> list[str]:
 
 def sound_draft(job_name: str, lines: Sequence[str]) -> DictConfig:
     """Compose without checks of values; raise if an override does not fit."""
+    return _sound(job_name, lines).config
+
+
+def _sound(job_name: str, lines: Sequence[str]) -> Draft:
     composed = draft(job_name, lines)
     if composed.problems:
         raise ConfigError(composed.problems)
-    return composed.config
+    return composed
 
 
 def _shown(value: object) -> str:
@@ -172,7 +177,7 @@ def config_text(job_name: str, lines: Sequence[str], part: str, *, resolve: bool
 
 def print_info(job_name: str, lines: Sequence[str], what: str) -> None:
     """Let Hydra print where the config comes from."""
-    choices = sound_draft(job_name, lines).choices
+    choices = _sound(job_name, lines).choices
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

@@ -94,6 +94,7 @@ def test_hydras_own_part_is_printed_on_request(
 def test_info_says_where_the_config_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", QUICKSTART, "--info", "defaults"]) == 0
     assert "experiment/quickstart" in capsys.readouterr().out
+    assert cli.main(["train", "--info", "config", QUICKSTART, "run_dir=a(1)"]) == 0
 
 
 def test_recipes_lists_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,8 @@ def test_runs_are_paired_where_model_and_batches_are_the_same(tmp_path: Path) ->
 def test_a_run_of_other_settings_is_not_taken_for_one_of_the_study(tmp_path: Path) -> None:
     job = plan(study(tmp_path))[1].job
     frozen.freeze(job, Path(job.run_dir))
+    assert len(plan(study(tmp_path, overrides=["train.tokens=5120"]))) == 6  # nothing was trained
+    (Path(job.run_dir) / "metrics.jsonl").write_text('{"step": 1, "tokens": 256}\n')
     assert len(plan(study(tmp_path))) == 6
     text = refusal(study(tmp_path, overrides=["train.tokens=5120"]))
     assert "train.tokens: 2560 there, 5120 here (fast seed 1)" in text
@@ -144,13 +146,13 @@ def test_what_makes_no_study_is_named(tmp_path: Path, changes: dict[str, Any], p
     assert [problem.path for problem in collect(study(tmp_path, **changes))] == [path]
 
 
-def test_a_seed_that_a_run_would_refuse_is_refused_with_the_problems_of_the_variants(
+def test_a_seed_and_a_setting_that_a_run_would_refuse_are_refused(
     tmp_path: Path,
 ) -> None:
-    text = refusal(study(tmp_path, seeds=(1, -2), overrides=["schedule.peak_rl=1"]))
+    text = refusal(study(tmp_path, overrides=["schedule.peak_rl=1"]))
     assert "every variant: schedule.peak_rl" in text
-    assert "seeds" not in text  # there is no run yet that could be asked
-    assert "seeds.1 = -2: must be at least 0" in refusal(study(tmp_path, seeds=(1, -2)))
+    with pytest.raises(ConfigError, match=r"seeds\.1 = -2: must be at least 0"):
+        compose.compose("study", ["name=precision", "seeds=[1,-2]"])
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
