@@ -283,7 +283,7 @@ def require_space(run_dir: Path, num_parameters: int) -> None:
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, object, object]]:
     """Yield each setting in which two configs differ, with both values.
 
-    A vocabulary that the new config leaves to the tokenizer is no difference, nor are credentials,
+    A vocabulary that either config leaves to the tokenizer is no difference, nor are credentials,
     which a frozen config does not hold.
     """
     if type(old) is not type(new):
@@ -298,7 +298,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, obj
         if dataclasses.is_dataclass(before):
             yield from differences(before, after, f"{key}.")
         elif _show(before) != _show(after) and not (
-            isinstance(old, Model) and field.name == "vocab_size" and after is None
+            isinstance(old, Model) and field.name == "vocab_size" and None in (before, after)
         ):
             yield key, _show(before), _show(after)
 
