@@ -25,6 +25,7 @@ _NOTHING_REMOTE = "no source of the tiny run is a URL"
 _HEALTHY = "the tiny run is healthy: no step is bad, and no save fails"
 # Fields that change no metric and no file of the tiny run, and why.
 IDLE = {
+    "Model.vocab_multiple": "shapes of embedding and head; padding has no part in loss or gradient",
     "Data.warn_epochs": "when the console says that a source is repeated",
     **dict.fromkeys(
         ("Parallel.tensor", "Parallel.pipeline", "Parallel.virtual_pipeline", "Parallel.expert"),
