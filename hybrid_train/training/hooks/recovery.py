@@ -1,11 +1,11 @@
 """Notes steps that were not taken, and goes back to a checkpoint where they come in a row."""
 
 import logging
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from hybrid_train.checkpoint import layout, store
+from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.problems import UserError
 from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.runtime import ranks
@@ -31,7 +31,7 @@ def ways_on(run_dir: Path) -> str:
     return (
         "Nothing was updated, so the checkpoints are as they were: go on in another folder, from "
         "the newest, or an older one if that fails alike, with a lower learning rate or other "
-        f"data: run_dir=... checkpoint.load={shlex.quote(str(newest.path))} "
+        f"data: run_dir=... {typed(setting('checkpoint.load', newest.path))} "
         "schedule.peak_lr=... train.seed=..."
     )
 
