@@ -19,12 +19,12 @@ def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    # SLURM looks every 30 s: the signal comes 15 to 45 s after the start of a job of one minute.
-    limits = ("cluster.time_limit=1", "cluster.signal_s=15")
+    # SLURM looks every 30 s: the signal comes 75 to 105 s after the start of a job of two minutes.
+    limits = ("cluster.time_limit=2", "cluster.signal_s=15")
     job = runs.submit(cluster, run_dir, corpus, *limits)
     runs.wait_for_restart(cluster, job, run_dir, 1)
     runs.wait_for_steps(run_dir, attempt=2)
-    first, second = runs.attempts(run_dir)
+    first, second = runs.attempts(run_dir)[:2]  # on a slow machine the second has met its limit too
     assert (first.outcome, first.kind) == ("stopped", "signal")
     assert "SIGUSR1" in first.cause
     assert first.end_step == second.start_step > 0
