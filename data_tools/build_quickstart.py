@@ -7,10 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from hybrid_train.config.problems import ConfigError, UserError, collect
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.quickstart import folder_of, prepare, read_manifest
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.problems import ConfigError, UserError, collect
+from hybrid_train.schema.units import show_tokens
 
 
 def main() -> int:

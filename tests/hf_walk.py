@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.schedule import Schedule
-from hybrid_train.config.schema.train import Train
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.names import table
 from hybrid_train.hf.transformers import load
 from hybrid_train.hf.write import Checkpoint, open_checkpoint
+from hybrid_train.schema.schedule import Schedule
+from hybrid_train.schema.train import Train
 from tests.hf_random import random_folder
 from tests.jobs.command import finish, start, train
 from tests.tiny import RUNTIME, alone, batch_of

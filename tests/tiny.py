@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
-from hybrid_train.config.schema.schedule import Schedule
-from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.data.batch import Batch
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
+from hybrid_train.schema.schedule import Schedule
+from hybrid_train.schema.train import Train, TrainJob
 
 if TYPE_CHECKING:
     from hybrid_train.model.hybrid import Hybrid

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from hybrid_train.checkpoint.places import Place
-from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
+from hybrid_train.schema.problems import UserError
 
 Stored = Mapping[str, ShardedTensor]  # name -> size and format of a tensor of a checkpoint
 _BESIDE_WEIGHTS = ("optimizer.", "random.")

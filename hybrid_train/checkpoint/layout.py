@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 FOLDER = "checkpoints"
 POSITION = "position.json"

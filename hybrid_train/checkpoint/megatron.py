@@ -40,9 +40,9 @@ from hybrid_train.checkpoint.optimizer_state import (
 from hybrid_train.checkpoint.partition import is_partition
 from hybrid_train.checkpoint.places import places, settle
 from hybrid_train.checkpoint.writing import Writing
-from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
+from hybrid_train.schema.problems import UserError
 
 safe_metadata.install()  # no checkpoint runs code, whoever wrote it
 # What reading damaged files raises; CheckpointException is no Exception.

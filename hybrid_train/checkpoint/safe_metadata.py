@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 INDEX = ".metadata"
 COMMON = "common_state/shard_0_1"  # what Megatron stores beside tensors; ours is empty

@@ -18,8 +18,8 @@ from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
 from hybrid_train.checkpoint.retention import keep_newest
 from hybrid_train.checkpoint.writing import InThread, Part, Writing
-from hybrid_train.config.problems import DISK, UserError
 from hybrid_train.runtime import ranks
+from hybrid_train.schema.problems import DISK, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)

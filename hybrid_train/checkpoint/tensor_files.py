@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from hybrid_train.checkpoint import items, safe_metadata
 from hybrid_train.checkpoint.positions import OpenFiles, Place, write_at
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 FILE_BYTES = 4 * 2**30  # a new file begins behind so many
 

@@ -1,4 +1,4 @@
-"""What a run is: typed sections, how they are composed and checked. Needs no torch.
+"""How a run is composed, checked as a whole and frozen. Needs no torch.
 
-Not here: how a section becomes an object (`jobs/assemble.py`).
+Not here: the sections themselves (`schema`), how they become objects (`jobs/assemble.py`).
 """

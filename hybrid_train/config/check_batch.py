@@ -6,14 +6,14 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2.
 import math
 from collections.abc import Iterator
 
-from hybrid_train.config import degrees
-from hybrid_train.config.degrees import splits_sequence
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.phases import scheduled_tokens
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.schedule import Wsd
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import is_position, is_tokens, show_tokens, tokens
+from hybrid_train.planning import degrees
+from hybrid_train.planning.degrees import splits_sequence
+from hybrid_train.planning.phases import scheduled_tokens
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.schedule import Wsd
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import is_position, is_tokens, show_tokens, tokens
 
 
 def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:

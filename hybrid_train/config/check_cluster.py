@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.runtime import Device
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.runtime import Device
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
 
 # The path stands in lines of sbatch, which quotes nothing, and takes % and \ for its own.
 _PLAIN_PATH = re.compile(r"[\w./+=@~-]+")

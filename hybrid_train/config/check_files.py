@@ -4,16 +4,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.convert import ConvertJob
-from hybrid_train.config.schema.data import named_sources, needs_tokenizer
-from hybrid_train.config.schema.generate import GenerateJob
-from hybrid_train.config.schema.show import IndexJob
-from hybrid_train.config.schema.source import Split
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.schema.verify import VerifyJob
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.convert import ConvertJob
+from hybrid_train.schema.data import named_sources, needs_tokenizer
+from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.show import IndexJob
+from hybrid_train.schema.source import Split
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.verify import VerifyJob
 
 _SUFFIXES = (".bin", ".idx")
 # About as long as the name of a file in a checkpoint that is being written.

@@ -5,9 +5,9 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2.
 
 from collections.abc import Iterator
 
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.parallel import Recompute
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.parallel import Recompute
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.train import TrainJob
 
 
 def fsdp_runs(job: TrainJob, _: int) -> Iterator[Problem]:

@@ -7,17 +7,18 @@ of Megatron-Core 0.19.2.
 import math
 from collections.abc import Iterator
 
-from hybrid_train.config import degrees, node_counts
-from hybrid_train.config.degrees import expert_tensor
-from hybrid_train.config.pattern import Pattern, parse, repair
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.cluster import processes_per_node
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.schema.profile import Tool
-from hybrid_train.config.schema.runtime import Device, Kernels
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.config import node_counts
+from hybrid_train.planning import degrees
+from hybrid_train.planning.degrees import expert_tensor
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.cluster import processes_per_node
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.pattern import Pattern, parse, repair
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.profile import Tool
+from hybrid_train.schema.runtime import Device, Kernels
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
 
 _DEGREES = tuple(
     f"parallel.{name}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
@@ -149,7 +150,7 @@ def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
 
 
 def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
-    # Without cuts of the user's own the layers are cut by their cost (model/stages.py).
+    # Without cuts of the user's own the layers are cut by their cost (planning/stages.py).
     plan, pattern = job.parallel, _pattern(job)
     stages = plan.pipeline * plan.virtual_pipeline
     if plan.virtual_pipeline > 1 and plan.pipeline == 1:

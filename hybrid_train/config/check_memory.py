@@ -5,12 +5,12 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2.
 
 from collections.abc import Iterator
 
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.optimizer import GradientFormat, MasterFormat, MomentFormat
-from hybrid_train.config.schema.parallel import Recompute, RecomputeMethod, RecomputeModule
-from hybrid_train.config.schema.precision import NumberFormat
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.optimizer import GradientFormat, MasterFormat, MomentFormat
+from hybrid_train.schema.parallel import Recompute, RecomputeMethod, RecomputeModule
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import NumberFormat
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.train import TrainJob
 
 _LETTERS = {  # layer kind that has the module
     RecomputeModule.core_attn: "*",

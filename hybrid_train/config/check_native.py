@@ -11,23 +11,23 @@ Transformer Engine 2.20.2.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from hybrid_train.config.layer_ranges import is_range
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.phases import views_of
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.product_formats import (
+from hybrid_train.anatomy.product_formats import (
     UNQUANTIZED,
     Formats,
     Linear,
     formats_of,
     quantized_kinds,
 )
-from hybrid_train.config.product_sizes import packed_rows, token_sizes, weight_sizes
-from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
-from hybrid_train.config.schema.precision import Backend, NumberFormat, ProductFormat
-from hybrid_train.config.schema.runtime import Device, Kernels
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.planning.phases import views_of
+from hybrid_train.planning.product_sizes import packed_rows, token_sizes, weight_sizes
+from hybrid_train.schema.layer_ranges import is_range
+from hybrid_train.schema.parallel import Recompute, RecomputeModule
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import Backend, NumberFormat, ProductFormat
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.runtime import Device, Kernels
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
 
 # What each dimension of a product must be a multiple of, as each is summed over in one of the three
 # products: 16 for FP8 with float32 scales (TE quantization.py 982, utils.py 704), 32 for MXFP8

@@ -5,10 +5,10 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2.
 
 from collections.abc import Iterator
 
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.data import Packing
-from hybrid_train.config.schema.runtime import Device, Kernels
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.data import Packing
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.runtime import Device, Kernels
+from hybrid_train.schema.train import TrainJob
 
 
 def packed_rows_run(job: TrainJob, _: int) -> Iterator[Problem]:

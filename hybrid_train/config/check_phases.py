@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hybrid_train.config.names import nearest
-from hybrid_train.config.phases import SETTINGS
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.data import Data, Packing, has_sources
-from hybrid_train.config.schema.source import Split
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import is_position, is_tokens, position, tokens
+from hybrid_train.planning.phases import SETTINGS
+from hybrid_train.schema.data import Data, Packing, has_sources
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.source import Split
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import is_position, is_tokens, position, tokens
 
 _RULE_OF_RUN = re.compile(r"precision\.exceptions\.(\d+)(.*)")
 

@@ -2,11 +2,7 @@
 
 from collections.abc import Iterator
 
-from hybrid_train.config.layer_ranges import is_range
-from hybrid_train.config.names import nearest
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.product_formats import (
+from hybrid_train.anatomy.product_formats import (
     GATHERED_IN_FP8,
     KINDS,
     formats_of,
@@ -15,8 +11,12 @@ from hybrid_train.config.product_formats import (
     linears,
     matches,
 )
-from hybrid_train.config.schema.precision import NumberFormat, ProductFormat
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.layer_ranges import is_range
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import NumberFormat, ProductFormat
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.train import TrainJob
 
 
 def exceptions_match_something(job: TrainJob, _: int) -> Iterator[Problem]:

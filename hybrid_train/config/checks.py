@@ -29,20 +29,20 @@ from hybrid_train.config.check_phases import (
 )
 from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.mending import Rule
-from hybrid_train.config.phases import views_of
-from hybrid_train.config.problems import Problem, collect
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.convert import ConvertJob
-from hybrid_train.config.schema.count import CountJob
-from hybrid_train.config.schema.generate import GenerateJob
-from hybrid_train.config.schema.prepare import DataJob
-from hybrid_train.config.schema.report import ReportJob, StatusJob
-from hybrid_train.config.schema.resume import ResumeJob
-from hybrid_train.config.schema.show import IndexJob, ShowJob
-from hybrid_train.config.schema.study import StudyJob
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.schema.verify import VerifyJob
+from hybrid_train.planning.phases import views_of
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.convert import ConvertJob
+from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.prepare import DataJob
+from hybrid_train.schema.problems import Problem, collect
+from hybrid_train.schema.report import ReportJob, StatusJob
+from hybrid_train.schema.resume import ResumeJob
+from hybrid_train.schema.show import IndexJob, ShowJob
+from hybrid_train.schema.study import StudyJob
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.verify import VerifyJob
 
 Job = (
     TrainJob

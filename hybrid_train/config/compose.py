@@ -29,14 +29,14 @@ from omegaconf.errors import (
 from hybrid_train.config import checks, frozen, launcher, overrides, own_conf, registry, yaml_files
 from hybrid_train.config.check_files import no_run
 from hybrid_train.config.command_text import setting
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import ConfigError, Problem, UserError, collect
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.count import CountJob
-from hybrid_train.config.schema.generate import GenerateJob
-from hybrid_train.config.schema.resume import ResumeJob
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import ConfigError, Problem, UserError, collect
+from hybrid_train.schema.resume import ResumeJob
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
 
 # Keys that take text as it stands: commas and * mean nothing to Hydra there.
 RAW_KEYS = {

@@ -27,8 +27,8 @@ from hybrid_train.config.compose import (
     group_names,
 )
 from hybrid_train.config.overrides import node_at, setting_names
-from hybrid_train.config.problems import ConfigError
 from hybrid_train.config.secrets import masked
+from hybrid_train.schema.problems import ConfigError
 
 _COMMENTED = re.compile(r"^    (\w+): .*?#\s*(.+)$", re.MULTILINE)
 

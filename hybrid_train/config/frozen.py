@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_train.config import checks, launcher, registry, yaml_files
-from hybrid_train.config.problems import ConfigError, Problem, UserError
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked, masked_data
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.train import TrainJob
 
 FROZEN_NAME = "config.yaml"  # of the config in a run folder
 _UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError)

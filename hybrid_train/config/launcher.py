@@ -6,7 +6,7 @@ What a shell, a batch script or a container has left over is one process, or is 
 
 import os
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 LOCAL_RANK, LOCAL_WORLD_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"

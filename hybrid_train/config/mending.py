@@ -14,10 +14,10 @@ from itertools import islice
 from omegaconf import OmegaConf
 
 from hybrid_train.config import node_counts
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
 
 Rule = Callable[[TrainJob, int], Iterator[Problem]]
 Values = dict[str, object]  # path of a setting -> what is tried there

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from hybrid_train.config import degrees
 from hybrid_train.config.check_batch import SHARE_RULES
-from hybrid_train.config.phases import views_of
-from hybrid_train.config.schema.cluster import processes_per_node
-from hybrid_train.config.schema.submit import SubmitJob
+from hybrid_train.planning import degrees
+from hybrid_train.planning.phases import views_of
+from hybrid_train.schema.cluster import processes_per_node
+from hybrid_train.schema.submit import SubmitJob
 
 
 def unit(job: SubmitJob) -> int:

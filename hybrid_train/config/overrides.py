@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
 from hybrid_train.config.command_text import quoted, setting, typed
-from hybrid_train.config.names import nearest, nearest_key
-from hybrid_train.config.problems import Problem, within_limits
 from hybrid_train.config.registry import kinds
+from hybrid_train.schema.names import nearest, nearest_key
+from hybrid_train.schema.problems import Problem, within_limits
 
 COMMA_RULE = "several values need --multirun; a value with a comma in it needs quotes"
 OWN_FILE = "conf/experiment/NAME.yaml, taken by experiment=NAME"

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import ConfigError, Problem
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import ConfigError, Problem
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader

@@ -10,21 +10,21 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from hybrid_train.config.limits import MOST_TOKENS
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.checkpoint import Checkpoint
-from hybrid_train.config.schema.cluster import Cluster
-from hybrid_train.config.schema.convert import ConvertJob
-from hybrid_train.config.schema.count import CountJob
-from hybrid_train.config.schema.data import Data, Quickstart
-from hybrid_train.config.schema.doctor import DoctorJob
-from hybrid_train.config.schema.generate import GenerateJob
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.objective import NextToken
-from hybrid_train.config.schema.optimizer import AdamW
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision
-from hybrid_train.config.schema.prepare import (
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.checkpoint import Checkpoint
+from hybrid_train.schema.cluster import Cluster
+from hybrid_train.schema.convert import ConvertJob
+from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.data import Data, Quickstart
+from hybrid_train.schema.doctor import DoctorJob
+from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.limits import MOST_TOKENS
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.objective import NextToken
+from hybrid_train.schema.optimizer import AdamW
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision
+from hybrid_train.schema.prepare import (
     CountTokensJob,
     InspectJob,
     MergeJob,
@@ -33,19 +33,19 @@ from hybrid_train.config.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
-from hybrid_train.config.schema.profile import Profile
-from hybrid_train.config.schema.recovery import Recovery
-from hybrid_train.config.schema.report import ReportJob, StatusJob
-from hybrid_train.config.schema.resume import ResumeJob
-from hybrid_train.config.schema.runtime import Runtime
-from hybrid_train.config.schema.schedule import Cosine, Schedule, Wsd
-from hybrid_train.config.schema.show import IndexJob, ShowJob
-from hybrid_train.config.schema.study import StudyJob
-from hybrid_train.config.schema.submit import SubmitJob
-from hybrid_train.config.schema.tracking import Tracking
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.schema.verify import VerifyJob
-from hybrid_train.config.units import is_tokens, tokens
+from hybrid_train.schema.profile import Profile
+from hybrid_train.schema.recovery import Recovery
+from hybrid_train.schema.report import ReportJob, StatusJob
+from hybrid_train.schema.resume import ResumeJob
+from hybrid_train.schema.runtime import Runtime
+from hybrid_train.schema.schedule import Cosine, Schedule, Wsd
+from hybrid_train.schema.show import IndexJob, ShowJob
+from hybrid_train.schema.study import StudyJob
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.tracking import Tracking
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import is_tokens, tokens
+from hybrid_train.schema.verify import VerifyJob
 
 SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("job", "train"): TrainJob,

@@ -14,9 +14,9 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from hybrid_train.config import overrides
-from hybrid_train.config.names import nearest, nearest_key
-from hybrid_train.config.problems import Problem, UserError
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.names import nearest, nearest_key
+from hybrid_train.schema.problems import Problem, UserError
+from hybrid_train.schema.train import TrainJob
 
 GLOBAL_GROUPS = ("experiment", "study")  # their files set keys of the whole job
 _HEADER = re.compile(r"#\s*@package\s*_global_\s*")

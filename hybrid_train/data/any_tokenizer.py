@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 
 class AnyTokenizer(Protocol):

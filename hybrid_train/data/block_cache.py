@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.remote import RemoteFile
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.source import Remote
 
 _MAPPED_BLOCKS = 64  # of each remote file in this process: address space, not memory
 

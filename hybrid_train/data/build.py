@@ -7,13 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hybrid_train.config.phases import Stretch
-from hybrid_train.config.problems import ConfigError, Problem, UserError
-from hybrid_train.config.ramp import global_batch
-from hybrid_train.config.schema.data import Data, Quickstart, named_sources, needs_tokenizer
-from hybrid_train.config.schema.source import Split
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.any_tokenizer import AnyTokenizer
 from hybrid_train.data.documents import Documents
 from hybrid_train.data.held_out import HeldOut, hold_out
@@ -26,6 +19,13 @@ from hybrid_train.data.quickstart import folder_of, prepare
 from hybrid_train.data.quickstart import read_manifest as read_quickstart
 from hybrid_train.data.sources import open_source, tokenizer_of
 from hybrid_train.data.unigram import unigram_cross_entropy
+from hybrid_train.planning.phases import Stretch
+from hybrid_train.planning.ramp import global_batch
+from hybrid_train.schema.data import Data, Quickstart, named_sources, needs_tokenizer
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.source import Split
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_tokens
 
 _log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.indexed import Opened, open_files
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.source import Remote
 
 _CHUNK = 2**20  # entries of an index that a check holds in memory
 _INDEX_PIECES, _TOKEN_PIECES, _PIECE_BYTES = 32, 4, 4096  # of a fingerprint; the second by network

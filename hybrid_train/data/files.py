@@ -6,9 +6,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.block_cache import CachedFile
 from hybrid_train.data.remote import is_remote
+from hybrid_train.schema.source import Remote
 
 
 class File(Protocol):

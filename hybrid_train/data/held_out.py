@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.mixture import Fields, Rows
 from hybrid_train.data.plan import Opened, open_rows, weights_of
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 
 # Validation has the same order in every run, so that runs with other seeds can be compared.
 _SEED = 0

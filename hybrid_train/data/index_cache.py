@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.pieces import Joined
+from hybrid_train.schema.problems import UserError
 
 _FORMAT = 1  # another number for every change of an order or of an array
 _KEEP_FROM = 2**19  # documents; the index of fewer is built faster than it is agreed upon

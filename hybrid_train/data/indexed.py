@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.files import File, open_file
 from hybrid_train.data.remote import is_remote
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.source import Remote
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.order import Permutation
 from hybrid_train.data.packing import best_fit, fill_row
 from hybrid_train.data.pieces import Joined, Piece
+from hybrid_train.schema.problems import UserError
 
 _WINDOW = 4096  # documents that are packed together
 

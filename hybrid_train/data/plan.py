@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from hybrid_train.config.phases import Stretch
-from hybrid_train.config.schema.data import Packing as PackingMode
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.mixture import Mixture
 from hybrid_train.data.packed import PackedPlace, PackedRows, Packing
 from hybrid_train.data.pieces import Joined
 from hybrid_train.data.stream import Stream, StreamPlace, StreamRows
+from hybrid_train.planning.phases import Stretch
+from hybrid_train.schema.data import Packing as PackingMode
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_tokens
 
 SourceRows = StreamRows | PackedRows
 Place = StreamPlace | PackedPlace

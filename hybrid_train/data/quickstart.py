@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.data import Data, Quickstart
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
+from hybrid_train.schema.data import Data, Quickstart
+from hybrid_train.schema.problems import UserError
 
 VALIDATION_SHARE = 0.045  # of the bytes
 # Tests are left out: much of them is tables, and some files are broken on purpose.

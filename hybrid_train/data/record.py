@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
     from hybrid_train.data.build import RunData

@@ -8,8 +8,8 @@ from typing import Any
 
 import fsspec
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.config.secrets import MASK
+from hybrid_train.schema.problems import UserError
 
 # What file systems call the things that change with the content, without case, hyphens, underscores
 _VERSION_FIELDS = {

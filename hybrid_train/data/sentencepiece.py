@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.tokenizer_folder import CONFIG, copy_tokenizer, named_tokens, read_settings
+from hybrid_train.schema.problems import UserError
 
 with warnings.catch_warnings():
     # sentencepiece 0.2.3: types made by SWIG, which Python 3.12 finds without a __module__.

@@ -26,7 +26,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.schema.source import (
+from hybrid_train.schema.source import (
     BracketStream,
     CopyStream,
     RecallStream,

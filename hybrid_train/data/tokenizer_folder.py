@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")  # one of them makes a tokenizer
 CONFIG = "tokenizer_config.json"

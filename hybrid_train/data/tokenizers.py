@@ -12,12 +12,12 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.tokenizer_folder import (
     CONFIG,
     copy_tokenizer,
     named_tokens,
 )
+from hybrid_train.schema.problems import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 

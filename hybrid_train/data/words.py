@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT
+from hybrid_train.schema.problems import UserError
 
 
 class WordTokenizer:

@@ -13,11 +13,11 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.problems import UserError, collect
-from hybrid_train.config.schema.model import Model
+from hybrid_train.anatomy.counts import CONV_WIDTH
 from hybrid_train.hf.names import mtp_blocks
-from hybrid_train.model.counts import CONV_WIDTH
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.pattern import Pattern, parse
+from hybrid_train.schema.problems import UserError, collect
 
 FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hybrid_train.checkpoint.layout import PARTIAL
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ the experts of a layer). Sizes: h hidden; D = Mamba heads x head width; G groups
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.schema.model import Attention, Mamba, Model, Moe
-from hybrid_train.model.counts import CONV_WIDTH
+from hybrid_train.anatomy.counts import CONV_WIDTH
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.schema.model import Attention, Mamba, Model, Moe
+from hybrid_train.schema.pattern import parse
 
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"

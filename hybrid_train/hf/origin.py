@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.data.tokenizer_folder import (
     copy_tokenizer,
@@ -25,6 +24,7 @@ from hybrid_train.data.tokenizer_folder import (
 )
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.files import as_strict_json, write_json
+from hybrid_train.schema.problems import UserError
 
 FOLDER = "hf"
 _SETTINGS = (hf_config.FILE, hf_config.GENERATION_FILE)

@@ -17,12 +17,6 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.positions import OpenFiles
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter
 from hybrid_train.config import frozen
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.data import Data
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.schedule import Schedule
-from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.data.tokenizer_folder import has_vocabulary
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf import origin
@@ -31,6 +25,12 @@ from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
 from hybrid_train.hf.tensors import Cast, ours_from_theirs, require_shapes
+from hybrid_train.schema.data import Data
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.schedule import Schedule
+from hybrid_train.schema.train import Train, TrainJob
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _STACKED = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint.positions import OpenFiles, Place, write_at
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.hf.names import Stored
+from hybrid_train.schema.problems import UserError
 
 BLOCK_BYTES = 4 * 2**20  # of a large tensor; it is read, checked and written within the cache
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.model import Model
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import UserError
 
 _NO_LIMIT = 1e-30  # its logarithm exists
 _log = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint.megatron import read_weights
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.runtime import Runtime
 from hybrid_train.hf.write import Checkpoint
 from hybrid_train.model.build import build_model
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,6 @@ from torch import Tensor
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
-from hybrid_train.config.phases import lay_out
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.tokenizer_folder import has_vocabulary
 from hybrid_train.hf import config as hf_config
@@ -27,6 +24,9 @@ from hybrid_train.hf.origin import Origin
 from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
 from hybrid_train.hf.tensors import Cast, Theirs, require_shapes, theirs_from_ours, turned
+from hybrid_train.planning.phases import lay_out
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.train import TrainJob
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
 _BESIDE_WEIGHTS = ("optimizer.", "random.")

@@ -10,11 +10,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config import frozen
-from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.schema.precision import Backend, Precision, ProductFormat
-from hybrid_train.config.schema.runtime import Runtime
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import tokens
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.hybrid import Hybrid
@@ -24,6 +19,11 @@ from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.optim.megatron import build_optimizer
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
+from hybrid_train.schema.pattern import Pattern, parse
+from hybrid_train.schema.precision import Backend, Precision, ProductFormat
+from hybrid_train.schema.runtime import Runtime
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import tokens
 from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.next_token import NextToken

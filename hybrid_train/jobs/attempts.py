@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config.problems import UserError, kind_of
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.runtime.watchdog import Standstill, Watchdog
+from hybrid_train.schema.problems import UserError, kind_of
 from hybrid_train.tracking import history, last_words
 from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 from hybrid_train.tracking.last_words import Words

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid_train.config import node_counts
-from hybrid_train.config.schema.cluster import PORTS, Cluster, processes_per_node, seconds
-from hybrid_train.config.schema.submit import SubmitJob
+from hybrid_train.schema.cluster import PORTS, Cluster, processes_per_node, seconds
+from hybrid_train.schema.submit import SubmitJob
 
 _BLANK = re.compile(r"__([A-Z]+(?:_[A-Z]+)*)__")
 

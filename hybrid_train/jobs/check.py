@@ -8,25 +8,25 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from hybrid_train.config import degrees, format_table
+from hybrid_train.anatomy import counts, format_table
+from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.check_native import hardware_notes
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.phases import Stretch, lay_out, unread_sources
-from hybrid_train.config.product_formats import formats_of, kept_in_words, quantizes
-from hybrid_train.config.ramp import ramps, run_length
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.schema.schedule import Wsd
-from hybrid_train.config.schema.train import Train, TrainJob
-from hybrid_train.config.units import show_bytes, show_tokens, tokens
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_numbers, table
 from hybrid_train.jobs.phase_table import decay_steps, show_phases
-from hybrid_train.model import counts, stages
-from hybrid_train.model.memory import memory
-from hybrid_train.model.stages import Stage
+from hybrid_train.planning import degrees, stages
+from hybrid_train.planning.memory import memory
+from hybrid_train.planning.phases import Stretch, lay_out, unread_sources
+from hybrid_train.planning.ramp import ramps, run_length
+from hybrid_train.planning.stages import Stage
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.schedule import Wsd
+from hybrid_train.schema.train import Train, TrainJob
+from hybrid_train.schema.units import show_bytes, show_tokens, tokens
 from hybrid_train.tracking.metrics import show_duration, show_step_time
 
 _STAGE_HEADS = ("stage", "pipeline rank", "cost", "parameters")

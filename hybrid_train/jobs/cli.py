@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hybrid_train.config import launcher, own_conf
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import UserError, explained_by_the_system
 from hybrid_train.config.secrets import masked
 from hybrid_train.runtime.streams import accept_any_letter
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import UserError, explained_by_the_system
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import logging
 from pathlib import Path
 
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.schema.convert import ConvertJob, WeightFormat
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.tensors import Format
 from hybrid_train.hf.write import export_checkpoint
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.convert import ConvertJob, WeightFormat
 
 _log = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.pattern import KINDS, Pattern, parse
-from hybrid_train.config.schema.count import CountJob
+from hybrid_train.anatomy import counts
 from hybrid_train.jobs.help import console, show_numbers
-from hybrid_train.model import counts
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.pattern import KINDS, Pattern, parse
 
 _HEADS = ("part", "layers", "tensors", "parameters", "active", "forward FLOPs", "training FLOPs")
 _CACHE_HEADS = ("kept by generation", "for", "bytes")

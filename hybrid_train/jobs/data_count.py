@@ -1,12 +1,12 @@
 """The job `data count`: a table of documents and tokens."""
 
-from hybrid_train.config.listed import listed_paths
-from hybrid_train.config.schema.prepare import CountTokensJob
-from hybrid_train.config.units import show_bytes
 from hybrid_train.data.indexed import TokenFile, verify
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.jobs.help import console, show_numbers
+from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.prepare import CountTokensJob
+from hybrid_train.schema.units import show_bytes
 
 _HEADS = ("prefix", "documents", "tokens", "size", "ids", "tokenizer")
 _FINGERPRINT = 12  # characters; enough to tell tokenizers apart

@@ -2,10 +2,10 @@
 
 import time
 
-from hybrid_train.config.phases import lay_out
-from hybrid_train.config.schema.show import IndexJob
 from hybrid_train.data.build import open_data
+from hybrid_train.planning.phases import lay_out
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.show import IndexJob
 
 
 def run(job: IndexJob) -> None:

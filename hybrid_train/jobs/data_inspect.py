@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-from hybrid_train.config.listed import listed_paths
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import InspectJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.data.indexed import verify
 from hybrid_train.data.prepare.lengths import histogram
@@ -13,6 +9,10 @@ from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.jobs.help import console
+from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.prepare import InspectJob
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import show_tokens
 
 
 def run(job: InspectJob) -> None:

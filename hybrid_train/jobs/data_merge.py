@@ -2,11 +2,11 @@
 
 import sys
 
-from hybrid_train.config.listed import listed_paths
-from hybrid_train.config.schema.prepare import MergeJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.shards import merge
+from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.prepare import MergeJob
+from hybrid_train.schema.units import show_tokens
 
 
 def run(job: MergeJob) -> None:

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hybrid_train.config import frozen
-from hybrid_train.config.phases import Stretch, lay_out, rows_of_step
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.show import ShowJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.build import RunData, open_data
 from hybrid_train.data.plan import PhasePlan
 from hybrid_train.data.record import changes, read_record, record_of
 from hybrid_train.jobs.help import console
+from hybrid_train.planning.phases import Stretch, lay_out, rows_of_step
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.show import ShowJob
+from hybrid_train.schema.units import show_tokens
 
 
 def run(job: ShowJob) -> None:

@@ -1,12 +1,12 @@
 """The job `data split`: a pair of token files becomes several."""
 
-from hybrid_train.config.listed import listed_paths
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import SplitJob
-from hybrid_train.config.units import tokens
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.shards import split_by_shares, split_by_tokens
 from hybrid_train.jobs.help import console, show_numbers
+from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.prepare import SplitJob
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import tokens
 
 
 def run(job: SplitJob) -> None:

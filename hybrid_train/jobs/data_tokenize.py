@@ -3,13 +3,13 @@
 import os
 import sys
 
-from hybrid_train.config.schema.prepare import TokenizeJob
-from hybrid_train.config.units import show_bytes, show_tokens
 from hybrid_train.data.prepare.manifest import Counts
 from hybrid_train.data.prepare.tokenization import Finished, tokenize
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.progress import TextProgress
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.prepare import TokenizeJob
+from hybrid_train.schema.units import show_bytes, show_tokens
 
 _HEADS = ("source", "documents", "tokens", "text", "bad", "empty", "binary")
 _SHOWN_SOURCES = 20

@@ -5,14 +5,14 @@ import os
 import shutil
 from pathlib import Path
 
-from hybrid_train.config.listed import listed, listed_paths
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import TrainTokenizerJob
-from hybrid_train.config.units import show_bytes
 from hybrid_train.data.prepare.sampling import Sample
 from hybrid_train.data.prepare.sources import find_sources
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.listed import listed, listed_paths
+from hybrid_train.schema.prepare import TrainTokenizerJob
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import show_bytes
 
 _log = logging.getLogger(__name__)
 

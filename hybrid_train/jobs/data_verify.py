@@ -2,14 +2,14 @@
 
 import sys
 
-from hybrid_train.config.listed import listed_paths
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import VerifyTokensJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.prepare.manifest import TokenizerFacts
 from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.verification import verify_whole
+from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.prepare import VerifyTokensJob
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import show_tokens
 
 
 def run(job: VerifyTokensJob) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.pins import pinned
-from hybrid_train.config.schema.doctor import DoctorJob
 from hybrid_train.runtime.health import probe, speed_checks, table
 from hybrid_train.runtime.health.findings import Finding, Grade
 from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.schema.doctor import DoctorJob
 
 _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.generate import GenerateJob
 from hybrid_train.generation.text import GrowingText, show
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.origin import Origin
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
     from hybrid_train.jobs.assemble import LoadedModel

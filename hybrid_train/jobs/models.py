@@ -5,15 +5,15 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from hybrid_train.anatomy import counts
 from hybrid_train.config import describe
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.count import CountJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_left_out, show_numbers
-from hybrid_train.model import counts
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import show_tokens
 
 _HEADS = (
     "model", "layers", "hidden", "tensors", "parameters", "active", "GFLOP/token", "KV/token",

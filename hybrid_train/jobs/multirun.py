@@ -11,8 +11,8 @@ from hybrid_train.config import overrides
 from hybrid_train.config.command_text import setting, typed
 from hybrid_train.config.compose import RAW_KEYS, compose
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.problems import ConfigError, Problem
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.problems import ConfigError, Problem
+from hybrid_train.schema.train import TrainJob
 
 
 def plan(name: str, lines: Sequence[str]) -> Callable[[], int]:

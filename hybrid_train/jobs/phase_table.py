@@ -4,15 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from hybrid_train.config import degrees
-from hybrid_train.config.phases import Stretch
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.schedule import Wsd
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import show_bytes, show_tokens
 from hybrid_train.jobs.help import show_numbers
-from hybrid_train.model import stages
-from hybrid_train.model.memory import memory
+from hybrid_train.planning import degrees, stages
+from hybrid_train.planning.memory import memory
+from hybrid_train.planning.phases import Stretch
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.schedule import Wsd
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_bytes, show_tokens
 
 _HEADS = (
     "phase", "start", "tokens", "steps", "sequence", "batch", "rate", "most kept", "layout",

@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.product_formats import kept_in_fp8
 from hybrid_train.checkpoint import layout, store
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.phases import Stretch
-from hybrid_train.config.product_formats import kept_in_fp8
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.build import RunData
 from hybrid_train.data.loader import Loader
 from hybrid_train.jobs.assemble import build_engine
-from hybrid_train.model import counts, stages
 from hybrid_train.model.build import build_model
 from hybrid_train.parallel.groups import build_groups, destroy_groups
+from hybrid_train.planning import stages
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.planning.phases import Stretch
 from hybrid_train.runtime.seeds import start_tracker
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of
 from hybrid_train.training.loop import Run

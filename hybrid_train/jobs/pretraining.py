@@ -9,30 +9,30 @@ from typing import Any
 
 import torch
 
+from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.product_formats import quantizes
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import frozen, launcher
-from hybrid_train.config.phases import Stretch, at, lay_out, unread_sources
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import quantizes
-from hybrid_train.config.ramp import ramps
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import tokens
 from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.assemble import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
-from hybrid_train.model import counts
 from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.parallel.groups import destroy_groups
+from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources
+from hybrid_train.planning.ramp import ramps
 from hybrid_train.precision.audit import AUDIT
 from hybrid_train.precision.statistics import STATISTICS
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import tokens
 from hybrid_train.tracking import history
 from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.console import Console

@@ -8,9 +8,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.prepare.tokenization import Progress as Position
 from hybrid_train.runtime.logs import say_through
+from hybrid_train.schema.units import show_tokens
 
 _LINE_S = 30.0  # between lines where there is no terminal
 _log = logging.getLogger(__name__)

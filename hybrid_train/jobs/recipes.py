@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from hybrid_train.anatomy import counts
 from hybrid_train.config import describe
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.units import show_tokens
 from hybrid_train.jobs.help import console, show_left_out, table
-from hybrid_train.model import counts
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import show_tokens
 
 if TYPE_CHECKING:
-    from hybrid_train.config.schema.model import Model
+    from hybrid_train.schema.model import Model
 
 _HEADS = ("experiment", "parameters", "active", "tokens", "sequence", "batch", "description")
 

@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.report import ReportJob
 from hybrid_train.config.secrets import masked, masked_data
-from hybrid_train.config.units import show_bytes
 from hybrid_train.jobs.report_pictures import Picture, pictures, style_of
 from hybrid_train.jobs.run_state import RunState, look
 from hybrid_train.jobs.status import (
@@ -22,6 +19,9 @@ from hybrid_train.jobs.status import (
     moment,
     progress,
 )
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.report import ReportJob
+from hybrid_train.schema.units import show_bytes
 from hybrid_train.tracking import svg
 from hybrid_train.tracking.metrics import show_duration
 from hybrid_train.tracking.page import drawn, fill

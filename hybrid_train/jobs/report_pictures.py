@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_train.config.units import show_tokens
 from hybrid_train.jobs.run_state import SILENT, RunState
 from hybrid_train.jobs.status import attempt_row, event_row, moment
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking import svg
 from hybrid_train.tracking.goodput import SKIPPED
 from hybrid_train.tracking.history import RUNNING

@@ -8,11 +8,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_train.config import compose, frozen, overrides, yaml_files
-from hybrid_train.config.problems import ConfigError, Problem
-from hybrid_train.config.schema.resume import ResumeJob
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs import train
 from hybrid_train.jobs.run_folder import may_change
+from hybrid_train.schema.problems import ConfigError, Problem
+from hybrid_train.schema.resume import ResumeJob
+from hybrid_train.schema.train import TrainJob
 
 
 def run(job: ResumeJob) -> int:

@@ -14,15 +14,15 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.config import frozen
 from hybrid_train.config.command_text import setting, typed
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.phases import FIXED, lay_out
-from hybrid_train.config.problems import ConfigError, UserError
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked_data
-from hybrid_train.config.units import show_tokens
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.hf import origin
+from hybrid_train.planning.phases import FIXED, lay_out
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking import history, last_words
 from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import frozen
-from hybrid_train.config.units import is_tokens, tokens
 from hybrid_train.jobs.attempts import ALIVE, is_gone, unexplained
+from hybrid_train.schema.units import is_tokens, tokens
 from hybrid_train.tracking import history
 from hybrid_train.tracking.goodput import DROPPED, Goodput, goodput
 from hybrid_train.tracking.history import Attempt

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.cluster import seconds
+from hybrid_train.schema.cluster import seconds
+from hybrid_train.schema.problems import UserError
 
 _TIMEOUT_S = 60  # a controller that is busy answers late
 

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.schema.report import StatusJob
 from hybrid_train.config.secrets import masked_data
-from hybrid_train.config.units import show_tokens
 from hybrid_train.jobs.help import console, table
 from hybrid_train.jobs.run_state import RunState, look
+from hybrid_train.schema.report import StatusJob
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.goodput import Goodput
 from hybrid_train.tracking.history import RUNNING, Attempt
 from hybrid_train.tracking.metrics import show, show_duration

@@ -11,8 +11,6 @@ import statistics
 from collections.abc import Sequence
 
 from hybrid_train.checkpoint.layout import FOLDER as CHECKPOINTS
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.schema.study import StudyJob
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
 from hybrid_train.jobs.run_queue import Command, run_queue
@@ -20,6 +18,8 @@ from hybrid_train.jobs.study_plan import PlannedRun, plan
 from hybrid_train.jobs.study_report import report
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import choose_device
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.study import StudyJob
 from hybrid_train.tracking.gaps import TAIL, WINDOWS, curve
 from hybrid_train.tracking.metrics import show, show_duration
 

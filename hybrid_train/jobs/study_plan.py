@@ -10,12 +10,12 @@ from hybrid_train.config import compose, frozen
 from hybrid_train.config.check_files import run_dir_can_be_a_folder
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.phases import lay_out
-from hybrid_train.config.problems import ConfigError, Problem, UserError
-from hybrid_train.config.schema.study import StudyJob
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.config.units import tokens
 from hybrid_train.jobs.run_folder import differences, is_untrained
+from hybrid_train.planning.phases import lay_out
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.study import StudyJob
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import tokens
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 
 # What changes no loss, or is the study's own; any other difference makes it another run. Unlike a

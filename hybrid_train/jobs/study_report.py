@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from hybrid_train.config.command_text import command, typed
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.study import StudyJob, Variant
 from hybrid_train.config.secrets import masked
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.study_plan import PlannedRun, are_paired
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.study import StudyJob, Variant
 from hybrid_train.tracking.gaps import (
     TAIL,
     WINDOW,

@@ -16,16 +16,16 @@ from omegaconf import OmegaConf
 from hybrid_train.config import compose, describe, frozen, node_counts, own_conf
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.command_text import command, setting
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import ConfigError, Problem, UserError, explained_by_the_system
-from hybrid_train.config.schema.cluster import Cluster, processes_per_node, seconds
-from hybrid_train.config.schema.submit import SubmitJob, training
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.config.secrets import masked
 from hybrid_train.jobs import code_snapshot, multirun, slurm
 from hybrid_train.jobs.batch_script import Submission, render
 from hybrid_train.jobs.run_folder import require_same_run
 from hybrid_train.runtime.streams import accept_any_letter
+from hybrid_train.schema.cluster import Cluster, processes_per_node, seconds
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import ConfigError, Problem, UserError, explained_by_the_system
+from hybrid_train.schema.submit import SubmitJob, training
+from hybrid_train.schema.train import TrainJob
 
 _FOLDER_MODE = 0o750
 _JOBS = "jobs.txt"  # in launch/ of a run folder: an id a line, newest last

@@ -7,11 +7,11 @@ import torch
 
 from hybrid_train.config import checks
 from hybrid_train.config.check_native import hardware_notes, on_a_gpu
-from hybrid_train.config.problems import ConfigError, UserError
-from hybrid_train.config.schema.precision import Backend
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.precision import Backend
+from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.train import TrainJob
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ import torch
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.verify import VerifyJob
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.compare import Differences, differences
 from hybrid_train.hf.files import refusals_named
@@ -15,6 +13,8 @@ from hybrid_train.hf.read import Folder
 from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint
 from hybrid_train.runtime import optional
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.verify import VerifyJob
 
 
 def run(job: VerifyJob) -> None:

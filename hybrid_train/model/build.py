@@ -8,19 +8,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of, kept_in_words, quantizes
-from hybrid_train.config.schema.precision import Backend, ProductFormat
-from hybrid_train.config.schema.runtime import Kernels
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.model import megatron, native_precision, packed, plain, recompute, stages
+from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
+from hybrid_train.model import megatron, native_precision, packed, plain, recompute
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec, with_plain_linears
 from hybrid_train.model.translate import init_std, transformer_config
+from hybrid_train.planning import stages
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.precision import hardware
 from hybrid_train.runtime import optional
+from hybrid_train.schema.precision import Backend, ProductFormat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Kernels
+from hybrid_train.schema.train import TrainJob
 
 
 @dataclass(frozen=True)

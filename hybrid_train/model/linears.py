@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch.nn import Module
 
-from hybrid_train.config.product_formats import MTP, MTP_PROJECTION, Linear
+from hybrid_train.anatomy.product_formats import MTP, MTP_PROJECTION, Linear
 
 # Where the modules of a layer are in Megatron's -> kind.
 PLACES = {
@@ -24,7 +24,7 @@ PLACES = {
 
 
 def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
-    """Yield what `config.product_formats.linears` lists, as far as this chunk holds it."""
+    """Yield what `anatomy.product_formats.linears` lists, as far as this chunk holds it."""
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
         yield from _of_layer(layer, 0, int(layer.layer_number), "")
     block = getattr(chunk, "mtp", None)

@@ -21,12 +21,12 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_layer, router
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.model import plain
 from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.ops import mixer, mixer_step
 from hybrid_train.ops.linear import add_product, linear
 from hybrid_train.precision import fp8_weights
+from hybrid_train.schema.problems import UserError
 
 CORE_VERSION = "0.19.2"
 # Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names.

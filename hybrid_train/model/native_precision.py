@@ -14,8 +14,7 @@ from typing import Any
 from megatron.core.enums import Fp4Recipe, Fp8Recipe
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
-from hybrid_train.config.pattern import Pattern
-from hybrid_train.config.product_formats import (
+from hybrid_train.anatomy.product_formats import (
     GATHERED_IN_FP8,
     MTP,
     MTP_PROJECTION,
@@ -25,10 +24,11 @@ from hybrid_train.config.product_formats import (
     formats_of,
     kept_in_fp8,
 )
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model.linears import PLACES
 from hybrid_train.precision import te
+from hybrid_train.schema.pattern import Pattern
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.train import TrainJob
 
 _PLACE_OF = {kind: place for place, kind in PLACES.items()}
 _FP8 = {

@@ -6,13 +6,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from hybrid_train.config.product_formats import Linear
-from hybrid_train.config.schema.precision import Product
+from hybrid_train.anatomy.product_formats import Linear
 from hybrid_train.model import plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.model.quantized import emulations_of
 from hybrid_train.precision import native_audit
 from hybrid_train.precision.audit import AUDIT, type_in_words
+from hybrid_train.schema.precision import Product
 
 
 def observe(chunks: Iterable[Module]) -> Callable[[], None]:

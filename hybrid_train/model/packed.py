@@ -22,8 +22,8 @@ from megatron.core.transformer.moe import router
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.ops.context import continues
+from hybrid_train.schema.problems import UserError
 
 
 @dataclass

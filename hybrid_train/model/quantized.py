@@ -13,9 +13,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from hybrid_train.config.product_formats import Linear, formats_of, kept_in_fp8
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.precision import Precision, Product
+from hybrid_train.anatomy.product_formats import Linear, formats_of, kept_in_fp8
 from hybrid_train.model import megatron, plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.precision.emulated import Emulation, emulation_of, quantized_linear
@@ -23,6 +21,8 @@ from hybrid_train.precision.fp8_weights import in_fp8
 from hybrid_train.precision.noise import NOISE
 from hybrid_train.precision.recipes import schemes
 from hybrid_train.precision.schemes import Scheme
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.precision import Precision, Product
 
 if TYPE_CHECKING:
     from hybrid_train.precision.delayed import AmaxHistory

@@ -13,7 +13,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import random
 from torch import Tensor
 
-from hybrid_train.config.schema.parallel import Parallel, Recompute, RecomputeModule
+from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
 
 
 def settings(parallel: Parallel) -> dict[str, object]:

@@ -6,12 +6,12 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.precision import NumberFormat
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.model import native_precision, recompute
 from hybrid_train.ops.experts import squared_relu
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.pattern import Pattern, parse
+from hybrid_train.schema.precision import NumberFormat
+from hybrid_train.schema.train import TrainJob
 
 DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
 

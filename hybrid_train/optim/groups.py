@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from hybrid_train.config.schema.optimizer import AdamW, ParameterKind
-from hybrid_train.config.units import show_tokens
+from hybrid_train.schema.optimizer import AdamW, ParameterKind
+from hybrid_train.schema.units import show_tokens
 
 # Names as `named_parameters` of a wrapped model gives them; a parameter is of one kind at most.
 PATTERNS: dict[ParameterKind, tuple[str, ...]] = {

@@ -21,11 +21,11 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
-from hybrid_train.config.schema.optimizer import AdamW
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.model.megatron import is_in_fp8
 from hybrid_train.optim.fused_adam import FusedAdam
 from hybrid_train.optim.groups import PATTERNS
+from hybrid_train.schema.optimizer import AdamW
+from hybrid_train.schema.parallel import Parallel
 
 _DTYPES = {
     "float32": torch.float32,

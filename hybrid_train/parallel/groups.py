@@ -3,7 +3,7 @@
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.schema.parallel import Parallel
 
 
 def build_groups(parallel: Parallel, timeout_s: float) -> ProcessGroupCollection:

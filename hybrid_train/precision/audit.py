@@ -2,8 +2,8 @@
 
 import torch
 
-from hybrid_train.config.product_formats import Linear
-from hybrid_train.config.schema.precision import Product
+from hybrid_train.anatomy.product_formats import Linear
+from hybrid_train.schema.precision import Product
 
 # The formats of both operands in words; experts of one layer multiply alike, or show up twice.
 Seen = dict[tuple[Linear, Product], set[tuple[str, str]]]

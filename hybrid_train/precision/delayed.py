@@ -7,9 +7,9 @@ a margin of 0.
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.precision import AmaxChoice
 from hybrid_train.precision.formats import GRIDS
 from hybrid_train.precision.schemes import Element
+from hybrid_train.schema.precision import AmaxChoice
 
 
 class AmaxHistory:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_train.config.product_formats import Formats, Linear
-from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.anatomy.product_formats import Formats, Linear
 from hybrid_train.ops.linear import add_product
 from hybrid_train.ops.linear import product as linear_product
 from hybrid_train.precision.audit import AUDIT, type_in_words
@@ -27,6 +26,7 @@ from hybrid_train.precision.operands import quantize_dequantize
 from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
 from hybrid_train.precision.schemes import Scheme, Shape
 from hybrid_train.precision.statistics import STATISTICS
+from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of
-from hybrid_train.config.schema.precision import ProductFormat
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.anatomy.product_formats import formats_of
+from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 
 Version = tuple[int, int]
 

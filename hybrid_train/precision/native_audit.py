@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from hybrid_train.config.product_formats import Linear
-from hybrid_train.config.schema.precision import Product
+from hybrid_train.anatomy.product_formats import Linear
 from hybrid_train.precision import te
 from hybrid_train.precision.audit import AUDIT, type_in_words
 from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.schema.precision import Product
 
 _PRODUCTS = {"TN": Product.fprop, "NN": Product.dgrad, "NT": Product.wgrad}
 # Module of Transformer Engine -> the function that multiplies, by the name that it has there.

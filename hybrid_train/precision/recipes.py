@@ -7,8 +7,8 @@ OCP Microscaling Formats specification 1.0; NVFP4, arXiv:2509.25149, sections 2 
 
 import enum
 
-from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
 from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 
 class Operand(enum.Enum):

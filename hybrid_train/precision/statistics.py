@@ -1,9 +1,9 @@
 """Underflow, saturation and error of quantized operands, counted in steps that are asked for."""
 
-from hybrid_train.config.product_formats import Linear
-from hybrid_train.config.schema.precision import Product
+from hybrid_train.anatomy.product_formats import Linear
 from hybrid_train.precision.operands import OperandStatistics
 from hybrid_train.precision.recipes import Operand
+from hybrid_train.schema.precision import Product
 
 Counted = dict[tuple[Linear, Product, Operand], OperandStatistics]
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
 from hybrid_train.precision.recipes import schemes
 from hybrid_train.precision.schemes import Element, Scale
 from hybrid_train.runtime import optional
+from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 
 def recipe(format: ProductFormat, precision: Precision) -> Any:

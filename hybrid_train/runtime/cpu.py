@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "rand", "randn", "arange", "as_tensor")
 _TYPE_NAMES = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 
 class State(enum.Enum):

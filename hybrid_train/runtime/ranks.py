@@ -9,7 +9,7 @@ from hybrid_train.config.launcher import local_rank as local_rank
 from hybrid_train.config.launcher import local_world_size as local_world_size
 from hybrid_train.config.launcher import rank as rank
 from hybrid_train.config.launcher import world_size as world_size
-from hybrid_train.config.problems import UserError, kind_of
+from hybrid_train.schema.problems import UserError, kind_of
 
 
 def is_main() -> bool:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.config import launcher
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.runtime import Device, Runtime
 from hybrid_train.runtime import cpu, ranks
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Device, Runtime
 
 _TRY_S = 1.0  # between two tries to reach rank 0
 _starts = itertools.count()  # of this process; all processes of a run start as often

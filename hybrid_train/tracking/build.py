@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.schema.tracking import Tracking, WandbMode
 from hybrid_train.runtime import optional
+from hybrid_train.schema.tracking import Tracking, WandbMode
 from hybrid_train.tracking.goodput import note_dropped
 from hybrid_train.tracking.jsonl import FILE_NAME, JsonLines
 from hybrid_train.tracking.tracker import Tracker

@@ -9,7 +9,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from hybrid_train.config.units import show_tokens
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.metrics import metric, show, show_duration
 
 _RECENT_STEPS = 30  # the rate behind the time left is that of these

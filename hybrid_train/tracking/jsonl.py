@@ -9,7 +9,7 @@ from typing import TextIO
 
 import orjson
 
-from hybrid_train.config.problems import DISK, UserError
+from hybrid_train.schema.problems import DISK, UserError
 from hybrid_train.tracking.metrics import metric
 
 FILE_NAME = "metrics.jsonl"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hybrid_train.config.units import show_tokens
+from hybrid_train.schema.units import show_tokens
 
 
 @dataclass(frozen=True)

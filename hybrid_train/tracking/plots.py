@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_train.config.units import show_tokens
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.gaps import TAIL, Comparison
 from hybrid_train.tracking.jsonl import read_metrics
 

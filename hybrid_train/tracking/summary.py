@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_train.config.command_text import command, setting
-from hybrid_train.config.units import show_tokens
+from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import show, show_duration
 

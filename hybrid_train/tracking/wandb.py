@@ -9,9 +9,9 @@ from typing import Any
 
 import wandb
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.tracking import Wandb, WandbMode
 from hybrid_train.config.secrets import masked
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.tracking import Wandb, WandbMode
 
 ID_FILE = "wandb_run_id"
 

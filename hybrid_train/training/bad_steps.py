@@ -5,8 +5,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.recovery import Recovery
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.recovery import Recovery
 
 
 class SpikeError(UserError):

@@ -14,14 +14,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.data.batch import Batch
 from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.model.quantized import QuantizedProducts
 from hybrid_train.optim.megatron import set_learning_rate
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.runtime import progress
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.schedule import Schedule
 from hybrid_train.training import megatron
 from hybrid_train.training.bad_steps import BadSteps, NoLabelsError, SpikeError
 from hybrid_train.training.nonfinite import NonFiniteError, first_bad_module

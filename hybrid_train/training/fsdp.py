@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from hybrid_train.config.schema.precision import Precision
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.precision import Precision
 
 
 def wrap(

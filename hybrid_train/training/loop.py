@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import Loader
+from hybrid_train.schema.recovery import Recovery
 from hybrid_train.training.bad_steps import BadSteps
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import HookList

@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision
 from hybrid_train.model.megatron import FLOAT32
 from hybrid_train.runtime import cpu, progress
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision
 from hybrid_train.training import fsdp
 
 Chunks = list[DistributedDataParallel]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.checkpoint.places import bare
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 from hybrid_train.training import megatron
 
 

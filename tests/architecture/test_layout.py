@@ -83,7 +83,7 @@ def modules_below(package: Path) -> list[str]:
     "modules",
     [
         modules_below(PACKAGE / "config"),
-        ["hybrid_train.model.counts"],
+        ["hybrid_train.anatomy.counts"],
         ["hybrid_train.optim.schedules"],
     ],
     ids=["config", "model.counts", "optim.schedules"],

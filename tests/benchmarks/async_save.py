@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
-    from hybrid_train.config.schema.runtime import Device, Runtime
     from hybrid_train.runtime.start import process
+    from hybrid_train.schema.runtime import Device, Runtime
 
     runtime = Runtime(device=Device.cpu, threads=options.threads)
     with process(runtime, 0), tempfile.TemporaryDirectory() as folder:
@@ -103,10 +103,10 @@ def engine_of(model: str) -> tuple[Any, Callable[[], None]]:
     import torch
     from fixed_batch import fixed_batch
 
+    from hybrid_train.anatomy.counts import parameters
     from hybrid_train.config import compose
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
-    from hybrid_train.model.counts import parameters
     from hybrid_train.parallel.groups import build_groups
     from hybrid_train.runtime.seeds import start_tracker
 

@@ -49,9 +49,9 @@ def write_source(prefix: Path, tokens: int, seed: int, *, zeros: bool) -> None:
 
 
 def job_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) -> Any:
-    from hybrid_train.config.schema.data import Data, Packing
-    from hybrid_train.config.schema.source import Source
-    from hybrid_train.config.schema.train import Train, TrainJob
+    from hybrid_train.schema.data import Data, Packing
+    from hybrid_train.schema.source import Source
+    from hybrid_train.schema.train import Train, TrainJob
 
     weights = np.linspace(1, 2, len(prefixes))
     return TrainJob(
@@ -67,11 +67,11 @@ def job_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) -> A
 
 def plans_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) -> Any:
     """Open the sources and work out the rows, as a run does."""
-    from hybrid_train.config.phases import lay_out
     from hybrid_train.data.documents import FileDocuments
     from hybrid_train.data.index_cache import IndexCache
     from hybrid_train.data.pieces import Joined
     from hybrid_train.data.plan import Opened, plan_phases
+    from hybrid_train.planning.phases import lay_out
 
     job = job_of(prefixes, tokens, folder, packed=packed)
     documents = {

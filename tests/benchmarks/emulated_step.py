@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     options = parser.parse_args()
 
-    from hybrid_train.config.schema.runtime import Device, Runtime
     from hybrid_train.runtime.start import process
+    from hybrid_train.schema.runtime import Device, Runtime
 
     with process(Runtime(device=Device.cpu, threads=options.threads), 0):
         compare(options.model, options.recipes, options.rounds)
@@ -37,9 +37,9 @@ def main() -> None:
 
 def compare(model: str, recipes: list[str], rounds: int) -> None:
     """Let the recipes take turns."""
-    from hybrid_train.config.schema.parallel import Parallel
     from hybrid_train.parallel.groups import build_groups
     from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.schema.parallel import Parallel
 
     start_tracker()
     groups = build_groups(Parallel(), 600)

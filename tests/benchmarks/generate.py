@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from hybrid_train.config.compose import compose
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.train import TrainJob
 
 VOCAB = 2048
 LENGTH = 256  # tokens before the timed ones

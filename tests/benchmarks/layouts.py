@@ -144,10 +144,10 @@ def step_of(job: Any) -> tuple[Any, Any]:
     """Return what takes a step on fixed tokens, and what counts the parameters of the model."""
     import torch
 
+    from hybrid_train.anatomy.counts import parameters
     from hybrid_train.data.batch import Batch
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
-    from hybrid_train.model.counts import parameters
     from hybrid_train.parallel.groups import build_groups
     from hybrid_train.runtime.seeds import start_tracker
 

@@ -106,12 +106,12 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("this compares products that a GPU quantizes, and there is no GPU here")
-    from hybrid_train.config.schema.parallel import Parallel
-    from hybrid_train.config.schema.precision import ProductFormat
-    from hybrid_train.config.schema.runtime import Device, Runtime
     from hybrid_train.parallel.groups import build_groups, destroy_groups
     from hybrid_train.precision.hardware import is_native, present_gpu
     from hybrid_train.runtime.start import process
+    from hybrid_train.schema.parallel import Parallel
+    from hybrid_train.schema.precision import ProductFormat
+    from hybrid_train.schema.runtime import Device, Runtime
 
     gpu = present_gpu()
     print(f"{gpu.name}, hidden {options.hidden}, {options.length} tokens a step")

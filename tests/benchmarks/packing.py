@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from hybrid_train.config import compose
-from hybrid_train.config.schema.runtime import Device, Runtime
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.packing import best_fit, fill_row
 from hybrid_train.jobs.assemble import build_engine
@@ -24,6 +23,7 @@ from hybrid_train.model.build import build_model
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.runtime import Device, Runtime
 
 VOCAB, PIECES, SPREAD = 4096, 4096, 1.2
 MEDIANS = (25, 100, 400, 1600)  # tokens of a document

@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
-    from hybrid_train.config.schema.runtime import Device, Runtime
     from hybrid_train.runtime.start import process
+    from hybrid_train.schema.runtime import Device, Runtime
 
     with process(Runtime(device=Device.cpu, threads=options.threads), 0):
         compare(options.model, options.rounds)

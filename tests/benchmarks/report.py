@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hybrid_train.config.units import show_bytes
+from hybrid_train.schema.units import show_bytes
 from tests.unit.jobs.synthetic_run import make
 
 ROOT = Path(__file__).parents[2]

@@ -120,11 +120,11 @@ def our_step() -> tuple[Callable[[], None], dict[str, Callable[[], Any]]]:
     """Build our engine; return a step on fixed tokens, and answers about it."""
     import torch
 
+    from hybrid_train.anatomy.counts import flops_per_token, parameters
     from hybrid_train.config import compose
     from hybrid_train.data.batch import Batch
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
-    from hybrid_train.model.counts import flops_per_token, parameters
     from hybrid_train.parallel.groups import build_groups
     from hybrid_train.runtime.seeds import start_tracker
     from hybrid_train.tracking.throughput import peak_flops
@@ -196,8 +196,8 @@ def serve(kind: str, threads: int) -> None:
     """Answer questions until the other side is gone."""
     import torch
 
-    from hybrid_train.config.schema.runtime import Device, Runtime
     from hybrid_train.runtime.start import process
+    from hybrid_train.schema.runtime import Device, Runtime
 
     torch.set_num_threads(threads)
     if kind == "ours":

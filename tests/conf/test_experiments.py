@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.config.phases import Stretch, lay_out
-from hybrid_train.config.problems import ConfigError
-from hybrid_train.config.schema.schedule import Schedule, Wsd
-from hybrid_train.config.schema.train import Phase, TrainJob
-from hybrid_train.config.units import tokens
-from hybrid_train.model import counts
+from hybrid_train.planning.phases import Stretch, lay_out
+from hybrid_train.schema.problems import ConfigError
+from hybrid_train.schema.schedule import Schedule, Wsd
+from hybrid_train.schema.train import Phase, TrainJob
+from hybrid_train.schema.units import tokens
 
 FILES = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
 OWN_DATA = ("quickstart", "tiny_cpu")  # experiments that bring their data

@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.config.schema.model import Attention, Mamba
-from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.model import Attention, Mamba
+from hybrid_train.schema.optimizer import AdamW, MomentFormat
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.train import TrainJob
 from tests.distributed.launch import run_distributed
 from tests.tiny import microbatches, some_rows, tiny_engine, tiny_job
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.runtime import cpu, ranks
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.problems import UserError
 from tests.distributed.launch import run_distributed
 from tests.distributed.reshard import stored_tensors
 from tests.full_disk import full_disk

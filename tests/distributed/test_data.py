@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from hybrid_train.config.phases import lay_out
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.data.build import RunData, open_data
 from hybrid_train.data.loader import Loader
 from hybrid_train.data.quickstart import prepare
+from hybrid_train.planning.phases import lay_out
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.train import Train, TrainJob
 from tests.distributed.launch import run_distributed
 
 

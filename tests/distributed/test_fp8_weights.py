@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.distributed.launch import run_distributed
 from tests.distributed.reshard import stored_tensors
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job

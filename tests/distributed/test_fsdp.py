@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.distributed.launch import run_distributed
 from tests.parity.layouts import LAYOUTS
 from tests.parity.suite import Suite

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.schedule import Schedule
 from hybrid_train.optim.groups import decays
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.schedule import Schedule
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, tiny_engine, tiny_job
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.write import open_checkpoint
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from tests.distributed.launch import run_distributed
 from tests.hf_folders import VOCAB, folder_of, model_of, tokens_of
 from tests.tiny import MEGATRON_WARNINGS

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.runtime import cpu, ranks
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.problems import UserError
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, alone, tiny_engine, tiny_job
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.ops.context import in_order
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
 from tests.packed import alone_in_a_row, documents, packed_batch
 from tests.tiny import MEGATRON_WARNINGS, alone, tiny_engine, tiny_job

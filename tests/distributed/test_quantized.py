@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from torch import distributed as dist
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 

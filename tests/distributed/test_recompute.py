@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.model import Mtp
-from hybrid_train.config.schema.parallel import Parallel, Recompute
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.model import Mtp
+from hybrid_train.schema.parallel import Parallel, Recompute
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 

@@ -1,7 +1,7 @@
 """Pipelines of uneven stages, and of several stages on each rank, take the steps of one process.
 
-Wider comparisons of layouts are elsewhere; here stand the cuts, the parameters that a rank holds
-by `model/stages.py`, checkpoints of several chunks, and validation that does not fill a schedule.
+Wider comparisons of layouts are elsewhere; here stand the cuts, the parameters that a rank holds by
+`planning/stages.py`, checkpoints of several chunks, and validation that fills no schedule.
 """
 
 from pathlib import Path
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.model import stages
+from hybrid_train.planning import stages
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
 from tests.tiny import (
     MEGATRON_WARNINGS,

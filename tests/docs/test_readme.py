@@ -18,8 +18,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import ConfigError, collect
-from hybrid_train.config.schema.precision import Precision
+from hybrid_train.schema.precision import Precision
+from hybrid_train.schema.problems import ConfigError, collect
 
 # One worker: a command may use what an earlier one has made.
 pytestmark = pytest.mark.xdist_group("readme")

@@ -13,21 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of
-from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Moe
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import (
+from hybrid_train.anatomy.product_formats import formats_of
+from hybrid_train.precision.audit import AUDIT
+from hybrid_train.precision.hardware import is_native, present_gpu
+from hybrid_train.schema.model import Attention, Mamba, Mlp, Moe
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import (
     Backend,
     NumberFormat,
     Precision,
     PrecisionRule,
     ProductFormat,
 )
-from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.precision.audit import AUDIT
-from hybrid_train.precision.hardware import is_native, present_gpu
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
+from hybrid_train.schema.train import TrainJob
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, batch_of, tiny_job
 
 pytestmark = [

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from tests.packed import alone_in_a_row, documents, packed_batch
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job
 

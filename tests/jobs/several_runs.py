@@ -12,7 +12,7 @@ import sys
 import torch.distributed as dist
 
 from hybrid_train.config import compose
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 for name, overrides in json.loads(sys.argv[1]):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.jobs import train as train_job
+from hybrid_train.schema.problems import UserError
 from tests.jobs.command import arguments, finish, start_program, train, untimed
 from tests.tiny import tiny_job
 

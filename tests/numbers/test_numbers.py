@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.problems import collect
 from hybrid_train.config.registry import SCHEMAS
+from hybrid_train.schema.problems import collect
 from tests.numbers import answers
 from tests.numbers.answers import Pair, pairs, refusals
 from tests.numbers.tried import BASES, composer, every, fields_of, numeric_owners

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 from hybrid_train.config import compose, overrides
-from hybrid_train.config.limits import Range, Tokens, TokensOrShare
-from hybrid_train.config.problems import ConfigError
+from hybrid_train.schema.limits import Range, Tokens, TokensOrShare
+from hybrid_train.schema.problems import ConfigError
 
 TRIED = ("nan", "inf", "-inf", "-1", "0", "1", "1e30", "", "[1]", "{a: 1}")
 MORE = (str(10**30), "1e400", "true", "null", "0.5", "2", "3", "4", "8", "1e-30")

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.jobs import train
+from hybrid_train.schema.problems import UserError
 from tests.numbers.tried import composer
 
 REFUSED = 2  # exit code

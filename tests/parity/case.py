@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import NumberFormat, Precision, ProductFormat
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.batch import Batch
+from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import NumberFormat, Precision, ProductFormat
+from hybrid_train.schema.train import TrainJob
 from tests.packed import packed_batch
 from tests.tiny import VOCAB, batch_of, tiny_job
 

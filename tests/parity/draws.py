@@ -3,9 +3,9 @@
 import random
 
 from hybrid_train.config.checks import check
-from hybrid_train.config.pattern import Pattern
-from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe, Mtp
-from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe, Mtp
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.pattern import Pattern
 from tests.parity.case import Case, needed_processes, parity_job
 
 MOST_PROCESSES = 8

@@ -1,7 +1,7 @@
 """The layouts of the parity table."""
 
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import ProductFormat
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import ProductFormat
 from tests.parity.case import Case, case_of, packed, quantized
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"

@@ -4,7 +4,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-from hybrid_train.config.schema.parallel import Parallel
+from hybrid_train.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
 from tests.parity import measure
 from tests.parity.case import Case

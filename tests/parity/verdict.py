@@ -23,8 +23,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hybrid_train.config.pattern import parse
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.train import TrainJob
 from tests.parity.case import RATE
 from tests.parity.measure import EPSILON, Outcome
 

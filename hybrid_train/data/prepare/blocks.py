@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.packed import Compression, opened
 from hybrid_train.data.prepare.parquet import column_blocks
 from hybrid_train.data.prepare.sources import Source
+from hybrid_train.schema.prepare import Format
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import orjson
 
-from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.blocks import Block
 from hybrid_train.data.prepare.file_kinds import BYTE_ORDER_MARK
 from hybrid_train.data.prepare.packed import Compression, opened
 from hybrid_train.data.prepare.parquet import unpack
 from hybrid_train.data.prepare.sources import Source
+from hybrid_train.schema.prepare import Format
 
 # The longer mark first: that of UTF-32 begins with that of UTF-16.
 _WIDE_MARKS = {

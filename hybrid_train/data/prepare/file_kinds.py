@@ -5,9 +5,9 @@ from pathlib import Path
 
 import orjson
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.packed import Compression, opened
+from hybrid_train.schema.prepare import Format
+from hybrid_train.schema.problems import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BY_NAME = {

@@ -18,10 +18,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.prepare.documents import BadLine
 from hybrid_train.data.prepare.manifest import Counts
 from hybrid_train.data.prepare.output import Output, sync, write_whole
+from hybrid_train.schema.problems import UserError
 
 _STATE = "state.json"
 _FILES = (".bin", ".lengths", ".bad.jsonl")

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
-from hybrid_train.config.listed import in_quotes
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.listed import in_quotes
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import UserError
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -7,8 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.any_tokenizer import AnyTokenizer
+from hybrid_train.schema.problems import UserError
 
 FORMAT = "hybrid_train token files 1"
 _LIBRARIES = ("hybrid_train", "tokenizers", "sentencepiece", "numpy", "orjson", "pyarrow")

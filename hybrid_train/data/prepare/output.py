@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 # The .idx comes last: whoever looks for token files looks for it.
 _SUFFIXES = (".bin", ".bad.jsonl", ".json", ".idx")

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 _READ_BYTES = 2**20
 

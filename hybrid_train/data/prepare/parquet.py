@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hybrid_train.config.names import nearest
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.problems import UserError
 
 
 def column_blocks(

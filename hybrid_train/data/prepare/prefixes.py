@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.prepare.listing import matches, nothing_named, once
+from hybrid_train.schema.problems import UserError
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:

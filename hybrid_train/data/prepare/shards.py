@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts, read_manifest, versions
 from hybrid_train.data.prepare.output import Output, write_whole
 from hybrid_train.data.token_files import TokenReader, checksum, write_index
+from hybrid_train.schema.problems import UserError
 
 _STRETCH_TOKENS = 2**23  # that are held at a time
 _STRETCH_DOCUMENTS = 2**20

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.file_kinds import Kind, by_content, by_name, require_readable
 from hybrid_train.data.prepare.listing import (
     files_below,
@@ -19,6 +17,8 @@ from hybrid_train.data.prepare.listing import (
     real_path,
 )
 from hybrid_train.data.prepare.packed import Compression
+from hybrid_train.schema.prepare import Format
+from hybrid_train.schema.problems import UserError
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hybrid_train.config.listed import listed_paths
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import TokenizeJob
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.data.prepare.blocks import Block, all_blocks
 from hybrid_train.data.prepare.crew import Crew
@@ -30,6 +27,9 @@ from hybrid_train.data.prepare.manifest import (
 from hybrid_train.data.prepare.output import Output, write_whole
 from hybrid_train.data.prepare.sources import Source, find_sources
 from hybrid_train.data.token_files import checksum, dtype_for, write_index
+from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.prepare import TokenizeJob
+from hybrid_train.schema.problems import UserError
 
 _log = logging.getLogger(__name__)
 _JUDGED_LINES = 1000  # before that, a share of bad lines says little

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts, read_manifest
 from hybrid_train.data.token_files import TokenReader, checksum
+from hybrid_train.schema.problems import UserError
 
 _STRETCH = 2**20  # sequences
 _STRETCH_TOKENS = 2**23

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from hybrid_train.config.units import show_bytes
 from hybrid_train.runtime.health.findings import Finding, broken, ok, warning
 from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.schema.units import show_bytes
 
 _LITTLE_TIME_S = 600  # left to a job
 _LITTLE_MEMORY = 4 * 10**9  # bytes; what the smallest run, its tools and caches get along with

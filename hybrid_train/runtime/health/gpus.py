@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 
 from hybrid_train.config.pins import is_pinned
-from hybrid_train.config.units import show_bytes
 from hybrid_train.runtime.health.findings import Finding, broken, ok, warning
 from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.schema.units import show_bytes
 
 # The oldest driver for each major version of CUDA (NVIDIA, CUDA Toolkit release notes, "CUDA
 # Toolkit and minimum required driver version for minor version compatibility", Linux).

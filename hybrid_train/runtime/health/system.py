@@ -4,9 +4,9 @@ import os
 import resource
 from collections.abc import Callable
 
-from hybrid_train.config.units import show_bytes
 from hybrid_train.runtime.health.findings import Finding, broken, ok, warning
 from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.schema.units import show_bytes
 
 _GB = 10**9
 _LEAST_FREE, _GOOD_FREE = _GB, 20 * _GB  # a small run; a few checkpoints of a small model

@@ -10,9 +10,9 @@ from pathlib import Path
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.megatron import Content
-from hybrid_train.config.problems import DISK, UserError
-from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.runtime import progress, ranks
+from hybrid_train.schema.checkpoint import Checkpoint
+from hybrid_train.schema.problems import DISK, UserError
 from hybrid_train.tracking import history
 from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from hybrid_train.config.phases import Stretch, at
+from hybrid_train.planning.phases import Stretch, at
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
 

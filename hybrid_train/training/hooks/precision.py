@@ -8,11 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hybrid_train.config import format_table
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import Formats, Linear, formats_of, quantizes
-from hybrid_train.config.schema.precision import Precision, Product
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.anatomy import format_table
+from hybrid_train.anatomy.product_formats import Formats, Linear, formats_of, quantizes
 from hybrid_train.model.observed import observe
 from hybrid_train.precision.audit import AUDIT, Seen
 from hybrid_train.precision.operands import OperandStatistics
@@ -20,6 +17,9 @@ from hybrid_train.precision.recipes import Operand
 from hybrid_train.precision.recipes import in_words as words_of
 from hybrid_train.precision.statistics import STATISTICS, Counted
 from hybrid_train.runtime import ranks
+from hybrid_train.schema.precision import Precision, Product
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 from hybrid_train.tracking.jsonl import drop_after
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.profile import Profile, Tool
 from hybrid_train.runtime import ranks
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.profile import Profile, Tool
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
 from hybrid_train.training.report import StepReport

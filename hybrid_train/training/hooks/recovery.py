@@ -6,9 +6,9 @@ from pathlib import Path
 
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.config.command_text import setting, typed
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.runtime import ranks
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.recovery import Recovery
 from hybrid_train.tracking import history
 from hybrid_train.training.bad_steps import NoLabelsError
 from hybrid_train.training.hook import Hook

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hybrid_train.config.schema.recovery import Recovery
 from hybrid_train.runtime import progress, ranks
+from hybrid_train.schema.recovery import Recovery
 from hybrid_train.tracking import history
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run

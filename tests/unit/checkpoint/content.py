@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hybrid_train.config.schema.optimizer import AdamW
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.optimizer import AdamW
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.tiny import EVERY_KIND, microbatches, some_rows, tiny_engine, tiny_job
 
 

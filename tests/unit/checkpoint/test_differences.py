@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 

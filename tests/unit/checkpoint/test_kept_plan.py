@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
-from hybrid_train.config.schema.precision import ProductFormat
+from hybrid_train.schema.optimizer import AdamW, MomentFormat
+from hybrid_train.schema.precision import ProductFormat
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.checkpoint import layout, retention
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 
 def checkpoint(run_dir: Path, step: int) -> Path:

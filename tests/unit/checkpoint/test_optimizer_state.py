@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.optimizer import AdamW, MasterFormat, MomentFormat
-from hybrid_train.config.schema.precision import ProductFormat
+from hybrid_train.schema.optimizer import AdamW, MasterFormat, MomentFormat
+from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.problems import UserError
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 

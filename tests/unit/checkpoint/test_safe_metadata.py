@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from hybrid_train.checkpoint import items, safe_metadata
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 ROWS = torch.arange(24.0).view(6, 4)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 from tests.full_disk import full_disk
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows
 from tests.unit.checkpoint.content import content_of, engine_of, moments_of, weights_of

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from hybrid_train.checkpoint import items, tensor_files
 from hybrid_train.checkpoint.positions import bytes_of
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 from tests.tiny import MEGATRON_WARNINGS
 
 pytestmark = MEGATRON_WARNINGS

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config.check_files import run_dir_can_be_a_folder, what_forbids
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.train import TrainJob
 from tests.unprivileged import modes_count
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from hybrid_train.config import degrees
 from hybrid_train.config.check_native import (
     MULTIPLES,
     NATIVE_RULES,
@@ -14,11 +13,11 @@ from hybrid_train.config.check_native import (
 )
 from hybrid_train.config.checks import check
 from hybrid_train.config.compose import compose
-from hybrid_train.config.phases import jobs_of
-from hybrid_train.config.problems import ConfigError, Problem
-from hybrid_train.config.product_sizes import token_sizes
-from hybrid_train.config.schema.parallel import Recompute, RecomputeModule
-from hybrid_train.config.schema.precision import (
+from hybrid_train.planning import degrees
+from hybrid_train.planning.phases import jobs_of
+from hybrid_train.planning.product_sizes import token_sizes
+from hybrid_train.schema.parallel import Recompute, RecomputeModule
+from hybrid_train.schema.precision import (
     Backend,
     NumberFormat,
     Precision,
@@ -26,8 +25,9 @@ from hybrid_train.config.schema.precision import (
     Product,
     ProductFormat,
 )
-from hybrid_train.config.schema.runtime import Device, Kernels
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.problems import ConfigError, Problem
+from hybrid_train.schema.runtime import Device, Kernels
+from hybrid_train.schema.train import TrainJob
 
 SUPER = compose("check", ["experiment=nemotron3_super", "processes=1024"])
 PROCESSES = 1024

@@ -3,10 +3,10 @@
 import pytest
 
 from hybrid_train.config.check_packing import packed_rows_run
-from hybrid_train.config.schema.data import Data, Packing
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.data import Data, Packing
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
+from hybrid_train.schema.train import TrainJob
 
 
 def job(context: int, kernels: Kernels, device: Device) -> TrainJob:

@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 
 from hybrid_train.config.check_precision import PRECISION_RULES
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.optimizer import AdamW, MomentFormat
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import (
+from hybrid_train.schema.optimizer import AdamW, MomentFormat
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import (
     NumberFormat,
     Precision,
     PrecisionRule,
     Product,
     ProductFormat,
 )
+from hybrid_train.schema.problems import Problem
 from tests.tiny import tiny_job
 
 BF16 = ProductFormat.bf16

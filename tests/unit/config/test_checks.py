@@ -9,8 +9,8 @@ from hybrid_train.config.check_native import NATIVE_RULES
 from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.checks import RULES, check
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.train import TrainJob
 
 TINY = compose("train", ["experiment=tiny_cpu"])
 

@@ -8,10 +8,10 @@ import pytest
 from hybrid_train.config import registry
 from hybrid_train.config.compose import compose, conf_dir, draft, group_names
 from hybrid_train.config.frozen import freeze, load, read_frozen, to_yaml
-from hybrid_train.config.problems import ConfigError, Problem, UserError
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.config.schema.runtime import Device
-from hybrid_train.config.schema.schedule import Cosine, Wsd
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.runtime import Device
+from hybrid_train.schema.schedule import Cosine, Wsd
 
 EXPERIMENTS = sorted(file.stem for file in (conf_dir() / "experiment").glob("*.yaml"))
 QUICKSTART = "experiment=quickstart"

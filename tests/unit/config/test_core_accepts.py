@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from hybrid_train.config.checks import check
 from hybrid_train.config.compose import compose
-from hybrid_train.config.degrees import padded_vocab_size
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.check import CheckJob
-from hybrid_train.config.schema.data import Quickstart
-from hybrid_train.model import stages
+from hybrid_train.planning import stages
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.problems import Problem
 from tests.tiny import MEGATRON_WARNINGS
 
 pytestmark = MEGATRON_WARNINGS

@@ -3,7 +3,7 @@
 import pytest
 
 from hybrid_train.config import launcher
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 TORCHRUN = {**TWO, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}

@@ -9,10 +9,10 @@ import pytest
 from hybrid_train.checkpoint import layout
 from hybrid_train.config.compose import compose, draft
 from hybrid_train.config.frozen import freeze
-from hybrid_train.config.problems import ConfigError, Problem, UserError
-from hybrid_train.config.schema.model import Model
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs.run_folder import require_same_model
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.train import TrainJob
 
 TINY = "experiment=tiny_cpu"
 PATTERN = "MM|*-"

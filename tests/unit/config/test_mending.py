@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from hybrid_train.config import checks
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import Problem
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.train import TrainJob
 
 ROOTS = {
     "tiny": ("check", "experiment=tiny_cpu", "processes=1"),

@@ -4,8 +4,8 @@ import pytest
 
 from hybrid_train.config import node_counts
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import ConfigError
-from hybrid_train.config.schema.submit import SubmitJob
+from hybrid_train.schema.problems import ConfigError
+from hybrid_train.schema.submit import SubmitJob
 
 
 def job(*lines: str) -> SubmitJob:

@@ -6,8 +6,8 @@ import pytest
 
 from hybrid_train.config.compose import compose
 from hybrid_train.config.overrides import parse
-from hybrid_train.config.problems import ConfigError, Problem
 from hybrid_train.jobs import multirun
+from hybrid_train.schema.problems import ConfigError, Problem
 
 QUICKSTART = "experiment=quickstart"
 

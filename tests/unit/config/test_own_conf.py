@@ -7,9 +7,9 @@ import pytest
 
 from hybrid_train.config import describe, own_conf
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.config.problems import ConfigError
 from hybrid_train.jobs import cli, multirun, submit
 from hybrid_train.jobs.study_plan import plan
+from hybrid_train.schema.problems import ConfigError
 
 LAUNCH = conf_dir().parent / "launch"
 MINE = "# @package _global_\n# Seed of my own\ndefaults: [tiny_cpu]\ntrain: {seed: 7}\n"

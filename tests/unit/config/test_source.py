@@ -2,8 +2,8 @@
 
 import pytest
 
-from hybrid_train.config.problems import collect
-from hybrid_train.config.schema.source import (
+from hybrid_train.schema.problems import collect
+from hybrid_train.schema.source import (
     BracketStream,
     CopyStream,
     RecallStream,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import ConfigError, Problem, UserError
 from hybrid_train.config.yaml_files import text_of
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
 
 HEADER = "# @package _global_\n"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.block_cache import CacheFolder
+from hybrid_train.schema.problems import UserError
 
 
 def put(folder: CacheFolder, name: str, size: int = 100) -> None:

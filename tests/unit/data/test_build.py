@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_train.config.phases import lay_out
-from hybrid_train.config.problems import ConfigError, UserError
-from hybrid_train.config.schema.data import Data, Quickstart
-from hybrid_train.config.schema.source import Source
-from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts
 from hybrid_train.data.quickstart import prepare
+from hybrid_train.planning.phases import lay_out
+from hybrid_train.schema.data import Data, Quickstart
+from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.source import Source
+from hybrid_train.schema.train import Train, TrainJob
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.source import Remote
 from hybrid_train.data.documents import FileDocuments
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.source import Remote
 from tests.unit.data.corpus import VOCAB, write_corpus
 
 LENGTHS = [5, 1, 7, 300, 2]

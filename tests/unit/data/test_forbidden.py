@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from hybrid_train.config.check_files import token_files_exist, tokenizer_exists
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.data import Data, Quickstart
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.build import check_data
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import cli
+from hybrid_train.schema.data import Data, Quickstart
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 from tests.unit.data.corpus import write_corpus
 from tests.unit.data.documents import listed
 from tests.unit.data.prepare.texts import CORPUS, TOKENIZER, json_lines

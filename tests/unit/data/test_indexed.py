@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.indexed import spread, verify
+from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import VOCAB, write_corpus
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.data import Quickstart
 from hybrid_train.data import quickstart
 from hybrid_train.data.quickstart import prepare, read_manifest, source_files, split
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.data.tokenizers import Tokenizer
+from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.problems import UserError
 
 
 @pytest.fixture

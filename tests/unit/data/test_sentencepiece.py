@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.sentencepiece import SentencePieceTokenizer
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
+from hybrid_train.schema.problems import UserError
 
 LINES = [f"the cat number {i} sat on the mat of the dog {i * i}" for i in range(200)]
 

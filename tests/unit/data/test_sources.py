@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.source import (
+from hybrid_train.data.sources import open_source, own_vocabulary
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.source import (
     BracketStream,
     CopyStream,
     RecallStream,
@@ -17,7 +18,6 @@ from hybrid_train.config.schema.source import (
     SumStream,
     Synthetic,
 )
-from hybrid_train.data.sources import open_source, own_vocabulary
 from tests.unit.data.corpus import END, VOCAB, write_corpus
 from tests.unit.data.http_folder import serve
 

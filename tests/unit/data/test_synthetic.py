@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from hybrid_train.config.schema.source import (
+from hybrid_train.data.synthetic import SyntheticDocuments, best_loss, words_of
+from hybrid_train.schema.source import (
     BracketStream,
     CopyStream,
     RecallStream,
@@ -16,7 +17,6 @@ from hybrid_train.config.schema.source import (
     SumStream,
     Synthetic,
 )
-from hybrid_train.data.synthetic import SyntheticDocuments, best_loss, words_of
 
 SMALL: list[Synthetic] = [
     CopyStream(symbols=3, min_items=1, max_items=3),

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT, Tokenizer, train_byte_level_bpe
+from hybrid_train.schema.problems import UserError
 
 CORPUS = ["def f(x):\n    return x + 1\n", "the cat sat on the mat; the dog sat on the cat"] * 5
 TOKENIZER = train_byte_level_bpe(CORPUS, vocab_size=300)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT, Tokenizer
 from hybrid_train.data.words import WordTokenizer
+from hybrid_train.schema.problems import UserError
 
 WORDS = ["c0", "|", "(1", ")1", "7", "=", "?"]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.model import Attention, Mamba, Mlp, Model, Moe
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.config.schema.runtime import Kernels, Runtime
-from hybrid_train.config.schema.train import Train, TrainJob
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.runtime import Kernels, Runtime
+from hybrid_train.schema.train import Train, TrainJob
 from tests.tiny import MEGATRON_WARNINGS
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import pytest
 from transformers import NemotronHConfig
 
 from hybrid_train.config.compose import compose
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.model import Model
 from hybrid_train.hf import config as hf_config
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.problems import UserError
 
 PATH = Path("config.json")
 NAMED = ["nemotron_h_8b", "nemotron_nano_v2_12b", "nemotron3_nano", "nemotron3_super", "tiny"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.precision import ProductFormat
 from hybrid_train.hf.compare import differences
 from hybrid_train.hf.read import INDEX, Folder, import_folder
 from hybrid_train.hf.write import Weights, export_checkpoint, open_checkpoint
+from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.problems import UserError
 from tests.hf_folders import SHAPES, VOCAB, folder_of, read_files, write_files
 
 SUPER = "Super, latent experts, MTP"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.hf.files import as_strict_json, refusals_named, write_json
 from hybrid_train.hf.read import import_folder
 from hybrid_train.jobs import cli
+from hybrid_train.schema.problems import UserError
 from tests.hf_folders import folder_of
 from tests.jobs.command import contents
 from tests.unprivileged import modes_count

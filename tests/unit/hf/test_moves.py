@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.hf import moves, tensors
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.write import export_checkpoint
+from hybrid_train.schema.problems import UserError
 from tests.hf_folders import folder_of, read_files, write_files
 
 SUPER = "Super, latent experts, MTP"

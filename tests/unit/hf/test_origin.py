@@ -12,13 +12,13 @@ from tokenizers import Tokenizer as Backend
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import frozen
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.hf import origin
 from hybrid_train.hf.origin import Origin
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.write import export_checkpoint
+from hybrid_train.schema.problems import UserError
 from tests.hf_random import CHAT, random_folder
 from tests.hf_walk import file_differences
 

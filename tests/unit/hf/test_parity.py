@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.model import Model, Moe
-from hybrid_train.config.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.hf import config as hf_config
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.transformers import load
 from hybrid_train.hf.write import export_checkpoint, open_checkpoint
+from hybrid_train.schema.model import Model, Moe
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from tests.hf_folders import SHAPES, VOCAB, folder_of, model_of, tokens_of
 from tests.tiny import MEGATRON_WARNINGS
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.hf.read import INDEX, SINGLE, import_folder
+from hybrid_train.schema.problems import UserError
 from tests.hf_folders import folder_of, read_files, write_files
 
 NORM = "backbone.norm_f.weight"

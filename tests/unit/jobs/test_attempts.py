@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.jobs import attempts
 from hybrid_train.jobs.attempts import Attempt
+from hybrid_train.schema.problems import UserError
 from hybrid_train.tracking import history, last_words
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.config.phases import lay_out
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.jobs import cli
 from hybrid_train.jobs.phase_table import decay_steps
-from hybrid_train.model import counts
+from hybrid_train.planning.phases import lay_out
 
 EXPERIMENTS = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
 SUPER = ("experiment=nemotron3_super", "processes=1024")

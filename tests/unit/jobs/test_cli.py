@@ -10,9 +10,9 @@ import pytest
 
 from hybrid_train.config import launcher
 from hybrid_train.config.compose import conf_dir, draft
-from hybrid_train.config.problems import ConfigError, UserError
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs import cli, multirun
+from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.train import TrainJob
 
 ROOT = conf_dir().parent
 QUICKSTART = "experiment=quickstart"

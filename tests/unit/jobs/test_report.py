@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.report import ReportJob
 from hybrid_train.jobs import report
 from hybrid_train.jobs.run_state import look
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.report import ReportJob
 from tests.unit.jobs.synthetic_run import NASTY, make
 from tests.unprivileged import modes_count
 

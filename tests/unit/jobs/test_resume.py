@@ -7,10 +7,10 @@ import pytest
 
 from hybrid_train.config.compose import compose
 from hybrid_train.config.frozen import freeze, reload
-from hybrid_train.config.problems import ConfigError, UserError
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs.resume import changed
 from hybrid_train.jobs.run_folder import require_same_run
+from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.train import TrainJob
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.train import TrainJob
 from hybrid_train.jobs import run_folder
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 from hybrid_train.tracking import history
 from tests.unprivileged import modes_count
 

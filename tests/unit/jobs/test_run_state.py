@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.jobs import report
 from hybrid_train.jobs.run_state import look
+from hybrid_train.schema.problems import UserError
 from tests.unit.jobs.synthetic_run import STEP_S, make
 
 START = 1_700_000_000.0

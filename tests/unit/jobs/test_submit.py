@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.config.problems import ConfigError
 from hybrid_train.jobs import code_snapshot, slurm, submit
+from hybrid_train.schema.problems import ConfigError
 from tests.jobs.command import ROOT
 
 LAUNCH = ROOT / "launch"

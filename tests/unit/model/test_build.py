@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.model import Mtp
-from hybrid_train.config.schema.runtime import Kernels, Runtime
-from hybrid_train.model import counts
+from hybrid_train.anatomy import counts
 from hybrid_train.runtime import optional
+from hybrid_train.schema.model import Mtp
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Kernels, Runtime
 from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, VOCAB, tiny_job, tiny_model
 
 pytestmark = MEGATRON_WARNINGS
@@ -57,7 +57,7 @@ def test_built_size_is_the_counted_one_with_other_choices(groups: Any, change: s
 def test_vocabulary_is_padded_to_the_next_multiple(
     groups: Any, size: int, multiple: int, padded: int
 ) -> None:
-    from hybrid_train.config.degrees import padded_vocab_size
+    from hybrid_train.planning.degrees import padded_vocab_size
 
     assert padded_vocab_size(size, multiple) == padded
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from hybrid_train.anatomy.product_formats import Linear, formats_of, linears
 from hybrid_train.config.compose import compose
-from hybrid_train.config.pattern import Pattern, parse
-from hybrid_train.config.product_formats import Linear, formats_of, linears
-from hybrid_train.config.schema.model import Mtp
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import (
+from hybrid_train.schema.model import Mtp
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.pattern import Pattern, parse
+from hybrid_train.schema.precision import (
     AmaxChoice,
     Backend,
     GradientElement,
@@ -21,7 +21,7 @@ from hybrid_train.config.schema.precision import (
     PrecisionRule,
     ProductFormat,
 )
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.train import TrainJob
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job
 from tests.unit.config.test_core_accepts import one_of
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.parallel import Parallel, Recompute
 from hybrid_train.data.batch import Batch
 from hybrid_train.ops.attention import causal_attention
+from hybrid_train.schema.parallel import Parallel, Recompute
+from hybrid_train.schema.problems import UserError
 from tests.packed import alone_in_a_row, documents, index_of, packed_batch
 from tests.tiny import MEGATRON_WARNINGS, tiny_job, tiny_model
 

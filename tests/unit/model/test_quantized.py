@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.product_formats import formats_of, linears
-from hybrid_train.config.schema.parallel import Parallel, Recompute
-from hybrid_train.config.schema.precision import (
+from hybrid_train.anatomy.product_formats import formats_of, linears
+from hybrid_train.precision.audit import AUDIT, Seen
+from hybrid_train.precision.recipes import in_words
+from hybrid_train.schema.parallel import Parallel, Recompute
+from hybrid_train.schema.precision import (
     NumberFormat,
     Precision,
     PrecisionRule,
     Product,
     ProductFormat,
 )
-from hybrid_train.config.schema.train import TrainJob
-from hybrid_train.precision.audit import AUDIT, Seen
-from hybrid_train.precision.recipes import in_words
+from hybrid_train.schema.train import TrainJob
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.model import Mtp
-from hybrid_train.config.schema.parallel import (
+from hybrid_train.schema.model import Mtp
+from hybrid_train.schema.parallel import (
     Parallel,
     Recompute,
     RecomputeMethod,
     RecomputeModule,
 )
-from hybrid_train.config.schema.train import TrainJob
+from hybrid_train.schema.train import TrainJob
 from tests.tiny import (
     BATCH,
     LENGTH,

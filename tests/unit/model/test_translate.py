@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.schema.model import Mtp
-from hybrid_train.config.schema.objective import NextToken
-from hybrid_train.config.schema.parallel import Parallel
-from hybrid_train.config.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.model import Mtp
+from hybrid_train.schema.objective import NextToken
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.tiny import MEGATRON_WARNINGS, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

@@ -9,11 +9,11 @@ from torch.nn.functional import cross_entropy
 from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 
-from hybrid_train.config.schema.model import Model
 from hybrid_train.data.batch import Batch
 from hybrid_train.hf.config import LAYER_TYPES
 from hybrid_train.hf.names import table
 from hybrid_train.hf.tensors import turned
+from hybrid_train.schema.model import Model
 from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, batch_of, some_rows, tiny_job, tiny_model
 
 pytestmark = MEGATRON_WARNINGS

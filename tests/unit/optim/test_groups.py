@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.schema.optimizer import AdamW, ParameterKind
-from hybrid_train.config.schema.parallel import Parallel
 from hybrid_train.optim.groups import PATTERNS, describe, kind_of
+from hybrid_train.schema.optimizer import AdamW, ParameterKind
+from hybrid_train.schema.parallel import Parallel
 from tests.tiny import MEGATRON_WARNINGS, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

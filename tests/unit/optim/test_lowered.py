@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.schema.optimizer import (
+from hybrid_train.optim.fused_adam import FusedAdam
+from hybrid_train.planning.memory import Held, memory
+from hybrid_train.schema.optimizer import (
     AdamW,
     GradientFormat,
     MasterFormat,
     MomentFormat,
 )
-from hybrid_train.config.schema.precision import Precision, ProductFormat
-from hybrid_train.model.memory import Held, memory
-from hybrid_train.optim.fused_adam import FusedAdam
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

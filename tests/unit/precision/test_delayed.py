@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hybrid_train.config.schema.precision import AmaxChoice
 from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.schemes import Element
+from hybrid_train.schema.precision import AmaxChoice
 
 
 def scales(history: AmaxHistory, amaxes: list[float]) -> list[float]:

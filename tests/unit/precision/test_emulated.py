@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.product_formats import Formats, Linear
-from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.anatomy.product_formats import Formats, Linear
 from hybrid_train.precision.audit import AUDIT
 from hybrid_train.precision.emulated import (
     Emulation,
@@ -19,6 +18,7 @@ from hybrid_train.precision.noise import NOISE
 from hybrid_train.precision.quantize import quantize
 from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
 from hybrid_train.precision.statistics import STATISTICS
+from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 LAYER = Linear(0, 1, "mamba.in_proj")
 QUANTIZED = [one for one in ProductFormat if one not in (ProductFormat.fp32, ProductFormat.bf16)]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.product_formats import Linear
-from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.anatomy.product_formats import Linear
 from hybrid_train.precision.audit import AUDIT, Seen
 from hybrid_train.precision.native_audit import observe_calls, words
 from hybrid_train.precision.recipes import in_words
+from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 LIBRARY = ModuleType("library")
 

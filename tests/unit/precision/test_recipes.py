@@ -2,14 +2,14 @@
 
 import pytest
 
-from hybrid_train.config.schema.precision import (
+from hybrid_train.precision.recipes import OPERANDS, Operand, in_words, schemes
+from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.schema.precision import (
     GradientElement,
     Precision,
     Product,
     ProductFormat,
 )
-from hybrid_train.precision.recipes import OPERANDS, Operand, in_words, schemes
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
 
 E4M3, E5M2, E2M1 = Element.e4m3, Element.e5m2, Element.e2m1
 ROWS, SQUARES = Shape.vector, Shape.square

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.config.schema.precision import AmaxChoice
 from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.formats import GRIDS
 from hybrid_train.precision.scales import factors
 from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.schema.precision import AmaxChoice
 
 FP8 = [Element.e4m3, Element.e5m2]
 ONE = np.float32(1)

@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.schema.precision import (
+from hybrid_train.precision import te
+from hybrid_train.precision.recipes import schemes
+from hybrid_train.precision.schemes import Element, Scale, Shape
+from hybrid_train.schema.precision import (
     AmaxChoice,
     GradientElement,
     Precision,
     Product,
     ProductFormat,
 )
-from hybrid_train.precision import te
-from hybrid_train.precision.recipes import schemes
-from hybrid_train.precision.schemes import Element, Scale, Shape
 
 F = ProductFormat
 FORMATS = [F.fp8_tensorwise, F.fp8_delayed, F.fp8_blockwise, F.mxfp8, F.nvfp4]

@@ -7,8 +7,8 @@ follows in the same process only ever sees more calls succeed.
 import pytest
 import torch
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.problems import UserError
 
 CUDA = ["cuda", "cuda:1", torch.device("cuda"), torch.device("cuda", 0), 0]
 

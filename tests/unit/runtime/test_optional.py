@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.runtime import optional
 from hybrid_train.runtime.optional import OptionalLibrary, State, available, require, status
+from hybrid_train.schema.problems import UserError
 
 
 @pytest.fixture(autouse=True)

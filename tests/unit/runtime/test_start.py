@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.config import launcher
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.runtime import Device, Runtime
 from hybrid_train.runtime.start import choose_device, process
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Device, Runtime
 from tests.tiny import RUNTIME
 
 

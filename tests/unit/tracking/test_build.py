@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.tracking import Tracking, Wandb, WandbMode
 from hybrid_train.runtime import optional
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.tracking import Tracking, Wandb, WandbMode
 from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.jsonl import JsonLines, read_metrics
 

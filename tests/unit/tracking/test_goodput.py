@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.schema.tracking import Tracking
+from hybrid_train.schema.tracking import Tracking
 from hybrid_train.tracking import history
 from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.goodput import Goodput, goodput

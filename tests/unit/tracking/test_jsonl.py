@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.problems import UserError
+from hybrid_train.schema.problems import UserError
 from hybrid_train.tracking.jsonl import JsonLines, read_metrics
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hybrid_train.config.schema.recovery import Recovery
+from hybrid_train.schema.recovery import Recovery
 from hybrid_train.training.bad_steps import BadSteps, SpikeError
 from hybrid_train.training.hooks.stragglers import stragglers
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.checkpoint import Checkpoint
 from hybrid_train.data.loader import Loader
 from hybrid_train.data.mixture import Fields
+from hybrid_train.schema.checkpoint import Checkpoint
+from hybrid_train.schema.problems import UserError
 from hybrid_train.training.hook import Hook, HookList
 from tests.full_disk import full_disk
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows

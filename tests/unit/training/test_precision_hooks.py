@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.product_formats import formats_of
-from hybrid_train.config.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.anatomy.product_formats import formats_of
 from hybrid_train.precision.emulated import emulation_of
+from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.problems import UserError
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

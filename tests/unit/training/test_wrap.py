@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.config.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

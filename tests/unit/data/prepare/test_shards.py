@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.indexed import HEADER
 from hybrid_train.data.prepare import shards
 from hybrid_train.data.prepare.lengths import histogram
@@ -19,6 +18,7 @@ from hybrid_train.data.prepare.shards import merge, split_by_shares, split_by_to
 from hybrid_train.data.prepare.verification import verify_whole
 from hybrid_train.data.token_files import TokenReader, write_documents
 from hybrid_train.data.tokenizers import train_byte_level_bpe
+from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import END, VOCAB, write_corpus
 from tests.unit.data.prepare.texts import CORPUS, ids_of, job, json_lines, names, read_ids, run
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from hybrid_train.config.problems import UserError
-from hybrid_train.config.schema.prepare import Format
 from hybrid_train.data.prepare.sources import find_sources
+from hybrid_train.schema.prepare import Format
+from hybrid_train.schema.problems import UserError
 from tests.unit.data.prepare.test_documents import sources, texts, written
 from tests.unit.data.prepare.texts import json_lines
 

@@ -11,12 +11,12 @@ import pytest
 import sentencepiece
 import zstandard
 
-from hybrid_train.config.problems import UserError
 from hybrid_train.data.prepare import journal
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.prepare.verification import verify_whole
 from hybrid_train.data.sentencepiece import SentencePieceTokenizer
 from hybrid_train.data.token_files import TokenReader, checksum
+from hybrid_train.schema.problems import UserError
 from tests.full_disk import full_disk
 from tests.unit.data.prepare.texts import (
     CORPUS,

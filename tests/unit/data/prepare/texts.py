@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hybrid_train.config.schema.prepare import TokenizeJob
 from hybrid_train.data.any_tokenizer import AnyTokenizer
 from hybrid_train.data.prepare.tokenization import Finished, Progress, tokenize
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.data.tokenizers import train_byte_level_bpe
+from hybrid_train.schema.prepare import TokenizeJob
 
 CORPUS = [f"def name{i}(x):\n    return x + {i * i}  # it's the {i}th\n" for i in range(300)]
 TOKENIZER = train_byte_level_bpe(CORPUS, vocab_size=400)

@@ -1,0 +1,229 @@
+"""Which linear layer multiplies in which format: the exceptions applied to every layer of a model.
+
+The first rule that matches a product of a layer decides. Embedding, head, routers, norms,
+convolutions and scans are no part of this: they are never quantized.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from hybrid_train.schema.layer_ranges import layers_of
+from hybrid_train.schema.model import Model, Moe, Mtp
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import (
+    Precision,
+    PrecisionRule,
+    Product,
+    ProductFormat,
+)
+
+MODULES = {
+    "M": ("mamba.in_proj", "mamba.out_proj"),
+    "*": ("attention.qkv", "attention.proj"),
+    "-": ("mlp.fc1", "mlp.fc2"),
+    "E": ("moe.experts.fc1", "moe.experts.fc2"),
+}
+SHARED_EXPERTS = ("moe.shared.fc1", "moe.shared.fc2")
+LATENT = ("moe.latent.down", "moe.latent.up")
+MTP = "mtp"
+MTP_PROJECTION = "mtp.eh_proj"  # joins the token and the hidden state of a depth
+_MAIN_KINDS = (*(kind for kinds in MODULES.values() for kind in kinds), *SHARED_EXPERTS, *LATENT)
+KINDS = (*_MAIN_KINDS, MTP_PROJECTION, *(f"{MTP}.{kind}" for kind in _MAIN_KINDS))
+UNQUANTIZED = (ProductFormat.fp32, ProductFormat.bf16)
+# Formats whose weights have the same values in all products, and that Transformer Engine gathers:
+# MXFP8's are cut along the sum of each product, and gathered in bfloat16.
+GATHERED_IN_FP8 = (ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise)
+
+
+@dataclass(frozen=True, order=True)
+class Linear:
+    """One linear layer of a model; the experts of a layer are one.
+
+    Attributes:
+        depth: 0 for the main layers, else the MTP block, from 1.
+        layer: from 1, of the main layers or of the block; 0 for what is in no layer of a block.
+        module: its kind, "mamba.in_proj"; in an MTP block "mtp.mamba.in_proj".
+    """
+
+    depth: int
+    layer: int
+    module: str
+
+    def __str__(self) -> str:
+        place = str(self.layer) if self.depth == 0 else f"mtp {self.depth}.{self.layer}"
+        return f"{place} {self.module}"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The formats of the three products of a linear layer.
+
+    Attributes:
+        formats: of each product.
+        rules: number of the exception that decided it, from 0; None for the format of the run.
+    """
+
+    formats: dict[Product, ProductFormat]
+    rules: dict[Product, int | None]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any product has quantized operands."""
+        return any(one not in UNQUANTIZED for one in self.formats.values())
+
+
+def linears(model: Model) -> list[Linear]:
+    """Return every linear layer of a model that can be quantized, in order."""
+    pattern = parse(model.pattern)
+    found = [
+        Linear(0, layer, module)
+        for layer, letter in enumerate(pattern.main, start=1)
+        for module in modules_of(letter, model)
+    ]
+    blocks = min(pattern.mtp_depths, 1) if model.mtp.repeated_block else pattern.mtp_depths
+    for depth in range(1, blocks + 1):
+        found.append(Linear(depth, 0, MTP_PROJECTION))
+        found += [
+            Linear(depth, layer, f"{MTP}.{module}")
+            for layer, letter in enumerate(pattern.mtp, start=1)
+            for module in modules_of(letter, model)
+        ]
+    return found
+
+
+def modules_of(letter: str, model: Model) -> tuple[str, ...]:
+    """Return the kinds of linear layers in a layer of one kind."""
+    if letter != "E":
+        return MODULES[letter]
+    shared = SHARED_EXPERTS if model.moe.shared_intermediate_size is not None else ()
+    latent = LATENT if model.moe.latent_size is not None else ()
+    return (*latent[:1], *MODULES["E"], *latent[1:], *shared)
+
+
+def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
+    """Return the formats of every linear layer; the exceptions must be readable."""
+    return dict(_known_formats(*_what_decides(model, precision)))
+
+
+def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozenset[ProductFormat]]:
+    """Return the formats of each kind of linear layer that has a quantized product in any layer."""
+    return _known_kinds(*_what_decides(model, precision))
+
+
+_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+_Decides = tuple[str, bool, tuple[bool, bool], ProductFormat, _Rules]
+
+
+def _what_decides(model: Model, precision: Precision) -> _Decides:
+    """Return all that formats depend on, to know them again."""
+    rules = tuple(
+        (one.format, one.layers, tuple(one.modules), tuple(one.products))
+        for one in precision.exceptions
+    )
+    parts = (model.moe.shared_intermediate_size is not None, model.moe.latent_size is not None)
+    return model.pattern, model.mtp.repeated_block, parts, precision.format, rules
+
+
+@lru_cache(maxsize=64)
+def _known_kinds(*decides: *_Decides) -> Mapping[str, frozenset[ProductFormat]]:
+    kinds: dict[str, frozenset[ProductFormat]] = {}
+    for linear, one in _known_formats(*decides).items():
+        if one.quantized:
+            kinds[linear.module] = kinds.get(linear.module, frozenset()).union(one.formats.values())
+    return kinds
+
+
+@lru_cache(maxsize=64)  # large models take 50 ms, and the checks ask again and again
+def _known_formats(
+    pattern: str, repeated: bool, parts: tuple[bool, bool], usual: ProductFormat, rules: _Rules
+) -> dict[Linear, Formats]:
+    """Return the formats that follow from all that they depend on.
+
+    Args:
+        pattern: of the model.
+        repeated: whether all MTP depths are one block.
+        parts: whether expert layers have a shared expert, and latent projections.
+        usual: format without an exception.
+        rules: format, layers, modules and products of each exception.
+    """
+    shared, latent = (1 if there else None for there in parts)
+    moe = Moe(shared_intermediate_size=shared, latent_size=latent)
+    model = Model(pattern=pattern, mtp=Mtp(repeated_block=repeated), moe=moe)
+    exceptions = [
+        PrecisionRule(format=format, layers=layers, modules=list(modules), products=list(products))
+        for format, layers, modules, products in rules
+    ]
+    num_layers = len(parse(pattern).main)
+    return {one: _formats(one, usual, exceptions, num_layers) for one in linears(model)}
+
+
+def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:
+    """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
+
+    Those of MTP blocks are not: core knows a block by another name while it builds it than ever
+    after (`model/native_precision.py`), and would build its weights by that name.
+    """
+    if not precision.fp8_param_gather:
+        return {}
+    found = {
+        linear: set(one.formats.values()) for linear, one in formats_of(model, precision).items()
+    }
+    return {
+        linear: next(iter(formats))
+        for linear, formats in found.items()
+        if linear.depth == 0 and len(formats) == 1 and formats <= set(GATHERED_IN_FP8)
+    }
+
+
+def kept_in_words(model: Model, precision: Precision) -> str | None:
+    """Say how many layers keep their weights in FP8; None for none."""
+    kept = kept_in_fp8(model, precision)
+    whole = len(linears(model))
+    return f"weights of {len(kept)} of {whole} linear layers, kept and gathered" if kept else None
+
+
+def quantizes(model: Model, precision: Precision) -> bool:
+    """Tell whether any product of a model has quantized operands."""
+    return any(one.quantized for one in formats_of(model, precision).values())
+
+
+def _formats(
+    linear: Linear, usual: ProductFormat, rules: Sequence[PrecisionRule], num_layers: int
+) -> Formats:
+    formats, deciding = {}, {}
+    for product in Product:
+        number = next(_matching(linear, product, rules, num_layers), None)
+        formats[product] = usual if number is None else rules[number].format
+        deciding[product] = number
+    return Formats(formats, deciding)
+
+
+def _matching(
+    linear: Linear, product: Product, rules: Sequence[PrecisionRule], num_layers: int
+) -> Iterator[int]:
+    """Yield the numbers of the rules that match a product, in order."""
+    for number, rule in enumerate(rules):
+        if matches(rule, linear, num_layers) and (not rule.products or product in rule.products):
+            yield number
+
+
+def matches(rule: PrecisionRule, linear: Linear, num_layers: int) -> bool:
+    """Tell whether a rule speaks of a layer; only "all" reaches into MTP blocks."""
+    if rule.layers.strip() != "all":
+        in_range = linear.depth == 0 and linear.layer in layers_of(rule.layers, num_layers)
+        if not in_range:
+            return False
+    return not rule.modules or any(is_named(linear.module, name) for name in rule.modules)
+
+
+def is_named(module: str, name: str) -> bool:
+    """Tell whether a name of a rule means a module: itself, what it is part of, or a glob.
+
+    A module of an MTP block also has its name without "mtp.".
+    """
+    own = module.removeprefix(f"{MTP}.")
+    return any(
+        one == name or one.startswith(f"{name}.") or fnmatchcase(one, name) for one in (module, own)
+    )

@@ -1,0 +1,184 @@
+"""The phases of a run, laid out in tokens and steps: pure integers, the same in every process.
+
+A phase ends at the first step that reaches the start of the next one. So the position of a run, in
+tokens, says in which phase it is and how many of its sequences are done: there is nothing to save.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hybrid_train.planning.ramp import RunLength, global_batch, ramps, run_length
+from hybrid_train.schema.data import has_sources
+from hybrid_train.schema.schedule import Schedule
+from hybrid_train.schema.train import BatchRamp, Phase, TrainJob
+from hybrid_train.schema.units import position, tokens
+
+# Setting of a phase -> where it stands in a run.
+SETTINGS = {
+    "blend": "data.blend",
+    "sequence_length": "train.sequence_length",
+    "microbatch": "train.microbatch",
+    "global_batch": "train.global_batch",
+    "tensor": "parallel.tensor",
+    "pipeline": "parallel.pipeline",
+    "context": "parallel.context",
+    "expert": "parallel.expert",
+}
+# What must stay in a phase that has begun; a layout and a microbatch may change at any time.
+FIXED = ("blend", "sequence_length", "global_batch", "constant_lr", "precision_exceptions")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One phase as it will run.
+
+    Attributes:
+        number: of the phase, from 0.
+        name: of the phase; empty in a run without phases.
+        job: the run with the settings of this phase.
+        start: tokens before its first step.
+        end: tokens after its last step.
+        length: its steps and sequences.
+        schedule: of the learning rate in this phase.
+        rate_start: tokens before the phase that count in its schedule.
+        rate_tokens: tokens of the whole run that count in its schedule.
+    """
+
+    number: int
+    name: str
+    job: TrainJob
+    start: int
+    end: int
+    length: RunLength
+    schedule: Schedule
+    rate_start: int
+    rate_tokens: int
+
+    def sequences_before(self, tokens_seen: int) -> int:
+        """Return how many sequences of this phase are done when the run has seen some tokens.
+
+        A position that is not one of this run's own steps is rounded up.
+        """
+        return -(-(tokens_seen - self.start) // self.job.train.sequence_length)
+
+
+def lay_out(job: TrainJob) -> list[Stretch]:
+    """Lay out the phases of a checked run; a run without any is one phase."""
+    total, seen = tokens(job.train.tokens), 0
+    jobs = list(jobs_of(job))
+    phases = job.train.phases or [Phase(name="")]
+    own_rate = [phase.constant_lr is not None for phase in phases]
+    ends = [position(phase.start, total) for phase in phases[1:]] + [total]
+    parts = []
+    for phase_job, end in zip(jobs, ends, strict=True):
+        length = run_length(phase_job.train, seen, end)
+        reached = seen + length.sequences * phase_job.train.sequence_length
+        parts.append((seen, reached, length))
+        seen = reached
+    # The schedule stands still in phases with a rate of their own.
+    lengths = [end - start for start, end, _ in parts]
+    counted = [0 if own else length for own, length in zip(own_rate, lengths, strict=True)]
+    budget = min(total, total - seen + sum(counted))
+    return [
+        Stretch(
+            number=number,
+            name=phases[number].name,
+            job=jobs[number],
+            start=start,
+            end=end,
+            length=length,
+            schedule=jobs[number].schedule,
+            rate_start=sum(counted[:number]),
+            rate_tokens=budget,
+        )
+        for number, (start, end, length) in enumerate(parts)
+    ]
+
+
+def at(stretches: Sequence[Stretch], tokens_seen: int) -> Stretch:
+    """Return the phase of the step that starts after some tokens; at the end, the last one."""
+    for stretch in stretches:
+        if tokens_seen < stretch.end:
+            return stretch
+    return stretches[-1]
+
+
+def rows_of_step(stretches: Sequence[Stretch], step: int) -> tuple[Stretch, int, int] | None:
+    """Return the phase of a step and the rows [first, last) of the phase that it takes.
+
+    None if the run has no such step; the first is 1.
+    """
+    for stretch in stretches:
+        if 0 < step <= stretch.length.steps:
+            train, row = stretch.job.train, 0
+            for number in range(1, step + 1):
+                seen = stretch.start + row * train.sequence_length
+                batch = global_batch(train, seen)
+                if not ramps(train):
+                    return stretch, (step - 1) * batch, step * batch
+                if number == step:
+                    return stretch, row, row + batch
+                row += batch
+        step -= stretch.length.steps
+    return None
+
+
+def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
+    """Yield the run as it is in each phase, without phases.
+
+    A run without `data.sources` leaves the blends of its phases out, see `unread_sources`.
+    """
+    yield from map(copy.deepcopy, views_of(job))
+
+
+def views_of(job: TrainJob) -> Iterator[TrainJob]:
+    """Yield what `jobs_of` does, to look at alone: parts that do not change are those of the run.
+
+    The checks look at thousands of them while they search for a legal value.
+    """
+    current = copy.copy(job)
+    current.train = replace(job.train, phases=[])
+    if not job.train.phases:
+        yield current
+    for number, phase in enumerate(job.train.phases):
+        current = copy.copy(current)
+        for section in ("train", "parallel", "data", "precision"):
+            setattr(current, section, copy.copy(getattr(current, section)))
+        if number:  # the checks see to it that the batch has grown by then
+            current.train.batch_ramp = BatchRamp()
+        for name, path in SETTINGS.items():
+            value = getattr(phase, name)
+            if name == "blend" and not has_sources(job.data):
+                continue
+            if value:
+                section, key = path.split(".")
+                setattr(getattr(current, section), key, value)
+        if phase.precision_exceptions is not None:
+            current.precision.exceptions = [*phase.precision_exceptions, *job.precision.exceptions]
+        current.schedule = job.schedule
+        if phase.constant_lr is not None:
+            current.schedule = Schedule(peak_lr=phase.constant_lr)
+        yield current
+
+
+def unread_sources(job: TrainJob) -> list[str]:
+    """Return the sources that the phases name although the run has none to choose from.
+
+    So a recipe states its blends, and can be tried on any data there is.
+    """
+    if has_sources(job.data):
+        return []
+    return list(dict.fromkeys(name for phase in job.train.phases for name in phase.blend))
+
+
+def scheduled_tokens(job: TrainJob) -> int:
+    """Return the tokens of a run outside of phases with a rate of their own, as they are asked."""
+    total = tokens(job.train.tokens)
+    starts = [position(phase.start, total) for phase in job.train.phases] + [total]
+    own = sum(
+        max(0, end - start)
+        for phase, start, end in zip(job.train.phases, starts[:-1], starts[1:], strict=True)
+        if phase.constant_lr is not None
+    )
+    return total - own

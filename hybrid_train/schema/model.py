@@ -1,0 +1,82 @@
+"""The model: layer pattern and the sizes of each kind of layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from omegaconf import MISSING
+
+from hybrid_train.schema.limits import Factor, Range, Share, Size, Vocabulary
+from hybrid_train.schema.problems import Problem
+
+
+@dataclass(kw_only=True)
+class Attention:
+    """Sizes of the attention layers (*). Grouped queries, no positional embedding, no bias."""
+
+    heads: Size = 32  # query heads
+    kv_heads: Size = 8  # key and value heads; each serves heads / kv_heads query heads
+    head_dim: Size = 128
+
+
+@dataclass(kw_only=True)
+class Mamba:
+    """Sizes of the Mamba-2 layers (M). Inner width is heads * head_dim."""
+
+    heads: Size = 128
+    head_dim: Size = 64
+    state_size: Size = 128  # N: state per channel
+    groups: Size = 8  # heads of one group share B and C
+    chunk_size: Size = 128  # scan chunk; changes speed, not the result
+
+
+@dataclass(kw_only=True)
+class Mlp:
+    """Sizes of the MLP layers (-): down(relu(up(x))^2)."""
+
+    intermediate_size: Size = 21504
+
+
+@dataclass(kw_only=True)
+class Moe:
+    """Sizes and routing of the expert layers (E). Sigmoid scores, no token is dropped."""
+
+    experts: Size = 128
+    top_k: Size = 6  # experts per token
+    intermediate_size: Size = 1856  # inner width of one routed expert
+    shared_intermediate_size: Size | None = None  # inner width of the shared expert; None: no such
+    latent_size: Size | None = None  # LatentMoE: routed experts work in this width; None: hidden
+    scaling_factor: Factor = 1.0  # multiplies the normalised weights of the chosen experts
+    bias_update_rate: Share = 1e-3  # step of the expert bias after each update (0: no bias)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if self.top_k > self.experts:
+            yield Problem(
+                "top_k", self.top_k, f"must not exceed experts ({self.experts})", self.experts
+            )
+
+
+@dataclass(kw_only=True)
+class Mtp:
+    """Multi-token prediction; depth and layers are the parts of the pattern after `/`."""
+
+    repeated_block: bool = True  # one block of weights serves every depth
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A hybrid language model. The pattern has one letter per layer: M * - E."""
+
+    pattern: str = MISSING  # "MEM*M-/*E": three layer kinds, then one MTP depth of two layers
+    hidden_size: Size = MISSING
+    vocab_size: Vocabulary | None = None  # None: that of the tokenizer
+    vocab_multiple: Size = 128  # embedding and head are padded to a multiple of this
+    norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5
+    init_std: Annotated[float, Range(1e-6, 10)] | None = None  # None: 0.9 / sqrt(hidden_size)
+    tie_embeddings: bool = False
+    attention: Attention = field(default_factory=Attention)
+    mamba: Mamba = field(default_factory=Mamba)
+    mlp: Mlp = field(default_factory=Mlp)
+    moe: Moe = field(default_factory=Moe)
+    mtp: Mtp = field(default_factory=Mtp)

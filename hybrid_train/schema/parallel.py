@@ -1,0 +1,54 @@
+"""The parallel layout: how many ways each axis of the work is split."""
+
+import enum
+from dataclasses import dataclass
+
+from hybrid_train.schema.limits import Count, Processes
+
+
+class Recompute(enum.Enum):
+    """Which activations are computed again in the backward pass instead of kept."""
+
+    none = "none"
+    selective = "selective"  # those of `recompute_modules`
+    full = "full"  # all but the inputs of layers
+
+
+class RecomputeModule(enum.Enum):
+    """Part of a layer that keeps its input alone."""
+
+    core_attn = "core_attn"  # softmax attention, between the projections
+    layernorm = "layernorm"  # the norm before the experts; others are part of a linear layer
+    mamba = "mamba"  # all of an M layer
+    mlp = "mlp"  # all of a - layer
+    moe = "moe"  # all of an E layer behind its norm
+    moe_act = "moe_act"  # activation of the routed experts; plain kernels always do so
+    shared_experts = "shared_experts"
+
+
+class RecomputeMethod(enum.Enum):
+    """Which layers `recompute=full` means."""
+
+    uniform = "uniform"  # all, in groups of `recompute_layers`, each of which keeps its input
+    block = "block"  # the first `recompute_layers` of each pipeline stage
+
+
+@dataclass(kw_only=True)
+class Parallel:
+    """Degrees of parallelism. What is left of the processes is data parallel."""
+
+    tensor: Processes = 1
+    pipeline: Processes = 1
+    virtual_pipeline: Processes = 1  # model chunks per pipeline stage (interleaved schedule)
+    expert: Processes = 1
+    expert_tensor: Processes | None = None  # None: the same as tensor
+    context: Processes = 1
+    sequence: bool | None = None  # split norms along the sequence too; None: when tensor > 1
+    distributed_optimizer: bool = True  # split the optimizer state over data-parallel ranks
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass still runs
+    overlap_param_gather: bool = False  # gather parameters while the forward pass already runs
+    recompute: Recompute = Recompute.none  # activations computed again, not kept
+    recompute_modules: list[RecomputeModule] | None = None  # for selective; None: mamba and moe
+    recompute_method: RecomputeMethod = RecomputeMethod.uniform  # for full
+    recompute_layers: Count = 1  # for full: layers of a group, or of a stage
+    fsdp: bool = False  # split weights and gradients too, layer by layer; overlaps by itself
