@@ -19,10 +19,10 @@ class Batch:
     Attributes:
         tokens: inputs, [B, L], int64.
         labels: the token that follows each input, [B, L], int64.
-        loss_mask: 1 where the label counts in the loss, else 0, [B, L], float32.
+        loss_weights: what each label counts in the loss, 0 where it does not, [B, L], float32.
         position_ids: places within the row or within the document, from 0, [B, L], int64.
         sequence_index: number of the document within its row, from 0, non-decreasing, [B, L],
-            int32. Padding at the end of a row is one more, with a loss mask of 0. None: the row is
+            int32. Padding at the end of a row is one more, with weights of 0. None: the row is
             one sequence, whatever is in it. It is of the whole row on every context-parallel rank,
             since Mamba's states and the keys of attention are.
         source: number of the source of each row, [B], int64. None: there is one source only.
@@ -30,7 +30,7 @@ class Batch:
 
     tokens: Tensor
     labels: Tensor
-    loss_mask: Tensor
+    loss_weights: Tensor
     position_ids: Tensor
     sequence_index: Tensor | None = None
     source: Tensor | None = None
@@ -38,7 +38,7 @@ class Batch:
     @property
     def padding(self) -> Tensor | None:
         """Where a packed row holds nothing, [B, L], bool; None if rows are not packed."""
-        return None if self.sequence_index is None else self.loss_mask == 0
+        return None if self.sequence_index is None else self.loss_weights == 0
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`."""

@@ -118,7 +118,7 @@ class Validation:
         if index < self.num_sequences:
             return self._sequences.fill(index)
         filler = self._sequences.fill(0)
-        return {**filler, "loss_mask": np.zeros_like(filler["loss_mask"])}
+        return {**filler, "loss_weights": np.zeros_like(filler["loss_weights"])}
 
 
 def stack(rows: list[Fields]) -> Batch:

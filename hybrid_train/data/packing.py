@@ -66,7 +66,7 @@ def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[s
 
     Returns:
         What a batch holds of the row, each [L]: tokens, labels and position_ids in int64,
-        loss_mask in float32, and in int32 sequence_index, where padding is one more document.
+        loss_weights in float32, and in int32 sequence_index, where padding is one more document.
 
     Raises:
         ValueError: if a piece has no label, or all together do not fit.
@@ -84,7 +84,7 @@ def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[s
     return {
         "tokens": tokens,
         "labels": labels,
-        "loss_mask": (np.arange(row_length) < taken).astype(np.float32),
+        "loss_weights": (np.arange(row_length) < taken).astype(np.float32),
         "position_ids": np.arange(row_length) - np.repeat(starts, runs),
         "sequence_index": np.repeat(np.arange(len(runs), dtype=np.int32), runs),
     }

@@ -165,7 +165,7 @@ class StreamRows:
         ]
 
     def fill(self, row: int) -> dict[str, NDArray[Any]]:
-        """Return tokens, labels, loss_mask and position_ids of a row, each [L]."""
+        """Return tokens, labels, loss_weights and position_ids of a row, each [L]."""
         tokens = np.concatenate([self._stream.documents.read(one) for one in self.pieces(row)])
         mask = np.ones(self._length, dtype=np.float32)
         # The token after a range that was left over is not the one that follows in the text.
@@ -174,7 +174,7 @@ class StreamRows:
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
-            "loss_mask": mask,
+            "loss_weights": mask,
             "position_ids": np.arange(self._length),
         }
 

@@ -166,7 +166,9 @@ class Engine:
         """
         if len(self.chunks) == 1 or not microbatches:
             return microbatches
-        empty = replace(microbatches[0], loss_mask=torch.zeros_like(microbatches[0].loss_mask))
+        empty = replace(
+            microbatches[0], loss_weights=torch.zeros_like(microbatches[0].loss_weights)
+        )
         return microbatches + [empty] * (-len(microbatches) % self.groups.pp.size())
 
     def _run(self, microbatches: list[Batch], *, forward_only: bool) -> "_Losses":
@@ -174,7 +176,7 @@ class Engine:
         terms = self.objective.count(microbatches)
         by_source = torch.zeros(self._told_apart, device=terms.device)
         for batch in microbatches:
-            self._add(by_source, batch, batch.loss_mask.sum(dim=1))
+            self._add(by_source, batch, batch.loss_weights.sum(dim=1))
         totals = torch.cat([terms, by_source])
         dist.all_reduce(totals, group=self.groups.dp_cp)
 

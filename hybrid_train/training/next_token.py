@@ -62,7 +62,7 @@ class NextToken:
         group, continued = self._context_group, None
         if batch.sequence_index is not None:
             continued = continues(batch.sequence_index, group.rank(), group.size())
-        masks = [batch.loss_mask]
+        masks = [batch.loss_weights]
         for _ in self.names[1:]:
             masks.append(shift(masks[-1], group, continued))
         return torch.stack(masks)

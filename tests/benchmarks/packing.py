@@ -83,8 +83,8 @@ def show_speed(length: int, rows: int, rounds: int) -> None:
     print(f"{rows} x {length} tokens\nmedian  documents  plain s  packed s  packed / plain")
     for median in MEDIANS:
         packed, documents = packed_batch(median, rows, length)
-        counted = torch.ones_like(packed.loss_mask)
-        plain = replace(packed, sequence_index=None, loss_mask=counted)
+        counted = torch.ones_like(packed.loss_weights)
+        plain = replace(packed, sequence_index=None, loss_weights=counted)
         seconds(packed), seconds(plain)
         pairs = np.array([(seconds(plain), seconds(packed)) for _ in range(rounds)])
         ratio = np.median(pairs[:, 1] / pairs[:, 0])

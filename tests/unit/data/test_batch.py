@@ -10,7 +10,7 @@ def test_context_ranks_share_the_tokens_and_each_knows_all_documents() -> None:
     batch = packed_batch([documents(3, 4), documents(6)], 8)
     for rank in range(2):
         part = batch.part_of(rank, 2)
-        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        for name in ("tokens", "labels", "loss_weights", "position_ids"):
             assert getattr(part, name).shape == (2, 4)
         assert part.sequence_index is batch.sequence_index
 

@@ -19,7 +19,7 @@ class Counted:
         return {
             "tokens": np.full(LENGTH, row),
             "labels": np.full(LENGTH, row + 1),
-            "loss_mask": np.ones(LENGTH, dtype=np.float32),
+            "loss_weights": np.ones(LENGTH, dtype=np.float32),
             "position_ids": np.arange(LENGTH),
         }
 
@@ -139,7 +139,7 @@ def test_validation_counts_the_same_sequences_on_every_plan(
         number
         for rank in ranks
         for batch in rank
-        for number, mask in zip(numbers(batch), batch.loss_mask, strict=True)
+        for number, mask in zip(numbers(batch), batch.loss_weights, strict=True)
         if mask.any()
     ]
     assert sorted(counted) == list(range(7))
@@ -153,6 +153,6 @@ def test_validation_can_be_repeated() -> None:
 
 def test_a_batch_moves_with_all_its_fields() -> None:
     batch = next(loaders(microbatch=2, data_size=1)[0]).to("meta")
-    fields = (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
+    fields = (batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
     assert {field.device.type for field in fields} == {"meta"}
     assert {tuple(field.shape) for field in fields} == {(2, LENGTH)}

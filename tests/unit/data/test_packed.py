@@ -63,7 +63,7 @@ def test_a_row_holds_the_tokens_of_its_pieces() -> None:
             1000 * one.document + t for one in found for t in range(one.start, one.stop - 1)
         ]
         assert fields["tokens"][: len(expected)].tolist() == expected
-        assert fields["loss_mask"].sum() == len(expected)
+        assert fields["loss_weights"].sum() == len(expected)
         counted = fields["sequence_index"][: len(expected)]
         assert Counter(counted.tolist()) == Counter(
             {number: one.stop - one.start - 1 for number, one in enumerate(found)}

@@ -122,13 +122,13 @@ def test_a_row_gives_back_its_pieces_and_counts_only_them(sizes: list[int], extr
     pieces = [np.arange(100 * number, 100 * number + n) for number, n in enumerate(sizes)]
     taken = sum(sizes) - len(sizes)
     row = fill_row(pieces, taken + extra, pad_id=7)
-    assert row["loss_mask"].sum() == taken
+    assert row["loss_weights"].sum() == taken
     for number, piece in enumerate(pieces):
         own = row["sequence_index"] == number
         assert row["tokens"][own].tolist() == piece[:-1].tolist()
         assert row["labels"][own].tolist() == piece[1:].tolist()
         assert row["position_ids"][own].tolist() == list(range(len(piece) - 1))
-        assert row["loss_mask"][own].all()
+        assert row["loss_weights"][own].all()
     padding = row["sequence_index"] == len(pieces)
     assert padding.sum() == extra
     assert (row["tokens"][padding] == 7).all()
@@ -140,7 +140,7 @@ def test_a_row_has_the_types_of_a_batch() -> None:
     assert {name: str(values.dtype) for name, values in row.items()} == {
         "tokens": "int64",
         "labels": "int64",
-        "loss_mask": "float32",
+        "loss_weights": "float32",
         "position_ids": "int64",
         "sequence_index": "int32",
     }

@@ -56,7 +56,7 @@ def test_labels_are_the_next_tokens_of_the_stream() -> None:
         fields = rows.fill(row)
         assert fields["labels"][:-1].tolist() == fields["tokens"][1:].tolist()
         assert fields["position_ids"].tolist() == list(range(8))
-        assert fields["loss_mask"].tolist() == [1] * 8
+        assert fields["loss_weights"].tolist() == [1] * 8
     first = {fields["tokens"][0]: fields for fields in map(rows.fill, range(rows.first_epoch()))}
     followed = [fields for fields in first.values() if fields["labels"][-1] in first]
     assert len(followed) > 20  # the last label of a row is the first token of another
@@ -99,9 +99,9 @@ def test_what_is_left_over_is_not_labelled_with_what_does_not_follow() -> None:
     masked = 0
     for row in range(12):
         fields = second.fill(row)
-        masked += int((fields["loss_mask"] == 0).sum())
+        masked += int((fields["loss_weights"] == 0).sum())
         for token, label, mask in zip(
-            *(fields[k].tolist() for k in ("tokens", "labels", "loss_mask")), strict=True
+            *(fields[k].tolist() for k in ("tokens", "labels", "loss_weights")), strict=True
         ):
             assert not mask or (token, label) in follows
     assert masked == len(place.left_over)

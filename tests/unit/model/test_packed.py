@@ -93,7 +93,7 @@ def test_every_depth_has_for_a_token_what_it_has_in_a_row_alone(
 def test_without_the_index_documents_see_each_other(groups: Any) -> None:
     model = model_of(groups).eval()
     batch = packed_batch(rows(), LENGTH)
-    concatenated = Batch(batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
+    concatenated = Batch(batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
     with torch.no_grad():
         apart, together = (logits_of(model, one) for one in (batch, concatenated))
     first = slice(0, PLACES[0][0] - DEPTHS)
@@ -148,7 +148,7 @@ def routed(groups: Any, length: int, scale: float = 0.1) -> tuple[Any, dict[str,
     AUX_LOSSES.take()
     batch = packed_batch(rows()[:1], length)
     losses = losses_of(model, batch)
-    continued = torch.stack([batch.loss_mask] + [torch.zeros_like(batch.loss_mask)] * DEPTHS)
+    continued = torch.stack([batch.loss_weights] + [torch.zeros_like(batch.loss_weights)] * DEPTHS)
     found = gradients(model, (losses * continued).sum())
     return model, {name: g for name, g in found.items() if "router" in name}
 

@@ -45,7 +45,7 @@ class Rows:
         self._batch = batch_of(some_rows(number))
 
     def fill(self, row: int) -> Fields:
-        names = ("tokens", "labels", "loss_mask", "position_ids")
+        names = ("tokens", "labels", "loss_weights", "position_ids")
         return {name: getattr(self._batch, name)[row].numpy() for name in names}
 
 
