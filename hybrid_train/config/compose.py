@@ -26,11 +26,21 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import checks, frozen, launcher, overrides, own_conf, registry, yaml_files
+from hybrid_train.config import (
+    checks,
+    extensions,
+    frozen,
+    launcher,
+    overrides,
+    own_conf,
+    registry,
+    yaml_files,
+)
 from hybrid_train.config.check_files import no_run
 from hybrid_train.config.command_text import setting
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.extension import is_path
 from hybrid_train.schema.generate import GenerateJob
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, UserError, collect
@@ -136,14 +146,57 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
         problems += [problem for _, problem in chosen if problem is not None]
         choices = [_as_read(one) for one, problem in chosen if problem is None]
         files = yaml_files.walk(job_name, choices, conf_folders(own))
-        config = _composed(job_name, choices, problems, files)
+        with _own_sections(job_name, choices, given, files, problems):
+            config = _composed(job_name, choices, problems, files)
+    problems += extensions.type_lists(config)
     for override in given.values:
         problems.extend(overrides.set_value(config, override, groups))
     for key, texts in given.texts.items():
         OmegaConf.update(config, key, texts)
+    problems += extensions.type_lists(config)
     unreadable = _take_loaded_model(config, given, groups)
     found, wrong = _in_words(job_name, [*problems, *unreadable], groups)
     return Draft(config, found, wrong | {"model"} if unreadable else wrong, files, choices)
+
+
+@contextmanager
+def _own_sections(
+    job_name: str,
+    choices: list[str],
+    given: overrides.Given,
+    files: yaml_files.Walk,
+    problems: list[Problem],
+) -> Iterator[None]:
+    """Let Hydra compose sections of a user's own kind on the settings of that kind.
+
+    A choice that does not name the kind itself gives way; what cannot be imported is a problem.
+    """
+    groups = group_names(job_name)
+    sections = {}
+    for place in extensions.SECTIONS:
+        kind = _own_kind(place, given, files) if place in groups else None
+        if kind is None:
+            continue
+        try:
+            section = extensions.typed_section(kind, place)
+        except ValueError as error:
+            raise ConfigError([*problems, Problem(f"{place}.kind", kind, str(error))]) from error
+        chosen = [one for one in files.files if one.startswith(f"{place}/")][-1]
+        if files.sets(chosen, "kind") != kind:
+            choices[:] = [one for one in choices if not one.startswith(f"{place}=")]
+            choices.append(f"~{place}")
+        sections[place] = section
+    with registry.sections_of(job_name, sections):
+        yield
+
+
+def _own_kind(place: str, given: overrides.Given, files: yaml_files.Walk) -> str | None:
+    """Return the kind of a section if it is an import path: the command line's, else a file's."""
+    for override in reversed(given.values):
+        if override.key_or_group == f"{place}.kind":
+            return str(override.value()) if is_path(override.value()) else None
+    found = files.place(f"{place}.kind")
+    return found[1] if found and is_path(found[1]) else None
 
 
 def _as_read(choice: Override) -> str:

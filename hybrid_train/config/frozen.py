@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_train.config import checks, launcher, registry, yaml_files
+from hybrid_train.config import checks, extensions, launcher, registry, yaml_files
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.train import TrainJob
@@ -83,9 +83,13 @@ def load(run_dir: Path) -> TrainJob:
     try:
         saved = OmegaConf.create(yaml_files.text_of(path))
         typed = OmegaConf.structured(TrainJob)
-        for group in typed:
-            _choose_kind(typed, saved, str(group))
-        return cast("TrainJob", OmegaConf.to_object(OmegaConf.merge(typed, saved)))
+        for group in map(str, typed):
+            if isinstance(typed._get_node(group), DictConfig):
+                _choose_kind(typed, saved, group)
+        whole = cast("DictConfig", OmegaConf.merge(typed, saved))
+        if found := list(extensions.type_lists(whole)):
+            raise ConfigError(found)
+        return cast("TrainJob", OmegaConf.to_object(whole))
     except ConfigError as error:
         raise ConfigError(error.problems, f"read from {path}") from error
     except _UNREADABLE as error:
@@ -115,6 +119,12 @@ def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
     """Put the schema of the saved kind in place of the general one."""
     kind = OmegaConf.select(saved, f"{group}.kind")
     if kind is None:
+        return
+    if group in extensions.SECTIONS:
+        try:
+            typed[group] = extensions.typed_section(kind, group)
+        except ValueError as error:
+            raise ConfigError([Problem(f"{group}.kind", kind, str(error))]) from error
         return
     known = registry.kinds(group)
     if kind not in known:

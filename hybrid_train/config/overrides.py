@@ -19,6 +19,7 @@ from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, Strin
 
 from hybrid_train.config.command_text import quoted, setting, typed
 from hybrid_train.config.registry import kinds
+from hybrid_train.schema.extension import is_path
 from hybrid_train.schema.names import nearest, nearest_key
 from hybrid_train.schema.problems import Problem, within_limits
 
@@ -202,6 +203,8 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
         return
     group, _, name = key.partition(".")
     if name == "kind" and kinds(group):
+        if is_path(override.value()):  # the composition has made the section of this kind
+            return
         yield Problem(key, text, f"is set by the choice of {group}", f"{group}={text}")
         return
     value: Any = override.value()

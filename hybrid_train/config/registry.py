@@ -4,11 +4,13 @@ A YAML file of a group starts from `/schema/GROUP/KIND`; a saved run finds the c
 again by the `kind` it wrote. Groups with one schema only call it `base`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.checkpoint import Checkpoint
@@ -20,7 +22,7 @@ from hybrid_train.schema.doctor import DoctorJob
 from hybrid_train.schema.generate import GenerateJob
 from hybrid_train.schema.limits import MOST_TOKENS
 from hybrid_train.schema.model import Model
-from hybrid_train.schema.objective import NextToken
+from hybrid_train.schema.objective import OBJECTIVES
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision
@@ -78,7 +80,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("schedule", "constant"): Schedule,
     ("schedule", "cosine"): Cosine,
     ("schedule", "wsd"): Wsd,
-    ("objective", "next_token"): NextToken,
+    **{("objective", kind): schema for kind, schema in OBJECTIVES.items()},
     ("checkpoint", "base"): Checkpoint,
     ("recovery", "base"): Recovery,
     ("tracking", "base"): Tracking,
@@ -98,6 +100,23 @@ def register() -> None:
     store = ConfigStore.instance()
     for (group, kind), schema in SCHEMAS.items():
         store.store(group=f"schema/{group}", name=kind, node=schema)
+
+
+@contextmanager
+def sections_of(job_name: str, sections: dict[str, DictConfig]) -> Iterator[None]:
+    """Let the schema of a job have sections of other kinds for as long as the block lasts."""
+    store, schema = ConfigStore.instance(), SCHEMAS.get(("job", job_name))
+    if schema is None or not sections:
+        yield
+        return
+    root = OmegaConf.structured(schema)
+    for place, section in sections.items():
+        root[place] = section
+    store.store(group="schema/job", name=job_name, node=root)
+    try:
+        yield
+    finally:
+        store.store(group="schema/job", name=job_name, node=schema)
 
 
 def share(part: float, total: str) -> str:

@@ -111,6 +111,11 @@ class Walk:
                     return f"{file}, line {node.start_mark.line + 1}", value
         return None
 
+    def sets(self, name: str, key: str) -> str | None:
+        """Return what a file sets a top-level key to; None if it does not, or is not there."""
+        node = _at(self.files[name][1], [key]) if name in self.files else None
+        return node.value if isinstance(node, yaml.ScalarNode) else None
+
     def named_in(self, text: str) -> str | None:
         """Return the file that a text of Hydra names, as in: In 'experiment/mine': ..."""
         named = re.match(r"In '([^']*)'", text)

@@ -53,7 +53,7 @@ def build_engine(
         optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
         objective=NextToken(
             depths=pattern.mtp_depths,
-            mtp_loss_scale=job.objective.mtp_loss_scale,
+            mtp_loss_scale=job.objective.mtp_loss_scale,  # type: ignore[attr-defined]
             context_group=groups.cp,
         ),
         finalizer=megatron.Finalizer(built.config),

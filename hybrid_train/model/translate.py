@@ -124,7 +124,6 @@ def _mtp(job: TrainJob, pattern: Pattern) -> dict[str, object]:
         return {}
     return {
         "mtp_num_layers": pattern.mtp_depths,
-        "mtp_loss_scaling_factor": job.objective.mtp_loss_scale,
         "mtp_use_repeated_layer": job.model.mtp.repeated_block,
     }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -23,7 +24,7 @@ from hybrid_train.schema.limits import (
     Weight,
 )
 from hybrid_train.schema.model import Model
-from hybrid_train.schema.objective import NextToken
+from hybrid_train.schema.objective import NextToken, Objective
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, PrecisionRule
@@ -93,7 +94,10 @@ class TrainJob:
     data: Data = field(default_factory=Data)
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
-    objective: NextToken = field(default_factory=NextToken)
+    objective: Objective = field(default_factory=NextToken)
+    edits: list[Any] = field(default_factory=list)  # of the model, by import path, in their order
+    hooks: list[Any] = field(default_factory=list)  # of the loop, by import path, after ours
+    row_transforms: list[Any] = field(default_factory=list)  # of the data, by import path
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     recovery: Recovery = field(default_factory=Recovery)
     tracking: Tracking = field(default_factory=Tracking)

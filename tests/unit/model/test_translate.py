@@ -24,7 +24,7 @@ def config_of(groups: Any) -> Any:
 
 
 def test_sizes_arrive_where_they_belong(config_of: Any) -> None:
-    config = config_of(tiny_job(objective=NextToken(mtp_loss_scale=0.3, moe_aux_loss_scale=0.02)))
+    config = config_of(tiny_job(objective=NextToken(moe_aux_loss_scale=0.02)))
     assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (6, 32, 64)
     assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (4, 2, 8)
     assert (config.mamba_num_heads, config.mamba_head_dim) == (4, 16)
@@ -34,7 +34,6 @@ def test_sizes_arrive_where_they_belong(config_of: Any) -> None:
     assert (config.moe_latent_size, config.moe_router_topk_scaling_factor) == (16, 2.5)
     assert config.moe_aux_loss_coeff == 0.02
     assert (config.mtp_num_layers, config.mtp_use_repeated_layer) == (2, True)
-    assert config.mtp_loss_scaling_factor == 0.3
 
 
 def test_family_traits_do_not_depend_on_the_job(config_of: Any) -> None:

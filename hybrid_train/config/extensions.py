@@ -1,0 +1,131 @@
+"""Parts of a user's own package: their settings are found by import path and typed like ours.
+
+`objective: {kind: "my_package.focal:Focal", gamma: 2}` makes the objective a `Focal`, in a file or
+on the command line; `edits`, `hooks` and `row_transforms` are lists of such parts.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hybrid_train.schema.extension import Edit, Extension, Hook, RowTransform, is_path
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.objective import OBJECTIVES, Objective
+from hybrid_train.schema.problems import Problem
+
+# What a class of settings at each place derives from, and the kinds of ours.
+SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {"objective": (Objective, OBJECTIVES)}
+LISTS: dict[str, type[Extension]] = {"edits": Edit, "hooks": Hook, "row_transforms": RowTransform}
+_HOW = "package.module:Class, the import path of a class of settings"
+
+
+def settings_of(kind: str, base: type[Extension]) -> type[Extension]:
+    """Import a class of settings.
+
+    Args:
+        kind: its import path, package.module:Class.
+        base: what it must derive from.
+
+    Raises:
+        ValueError: with the rule that it breaks.
+    """
+    module_name, _, name = kind.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        where = "install its package, or name the folder that holds it in PYTHONPATH"
+        raise ValueError(f"there is no module {error.name}; {where}") from error
+    except Exception as error:  # whatever a file of somebody else's may raise
+        words = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{module_name} cannot be imported: {words}") from error
+    found = getattr(module, name, None)
+    wanted = f"{base.__module__}.{base.__name__}"
+    if found is None:
+        near = nearest(name, [one for one in vars(module) if not one.startswith("_")])
+        hint = f"; it has {near}" if near else ""
+        raise ValueError(f"{module_name} has no class {name}{hint}")
+    if not (isinstance(found, type) and issubclass(found, base) and is_dataclass(found)):
+        raise ValueError(f"{name} must be a dataclass that derives from {wanted}")
+    _require_implementation(found)
+    return found
+
+
+def _require_implementation(settings: type[Extension]) -> None:
+    """Raise a ValueError unless the class names code that is there, as far as can be seen."""
+    place = settings.implementation
+    if not is_path(place):
+        form = 'implementation: ClassVar[str] = "package.module:Class"'
+        raise ValueError(f"{settings.__name__} must name the code that it is for: {form}")
+    module_name = place.partition(":")[0]
+    try:
+        there = importlib.util.find_spec(module_name) is not None
+    except ModuleNotFoundError:
+        there = False
+    if not there:
+        rule = f"is for {place}, and there is no module {module_name}"
+        raise ValueError(f"{settings.__name__} {rule}")
+
+
+def typed_section(kind: str, place: str) -> DictConfig:
+    """Return the settings of a section of one kind, every one at its default.
+
+    Args:
+        kind: a word of ours, or an import path.
+        place: the section.
+
+    Raises:
+        ValueError: with the rule that the kind breaks.
+    """
+    base, ours = SECTIONS[place]
+    if is_path(kind):
+        section: DictConfig = OmegaConf.structured(settings_of(kind, base))
+        section.kind = kind
+        return section
+    if kind not in ours:
+        raise ValueError(f"must be one of {', '.join(ours)}, or {_HOW}")
+    return cast("DictConfig", OmegaConf.structured(ours[kind]))
+
+
+def type_lists(config: DictConfig) -> Iterator[Problem]:
+    """Type the entries of every list of parts, in place; yield what is wrong with them."""
+    for name, base in LISTS.items():
+        entries = config.get(name)
+        for number, entry in enumerate(entries if isinstance(entries, ListConfig) else ()):
+            path = f"{name}.{number}"
+            is_typed = isinstance(entry, DictConfig) and is_dataclass(OmegaConf.get_type(entry))
+            if is_typed:
+                continue
+            if not isinstance(entry, DictConfig) or not is_path(entry.get("kind")):
+                yield Problem(path, entry, f"must have a kind, {_HOW}")
+                continue
+            try:
+                entries[number] = _typed_entry(entry, base)
+            except OmegaConfBaseException as error:
+                key = f"{path}.{error.key}" if error.key else path
+                yield Problem(key, _value_at(entry, error.key), _words(error, entry.kind, base))
+            except ValueError as error:
+                yield Problem(f"{path}.kind", entry.kind, str(error))
+
+
+def _typed_entry(entry: DictConfig, base: type[Extension]) -> DictConfig:
+    section = OmegaConf.structured(settings_of(entry.kind, base))
+    return cast("DictConfig", OmegaConf.merge(section, entry))
+
+
+def _value_at(entry: DictConfig, key: Any) -> object:
+    return entry.get(key) if key in entry else OmegaConf.to_container(entry)
+
+
+def _words(error: OmegaConfBaseException, kind: str, base: type[Extension]) -> str:
+    """Say what does not fit; of a name that is not there, which are."""
+    settings = settings_of(kind, base)
+    known = [one.name for one in fields(settings) if one.name != "kind"]
+    if error.key is not None and error.key not in known:
+        there = f"; it has {', '.join(known)}" if known else "; it has none"
+        return f"{settings.__name__} has no such setting{there}"
+    return str(error).partition("\n")[0]
