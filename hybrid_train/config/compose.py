@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, overload
@@ -38,6 +38,7 @@ from hybrid_train.config import (
 )
 from hybrid_train.config.check_files import no_run
 from hybrid_train.config.command_text import setting
+from hybrid_train.config.commands import ROOTS
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.count import CountJob
 from hybrid_train.schema.extension import is_path
@@ -48,26 +49,6 @@ from hybrid_train.schema.resume import ResumeJob
 from hybrid_train.schema.submit import SubmitJob
 from hybrid_train.schema.train import TrainJob
 
-# Keys that take text as it stands: commas and * mean nothing to Hydra there.
-RAW_KEYS = {
-    "generate": ("prompt",),
-    "study": ("overrides",),
-    "resume": ("overrides",),
-    "data_train_tokenizer": ("input", "special_tokens"),
-    **dict.fromkeys(
-        ("data_tokenize", "data_merge", "data_split", "data_inspect", "data_count", "data_verify"),
-        ("input",),
-    ),
-}
-# Choices that have a better word on the command line than the folder in conf/ that they are of.
-GROUP_WORDS = {"study": {"name": "study"}}
-_WHAT_IS_READY = {
-    "train": "`hybrid-train recipes` lists experiments with everything set",
-    "check": "`hybrid-train recipes` lists experiments with everything set",
-    "submit": "`hybrid-train recipes` lists experiments with everything set",
-    "count": "`hybrid-train models` lists the models that have a name: model=NAME",
-    "study": "name=NAME takes one that is ready: `hybrid-train study --help` lists them",
-}
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -117,7 +98,9 @@ def config_loader(job_name: str, own: Sequence[Path] = ()) -> Iterator[ConfigLoa
     """
     registry.register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), job_name=job_name, version_base="1.3"):
+    has_file = (conf_dir() / f"{job_name}.yaml").is_file()
+    root = nullcontext() if has_file else registry.root_without_file(job_name)
+    with root, initialize_config_dir(str(conf_dir()), job_name=job_name, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         own_conf.add_folders(loader, conf_folders(own)[1:])
         yield loader
@@ -126,8 +109,9 @@ def config_loader(job_name: str, own: Sequence[Path] = ()) -> Iterator[ConfigLoa
 def group_names(job_name: str) -> list[str]:
     """Return the config groups of a job, in the order of its defaults list."""
     found: list[str] = []
-    root = cast("DictConfig", OmegaConf.load(conf_dir() / f"{job_name}.yaml"))
-    for entry in root.defaults:
+    file = conf_dir() / f"{job_name}.yaml"
+    root = cast("DictConfig", OmegaConf.load(file)) if file.is_file() else None
+    for entry in root.defaults if root is not None else ():
         if isinstance(entry, DictConfig):
             found += [str(group) for group in entry if "/schema/" not in str(group)]
         elif (conf_dir() / f"{entry}.yaml").is_file():  # another job, which this one is based on
@@ -139,7 +123,7 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
     """Compose without checks; settings that do not fit are left out and reported."""
     groups = group_names(job_name)
     rest, own = own_conf.taken_out(lines)
-    given = overrides.read(spelt_out(job_name, rest), groups, RAW_KEYS.get(job_name, ()))
+    given = overrides.read(spelt_out(job_name, rest), groups, ROOTS[job_name].texts)
     problems = given.problems
     with config_loader(job_name, own) as loader:
         chosen = [(one, _wrong_choice(loader, one)) for one in given.groups]
@@ -225,7 +209,7 @@ def _in_words(
     job_name: str, problems: list[Problem], groups: Sequence[str]
 ) -> tuple[list[Problem], set[str]]:
     """Name groups by their words, and tell of which of them nothing right was chosen."""
-    words = {group: word for word, group in GROUP_WORDS.get(job_name, {}).items()}
+    words = {group: word for word, group in ROOTS[job_name].words.items()}
     wrong = {
         group
         for group in groups
@@ -277,7 +261,7 @@ def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:
         return [
             line if mine else f"overrides={line}" for line, mine in zip(lines, is_own, strict=True)
         ]
-    groups = GROUP_WORDS.get(job_name, {})
+    groups = ROOTS[job_name].words
     keys_and_rest = [(line.partition("=")[0], line) for line in lines]
     return [
         groups[key] + line[len(key) :] if key in groups else line for key, line in keys_and_rest
@@ -335,7 +319,7 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
         rule = "are not set" if len(missing) > 1 else "is not set"
         found.append(Problem(", ".join(missing), "???", rule))
         typed = job_name.replace("_", " ", 1)
-        advice = _WHAT_IS_READY.get(job_name, f"`hybrid-train {typed} --help` lists the settings")
+        advice = ROOTS[job_name].ready or f"`hybrid-train {typed} --help` lists the settings"
     refused = {problem.path for problem in composed.problems}  # left out, so reported once
     found = composed.problems + [problem for problem in found if problem.path not in refused]
     if found:

@@ -18,8 +18,8 @@ from omegaconf.nodes import EnumNode
 
 from hybrid_train.config import yaml_files
 from hybrid_train.config.command_text import setting
+from hybrid_train.config.commands import ROOTS
 from hybrid_train.config.compose import (
-    GROUP_WORDS,
     Draft,
     conf_folders,
     config_loader,
@@ -44,7 +44,7 @@ class Setting:
 
 def choices(job_name: str) -> dict[str, dict[str, str]]:
     """Return the choices of every group of a job, each with the first comment of its file."""
-    words = {group: word for word, group in GROUP_WORDS.get(job_name, {}).items()}
+    words = {group: word for word, group in ROOTS[job_name].words.items()}
     return {words.get(group, group): descriptions(group) for group in group_names(job_name)}
 
 

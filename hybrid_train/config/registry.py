@@ -12,65 +12,25 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from hybrid_train.schema.check import CheckJob
+from hybrid_train.config.commands import ROOTS
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.cluster import Cluster
-from hybrid_train.schema.convert import ConvertJob
-from hybrid_train.schema.count import CountJob
 from hybrid_train.schema.data import Data, Quickstart
-from hybrid_train.schema.doctor import DoctorJob
-from hybrid_train.schema.generate import GenerateJob
 from hybrid_train.schema.limits import MOST_TOKENS
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import OBJECTIVES
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision
-from hybrid_train.schema.prepare import (
-    CountTokensJob,
-    InspectJob,
-    MergeJob,
-    SplitJob,
-    TokenizeJob,
-    TrainTokenizerJob,
-    VerifyTokensJob,
-)
 from hybrid_train.schema.profile import Profile
 from hybrid_train.schema.recovery import Recovery
-from hybrid_train.schema.report import ReportJob, StatusJob
-from hybrid_train.schema.resume import ResumeJob
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.schedule import Cosine, Schedule, Wsd
-from hybrid_train.schema.show import IndexJob, ShowJob
-from hybrid_train.schema.study import StudyJob
-from hybrid_train.schema.submit import SubmitJob
 from hybrid_train.schema.tracking import Tracking
-from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import is_tokens, tokens
-from hybrid_train.schema.verify import VerifyJob
 
 SCHEMAS: dict[tuple[str, str], type[Any]] = {
-    ("job", "train"): TrainJob,
-    ("job", "check"): CheckJob,
-    ("job", "submit"): SubmitJob,
-    ("job", "study"): StudyJob,
-    ("job", "resume"): ResumeJob,
-    ("job", "generate"): GenerateJob,
-    ("job", "count"): CountJob,
-    ("job", "doctor"): DoctorJob,
-    ("job", "convert"): ConvertJob,
-    ("job", "verify"): VerifyJob,
-    ("job", "status"): StatusJob,
-    ("job", "report"): ReportJob,
-    ("job", "data_index"): IndexJob,
-    ("job", "data_show"): ShowJob,
-    ("job", "data_tokenize"): TokenizeJob,
-    ("job", "data_merge"): MergeJob,
-    ("job", "data_split"): SplitJob,
-    ("job", "data_inspect"): InspectJob,
-    ("job", "data_count"): CountTokensJob,
-    ("job", "data_verify"): VerifyTokensJob,
-    ("job", "data_train_tokenizer"): TrainTokenizerJob,
+    **{("job", root): command.schema for root, command in ROOTS.items() if command.schema},
     ("model", "base"): Model,
     ("parallel", "base"): Parallel,
     ("precision", "base"): Precision,
@@ -100,6 +60,20 @@ def register() -> None:
     store = ConfigStore.instance()
     for (group, kind), schema in SCHEMAS.items():
         store.store(group=f"schema/{group}", name=kind, node=schema)
+
+
+@contextmanager
+def root_without_file(job_name: str) -> Iterator[None]:
+    """Let the schema of a job be its root for as long as the block lasts.
+
+    Beside a file of this name Hydra would take the schema for one of Hydra 1.0, and warn.
+    """
+    store = ConfigStore.instance()
+    store.store(name=job_name, node=SCHEMAS[("job", job_name)])
+    try:
+        yield
+    finally:
+        del store.repo[f"{job_name}.yaml"]
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class Walk:
 
     def place(self, key: str) -> tuple[str, str] | None:
         """Return file and line, and the value, of a dotted key; None if no file sets it."""
+        if not self.files:
+            return None
         root, *rest = self.files
         # An experiment has the last word, and what includes another file the last but one.
         rest.sort(key=lambda name: name.partition("/")[0] not in GLOBAL_GROUPS)

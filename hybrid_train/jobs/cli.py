@@ -16,75 +16,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hybrid_train.config import launcher, own_conf
+from hybrid_train.config.commands import COMMANDS, Command, root_of
 from hybrid_train.config.secrets import masked
 from hybrid_train.runtime.streams import accept_any_letter
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import UserError, explained_by_the_system
 
-
-@dataclass(frozen=True)
-class Job:
-    """One word of the command line."""
-
-    summary: str
-    module: str  # has run(job) for a composed job, run(arguments) for another
-    composed: bool = True  # whether conf/NAME.yaml describes it
-
-
-# A name of two words is a job of a family: `hybrid-train data tokenize`, conf/data_tokenize.yaml.
-JOBS = {
-    "train": Job("train a model, or go on with a run that stopped", "hybrid_train.jobs.train"),
-    "resume": Job("go on with a run as its folder says", "hybrid_train.jobs.resume"),
-    "check": Job(
-        "check a training run for processes=N and print its plan", "hybrid_train.jobs.check"
-    ),
-    "status": Job("say how a run is: state, progress, attempts", "hybrid_train.jobs.status"),
-    "report": Job("write a page with the curves of a run", "hybrid_train.jobs.report"),
-    "generate": Job("write text with a trained model", "hybrid_train.jobs.generate"),
-    "study": Job(
-        "compare variants of a run with a baseline, several seeds each", "hybrid_train.jobs.study"
-    ),
-    "recipes": Job(
-        "list the experiments that are ready to run", "hybrid_train.jobs.recipes", False
-    ),
-    "models": Job("list the models that have a name", "hybrid_train.jobs.models", False),
-    "doctor": Job(
-        "examine this machine: libraries, GPUs, limits, speed; what to mend",
-        "hybrid_train.jobs.doctor",
-    ),
-    "count": Job(
-        "count parameters, tensors, FLOPs and cache of a model", "hybrid_train.jobs.count"
-    ),
-    "convert": Job(
-        "turn a Hugging Face folder into a checkpoint, or back", "hybrid_train.jobs.convert"
-    ),
-    "verify": Job(
-        "compare a checkpoint with a Hugging Face folder: tensors, logits",
-        "hybrid_train.jobs.verify",
-    ),
-    "data tokenize": Job(
-        "turn text into token files; goes on after a kill", "hybrid_train.jobs.data_tokenize"
-    ),
-    "data merge": Job("join token files of one tokenizer", "hybrid_train.jobs.data_merge"),
-    "data split": Job("split token files by shares or by tokens", "hybrid_train.jobs.data_split"),
-    "data inspect": Job("show lengths and documents", "hybrid_train.jobs.data_inspect"),
-    "data count": Job("count documents and tokens", "hybrid_train.jobs.data_count"),
-    "data verify": Job(
-        "read token files whole: checksums, index, token ids", "hybrid_train.jobs.data_verify"
-    ),
-    "data index": Job(
-        "build the indices of a run's data ahead; print its blend", "hybrid_train.jobs.data_index"
-    ),
-    "data show": Job("show what a run reads at a step", "hybrid_train.jobs.data_show"),
-    "data train_tokenizer": Job(
-        "train a byte-level BPE tokenizer from text", "hybrid_train.jobs.data_train_tokenizer"
-    ),
-}
+_WITH_JSON = [name for name, command in COMMANDS.items() if command.prints_json]
 FLAGS = {
     "--help": "this text, or that of a job: hybrid-train train --help",
     "--cfg job": "print the composed config and stop; hydra or all: with Hydra's own part",
@@ -93,7 +35,8 @@ FLAGS = {
     "--multirun": "run every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
     "--config-dir PATH": "a folder with YAML files of your own, such as PATH/experiment/mine.yaml; "
     "conf/ of the working folder is one without being named",
-    "--json": "short for json=true, of jobs that print one JSON object if asked: doctor, status",
+    "--json": "short for json=true, of jobs that print one JSON object if asked: "
+    f"{', '.join(_WITH_JSON)}",
     "--version": "print the version",
 }
 FIRST_SPEAKS_S = 5.0
@@ -108,7 +51,6 @@ _INSTEAD = {
     ("--shell-completion", "-sc"): "there is no completion",
     ("--experimental-rerun",): "hybrid-train resume run_dir=PATH goes on with a run",
 }
-_WITH_JSON = ("doctor", "status")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -246,16 +188,16 @@ def _job_name(words: Sequence[str]) -> tuple[str, list[str]]:
         UserError: if there is no such job.
     """
     first, *rest = words
-    if first in JOBS:
+    if first in COMMANDS:
         return first, rest
     if first in _families():
         if not rest:
             return first, rest
         second, *rest = rest
-        if f"{first} {second}" in JOBS:
+        if f"{first} {second}" in COMMANDS:
             return f"{first} {second}", rest
         raise _no_such_job(second, _family(first), f"{first} ")
-    raise _no_such_job(first, list(JOBS), "")
+    raise _no_such_job(first, list(COMMANDS), "")
 
 
 def _no_such_job(name: str, known: Sequence[str], family: str) -> UserError:
@@ -277,7 +219,7 @@ def _require_useful(name: str, options: argparse.Namespace) -> None:
         raise UserError("--resolve belongs to --cfg: --cfg job --resolve prints values in place")
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} do not go together")
-    if asked and name in JOBS and not JOBS[name].composed:
+    if asked and name in COMMANDS and not COMMANDS[name].schema:
         raise UserError(f"{name} has no option --{asked[0]}; hybrid-train {name} is all there is")
     if options.json and name not in _WITH_JSON:
         raise UserError(f"{name} has no option --json; {' and '.join(_WITH_JSON)} have")
@@ -285,31 +227,31 @@ def _require_useful(name: str, options: argparse.Namespace) -> None:
 
 def _families() -> set[str]:
     """Return the first words of jobs that have two."""
-    return {name.partition(" ")[0] for name in JOBS if " " in name}
+    return {name.partition(" ")[0] for name in COMMANDS if " " in name}
 
 
 def _family(first: str) -> list[str]:
     """Return the second words of a family."""
-    return [name.partition(" ")[2] for name in JOBS if name.startswith(f"{first} ")]
+    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
 
 
 def _no_job() -> NoReturn:
-    raise UserError(f"which job? There are {', '.join(JOBS)}; see hybrid-train --help")
+    raise UserError(f"which job? There are {', '.join(COMMANDS)}; see hybrid-train --help")
 
 
 def _job_command(
     name: str, words: Sequence[str], options: argparse.Namespace
 ) -> Callable[[], int | None]:
     """Return what a job's command line starts."""
-    job = JOBS[name]
+    job = COMMANDS[name]
     if options.help:
         return _help_text(name, words)
     launcher.require_sound()
-    if not job.composed:
+    if not job.schema:
         return lambda: importlib.import_module(job.module).run(list(words))
     from hybrid_train.config import compose, describe  # Hydra takes a moment to import
 
-    root = config_name(name)
+    root = root_of(name)
     if options.cfg:
         return _printer(describe.config_text(root, words, options.cfg, resolve=options.resolve))
     if options.info:
@@ -322,13 +264,8 @@ def _job_command(
     return lambda: _run(job, config)
 
 
-def config_name(name: str) -> str:
-    """Return the root in conf/ of a job: "data tokenize" -> "data_tokenize"."""
-    return name.replace(" ", "_")
-
-
-def _run(job: Job, config: Any) -> int | None:
-    code: int | None = importlib.import_module(job.module).run(config)
+def _run(command: Command, config: Any) -> int | None:
+    code: int | None = importlib.import_module(command.module).run(config)
     return code
 
 
@@ -343,11 +280,11 @@ def _help_text(name: str | None, words: Sequence[str]) -> Callable[[], None]:
     """Return what prints the help of all jobs, of a family, or of one."""
     from hybrid_train.jobs import help as help_page
 
-    if name is None or name not in JOBS or not JOBS[name].composed:
-        within = f"{name} " if name and name not in JOBS else ""
-        jobs = {known: job.summary for known, job in JOBS.items() if known.startswith(within)}
+    if name is None or name not in COMMANDS or not COMMANDS[name].schema:
+        within = f"{name} " if name and name not in COMMANDS else ""
+        jobs = {known: job.summary for known, job in COMMANDS.items() if known.startswith(within)}
         return lambda: help_page.show_jobs(jobs, FLAGS)
-    return lambda: help_page.show_job(name, config_name(name), JOBS[name].summary, words)
+    return lambda: help_page.show_job(name, root_of(name), COMMANDS[name].summary, words)
 
 
 def _version() -> None:

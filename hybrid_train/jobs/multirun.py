@@ -9,7 +9,8 @@ from hydra.core.override_parser.types import Override
 
 from hybrid_train.config import overrides
 from hybrid_train.config.command_text import setting, typed
-from hybrid_train.config.compose import RAW_KEYS, compose
+from hybrid_train.config.commands import ROOTS, root_of
+from hybrid_train.config.compose import compose
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.schema.problems import ConfigError, Problem
 from hybrid_train.schema.train import TrainJob
@@ -33,8 +34,8 @@ def commands(name: str, lines: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigError: if any combination cannot run.
     """
-    root = name.replace(" ", "_")
-    texts = [line for line in lines if line.partition("=")[0] in RAW_KEYS.get(root, ())]
+    root = root_of(name)
+    texts = [line for line in lines if line.partition("=")[0] in ROOTS[root].texts]
     listed, problems = [], []
     for number, combination in enumerate(combinations([o for o in lines if o not in texts])):
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import build_quickstart
-from hybrid_train.jobs.cli import JOBS
+from hybrid_train.config.commands import COMMANDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,7 +66,7 @@ SCRIPTS = {
 def test_every_job_that_prepares_data_has_a_script() -> None:
     others = {path.stem for path in (ROOT / "data_tools").glob("*.py")} - SCRIPTS.keys()
     assert others == {"build_quickstart"}
-    assert {f"data {job}" for job in SCRIPTS.values()} <= JOBS.keys()
+    assert {f"data {job}" for job in SCRIPTS.values()} <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

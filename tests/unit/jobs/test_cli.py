@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from hybrid_train.config import launcher
+from hybrid_train.config.commands import COMMANDS
 from hybrid_train.config.compose import conf_dir, draft
 from hybrid_train.jobs import cli, multirun
 from hybrid_train.schema.problems import ConfigError, UserError
@@ -48,7 +49,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("recipes", "--help")])
 def test_help_lists_every_job(capsys: pytest.CaptureFixture[str], arguments: tuple) -> None:
     text = output(capsys, *arguments)
-    for name, job in cli.JOBS.items():
+    for name, job in COMMANDS.items():
         assert re.search(rf"^  {name} +{job.summary}", text, re.MULTILINE)
     for flag in cli.FLAGS:
         assert flag in text
@@ -130,7 +131,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", "train", "train"), "train = (nothing): write settings as KEY=VALUE"),
         (("train", "--resolve"), "--resolve belongs to --cfg"),
         (("train", "--cfg", "job", "--multirun"), "--cfg and --multirun do not go together"),
-        (("train", "--json"), "train has no option --json; doctor and status have"),
+        (("train", "--json"), "train has no option --json; status and doctor have"),
         (("recipes", "--cfg", "job"), "recipes has no option --cfg"),
         (("train", "--config-name", "x"), "a file of your own is experiment=NAME"),
         (("train", "-cn", "x"), "there is no option --config-name"),
@@ -300,7 +301,7 @@ def test_the_process_ends_with_the_exit_code(
 
 def test_a_family_of_jobs_lists_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "data", "--help")
-    for name, job in cli.JOBS.items():
+    for name, job in COMMANDS.items():
         line = re.search(rf"^  {name} +{job.summary}", text, re.MULTILINE)
         assert (line is not None) == name.startswith("data "), name
 

@@ -1,0 +1,162 @@
+"""The table of commands: what each is called, its settings, and the module that carries it out.
+
+A command without groups of choices needs no file in conf/: its settings are those of its schema.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.convert import ConvertJob
+from hybrid_train.schema.count import CountJob
+from hybrid_train.schema.doctor import DoctorJob
+from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.prepare import (
+    CountTokensJob,
+    InspectJob,
+    MergeJob,
+    SplitJob,
+    TokenizeJob,
+    TrainTokenizerJob,
+    VerifyTokensJob,
+)
+from hybrid_train.schema.report import ReportJob, StatusJob
+from hybrid_train.schema.resume import ResumeJob
+from hybrid_train.schema.show import IndexJob, ShowJob
+from hybrid_train.schema.study import StudyJob
+from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.verify import VerifyJob
+
+_JOBS = "hybrid_train.jobs"
+_EXPERIMENTS = "`hybrid-train recipes` lists experiments with everything set"
+_MODELS = "`hybrid-train models` lists the models that have a name: model=NAME"
+_STUDIES = "name=NAME takes one that is ready: `hybrid-train study --help` lists them"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        summary: what it does, for the list of all.
+        module: has run(job), or run(words) where there is no schema.
+        schema: the dataclass of its settings; None: it has none.
+        texts: settings that take text as it stands: commas and * mean nothing to Hydra there.
+        words: words of the command line for groups of conf/ that have another name.
+        ready: what to say of choices that are ready, where something is not set.
+    """
+
+    summary: str
+    module: str
+    schema: type[Any] | None = None
+    texts: tuple[str, ...] = ()
+    words: dict[str, str] = field(default_factory=dict)
+    ready: str = ""
+
+    @property
+    def prints_json(self) -> bool:
+        """Whether it prints one JSON object if asked."""
+        return self.schema is not None and "json" in {
+            one.name for one in dataclasses.fields(self.schema)
+        }
+
+
+# A name of two words is a command of a family: `hybrid-train data tokenize`.
+COMMANDS = {
+    "train": Command(
+        "train a model, or go on with a run that stopped",
+        f"{_JOBS}.train",
+        TrainJob,
+        ready=_EXPERIMENTS,
+    ),
+    "resume": Command(
+        "go on with a run as its folder says", f"{_JOBS}.resume", ResumeJob, texts=("overrides",)
+    ),
+    "check": Command(
+        "check a training run for processes=N and print its plan",
+        f"{_JOBS}.check",
+        CheckJob,
+        ready=_EXPERIMENTS,
+    ),
+    "status": Command("say how a run is: state, progress, attempts", f"{_JOBS}.status", StatusJob),
+    "report": Command("write a page with the curves of a run", f"{_JOBS}.report", ReportJob),
+    "generate": Command(
+        "write text with a trained model", f"{_JOBS}.generate", GenerateJob, texts=("prompt",)
+    ),
+    "study": Command(
+        "compare variants of a run with a baseline, several seeds each",
+        f"{_JOBS}.study",
+        StudyJob,
+        texts=("overrides",),
+        words={"name": "study"},
+        ready=_STUDIES,
+    ),
+    "recipes": Command("list the experiments that are ready to run", f"{_JOBS}.recipes"),
+    "models": Command("list the models that have a name", f"{_JOBS}.models"),
+    "doctor": Command(
+        "examine this machine: libraries, GPUs, limits, speed; what to mend",
+        f"{_JOBS}.doctor",
+        DoctorJob,
+    ),
+    "count": Command(
+        "count parameters, tensors, FLOPs and cache of a model",
+        f"{_JOBS}.count",
+        CountJob,
+        ready=_MODELS,
+    ),
+    "convert": Command(
+        "turn a Hugging Face folder into a checkpoint, or back", f"{_JOBS}.convert", ConvertJob
+    ),
+    "verify": Command(
+        "compare a checkpoint with a Hugging Face folder: tensors, logits",
+        f"{_JOBS}.verify",
+        VerifyJob,
+    ),
+    "data tokenize": Command(
+        "turn text into token files; goes on after a kill",
+        f"{_JOBS}.data_tokenize",
+        TokenizeJob,
+        texts=("input",),
+    ),
+    "data merge": Command(
+        "join token files of one tokenizer", f"{_JOBS}.data_merge", MergeJob, texts=("input",)
+    ),
+    "data split": Command(
+        "split token files by shares or by tokens",
+        f"{_JOBS}.data_split",
+        SplitJob,
+        texts=("input",),
+    ),
+    "data inspect": Command(
+        "show lengths and documents", f"{_JOBS}.data_inspect", InspectJob, texts=("input",)
+    ),
+    "data count": Command(
+        "count documents and tokens", f"{_JOBS}.data_count", CountTokensJob, texts=("input",)
+    ),
+    "data verify": Command(
+        "read token files whole: checksums, index, token ids",
+        f"{_JOBS}.data_verify",
+        VerifyTokensJob,
+        texts=("input",),
+    ),
+    "data index": Command(
+        "build the indices of a run's data ahead; print its blend", f"{_JOBS}.data_index", IndexJob
+    ),
+    "data show": Command("show what a run reads at a step", f"{_JOBS}.data_show", ShowJob),
+    "data train_tokenizer": Command(
+        "train a byte-level BPE tokenizer from text",
+        f"{_JOBS}.data_train_tokenizer",
+        TrainTokenizerJob,
+        texts=("input", "special_tokens"),
+    ),
+}
+# launch/submit.py is a script of its own, beside the batch scripts that it fills in.
+SUBMIT = Command("submit a training run to SLURM", f"{_JOBS}.submit", SubmitJob, ready=_EXPERIMENTS)
+ROOTS = {name.replace(" ", "_"): command for name, command in COMMANDS.items()} | {"submit": SUBMIT}
+
+
+def root_of(name: str) -> str:
+    """Return the name that a command has in conf/: "data tokenize" -> "data_tokenize"."""
+    return name.replace(" ", "_")
