@@ -40,7 +40,7 @@ def engine_of(groups: Any, pattern: str, **sections: Any) -> "Engine":
 
 def state_of(engine: "Engine") -> dict[str, Tensor]:
     """Copies of all parameters and buffers."""
-    state = engine.chunks[0].module.state_dict()
+    state = engine.network.chunks[0].module.state_dict()
     return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -116,7 +116,7 @@ def test_loss_is_the_mean_over_the_labels_that_count(groups: Any) -> None:
     engine = engine_of(groups, "M*-")
     rows, mask = some_rows(), uneven_mask()
     with torch.no_grad():
-        logits = engine.chunks[0].module(rows[:, :-1])[..., :VOCAB]
+        logits = engine.network.chunks[0].module(rows[:, :-1])[..., :VOCAB]
     losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     expected = (losses * mask.flatten()).sum() / mask.sum()
     report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
@@ -152,7 +152,7 @@ def test_rate_of_a_step_is_that_of_the_tokens_seen_before_it(groups: Any) -> Non
 
 
 def routers_of(engine: "Engine") -> list[Any]:
-    modules = engine.chunks[0].module.modules()
+    modules = engine.network.chunks[0].module.modules()
     return [module for module in modules if type(module).__name__ == "TopKRouter"]
 
 
@@ -234,7 +234,7 @@ def test_validation_changes_nothing_and_returns_masked_means(groups: Any) -> Non
     batches, others = microbatches(rows, 2), microbatches(rows, 2)
     plain.step(batches, tokens_seen=0)
     with_validation.step(others, tokens_seen=0)
-    model = with_validation.chunks[0].module
+    model = with_validation.network.chunks[0].module
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = state_of(with_validation)
     found = with_validation.evaluate([batch_of(rows[i : i + 2], mask[i : i + 2]) for i in (0, 2)])
@@ -276,7 +276,7 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(groups: Any) -> No
     engine = tiny_engine(job, groups)
     engine.step(microbatches(rows, BATCH), tokens_seen=0)
     name = "embedding.word_embeddings.weight"
-    tied = engine.chunks[0].module.get_parameter(name)
+    tied = engine.network.chunks[0].module.get_parameter(name)
     torch.testing.assert_close(tied.main_grad, plain.get_parameter(name).grad)
 
 
