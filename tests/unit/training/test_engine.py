@@ -136,6 +136,45 @@ def test_gradient_norm_is_that_of_the_mean_loss(groups: Any) -> None:
     assert report.grad_norm == pytest.approx(expected.item(), rel=32 * EPSILON)
 
 
+# Of the second the sum over the whole step is less than one token.
+@pytest.mark.parametrize("values", [(0.5, 2.0, 0.0, 0.3), (0.004, 0.01, 0.0, 0.002)], ids=str)
+def test_labels_count_by_their_float_weights(groups: Any, values: tuple[float, ...]) -> None:
+    """Loss and every gradient, of both depths, against autograd on the weighted mean."""
+    job = tiny_job("M*-/*", objective=NextToken(mtp_loss_scale=0.7))
+    job.optimizer.clip_grad_norm = 0.0  # which scales the gradient in place
+    engine, model = tiny_engine(job, groups), tiny_model(job, groups)
+    rows = some_rows()
+    weights = torch.tensor(values)[torch.randint(len(values), (BATCH, LENGTH))]
+    batch = batch_of(rows)
+    main, mtp = model(batch.tokens, batch.position_ids, labels=batch.labels)
+    shifted = F.pad(weights[:, 1:], (0, 1))  # the last label has no successor
+    loss = (main * weights).sum() / weights.sum()
+    mtp_loss = (mtp * shifted).sum() / shifted.sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(loss + 0.7 * mtp_loss, parameters)
+    report = engine.step(microbatches(rows, 2, weights), tokens_seen=0)
+    assert report.loss == pytest.approx(loss.item(), rel=32 * EPSILON)
+    assert report.metrics["mtp_loss_1"] == pytest.approx(mtp_loss.item(), rel=32 * EPSILON)
+    found = dict(engine.network.chunks[0].module.named_parameters())
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name].main_grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_loss_is_a_mean_over_tokens_whatever_their_weight(groups: Any) -> None:
+    gradients, losses = [], []
+    for weight in (1.0, 0.25):
+        job = tiny_job("ME", objective=NextToken(moe_aux_loss_scale=1.0))
+        job.optimizer.clip_grad_norm = 0.0
+        engine, rows = tiny_engine(job, groups), some_rows()
+        weights = torch.full(rows[:, 1:].shape, weight)
+        report = engine.step(microbatches(rows, 2, weights), tokens_seen=0)
+        (router,) = routers_of(engine)
+        gradients.append(router.weight.main_grad.clone())
+        losses.append(report.metrics["moe_aux_loss"])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert losses[0] == losses[1]
+
+
 def test_rate_of_a_step_is_that_of_the_tokens_seen_before_it(groups: Any) -> None:
     schedule = Wsd(peak_lr=RATE, warmup_tokens="1000", decay_tokens="1000", final_lr_ratio=0.0)
     engine = engine_of(groups, "-", schedule=schedule)
