@@ -210,10 +210,10 @@ def _our_gradients(checkpoint: Checkpoint, rows: Tensor) -> tuple[float, dict[st
     with alone() as groups:
         built = build_model(job, groups, checkpoint.vocab_size, on_gpu=False)
         engine = build_engine(job, built, groups, torch.device("cpu"))
-        read_weights(checkpoint.found.path, engine.chunks, engine.groups)
-        engine.optimizer.reload_model_params()
+        read_weights(checkpoint.found.path, engine.network.chunks, engine.network.groups)
+        engine.network.optimizer.reload_model_params()
         report = engine.step(cycle([batch_of(rows)]), tokens_seen=0)
-        found = shards.assemble(iter(list(shards.gradients(engine.chunks))))
+        found = shards.assemble(iter(list(shards.gradients(engine.network.chunks))))
     return report.loss, found
 
 

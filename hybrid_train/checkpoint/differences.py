@@ -45,7 +45,7 @@ def compare(folder: Path, stored: Stored, places: Sequence[Place]) -> Difference
     wanted = _of_all_processes(place.weight.key for place in places)
     saved = {key for key in stored if not key.startswith(_BESIDE_WEIGHTS)}
     differences = Differences(frozenset(wanted - saved), frozenset(saved - wanted))
-    foreign = [key for key in differences.new | differences.dropped if not key.startswith(_MTP)]
+    foreign = [key for key in differences.new | differences.dropped if not _is_of_mtp(key)]
     if foreign:
         error = UserError(
             f"{folder} is of another model; only MTP may be added or dropped\n"
@@ -63,6 +63,10 @@ def compare(folder: Path, stored: Stored, places: Sequence[Place]) -> Difference
             "not in the model, dropped with their moments: %s", _count(differences.dropped)
         )
     return differences
+
+
+def _is_of_mtp(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(_MTP)  # behind the name of the network, if it has one
 
 
 def _of_all_processes(keys: Iterable[str]) -> set[str]:

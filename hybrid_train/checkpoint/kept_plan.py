@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
 from hybrid_train.checkpoint import fsdp
+from hybrid_train.checkpoint.content import Content
 from hybrid_train.checkpoint.optimizer_state import MASTER, StatePart, kept_tensors, state_parts
 from hybrid_train.checkpoint.places import Place, bare, places
 from hybrid_train.model.megatron import is_in_fp8
@@ -57,15 +57,15 @@ class KeptPlan:
         self._tensors: list[ShardedTensor] = []
         self._plan: _Plan | None = None
 
-    def tensors(
-        self, chunks: list[Any], optimizer: Any, groups: ProcessGroupCollection
-    ) -> list[ShardedTensor]:
+    def tensors(self, content: Content) -> list[ShardedTensor]:
         """List weights and optimizer state of this process, in their own memory."""
-        if self._memory is None or self._memory != _memory(chunks, optimizer):
-            found = places(chunks, groups)
-            state = state_parts(optimizer, found)
-            self._tensors = [*_weights(found, state), *(part.tensor for part in state)]
-            self._memory = _memory(chunks, optimizer)
+        if self._memory is None or self._memory != _memory(content):
+            self._tensors = []
+            for held in content.networks:
+                found = places(held.chunks, held.groups, network=held.name)
+                state = state_parts(held.optimizer, found)
+                self._tensors += [*_weights(found, state), *(part.tensor for part in state)]
+            self._memory = _memory(content)
         return self._tensors
 
     def fits(self, tensors: Sequence[ShardedTensor]) -> bool:
@@ -160,8 +160,18 @@ def _described(tensors: Sequence[ShardedTensor]) -> list[Any]:
     ]
 
 
-def _memory(chunks: list[Any], optimizer: Any) -> list[_Address] | None:
+def _memory(content: Content) -> list[_Address] | None:
     """Return where weights, buffers and optimizer state lie; None where any is made up anew."""
+    addresses: list[_Address] = []
+    for held in content.networks:
+        found = _memory_of(held.chunks, held.optimizer)
+        if found is None:
+            return None
+        addresses += found
+    return addresses
+
+
+def _memory_of(chunks: list[Any], optimizer: Any) -> list[_Address] | None:
     kept = kept_tensors(optimizer)
     if kept is None or any(is_in_fp8(one) for chunk in chunks for one in bare(chunk).parameters()):
         return None

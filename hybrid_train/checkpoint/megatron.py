@@ -4,8 +4,8 @@ import json
 import logging
 import pickle
 import queue
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint import default_planner
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan
 
 from hybrid_train.checkpoint import safe_metadata
+from hybrid_train.checkpoint.content import Content, Held
 from hybrid_train.checkpoint.differences import Stored, compare
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.optimizer_state import (
@@ -38,7 +38,7 @@ from hybrid_train.checkpoint.optimizer_state import (
     step_count,
 )
 from hybrid_train.checkpoint.partition import is_partition
-from hybrid_train.checkpoint.places import places, settle
+from hybrid_train.checkpoint.places import Place, places, settle
 from hybrid_train.checkpoint.writing import Writing
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
@@ -56,15 +56,6 @@ _DAMAGED = (
     pickle.UnpicklingError,
 )
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a checkpoint holds."""
-
-    chunks: list[Any]  # model chunks of this process, wrapped for data parallelism
-    optimizer: MegatronOptimizer
-    groups: ProcessGroupCollection
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -102,14 +93,14 @@ def start_writing(folder: Path, content: Content, plan: KeptPlan, *, copy: bool)
 
     Args:
         folder: where to.
-        content: model and optimizer.
+        content: models and optimizers.
         plan: of the last save of this run, which is used again, or made anew.
         copy: write from a copy in host memory, so that training may go on meanwhile.
     """
-    steps = torch.tensor([step_count(content.optimizer)])
+    steps = [torch.tensor([step_count(held.optimizer)]) for held in content.networks]
     tensors = [
-        *plan.tensors(content.chunks, content.optimizer, content.groups),
-        ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
+        *plan.tensors(content),
+        *_sharded_steps(content, steps),
         *_sharded_random_state().values(),
     ]
     fits = plan.fits(tensors)
@@ -170,17 +161,23 @@ def _numbered(tensors: Iterable[ShardedTensor]) -> dict[str, ShardedTensor]:
 
 
 def read(folder: Path, content: Content) -> None:
-    """Load model, optimizer and, on as many processes as before, random states.
+    """Load models, optimizers and, on as many processes as before, random states.
 
     Raises:
         UserError: if the checkpoint is of another model; MTP alone may be more or less.
     """
     stored = _stored_in(folder)
-    found = places(content.chunks, content.groups, to_load=True)
+    by_network = [_places_of(held) for held in content.networks]
+    found = [place for places_of_one in by_network for place in places_of_one]
     differences = compare(folder, stored, found)
-    _require_optimizer_state(folder, stored)
-    state = state_of(content.optimizer, found)
-    steps = torch.zeros(1, dtype=torch.int64)
+    steps = [torch.zeros(1, dtype=torch.int64) for _ in content.networks]
+    counters = _sharded_steps(content, steps)
+    _require_optimizer_state(folder, stored, counters)
+    states = [
+        state_of(held.optimizer, own)
+        for held, own in zip(content.networks, by_network, strict=True)
+    ]
+    parts = [part for state in states for part in state.parts]
     random = _sharded_random_state()
     # Their sizes tell the number of processes, and the kind of device.
     same_random = all(
@@ -191,16 +188,16 @@ def read(folder: Path, content: Content) -> None:
         folder,
         [
             *(_best_of(place.weight, stored) for place in differences.shared(found)),
-            *(part.tensor for part in state.parts if part.is_stored(stored)),
-            ShardedTensor.from_rank_offsets(STEP, steps, replica_id=dist.get_rank()),
+            *(part.tensor for part in parts if part.is_stored(stored)),
+            *counters,
             *(random.values() if same_random else ()),
         ],
     )
     settle(found)
-    new = [part for part in state.parts if not part.is_stored(stored)]
-    _begin(folder, new, stored)
-    state.put_back()
-    set_step_count(content.optimizer, int(steps.item()))
+    _begin(folder, [part for part in parts if not part.is_stored(stored)], stored)
+    for held, state, count in zip(content.networks, states, steps, strict=True):
+        state.put_back()
+        set_step_count(held.optimizer, int(count.item()))
     if same_random:
         restore_random_state({name: part.data[0] for name, part in random.items()})
     elif ranks.is_main():
@@ -209,8 +206,24 @@ def read(folder: Path, content: Content) -> None:
         )
 
 
-def _require_optimizer_state(folder: Path, stored: Stored) -> None:
-    if STEP not in stored:
+def _places_of(held: Held) -> list[Place]:
+    return places(held.chunks, held.groups, to_load=True, network=held.name)
+
+
+def _sharded_steps(content: Content, steps: Sequence[Tensor]) -> list[ShardedTensor]:
+    """Give the step count of each optimizer its name."""
+    return [
+        ShardedTensor.from_rank_offsets(
+            f"{STEP}.{held.name}" if held.name else STEP, count, replica_id=dist.get_rank()
+        )
+        for held, count in zip(content.networks, steps, strict=True)
+    ]
+
+
+def _require_optimizer_state(
+    folder: Path, stored: Stored, counters: Sequence[ShardedTensor]
+) -> None:
+    if any(one.key not in stored for one in counters):
         error = UserError(
             f"{folder} holds no optimizer state that this version reads; start from its weights: "
             "checkpoint.load_only=weights run_dir=..."
@@ -219,14 +232,24 @@ def _require_optimizer_state(folder: Path, stored: Stored) -> None:
         raise error
 
 
-def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroupCollection) -> None:
+def read_weights(
+    folder: Path, chunks: list[Any], groups: ProcessGroupCollection, network: str = ""
+) -> None:
     """Load the weights alone, into wrapped or bare model chunks; every process calls this.
+
+    Args:
+        folder: the checkpoint.
+        chunks: model chunks of this process.
+        groups: the processes that hold the other parts.
+        network: name of one of several networks; empty where the checkpoint holds one.
 
     Raises:
         UserError: if the checkpoint is of another model; MTP alone may be more or less.
     """
-    found = places(chunks, groups, to_load=True)
+    found = places(chunks, groups, to_load=True, network=network)
     stored = _stored_in(folder)
+    if network:
+        stored = {key: one for key, one in stored.items() if key.startswith(f"{network}/")}
     shared = compare(folder, stored, found).shared(found)
     _load(folder, [place.weight for place in shared])
     settle(found, masters_follow=True)

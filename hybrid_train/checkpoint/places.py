@@ -26,11 +26,16 @@ class Place:
 
 
 def places(
-    chunks: list[Any], groups: ProcessGroupCollection, *, to_load: bool = False
+    chunks: list[Any],
+    groups: ProcessGroupCollection,
+    *,
+    to_load: bool = False,
+    network: str = "",
 ) -> list[Place]:
     """List the parameters and persistent buffers of the model chunks of this process.
 
-    Names are those of the whole model: layers are numbered through all stages. A tensor that packs
+    Names are those of the whole model: layers are numbered through all stages. In front of them
+    stands that of the network, in a checkpoint that holds several: "NETWORK/". A tensor that packs
     several (the projections and convolutions of Mamba) has a place for each. Of a weight that
     Megatron-FSDP has split there are places for the elements that this process keeps. A weight in
     FP8 cannot be cut so: its places are those of a plain tensor, which has memory only if it is to
@@ -40,7 +45,11 @@ def places(
     for chunk in chunks:
         of_chunk = _kept(chunk, groups) if fsdp.is_split(chunk) else _whole(chunk, groups, to_load)
         found += of_chunk
-    return found
+    if not network:
+        return found
+    return [
+        replace(one, weight=replace(one.weight, key=f"{network}/{one.weight.key}")) for one in found
+    ]
 
 
 def _whole(chunk: Any, groups: ProcessGroupCollection, to_load: bool) -> Iterator[Place]:

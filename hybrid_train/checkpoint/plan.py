@@ -2,26 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from hybrid_train.checkpoint.content import Content
 
 FILE = "plan.json"
 Plan = dict[str, int]
 
 
-def plan_of(content: Any) -> Plan:
-    """Return the degree of every parallel axis of this run; see `megatron.Content`."""
-    groups = content.groups
-    split = any(
-        isinstance(one, DistributedOptimizer) for one in content.optimizer.chained_optimizers
-    )
+def plan_of(content: Content) -> Plan:
+    """Return the degree of every parallel axis of this run."""
+    held = content.networks[0]
+    groups = held.groups
+    split = any(isinstance(one, DistributedOptimizer) for one in held.optimizer.chained_optimizers)
     return {
         "processes": dist.get_world_size(),
         "tensor": groups.tp.size(),
         "pipeline": groups.pp.size(),
-        "virtual_pipeline": len(content.chunks),
+        "virtual_pipeline": len(held.chunks),
         "context": groups.cp.size(),
         "expert": groups.ep.size(),
         "expert_tensor": groups.expt_tp.size(),

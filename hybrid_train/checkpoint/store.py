@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.checkpoint import checksums, layout, megatron
+from hybrid_train.checkpoint.content import Content
 from hybrid_train.checkpoint.kept_plan import KeptPlan
-from hybrid_train.checkpoint.megatron import Content
 from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
 from hybrid_train.checkpoint.retention import keep_newest
 from hybrid_train.checkpoint.writing import InThread, Part, Writing
@@ -98,7 +98,7 @@ def start(
 
     Args:
         run_dir: the run folder.
-        content: model and optimizer.
+        content: models and optimizers.
         position: step, tokens and tokens of each source; "step" names the folder.
         keep: newest checkpoints that stay.
         copy: write from a copy in host memory, so that training may go on until `finish`.

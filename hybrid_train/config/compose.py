@@ -41,8 +41,8 @@ from hybrid_train.config.command_text import setting
 from hybrid_train.config.commands import ROOTS
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.count import CountJob
-from hybrid_train.schema.extension import is_path
 from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.import_path import is_path
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, UserError, collect
 from hybrid_train.schema.resume import ResumeJob

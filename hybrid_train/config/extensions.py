@@ -4,7 +4,6 @@
 on the command line; `edits`, `hooks` and `row_transforms` are lists of such parts.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -13,8 +12,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_train.schema.extension import Edit, Extension, Hook, RowTransform, is_path
-from hybrid_train.schema.names import nearest
+from hybrid_train.schema.extension import Edit, Extension, Hook, RowTransform
+from hybrid_train.schema.import_path import imported, is_path
 from hybrid_train.schema.objective import OBJECTIVES, Objective
 from hybrid_train.schema.problems import Problem
 
@@ -34,21 +33,8 @@ def settings_of(kind: str, base: type[Extension]) -> type[Extension]:
     Raises:
         ValueError: with the rule that it breaks.
     """
-    module_name, _, name = kind.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        where = "install its package, or name the folder that holds it in PYTHONPATH"
-        raise ValueError(f"there is no module {error.name}; {where}") from error
-    except Exception as error:  # whatever a file of somebody else's may raise
-        words = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{module_name} cannot be imported: {words}") from error
-    found = getattr(module, name, None)
-    wanted = f"{base.__module__}.{base.__name__}"
-    if found is None:
-        near = nearest(name, [one for one in vars(module) if not one.startswith("_")])
-        hint = f"; it has {near}" if near else ""
-        raise ValueError(f"{module_name} has no class {name}{hint}")
+    found = imported(kind)
+    name, wanted = kind.partition(":")[2], f"{base.__module__}.{base.__name__}"
     if not (isinstance(found, type) and issubclass(found, base) and is_dataclass(found)):
         raise ValueError(f"{name} must be a dataclass that derives from {wanted}")
     _require_implementation(found)

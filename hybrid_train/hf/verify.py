@@ -3,21 +3,12 @@
 Imports Megatron, so the process must have been started before (`runtime/start.py`).
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hybrid_train.checkpoint.megatron import read_weights
-from hybrid_train.hf.write import Checkpoint
-from hybrid_train.model.build import build_model
 from hybrid_train.model.hybrid import Hybrid
-from hybrid_train.parallel.groups import build_groups
-from hybrid_train.runtime.seeds import start_tracker
-from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
-from hybrid_train.schema.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -57,18 +48,6 @@ def compare_logits(ours: Tensor, theirs: Tensor, tolerance: float) -> LogitDiffe
         first=int(beyond[0].item()) if len(beyond) else None,
         length=ours.shape[1],
     )
-
-
-def load_ours(checkpoint: Checkpoint, runtime: Runtime) -> Hybrid:
-    """Build the model of a checkpoint on this process, in float32, with its weights."""
-    job = copy.deepcopy(checkpoint.job)
-    job.parallel, job.runtime = Parallel(), runtime
-    job.precision = Precision(format=ProductFormat.fp32)
-    start_tracker()
-    groups = build_groups(job.parallel, runtime.timeout_s)
-    built = build_model(job, groups, checkpoint.vocab_size, on_gpu=torch.cuda.is_available())
-    read_weights(checkpoint.found.path, built.chunks, groups)
-    return built.chunks[0].eval()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from hybrid_train.schema.generate import GenerateJob
 from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
-    from hybrid_train.jobs.assemble import LoadedModel
+    from hybrid_train.jobs.networks import LoadedModel
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def run(job: GenerateJob) -> None:
     require_alone("generate")
     with process(job.runtime, job.seed):
         from hybrid_train.generation.decode import Settings, stream  # needs the process
-        from hybrid_train.jobs.assemble import load_model
+        from hybrid_train.jobs.networks import load_model
         from hybrid_train.parallel.groups import destroy_groups
 
         try:

@@ -27,6 +27,7 @@ from hybrid_train.schema.units import show_tokens
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of
 from hybrid_train.training.loop import Run
+from hybrid_train.training.network import Rate
 from hybrid_train.training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class PhaseBuilder:
         # Layers that cannot be told to multiply in another way are built anew, and so are weights
         # that were kept in FP8 and no longer are.
         other_formats = stretch.job.precision != before.job.precision
-        fixed = run.engine.quantized is None
+        fixed = run.engine.network.quantized is None
         kept, kept_before = (
             kept_in_fp8(one.job.model, one.job.precision) for one in (stretch, before)
         )
@@ -87,9 +88,11 @@ class PhaseBuilder:
 
     def _bring_into(self, run: Run, stretch: Stretch) -> None:
         """Set what depends on the phase but not on the layout."""
-        job, groups = stretch.job, run.engine.groups
-        if run.engine.quantized is not None:
-            run.engine.quantized.use(job.model, job.precision)
+        job, groups = stretch.job, run.engine.network.groups
+        for name, model in job.objective.models(job.model).items():
+            quantized = run.engine.networks[name].quantized
+            if quantized is not None:
+                quantized.use(model, job.precision)
         sources = tuple(self.data.names)
         run.engine = dataclasses.replace(in_phase(run.engine, stretch), sources=sources)
         run.batches = self._loader(stretch, run.engine, run.state)
@@ -100,7 +103,7 @@ class PhaseBuilder:
         run.flops_per_token = counts.flops_per_token(job.model, rows_of(job), length).training
 
     def _loader(self, stretch: Stretch, engine: Engine, state: TrainState) -> Loader:
-        groups = engine.groups
+        groups = engine.network.groups
         return self.data.loader(
             stretch,
             data_rank=groups.dp.rank(),
@@ -111,12 +114,14 @@ class PhaseBuilder:
 
 def in_phase(engine: Engine, stretch: Stretch) -> Engine:
     """Return the engine with the batch, the sequence and the rate of a phase."""
-    train = stretch.job.train
+    train, offset = stretch.job.train, stretch.start - stretch.rate_start
+    rate = Rate(stretch.schedule, stretch.rate_tokens, offset)
     return dataclasses.replace(
         engine,
-        schedule=stretch.schedule,
-        rate_offset=stretch.start - stretch.rate_start,
-        rate_tokens=stretch.rate_tokens,
+        networks={
+            name: dataclasses.replace(network, rate=rate)
+            for name, network in engine.networks.items()
+        },
         microbatch=train.microbatch,
         sequences_per_step=train.global_batch,
         sequence_length=train.sequence_length,

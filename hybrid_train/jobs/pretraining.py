@@ -12,16 +12,14 @@ import torch
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.product_formats import quantizes
 from hybrid_train.checkpoint import layout, store
-from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.checkpoint.retention import drop_partial
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
-from hybrid_train.jobs.assemble import TOKENIZER
+from hybrid_train.jobs.networks import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
-from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.parallel.groups import destroy_groups
 from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.planning.ramp import ramps
@@ -44,7 +42,7 @@ from hybrid_train.tracking.tracker import FanOut
 from hybrid_train.training.bad_steps import BadSteps
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook, HookList
-from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of
+from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of, load_weights
 from hybrid_train.training.hooks.garbage import CollectGarbage
 from hybrid_train.training.hooks.metrics import LogMetrics
 from hybrid_train.training.hooks.phases import EnterPhases
@@ -104,7 +102,6 @@ def train(job: TrainJob, device: torch.device) -> int:
 def leave_nothing_behind() -> None:
     """Forget what belongs to the process rather than to the run, which may have failed anywhere."""
     destroy_groups()
-    AUX_LOSSES.take()
     AUDIT.stop()
     STATISTICS.stop()
 
@@ -273,8 +270,7 @@ def _restore(start: Start, engine: Engine) -> None:
     if start.found is None:
         return
     if start.weights_only:
-        read_weights(start.found.path, engine.chunks, engine.groups)
-        engine.optimizer.reload_model_params()
+        load_weights(start.found.path, engine)
     else:
         store.load(start.found, content_of(engine))
 

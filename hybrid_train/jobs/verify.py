@@ -13,6 +13,7 @@ from hybrid_train.hf.read import Folder
 from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint
 from hybrid_train.runtime import optional
 from hybrid_train.runtime.start import process
+from hybrid_train.schema.precision import ProductFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.verify import VerifyJob
 
@@ -61,13 +62,13 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
     tokens = torch.randint(checkpoint.vocab_size, size, generator=generator)
     with process(job.runtime, job.seed) as device:
         from hybrid_train.hf import transformers, verify  # Megatron comes with the second
+        from hybrid_train.jobs.networks import load_model
         from hybrid_train.parallel.groups import destroy_groups
 
         theirs = transformers.logits(transformers.load(folder, model).to(device), tokens).cpu()
         try:
-            ours = verify.our_logits(
-                verify.load_ours(checkpoint, job.runtime), tokens, checkpoint.vocab_size
-            ).cpu()
+            loaded = load_model(job.checkpoint, job.runtime, format=ProductFormat.fp32)
+            ours = verify.our_logits(loaded.model, tokens, checkpoint.vocab_size).cpu()
         finally:
             destroy_groups()
         found = verify.compare_logits(ours, theirs, job.tolerance)

@@ -12,6 +12,7 @@ from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quan
 from hybrid_train.model import megatron, native_precision, packed, plain, recompute
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.init import initialize
+from hybrid_train.model.router import BalanceLosses, share_record
 from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec, with_plain_linears
 from hybrid_train.model.translate import init_std, transformer_config
 from hybrid_train.planning import stages
@@ -32,6 +33,7 @@ class BuiltModel:
     config: TransformerConfig
     kernels: dict[str, str]  # part of the model -> whose kernels it runs on, in words
     backend: Backend | None  # who can compute quantized products, without a new build
+    balance_losses: BalanceLosses  # of its expert layers
 
 
 def build_model(
@@ -65,7 +67,7 @@ def build_model(
         for chunk in range(job.parallel.virtual_pipeline)
     ]
     initialize(chunks, std=init_std(job.model), num_layers=config.num_layers, seed=job.train.seed)
-    return BuiltModel(chunks, config, kernels, backend)
+    return BuiltModel(chunks, config, kernels, backend, share_record(chunks))
 
 
 def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:
@@ -142,7 +144,6 @@ def _choose_kernels(
     wanted: Kernels, *, on_gpu: bool, emulated: bool
 ) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
-    megatron.use_aux_loss_record()
     packed.use_packed_rows()
     megatron.use_family_routing()
     if not on_gpu:

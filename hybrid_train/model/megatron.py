@@ -22,7 +22,6 @@ from megatron.core.transformer.moe import moe_layer, router
 from torch import Tensor
 
 from hybrid_train.model import plain
-from hybrid_train.model.aux_losses import AUX_LOSSES
 from hybrid_train.ops import mixer, mixer_step
 from hybrid_train.ops.linear import add_product, linear
 from hybrid_train.precision import fp8_weights
@@ -116,15 +115,6 @@ def use_gradient_accumulation() -> None:
     fused = types.SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
     layers.fused_weight_gradient_mlp_cuda = fused
     _replace(layers, _grad_accum_fusion_available=True)
-
-
-def use_aux_loss_record() -> None:
-    """Record balance losses by layer in a table of ours.
-
-    Core's has one slot per MTP depth, but a depth may hold several layers: an IndexError with
-    "*E*E/*E" (router.py 588, Megatron-LM#7172).
-    """
-    _replace(router, get_moe_metrics_tracker=lambda: AUX_LOSSES)
 
 
 def use_family_routing() -> None:

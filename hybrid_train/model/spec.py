@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from hybrid_train.model import packed, plain
+from hybrid_train.model.router import TopKRouter
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def _moe_layer(parts: Parts) -> ModuleSpec:
     layer = partial(
         MoELayer,
         submodules=MoESubmodules(
-            experts=parts.experts, shared_experts=partial(SharedExpertMLP, submodules=shared)
+            experts=parts.experts,
+            shared_experts=partial(SharedExpertMLP, submodules=shared),
+            router=TopKRouter,
         ),
     )
     return ModuleSpec(

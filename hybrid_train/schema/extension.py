@@ -6,18 +6,13 @@ classes below, holds data only, and names the code that it is for. Like every se
 checked with the rest before anything starts, and frozen into the run folder.
 """
 
-import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
-
-def is_path(kind: object) -> bool:
-    """Tell whether a kind is an import path, package.module:Class."""
-    return isinstance(kind, str) and _PATH.fullmatch(kind) is not None
+from hybrid_train.schema.import_path import imported
+from hybrid_train.schema.problems import UserError
 
 
 @dataclass(kw_only=True)
@@ -43,3 +38,16 @@ class Hook(Extension):
 @dataclass(kw_only=True)
 class RowTransform(Extension):
     """Changes a row of the data between reading and stacking."""
+
+
+def implementation_of(settings: Extension) -> Any:
+    """Import the class that settings are for.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    path = type(settings).implementation
+    try:
+        return imported(path)
+    except ValueError as error:
+        raise UserError(f"{settings.kind} is carried out by {path}: {error}") from error

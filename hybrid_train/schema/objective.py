@@ -1,17 +1,34 @@
-"""What is minimised."""
+"""What is minimised.
+
+An objective of a user's own is a dataclass like those below, in a package of theirs.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hybrid_train.schema.extension import Extension
 from hybrid_train.schema.limits import Factor
+from hybrid_train.schema.model import Model
+
+MAIN = "model"  # the network of a step that trains no other
 
 
 @dataclass(kw_only=True)
 class Objective(Extension):
-    """What every objective has: routers add their balance loss, whatever else is minimised."""
+    """What the settings of every objective have: routers add their balance loss to any loss.
+
+    The implementation is called with the settings and a `Given` (`training/objective.py`).
+    """
 
     moe_aux_loss_scale: Factor = 1e-4  # weight of the sequence-wise balance loss of the experts
+
+    def models(self, model: Model) -> dict[str, Model]:
+        """Return the models that are trained, by the names of their networks.
+
+        Args:
+            model: the section of the run.
+        """
+        return {MAIN: model}
 
 
 @dataclass(kw_only=True)

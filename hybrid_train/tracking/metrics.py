@@ -84,6 +84,8 @@ METRICS: dict[str, Metric] = {
             "{:.2f}".format,
         ),
         Metric("loss/{}", _NATS, "cross-entropy on the rows of a source", _loss),
+        Metric("term/{}", "", "a term of an objective", _loss),
+        Metric("validation_term/{}", "", "the same on the validation part", _loss),
         Metric("tokens/{}", "tokens", "labels seen of a source, since the start", show_tokens),
         Metric("epochs/{}", "", "those over the tokens that the source has", "{:.3f}".format),
         Metric("underflow/{}", "", "nonzero values of an operand rounded to 0", "{:.2%}".format),
@@ -116,15 +118,16 @@ def expert_load(layer: int, *, in_mtp: bool = False) -> str:
 def metric(name: str) -> Metric:
     """Look up a metric by name, members of families included.
 
+    Where a step trains several networks, "lr/NETWORK" is the rate of one of them, and so on.
+
     Raises:
         ValueError: if it is not in the list.
     """
     family, slash, _ = name.partition("/")  # of a source, whose name may have any characters
-    stem, _, number = name.rpartition("_")
-    if slash:
-        found = METRICS.get(f"{family}/{{}}")
-    else:
-        found = METRICS.get(f"{stem}_{{}}" if number.isdecimal() else name)
+    found = METRICS.get(f"{family}/{{}}") if slash else None
+    if found is None:
+        stem, _, number = family.rpartition("_")
+        found = METRICS.get(f"{stem}_{{}}" if number.isdecimal() else family)
     if found is None:
         raise ValueError(f"{name!r} is no metric; add it to hybrid_train/tracking/metrics.py")
     return found

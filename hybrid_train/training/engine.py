@@ -1,56 +1,47 @@
-"""One optimizer step: microbatches through Megatron's schedule, reduction, update, report."""
+"""One step: the turns of the objective on one global batch, all of them or none, and a report."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.model.aux_losses import AUX_LOSSES
-from hybrid_train.model.quantized import QuantizedProducts
-from hybrid_train.optim.megatron import set_learning_rate
-from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.runtime import progress
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.schedule import Schedule
-from hybrid_train.training import megatron
+from hybrid_train.training import losses
 from hybrid_train.training.bad_steps import BadSteps, NoLabelsError, SpikeError
+from hybrid_train.training.losses import Losses
+from hybrid_train.training.network import Network
 from hybrid_train.training.nonfinite import NonFiniteError, first_bad_module
-from hybrid_train.training.objective import Objective
+from hybrid_train.training.objective import Objective, Turn
 from hybrid_train.training.report import StepReport
+
+_BAD = (NonFiniteError, SpikeError, NoLabelsError)
 
 
 @dataclass
 class Engine:
-    """Everything one step needs; the same calls are made by every process of the run."""
+    """What the steps of a phase share; the same calls are made by every process of the run."""
 
-    chunks: megatron.Chunks
-    optimizer: MegatronOptimizer
+    networks: Mapping[str, Network]
     objective: Objective
-    finalizer: megatron.Finalizer
-    groups: ProcessGroupCollection
-    schedule: Schedule
-    rate_offset: int  # tokens of the run that its schedule does not count; it starts after them
-    rate_tokens: int  # tokens that it counts in all
-    device: torch.device
     microbatch: int
     sequences_per_step: int  # unless a step is told otherwise
     sequence_length: int
-    expert_layers: list[tuple[bool, int]]  # (in MTP, layer from 1) of every E layer of the model
-    num_experts: int
-    num_routers: int  # of the whole model; MTP depths with blocks of their own have each their own
-    quantized: QuantizedProducts | None  # None: none can be emulated
     sources: tuple[str, ...] = ()  # names; losses are told apart where there are several
     steps_done: int = 0
+
+    @property
+    def network(self) -> Network:
+        """The first network; the only one unless the objective trains several."""
+        return next(iter(self.networks.values()))
 
     def step(
         self,
@@ -73,72 +64,116 @@ class Engine:
                 parameters are as before the step.
         """
         start = time.perf_counter()
-        rate = learning_rate(self.schedule, tokens_seen - self.rate_offset, self.rate_tokens)
-        set_learning_rate(self.optimizer, rate)
         sequences = sequences or self.sequences_per_step
         progress.enter(progress.DATA, self.steps_done + 1)
         microbatches = self._take(batches, sequences)
         progress.enter(progress.FORWARD_BACKWARD)
-        megatron.zero_gradients(self.chunks)
-        self.optimizer.zero_grad()
-        AUX_LOSSES.take()  # of forward passes between steps, if there were any
-        if self.quantized is not None:
-            self.quantized.start_step(self.steps_done)
-        try:
-            found = self._run(microbatches, forward_only=False)
-            progress.enter(progress.REDUCE)
-            metrics = self._reduce(found, len(microbatches))
-            self._require_sound(metrics, bad_steps)
-            progress.enter(progress.OPTIMIZER)
-            _, grad_norm, _ = self.optimizer.step()
-            skipped, kind = "", ""
-        except (NonFiniteError, SpikeError, NoLabelsError) as error:
-            self.finalizer.restore_expert_biases()
-            skipped, kind = self._located(error, microbatches, rate), error.kind
-            grad_norm = math.nan
-            metrics["skipped"] = 1.0
-            if isinstance(error, NonFiniteError) and not (bad_steps and bad_steps.skips_nonfinite):
-                end = tokens_seen + sequences * self.sequence_length
-                where = f"tokens {tokens_seen} to {end}{_in_words(self._drawn(found))}"
-                raise NonFiniteError(f"step {self.steps_done + 1}: {skipped}; {where}") from None
-        if self.quantized is not None and not skipped:
-            self.quantized.end_step()
+        taken = self._take_turns(self.objective.prepare(microbatches), tokens_seen, bad_steps)
+        skips = bad_steps is not None and bad_steps.skips_nonfinite
+        if taken.kind == NonFiniteError.kind and not skips:
+            end = tokens_seen + sequences * self.sequence_length
+            where = f"tokens {tokens_seen} to {end}{_in_words(taken.drawn)}"
+            raise NonFiniteError(f"step {self.steps_done + 1}: {taken.skipped}; {where}")
+        loss = taken.metrics.pop(self.objective.names[0], math.nan)
         if bad_steps is not None:
-            bad_steps.skipped() if skipped else bad_steps.took(metrics["loss"])
+            bad_steps.skipped() if taken.skipped else bad_steps.took(loss)
         self.steps_done += 1
         progress.enter(progress.BETWEEN)
         seconds = time.perf_counter() - start
-        loss = metrics.pop("loss", math.nan)
         return StepReport(
-            *(loss, float(grad_norm), rate, seconds, sequences, skipped, kind, self._drawn(found)),
-            metrics,
+            *(loss, taken.norm, taken.rate, seconds, sequences, taken.skipped, taken.kind),
+            taken.drawn,
+            taken.metrics,
         )
 
-    def _drawn(self, found: "_Losses") -> dict[str, int]:
-        """Return the valid tokens of each source, where they are told apart."""
-        return dict(zip(self.sources, map(int, found.source_tokens.tolist()), strict=False))
+    def _take_turns(
+        self, microbatches: list[Batch], tokens_seen: int, bad_steps: BadSteps | None
+    ) -> "_Taken":
+        """Take all turns of a step; where one of them is bad, take back those before it."""
+        taken, put_back, turns = _Taken(), [], self.objective.turns
+        for number, turn in enumerate(turns, start=1):
+            network = self.networks[turn.network]
+            if number < len(turns):  # a bad last turn has changed nothing yet
+                put_back.append(network.snapshot())
+            rate = network.start_turn(self.steps_done, tokens_seen)
+            self._note(taken, turn, "lr", rate)
+            try:
+                with self._alone(network):
+                    self._take_turn(turn, microbatches, taken, bad_steps)
+            except _BAD as error:
+                assert network.finalizer is not None
+                network.finalizer.restore_expert_biases()
+                taken.skipped = self._located(error, turn, microbatches, rate)
+                taken.kind = error.kind
+                taken.metrics["skipped"] = 1.0
+                self._note(taken, turn, "grad_norm", math.nan)
+                for restore in reversed(put_back):
+                    restore()
+                return taken
+        for name in dict.fromkeys(turn.network for turn in turns):
+            quantized = self.networks[name].quantized
+            if quantized is not None:
+                quantized.end_step()
+        return taken
+
+    def _take_turn(
+        self, turn: Turn, microbatches: list[Batch], taken: "_Taken", bad_steps: BadSteps | None
+    ) -> None:
+        network = self.networks[turn.network]
+        found = self._run(turn, microbatches, forward_only=False)
+        taken.drawn.update(found.drawn)
+        progress.enter(progress.REDUCE)
+        metrics = self._reduce(network, found, len(microbatches))
+        taken.metrics.update(metrics)
+        self._require_sound(turn, metrics, bad_steps)
+        progress.enter(progress.OPTIMIZER)
+        self._note(taken, turn, "grad_norm", network.update())
+
+    @contextmanager
+    def _alone(self, network: Network) -> Iterator[None]:
+        """Freeze the other networks."""
+        with contextlib.ExitStack() as stack:
+            for other in self.networks.values():
+                if other is not network:
+                    stack.enter_context(other.out_of_turn())
+            yield
+
+    def _note(self, taken: "_Taken", turn: Turn, name: str, value: float) -> None:
+        """Note rate or norm of a turn: those of the first network are the step's."""
+        if turn.network == self.network.name:
+            if name == "lr":
+                taken.rate = value
+            else:
+                taken.norm = value
+        else:
+            taken.metrics[f"{name}/{turn.network}"] = value
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
         progress.enter(progress.VALIDATION)
-        for chunk in self.chunks:
-            chunk.eval()
+        for network in self.networks.values():
+            network.train(False)
+        found: dict[str, float] = {}
         with torch.no_grad():
             with self._said_once():
                 microbatches = [self._own(batch) for batch in batches]
-            found = self._run(self._filled_up(microbatches), forward_only=True)
-        for chunk in self.chunks:
-            chunk.train()
+            microbatches = self.objective.prepare(self._filled_up(microbatches))
+            for turn in dict.fromkeys(self.objective.turns):
+                one = self._run(turn, microbatches, forward_only=True)
+                found.update(one.means(_sum_over_processes(one.sums)))
+        for network in self.networks.values():
+            network.train()
         progress.enter(progress.BETWEEN)
-        return self._means(found, _sum_over_processes(found.sums))
+        return found
 
     def forward_only(self, microbatches: list[Batch]) -> None:
-        """Run the forward pass alone; for whoever listens with module hooks."""
+        """Run the forward passes alone; for whoever listens with module hooks."""
         with torch.no_grad():
-            self._run(microbatches, forward_only=True)
+            for turn in self.objective.turns:
+                self._run(turn, microbatches, forward_only=True)
 
     def _take(self, batches: Iterator[Batch], sequences: int) -> list[Batch]:
-        count = sequences // (self.microbatch * self.groups.dp.size())
+        count = sequences // (self.microbatch * self.network.groups.dp.size())
         with self._said_once():
             return [self._own(batch) for batch in islice(batches, count)]
 
@@ -150,133 +185,98 @@ class Engine:
         except UserError as error:
             if not error.of_content:
                 raise
-            groups = self.groups
+            groups = self.network.groups
             error.everywhere = groups.dp.size() == 1
             error.repeated = any(one.rank() for one in (groups.tp, groups.pp, groups.cp))
             raise
 
     def _own(self, batch: Batch) -> Batch:
         """Return what this process sees of a microbatch of its data-parallel rank."""
-        return batch.part_of(self.groups.cp.rank(), self.groups.cp.size()).to(self.device)
+        context = self.network.groups.cp
+        return batch.part_of(context.rank(), context.size()).to(self.network.device)
 
     def _filled_up(self, microbatches: list[Batch]) -> list[Batch]:
         """Add microbatches without labels until an interleaved schedule takes them.
 
         It takes multiples of the pipeline ranks only (core 0.19.2, schedules.py 1145).
         """
-        if len(self.chunks) == 1 or not microbatches:
+        if len(self.network.chunks) == 1 or not microbatches:
             return microbatches
         empty = replace(
             microbatches[0], loss_weights=torch.zeros_like(microbatches[0].loss_weights)
         )
-        return microbatches + [empty] * (-len(microbatches) % self.groups.pp.size())
+        return microbatches + [empty] * (-len(microbatches) % self.network.groups.pp.size())
 
-    def _run(self, microbatches: list[Batch], *, forward_only: bool) -> "_Losses":
-        """Run the schedule; return this process's share of the sums, and all valid tokens."""
-        terms = self.objective.count(microbatches)
-        by_source = torch.zeros(self._told_apart, device=terms.device)
-        for batch in microbatches:
-            self._add(by_source, batch, batch.loss_weights.sum(dim=1))
-        totals = torch.cat([terms, by_source])
-        dist.all_reduce(totals, group=self.groups.dp_cp)
-
-        def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
-            progress.enter(progress.last().part)  # still there
-            return self.objective.forward(model, next(iterator), totals[: len(terms)])
-
-        reports = megatron.run_schedule(
-            self.chunks,
-            forward_step,
+    def _run(self, turn: Turn, microbatches: list[Batch], *, forward_only: bool) -> Losses:
+        """Run a turn; losses of sources are told apart in the one that is reported as the loss."""
+        return losses.run(
+            self.networks[turn.network],
+            turn.objective,
             microbatches,
             shape=(self.microbatch, self.sequence_length),
+            sources=self.sources if self._is_main(turn) else (),
             forward_only=forward_only,
         )
-        sums = torch.zeros_like(totals)
-        if reports and self.groups.tp.rank() == 0:  # tensor ranks hold the same losses
-            sums[: len(terms)] += torch.stack([report["sums"] for report in reports]).sum(dim=0)
-            for batch, report in zip(microbatches, reports, strict=True):
-                self._add(sums[len(terms) :], batch, report["rows"])
-        return _Losses(sums, totals, len(terms))
 
-    @property
-    def _told_apart(self) -> int:
-        return len(self.sources) if len(self.sources) > 1 else 0
+    def _is_main(self, turn: Turn) -> bool:
+        return turn.objective.names[0] == self.objective.names[0]
 
-    def _add(self, by_source: Tensor, batch: Batch, rows: Tensor) -> None:
-        """Add a figure of each row of a microbatch, [B], to that of its source."""
-        if self._told_apart and batch.source is not None:
-            by_source.index_add_(0, batch.source, rows)
-
-    def _means(self, found: "_Losses", sums: Tensor) -> dict[str, float]:
-        """Divide sums over all processes by tokens; a term or source without any has no loss."""
-        names = [*self.objective.names, *(f"loss/{name}" for name in self.sources)]
-        pairs = zip(names, sums.tolist(), found.totals.tolist(), strict=False)
-        return {name: value / total for name, value, total in pairs if total}
-
-    def _reduce(self, found: "_Losses", num_microbatches: int) -> dict[str, float]:
+    def _reduce(self, network: Network, found: Losses, num_microbatches: int) -> dict[str, float]:
         """Bring losses, balance loss and expert loads of all processes together, in one message."""
-        terms, layers = len(found.sums), len(self.expert_layers)
-        loads = torch.zeros(layers, self.num_experts, device=self.device)
-        for place, counts in self.finalizer.expert_counts.items():
-            loads[self.expert_layers.index(place)] = counts
-        aux = AUX_LOSSES.take()
-        aux = torch.zeros(1, device=self.device) if aux is None else aux.reshape(1)
-        message = _sum_over_processes(torch.cat([found.sums, aux, loads.flatten()]))
-        metrics = self._means(found, message[:terms])
-        if layers:
-            ranks = self.groups.dp.size()  # each data-parallel rank has the mean of its own tokens
-            applications = self.num_routers * num_microbatches * ranks
-            metrics["moe_aux_loss"] = message[terms].item() / applications
-            loads = message[terms + 1 :].view(layers, self.num_experts)
-            ratios = (loads.amax(dim=1) / loads.mean(dim=1)).tolist()
-            for (in_mtp, layer), ratio in zip(self.expert_layers, ratios, strict=True):
-                metrics[f"expert_load_{'mtp_' if in_mtp else ''}{layer}"] = ratio
-        return metrics
+        assert network.finalizer is not None
+        counts, balance = network.finalizer.expert_counts, network.balance_losses.take()
+        routed = network.routing.message(counts, balance, network.device)
+        message = _sum_over_processes(torch.cat([found.sums, routed]))
+        sums, routed = message.split([len(found.sums), len(routed)])
+        # Each data-parallel rank has the mean balance loss of its own tokens.
+        passes = num_microbatches * network.groups.dp.size()
+        of_routers = network.routing.metrics(routed, passes)
+        if network is not self.network:
+            of_routers = {f"{name}/{network.name}": value for name, value in of_routers.items()}
+        return found.means(sums) | of_routers
 
-    def _require_sound(self, metrics: dict[str, float], bad_steps: BadSteps | None) -> None:
-        """Refuse a step without labels, with a loss that is not finite, or with a spike of it."""
-        main, *depths = self.objective.names
+    def _require_sound(
+        self, turn: Turn, metrics: Mapping[str, float], bad_steps: BadSteps | None
+    ) -> None:
+        """Refuse a turn without labels, with a loss that is not finite, or with a spike of it."""
+        main, *others = turn.objective.names
         if main not in metrics:  # an MTP depth may well have none
             raise NoLabelsError("no token of the step has a label that counts")
-        for name in (main, *depths):
+        for name in (main, *others):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise NonFiniteError(f"{name} is {metrics[name]}")
-        if bad_steps is not None:
+        if bad_steps is not None and self._is_main(turn):
             bad_steps.require_usual(metrics[main])
 
-    def _located(self, error: UserError, microbatches: list[Batch], rate: float) -> str:
+    def _located(self, error: UserError, turn: Turn, microbatches: list[Batch], rate: float) -> str:
         """Say what was wrong; of what is not finite also on which rank and in which module."""
         if isinstance(error, SpikeError):
             return f"{error}; learning rate {rate:.3g}"
         if not isinstance(error, NonFiniteError):
             return str(error)
-        culprit = first_bad_module(
-            self.chunks, lambda: self.forward_only(microbatches), stage=self.groups.pp.rank()
-        )
+        network = self.networks[turn.network]
+
+        def replay() -> None:
+            with torch.no_grad():
+                self._run(turn, microbatches, forward_only=True)
+
+        culprit = first_bad_module(network.chunks, replay, stage=network.groups.pp.rank())
         return f"{error}; {culprit}; learning rate {rate:.3g}"
 
 
-@dataclass(frozen=True)
-class _Losses:
-    """Sums of a step: of the terms of the objective, then of each source that is told apart.
+@dataclass
+class _Taken:
+    """What came of the turns of a step."""
 
-    Attributes:
-        sums: losses of this process, [terms + sources].
-        totals: valid tokens of all processes, [terms + sources].
-        terms: how many terms the objective has.
-    """
-
-    sums: Tensor
-    totals: Tensor
-    terms: int
-
-    @property
-    def source_tokens(self) -> Tensor:
-        """Return the valid tokens of each source, [sources]."""
-        return self.totals[self.terms :]
+    rate: float = math.nan  # of the first network
+    norm: float = math.nan
+    skipped: str = ""  # why the step is taken back; empty: it is not
+    kind: str = ""
+    drawn: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-def _in_words(drawn: dict[str, int]) -> str:
+def _in_words(drawn: Mapping[str, int]) -> str:
     """Say which sources a step read: ", of web 300, code 20"."""
     named = [f"{name} {count}" for name, count in drawn.items() if count]
     return f", of {', '.join(named)}" if named else ""

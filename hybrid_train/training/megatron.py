@@ -116,31 +116,48 @@ def run_schedule(
 class Finalizer:
     """Megatron's reduction of gradients, which first notes how many tokens each expert got.
 
-    The reduction updates the expert biases from these counts and then forgets them.
+    The reduction updates the expert biases from these counts and then forgets them. Behind it the
+    gradients are divided by `denominator`, a float, since core adds whole tokens only and takes no
+    less than one of them (schedules.py 749, finalize_model_grads.py 693).
     """
+
+    denominator: Tensor  # of the losses of the step, in all processes
 
     def __init__(self, config: TransformerConfig) -> None:
         self.expert_counts: dict[tuple[bool, int], Tensor] = {}  # (in MTP, layer from 1) -> counts
         self._biases: list[tuple[Tensor, Tensor]] = []  # of each router, and a copy from before
         config.finalize_model_grads_func = self
 
-    def __call__(self, chunks: Chunks, *args: Any, **kwargs: Any) -> None:
-        """Take the place of `finalize_model_grads`."""
+    def __call__(self, chunks: Chunks, tokens: Tensor | None, **kwargs: Any) -> None:
+        """Take the place of `finalize_model_grads`; `tokens` are core's own count."""
         progress.enter(progress.REDUCE)  # from here on processes wait for each other
         self.expert_counts, self._biases = {}, []
+        for module in _routers(chunks):  # MTP blocks of several depths share a place
+            place = (module.is_mtp_layer, module.layer_number)
+            counts = self.expert_counts.get(place, 0)
+            self.expert_counts[place] = counts + module.local_tokens_per_expert
+            self._biases.append((module.expert_bias, module.expert_bias.clone()))
+        finalize_model_grads(chunks, None, **kwargs)
         for chunk in chunks:
-            for module in chunk.module.modules():
-                if isinstance(module, TopKRouter):  # MTP blocks of several depths share a place
-                    place = (module.is_mtp_layer, module.layer_number)
-                    counts = self.expert_counts.get(place, 0)
-                    self.expert_counts[place] = counts + module.local_tokens_per_expert
-                    self._biases.append((module.expert_bias, module.expert_bias.clone()))
-        finalize_model_grads(chunks, *args, **kwargs)
+            chunk.scale_gradients(1.0 / self.denominator)
 
     def restore_expert_biases(self) -> None:
         """Take back the update of the expert biases, of a step that turned out to be bad."""
         for bias, before in self._biases:
             bias.copy_(before)
+
+
+def _routers(chunks: Chunks) -> Iterator[TopKRouter]:
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                yield module
+
+
+def forget_loads(chunks: Chunks) -> None:
+    """Forget the tokens of experts in passes that no reduction followed."""
+    for module in _routers(chunks):
+        module.local_tokens_per_expert.zero_()
 
 
 def zero_gradients(chunks: Chunks) -> None:

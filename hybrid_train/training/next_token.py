@@ -4,7 +4,6 @@ Dimensions: B batch, S sequence, D prediction depths.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +12,12 @@ from torch.nn import Module
 from hybrid_train.data.batch import Batch
 from hybrid_train.model.packed import shift
 from hybrid_train.ops.context import continues
-from hybrid_train.training.objective import LossFunction
+from hybrid_train.schema import objective as schema
+from hybrid_train.schema.pattern import parse
+from hybrid_train.training.objective import Given, LossFunction, Objective
 
 
-class NextToken:
+class NextToken(Objective):
     """Mean cross-entropy plus `mtp_loss_scale` times the mean over depths of the MTP losses.
 
     Depth k predicts one token further than depth k - 1, so it has fewer valid tokens; each depth
@@ -25,10 +26,11 @@ class NextToken:
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.2, eq. 24 and 25.
     """
 
-    def __init__(self, *, depths: int, mtp_loss_scale: float, context_group: Any) -> None:
+    def __init__(self, settings: schema.NextToken, given: Given) -> None:
+        depths = parse(given.model.pattern).mtp_depths
         self.names = ("loss", *(f"mtp_loss_{depth + 1}" for depth in range(depths)))
-        self._scale = mtp_loss_scale / depths if depths else 0.0
-        self._context_group = context_group
+        self._scale = settings.mtp_loss_scale / depths if depths else 0.0
+        self._context_group = given.groups.cp
 
     def count(self, batches: Sequence[Batch]) -> Tensor:
         return torch.stack([self._masks(batch).sum(dim=(1, 2)) for batch in batches]).sum(dim=0)
@@ -51,7 +53,7 @@ class NextToken:
         masks = self._masks(batch)
         weighed = losses * masks
         sums = weighed.sum(dim=(1, 2))
-        weights = self._scale * totals[0] / totals.clamp(min=1)
+        weights = self._scale * totals[0] / torch.where(totals > 0, totals, 1.0)
         weights[0] = 1.0
         # Megatron divides what it gets in place: the report needs sums of its own.
         report = {"sums": sums.detach().clone(), "rows": weighed[0].detach().sum(dim=1)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 class StepReport:
     """Outcome of one step, the same on every rank."""
 
-    loss: float  # cross-entropy of the next token, nats per valid token of the whole batch
+    loss: float  # first term of the objective, by what divides it; of next_token in nats
     grad_norm: float  # before clipping
     lr: float
     seconds: float

@@ -55,7 +55,7 @@ def measure(model: str, rounds: int, folder: Path) -> None:
     size = 0
     for number in range(rounds + 1):  # the first finds memory and files untouched, and is left out
         taken = {"step": min(timed(step) for _ in range(3))}
-        tensors = plan.tensors(content.chunks, content.optimizer, content.groups)
+        tensors = plan.tensors(content)
         taken["copy"] = timed(partial(megatron.on_host, tensors, copy=True))
         size = sum(tensor.data.nbytes for tensor in tensors)
         taken["sync"] = timed(partial(store.save, folder, content, position(2 * number), keep=1))

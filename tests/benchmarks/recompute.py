@@ -102,7 +102,7 @@ def kept_bytes(engine: Any) -> int:
     """Return the bytes of the tensors that one forward pass keeps, weights aside."""
     from torch.autograd.graph import saved_tensors_hooks
 
-    (model,) = engine.chunks
+    (model,) = engine.network.chunks
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Any] = {}  # storages stay alive here: no address comes twice
 

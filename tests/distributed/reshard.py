@@ -263,7 +263,7 @@ def _engines(names: set[str], seed: int | None = None) -> Iterator[tuple[str, An
 
 def _batches(engine: Any) -> Any:
     """Deal the sequences of a step out to the data-parallel ranks in turn."""
-    groups = engine.groups
+    groups = engine.network.groups
     return microbatches(some_rows()[groups.dp.rank() :: groups.dp.size()], 1)
 
 

@@ -36,9 +36,9 @@ def engine_of(parallel: Parallel, groups: Any, seed: int) -> Any:
 
 
 def content_of(engine: Any, groups: Any) -> Any:
-    from hybrid_train.checkpoint.megatron import Content
+    from hybrid_train.training.hooks import checkpointing
 
-    return Content(engine.chunks, engine.optimizer, groups)
+    return checkpointing.content_of(engine)
 
 
 def batches_of(groups: Any) -> Any:
@@ -51,7 +51,7 @@ def numbers_of(report: Any) -> dict[str, float]:
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
-    state = engine.chunks[0].module.state_dict()
+    state = engine.network.chunks[0].module.state_dict()
     return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -259,7 +259,7 @@ def test_one_process_reads_the_weights_of_two(runs: Any, name: str) -> None:
     engines = [engine_of(Parallel(), groups, seed=seed) for seed in (1, 9)]
     for _ in range(2):
         engines[0].step(batches_of(groups), tokens_seen=0)
-    read_weights(layout.locate(folder / name).path, engines[1].chunks, groups)
+    read_weights(layout.locate(folder / name).path, engines[1].network.chunks, groups)
     expected = weights_of(engines[0])
     for key, value in weights_of(engines[1]).items():
         # Adam's update is the rate times a quotient with the error of the gradient, 20 ulps;

@@ -79,22 +79,22 @@ def train(
 ) -> Outcome:
     """Take steps from new weights or a checkpoint, and save."""
     from hybrid_train.checkpoint import layout, store
-    from hybrid_train.checkpoint.megatron import Content
     from hybrid_train.model.megatron import is_in_fp8
+    from hybrid_train.training.hooks.checkpointing import content_of
     from hybrid_train.training.megatron import complete_parameters
 
     engine = engine_of(parallel, groups, format, gathered)
-    content = Content(engine.chunks, engine.optimizer, groups)
+    content = content_of(engine)
     if start is not None:
         found = layout.latest(start)
         assert found is not None
         store.load(found, content)
     batches = batches_of(groups)
     losses = [engine.step(batches, tokens_seen=0).loss for _ in range(STEPS)]
-    complete_parameters(engine.chunks)
+    complete_parameters(engine.network.chunks)
     store.save(folder, content, {"step": STEPS, "tokens": 0}, keep=1)
-    buffers = [b for c in engine.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
-    weights = [weight for chunk in engine.chunks for weight in chunk.parameters()]
+    buffers = [b for c in engine.network.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    weights = [weight for chunk in engine.network.chunks for weight in chunk.parameters()]
     return Outcome(
         losses,
         sum(buffer.param_data.nbytes for buffer in buffers),
@@ -154,9 +154,9 @@ def masters_of_loaded_weights(start: Path) -> dict[str, tuple[Tensor, Tensor]]:
         engine = engine_of(Parallel(), groups, TENSORWISE, True)
         found = layout.latest(start)
         assert found is not None
-        read_weights(found.path, engine.chunks, groups)
-        engine.optimizer.reload_model_params()
-        named = engine.chunks[0].module.module.named_parameters()
+        read_weights(found.path, engine.network.chunks, groups)
+        engine.network.optimizer.reload_model_params()
+        named = engine.network.chunks[0].module.module.named_parameters()
         return {
             name: weight.main_param.view(weight.shape).clone()
             for name, weight in named

@@ -67,7 +67,7 @@ def _sizes_of_parts() -> dict[str, tuple[int, int, int]]:
     _step(engine)
     sizes: dict[str, tuple[int, int, int]] = {}
     for number, held in enumerate((shards.weights, shards.gradients)):
-        for shard in held(engine.chunks):
+        for shard in held(engine.network.chunks):
             counts = list(sizes.get(shard.key, (0, 0, math.prod(shard.whole_shape))))
             counts[number] += shard.value.numel()
             sizes[shard.key] = (counts[0], counts[1], counts[2])
@@ -93,7 +93,7 @@ def _memory_between_steps() -> tuple[int, int]:
     """Return the bytes of whole layers that are there between two steps, and without FSDP."""
     engine = _engine(SPLIT)
     _step(engine)
-    core = engine.chunks[0].module
+    core = engine.network.chunks[0].module
     groups = core.param_and_grad_buffer.parameter_groups
     layers = [
         parameter
@@ -134,7 +134,7 @@ def _gradient_goes_bad() -> tuple[str, bool]:
     from tests.parity import shards
 
     engine = _engine(SPLIT)
-    core, finalize = engine.chunks[0].module, engine.finalizer
+    core, finalize = engine.network.chunks[0].module, engine.network.finalizer
 
     def spoil(*args: Any, **kwargs: Any) -> None:
         finalize(*args, **kwargs)
@@ -142,11 +142,11 @@ def _gradient_goes_bad() -> tuple[str, bool]:
         if parts[POISONED].grad is not None:
             parts[POISONED].grad.to_local().view(-1)[0] = math.inf
 
-    engine.chunks[0].config.finalize_model_grads_func = spoil
-    before = [shard.value.clone() for shard in shards.weights(engine.chunks)]
+    engine.network.chunks[0].config.finalize_model_grads_func = spoil
+    before = [shard.value.clone() for shard in shards.weights(engine.network.chunks)]
     with pytest.raises(NonFiniteError) as error:
         _step(engine)
-    after = [shard.value for shard in shards.weights(engine.chunks)]
+    after = [shard.value for shard in shards.weights(engine.network.chunks)]
     return str(error.value), all(map(torch.equal, before, after))
 
 
@@ -162,8 +162,8 @@ def _weight_goes_bad() -> str:
     from hybrid_train.training.nonfinite import NonFiniteError
 
     engine = _engine(SPLIT)
-    names = {id(weight): name for name, weight in engine.chunks[0].module.raw_param.items()}
-    for part in fsdp.parts(engine.chunks[0]):
+    names = {id(weight): name for name, weight in engine.network.chunks[0].module.raw_param.items()}
+    for part in fsdp.parts(engine.network.chunks[0]):
         if names[id(part.parameter)] == POISONED:
             part.weights[0] = math.nan
     with pytest.raises(NonFiniteError) as error:
@@ -185,7 +185,7 @@ def _gradients_in_bfloat16(parallel: Parallel) -> list[Any]:
 
     engine = _engine(parallel, ProductFormat.bf16)
     _step(engine)
-    found = list(shards.gradients(engine.chunks))
+    found = list(shards.gradients(engine.network.chunks))
     assert {shard.value.dtype for shard in found} == {torch.float32}
     return found
 

@@ -28,11 +28,11 @@ def _decay_alone() -> None:
         groups = build_groups(parallel, timeout_s=60)
         start_tracker()
         engine = tiny_engine(job, groups)
-        weights: dict[str, Any] = dict(engine.chunks[0].named_parameters())
+        weights: dict[str, Any] = dict(engine.network.chunks[0].named_parameters())
         before = {name: weight.detach().clone() for name, weight in weights.items()}
-        engine.chunks[0].zero_grad_buffer()
-        set_learning_rate(engine.optimizer, RATE)
-        engine.optimizer.step()
+        engine.network.chunks[0].zero_grad_buffer()
+        set_learning_rate(engine.network.optimizer, RATE)
+        engine.network.optimizer.step()
         for name, weight in weights.items():
             factor = 1 - RATE * DECAY if decays(job.optimizer, name) else 1.0
             assert torch.equal(weight, factor * before[name]), name

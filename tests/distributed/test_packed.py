@@ -47,7 +47,7 @@ def engine_of(parallel: Parallel, groups: Any) -> Any:
 def run(engine: Any, batches: list[Any]) -> list[Tensor]:
     """Logits of every batch and depth that this process makes, [S, B, V / tp]."""
     found: list[Tensor] = []
-    for chunk in engine.chunks:
+    for chunk in engine.network.chunks:
         if chunk.module.post_process:
             chunk.module.output_layer.register_forward_hook(
                 lambda _module, _inputs, output: found.append(output[0])

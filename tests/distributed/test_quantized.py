@@ -30,15 +30,15 @@ def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
             "M*-", parallel=parallel, precision=Precision(format=ProductFormat.fp8_delayed)
         )
         engine = tiny_engine(job, groups)
-        histories = engine.quantized.histories
+        histories = engine.network.quantized.histories
         saw: list[float] = []
-        roll = engine.quantized.end_step
+        roll = engine.network.quantized.end_step
 
         def end_step() -> None:
             saw.extend(float(history.seen) for history in histories)
             roll()
 
-        engine.quantized.end_step = end_step
+        engine.network.quantized.end_step = end_step
         rows = some_rows(seed=dist.get_rank() if parallel == Parallel() else 0)
         batches: Any = microbatches(rows, 2)
         engine.step(batches, tokens_seen=0)

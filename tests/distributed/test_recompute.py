@@ -30,8 +30,8 @@ def steps(parallel: Parallel, groups: Any) -> tuple[list[tuple[float, float]], l
     size, rank = groups.dp.size(), groups.dp.rank()
     batches = microbatches(some_rows()[rank::size], 1)
     reports = [engine.step(batches, tokens_seen=0) for _ in range(3)]
-    weights = [w.detach().clone() for chunk in engine.chunks for w in chunk.parameters()]
-    gradients = [w.main_grad.clone() for chunk in engine.chunks for w in chunk.parameters()]
+    weights = [w.detach().clone() for chunk in engine.network.chunks for w in chunk.parameters()]
+    gradients = [w.main_grad.clone() for chunk in engine.network.chunks for w in chunk.parameters()]
     return [(report.loss, report.grad_norm) for report in reports], weights + gradients
 
 

@@ -28,7 +28,7 @@ def _run_twice(parallel: Parallel) -> None:
         batches = microbatches(rows, 2)
         reports = [engine.step(batches, tokens_seen=0) for _ in range(4)]
         lines = [(r.loss, r.grad_norm, r.lr, r.metrics) for r in reports]
-        state = engine.chunks[0].module.state_dict()
+        state = engine.network.chunks[0].module.state_dict()
         tensors = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
         runs.append((lines, tensors))
         destroy_groups()

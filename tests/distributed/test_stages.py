@@ -51,11 +51,11 @@ def job_of(pattern: str, parallel: Parallel, *, tied: bool) -> Any:
 def reports_of(engine: Any, folder: Path, groups: Any) -> list[dict[str, float]]:
     """Two steps, a checkpoint, a third step, a validation of three microbatches."""
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.megatron import Content
+    from hybrid_train.training.hooks.checkpointing import content_of
 
     batches = microbatches(some_rows(), 1)
     found = [engine.step(batches, tokens_seen=0) for _ in range(2)]
-    store.save(folder, Content(engine.chunks, engine.optimizer, groups), {"step": 2}, keep=1)
+    store.save(folder, content_of(engine), {"step": 2}, keep=1)
     found.append(engine.step(batches, tokens_seen=0))
     held_out = [batch_of(row[None]) for row in some_rows(3, seed=1)]
     reports = [{"loss": r.loss, "grad_norm": r.grad_norm, **r.metrics} for r in found]
@@ -76,7 +76,7 @@ def _train_under_all_layouts(folder: Path) -> Any:
         engine = tiny_engine(job, groups)
         planned = stages.stages(job, padded_vocab_size(VOCAB, job.model.vocab_multiple))
         mine = [stage.held.total for stage in planned if stage.rank == dist.get_rank()]
-        assert parameter_count(engine.chunks) == sum(mine), name
+        assert parameter_count(engine.network.chunks) == sum(mine), name
         found[name] = reports_of(engine, folder / name, groups)
         destroy_groups()
     return found

@@ -238,7 +238,9 @@ def steps(job: TrainJob, groups: Any) -> list[float]:
     job.optimizer.clip_grad_norm = 1e9
     built = build_model(job, groups, VOCAB, on_gpu=True)
     engine = build_engine(job, built, groups, torch.device("cuda"))
-    kept = sum(is_in_fp8(weight) for chunk in engine.chunks for weight in chunk.parameters())
+    kept = sum(
+        is_in_fp8(weight) for chunk in engine.network.chunks for weight in chunk.parameters()
+    )
     assert bool(kept) is job.precision.fp8_param_gather
     generator = torch.Generator().manual_seed(SEED)
     rows = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)

@@ -22,7 +22,7 @@ def poisoned_process(*args: Any) -> Iterator[torch.device]:
 
         def poisoned_step(self: Engine, *args: Any, **kwargs: Any) -> Any:
             if self.steps_done + 1 == int(step) and os.environ.get("RANK", "0") == rank:
-                weights = dict(self.chunks[0].module.named_parameters())
+                weights = dict(self.network.chunks[0].module.named_parameters())
                 weights[parameter].data.flatten()[0] = float("nan")
             return true_step(self, *args, **kwargs)
 

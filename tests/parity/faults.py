@@ -44,7 +44,7 @@ def planted(name: str | None, engine: Any) -> Iterator[None]:
 
 
 def _parameter(engine: Any, name: str) -> Any:
-    return dict(engine.chunks[0].module.named_parameters())[name]
+    return dict(engine.network.chunks[0].module.named_parameters())[name]
 
 
 def _norm_is_not_reduced(engine: Any, _: pytest.MonkeyPatch) -> None:
@@ -92,15 +92,15 @@ def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
     """Split the rows z, x, B, C, dt of in_proj as if they were one part."""
     from hybrid_train.model.megatron import mamba_mixers
 
-    mixer = mamba_mixers(engine.chunks[0])[0]
-    weight, tp = _parameter(engine, _IN_PROJ), engine.groups.tp
+    mixer = mamba_mixers(engine.network.chunks[0])[0]
+    weight, tp = _parameter(engine, _IN_PROJ), engine.network.groups.tp
     ranks = [torch.empty_like(weight) for _ in range(tp.size())]
     dist.all_gather(ranks, weight.detach(), group=tp)
     sizes = [mixer.d_inner_local_tp] * 2 + [mixer.ngroups_local_tp * mixer.d_state] * 2
     parts = zip(*(rank.split([*sizes, mixer.nheads_local_tp]) for rank in ranks), strict=True)
     whole = torch.cat([row for part in parts for row in part])
     weight.data.copy_(whole.chunk(tp.size())[tp.rank()])
-    engine.optimizer.reload_model_params()
+    engine.network.optimizer.reload_model_params()
 
 
 def _expert_bias_is_not_synchronised(_: Any, patch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def _counted_twice(name: str) -> Plant:
     """Double one gradient on its way to the optimizer."""
 
     def plant(engine: Any, patch: pytest.MonkeyPatch) -> None:
-        reduce = engine.finalizer
+        reduce = engine.network.finalizer
 
         def reduce_and_double(chunks: Any, *args: Any, **kwargs: Any) -> None:
             parameter = dict(chunks[0].module.named_parameters()).get(name)
@@ -126,7 +126,9 @@ def _counted_twice(name: str) -> Plant:
                 parameter.main_grad *= 2
             reduce(chunks, *args, **kwargs)
 
-        patch.setattr(engine.chunks[0].config, "finalize_model_grads_func", reduce_and_double)
+        patch.setattr(
+            engine.network.chunks[0].config, "finalize_model_grads_func", reduce_and_double
+        )
 
     return plant
 

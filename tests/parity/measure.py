@@ -40,19 +40,18 @@ def write_reference(case: Case, folder: Path) -> list[dict[str, float]]:
         The numbers of every step.
     """
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.megatron import Content
+    from hybrid_train.training.hooks.checkpointing import content_of
     from tests.parity import shards
 
     with _engine(case) as engine:
-        content = Content(engine.chunks, engine.optimizer, engine.groups)
-        saved = store.save(folder, content, {"step": 0, "tokens": 0}, keep=1)
+        saved = store.save(folder, content_of(engine), {"step": 0, "tokens": 0}, keep=1)
         assert saved == folder / START
         batches = _batches(case, engine)
         first = _numbers(engine.step(batches, tokens_seen=0))
-        gradients = shards.assemble(shards.gradients(engine.chunks))
+        gradients = shards.assemble(shards.gradients(engine.network.chunks))
         later = range(1, case.steps)
         reports = [first, *(_numbers(engine.step(batches, tokens_seen=0)) for _ in later)]
-        weights = shards.assemble(shards.weights(engine.chunks))
+        weights = shards.assemble(shards.weights(engine.network.chunks))
         torch.save({"gradients": gradients, "weights": weights}, folder / REFERENCE)
     return reports
 
@@ -70,8 +69,8 @@ def measure(case: Case, folder: Path, fault: str | None = None) -> Outcome:
 
     reference = torch.load(folder / REFERENCE, mmap=True)
     with _engine(case) as engine:
-        read_weights(folder / START, engine.chunks, engine.groups)
-        engine.optimizer.reload_model_params()
+        read_weights(folder / START, engine.network.chunks, engine.network.groups)
+        engine.network.optimizer.reload_model_params()
         with faults.planted(fault, engine):
             return _compared(engine, case, reference)
 
@@ -82,11 +81,13 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
 
     batches = _batches(case, engine)
     outcome = Outcome([_numbers(engine.step(batches, tokens_seen=0))])
-    outcome.gradients = _errors(shards.gradients(engine.chunks), reference["gradients"], True)
+    outcome.gradients = _errors(
+        shards.gradients(engine.network.chunks), reference["gradients"], True
+    )
     for _ in range(1, case.steps):
         outcome.reports.append(_numbers(engine.step(batches, tokens_seen=0)))
-    complete_parameters(engine.chunks)
-    held = list(shards.weights(engine.chunks))
+    complete_parameters(engine.network.chunks)
+    held = list(shards.weights(engine.network.chunks))
     outcome.weights = _errors(held, reference["weights"])
     outcome.copies = {
         f"{s.key} at {s.place}": digest(s.value.contiguous().numpy().tobytes()) for s in held
@@ -109,7 +110,7 @@ def _engine(case: Case) -> Iterator[Any]:
 
 def _batches(case: Case, engine: Any) -> Iterator[Batch]:
     """Deal the microbatches of the whole step out to the data-parallel ranks in turn."""
-    size, rank = engine.groups.dp.size(), engine.groups.dp.rank()
+    size, rank = engine.network.groups.dp.size(), engine.network.groups.dp.rank()
     return cycle(microbatches_of(case)[rank::size])
 
 

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from hybrid_train.checkpoint import store
+from hybrid_train.checkpoint.content import Content, Held
 from hybrid_train.checkpoint.kept_plan import KeptPlan
-from hybrid_train.checkpoint.megatron import Content
+from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.problems import DISK, UserError
@@ -25,8 +26,20 @@ _log = logging.getLogger(__name__)
 
 def content_of(engine: Engine) -> Content:
     """Name what a checkpoint of this run holds, and complete it; every process calls this."""
-    megatron.complete_parameters(engine.chunks)
-    return Content(engine.chunks, engine.optimizer, engine.groups)
+    held = []
+    for name, network in engine.networks.items():
+        megatron.complete_parameters(network.chunks)
+        assert network.optimizer is not None, f"{name} is not trained"
+        name_in_keys = name if len(engine.networks) > 1 else ""
+        held.append(Held(network.chunks, network.optimizer, network.groups, name_in_keys))
+    return Content(tuple(held))
+
+
+def load_weights(folder: Path, engine: Engine) -> None:
+    """Begin with the weights of a checkpoint, and with new moments; every process calls this."""
+    for held in content_of(engine).networks:
+        read_weights(folder, held.chunks, held.groups, held.name)
+        held.optimizer.reload_model_params()
 
 
 @dataclasses.dataclass

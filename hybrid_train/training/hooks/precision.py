@@ -56,7 +56,7 @@ class AuditPrecision(Hook):
         self._audited = job.precision
         self._job = job
         AUDIT.start()
-        self._observed = observe(run.engine.chunks)
+        self._observed = observe(run.engine.network.chunks)
 
     def step_end(self, run: Run, report: StepReport) -> None:
         if self._observed is None:
@@ -164,7 +164,7 @@ class MeasureRounding(Hook):
         self._listening = False
 
     def fit_start(self, run: Run) -> None:
-        if run.engine.quantized is None:
+        if run.engine.network.quantized is None:
             _log.info("precision.statistics_interval: what hardware rounds is not measured")
         if ranks.is_main():
             drop_after(self._path, self._resume_step)

@@ -176,7 +176,7 @@ class SnapshotMemory(Hook):
         self._records = False
 
     def fit_start(self, run: Run) -> None:
-        self._records = run.engine.device.type == "cuda"
+        self._records = run.engine.network.device.type == "cuda"
         if self._records:
             torch.cuda.memory._record_memory_history(max_entries=self._events)
         else:

@@ -41,7 +41,7 @@ class StopOnSignal(Hook):
         received, rank, ranks = self._signals.received, dist.get_rank(), dist.get_world_size()
         mine = -1 if received is None else SIGNALS.index(received) * ranks + rank
         late = rank == 0 and self._end is not None and time.monotonic() > self._end
-        told = torch.tensor([mine, late], device=run.engine.device)
+        told = torch.tensor([mine, late], device=run.engine.network.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         theirs, time_is_up = told.tolist()
         if time_is_up:

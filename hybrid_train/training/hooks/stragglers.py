@@ -41,8 +41,8 @@ class CompareProcesses(Hook):
         taken, steps = progress.take_seconds(), self._steps
         self._steps = 0
         mine = [taken.get(part, 0.0) / steps for part in _PARTS]
-        mine.append(_probe(run.engine.device))
-        times = torch.tensor(mine, device=run.engine.device)
+        mine.append(_probe(run.engine.network.device))
+        times = torch.tensor(mine, device=run.engine.network.device)
         everyone = [torch.empty_like(times) for _ in range(ranks.world_size())]
         dist.all_gather(everyone, times)
         slow = stragglers([one.tolist() for one in everyone], self._ratio)

@@ -40,21 +40,21 @@ def take(engine: Any, steps: int) -> list[float]:
 
 
 def content_of(engine: Any, groups: Any) -> Any:
-    from hybrid_train.checkpoint.megatron import Content
+    from hybrid_train.training.hooks import checkpointing
 
-    return Content(engine.chunks, engine.optimizer, groups)
+    return checkpointing.content_of(engine)
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
     """Parameters and persistent buffers, expert biases among them."""
-    state = engine.chunks[0].module.state_dict()
+    state = engine.network.chunks[0].module.state_dict()
     return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def moments_of(engine: Any) -> list[tuple[str, Tensor]]:
     """Master weights, moments and step counts, parameter by parameter."""
     found = []
-    for part in engine.optimizer.chained_optimizers:
+    for part in engine.network.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
@@ -68,9 +68,9 @@ def named(engine: Any, groups: Any) -> dict[tuple[Any, ...], Tensor]:
     from hybrid_train.checkpoint.optimizer_state import state_parts
     from hybrid_train.checkpoint.places import places
 
-    found = places(engine.chunks, groups)
+    found = places(engine.network.chunks, groups)
     tensors = [place.weight for place in found]
-    tensors += [part.tensor for part in state_parts(engine.optimizer, found)]
+    tensors += [part.tensor for part in state_parts(engine.network.optimizer, found)]
     # A weight of an expert has one axis less than its moments: that of the experts.
     return {
         (tensor.key, tensor.global_offset): tensor.data.detach().squeeze(0).clone()

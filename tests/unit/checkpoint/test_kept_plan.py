@@ -99,18 +99,18 @@ def test_a_run_goes_on_from_a_later_save(groups: Any, tmp_path: Path) -> None:
 
 
 def other_moments(engine: Any) -> None:
-    for part in engine.optimizer.chained_optimizers:
+    for part in engine.network.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             state["exp_avg"] = torch.full_like(state["exp_avg"], 0.5)
 
 
 def other_weights(engine: Any) -> None:
-    for parameter in engine.chunks[0].parameters():
+    for parameter in engine.network.chunks[0].parameters():
         parameter.data = torch.full_like(parameter, 0.25)
 
 
 def other_biases(engine: Any) -> None:
-    for module in engine.chunks[0].modules():
+    for module in engine.network.chunks[0].modules():
         if getattr(module, "expert_bias", None) is not None:
             module.expert_bias = torch.full_like(module.expert_bias, 3.0)
 

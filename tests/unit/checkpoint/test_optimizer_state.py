@@ -37,9 +37,9 @@ def test_every_element_of_every_weight_has_its_moments_once(
     from hybrid_train.checkpoint.places import places
 
     engine = engine_of(groups, seed=1, split=split, format=format)
-    found = places(engine.chunks, groups)
-    parts = state_parts(engine.optimizer, found)
-    trained = {id(p) for chunk in engine.chunks for p in chunk.parameters()}
+    found = places(engine.network.chunks, groups)
+    parts = state_parts(engine.network.optimizer, found)
+    trained = {id(p) for chunk in engine.network.chunks for p in chunk.parameters()}
     sizes = {"exp_avg": 0, "exp_avg_sq": 0, "master": 0}
     for part in parts:
         sizes[part.kind] += part.tensor.data.numel()

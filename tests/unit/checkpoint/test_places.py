@@ -14,7 +14,7 @@ def test_places_cover_every_parameter_and_buffer_once_and_share_its_memory(group
     from hybrid_train.checkpoint.places import bare, places
 
     engine = engine_of(groups, seed=1)
-    (chunk,) = engine.chunks
+    (chunk,) = engine.network.chunks
     found = places([chunk], groups)
     state = bare(chunk).state_dict(keep_vars=True)
     tensors = {v.data_ptr(): v for v in state.values() if isinstance(v, torch.Tensor)}
@@ -37,7 +37,7 @@ def test_packed_projections_of_mamba_have_a_place_for_each_part(groups: Any) -> 
 
     engine = engine_of(groups, seed=1, pattern="M-")
     packed = "decoder.layers.0.mixer.in_proj.weight."
-    found = places(engine.chunks, groups)
+    found = places(engine.network.chunks, groups)
     parts = [place.weight.key for place in found if place.weight.key.startswith(packed)]
     assert [part.removeprefix(packed) for part in parts] == ["z", "x", "B", "C", "dt"]
     keys = [place.weight.key for place in found]

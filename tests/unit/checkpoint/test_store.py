@@ -69,7 +69,7 @@ def test_weights_alone_leave_optimizer_and_random_numbers(groups: Any, tmp_path:
     folder = store.save(tmp_path, content_of(saved, groups), POSITION, keep=1)
     loaded = engine_of(groups, seed=2)
     state = torch.get_rng_state()
-    read_weights(folder, loaded.chunks, groups)
+    read_weights(folder, loaded.network.chunks, groups)
     assert torch.equal(torch.get_rng_state(), state)
     expected = weights_of(saved)
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(loaded).items())

@@ -164,7 +164,7 @@ def test_help_lists_their_settings_with_the_comments_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("line", "path", "rule"),
     [
-        ("objective.kind=owned.parts:Focl", "objective.kind", "no class Focl; it has Focal"),
+        ("objective.kind=owned.parts:Focl", "objective.kind", "has no Focl; it has Focal"),
         ("objective.kind=nowhere.parts:Focal", "objective.kind", "there is no module nowhere"),
         ("objective.kind=owned.nothing:Focal", "objective.kind", "no module owned.nothing"),
         ("objective.kind=owned.broken:Focal", "objective.kind", "ZeroDivisionError"),

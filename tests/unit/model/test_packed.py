@@ -138,14 +138,11 @@ def routed(groups: Any, length: int, scale: float = 0.1) -> tuple[Any, dict[str,
     """A model that has seen the first row with so much padding, and gradients of its router."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from hybrid_train.model.aux_losses import AUX_LOSSES
-
     job = tiny_job(PATTERN)
     job.train.sequence_length = length
     job.objective.moe_aux_loss_scale = scale
     model = tiny_model(job, groups)
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
-    AUX_LOSSES.take()
     batch = packed_batch(rows()[:1], length)
     losses = losses_of(model, batch)
     continued = torch.stack([batch.loss_weights] + [torch.zeros_like(batch.loss_weights)] * DEPTHS)
@@ -153,24 +150,28 @@ def routed(groups: Any, length: int, scale: float = 0.1) -> tuple[Any, dict[str,
     return model, {name: g for name, g in found.items() if "router" in name}
 
 
-def test_padding_counts_in_no_expert_load(groups: Any) -> None:
-    from megatron.core.transformer.moe.router import TopKRouter
+def balance_loss(model: Any) -> Tensor:
+    """What the routers of a model have recorded."""
+    (record,) = {id(m.balance_losses): m.balance_losses for m in routers_of(model)}.values()
+    return record.take()
 
+
+def routers_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ == "TopKRouter"]
+
+
+def test_padding_counts_in_no_expert_load(groups: Any) -> None:
     model, _ = routed(groups, LENGTH)
-    loads = [m.local_tokens_per_expert for m in model.modules() if isinstance(m, TopKRouter)]
+    loads = [router.local_tokens_per_expert for router in routers_of(model)]
     taken, top_k = sum(PLACES[0]), 2
     # The block of MTP serves both depths.
     assert [load.sum().item() for load in loads] == [taken * top_k, DEPTHS * taken * top_k]
 
 
 def test_padding_changes_neither_the_balance_loss_nor_its_gradient(groups: Any) -> None:
-    from hybrid_train.model.aux_losses import AUX_LOSSES
-
-    _, padded = routed(groups, LENGTH)
-    loss_padded = AUX_LOSSES.take()
-    _, full = routed(groups, sum(PLACES[0]))
-    loss_full = AUX_LOSSES.take()
-    torch.testing.assert_close(loss_padded, loss_full)
+    padded_model, padded = routed(groups, LENGTH)
+    full_model, full = routed(groups, sum(PLACES[0]))
+    torch.testing.assert_close(balance_loss(padded_model), balance_loss(full_model))
     _, without = routed(groups, LENGTH, scale=0.0)
     assert full
     for name, gradient in full.items():
@@ -179,15 +180,12 @@ def test_padding_changes_neither_the_balance_loss_nor_its_gradient(groups: Any) 
 
 
 def test_a_row_of_padding_alone_has_no_balance_loss(groups: Any) -> None:
-    from hybrid_train.model.aux_losses import AUX_LOSSES
-
     job = tiny_job(PATTERN)
     job.objective.moe_aux_loss_scale = 0.1
     model = tiny_model(job, groups)
-    AUX_LOSSES.take()
     losses = losses_of(model, packed_batch([[]], LENGTH))
     assert losses.isfinite().all()
-    assert AUX_LOSSES.take() == 0
+    assert balance_loss(model) == 0
 
 
 class ListOfDocuments(torch.nn.Module):

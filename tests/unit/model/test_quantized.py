@@ -39,7 +39,7 @@ def heard(engine: Any) -> Seen:
     from hybrid_train.model.observed import observe
 
     AUDIT.start()
-    stop = observe(engine.chunks)
+    stop = observe(engine.network.chunks)
     step(engine)
     stop()
     return AUDIT.stop()
@@ -81,10 +81,10 @@ def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
     )
     engine = tiny_engine(job, groups)
     step(engine)
-    engine.quantized.use(healed.model, healed.precision)
+    engine.network.quantized.use(healed.model, healed.precision)
     assert heard(engine) == asked(healed)
     never = tiny_engine(job_of(Precision(format=ProductFormat.bf16)), groups)
-    never.chunks[0].module.load_state_dict(engine.chunks[0].module.state_dict())
+    never.network.chunks[0].module.load_state_dict(engine.network.chunks[0].module.state_dict())
     batch = next(microbatches(some_rows(), 2))
     assert never.evaluate([batch]) == engine.evaluate([batch])
 

@@ -66,7 +66,7 @@ def trained(job: TrainJob, groups: Any) -> tuple[list[Any], dict[str, Tensor]]:
     batches = microbatches(some_rows(), job.train.microbatch)
     steps = [engine.step(batches, tokens_seen=0) for _ in range(2)]
     reports = [(step.loss, step.grad_norm, step.metrics) for step in steps]
-    model = engine.chunks[0].module
+    model = engine.network.chunks[0].module
     gradients = {f"{name}.grad": w.main_grad.clone() for name, w in model.named_parameters()}
     state = {name: v.clone() for name, v in model.state_dict().items() if isinstance(v, Tensor)}
     return reports, {**gradients, **state}
@@ -102,7 +102,7 @@ def test_losses_gradients_and_weights_are_the_same_to_the_bit(
 def kept_bytes(pattern: str, parallel: Parallel, groups: Any) -> int:
     """Bytes of the tensors that one forward pass keeps, weights aside."""
     engine = tiny_engine(tiny_job(pattern, parallel=parallel), groups)
-    (model,) = engine.chunks
+    (model,) = engine.network.chunks
     weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -166,7 +166,7 @@ def test_block_recomputes_the_first_layers_alone(groups: Any) -> None:
 def test_validation_recomputes_nothing(groups: Any) -> None:
     engine = tiny_engine(tiny_job(parallel=WHOLE), groups)
     calls = []
-    for layer in engine.chunks[0].module.decoder.layers:
+    for layer in engine.network.chunks[0].module.decoder.layers:
         layer.register_forward_hook(lambda *_: calls.append(1))
     engine.evaluate([batch_of(some_rows())])
-    assert len(calls) == len(engine.chunks[0].module.decoder.layers)
+    assert len(calls) == len(engine.network.chunks[0].module.decoder.layers)

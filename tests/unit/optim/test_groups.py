@@ -26,14 +26,14 @@ def wanted_decay(name: str) -> float:
 
 
 def held(engine: Any) -> list[tuple[str, Any]]:
-    return list(engine.chunks[0].named_parameters())
+    return list(engine.network.chunks[0].named_parameters())
 
 
 def decay_of_each(engine: Any) -> dict[str, float]:
     """Weight decay by name, as the optimizer's own groups have it; whole parameters only."""
     rates = {
         id(parameter): group["weight_decay"]
-        for group in engine.optimizer.param_groups
+        for group in engine.network.optimizer.param_groups
         for parameter in group["params"]
     }
     return {name: rates[id(parameter)] for name, parameter in held(engine)}

@@ -38,7 +38,7 @@ def losses(engine: Any, steps: int = STEPS) -> list[float]:
 
 
 def adam_of(engine: Any) -> FusedAdam:
-    (part,) = engine.optimizer.chained_optimizers
+    (part,) = engine.network.optimizer.chained_optimizers
     assert isinstance(part.optimizer, FusedAdam)
     return part.optimizer
 
@@ -77,9 +77,11 @@ def test_a_bfloat16_run_keeps_what_the_plan_says(groups: Any) -> None:
         job = job_of(precision, main_gradients=GradientFormat.bfloat16, **formats)
         engine = tiny_engine(job, groups)
         losses(engine, 1)
-        numel = sum(p.numel() for p in engine.chunks[0].parameters())
+        numel = sum(p.numel() for p in engine.network.chunks[0].parameters())
         # Decay rates stay in float32: no master beside them, two more bytes of gradient.
-        precise = sum(p.numel() for p in engine.chunks[0].parameters() if p.dtype == torch.float32)
+        precise = sum(
+            p.numel() for p in engine.network.chunks[0].parameters() if p.dtype == torch.float32
+        )
         assert 0 < precise < numel / 1000
         kept = [value for state in adam_of(engine).state.values() for value in state.values()]
         planned = memory(job, Held(numel), processes=1)
@@ -100,7 +102,7 @@ def test_the_norm_of_bfloat16_gradients_is_summed_in_float32(groups: Any) -> Non
     job = job_of(precision, main_gradients=GradientFormat.bfloat16, clip_grad_norm=1e9)
     engine = tiny_engine(job, groups)
     report = engine.step(microbatches(some_rows(), 2), tokens_seen=0)
-    squares = [p.main_grad.double().square().sum() for p in engine.chunks[0].parameters()]
+    squares = [p.main_grad.double().square().sum() for p in engine.network.chunks[0].parameters()]
     assert report.grad_norm == pytest.approx(torch.stack(squares).sum().sqrt().item(), rel=1e-6)
 
 
@@ -112,9 +114,10 @@ def test_the_first_step_of_a_bfloat16_run_is_that_of_whole_state(groups: Any, ma
     job = job_of(precision, **moments("bfloat16", "float16"), master_weights=MasterFormat(masters))
     lowered = tiny_engine(job, groups)
     assert losses(whole, 1) == losses(lowered, 1)
-    weights = dict(lowered.chunks[0].named_parameters())
+    weights = dict(lowered.network.chunks[0].named_parameters())
     differ = sum(
-        int((weight != weights[name]).sum()) for name, weight in whole.chunks[0].named_parameters()
+        int((weight != weights[name]).sum())
+        for name, weight in whole.network.chunks[0].named_parameters()
     )
     # A master in float16 begins as the weight rounded, which has 3 bits less.
     assert differ <= (2 if masters == "float32" else 0.1 * sum(w.numel() for w in weights.values()))
@@ -124,17 +127,17 @@ def test_reloaded_weights_are_the_masters_of_the_next_step(groups: Any) -> None:
     precision = Precision(format=ProductFormat.bf16)
     job = job_of(precision, **moments("bfloat16", "bfloat16"))
     trained, fresh = tiny_engine(job, groups), tiny_engine(job, groups)
-    begun = [p.detach().clone() for p in trained.chunks[0].parameters()]
+    begun = [p.detach().clone() for p in trained.network.chunks[0].parameters()]
     losses(trained, 2)
-    for parameter, weight in zip(trained.chunks[0].parameters(), begun, strict=True):
+    for parameter, weight in zip(trained.network.chunks[0].parameters(), begun, strict=True):
         parameter.data.copy_(weight)
     for module in (trained, fresh):
-        module.optimizer.reload_model_params()
-    for part in trained.optimizer.chained_optimizers:
+        module.network.optimizer.reload_model_params()
+    for part in trained.network.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             group["step"] = 0
-    biases = [b for n, b in trained.chunks[0].named_buffers() if n.endswith("expert_bias")]
-    others = [b for n, b in fresh.chunks[0].named_buffers() if n.endswith("expert_bias")]
+    biases = [b for n, b in trained.network.chunks[0].named_buffers() if n.endswith("expert_bias")]
+    others = [b for n, b in fresh.network.chunks[0].named_buffers() if n.endswith("expert_bias")]
     for bias, other in zip(biases, others, strict=True):
         bias.copy_(other)
     assert losses(trained, 3) == losses(fresh, 3)
@@ -151,5 +154,5 @@ def test_core_finds_the_stand_in_only_while_lowered_state_is_built(groups: Any) 
     assert (core.Adam, core.USING_PYTORCH_OPTIMIZER, core.is_te_min_version) == before
     assert "transformer_engine" not in sys.modules
     engine = tiny_engine(job_of(Precision(format=ProductFormat.fp32)), groups)
-    (part,) = engine.optimizer.chained_optimizers
+    (part,) = engine.network.optimizer.chained_optimizers
     assert isinstance(part.optimizer, torch.optim.AdamW)

@@ -35,7 +35,7 @@ def decays(name: str) -> bool:
 def test_steps_are_those_of_torch_adamw(groups: Any, split: bool) -> None:
     job = job_of(Parallel(distributed_optimizer=split))
     engine = tiny_engine(job, groups)
-    ours = dict(engine.chunks[0].module.named_parameters())
+    ours = dict(engine.network.chunks[0].module.named_parameters())
     theirs = {name: weight.detach().clone() for name, weight in ours.items()}
     adamw = job.optimizer
     twin = torch.optim.AdamW(
@@ -47,13 +47,13 @@ def test_steps_are_those_of_torch_adamw(groups: Any, split: bool) -> None:
         eps=adamw.eps,
     )
     gradients: dict[str, Tensor] = {}
-    take_step = engine.optimizer.step
+    take_step = engine.network.optimizer.step
 
     def listen() -> Any:
         gradients.update({name: weight.main_grad.clone() for name, weight in ours.items()})
         return take_step()
 
-    engine.optimizer.step = listen
+    engine.network.optimizer.step = listen
     for step in range(STEPS):
         rate = PEAK * min(step / 2, 1.0)
         report = engine.step(microbatches(some_rows(), 2), tokens_seen=4 * LENGTH * step)
@@ -84,7 +84,7 @@ def test_splitting_the_state_changes_nothing(groups: Any) -> None:
         engine = tiny_engine(job_of(Parallel(distributed_optimizer=split)), groups)
         batches = microbatches(some_rows(), 2)
         reports = [engine.step(batches, tokens_seen=WARMUP) for _ in range(STEPS)]
-        runs.append((reports, dict(engine.chunks[0].module.named_parameters())))
+        runs.append((reports, dict(engine.network.chunks[0].module.named_parameters())))
     (split_reports, split_weights), (reports, weights) = runs
     for one, other in zip(split_reports, reports, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=32 * EPSILON)
@@ -100,7 +100,7 @@ def test_splitting_the_state_changes_nothing(groups: Any) -> None:
 
 def test_only_what_has_several_axes_decays(groups: Any) -> None:
     engine = tiny_engine(job_of(Parallel()), groups)
-    named = dict(engine.chunks[0].module.named_parameters())
+    named = dict(engine.network.chunks[0].module.named_parameters())
     assert {name for name in named if decays(name)} == {
         name for name, weight in named.items() if weight.dim() > 1 and not name.endswith("bias")
     }
@@ -120,8 +120,10 @@ def test_a_bad_norm_is_reported_before_anything_changes(groups: Any) -> None:
         raise ArithmeticError
 
     job = tiny_job("-")
-    optimizer = build_optimizer(job.optimizer, job.parallel, engine.chunks, torch.float32, stop)
-    weights = list(engine.chunks[0].module.parameters())
+    optimizer = build_optimizer(
+        job.optimizer, job.parallel, engine.network.chunks, torch.float32, stop
+    )
+    weights = list(engine.network.chunks[0].module.parameters())
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
         weight.main_grad.fill_(float("inf"))

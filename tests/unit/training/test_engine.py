@@ -40,7 +40,7 @@ def engine_of(groups: Any, pattern: str, **sections: Any) -> "Engine":
 
 def state_of(engine: "Engine") -> dict[str, Tensor]:
     """Copies of all parameters and buffers."""
-    state = engine.chunks[0].module.state_dict()
+    state = engine.network.chunks[0].module.state_dict()
     return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -116,7 +116,7 @@ def test_loss_is_the_mean_over_the_labels_that_count(groups: Any) -> None:
     engine = engine_of(groups, "M*-")
     rows, mask = some_rows(), uneven_mask()
     with torch.no_grad():
-        logits = engine.chunks[0].module(rows[:, :-1])[..., :VOCAB]
+        logits = engine.network.chunks[0].module(rows[:, :-1])[..., :VOCAB]
     losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     expected = (losses * mask.flatten()).sum() / mask.sum()
     report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
@@ -136,6 +136,45 @@ def test_gradient_norm_is_that_of_the_mean_loss(groups: Any) -> None:
     assert report.grad_norm == pytest.approx(expected.item(), rel=32 * EPSILON)
 
 
+# Of the second the sum over the whole step is less than one token.
+@pytest.mark.parametrize("values", [(0.5, 2.0, 0.0, 0.3), (0.004, 0.01, 0.0, 0.002)], ids=str)
+def test_labels_count_by_their_float_weights(groups: Any, values: tuple[float, ...]) -> None:
+    """Loss and every gradient, of both depths, against autograd on the weighted mean."""
+    job = tiny_job("M*-/*", objective=NextToken(mtp_loss_scale=0.7))
+    job.optimizer.clip_grad_norm = 0.0  # which scales the gradient in place
+    engine, model = tiny_engine(job, groups), tiny_model(job, groups)
+    rows = some_rows()
+    weights = torch.tensor(values)[torch.randint(len(values), (BATCH, LENGTH))]
+    batch = batch_of(rows)
+    main, mtp = model(batch.tokens, batch.position_ids, labels=batch.labels)
+    shifted = F.pad(weights[:, 1:], (0, 1))  # the last label has no successor
+    loss = (main * weights).sum() / weights.sum()
+    mtp_loss = (mtp * shifted).sum() / shifted.sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(loss + 0.7 * mtp_loss, parameters)
+    report = engine.step(microbatches(rows, 2, weights), tokens_seen=0)
+    assert report.loss == pytest.approx(loss.item(), rel=32 * EPSILON)
+    assert report.metrics["mtp_loss_1"] == pytest.approx(mtp_loss.item(), rel=32 * EPSILON)
+    found = dict(engine.network.chunks[0].module.named_parameters())
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name].main_grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_loss_is_a_mean_over_tokens_whatever_their_weight(groups: Any) -> None:
+    gradients, losses = [], []
+    for weight in (1.0, 0.25):
+        job = tiny_job("ME", objective=NextToken(moe_aux_loss_scale=1.0))
+        job.optimizer.clip_grad_norm = 0.0
+        engine, rows = tiny_engine(job, groups), some_rows()
+        weights = torch.full(rows[:, 1:].shape, weight)
+        report = engine.step(microbatches(rows, 2, weights), tokens_seen=0)
+        (router,) = routers_of(engine)
+        gradients.append(router.weight.main_grad.clone())
+        losses.append(report.metrics["moe_aux_loss"])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert losses[0] == losses[1]
+
+
 def test_rate_of_a_step_is_that_of_the_tokens_seen_before_it(groups: Any) -> None:
     schedule = Wsd(peak_lr=RATE, warmup_tokens="1000", decay_tokens="1000", final_lr_ratio=0.0)
     engine = engine_of(groups, "-", schedule=schedule)
@@ -152,7 +191,7 @@ def test_rate_of_a_step_is_that_of_the_tokens_seen_before_it(groups: Any) -> Non
 
 
 def routers_of(engine: "Engine") -> list[Any]:
-    modules = engine.chunks[0].module.modules()
+    modules = engine.network.chunks[0].module.modules()
     return [module for module in modules if type(module).__name__ == "TopKRouter"]
 
 
@@ -234,7 +273,7 @@ def test_validation_changes_nothing_and_returns_masked_means(groups: Any) -> Non
     batches, others = microbatches(rows, 2), microbatches(rows, 2)
     plain.step(batches, tokens_seen=0)
     with_validation.step(others, tokens_seen=0)
-    model = with_validation.chunks[0].module
+    model = with_validation.network.chunks[0].module
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     before = state_of(with_validation)
     found = with_validation.evaluate([batch_of(rows[i : i + 2], mask[i : i + 2]) for i in (0, 2)])
@@ -276,7 +315,7 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(groups: Any) -> No
     engine = tiny_engine(job, groups)
     engine.step(microbatches(rows, BATCH), tokens_seen=0)
     name = "embedding.word_embeddings.weight"
-    tied = engine.chunks[0].module.get_parameter(name)
+    tied = engine.network.chunks[0].module.get_parameter(name)
     torch.testing.assert_close(tied.main_grad, plain.get_parameter(name).grad)
 
 

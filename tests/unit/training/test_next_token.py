@@ -1,5 +1,6 @@
 """The objective: what is counted, what divides what."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.schema import objective as settings
+from hybrid_train.schema.model import Model
 from tests.packed import documents, packed_batch
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
 
@@ -18,7 +21,9 @@ DEPTHS, SCALE = 2, 0.3
 def objective(groups: Any, depths: int = DEPTHS) -> Any:
     from hybrid_train.training.next_token import NextToken
 
-    return NextToken(depths=depths, mtp_loss_scale=SCALE, context_group=groups.cp)
+    model = Model(pattern="/".join(["M", *["*"] * depths]))
+    given = SimpleNamespace(model=model, groups=groups)
+    return NextToken(settings.NextToken(mtp_loss_scale=SCALE), given)
 
 
 class GivenLosses(torch.nn.Module):

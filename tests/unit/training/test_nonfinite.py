@@ -12,7 +12,7 @@ pytestmark = MEGATRON_WARNINGS
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    state = engine.chunks[0].module.state_dict()
+    state = engine.network.chunks[0].module.state_dict()
     return {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -44,7 +44,7 @@ def test_nan_in_a_weight_is_located_and_nothing_is_updated(
     from hybrid_train.training.nonfinite import NonFiniteError
 
     engine = engine_after_one_step(groups)
-    engine.chunks[0].module.get_parameter(parameter).data.view(-1)[3] = float("nan")
+    engine.network.chunks[0].module.get_parameter(parameter).data.view(-1)[3] = float("nan")
     before = state_of(engine)
     with pytest.raises(NonFiniteError) as error:
         engine.step(microbatches(some_rows(), 2), tokens_seen=0)
@@ -60,7 +60,7 @@ def test_infinite_gradient_is_located_and_nothing_is_updated(groups: Any, clip: 
     engine = engine_after_one_step(groups, clip)
     # No linear layer: these add to the gradient buffer themselves, where no hook looks.
     name = "decoder.layers.4.mixer.in_proj.layer_norm_weight"
-    weight = engine.chunks[0].module.get_parameter(name)
+    weight = engine.network.chunks[0].module.get_parameter(name)
     handle = weight.register_hook(lambda gradient: gradient * float("inf"))
     before = state_of(engine)
     with pytest.raises(NonFiniteError) as error:
@@ -77,6 +77,6 @@ def test_the_sound_run_raises_nothing_and_leaves_no_hooks(groups: Any) -> None:
 
     engine = engine_after_one_step(groups)
     batches = [next(microbatches(some_rows(), 2))]
-    found = first_bad_module(engine.chunks, lambda: engine.forward_only(batches))
+    found = first_bad_module(engine.network.chunks, lambda: engine.forward_only(batches))
     assert found == "the forward pass, repeated, does not show it"
-    assert not any(module._forward_hooks for module in engine.chunks[0].module.modules())
+    assert not any(module._forward_hooks for module in engine.network.chunks[0].module.modules())

@@ -26,7 +26,7 @@ def audited(groups: Any, run_dir: Path, *, strict: bool, fault: bool) -> None:
     job = tiny_job("M*", precision=precision)
     engine = tiny_engine(job, groups)
     if fault:
-        linear, module = next(linear_modules(unwrapped(engine.chunks[0])))
+        linear, module = next(linear_modules(unwrapped(engine.network.chunks[0])))
         other = replace(precision, format=ProductFormat.mxfp8)
         formats = formats_of(job.model, other)[linear]
         vars(module)["_forward_impl"] = type(vars(module)["_forward_impl"])(

@@ -21,7 +21,7 @@ def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
     engine = tiny_engine(tiny_job(precision=precision), groups)
     batches = microbatches(some_rows(), 2)
     losses = [engine.step(batches, tokens_seen=0).loss for _ in range(8)]
-    (wrapped,) = engine.chunks
+    (wrapped,) = engine.network.chunks
     assert wrapped.ddp_config.grad_reduce_in_fp32 is in_fp32
     halves = [w for w in wrapped.parameters() if w.dtype == torch.bfloat16]
     assert halves
@@ -31,7 +31,7 @@ def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
 
 def test_decay_rates_and_counts_stay_in_float32(groups: Any) -> None:
     engine = tiny_engine(tiny_job(precision=Precision(format=ProductFormat.bf16)), groups)
-    (wrapped,) = engine.chunks
+    (wrapped,) = engine.network.chunks
     kept = {
         name.rpartition(".")[2]
         for name, tensor in (*wrapped.named_parameters(), *wrapped.named_buffers())
@@ -45,8 +45,8 @@ def test_their_first_values_are_not_rounded(groups: Any) -> None:
         tiny_engine(tiny_job(precision=Precision(format=format)), groups)
         for format in (ProductFormat.bf16, ProductFormat.fp32)
     )
-    precise = dict(full.chunks[0].module.named_parameters())
-    for name, weight in half.chunks[0].module.module.named_parameters():
+    precise = dict(full.network.chunks[0].module.named_parameters())
+    for name, weight in half.network.chunks[0].module.module.named_parameters():
         if weight.dtype == torch.float32:
             assert torch.equal(weight, precise[name])
 
@@ -57,7 +57,7 @@ def test_a_bf16_model_counts_the_tokens_of_experts_beyond_256(groups: Any) -> No
     engine = tiny_engine(job, groups)
     sequences = 160
     engine.step(microbatches(some_rows(), 2), tokens_seen=0, sequences=sequences)
-    (counts,) = engine.finalizer.expert_counts.values()
+    (counts,) = engine.network.finalizer.expert_counts.values()
     assert counts.max() > 256
     assert counts.sum() == sequences * job.train.sequence_length * job.model.moe.top_k
     assert torch.equal(counts, counts.round())

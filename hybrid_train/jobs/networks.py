@@ -1,0 +1,178 @@
+"""Models and the networks that they become: new and trained, or loaded from a run and frozen."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.megatron import read_weights
+from hybrid_train.config import frozen
+from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
+from hybrid_train.model.build import BuiltModel, build_model
+from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.model.quantized import QuantizedProducts
+from hybrid_train.model.translate import DTYPES
+from hybrid_train.optim.groups import describe as describe_decay
+from hybrid_train.optim.megatron import build_optimizer
+from hybrid_train.parallel.groups import build_groups
+from hybrid_train.runtime.seeds import start_tracker
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.names import nearest
+from hybrid_train.schema.objective import MAIN
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import Backend, Precision, ProductFormat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Runtime
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import tokens
+from hybrid_train.training import megatron
+from hybrid_train.training.network import Network, Rate
+from hybrid_train.training.nonfinite import raise_bad_norm
+from hybrid_train.training.routing import ExpertLayer, Routing
+
+TOKENIZER = layout.TOKENIZER
+_log = logging.getLogger(__name__)
+
+
+def build_network(
+    job: TrainJob,
+    built: BuiltModel,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    name: str = MAIN,
+) -> Network:
+    """Wrap a model and give it an optimizer, a learning rate and records of its own."""
+    formatted = megatron.in_model_format(built.chunks, built.config)
+    quantized = None
+    if built.backend is Backend.emulated:
+        quantized = QuantizedProducts(built.chunks, job.train.seed, groups.tp_dp_cp)
+        quantized.use(job.model, job.precision)
+        quantized.keep_weights_in_fp8(job.model, job.precision)
+    chunks = megatron.wrap(formatted, built.config, job.parallel, job.precision)
+    held = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    _log.info("%s", describe_decay(job.optimizer, held))
+    dtype = DTYPES[job.precision.base]
+    return Network(
+        chunks=chunks,
+        groups=groups,
+        device=device,
+        routing=_routing(job.model),
+        balance_losses=built.balance_losses,
+        quantized=quantized,
+        name=name,
+        optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
+        rate=Rate(job.schedule, tokens(job.train.tokens)),
+        finalizer=megatron.Finalizer(built.config),
+    )
+
+
+def _routing(model: Model) -> Routing:
+    pattern = parse(model.pattern)
+    letters = ((False, pattern.main), (True, pattern.mtp or ""))
+    layers = tuple(
+        ExpertLayer(in_mtp, number, model.moe.experts)
+        for in_mtp, part in letters
+        for number, letter in enumerate(part, start=1)
+        if letter == "E"
+    )
+    depths = min(pattern.mtp_depths, 1) if model.mtp.repeated_block else pattern.mtp_depths
+    in_blocks = sum(layer.in_mtp for layer in layers)
+    return Routing(layers, len(layers) - in_blocks + depths * in_blocks)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model on some layout, frozen, and the run that it is of."""
+
+    network: Network
+    job: TrainJob
+    run_dir: Path
+
+    @property
+    def model(self) -> Hybrid:
+        """The model itself, where one process holds all of it."""
+        (chunk,) = self.network.chunks
+        assert isinstance(chunk, Hybrid)
+        return chunk
+
+    @functools.cached_property
+    def tokenizer(self) -> FolderTokenizer:
+        """That of the run."""
+        return open_tokenizer(self.run_dir / TOKENIZER)
+
+
+def load_model(
+    checkpoint: str,
+    runtime: Runtime,
+    *,
+    parallel: Parallel | None = None,
+    groups: ProcessGroupCollection | None = None,
+    format: ProductFormat | None = None,
+    network: str | None = None,
+) -> LoadedModel:
+    """Load the weights of a run, trained under whatever layout, into any layout.
+
+    Every process calls this; they must be started.
+
+    Args:
+        checkpoint: a run folder or one checkpoint of it.
+        runtime: device and kernels.
+        parallel: the layout; None: all of the model in one process.
+        groups: of that layout, in a run that has built them; None: they are built.
+        format: of weights and activations; None: that of the run's weights.
+        network: which one of a run that trained several; None: its first.
+
+    Raises:
+        UserError: if there is no complete checkpoint, or no such network in it.
+    """
+    found = layout.locate(Path(checkpoint))
+    job = frozen.load(found.run_dir)
+    if job.model.vocab_size is None:
+        job.model.vocab_size = open_tokenizer(found.run_dir / TOKENIZER).vocab_size
+    name, key, job.model = _network_of(job, network, found.path)
+    job.parallel, job.runtime = parallel or Parallel(), runtime
+    # Of one token a product is not what a GPU quantizes, and no gradient asks for it.
+    job.precision = Precision(format=format or ProductFormat(job.precision.base.value))
+    if groups is None:
+        start_tracker()
+        groups = build_groups(job.parallel, runtime.timeout_s)
+    assert job.model.vocab_size is not None
+    built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
+    read_weights(found.path, built.chunks, groups, key)
+    _log.info("loaded %s, trained for %d steps", found.path, found.step)
+    device = torch.device(torch.cuda.current_device())
+    loaded = Network(
+        list(built.chunks), groups, device, _routing(job.model), built.balance_losses, name=name
+    )
+    loaded.freeze()
+    return LoadedModel(loaded, job, found.run_dir)
+
+
+def _network_of(job: TrainJob, wanted: str | None, checkpoint: Path) -> tuple[str, str, Model]:
+    """Return name, name in the keys of the checkpoint, and model of a network, without cuts."""
+    models = job.objective.models(job.model)
+    name = next(iter(models)) if wanted is None else wanted
+    if name not in models:
+        hint = nearest(name, models)
+        raise UserError(
+            f"{checkpoint} has no network {name!r}; it has {', '.join(models)}"
+            + (f"; nearest: {hint}" if hint else "")
+        )
+    pattern = models[name].pattern.replace("|", "")
+    return name, name if len(models) > 1 else "", dataclasses.replace(models[name], pattern=pattern)
+
+
+def teacher_loader(job: TrainJob, groups: ProcessGroupCollection) -> Callable[[str], Network]:
+    """Return what loads a network from a run onto the layout of a job."""
+
+    def load(checkpoint: str) -> Network:
+        return load_model(checkpoint, job.runtime, parallel=job.parallel, groups=groups).network
+
+    return load

@@ -1,0 +1,160 @@
+"""A model on this process, with all that belongs to it alone: optimizer, rate, records."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from hybrid_train.model.quantized import QuantizedProducts
+from hybrid_train.model.router import BalanceLosses
+from hybrid_train.optim.megatron import set_learning_rate
+from hybrid_train.optim.schedules import learning_rate
+from hybrid_train.schema.objective import MAIN
+from hybrid_train.schema.schedule import Schedule
+from hybrid_train.training import megatron
+from hybrid_train.training.routing import Routing
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of a network over the tokens of the run."""
+
+    schedule: Schedule
+    tokens: int  # that it counts in all
+    offset: int = 0  # tokens of the run that it does not count; it starts after them
+
+    def at(self, tokens_seen: int) -> float:
+        """Return the rate of a step that begins after so many tokens of the run."""
+        return learning_rate(self.schedule, tokens_seen - self.offset, self.tokens)
+
+
+@dataclass
+class Network:
+    """The part of a model that this process holds; without an optimizer it is a teacher.
+
+    Attributes:
+        chunks: model chunks of this process; wrapped for data parallelism where they are trained.
+        groups: the processes that hold the others.
+        device: of this process.
+        routing: the expert layers.
+        balance_losses: the record of its routers.
+        quantized: its emulated products; None: none can be emulated.
+        name: what a turn calls it by, and a checkpoint where it holds several.
+        optimizer: None: it is not trained.
+        rate: of the optimizer.
+        finalizer: reduces the gradients.
+    """
+
+    chunks: list[Any]
+    groups: ProcessGroupCollection
+    device: torch.device
+    routing: Routing
+    balance_losses: BalanceLosses
+    quantized: QuantizedProducts | None = None
+    name: str = MAIN
+    optimizer: MegatronOptimizer | None = None
+    rate: Rate | None = None
+    finalizer: megatron.Finalizer | None = None
+
+    def start_turn(self, step: int, tokens_seen: int) -> float:
+        """Begin an update with nothing left of earlier passes; return its learning rate.
+
+        Args:
+            step: steps done before.
+            tokens_seen: by all ranks before.
+        """
+        assert self.optimizer is not None, f"{self.name} is not trained"
+        assert self.rate is not None, f"{self.name} has no learning rate"
+        rate = self.rate.at(tokens_seen)
+        set_learning_rate(self.optimizer, rate)
+        megatron.zero_gradients(self.chunks)
+        self.optimizer.zero_grad()
+        megatron.forget_loads(self.chunks)
+        self.balance_losses.take()
+        if self.quantized is not None:
+            self.quantized.start_step(step)
+        return rate
+
+    def normalise(self, denominator: Tensor, labels: Tensor) -> None:
+        """Say what the gradient of the next pass is divided by, once for the whole step.
+
+        Args:
+            denominator: of the main term, summed over all processes, float.
+            labels: how many labels have a weight, in all processes. The balance loss is a mean over
+                tokens, whatever those weigh.
+        """
+        assert self.finalizer is not None, f"{self.name} is not trained"
+        self.finalizer.denominator = torch.where(denominator > 0, denominator, 1.0)
+        scale = denominator / labels
+        self.balance_losses.scale = torch.where(labels > 0, scale, torch.ones_like(scale))
+
+    def update(self) -> float:
+        """Take the step of the optimizer; return the norm of the gradient before clipping.
+
+        Raises:
+            NonFiniteError: if the norm is not finite; nothing has changed then.
+        """
+        assert self.optimizer is not None, f"{self.name} is not trained"
+        _, norm, _ = self.optimizer.step()
+        return float(norm)
+
+    def train(self, mode: bool = True) -> None:
+        """Let its layers know whether they are trained."""
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+    def freeze(self) -> None:
+        """Let gradients flow through it from now on, and none stay in it."""
+        self.train(False)  # nor does a balance loss join the loss of another network
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+
+    @contextlib.contextmanager
+    def out_of_turn(self) -> Iterator[None]:
+        """Be frozen while another network is trained."""
+        trained = [one for chunk in self.chunks for one in chunk.parameters() if one.requires_grad]
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.train()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copy all that an update changes; return what puts it back."""
+        tensors = list(self._updated())
+        copies = [tensor.detach().clone() for tensor in tensors]
+        counts = [(group, group["step"]) for group in self._groups() if "step" in group]
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for tensor, copy in zip(tensors, copies, strict=True):
+                    tensor.copy_(copy)
+            for group, count in counts:
+                group["step"] = count
+
+        return put_back
+
+    def _updated(self) -> Iterator[Tensor]:
+        for chunk in self.chunks:
+            yield from chunk.module.parameters()
+            yield from chunk.module.buffers()  # `buffers` of the wrapper are those of gradients
+        assert self.optimizer is not None, f"{self.name} is not trained"
+        for group in self._groups():
+            yield from group["params"]
+        for part in self.optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                for state in part.optimizer.state.values():
+                    yield from (one for one in state.values() if isinstance(one, Tensor))
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        assert self.optimizer is not None, f"{self.name} is not trained"
+        for part in self.optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                yield from part.optimizer.param_groups

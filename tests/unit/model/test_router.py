@@ -1,0 +1,72 @@
+"""The router: what it records, and for which network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, some_rows, tiny_job
+
+pytestmark = MEGATRON_WARNINGS
+
+
+def built(groups: Any, scale: float = 0.1) -> Any:
+    from hybrid_train.model.build import build_model
+
+    job = tiny_job("ME-E")
+    job.objective.moe_aux_loss_scale = scale
+    return build_model(job, groups, VOCAB, on_gpu=False)
+
+
+def run(model: Any, seed: int = 0) -> Tensor:
+    output: Tensor = model.chunks[0](some_rows(seed=seed)[:, :LENGTH])
+    return output
+
+
+def test_two_networks_of_a_process_do_not_mix_their_balance_losses(groups: Any) -> None:
+    alone, one, other = (built(groups) for _ in range(3))
+    run(alone)
+    expected = alone.balance_losses.take()
+    run(one)
+    run(other, seed=1)
+    run(other, seed=2)
+    assert torch.equal(one.balance_losses.take(), expected)
+    assert one.balance_losses.take() is None
+    assert other.balance_losses.take() > 1.5 * expected  # of two passes
+
+
+def test_validation_and_a_frozen_teacher_record_nothing(groups: Any) -> None:
+    model = built(groups)
+    with torch.no_grad():
+        run(model)
+    model.chunks[0].eval()
+    run(model)
+    assert model.balance_losses.take() is None
+
+
+def test_the_scale_of_a_record_multiplies_the_gradient_alone(groups: Any) -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
+    gradients, recorded = [], []
+    for factor in (None, 1.0, 3.0):
+        model = built(groups)
+        model.balance_losses.scale = None if factor is None else torch.tensor(factor)
+        (0.0 * run(model)).sum().backward()  # what is left is the gradient of the balance loss
+        (weight,) = [w for n, w in model.chunks[0].named_parameters() if "1.mlp.router.weight" in n]
+        gradients.append(weight.grad)
+        recorded.append(model.balance_losses.take())
+    assert torch.equal(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[2], 3 * gradients[0])
+    assert gradients[0].abs().max() > 0
+    assert recorded[0] == recorded[1] == recorded[2]
+
+
+def test_it_has_the_name_by_which_megatron_fsdp_knows_it() -> None:
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+
+    from hybrid_train.model.router import TopKRouter
+
+    source = Path(mcore_fsdp_adapter.__file__).read_text()
+    assert f'"{TopKRouter.__name__}",' in source
