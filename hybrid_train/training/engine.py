@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -166,9 +166,7 @@ class Engine:
         """
         if len(self.chunks) == 1 or not microbatches:
             return microbatches
-        empty = replace(
-            microbatches[0], loss_weights=torch.zeros_like(microbatches[0].loss_weights)
-        )
+        empty = microbatches[0].without_labels()
         return microbatches + [empty] * (-len(microbatches) % self.groups.pp.size())
 
     def _run(self, microbatches: list[Batch], *, forward_only: bool) -> "_Losses":
