@@ -18,8 +18,8 @@ from hybrid_train.model import megatron, plain
 from hybrid_train.model.linears import linear_modules
 from hybrid_train.precision.emulated import Emulation, emulation_of, quantized_linear
 from hybrid_train.precision.fp8_weights import in_fp8
-from hybrid_train.precision.noise import NOISE
 from hybrid_train.precision.recipes import schemes
+from hybrid_train.precision.records import Records
 from hybrid_train.precision.schemes import Scheme
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.precision import Precision, Product
@@ -47,6 +47,7 @@ class QuantizedProducts:
         self._chunks = chunks
         self._seed = seed
         self._group = group
+        self.records = Records()
         self.histories: list[AmaxHistory] = []  # in the same order on all ranks of the group
 
     def use(self, model: Model, precision: Precision) -> None:
@@ -54,7 +55,7 @@ class QuantizedProducts:
         formats = formats_of(model, precision)
         for linear, module in self._linears():
             chosen = formats[linear]
-            make = partial(emulation_of, linear, chosen, precision)
+            make = partial(emulation_of, linear, chosen, precision, self.records)
             if isinstance(module, plain.GroupedLinear):
                 how = [make(rows_vary=True) for _ in range(module.num_experts)]
                 module.emulations = how if chosen.quantized else None
@@ -88,7 +89,7 @@ class QuantizedProducts:
 
     def start_step(self, step: int) -> None:
         """Set the random bits of a step, and what fp8_delayed has seen in it: nothing yet."""
-        NOISE.start_step(self._seed, step, dist.get_rank())
+        self.records.noise.start_step(self._seed, step, dist.get_rank())
         for history in self.histories:
             history.forget()
 

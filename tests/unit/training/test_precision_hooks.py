@@ -29,9 +29,9 @@ def audited(groups: Any, run_dir: Path, *, strict: bool, fault: bool) -> None:
         linear, module = next(linear_modules(unwrapped(engine.chunks[0])))
         other = replace(precision, format=ProductFormat.mxfp8)
         formats = formats_of(job.model, other)[linear]
-        vars(module)["_forward_impl"] = type(vars(module)["_forward_impl"])(
-            vars(module)["_forward_impl"].func, emulation_of(linear, formats, other)
-        )
+        emulation = emulation_of(linear, formats, other, engine.quantized.records)
+        forward = vars(module)["_forward_impl"]
+        vars(module)["_forward_impl"] = type(forward)(forward.func, emulation)
     run = Run(engine, microbatches(some_rows(), 2), 1000)
     hook = AuditPrecision(run_dir, lambda _: job)
     hook.step_start(run)
