@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hybrid_train.ops.context import own_pieces
 
+_WHOLE = ("sequence_index", "source")  # on every context-parallel rank
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -21,6 +23,9 @@ class Batch:
         labels: the token that follows each input, [B, L], int64.
         loss_weights: what each label counts in the loss, 0 where it does not, [B, L], float32.
         position_ids: places within the row or within the document, from 0, [B, L], int64.
+        padding: true where a packed row holds nothing, which routers do not count, [B, L], bool. A
+            token whose label has a weight of 0 is no padding: a prompt is read like any other text.
+            None: there is none.
         sequence_index: number of the document within its row, from 0, non-decreasing, [B, L],
             int32. Padding at the end of a row is one more, with weights of 0. None: the row is
             one sequence, whatever is in it. It is of the whole row on every context-parallel rank,
@@ -32,17 +37,30 @@ class Batch:
     labels: Tensor
     loss_weights: Tensor
     position_ids: Tensor
+    padding: Tensor | None = None
     sequence_index: Tensor | None = None
     source: Tensor | None = None
 
-    @property
-    def padding(self) -> Tensor | None:
-        """Where a packed row holds nothing, [B, L], bool; None if rows are not packed."""
-        return None if self.sequence_index is None else self.loss_weights == 0
+    def __post_init__(self) -> None:
+        """Refuse padding that the model would not hear of.
+
+        Raises:
+            ValueError: if there is padding, but no sequence index that tells it from the documents.
+        """
+        if self.padding is not None and self.sequence_index is None:
+            raise ValueError(
+                "a batch with padding needs a sequence_index, in which padding is a document of "
+                "its own"
+            )
+
+    def without_labels(self) -> "Batch":
+        """Return the same batch with nothing in it that counts: no label, no token of a router."""
+        padding = None if self.padding is None else torch.ones_like(self.padding)
+        return replace(self, loss_weights=torch.zeros_like(self.loss_weights), padding=padding)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`."""
-        return self._map(lambda field: field.to(device, non_blocking=True))
+        return self._map(lambda _, field: field.to(device, non_blocking=True))
 
     def part_of(self, rank: int, size: int) -> "Batch":
         """Return what one of `size` context-parallel ranks holds of each sequence, [B, L / size].
@@ -52,10 +70,12 @@ class Batch:
         Raises:
             ValueError: if the sequences do not split; see `ops.context`.
         """
-        whole = replace(self, sequence_index=None, source=None)
-        parts = whole._map(lambda field: own_pieces(field, rank, size, dim=1))
-        return replace(parts, sequence_index=self.sequence_index, source=self.source)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        def cut(name: str, field: Tensor) -> Tensor:
+            return field if name in _WHOLE else own_pieces(field, rank, size, dim=1)
+
+        return self._map(cut)
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: change(t) for name, t in given.items() if t is not None})
+        return Batch(**{name: change(name, t) for name, t in given.items() if t is not None})

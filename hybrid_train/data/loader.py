@@ -117,8 +117,11 @@ class Validation:
     def _row(self, index: int) -> Fields:
         if index < self.num_sequences:
             return self._sequences.fill(index)
-        filler = self._sequences.fill(0)
-        return {**filler, "loss_weights": np.zeros_like(filler["loss_weights"])}
+        filler = dict(self._sequences.fill(0))
+        filler["loss_weights"] = np.zeros_like(filler["loss_weights"])
+        if "padding" in filler:
+            filler["padding"] = np.ones_like(filler["padding"])
+        return filler
 
 
 def stack(rows: list[Fields]) -> Batch:

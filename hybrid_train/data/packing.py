@@ -66,7 +66,8 @@ def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[s
 
     Returns:
         What a batch holds of the row, each [L]: tokens, labels and position_ids in int64,
-        loss_weights in float32, and in int32 sequence_index, where padding is one more document.
+        loss_weights in float32, padding in bool, and in int32 sequence_index, where padding is one
+        more document.
 
     Raises:
         ValueError: if a piece has no label, or all together do not fit.
@@ -81,10 +82,12 @@ def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[s
     for piece, start, length in zip(pieces, starts.tolist(), places, strict=False):
         tokens[start : start + length] = piece[:-1]
         labels[start : start + length] = piece[1:]
+    padding = np.arange(row_length) >= taken
     return {
         "tokens": tokens,
         "labels": labels,
-        "loss_weights": (np.arange(row_length) < taken).astype(np.float32),
+        "loss_weights": (~padding).astype(np.float32),
+        "padding": padding,
         "position_ids": np.arange(row_length) - np.repeat(starts, runs),
         "sequence_index": np.repeat(np.arange(len(runs), dtype=np.int32), runs),
     }

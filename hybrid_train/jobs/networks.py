@@ -15,6 +15,7 @@ from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.model.build import BuiltModel, build_model
+from hybrid_train.model.edits import Edit, apply_edits
 from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.quantized import QuantizedProducts
 from hybrid_train.model.translate import DTYPES
@@ -22,6 +23,7 @@ from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.optim.megatron import build_optimizer
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
+from hybrid_train.schema.extension import implementation_of
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.objective import MAIN
@@ -41,6 +43,20 @@ TOKENIZER = layout.TOKENIZER
 _log = logging.getLogger(__name__)
 
 
+def _quantize(
+    job: TrainJob, built: BuiltModel, groups: ProcessGroupCollection
+) -> QuantizedProducts | None:
+    if built.backend is not Backend.emulated:
+        return None
+    return QuantizedProducts(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
+
+
+# Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
+EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroupCollection], Edit | None]] = {
+    "quantize": _quantize,
+}
+
+
 def build_network(
     job: TrainJob,
     built: BuiltModel,
@@ -50,11 +66,11 @@ def build_network(
 ) -> Network:
     """Wrap a model and give it an optimizer, a learning rate and records of its own."""
     formatted = megatron.in_model_format(built.chunks, built.config)
-    quantized = None
-    if built.backend is Backend.emulated:
-        quantized = QuantizedProducts(built.chunks, job.train.seed, groups.tp_dp_cp)
-        quantized.use(job.model, job.precision)
-        quantized.keep_weights_in_fp8(job.model, job.precision)
+    made = (make(job, built, groups) for make in EDITS.values())
+    edits = [edit for edit in made if edit is not None]
+    edits += [implementation_of(settings)(settings) for settings in job.edits]
+    apply_edits(edits, built.chunks)
+    quantized = next((one for one in edits if isinstance(one, QuantizedProducts)), None)
     chunks = megatron.wrap(formatted, built.config, job.parallel, job.precision)
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))

@@ -23,8 +23,6 @@ from hybrid_train.jobs.phases import PhaseBuilder
 from hybrid_train.parallel.groups import destroy_groups
 from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.planning.ramp import ramps
-from hybrid_train.precision.audit import AUDIT
-from hybrid_train.precision.statistics import STATISTICS
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.schema.data import Quickstart
@@ -102,8 +100,6 @@ def train(job: TrainJob, device: torch.device) -> int:
 def leave_nothing_behind() -> None:
     """Forget what belongs to the process rather than to the run, which may have failed anywhere."""
     destroy_groups()
-    AUDIT.stop()
-    STATISTICS.stop()
 
 
 def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSignal) -> None:

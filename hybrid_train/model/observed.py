@@ -8,18 +8,19 @@ from torch.nn import Module
 
 from hybrid_train.anatomy.product_formats import Linear
 from hybrid_train.model import plain
+from hybrid_train.model.edits import emulations_of
 from hybrid_train.model.linears import linear_modules
-from hybrid_train.model.quantized import emulations_of
 from hybrid_train.precision import native_audit
-from hybrid_train.precision.audit import AUDIT, type_in_words
+from hybrid_train.precision.records import Audit, type_in_words
 from hybrid_train.schema.precision import Product
 
 
-def observe(chunks: Iterable[Module]) -> Callable[[], None]:
-    """Tell the audit of every product of layers that do not tell it themselves.
+def observe(chunks: Iterable[Module], audit: Audit) -> Callable[[], None]:
+    """Tell an audit of every product of layers that do not tell it themselves.
 
     Args:
         chunks: the model chunks of this process, in whatever they are wrapped.
+        audit: of their network.
 
     Returns:
         What to call when the step is over.
@@ -38,9 +39,9 @@ def observe(chunks: Iterable[Module]) -> Callable[[], None]:
                 native.append((linear, module))
             elif not emulations_of(module):
                 home = homes.get(module, module)
-                handles.append(home.register_forward_hook(_noting(linear, module)))
+                handles.append(home.register_forward_hook(_noting(linear, module, audit)))
 
-    stop_native = native_audit.observe(native) if native else None
+    stop_native = native_audit.observe(native, audit) if native else None
 
     def stop() -> None:
         for handle in handles:
@@ -58,18 +59,18 @@ def unwrapped(chunk: Module) -> Module:
     return chunk
 
 
-def _noting(linear: Linear, module: Module) -> Callable[..., None]:
+def _noting(linear: Linear, module: Module, audit: Audit) -> Callable[..., None]:
     weight = type_in_words(next(module.parameters()).dtype)
 
     def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
         x = type_in_words(inputs[0].dtype)
-        AUDIT.note(linear, Product.fprop, x, weight)
+        audit.note(linear, Product.fprop, x, weight)
         result = output[0] if isinstance(output, tuple) else output
         if result.requires_grad:
             result.register_hook(lambda grad: note_gradients(grad, x))
 
     def note_gradients(grad: Tensor, x: str) -> None:
-        AUDIT.note(linear, Product.dgrad, type_in_words(grad.dtype), weight)
-        AUDIT.note(linear, Product.wgrad, type_in_words(grad.dtype), x)
+        audit.note(linear, Product.dgrad, type_in_words(grad.dtype), weight)
+        audit.note(linear, Product.wgrad, type_in_words(grad.dtype), x)
 
     return note

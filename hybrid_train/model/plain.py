@@ -28,15 +28,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
+from hybrid_train.model.edits import EditedLinear
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
 from hybrid_train.ops.context import in_order
 from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
-from hybrid_train.precision.emulated import (
-    Emulation,
-    quantized_grouped_linear,
-    quantized_linear,
-)
 
 
 def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
@@ -113,7 +109,7 @@ class NormColumnLinear(ColumnParallelLinear):
 class DuplicatedLinear(torch.nn.Module):
     """Linear with the whole weight on every rank; stands for TELinear in "duplicated" mode."""
 
-    emulation: Emulation | None = None  # set where its products are quantized
+    edited: EditedLinear | None = None  # set by edits
 
     def __init__(
         self,
@@ -144,8 +140,8 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight.tensor_model_parallel = False  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        if self.emulation is not None:
-            return quantized_linear(x, self.weight, self.emulation), None
+        if self.edited is not None:
+            return self.edited.multiply(x, self.weight), None
         return linear(x, self.weight), None
 
 
@@ -156,7 +152,7 @@ class GroupedLinear(torch.nn.Module):
     Megatron waits in a hook of that call for weights that are still on their way to this rank.
     """
 
-    emulations: list[Emulation] | None = None  # of each expert, where products are quantized
+    edited: EditedLinear | None = None  # set by edits
 
     def __init__(
         self,
@@ -236,11 +232,11 @@ class Experts(MegatronModule):
         """Run tokens [T, H], sorted by expert, each through its own; probs [T] weigh them."""
         counts = tokens_per_expert.tolist()
         up, down = self.linear_fc1(), self.linear_fc2()
-        if self.linear_fc1.emulations is None and self.linear_fc2.emulations is None:
+        if self.linear_fc1.edited is None and self.linear_fc2.edited is None:
             return expert_mlp(tokens, up, down, counts, probs), None
-        inner = squared_relu(_grouped(tokens, up, counts, self.linear_fc1.emulations))
+        inner = squared_relu(_grouped(tokens, up, counts, self.linear_fc1.edited))
         weighed = (inner * probs[:, None]).to(inner.dtype)
-        return _grouped(weighed, down, counts, self.linear_fc2.emulations), None
+        return _grouped(weighed, down, counts, self.linear_fc2.edited), None
 
     def backward_dw(self) -> None:
         """Weight gradients are never deferred here."""
@@ -263,11 +259,11 @@ class Experts(MegatronModule):
 
 
 def _grouped(
-    x: Tensor, weights: list[Tensor], counts: list[int], emulations: list[Emulation] | None
+    x: Tensor, weights: list[Tensor], counts: list[int], edited: EditedLinear | None
 ) -> Tensor:
-    if emulations is None:
+    if edited is None:
         return grouped_linear(x, weights, counts)
-    return quantized_grouped_linear(x, weights, counts, emulations)
+    return edited.multiply_grouped(x, weights, counts)
 
 
 class Attention(MegatronModule):

@@ -18,14 +18,12 @@ from torch.autograd.function import once_differentiable
 from hybrid_train.anatomy.product_formats import Formats, Linear
 from hybrid_train.ops.linear import add_product
 from hybrid_train.ops.linear import product as linear_product
-from hybrid_train.precision.audit import AUDIT, type_in_words
 from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.fp8_weights import Float8Weight
-from hybrid_train.precision.noise import NOISE
 from hybrid_train.precision.operands import quantize_dequantize
 from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
+from hybrid_train.precision.records import Records, type_in_words
 from hybrid_train.precision.schemes import Scheme, Shape
-from hybrid_train.precision.statistics import STATISTICS
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 
@@ -35,6 +33,7 @@ class Emulation:
 
     Attributes:
         linear: whose products they are.
+        records: of its network, which its products are noted in, and round with.
         schemes: of both operands of each product; None: as they come.
         histories: of the largest values of each operand, for fp8_delayed.
         rows_vary: whether the number of tokens changes from step to step, as that of experts does:
@@ -42,6 +41,7 @@ class Emulation:
     """
 
     linear: Linear
+    records: Records
     schemes: dict[Product, tuple[Scheme, Scheme] | None]
     histories: dict[Operand, AmaxHistory] = field(default_factory=dict)
     rows_vary: bool = False
@@ -66,7 +66,12 @@ class Emulation:
 
 
 def emulation_of(
-    linear: Linear, formats: Formats, precision: Precision, *, rows_vary: bool = False
+    linear: Linear,
+    formats: Formats,
+    precision: Precision,
+    records: Records,
+    *,
+    rows_vary: bool = False,
 ) -> Emulation:
     """Return how a linear layer of these formats is emulated; histories start empty."""
     histories = {}
@@ -76,7 +81,7 @@ def emulation_of(
     found = {
         product: schemes(format, product, precision) for product, format in formats.formats.items()
     }
-    return Emulation(linear, found, histories, rows_vary)
+    return Emulation(linear, records, found, histories, rows_vary)
 
 
 def quantized_linear(
@@ -169,8 +174,8 @@ def _taken(tensor: Tensor, operand: Operand, product: Product, how: Emulation) -
         scheme,
         dict(OPERANDS[product])[operand],
         scale=None if history is None else history.scale(tensor, scheme.element),
-        noise=NOISE.draw(tensor) if scheme.stochastic else None,
-        statistics=STATISTICS.of(how.linear, product, operand),
+        noise=how.records.noise.draw(tensor) if scheme.stochastic else None,
+        statistics=how.records.statistics.of(how.linear, product, operand),
     )
 
 
@@ -185,11 +190,12 @@ def _weight_gradient(
 
 def _note(how: Emulation, product: Product, left: Tensor, right: Tensor) -> None:
     """Tell the audit what is about to be multiplied."""
-    if not AUDIT.listening:
+    audit = how.records.audit
+    if not audit.listening:
         return
     (one, _), (other, _) = OPERANDS[product]
     words = [
         str(how.scheme(product, operand) or type_in_words(tensor.dtype))
         for operand, tensor in ((one, left), (other, right))
     ]
-    AUDIT.note(how.linear, product, *words)
+    audit.note(how.linear, product, *words)

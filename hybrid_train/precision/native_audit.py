@@ -16,7 +16,7 @@ from torch.nn import Module
 
 from hybrid_train.anatomy.product_formats import Linear
 from hybrid_train.precision import te
-from hybrid_train.precision.audit import AUDIT, type_in_words
+from hybrid_train.precision.records import Audit, type_in_words
 from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
 from hybrid_train.schema.precision import Product
 
@@ -34,21 +34,22 @@ def is_native(module: Module) -> bool:
     return hasattr(module, "te_quant_params")  # extensions/transformer_engine.py 1017
 
 
-def observe(pairs: Iterable[tuple[Linear, Module]]) -> Callable[[], None]:
-    """Tell the audit of every product of these layers.
+def observe(pairs: Iterable[tuple[Linear, Module]], audit: Audit) -> Callable[[], None]:
+    """Tell an audit of every product of these layers.
 
     Args:
         pairs: layers of Transformer Engine, and what they are in the model.
+        audit: of the network that they are part of.
 
     Returns:
         What to call when the step is over.
     """
     calls = [(te.linear_module(name), function) for name, function in _CALLS.items()]
-    return observe_calls(pairs, calls)
+    return observe_calls(pairs, calls, audit)
 
 
 def observe_calls(
-    pairs: Iterable[tuple[Linear, Module]], calls: Iterable[tuple[ModuleType, str]]
+    pairs: Iterable[tuple[Linear, Module]], calls: Iterable[tuple[ModuleType, str]], audit: Audit
 ) -> Callable[[], None]:
     """Do the same for functions that stand in given modules.
 
@@ -62,7 +63,7 @@ def observe_calls(
         undo.append(module.register_forward_hook(running.leave(linear)).remove)
     for place, name in calls:
         original = getattr(place, name)
-        setattr(place, name, _telling(original, running))
+        setattr(place, name, _telling(original, running, audit))
         undo.append(functools.partial(setattr, place, name, original))
 
     def stop() -> None:
@@ -98,14 +99,14 @@ class _Running:
         return leave
 
 
-def _telling(multiply: Callable[..., Any], running: _Running) -> Callable[..., Any]:
+def _telling(multiply: Callable[..., Any], running: _Running, audit: Audit) -> Callable[..., Any]:
     @functools.wraps(multiply)
     def told(first: Any, second: Any, *args: Any, **kwargs: Any) -> Any:
         product = _PRODUCTS[kwargs.get("layout", "TN")]
         linear = running.forward if product is Product.fprop else running.backward
         if linear is not None:
             for one, other in zip(_listed(first), _listed(second), strict=True):
-                AUDIT.note(linear, product, words(other, product), words(one, product))
+                audit.note(linear, product, words(other, product), words(one, product))
         return multiply(first, second, *args, **kwargs)
 
     return told

@@ -59,6 +59,3 @@ def _on_gpu(key: bytes, count: int, like: Tensor) -> Tensor:
     generator = torch.Generator(like.device).manual_seed(int.from_bytes(key[:8]) >> 1)
     words = torch.empty(count, dtype=torch.int64, device=like.device)
     return words.random_(-(2**63), None, generator=generator)
-
-
-NOISE = Noise()

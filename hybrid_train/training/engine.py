@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -202,9 +202,7 @@ class Engine:
         """
         if len(self.network.chunks) == 1 or not microbatches:
             return microbatches
-        empty = replace(
-            microbatches[0], loss_weights=torch.zeros_like(microbatches[0].loss_weights)
-        )
+        empty = microbatches[0].without_labels()
         return microbatches + [empty] * (-len(microbatches) % self.network.groups.pp.size())
 
     def _run(self, turn: Turn, microbatches: list[Batch], *, forward_only: bool) -> Losses:

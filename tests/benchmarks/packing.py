@@ -84,7 +84,7 @@ def show_speed(length: int, rows: int, rounds: int) -> None:
     for median in MEDIANS:
         packed, documents = packed_batch(median, rows, length)
         counted = torch.ones_like(packed.loss_weights)
-        plain = replace(packed, sequence_index=None, loss_weights=counted)
+        plain = replace(packed, padding=None, sequence_index=None, loss_weights=counted)
         seconds(packed), seconds(plain)
         pairs = np.array([(seconds(plain), seconds(packed)) for _ in range(rounds)])
         ratio = np.median(pairs[:, 1] / pairs[:, 0])

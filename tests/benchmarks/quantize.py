@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.noise import NOISE
+from hybrid_train.precision.noise import Noise
 from hybrid_train.precision.operands import quantize_dequantize
 from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
 from hybrid_train.runtime.cpu import keep_freed_memory
@@ -71,8 +71,10 @@ def measured(matrix: Tensor, scheme: Scheme, axis: int, rounds: int) -> tuple[fl
     """Return the speed as a part of that of a copy, and microseconds; small ones go on longer."""
     source, target = torch.randn(2, *matrix.shape)
 
+    random = Noise()
+
     def quantized() -> None:
-        noise = NOISE.draw(matrix) if scheme.stochastic else None
+        noise = random.draw(matrix) if scheme.stochastic else None
         quantize_dequantize(matrix, scheme, axis, noise=noise)
 
     rounds *= 1 if matrix.numel() > 1 << 20 else 10

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.product_formats import formats_of
-from hybrid_train.precision.audit import AUDIT
 from hybrid_train.precision.hardware import is_native, present_gpu
+from hybrid_train.precision.records import Audit
 from hybrid_train.schema.model import Attention, Mamba, Mlp, Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import (
@@ -148,11 +148,12 @@ def audited(job: TrainJob, groups: Any) -> list[dict[str, Any]]:
     from hybrid_train.training.hooks.precision import table
 
     model = model_of(job, groups)
-    stop = observe([model])
-    AUDIT.start()
+    audit = Audit()
+    stop = observe([model], audit)
+    audit.start()
     run(model)
     stop()
-    return list(table(formats_of(job.model, job.precision), job.precision, AUDIT.stop()))
+    return list(table(formats_of(job.model, job.precision), job.precision, audit.stop()))
 
 
 def surprises(rows: list[dict[str, Any]]) -> list[str]:

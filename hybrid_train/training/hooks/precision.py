@@ -11,11 +11,10 @@ import torch.distributed as dist
 from hybrid_train.anatomy import format_table
 from hybrid_train.anatomy.product_formats import Formats, Linear, formats_of, quantizes
 from hybrid_train.model.observed import observe
-from hybrid_train.precision.audit import AUDIT, Seen
 from hybrid_train.precision.operands import OperandStatistics
 from hybrid_train.precision.recipes import Operand
 from hybrid_train.precision.recipes import in_words as words_of
-from hybrid_train.precision.statistics import STATISTICS, Counted
+from hybrid_train.precision.records import Audit, Counted, Seen, Statistics
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.precision import Precision, Product
 from hybrid_train.schema.problems import UserError
@@ -47,6 +46,7 @@ class AuditPrecision(Hook):
         self._run_dir = run_dir
         self._job_at = job_at
         self._audited: Precision | None = None
+        self._audit = Audit()
         self._observed: Callable[[], None] | None = None
 
     def step_start(self, run: Run) -> None:
@@ -55,8 +55,10 @@ class AuditPrecision(Hook):
             return
         self._audited = job.precision
         self._job = job
-        AUDIT.start()
-        self._observed = observe(run.engine.network.chunks)
+        quantized = run.engine.network.quantized
+        self._audit = Audit() if quantized is None else quantized.records.audit
+        self._audit.start()
+        self._observed = observe(run.engine.network.chunks, self._audit)
 
     def step_end(self, run: Run, report: StepReport) -> None:
         if self._observed is None:
@@ -64,7 +66,7 @@ class AuditPrecision(Hook):
         self._observed()
         self._observed = None
         formats = formats_of(self._job.model, self._job.precision)
-        rows = list(table(formats, self._job.precision, _of_all_ranks(AUDIT.stop())))
+        rows = list(table(formats, self._job.precision, _of_all_ranks(self._audit.stop())))
         wrong = [row for row in rows if not row["as_asked"]]
         if ranks.is_main():
             self._write(run.state.step, rows)
@@ -161,7 +163,7 @@ class MeasureRounding(Hook):
         self._path = run_dir / STATISTICS_NAME
         self._interval = interval
         self._resume_step = resume_step
-        self._listening = False
+        self._statistics: Statistics | None = None  # that listen to the present step
 
     def fit_start(self, run: Run) -> None:
         if run.engine.network.quantized is None:
@@ -170,14 +172,16 @@ class MeasureRounding(Hook):
             drop_after(self._path, self._resume_step)
 
     def step_start(self, run: Run) -> None:
-        self._listening = (run.state.step + 1) % self._interval == 0
-        if self._listening:
-            STATISTICS.start()
+        quantized = run.engine.network.quantized
+        self._statistics = None
+        if quantized is not None and (run.state.step + 1) % self._interval == 0:
+            self._statistics = quantized.records.statistics
+            self._statistics.start()
 
     def step_end(self, run: Run, report: StepReport) -> None:
-        if not self._listening:
+        if self._statistics is None:
             return
-        counted = _added(_gathered(STATISTICS.stop()))
+        counted = _added(_gathered(self._statistics.stop()))
         if not counted:
             return
         for operand in Operand:

@@ -1,5 +1,8 @@
 """Batch: what each process sees of a microbatch."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from tests.packed import documents, packed_batch
@@ -10,15 +13,34 @@ def test_context_ranks_share_the_tokens_and_each_knows_all_documents() -> None:
     batch = packed_batch([documents(3, 4), documents(6)], 8)
     for rank in range(2):
         part = batch.part_of(rank, 2)
-        for name in ("tokens", "labels", "loss_weights", "position_ids"):
+        for name in ("tokens", "labels", "loss_weights", "position_ids", "padding"):
             assert getattr(part, name).shape == (2, 4)
         assert part.sequence_index is batch.sequence_index
 
 
-def test_padding_is_what_a_packed_row_does_not_count() -> None:
+def test_padding_is_what_no_document_of_a_packed_row_fills() -> None:
     batch = packed_batch([documents(3, 4), documents(6)], 8)
     assert batch.padding is not None
     assert batch.padding.nonzero().tolist() == [[0, 7], [1, 6], [1, 7]]
+
+
+def test_a_label_without_weight_is_no_padding() -> None:
+    batch = packed_batch([documents(3, 4), documents(6)], 8)
+    unweighted = replace(batch, loss_weights=torch.zeros(2, 8))
+    assert unweighted.padding is batch.padding
+
+
+def test_a_batch_without_labels_is_all_padding_if_it_can_have_any() -> None:
+    packed = packed_batch([documents(3, 4), documents(6)], 8).without_labels()
+    assert packed.padding is not None
+    assert packed.padding.all()
+    assert not packed.loss_weights.any()
+    assert batch_of(some_rows(2)).without_labels().padding is None
+
+
+def test_padding_that_no_index_tells_from_documents_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding needs a sequence_index"):
+        replace(packed_batch([documents(3, 4)], 8), sequence_index=None)
 
 
 def test_rows_that_are_not_packed_have_no_padding_and_no_index() -> None:

@@ -146,6 +146,20 @@ def test_validation_counts_the_same_sequences_on_every_plan(
     assert {len(list(rank)) for rank in ranks} == {len(ranks[0])}  # none waits for another
 
 
+class Padded(Counted):
+    """Row i ends in a place of padding."""
+
+    def fill(self, row: int) -> Fields:
+        last = np.arange(LENGTH) == LENGTH - 1
+        return {**super().fill(row), "padding": last, "sequence_index": last.astype(np.int32)}
+
+
+def test_rows_that_fill_a_validation_up_are_padding() -> None:
+    (batch,) = Validation(Padded(), num_sequences=1, microbatch=2)
+    assert batch.padding is not None
+    assert batch.padding.tolist() == [[False] * (LENGTH - 1) + [True], [True] * LENGTH]
+
+
 def test_validation_can_be_repeated() -> None:
     (validation,) = validations(7, microbatch=2, data_size=1)
     assert list(map(numbers, validation)) == list(map(numbers, validation))

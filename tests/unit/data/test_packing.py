@@ -130,6 +130,7 @@ def test_a_row_gives_back_its_pieces_and_counts_only_them(sizes: list[int], extr
         assert row["position_ids"][own].tolist() == list(range(len(piece) - 1))
         assert row["loss_weights"][own].all()
     padding = row["sequence_index"] == len(pieces)
+    assert (row["padding"] == padding).all()
     assert padding.sum() == extra
     assert (row["tokens"][padding] == 7).all()
     assert (np.diff(row["sequence_index"]) >= 0).all()
@@ -141,6 +142,7 @@ def test_a_row_has_the_types_of_a_batch() -> None:
         "tokens": "int64",
         "labels": "int64",
         "loss_weights": "float32",
+        "padding": "bool",
         "position_ids": "int64",
         "sequence_index": "int32",
     }

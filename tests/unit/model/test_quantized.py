@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from hybrid_train.anatomy.product_formats import formats_of, linears
-from hybrid_train.precision.audit import AUDIT, Seen
 from hybrid_train.precision.recipes import in_words
+from hybrid_train.precision.records import Audit, Seen
 from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.precision import (
     NumberFormat,
@@ -38,11 +38,12 @@ def step(engine: Any) -> float:
 def heard(engine: Any) -> Seen:
     from hybrid_train.model.observed import observe
 
-    AUDIT.start()
-    stop = observe(engine.network.chunks)
+    audit: Audit = engine.network.quantized.records.audit
+    audit.start()
+    stop = observe(engine.network.chunks, audit)
     step(engine)
     stop()
-    return AUDIT.stop()
+    return audit.stop()
 
 
 def asked(job: TrainJob) -> Seen:
@@ -127,3 +128,38 @@ def test_a_model_learns_in_four_bits(groups: Any) -> None:
     engine = tiny_engine(job, groups)
     losses = [step(engine) for _ in range(12)]
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: Any) -> None:
+    """Neither its losses, whose rounding draws random bits, nor what is noted of it."""
+    from hybrid_train.model.observed import observe
+
+    four_bits = job_of(Precision(format=ProductFormat.nvfp4))
+    alone = tiny_engine(four_bits, groups)
+    losses = [step(alone) for _ in range(2)]
+    first = tiny_engine(four_bits, groups)
+    mixed = job_of(Precision(format=ProductFormat.nvfp4, exceptions=MIXED))
+    second = tiny_engine(mixed, groups)
+    audits, statistics = (
+        [getattr(one.quantized.records, name) for one in (first, second)]
+        for name in ("audit", "statistics")
+    )
+    stops = [observe(one.chunks, audit) for one, audit in zip((first, second), audits, strict=True)]
+    for record in (*audits, statistics[0]):
+        record.start()
+    start, steps = first.quantized.start_step, []
+
+    def start_both(number: int) -> None:
+        start(number)
+        steps.append(step(second))  # in the middle of a step of the first
+
+    first.quantized.start_step = start_both
+    together = [step(first) for _ in range(2)]
+    for stop in stops:
+        stop()
+    assert together == losses
+    assert len(steps) == 2
+    assert audits[0].stop() == asked(four_bits)
+    assert audits[1].stop() == asked(mixed)
+    assert statistics[0].stop()
+    assert statistics[1].stop() == {}

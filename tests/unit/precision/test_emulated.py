@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.product_formats import Formats, Linear
-from hybrid_train.precision.audit import AUDIT
 from hybrid_train.precision.emulated import (
     Emulation,
     emulation_of,
     quantized_grouped_linear,
     quantized_linear,
 )
-from hybrid_train.precision.noise import NOISE
+from hybrid_train.precision.noise import Noise
 from hybrid_train.precision.quantize import quantize
 from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
-from hybrid_train.precision.statistics import STATISTICS
+from hybrid_train.precision.records import Records
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 LAYER = Linear(0, 1, "mamba.in_proj")
@@ -35,7 +34,7 @@ def everywhere(format: ProductFormat) -> Formats:
 
 
 def emulation(format: ProductFormat, precision: Precision | None = None) -> Emulation:
-    return emulation_of(LAYER, everywhere(format), precision or Precision(format=format))
+    return emulation_of(LAYER, everywhere(format), precision or Precision(format=format), Records())
 
 
 def problem(tokens: int = 48, inputs: int = 64, outputs: int = 40) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,14 +50,15 @@ def expected(format: ProductFormat, precision: Precision) -> dict[Product, Tenso
     """The three products in float64, of operands quantized by the readable reference."""
     x, weight, grad = problem()
     raw = {Operand.input: x, Operand.weight: weight, Operand.gradient: grad}
-    NOISE.start_step(1, 2, 3)
+    noise = Noise()
+    noise.start_step(1, 2, 3)
 
     def operands(product: Product) -> list[Tensor]:
         found = schemes(format, product, precision)
         assert found is not None
         return [
             quantize(
-                raw[operand], scheme, axis, noise=NOISE.draw(grad) if scheme.stochastic else None
+                raw[operand], scheme, axis, noise=noise.draw(grad) if scheme.stochastic else None
             )
             .dequantize()
             .double()
@@ -80,7 +80,7 @@ def computed(how: Emulation, buffer: Tensor | None = None) -> dict[Product, Tens
     x, weight, grad = problem()
     x.requires_grad_()
     weight.requires_grad_()
-    NOISE.start_step(1, 2, 3)
+    how.records.noise.start_step(1, 2, 3)
     y = quantized_linear(x, weight, how, buffer)
     y.backward(grad)
     assert x.grad is not None
@@ -108,7 +108,7 @@ def test_the_gradient_is_not_that_of_an_ideal_layer(format: ProductFormat) -> No
 
 def test_a_product_that_is_an_exception_multiplies_what_comes() -> None:
     chosen = formats(fprop=ProductFormat.fp32, dgrad=ProductFormat.mxfp8, wgrad=ProductFormat.fp32)
-    found = computed(emulation_of(LAYER, chosen, Precision()))
+    found = computed(emulation_of(LAYER, chosen, Precision(), Records()))
     x, weight, grad = problem()
     torch.testing.assert_close(found[Product.fprop], x @ weight.T, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found[Product.wgrad], grad.T @ x, rtol=1e-5, atol=1e-4)
@@ -184,15 +184,17 @@ def test_delayed_scaling_takes_the_largest_value_of_earlier_steps() -> None:
     "change", [lambda how: how, lambda how: quantized_linear(*problem()[:2], how)]
 )
 def test_nothing_is_noted_unless_somebody_listens(change: Callable[[Emulation], object]) -> None:
-    change(emulation(ProductFormat.mxfp8))
-    AUDIT.start()
-    assert AUDIT.stop() == {}
+    how = emulation(ProductFormat.mxfp8)
+    change(how)
+    how.records.audit.start()
+    assert how.records.audit.stop() == {}
 
 
 def test_the_audit_hears_what_is_multiplied() -> None:
-    AUDIT.start()
-    computed(emulation(ProductFormat.nvfp4))
-    seen = AUDIT.stop()
+    how = emulation(ProductFormat.nvfp4)
+    how.records.audit.start()
+    computed(how)
+    seen = how.records.audit.stop()
     assert set(seen) == {(LAYER, product) for product in Product}
     assert seen[LAYER, Product.wgrad] == {
         (
@@ -203,9 +205,10 @@ def test_the_audit_hears_what_is_multiplied() -> None:
 
 
 def test_statistics_know_every_operand_of_every_product() -> None:
-    STATISTICS.start()
-    computed(emulation(ProductFormat.mxfp8))
-    counted = STATISTICS.stop()
+    how = emulation(ProductFormat.mxfp8)
+    how.records.statistics.start()
+    computed(how)
+    counted = how.records.statistics.stop()
     assert {(product, operand) for _, product, operand in counted} == {
         (product, operand) for product, pair in OPERANDS.items() for operand, _ in pair
     }

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.product_formats import Linear
-from hybrid_train.precision.audit import AUDIT, Seen
 from hybrid_train.precision.native_audit import observe_calls, words
 from hybrid_train.precision.recipes import in_words
+from hybrid_train.precision.records import Audit, Seen
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 LIBRARY = ModuleType("library")
@@ -165,6 +165,7 @@ class Layer(torch.nn.Module):
         return self.products.apply(x, self.format), None
 
 
+AUDIT = Audit()
 FORMATS = [ProductFormat.nvfp4, ProductFormat.bf16, ProductFormat.mxfp8, ProductFormat.nvfp4]
 NAMES = [Linear(0, number, "mlp.fc1") for number in range(len(FORMATS))]
 
@@ -173,7 +174,7 @@ NAMES = [Linear(0, number, "mlp.fc1") for number in range(len(FORMATS))]
 def layers(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Layer]]:
     monkeypatch.setattr(LIBRARY, "general_gemm", multiply, raising=False)
     found = [Layer(format, request.param) for format in FORMATS]
-    stop = observe_calls(zip(NAMES, found, strict=True), [(LIBRARY, "general_gemm")])
+    stop = observe_calls(zip(NAMES, found, strict=True), [(LIBRARY, "general_gemm")], AUDIT)
     AUDIT.start()
     yield found
     stop()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.schema.import_path import imported
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.import_path import imported, is_path
 
 
 def test_a_path_names_an_object_of_a_module() -> None:
@@ -15,18 +14,24 @@ def test_a_path_names_an_object_of_a_module() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["pathlib.Path", "pathlib:", ":Path", "a b:Path", "a.:B", "1a:B", "a:B.c", 7, None]
+)
+def test_what_is_no_path_is_told_from_one(text: object) -> None:
+    assert not is_path(text)
+    assert is_path("pathlib:Path")
+    assert is_path("my_package.focal:Focal")
+
+
+@pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("pathlib.Path", "'pathlib.Path' is no import path; write package.module:Name"),
-        ("pathlib:", "is no import path"),
-        (":Path", "is no import path"),
         ("no_such_package.focal:Focal", "there is no module no_such_package; install"),
         ("hybrid_train.schema.focal:Focal", "there is no module hybrid_train.schema.focal"),
-        ("pathlib:Pat", "pathlib has no Pat; nearest: pathlib:Path"),
+        ("pathlib:Pat", "pathlib has no Pat; it has Path"),
     ],
 )
 def test_what_names_nothing_is_refused_with_a_way_on(path: str, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(said)):
         imported(path)
 
 
@@ -43,5 +48,5 @@ def test_a_module_that_fails_is_named_with_its_failure(
     module = said.split()[0]
     (tmp_path / f"{module}.py").write_text(f"{text}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(said)):
         imported(f"{module}:Focal")

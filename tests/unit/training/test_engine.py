@@ -79,14 +79,28 @@ def test_smaller_microbatches_take_the_step_of_one_of_four(groups: Any, small: i
         assert off <= 3 * RATE * 32 * EPSILON, name
 
 
-def packed_step(groups: Any, rows: list[Any], length: int, size: int, aux: float) -> Any:
-    """The report of a step on rows of documents."""
+def packed_step(
+    groups: Any, rows: list[Any], length: int, size: int, aux: float, prompt: int = 0
+) -> Any:
+    """The report of a step on rows of documents; the first labels of each row do not count."""
     job = tiny_job()
     job.train.sequence_length, job.train.microbatch = length, size
     job.train.global_batch = len(rows)
     job.objective.moe_aux_loss_scale = aux
     batches = [packed_batch(rows[n : n + size], length) for n in range(0, len(rows), size)]
+    for batch in batches:
+        batch.loss_weights[:, :prompt] = 0
     return tiny_engine(job, groups).step(iter(batches), tokens_seen=0)
+
+
+def test_routers_count_a_prompt_as_any_other_text(groups: Any) -> None:
+    rows = [documents(*row) for row in [(5, 1, 7), (16,), (12,), (9, 4)]]
+    whole, masked = (packed_step(groups, rows, LENGTH, 2, 0.1, prompt) for prompt in (0, 8))
+    assert masked.loss != whole.loss
+    assert len(whole.metrics) > 3
+    for name in whole.metrics:
+        if name == "moe_aux_loss" or name.startswith("expert_load"):
+            assert masked.metrics[name] == whole.metrics[name], name
 
 
 def test_smaller_microbatches_take_the_step_of_one_with_padded_rows_too(groups: Any) -> None:

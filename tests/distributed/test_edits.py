@@ -1,0 +1,26 @@
+"""Masks before quantization on the shards of two tensor-parallel ranks."""
+
+from hybrid_train.schema.parallel import Parallel
+from tests.distributed.launch import run_distributed
+from tests.masking import compare
+from tests.tiny import MEGATRON_WARNINGS
+
+pytestmark = MEGATRON_WARNINGS
+
+
+def _compare() -> bool:
+    from hybrid_train.parallel.groups import build_groups, destroy_groups
+    from hybrid_train.runtime.seeds import start_tracker
+
+    parallel = Parallel(tensor=2)
+    groups = build_groups(parallel, timeout_s=60)
+    start_tracker()
+    try:
+        compare(groups, parallel)
+    finally:
+        destroy_groups()
+    return True
+
+
+def test_masks_before_quantization_are_masked_weights_under_tensor_parallelism() -> None:
+    assert run_distributed(_compare, 2) == [True, True]
