@@ -2,21 +2,29 @@
 
 Plain integers and no torch, so that a login node can check a job before it is submitted.
 
-Dimensions: h hidden, V rows of the embedding, D Mamba heads x head width, G groups, N state,
-H Mamba heads, P head width, K convolution width, L sequence length.
+Dimensions: V rows of the embedding, L sequence length.
 
 Layer kinds are named by their letter in the pattern (M * - E); beside them stand `embedding`,
 `head`, `final_norm` and `mtp`.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
+from hybrid_train.anatomy.axes import Sizes, sizes_of
+from hybrid_train.anatomy.kinds import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    KINDS,
+    MTP_BLOCK,
+    Parameter,
+    parameters_of,
+)
+from hybrid_train.anatomy.layers import Layer, grouped, mtp_blocks
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
-
-CONV_WIDTH = 4  # K: taps of the causal convolution in a Mamba layer; the same in the whole family
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def parameters(model: Model, vocab_size: int) -> ParameterCount:
     """Count the weights, by kind of layer.
 
     A repeated MTP block is stored once and met once per depth; as weights it counts once in both
-    figures. Every layer has one RMSNorm of h weights in front, which counts with it.
+    figures. Every layer has one RMSNorm in front, which counts with it.
 
     Args:
         model: sizes and pattern.
@@ -103,20 +111,19 @@ def parameters(model: Model, vocab_size: int) -> ParameterCount:
 
     Source: shapes of the published checkpoints; the totals agree with their files to the unit.
     """
-    pattern = parse(model.pattern)
-    table = {"embedding": vocab_size * model.hidden_size}
-    table["head"] = 0 if model.tie_embeddings else table["embedding"]
-    table["final_norm"] = model.hidden_size
+    sizes = sizes_of(model, vocab_size)
+    table = {"embedding": EMBEDDING.elements(sizes)}
+    table["head"] = 0 if model.tie_embeddings else HEAD.elements(sizes)
+    table["final_norm"] = FINAL_NORM.elements(sizes)
     active = dict(table)
     if model.tie_embeddings:  # one matrix that a token meets twice: as row and as head
         active["embedding"], active["head"] = 0, table["embedding"]
+    main, block = grouped(model, depth=0), grouped(model, depth=1)
     for counted, of_layer in ((table, layer_parameters), (active, active_layer_parameters)):
-        counted.update(_by_kind(model, pattern.main, of_layer))
-        if pattern.mtp:
-            # eh_proj joins embedding and hidden state: h x 2h; three norms of its own.
-            block = 2 * model.hidden_size**2 + 3 * model.hidden_size
-            block += sum(of_layer(model, letter) for letter in pattern.mtp)
-            counted["mtp"] = block * (1 if model.mtp.repeated_block else pattern.mtp_depths)
+        counted.update(_by_kind(main, of_layer))
+        if block:
+            one = sum(parameter.elements(sizes) for parameter in MTP_BLOCK)
+            counted["mtp"] = mtp_blocks(model) * (one + _sum(block, of_layer))
     return ParameterCount(by_kind=table, active_by_kind=active)
 
 
@@ -126,38 +133,26 @@ def tensors(model: Model) -> TensorCount:
     Source: names of the published checkpoints, `backbone.layers.L.mixer.*`; the totals agree with
     their files to the unit.
     """
-    pattern = parse(model.pattern)
     table = {"embedding": 1, "head": 0 if model.tie_embeddings else 1, "final_norm": 1}
-    table.update(_by_kind(model, pattern.main, layer_tensors))
-    if pattern.mtp:
-        block = 4 + sum(layer_tensors(model, letter) for letter in pattern.mtp)  # eh_proj, 3 norms
-        table["mtp"] = block * (1 if model.mtp.repeated_block else pattern.mtp_depths)
+    table.update(_by_kind(grouped(model, depth=0), layer_tensors))
+    if block := grouped(model, depth=1):
+        table["mtp"] = mtp_blocks(model) * (len(MTP_BLOCK) + _sum(block, layer_tensors))
     return TensorCount(by_kind=table)
 
 
-def layer_tensors(model: Model, letter: str) -> int:
+def layer_tensors(layer: Layer) -> int:
     """Count the tensors of one layer, its norm included."""
-    if letter != "E":
-        # M: in_proj, out_proj, convolution and its bias, A_log, D, dt_bias, gated norm;
-        # *: queries, keys, values, output; -: up, down.
-        return 1 + {"M": 8, "*": 4, "-": 2}[letter]
-    moe = model.moe
-    pairs = moe.experts + (moe.shared_intermediate_size is not None) + (moe.latent_size is not None)
-    bias = moe.bias_update_rate > 0
-    return 1 + 1 + bias + 2 * pairs  # norm, router, its bias; up and down, or in and out
+    return sum(one.tensors(layer.sizes) for one in layer.parameters if one.counts)
 
 
-def layer_parameters(model: Model, letter: str) -> int:
-    """Count the weights of one layer of the kind `letter`, its norm included."""
-    return model.hidden_size + _PARAMETERS[letter](model)
+def layer_parameters(layer: Layer) -> int:
+    """Count the weights of one layer, its norm included."""
+    return _elements(layer.letter, layer.sizes)[0]
 
 
-def active_layer_parameters(model: Model, letter: str) -> int:
+def active_layer_parameters(layer: Layer) -> int:
     """Count the weights of one layer that one token meets."""
-    asleep = 0
-    if letter == "E":
-        asleep = (model.moe.experts - model.moe.top_k) * _expert(model)
-    return layer_parameters(model, letter) - asleep
+    return _elements(layer.letter, layer.sizes)[1]
 
 
 def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> FlopCount:
@@ -171,24 +166,25 @@ def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> Flop
         vocab_size: V, rows of the head.
         sequence_length: L; matters to attention only.
     """
-    pattern = parse(model.pattern)
+    sizes = sizes_of(model, vocab_size)
 
-    def of_layer(model: Model, letter: str) -> int:
-        return layer_flops(model, letter, sequence_length)
+    def of_layer(layer: Layer) -> int:
+        return layer_flops(layer, sequence_length)
 
-    head = 2 * model.hidden_size * vocab_size
-    table = _by_kind(model, pattern.main, of_layer)
+    head = 2 * _multiplied(HEAD, sizes)
+    table = _by_kind(grouped(model, depth=0), of_layer)
     table["head"] = head
-    if pattern.mtp:
-        block = 2 * 2 * model.hidden_size**2 + head
-        block += sum(of_layer(model, letter) for letter in pattern.mtp)
-        table["mtp"] = block * pattern.mtp_depths  # a repeated block saves memory, not work
+    if block := grouped(model, depth=1):
+        one = head + 2 * sum(_multiplied(parameter, sizes) for parameter in MTP_BLOCK)
+        one += _sum(block, of_layer)
+        # A repeated block saves memory, not work.
+        table["mtp"] = one * parse(model.pattern).mtp_depths
     return FlopCount(by_kind=table)
 
 
-def layer_flops(model: Model, letter: str, sequence_length: int) -> int:
+def layer_flops(layer: Layer, sequence_length: int) -> int:
     """Count the forward operations of one layer per token, averaged over the sequence."""
-    return _FLOPS[letter](model, sequence_length)
+    return _flops(layer.letter, layer.sizes, sequence_length)
 
 
 def cache_size(model: Model, kv_bytes: int = 2, ssm_bytes: int = 4) -> CacheSize:
@@ -199,117 +195,52 @@ def cache_size(model: Model, kv_bytes: int = 2, ssm_bytes: int = 4) -> CacheSize
         kv_bytes: bytes of one element of keys, values and convolution inputs.
         ssm_bytes: bytes of one element of the state-space states.
     """
-    main = Counter(parse(model.pattern).main)
-    attention, mamba = model.attention, model.mamba
+    main = grouped(model, depth=0)
     return CacheSize(
-        kv_per_token=main["*"] * 2 * attention.kv_heads * attention.head_dim * kv_bytes,
-        ssm_per_sequence=main["M"] * mamba.heads * mamba.head_dim * mamba.state_size * ssm_bytes,
-        conv_per_sequence=main["M"] * CONV_WIDTH * _conv_channels(model) * kv_bytes,
+        kv_per_token=_sum(main, lambda one: one.kind.cached_per_token(one.sizes)) * kv_bytes,
+        ssm_per_sequence=_sum(main, lambda one: one.kind.cached_states(one.sizes)[0]) * ssm_bytes,
+        conv_per_sequence=_sum(main, lambda one: one.kind.cached_states(one.sizes)[1]) * kv_bytes,
     )
 
 
-def _by_kind(model: Model, letters: str, of_layer: Callable[[Model, str], int]) -> dict[str, int]:
+_Grouped = Iterable[tuple[Layer, int]]  # a layer, and how many there are that equal it
+
+
+def _sum(layers: _Grouped, of_layer: Callable[[Layer], int]) -> int:
+    return sum(number * of_layer(layer) for layer, number in layers)
+
+
+def _by_kind(layers: _Grouped, of_layer: Callable[[Layer], int]) -> dict[str, int]:
     """Sum `of_layer` over the layers of each kind."""
-    return {letter: number * of_layer(model, letter) for letter, number in Counter(letters).items()}
+    found: dict[str, int] = {}
+    for layer, number in layers:
+        found[layer.letter] = found.get(layer.letter, 0) + number * of_layer(layer)
+    return found
 
 
-def _conv_channels(model: Model) -> int:
-    """Channels that pass the convolution: x, B and C; D + 2GN."""
-    mamba = model.mamba
-    return mamba.heads * mamba.head_dim + 2 * mamba.groups * mamba.state_size
+@lru_cache(maxsize=1024)
+def _flops(letter: str, sizes: Sizes, sequence_length: int) -> int:
+    multiplied = _elements(letter, sizes)[2]
+    return 2 * multiplied + KINDS[letter].flops_beside_weights(sizes, sequence_length)
 
 
-def _mamba_projections(model: Model) -> int:
-    """Weights of in_proj (z, x, B, C, dt: 2D + 2GN + H rows) and of out_proj (D columns)."""
-    inner = model.mamba.heads * model.mamba.head_dim
-    return model.hidden_size * (inner + _conv_channels(model) + model.mamba.heads + inner)
+@lru_cache(maxsize=1024)
+def _elements(letter: str, sizes: Sizes) -> tuple[int, int, int]:
+    """Count the weights of a layer: all, those that a token meets, those that it multiplies."""
+    counted = [one for one in parameters_of(letter, sizes) if one.counts]
+    return (
+        sum(one.elements(sizes) for one in counted),
+        sum(_met(one, sizes) for one in counted),
+        sum(_multiplied(one, sizes) for one in counted),
+    )
 
 
-def _mamba_parameters(model: Model) -> int:
-    """Projections, convolution with bias, A_log, D and dt_bias per head, gated norm."""
-    convolution = (CONV_WIDTH + 1) * _conv_channels(model)
-    inner = model.mamba.heads * model.mamba.head_dim
-    return _mamba_projections(model) + convolution + 3 * model.mamba.heads + inner
+def _met(one: Parameter, sizes: Sizes) -> int:
+    """Count the elements of a tensor that one token meets: of experts, top_k."""
+    elements = one.elements(sizes)
+    return elements // sizes.experts * sizes.top_k if one.of_experts else elements
 
 
-def _mamba_flops(model: Model, sequence_length: int) -> int:
-    """Projections, convolution and recurrence.
-
-    The recurrence costs two products of N x P per head and token: dt B x^T into the state and C
-    out of it, 4 H N P in all. A chunked scan of length Q does about Q (G N + H P) more; that is
-    the price of an algorithm, which changes with Q while the result does not, so it is not
-    counted as work of the model.
-
-    Figures published for this family come from Megatron-LM's counter, which takes D = 2h and
-    7 D N for the scan. They agree with ours within 1% where D = 2h, and are 8% higher for
-    Nano 3 30B, where D = 1.5h.
-    """
-    del sequence_length  # linear in it
-    mamba = model.mamba
-    recurrence = 4 * mamba.heads * mamba.head_dim * mamba.state_size
-    return 2 * (_mamba_projections(model) + CONV_WIDTH * _conv_channels(model)) + recurrence
-
-
-def _attention_parameters(model: Model) -> int:
-    """Queries and output: h x heads each; keys and values: h x kv_heads each; times head width."""
-    sizes = model.attention
-    return model.hidden_size * sizes.head_dim * 2 * (sizes.heads + sizes.kv_heads)
-
-
-def _attention_flops(model: Model, sequence_length: int) -> int:
-    """Projections, and two products per key seen: with the query, and with the value.
-
-    A causal token t sees t keys, (L + 1) / 2 on average: 2 * 2 * heads * head_dim * (L + 1) / 2.
-    """
-    width = model.attention.heads * model.attention.head_dim
-    return 2 * _attention_parameters(model) + 2 * width * (sequence_length + 1)
-
-
-def _mlp_parameters(model: Model) -> int:
-    """Up and down projection, no gate."""
-    return 2 * model.hidden_size * model.mlp.intermediate_size
-
-
-def _mlp_flops(model: Model, sequence_length: int) -> int:
-    """Up and down projection."""
-    del sequence_length  # linear in it
-    return 2 * _mlp_parameters(model)
-
-
-def _expert(model: Model) -> int:
-    """Weights of one routed expert; LatentMoE experts work in the latent width."""
-    moe = model.moe
-    return 2 * (moe.latent_size or model.hidden_size) * moe.intermediate_size
-
-
-def _moe_dense(model: Model) -> int:
-    """Weights that every token meets: router, shared expert, both latent projections."""
-    moe = model.moe
-    per_channel = moe.experts + 2 * (moe.shared_intermediate_size or 0) + 2 * (moe.latent_size or 0)
-    return model.hidden_size * per_channel
-
-
-def _moe_parameters(model: Model) -> int:
-    """Dense part, all experts, and one bias per expert where there is one."""
-    bias = model.moe.experts if model.moe.bias_update_rate > 0 else 0
-    return _moe_dense(model) + model.moe.experts * _expert(model) + bias
-
-
-def _moe_flops(model: Model, sequence_length: int) -> int:
-    """Dense part, and top_k experts."""
-    del sequence_length  # linear in it
-    return 2 * (_moe_dense(model) + model.moe.top_k * _expert(model))
-
-
-_PARAMETERS: dict[str, Callable[[Model], int]] = {
-    "M": _mamba_parameters,
-    "*": _attention_parameters,
-    "-": _mlp_parameters,
-    "E": _moe_parameters,
-}
-_FLOPS: dict[str, Callable[[Model, int], int]] = {
-    "M": _mamba_flops,
-    "*": _attention_flops,
-    "-": _mlp_flops,
-    "E": _moe_flops,
-}
+def _multiplied(one: Parameter, sizes: Sizes) -> int:
+    """Count the elements of a tensor that a token multiplies: of matrices and convolutions."""
+    return _met(one, sizes) if len(one.dims) > 1 else 0

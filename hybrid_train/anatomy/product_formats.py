@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
+from hybrid_train.anatomy.kinds import MTP_PROJECTION, possible_parameters
+from hybrid_train.anatomy.layers import Shape, layers_of_shape, shape_of
 from hybrid_train.schema.layer_ranges import layers_of
-from hybrid_train.schema.model import Model, Moe, Mtp
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import (
     Precision,
@@ -19,17 +21,8 @@ from hybrid_train.schema.precision import (
     ProductFormat,
 )
 
-MODULES = {
-    "M": ("mamba.in_proj", "mamba.out_proj"),
-    "*": ("attention.qkv", "attention.proj"),
-    "-": ("mlp.fc1", "mlp.fc2"),
-    "E": ("moe.experts.fc1", "moe.experts.fc2"),
-}
-SHARED_EXPERTS = ("moe.shared.fc1", "moe.shared.fc2")
-LATENT = ("moe.latent.down", "moe.latent.up")
 MTP = "mtp"
-MTP_PROJECTION = "mtp.eh_proj"  # joins the token and the hidden state of a depth
-_MAIN_KINDS = (*(kind for kinds in MODULES.values() for kind in kinds), *SHARED_EXPERTS, *LATENT)
+_MAIN_KINDS = tuple(one.linear for one in possible_parameters() if one.linear)
 KINDS = (*_MAIN_KINDS, MTP_PROJECTION, *(f"{MTP}.{kind}" for kind in _MAIN_KINDS))
 UNQUANTIZED = (ProductFormat.fp32, ProductFormat.bf16)
 # Formats whose weights have the same values in all products, and that Transformer Engine gathers:
@@ -76,30 +69,23 @@ class Formats:
 
 def linears(model: Model) -> list[Linear]:
     """Return every linear layer of a model that can be quantized, in order."""
-    pattern = parse(model.pattern)
-    found = [
-        Linear(0, layer, module)
-        for layer, letter in enumerate(pattern.main, start=1)
-        for module in modules_of(letter, model)
-    ]
-    blocks = min(pattern.mtp_depths, 1) if model.mtp.repeated_block else pattern.mtp_depths
-    for depth in range(1, blocks + 1):
-        found.append(Linear(depth, 0, MTP_PROJECTION))
+    return list(_linears(shape_of(model)))
+
+
+@lru_cache(maxsize=64)
+def _linears(shape: Shape) -> tuple[Linear, ...]:
+    found, depth = [], 0
+    for layer in layers_of_shape(shape):
+        if layer.depth > depth:
+            depth = layer.depth
+            found.append(Linear(depth, 0, MTP_PROJECTION))
+        before = f"{MTP}." if depth else ""
         found += [
-            Linear(depth, layer, f"{MTP}.{module}")
-            for layer, letter in enumerate(pattern.mtp, start=1)
-            for module in modules_of(letter, model)
+            Linear(depth, layer.number, before + one.linear)
+            for one in layer.parameters
+            if one.linear
         ]
-    return found
-
-
-def modules_of(letter: str, model: Model) -> tuple[str, ...]:
-    """Return the kinds of linear layers in a layer of one kind."""
-    if letter != "E":
-        return MODULES[letter]
-    shared = SHARED_EXPERTS if model.moe.shared_intermediate_size is not None else ()
-    latent = LATENT if model.moe.latent_size is not None else ()
-    return (*latent[:1], *MODULES["E"], *latent[1:], *shared)
+    return tuple(found)
 
 
 def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
@@ -113,50 +99,50 @@ def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozense
 
 
 _Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
-_Decides = tuple[str, bool, tuple[bool, bool], ProductFormat, _Rules]
 
 
-def _what_decides(model: Model, precision: Precision) -> _Decides:
+def _what_decides(model: Model, precision: Precision) -> tuple[Shape, ProductFormat, _Rules]:
     """Return all that formats depend on, to know them again."""
     rules = tuple(
         (one.format, one.layers, tuple(one.modules), tuple(one.products))
         for one in precision.exceptions
     )
-    parts = (model.moe.shared_intermediate_size is not None, model.moe.latent_size is not None)
-    return model.pattern, model.mtp.repeated_block, parts, precision.format, rules
+    return shape_of(model), precision.format, rules
 
 
 @lru_cache(maxsize=64)
-def _known_kinds(*decides: *_Decides) -> Mapping[str, frozenset[ProductFormat]]:
+def _known_kinds(
+    shape: Shape, usual: ProductFormat, rules: _Rules
+) -> Mapping[str, frozenset[ProductFormat]]:
     kinds: dict[str, frozenset[ProductFormat]] = {}
-    for linear, one in _known_formats(*decides).items():
+    for linear, one in _known_formats(shape, usual, rules).items():
         if one.quantized:
             kinds[linear.module] = kinds.get(linear.module, frozenset()).union(one.formats.values())
     return kinds
 
 
-@lru_cache(maxsize=64)  # large models take 50 ms, and the checks ask again and again
-def _known_formats(
-    pattern: str, repeated: bool, parts: tuple[bool, bool], usual: ProductFormat, rules: _Rules
+@lru_cache(maxsize=64)
+def _known_formats(shape: Shape, usual: ProductFormat, rules: _Rules) -> dict[Linear, Formats]:
+    return _formats_of_all(_linears(shape), len(parse(shape.pattern).main), usual, rules)
+
+
+@lru_cache(maxsize=64)  # large models take 50 ms, and the checks try many sizes
+def _formats_of_all(
+    found: tuple[Linear, ...], num_layers: int, usual: ProductFormat, rules: _Rules
 ) -> dict[Linear, Formats]:
     """Return the formats that follow from all that they depend on.
 
     Args:
-        pattern: of the model.
-        repeated: whether all MTP depths are one block.
-        parts: whether expert layers have a shared expert, and latent projections.
+        found: the linear layers of the model.
+        num_layers: main layers of the model.
         usual: format without an exception.
         rules: format, layers, modules and products of each exception.
     """
-    shared, latent = (1 if there else None for there in parts)
-    moe = Moe(shared_intermediate_size=shared, latent_size=latent)
-    model = Model(pattern=pattern, mtp=Mtp(repeated_block=repeated), moe=moe)
     exceptions = [
         PrecisionRule(format=format, layers=layers, modules=list(modules), products=list(products))
         for format, layers, modules, products in rules
     ]
-    num_layers = len(parse(pattern).main)
-    return {one: _formats(one, usual, exceptions, num_layers) for one in linears(model)}
+    return {one: _formats(one, usual, exceptions, num_layers) for one in found}
 
 
 def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:

@@ -5,8 +5,11 @@ of Megatron-Core 0.19.2.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from hybrid_train.anatomy.axes import Axis, Sizes, sizes_of
+from hybrid_train.anatomy.kinds import MTP_BLOCK, Parameter
+from hybrid_train.anatomy.layers import distinct, mtp_blocks
 from hybrid_train.config import node_counts
 from hybrid_train.planning import degrees
 from hybrid_train.planning.degrees import expert_tensor
@@ -23,18 +26,26 @@ from hybrid_train.schema.train import TrainJob
 _DEGREES = tuple(
     f"parallel.{name}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
 )
-_ROWS = "the rows of queries, keys and values"
 
 
-def _divides(path: str, degree: int, sizes: dict[str, int]) -> Iterator[Problem]:
-    """Yield a problem that names each size that a degree does not divide."""
+def _divides(
+    path: str, degree: int, sizes: dict[str, int], settings: dict[str, str] | None = None
+) -> Iterator[Problem]:
+    """Yield a problem that names each size that a degree does not divide.
+
+    Args:
+        path: of the degree.
+        degree: its value.
+        sizes: by name.
+        settings: whose they are, where that is not the name.
+    """
     uneven = {name: size for name, size in sizes.items() if size % degree}
     if uneven:
         *others, last = (f"{name} ({size})" for name, size in uneven.items())
         named = f"{', '.join(others)} and {last}" if others else last
         whole = math.gcd(*sizes.values())
         fits = [number for number in range(1, min(whole, degree) + 1) if not whole % number]
-        beside = tuple("model.attention.head_dim" if name == _ROWS else name for name in uneven)
+        beside = tuple((settings or {}).get(name, name) for name in uneven)
         yield Problem(path, degree, f"must divide {named}", fits[-1], beside=beside)
 
 
@@ -74,70 +85,92 @@ def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Probl
         yield Problem("parallel", numbers, rule, legal, unit=needed, beside=_DEGREES)
 
 
+def _split_sizes(tensors: Iterable[Parameter], sizes: Sizes) -> Iterator[tuple[str, int, Axis]]:
+    """Yield what ranks must divide of the dimensions that they split: name, size, axis to change.
+
+    Each part of a dimension is split along its first axis. Where parts alternate, that is of their
+    rows in all: the axis that they alternate by may be shorter than the ranks are many.
+    """
+    for one in tensors:
+        if one.split is None:
+            continue
+        whole = one.dims[one.split]
+        for part in whole.parts:
+            axis = part.axes[0]
+            if axis is not whole.by:
+                yield axis.setting, sizes.along(axis), axis
+        if whole.by and whole.free:
+            yield whole.words, whole.size(sizes), whole.free
+
+
 def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
-    model, pattern = job.model, _pattern(job)
-    sizes = {}
-    if pattern.count("*"):
-        heads = model.attention
-        sizes["model.attention.heads"] = heads.heads
-        rows = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
-        sizes[_ROWS] = rows
-    if pattern.count("M"):
-        sizes["model.mamba.heads"] = model.mamba.heads
-        sizes["model.mamba.groups"] = model.mamba.groups
-    if pattern.count("-"):
-        sizes["model.mlp.intermediate_size"] = model.mlp.intermediate_size
-    if pattern.count("E") and model.moe.shared_intermediate_size is not None:
-        sizes["model.moe.shared_intermediate_size"] = model.moe.shared_intermediate_size
-    if pattern.mtp_depths:  # the projection that joins token and hidden state is column-parallel
-        sizes["model.hidden_size"] = model.hidden_size
-    yield from _divides("parallel.tensor", job.parallel.tensor, sizes)
+    found = [
+        size
+        for layer in distinct(job.model)
+        for size in _split_sizes(
+            (one for one in layer.parameters if not one.of_experts), layer.sizes
+        )
+    ]
+    if mtp_blocks(job.model):
+        found += _split_sizes(MTP_BLOCK, sizes_of(job.model))
+    sizes = {name: size for name, size, _ in found}
+    settings = {name: axis.setting for name, _, axis in found}
+    yield from _divides("parallel.tensor", job.parallel.tensor, sizes, settings)
 
 
-def _tensor_fits_kv_heads(job: TrainJob, _: int) -> Iterator[Problem]:
+def _tensor_fits_alternating_parts(job: TrainJob, _: int) -> Iterator[Problem]:
     # Fewer key heads than ranks are repeated (transformer/attention.py, num_query_groups).
-    tensor, kv_heads = job.parallel.tensor, job.model.attention.kv_heads
-    if _pattern(job).count("*") and kv_heads % tensor and tensor % kv_heads:
-        rule = f"must divide model.attention.kv_heads ({kv_heads}) or be a multiple of it"
-        yield Problem("parallel.tensor", tensor, rule, beside=("model.attention.kv_heads",))
+    tensor = job.parallel.tensor
+    for layer in distinct(job.model):
+        for axis in (one.dims[0].by for one in layer.parameters):
+            number = layer.sizes.along(axis) if axis else tensor
+            if axis and number % tensor and tensor % number:
+                rule = f"must divide {axis.setting} ({number}) or be a multiple of it"
+                yield Problem("parallel.tensor", tensor, rule, beside=(axis.setting,))
 
 
-def _query_heads_share_kv_heads(job: TrainJob, _: int) -> Iterator[Problem]:
-    sizes = job.model.attention
-    if _pattern(job).count("*"):
-        path = "model.attention.kv_heads"
-        yield from _divides(path, sizes.kv_heads, {"model.attention.heads": sizes.heads})
+def _heads_share_groups(job: TrainJob, _: int) -> Iterator[Problem]:
+    for layer in distinct(job.model):
+        if layer.kind.groups:
+            groups, heads = layer.kind.groups
+            number, whole = map(layer.sizes.along, (groups, heads))
+            yield from _divides(groups.setting, number, {heads.setting: whole})
 
 
-def _mamba_heads_share_groups(job: TrainJob, _: int) -> Iterator[Problem]:
-    sizes = job.model.mamba
-    if _pattern(job).count("M"):
-        path = "model.mamba.groups"
-        yield from _divides(path, sizes.groups, {"model.mamba.heads": sizes.heads})
-
-
-def _context_splits_mamba(job: TrainJob, _: int) -> Iterator[Problem]:
+def _context_splits_heads(job: TrainJob, _: int) -> Iterator[Problem]:
     # Mamba layers are split by heads; few groups are repeated (ssm/mamba_context_parallel.py).
-    plan, sizes = job.parallel, job.model.mamba
-    if not _pattern(job).count("M") or sizes.heads % plan.tensor or sizes.groups % plan.tensor:
-        return
-    heads, groups = sizes.heads // plan.tensor, sizes.groups // plan.tensor
-    yield from _divides("parallel.context", plan.context, {"model.mamba.heads / tensor": heads})
-    if groups % plan.context and plan.context % groups:
-        rule = f"must divide model.mamba.groups / tensor ({groups}) or be a multiple of it"
-        yield Problem("parallel.context", plan.context, rule, beside=("model.mamba.groups",))
+    plan = job.parallel
+    for layer in distinct(job.model):
+        if layer.kind.context is None:
+            continue
+        by_heads, by_groups = layer.kind.context
+        heads, groups = map(layer.sizes.along, (by_heads, by_groups))
+        if heads % plan.tensor or groups % plan.tensor:
+            continue
+        heads, groups = heads // plan.tensor, groups // plan.tensor
+        yield from _divides(
+            "parallel.context", plan.context, {f"{by_heads.setting} / tensor": heads}
+        )
+        if groups % plan.context and plan.context % groups:
+            rule = f"must divide {by_groups.setting} / tensor ({groups}) or be a multiple of it"
+            yield Problem("parallel.context", plan.context, rule, beside=(by_groups.setting,))
 
 
 def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
-    plan, sizes = job.parallel, job.model.moe
-    if not _pattern(job).count("E"):
-        if plan.expert > 1:
-            yield Problem("parallel.expert", plan.expert, "the pattern has no expert layers (E)", 1)
-        return
-    yield from _divides("parallel.expert", plan.expert, {"model.moe.experts": sizes.experts})
+    plan = job.parallel
+    routed = [
+        (layer.sizes, [one for one in layer.parameters if one.of_experts])
+        for layer in distinct(job.model)
+        if any(one.of_experts for one in layer.parameters)
+    ]
+    if not routed and plan.expert > 1:
+        yield Problem("parallel.expert", plan.expert, "the pattern has no expert layers (E)", 1)
     path = "parallel.tensor" if plan.expert_tensor is None else "parallel.expert_tensor"
-    width = {"model.moe.intermediate_size": sizes.intermediate_size}
-    yield from _divides(path, expert_tensor(plan), width)
+    for sizes, experts in routed:
+        number = {Axis.experts.setting: sizes.experts}
+        yield from _divides("parallel.expert", plan.expert, number)
+        widths = {name: size for name, size, _ in _split_sizes(experts, sizes)}
+        yield from _divides(path, expert_tensor(plan), widths)
 
 
 def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -217,10 +250,9 @@ def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem
 LAYOUT_RULES = (
     _stages_match_the_pattern,
     _tensor_splits_every_layer,
-    _tensor_fits_kv_heads,
-    _query_heads_share_kv_heads,
-    _mamba_heads_share_groups,
-    _context_splits_mamba,
+    _tensor_fits_alternating_parts,
+    _heads_share_groups,
+    _context_splits_heads,
     _experts_are_split,
     _sequence_parallel_fits,
     _vocabulary_is_split,

@@ -5,22 +5,13 @@ Where a comment names a file, it is one of Megatron-Core 0.19.2.
 
 from collections.abc import Iterator
 
+from hybrid_train.anatomy.layers import distinct
 from hybrid_train.schema.optimizer import GradientFormat, MasterFormat, MomentFormat
 from hybrid_train.schema.parallel import Recompute, RecomputeMethod, RecomputeModule
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.train import TrainJob
-
-_LETTERS = {  # layer kind that has the module
-    RecomputeModule.core_attn: "*",
-    RecomputeModule.layernorm: "E",
-    RecomputeModule.mamba: "M",
-    RecomputeModule.mlp: "-",
-    RecomputeModule.moe: "E",
-    RecomputeModule.moe_act: "E",
-    RecomputeModule.shared_experts: "E",
-}
 
 _FRACTION_BITS = {MomentFormat.bfloat16: 7, MomentFormat.float16: 10, MomentFormat.float8: 3}
 
@@ -30,19 +21,14 @@ def _recomputed_modules_exist(job: TrainJob, _: int) -> Iterator[Problem]:
     if plan.recompute is not Recompute.selective or plan.recompute_modules is None:
         return
     asked = plan.recompute_modules
-    there = [module for module in asked if _has(job, module)]
+    held = {one for layer in distinct(job.model) for one in layer.kind.recomputed(layer.sizes)}
+    there = [module for module in asked if module in held]
     if there and there == asked:
         return
     path, shown = "parallel.recompute_modules", _shown(asked)
     missing = [module for module in asked if module not in there]
     rule = f"the model has no {_shown(missing)}" if missing else "must name a module"
     yield Problem(path, shown, rule, _shown(there) if there else "null")
-
-
-def _has(job: TrainJob, module: RecomputeModule) -> bool:
-    if module is RecomputeModule.shared_experts and job.model.moe.shared_intermediate_size is None:
-        return False
-    return parse(job.model.pattern).count(_LETTERS[module]) > 0
 
 
 def _shown(modules: list[RecomputeModule]) -> str:

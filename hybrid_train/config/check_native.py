@@ -11,6 +11,8 @@ Transformer Engine 2.20.2.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from hybrid_train.anatomy.axes import Axis, sizes_of
+from hybrid_train.anatomy.kinds import MambaKind
 from hybrid_train.anatomy.product_formats import (
     UNQUANTIZED,
     Formats,
@@ -206,7 +208,7 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
                 needed[module] = (multiple, format)
     reported: set[str] = set()
     for module, (multiple, format) in needed.items():
-        for size in (*weight_sizes(job, module), *token_sizes(job, module)):
+        for size in (*weight_sizes(job, module, sizes_of(job.model)), *token_sizes(job, module)):
             if size.value % multiple and size.setting not in reported:
                 reported.add(size.setting)
                 rule = (
@@ -215,15 +217,17 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
                 )
                 yield Problem(size.setting, _value(job, size.setting), rule)
     chosen = {format for _, format in needed.values()}
-    if "model.mamba.heads" not in reported:
+    if Axis.ssm_heads.setting not in reported:
         yield from _packed_rows(job, chosen)
 
 
 def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem]:
     # ssm/mamba_mixer.py 251: before they are split, and whether or not they are quantized
-    rows = packed_rows(job.model)
     fp8 = formats and ProductFormat.nvfp4 not in formats
-    if fp8 and parse(job.model.pattern).count("M") and rows.value % _FP8_ROWS:
+    if not fp8 or not parse(job.model.pattern).count(MambaKind.letter):
+        return
+    rows = packed_rows(sizes_of(job.model))
+    if rows.value % _FP8_ROWS:
         rule = (
             f"{rows.words} = {rows.value} must be a multiple of {_FP8_ROWS} beside FP8 products "
             "on a GPU; precision.backend=emulated takes any"

@@ -33,6 +33,7 @@ from hybrid_train.config.mending import Rule
 from hybrid_train.planning.phases import views_of
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.model import SECTIONS
 from hybrid_train.schema.problems import Problem, collect
 from hybrid_train.schema.show import IndexJob
 from hybrid_train.schema.submit import SubmitJob
@@ -93,8 +94,7 @@ def across(
 def _of_sections(job: Job) -> Iterator[Problem]:
     """Yield what is wrong with sections by themselves; those of absent layers are not read."""
     pattern = getattr(getattr(job, "model", None), "pattern", "")
-    letters = {"attention": "*", "mamba": "M", "mlp": "-", "moe": "E"}
-    absent = tuple(f"model.{name}." for name, letter in letters.items() if letter not in pattern)
+    absent = tuple(f"model.{name}." for letter, name in SECTIONS.items() if letter not in pattern)
     yield from (one for one in collect(job) if not (pattern and one.path.startswith(absent)))
 
 

@@ -13,9 +13,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from hybrid_train.anatomy.counts import CONV_WIDTH
-from hybrid_train.hf.names import mtp_blocks
-from hybrid_train.schema.model import Model
+from hybrid_train.anatomy.kinds import CONV_WIDTH
+from hybrid_train.anatomy.layers import mtp_blocks
+from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.problems import UserError, collect
 
@@ -44,7 +44,6 @@ _LAYER_KEYS = (
     "num_nextn_predict_layers",
 )
 LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
-_KINDS = {"attention": "*", "mamba": "M", "mlp": "-", "moe": "E"}
 _OLDER_TYPES = {"mamba": "M", "mamba2": "M", "attention": "*"}
 _log = logging.getLogger(__name__)
 _LARGEST = 2**24  # no size of the family is near; a larger one is a mistake, or meant to hurt
@@ -180,7 +179,7 @@ def _leave_out_unused(model: Model, config: Mapping[str, Any]) -> None:
         model.attention.kv_heads = model.attention.heads
     if not model.moe.shared_intermediate_size:
         model.moe.shared_intermediate_size = None
-    for section, letter in _KINDS.items():
+    for letter, section in SECTIONS.items():
         if letter not in model.pattern:
             setattr(model, section, type(getattr(model, section))())
 
@@ -352,9 +351,10 @@ def _computation(model: Model) -> dict[str, object]:
     """Return what of a model decides its logits, by the names of our settings."""
     pattern = parse(model.pattern)
     found: dict[str, object] = {"pattern": str(pattern)}
+    absent = {section for letter, section in SECTIONS.items() if letter not in pattern.layers}
     for field in _FIELDS:
         section = field.ours.partition(".")[0]
-        is_used = _KINDS.get(section, "") in pattern.layers and (section != "mtp" or pattern.mtp)
+        is_used = section not in absent and (section != "mtp" or pattern.mtp)
         if is_used and field.ours != "init_std":
             found[field.ours] = reduce(getattr, field.ours.split("."), model)
     return found

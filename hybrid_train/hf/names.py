@@ -2,16 +2,18 @@
 
 Both sides hold the same rows; a row is an index of the first axis. Some of our tensors are rows of
 one of theirs (the parts of in_proj), others are made of rows of several (queries, keys and values;
-the experts of a layer). Sizes: h hidden; D = Mamba heads x head width; G groups; N state.
+the experts of a layer). Our column is that of `anatomy.layers`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hybrid_train.anatomy.counts import CONV_WIDTH
+from hybrid_train.anatomy import kinds as anatomy
+from hybrid_train.anatomy.axes import Sizes, sizes_of
+from hybrid_train.anatomy.kinds import Parameter
+from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers, mtp_blocks
 from hybrid_train.planning.degrees import padded_vocab_size
-from hybrid_train.schema.model import Attention, Mamba, Model, Moe
-from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.model import Model
 
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
@@ -47,10 +49,6 @@ class Names:
     ours: str
     theirs: str
 
-    def same(self, ours: str, theirs: str, *shape: int, keeps_float32: bool = False) -> Stored:
-        """Name a tensor that is the same on both sides."""
-        return self.rows_of(ours, theirs, shape, keeps_float32=keeps_float32)
-
     def rows_of(
         self, ours: str, theirs: str, shape: Shape, rows: slice | None = None,
         *, keeps_float32: bool = False,
@@ -63,6 +61,39 @@ class Names:
         )
 
 
+# Ours below a layer -> theirs; parts that alternate are tensors of their own on that side.
+_THEIRS = {
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
+    **{
+        same: same
+        for same in (
+            "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.A_log",
+            "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "mixer.out_proj.weight",
+        )
+    },
+    "self_attention.linear_qkv.layer_norm_weight": "norm.weight",
+    "self_attention.linear_qkv.weight": "mixer.{part}_proj.weight",
+    "self_attention.linear_proj.weight": "mixer.o_proj.weight",
+    "mlp.linear_fc1.layer_norm_weight": "norm.weight",
+    "mlp.linear_fc1.weight": "mixer.up_proj.weight",
+    "mlp.linear_fc2.weight": "mixer.down_proj.weight",
+    "pre_mlp_layernorm.weight": "norm.weight",
+    "mlp.router.weight": "mixer.gate.weight",
+    "mlp.router.expert_bias": "mixer.gate.e_score_correction_bias",
+    "mlp.fc1_latent_proj.weight": "mixer.fc1_latent_proj.weight",
+    "mlp.fc2_latent_proj.weight": "mixer.fc2_latent_proj.weight",
+    "mlp.shared_experts.linear_fc1.weight": "mixer.shared_experts.up_proj.weight",
+    "mlp.shared_experts.linear_fc2.weight": "mixer.shared_experts.down_proj.weight",
+    "mlp.experts.experts.linear_fc1.weight": "mixer.experts.{expert}.up_proj.weight",
+    "mlp.experts.experts.linear_fc2.weight": "mixer.experts.{expert}.down_proj.weight",
+    "decoder.final_norm.weight": "backbone.norm_f.weight",
+    **{
+        same: same
+        for same in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
+    },
+}  # fmt: skip
+
+
 def table(model: Model, vocab_size: int) -> Iterator[Stored]:
     """Yield every tensor of a model, with the names of the released layout (`backbone.`).
 
@@ -70,128 +101,73 @@ def table(model: Model, vocab_size: int) -> Iterator[Stored]:
         model: the model.
         vocab_size: rows of their embedding and head; ours are padded.
     """
-    root, rows = Names("", ""), padded_vocab_size(vocab_size, model.vocab_multiple)
-    yield _vocabulary(root, "embedding.word_embeddings.weight", EMBEDDING, model, vocab_size, rows)
-    pattern = parse(model.pattern)
-    for number, letter in enumerate(pattern.main):
-        names = Names(f"decoder.layers.{number}.", f"backbone.layers.{number}.")
-        yield from _layer(letter, names, model)
-    yield root.same("decoder.final_norm.weight", "backbone.norm_f.weight", model.hidden_size)
+    root, sizes = Names("", ""), sizes_of(model)
+    yield _vocabulary(anatomy.EMBEDDING, EMBEDDING, model, vocab_size)
+    for layer in main_layers(model):
+        yield from _layer(layer, Names(layer.prefix, f"backbone.layers.{layer.number - 1}."))
+    yield from _tensor(root, anatomy.FINAL_NORM, sizes)
     if not model.tie_embeddings:
-        yield _vocabulary(root, "output_layer.weight", HEAD, model, vocab_size, rows)
-    if pattern.mtp:
-        for block in range(mtp_blocks(model)):
-            yield from _mtp_block(block, pattern.mtp, model)
+        yield _vocabulary(anatomy.HEAD, HEAD, model, vocab_size)
+    of_blocks = layers(model)[len(main_layers(model)) :]
+    for depth in range(1, mtp_blocks(model) + 1):
+        yield from _mtp_block([layer for layer in of_blocks if layer.depth == depth], sizes)
 
 
-def mtp_blocks(model: Model) -> int:
-    """Return how many MTP blocks have weights of their own."""
-    depths = parse(model.pattern).mtp_depths
-    return min(depths, 1) if model.mtp.repeated_block else depths
+def _vocabulary(ours: Parameter, theirs: str, model: Model, vocab_size: int) -> Stored:
+    rows = padded_vocab_size(vocab_size, model.vocab_multiple)
+    part = Part(theirs, ours.shape(sizes_of(model, vocab_size)), 0, vocab_size, 0, vocab_size)
+    return Stored(ours.stored, ours.shape(sizes_of(model, rows)), (part,))
 
 
-def _vocabulary(
-    names: Names, ours: str, theirs: str, model: Model, vocab_size: int, rows: int
-) -> Stored:
-    part = Part(theirs, (vocab_size, model.hidden_size), 0, vocab_size, 0, vocab_size)
-    return Stored(names.ours + ours, (rows, model.hidden_size), (part,))
+def _layer(layer: Layer, names: Names) -> Iterator[Stored]:
+    """Yield the tensors of a layer, experts last."""
+    for one in sorted(layer.parameters, key=lambda one: one.of_experts):
+        yield from _tensor(names, one, layer.sizes)
 
 
-def _layer(letter: str, names: Names, model: Model) -> Iterator[Stored]:
-    hidden = model.hidden_size
-    if letter == "M":
-        yield from _mamba(names, model.mamba, hidden)
-    elif letter == "*":
-        yield from _attention(names, model.attention, hidden)
-    elif letter == "-":
-        width = model.mlp.intermediate_size
-        yield names.same("mlp.linear_fc1.layer_norm_weight", "norm.weight", hidden)
-        yield names.same("mlp.linear_fc1.weight", "mixer.up_proj.weight", width, hidden)
-        yield names.same("mlp.linear_fc2.weight", "mixer.down_proj.weight", hidden, width)
+def _tensor(names: Names, one: Parameter, sizes: Sizes) -> Iterator[Stored]:
+    theirs, shape = _THEIRS[one.stored], one.shape(sizes)
+    if one.of_experts:
+        yield _stacked(names, one.stored, theirs, sizes.experts, shape)
+    elif one.dims[0].by:
+        yield _alternating(names, one, sizes)
+    elif len(one.dims[0].parts) > 1:
+        start = 0
+        for part, _, number in one.dims[0].runs(sizes):
+            rows = slice(start, start + number)
+            yield names.rows_of(f"{one.stored}.{part.name}", theirs, shape, rows)
+            start += number
     else:
-        yield from _experts(names, model.moe, hidden)
+        yield names.rows_of(one.stored, theirs, shape, keeps_float32=one.buffer)
 
 
-def _mamba(names: Names, sizes: Mamba, hidden: int) -> Iterator[Stored]:
-    inner, state = sizes.heads * sizes.head_dim, sizes.groups * sizes.state_size
-    packed = {"z": inner, "x": inner, "B": state, "C": state, "dt": sizes.heads}
-    channels = {part: packed[part] for part in ("x", "B", "C")}
-    yield names.same("mixer.in_proj.layer_norm_weight", "norm.weight", hidden)
-    yield from _packed(names, "mixer.in_proj.weight", packed, (hidden,))
-    yield from _packed(names, "mixer.conv1d.weight", channels, (1, CONV_WIDTH))
-    yield from _packed(names, "mixer.conv1d.bias", channels, ())
-    for name in ("A_log", "D", "dt_bias"):
-        yield names.same(f"mixer.{name}", f"mixer.{name}", sizes.heads)
-    yield names.same("mixer.norm.weight", "mixer.norm.weight", inner)
-    yield names.same("mixer.out_proj.weight", "mixer.out_proj.weight", hidden, inner)
+def _alternating(names: Names, one: Parameter, sizes: Sizes) -> Stored:
+    """Cut several of their tensors into runs of ours, which alternate."""
+    shape, parts, at = one.shape(sizes), [], 0
+    for part, run, number in one.dims[0].runs(sizes):
+        name = names.theirs + _THEIRS[one.stored].format(part=part.name)
+        whole = (part.size(sizes), *shape[1:])
+        parts.append(Part(name, whole, run * number, (run + 1) * number, at, number))
+        at += number
+    return Stored(names.ours + one.stored, shape, tuple(parts))
 
 
-def _packed(names: Names, name: str, rows: dict[str, int], rest: Shape) -> Iterator[Stored]:
-    """Cut one of their tensors into ours, which are named by part."""
-    total, start = sum(rows.values()), 0
-    for part, number in rows.items():
-        yield names.rows_of(f"{name}.{part}", name, (total, *rest), slice(start, start + number))
-        start += number
-
-
-def _attention(names: Names, sizes: Attention, hidden: int) -> Iterator[Stored]:
-    """Each key-value group of ours holds its queries, then its key, then its value."""
-    width = sizes.head_dim
-    queries = sizes.heads // sizes.kv_heads * width  # rows of one group
-    rows = {"q": queries, "k": width, "v": width}
-    parts, at = [], 0
-    for group in range(sizes.kv_heads):
-        for letter, number in rows.items():
-            shape = (number * sizes.kv_heads, hidden)
-            name = f"{names.theirs}mixer.{letter}_proj.weight"
-            start = group * number
-            parts.append(Part(name, shape, start, start + number, at, number))
-            at += number
-    yield names.same("self_attention.linear_qkv.layer_norm_weight", "norm.weight", hidden)
-    key = f"{names.ours}self_attention.linear_qkv.weight"
-    yield Stored(key, (at, hidden), tuple(parts))
-    heads = sizes.heads * width
-    yield names.same("self_attention.linear_proj.weight", "mixer.o_proj.weight", hidden, heads)
-
-
-def _experts(names: Names, sizes: Moe, hidden: int) -> Iterator[Stored]:
-    outer, inner = sizes.latent_size or hidden, sizes.intermediate_size
-    yield names.same("pre_mlp_layernorm.weight", "norm.weight", hidden)
-    yield names.same("mlp.router.weight", "mixer.gate.weight", sizes.experts, hidden)
-    bias = "mixer.gate.e_score_correction_bias"
-    yield names.same("mlp.router.expert_bias", bias, sizes.experts, keeps_float32=True)
-    if sizes.latent_size is not None:
-        for number, shape in ((1, (outer, hidden)), (2, (hidden, outer))):
-            name = f"fc{number}_latent_proj.weight"
-            yield names.same(f"mlp.{name}", f"mixer.{name}", *shape)
-    if sizes.shared_intermediate_size is not None:
-        width = sizes.shared_intermediate_size
-        ours, theirs = "mlp.shared_experts.linear_fc", "mixer.shared_experts"
-        yield names.same(f"{ours}1.weight", f"{theirs}.up_proj.weight", width, hidden)
-        yield names.same(f"{ours}2.weight", f"{theirs}.down_proj.weight", hidden, width)
-    yield _stacked(names, 1, "up_proj", sizes.experts, (inner, outer))
-    yield _stacked(names, 2, "down_proj", sizes.experts, (outer, inner))
-
-
-def _stacked(names: Names, number: int, theirs: str, experts: int, shape: Shape) -> Stored:
+def _stacked(names: Names, ours: str, theirs: str, experts: int, shape: Shape) -> Stored:
     """Number the experts on a first axis of ours; each is a tensor of theirs."""
     parts = tuple(
-        Part(f"{names.theirs}mixer.experts.{e}.{theirs}.weight", shape, 0, shape[0], e, 1)
+        Part(names.theirs + theirs.format(expert=e), shape, 0, shape[0], e, 1)
         for e in range(experts)
     )
-    key = f"{names.ours}mlp.experts.experts.linear_fc{number}.weight"
-    return Stored(key, (experts, *shape), parts)
+    return Stored(names.ours + ours, (experts, *shape), parts)
 
 
-def _mtp_block(block: int, letters: str, model: Model) -> Iterator[Stored]:
+def _mtp_block(block: Sequence[Layer], sizes: Sizes) -> Iterator[Stored]:
     """Our blocks nest their layers; theirs are flat, what joins and ends a block on its edges."""
-    hidden, first = model.hidden_size, block * len(letters)
-    ours, last = f"mtp.layers.{block}.", first + len(letters) - 1
-    opening, closing = Names(ours, f"mtp.layers.{first}."), Names(ours, f"mtp.layers.{last}.")
-    yield opening.same("enorm.weight", "enorm.weight", hidden)
-    yield opening.same("hnorm.weight", "hnorm.weight", hidden)
-    yield opening.same("eh_proj.weight", "eh_proj.weight", hidden, 2 * hidden)
-    for inner, letter in enumerate(letters):
-        names = Names(f"{ours}mtp_model_layer.layers.{inner}.", f"mtp.layers.{first + inner}.")
-        yield from _layer(letter, names, model)
-    yield closing.same("final_layernorm.weight", "final_layernorm.weight", hidden)
+    depth, first = block[0].depth, (block[0].depth - 1) * len(block)
+    ours, last = block_prefix(depth), first + len(block) - 1
+    *opening, closing = anatomy.MTP_BLOCK
+    for one in opening:
+        yield from _tensor(Names(ours, f"mtp.layers.{first}."), one, sizes)
+    for inner, layer in enumerate(block):
+        yield from _layer(layer, Names(layer.prefix, f"mtp.layers.{first + inner}."))
+    yield from _tensor(Names(ours, f"mtp.layers.{last}."), closing, sizes)

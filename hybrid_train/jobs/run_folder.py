@@ -18,7 +18,7 @@ from hybrid_train.config.secrets import masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.hf import origin
 from hybrid_train.planning.phases import FIXED, lay_out
-from hybrid_train.schema.model import Model
+from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, UserError
 from hybrid_train.schema.train import TrainJob
@@ -51,7 +51,7 @@ _MAY_CHANGE = (
 )
 _PHASES = "train.phases"
 _PATTERN = "model.pattern"
-_KINDS = {"model.attention.": "*", "model.mamba.": "M", "model.mlp.": "-", "model.moe.": "E"}
+_KINDS = {f"model.{section}.": letter for letter, section in SECTIONS.items()}
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {

@@ -66,7 +66,7 @@ def build_model(
         _build_chunk(job, config, spec, groups, vocab_size, chunk)
         for chunk in range(job.parallel.virtual_pipeline)
     ]
-    initialize(chunks, std=init_std(job.model), num_layers=config.num_layers, seed=job.train.seed)
+    initialize(chunks, job.model, std=init_std(job.model), seed=job.train.seed)
     return BuiltModel(chunks, config, kernels, backend, share_record(chunks))
 
 

@@ -4,22 +4,12 @@ from collections.abc import Iterator
 
 from torch.nn import Module
 
-from hybrid_train.anatomy.product_formats import MTP, MTP_PROJECTION, Linear
+from hybrid_train.anatomy.kinds import MTP_PROJECTION, possible_parameters
+from hybrid_train.anatomy.product_formats import MTP, Linear
 
 # Where the modules of a layer are in Megatron's -> kind.
 PLACES = {
-    "mixer.in_proj": "mamba.in_proj",
-    "mixer.out_proj": "mamba.out_proj",
-    "self_attention.linear_qkv": "attention.qkv",
-    "self_attention.linear_proj": "attention.proj",
-    "mlp.linear_fc1": "mlp.fc1",
-    "mlp.linear_fc2": "mlp.fc2",
-    "mlp.fc1_latent_proj": "moe.latent.down",
-    "mlp.experts.linear_fc1": "moe.experts.fc1",
-    "mlp.experts.linear_fc2": "moe.experts.fc2",
-    "mlp.fc2_latent_proj": "moe.latent.up",
-    "mlp.shared_experts.linear_fc1": "moe.shared.fc1",
-    "mlp.shared_experts.linear_fc2": "moe.shared.fc2",
+    one.name.removesuffix(".weight"): one.linear for one in possible_parameters() if one.linear
 }
 
 

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_layer, router
 from torch import Tensor
 
+from hybrid_train.anatomy.kinds import possible_parameters
 from hybrid_train.model import plain
 from hybrid_train.ops import mixer, mixer_step
 from hybrid_train.ops.linear import add_product, linear
@@ -28,8 +29,12 @@ from hybrid_train.precision import fp8_weights
 from hybrid_train.schema.problems import UserError
 
 CORE_VERSION = "0.19.2"
-# Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names.
-FLOAT32 = ("A_log", "D", "dt_bias", "local_tokens_per_expert", "expert_bias")
+# Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
+# last is core's own count, which no checkpoint holds.
+FLOAT32 = (
+    *(one.name.rpartition(".")[2] for one in possible_parameters() if one.float32),
+    "local_tokens_per_expert",
+)
 
 
 def require_version() -> None:

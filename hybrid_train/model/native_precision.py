@@ -14,10 +14,10 @@ from typing import Any
 from megatron.core.enums import Fp4Recipe, Fp8Recipe
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
+from hybrid_train.anatomy.kinds import MTP_PROJECTION
 from hybrid_train.anatomy.product_formats import (
     GATHERED_IN_FP8,
     MTP,
-    MTP_PROJECTION,
     UNQUANTIZED,
     Formats,
     Linear,

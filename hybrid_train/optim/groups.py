@@ -5,21 +5,22 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from hybrid_train.anatomy.kinds import outer_parameters, possible_parameters
 from hybrid_train.schema.optimizer import AdamW, ParameterKind
 from hybrid_train.schema.units import show_tokens
 
-# Names as `named_parameters` of a wrapped model gives them; a parameter is of one kind at most.
-PATTERNS: dict[ParameterKind, tuple[str, ...]] = {
-    ParameterKind.norms: ("*norm.weight", "*.layer_norm_weight"),
-    ParameterKind.biases: ("*.bias", "*.conv1d_bias", "*.layer_norm_bias"),
-    ParameterKind.A_log: ("*.A_log",),
-    ParameterKind.D: ("*.D",),
-    ParameterKind.dt_bias: ("*.dt_bias",),
-    ParameterKind.convolutions: ("*.conv1d_weight",),
-    ParameterKind.routers: ("*.router.weight",),
-    ParameterKind.embeddings: ("*.word_embeddings.weight",),
-    ParameterKind.heads: ("*output_layer.weight",),
-}
+
+def _patterns() -> dict[ParameterKind, tuple[str, ...]]:
+    """Return patterns of the names that `named_parameters` of a wrapped model gives, by kind."""
+    named = [(f"*.{one.name}", one.kind) for one in possible_parameters()]
+    named += [(f"*{one.name}", one.kind) for one in outer_parameters()]
+    return {
+        kind: tuple(dict.fromkeys(name for name, own in named if own is kind))
+        for kind in ParameterKind
+    }
+
+
+PATTERNS = _patterns()
 
 
 def kind_of(name: str) -> ParameterKind | None:

@@ -3,16 +3,19 @@
 Plain integers and no torch. Not counted: activations, and buffers such as the expert biases.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.axes import Sizes, sizes_of
+from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, MTP_BLOCK, Parameter, parameters_of
+from hybrid_train.anatomy.layers import Layer, block_layers, main_layers, mtp_blocks
 from hybrid_train.anatomy.product_formats import kept_in_fp8
 from hybrid_train.planning.degrees import data_parallel, expert_data_parallel, expert_tensor
 from hybrid_train.planning.product_sizes import weight_sizes
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
 
@@ -63,7 +66,13 @@ class Memory:
 
 
 def held(
-    model: Model, parallel: Parallel, layers: str, vocab_rows: int, *, first: bool, last: bool
+    model: Model,
+    parallel: Parallel,
+    layers: Sequence[Layer],
+    vocab_rows: int,
+    *,
+    first: bool,
+    last: bool,
 ) -> Held:
     """Count the parameters that one process holds of a pipeline stage.
 
@@ -75,31 +84,37 @@ def held(
         first: whether it is the first stage, with the embedding.
         last: whether it is the last stage, with final norm, head and MTP.
     """
-    pattern = parse(model.pattern)
-    matrix = Held(vocab_rows * model.hidden_size // parallel.tensor)
+    sizes, ways = sizes_of(model, vocab_rows), _Ways.of(parallel)
+    matrix = _of_tensors((EMBEDDING,), sizes, ways)
+    block = block_layers(model)
     found = matrix if first else Held(0)
-    for letter in layers:
-        found += _layer(model, parallel, letter)
+    for layer in layers:
+        found += _of_layer(layer.letter, layer.sizes, ways)
     if not last:
         return found
-    found += Held(model.hidden_size)
-    if not (model.tie_embeddings and (first or pattern.mtp)):
+    found += _of_tensors((FINAL_NORM,), sizes, ways)
+    if not (model.tie_embeddings and (first or block)):
         found += matrix
-    if pattern.mtp:
-        found += _mtp(model, parallel)
+    if block:
+        one = _of_tensors(MTP_BLOCK, sizes, ways)
+        for layer in block:
+            one += _of_layer(layer.letter, layer.sizes, ways)
+        found += one.times(mtp_blocks(model))
         if not first:  # MTP embeds the tokens once more: a copy on the last stage
             found += matrix
     return found
 
 
-def held_in_fp8(job: TrainJob, layers: range) -> int:
+def held_in_fp8(job: TrainJob, numbers: range) -> int:
     """Count the parameters that one process keeps in FP8 of some of the main layers, from 1."""
-    local_experts = job.model.moe.experts // job.parallel.expert
+    layers = main_layers(job.model)
     found = 0
     for linear in kept_in_fp8(job.model, job.precision):
-        if linear.layer in layers:
-            inner, outer = weight_sizes(job, linear.module)
-            copies = local_experts if ".experts." in linear.module else 1
+        if linear.layer in numbers:
+            sizes = layers[linear.layer - 1].sizes
+            inner, outer = weight_sizes(job, linear.module, sizes)
+            experts = sizes.experts // job.parallel.expert
+            copies = experts if ".experts." in linear.module else 1
             found += copies * inner.value * outer.value
     return found
 
@@ -139,31 +154,31 @@ def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
     return moments + masters * (_HALF if adamw.lowered else _FP32)
 
 
-def _layer(model: Model, parallel: Parallel, letter: str) -> Held:
-    """Count one layer: its norm is whole on every rank, all else is split over tensor ranks."""
-    if letter == "E":
-        return _experts(model, parallel)
-    split = counts.layer_parameters(model, letter) - model.hidden_size
-    return Held(model.hidden_size + split // parallel.tensor)
+@dataclass(frozen=True)
+class _Ways:
+    """How many ways tensors are split."""
+
+    tensor: int
+    expert: int  # by number of experts
+    expert_tensor: int
+
+    @classmethod
+    def of(cls, parallel: Parallel) -> "_Ways":
+        return cls(parallel.tensor, parallel.expert, expert_tensor(parallel))
 
 
-def _experts(model: Model, parallel: Parallel) -> Held:
-    """Count an expert layer: norm, router and latent projections are whole on every rank."""
-    moe = model.moe
-    whole = model.hidden_size * (1 + moe.experts + 2 * (moe.latent_size or 0))
-    shared = 2 * model.hidden_size * (moe.shared_intermediate_size or 0)
-    routed = moe.experts * 2 * (moe.latent_size or model.hidden_size) * moe.intermediate_size
-    return Held(
-        dense=whole + shared // parallel.tensor,
-        expert=routed // (parallel.expert * expert_tensor(parallel)),
-    )
+@lru_cache(maxsize=1024)
+def _of_layer(letter: str, sizes: Sizes, ways: _Ways) -> Held:
+    return _of_tensors(parameters_of(letter, sizes), sizes, ways)
 
 
-def _mtp(model: Model, parallel: Parallel) -> Held:
-    """Count the MTP blocks: eh_proj (h x 2h) is split, three norms are whole."""
-    pattern = parse(model.pattern)
-    hidden = model.hidden_size
-    block = Held(2 * hidden**2 // parallel.tensor + 3 * hidden)
-    for letter in pattern.mtp:
-        block += _layer(model, parallel, letter)
-    return block.times(1 if model.mtp.repeated_block else pattern.mtp_depths)
+def _of_tensors(tensors: Iterable[Parameter], sizes: Sizes, ways: _Ways) -> Held:
+    dense = expert = 0
+    for one in tensors:
+        if one.buffer:
+            continue
+        if one.of_experts:
+            expert += one.elements(sizes) // (ways.expert * ways.expert_tensor)
+        else:
+            dense += one.elements(sizes) // (1 if one.split is None else ways.tensor)
+    return Held(dense, expert)

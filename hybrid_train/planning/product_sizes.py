@@ -3,12 +3,13 @@
 Dimensions: T tokens, I input width, O output width; a linear layer multiplies [T, I] by [O, I].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hybrid_train.anatomy.product_formats import MTP, MTP_PROJECTION
+from hybrid_train.anatomy.axes import Dim, Sizes
+from hybrid_train.anatomy.kinds import MTP_PROJECTION, MambaKind, weight_of
+from hybrid_train.anatomy.product_formats import MTP
 from hybrid_train.planning import degrees
-from hybrid_train.schema.model import Model
 from hybrid_train.schema.train import TrainJob
 
 
@@ -27,17 +28,22 @@ class Size:
     words: str
 
 
-def weight_sizes(job: TrainJob, module: str) -> tuple[Size, Size]:
+def weight_sizes(job: TrainJob, module: str, sizes: Sizes) -> tuple[Size, Size]:
     """Return I and O of a linear layer on one process, after the tensor-parallel split.
 
     Args:
         job: the job; the splits must be even.
         module: the kind of linear layer, as in `product_formats.KINDS`.
+        sizes: of the layer that it is in.
     """
     one = module if module == MTP_PROJECTION else module.removeprefix(f"{MTP}.")
-    inner, outer = _WEIGHTS[one](job.model)
-    inner_ways, outer_ways = _ways(job, one)
-    return _split(inner, inner_ways), _split(outer, outer_ways)
+    weight = weight_of(one, sizes)
+    ways = degrees.expert_tensor(job.parallel) if weight.of_experts else job.parallel.tensor
+    rows, columns = (
+        _split(weight.dims[number], sizes, ways if weight.split == number else 1)
+        for number in (0, 1)
+    )
+    return columns, rows
 
 
 def token_sizes(job: TrainJob, module: str) -> Iterator[Size]:
@@ -58,88 +64,13 @@ def token_sizes(job: TrainJob, module: str) -> Iterator[Size]:
     yield Size(value, "train.sequence_length", words)
 
 
-def packed_rows(model: Model) -> Size:
+def packed_rows(sizes: Sizes) -> Size:
     """Return O of Mamba's in_proj before any split: the rows z, x, B, C and dt."""
-    sizes = model.mamba
-    value = 2 * sizes.heads * sizes.head_dim + 2 * sizes.groups * sizes.state_size + sizes.heads
-    return Size(value, "model.mamba.heads", "the rows of mamba.in_proj")
+    return _split(MambaKind.packed, sizes, 1)
 
 
-def _split(size: Size, ways: int) -> Size:
-    words = size.words if ways == 1 else f"{size.words} / {ways}"
-    return Size(size.value // ways, size.setting, words)
-
-
-def _ways(job: TrainJob, module: str) -> tuple[int, int]:
-    """Return how many ways I and O are split."""
-    if ".latent." in module:
-        return 1, 1
-    experts = ".experts." in module
-    ways = degrees.expert_tensor(job.parallel) if experts else job.parallel.tensor
-    split_input = module.rpartition(".")[2] in ("out_proj", "proj", "fc2")
-    return (ways, 1) if split_input else (1, ways)
-
-
-def _hidden(model: Model) -> Size:
-    return Size(model.hidden_size, "model.hidden_size", "hidden_size")
-
-
-def _routed(model: Model) -> Size:
-    return _hidden(model) if model.moe.latent_size is None else _latent(model)
-
-
-def _latent(model: Model) -> Size:
-    assert model.moe.latent_size is not None, "only asked for where there is one"
-    return Size(model.moe.latent_size, "model.moe.latent_size", "moe.latent_size")
-
-
-def _mamba_inner(model: Model) -> Size:
-    sizes = model.mamba
-    return Size(sizes.heads * sizes.head_dim, "model.mamba.heads", "mamba.heads x head_dim")
-
-
-def _query_rows(model: Model) -> Size:
-    sizes = model.attention
-    value = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
-    return Size(value, "model.attention.head_dim", "the rows of queries, keys and values")
-
-
-def _heads(model: Model) -> Size:
-    sizes = model.attention
-    return Size(sizes.heads * sizes.head_dim, "model.attention.head_dim", "heads x head_dim")
-
-
-def _mlp(model: Model) -> Size:
-    return Size(model.mlp.intermediate_size, "model.mlp.intermediate_size", "intermediate_size")
-
-
-def _expert(model: Model) -> Size:
-    value = model.moe.intermediate_size
-    return Size(value, "model.moe.intermediate_size", "moe.intermediate_size")
-
-
-def _shared(model: Model) -> Size:
-    value = model.moe.shared_intermediate_size
-    assert value is not None, "only asked for where there is one"
-    return Size(value, "model.moe.shared_intermediate_size", "moe.shared_intermediate_size")
-
-
-def _both_hidden(model: Model) -> Size:
-    return Size(2 * model.hidden_size, "model.hidden_size", "2 x hidden_size")
-
-
-_WEIGHTS: dict[str, Callable[[Model], tuple[Size, Size]]] = {
-    "mamba.in_proj": lambda model: (_hidden(model), packed_rows(model)),
-    "mamba.out_proj": lambda model: (_mamba_inner(model), _hidden(model)),
-    "attention.qkv": lambda model: (_hidden(model), _query_rows(model)),
-    "attention.proj": lambda model: (_heads(model), _hidden(model)),
-    "mlp.fc1": lambda model: (_hidden(model), _mlp(model)),
-    "mlp.fc2": lambda model: (_mlp(model), _hidden(model)),
-    "moe.experts.fc1": lambda model: (_routed(model), _expert(model)),
-    "moe.experts.fc2": lambda model: (_expert(model), _routed(model)),
-    "moe.shared.fc1": lambda model: (_hidden(model), _shared(model)),
-    "moe.shared.fc2": lambda model: (_shared(model), _hidden(model)),
-    "moe.latent.down": lambda model: (_hidden(model), _latent(model)),
-    "moe.latent.up": lambda model: (_latent(model), _hidden(model)),
-    "mtp.eh_proj": lambda model: (_both_hidden(model), _hidden(model)),
-}
+def _split(whole: Dim, sizes: Sizes, ways: int) -> Size:
+    words = str(whole) if ways == 1 else f"{whole} / {ways}"
+    axis = whole.grows_with
+    assert axis is not None, "a linear layer has no fixed width"
+    return Size(whole.size(sizes) // ways, axis.setting, words)

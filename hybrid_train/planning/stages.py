@@ -3,7 +3,8 @@
 With P pipeline ranks that run V stages each in turn (interleaved schedule), the layers make P * V
 stages, in the order of the model; rank r runs the stages r, r + P, r + 2P, ...
 
-The cost of a stage is its part of `counts.flops_per_token`: each layer by its kind; the head and
+The cost of a stage is its part of `counts.flops_per_token`: each layer by its kind and sizes; the
+head and
 every MTP depth, which run on the last stage. The embedding, on the first, is a look-up and
 multiplies nothing. A backward pass costs twice its forward pass everywhere, so it changes no cut.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 
 from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.layers import main_layers
 from hybrid_train.planning.memory import Held, held, held_in_fp8
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.train import TrainJob
@@ -40,14 +42,15 @@ def stages(job: TrainJob, vocab_rows: int) -> list[Stage]:
         vocab_rows: rows of the embedding as they are stored, so padded.
     """
     pattern, parallel = cut(job, vocab_rows), job.parallel
-    ends = list(accumulate(map(len, pattern.stages)))
+    all_layers, ends = main_layers(job.model), list(accumulate(map(len, pattern.stages)))
     costs = layer_costs(job, vocab_rows)
     mean = sum(costs) / len(ends)
     found = []
     for number, (layers, end) in enumerate(zip(pattern.stages, ends, strict=True)):
         first, last = number == 0, end == len(costs)
         flops = sum(costs[end - len(layers) : end])
-        own = held(job.model, parallel, layers, vocab_rows, first=first, last=last)
+        held_here = all_layers[end - len(layers) : end]
+        own = held(job.model, parallel, held_here, vocab_rows, first=first, last=last)
         in_fp8 = held_in_fp8(job, range(end - len(layers) + 1, end + 1))
         found.append(
             Stage(
@@ -125,7 +128,7 @@ def cut(job: TrainJob, vocab_rows: int) -> Pattern:
 def layer_costs(job: TrainJob, vocab_rows: int) -> list[int]:
     """Return the FLOPs per token of each main layer; head and MTP count with the last one."""
     model, length = job.model, job.train.sequence_length
-    costs = [counts.layer_flops(model, letter, length) for letter in parse(model.pattern).main]
+    costs = [counts.layer_flops(layer, length) for layer in main_layers(model)]
     behind = counts.flops_per_token(model, vocab_rows, length).by_kind
     costs[-1] += behind["head"] + behind.get("mtp", 0)
     return costs

@@ -1,8 +1,8 @@
 """The model: layer pattern and the sizes of each kind of layer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar
 
 from omegaconf import MISSING
 
@@ -14,6 +14,8 @@ from hybrid_train.schema.problems import Problem
 class Attention:
     """Sizes of the attention layers (*). Grouped queries, no positional embedding, no bias."""
 
+    letter: ClassVar[str] = "*"  # in the pattern
+    words: ClassVar[str] = "attention"
     heads: Size = 32  # query heads
     kv_heads: Size = 8  # key and value heads; each serves heads / kv_heads query heads
     head_dim: Size = 128
@@ -23,6 +25,8 @@ class Attention:
 class Mamba:
     """Sizes of the Mamba-2 layers (M). Inner width is heads * head_dim."""
 
+    letter: ClassVar[str] = "M"
+    words: ClassVar[str] = "Mamba-2"
     heads: Size = 128
     head_dim: Size = 64
     state_size: Size = 128  # N: state per channel
@@ -34,6 +38,8 @@ class Mamba:
 class Mlp:
     """Sizes of the MLP layers (-): down(relu(up(x))^2)."""
 
+    letter: ClassVar[str] = "-"
+    words: ClassVar[str] = "MLP"
     intermediate_size: Size = 21504
 
 
@@ -41,6 +47,8 @@ class Mlp:
 class Moe:
     """Sizes and routing of the expert layers (E). Sigmoid scores, no token is dropped."""
 
+    letter: ClassVar[str] = "E"
+    words: ClassVar[str] = "experts"
     experts: Size = 128
     top_k: Size = 6  # experts per token
     intermediate_size: Size = 1856  # inner width of one routed expert
@@ -80,3 +88,10 @@ class Model:
     mlp: Mlp = field(default_factory=Mlp)
     moe: Moe = field(default_factory=Moe)
     mtp: Mtp = field(default_factory=Mtp)
+
+
+# A kind of layer is a section of the model with a letter of its own.
+LAYER_KINDS = (Mamba, Attention, Mlp, Moe)
+SECTIONS = {  # letter -> name of the section
+    kind.letter: one.name for kind in LAYER_KINDS for one in fields(Model) if one.type is kind
+}

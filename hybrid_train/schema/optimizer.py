@@ -12,7 +12,7 @@ Norm = Annotated[float, Range(0, 10**9)]
 
 
 class ParameterKind(enum.Enum):
-    """Parameters that a rule can name; the patterns of their names are in optim/groups.py."""
+    """Parameters that a rule can name; anatomy/kinds.py says which tensor is of which."""
 
     norms = "norms"
     biases = "biases"

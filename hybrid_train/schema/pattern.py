@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "experts"}
+from hybrid_train.schema.model import LAYER_KINDS
+
+KINDS = {kind.letter: kind.words for kind in LAYER_KINDS}
 LEGAL = ", ".join(f"{letter} ({kind})" for letter, kind in KINDS.items())
 _CUT = "|"
 _MTP = "/"

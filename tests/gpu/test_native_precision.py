@@ -95,8 +95,8 @@ def model_of(job: TrainJob, groups: Any) -> Any:
     if any(one.quantized for one in formats):
         assert built.backend is job.precision.backend
     if built.backend is Backend.emulated:
-        products = QuantizedProducts(built.chunks, SEED, groups.tp_dp_cp)
-        products.use(job.model, job.precision)
+        products = QuantizedProducts(job.model, job.precision, SEED, groups.tp_dp_cp)
+        products.apply(built.chunks)
         products.start_step(0)
     return built.chunks[0]
 

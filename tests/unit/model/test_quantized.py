@@ -141,19 +141,22 @@ def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: An
     mixed = job_of(Precision(format=ProductFormat.nvfp4, exceptions=MIXED))
     second = tiny_engine(mixed, groups)
     audits, statistics = (
-        [getattr(one.quantized.records, name) for one in (first, second)]
+        [getattr(one.network.quantized.records, name) for one in (first, second)]
         for name in ("audit", "statistics")
     )
-    stops = [observe(one.chunks, audit) for one, audit in zip((first, second), audits, strict=True)]
+    stops = [
+        observe(one.network.chunks, audit)
+        for one, audit in zip((first, second), audits, strict=True)
+    ]
     for record in (*audits, statistics[0]):
         record.start()
-    start, steps = first.quantized.start_step, []
+    start, steps = first.network.quantized.start_step, []
 
     def start_both(number: int) -> None:
         start(number)
         steps.append(step(second))  # in the middle of a step of the first
 
-    first.quantized.start_step = start_both
+    first.network.quantized.start_step = start_both
     together = [step(first) for _ in range(2)]
     for stop in stops:
         stop()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.layers import main_layers
 from hybrid_train.planning.degrees import expert_data_parallel
 from hybrid_train.planning.memory import Held, held, memory
 from hybrid_train.planning.stages import stages
@@ -97,7 +98,7 @@ def test_the_ranks_together_hold_the_model_and_copies_of_what_is_whole(
 
 def test_a_routed_expert_is_two_matrices_of_the_latent_width() -> None:
     job = job_of("E", tensor=2, expert=2)
-    found = held(job.model, job.parallel, "E", ROWS, first=False, last=False)
+    found = held(job.model, job.parallel, main_layers(job.model), ROWS, first=False, last=False)
     moe = job.model.moe
     # Half of the experts, half of each.
     assert found.expert == moe.experts // 2 * 2 * moe.latent_size * moe.intermediate_size // 2
@@ -107,7 +108,9 @@ def test_a_routed_expert_is_two_matrices_of_the_latent_width() -> None:
 
 def test_a_middle_stage_holds_its_layers_alone() -> None:
     job = job_of("M-M", pipeline=3)
-    found = held(job.model, job.parallel, "-", ROWS, first=False, last=False)
+    found = held(
+        job.model, job.parallel, main_layers(job.model)[1:2], ROWS, first=False, last=False
+    )
     assert found == Held(dense=HIDDEN + 2 * HIDDEN * job.model.mlp.intermediate_size)
 
 

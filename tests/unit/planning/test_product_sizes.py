@@ -2,6 +2,7 @@
 
 import pytest
 
+from hybrid_train.anatomy.axes import sizes_of
 from hybrid_train.planning.product_sizes import token_sizes, weight_sizes
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.train import TrainJob
@@ -55,21 +56,24 @@ def test_weights_have_the_computed_sizes(parallel: Parallel, processes: int, lat
     if not latent:
         job.model.moe.latent_size = None
     for module, (rows, columns) in built(job, processes).items():
-        assert [size.value for size in weight_sizes(job, module)] == [columns, rows], module
+        assert [size.value for size in weight_sizes(job, module, sizes_of(job.model))] == [
+            columns,
+            rows,
+        ], module
 
 
 def test_a_size_grows_with_the_setting_that_it_names() -> None:
     job = tiny_job(EVERY_KIND)
     modules = ("mamba.in_proj", "attention.qkv", "moe.experts.fc1", "moe.shared.fc2", "mtp.eh_proj")
     for module in modules:
-        for number, size in enumerate(weight_sizes(job, module)):
+        for number, size in enumerate(weight_sizes(job, module, sizes_of(job.model))):
             *sections, name = size.setting.split(".")
             section = job
             for part in sections:
                 section = getattr(section, part)
             before = getattr(section, name)
             setattr(section, name, 2 * before)
-            assert weight_sizes(job, module)[number].value > size.value
+            assert weight_sizes(job, module, sizes_of(job.model))[number].value > size.value
             setattr(section, name, before)
 
 
