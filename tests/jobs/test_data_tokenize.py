@@ -58,6 +58,7 @@ def words(folder: Path, output: Path, workers: int, **changes: object) -> list[s
     return ["tokenize", *(f"{name}={value}" for name, value in settings.items())]
 
 
+@pytest.mark.slow
 def test_a_job_killed_at_random_moments_loses_no_document_and_doubles_none(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def position(state: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_job(folder: Path, tmp_path: Path) -> None:
     process = start(*words(folder, tmp_path / "out", 2))
     deadline = time.monotonic() + TIMEOUT_S
@@ -143,6 +145,7 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(folder: Path, tmp_
     assert len(TokenReader(tmp_path / "out")) == 400
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_position(folder: Path, tmp_path: Path) -> None:
     # A shell has its background jobs ignore Ctrl-C, and their children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -173,6 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing_but_the_time(
     folder: Path, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -189,6 +193,7 @@ def test_a_full_disk_costs_nothing_but_the_time(
     assert verify_whole(str(small_disk / "out"), None).faults == []
 
 
+@pytest.mark.slow
 def test_a_line_of_100_megabytes_takes_a_few_times_its_size(folder: Path, tmp_path: Path) -> None:
     text = "".join(LINES) * (100_000_000 // sum(map(len, LINES)))
     with (tmp_path / "long.jsonl").open("wb") as file:
