@@ -101,7 +101,6 @@ def position(state: Path) -> int:
         return 0
 
 
-@pytest.mark.slow
 def test_workers_end_with_a_killed_job(folder: Path, tmp_path: Path) -> None:
     process = start(*words(folder, tmp_path / "out", 2))
     deadline = time.monotonic() + TIMEOUT_S
