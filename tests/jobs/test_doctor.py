@@ -32,6 +32,7 @@ def test_every_check_is_a_line_and_this_machine_can_train() -> None:
     assert "Traceback" not in done.said
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_every_check() -> None:
     done = finish(start("doctor", "--json", cold=True))
     assert done.code == 0, done.said
@@ -45,7 +46,6 @@ def test_json_is_one_object_with_every_check() -> None:
     assert any(name.endswith("flops_per_s") and value > 0 for name, value in figures.items())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("broken_library")
 def test_a_broken_library_is_told_with_the_way_out_and_the_exit_code_is_1() -> None:
     done = finish(start("doctor", "measure=false", cold=True))
