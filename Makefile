@@ -36,7 +36,7 @@ train: $(VENV)/installed ## train a small hybrid model on the standard library, 
 	$(VENV)/bin/hybrid-train generate checkpoint=$(RUN) prompt="$(PROMPT)" temperature=0.7 top_p=0.9
 
 test: $(VENV)/installed-dev ## run the tests that this machine can run; SLOW=1: the slow ones, too
-	$(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup -rs $(if $(SLOW),,-m "not slow") $(TESTS)
+	$(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup -rs --durations=10 $(if $(SLOW),,-m "not slow") $(TESTS)
 
 lint: $(VENV)/installed-dev ## style, import layers, types, size limits, shell scripts
 	$(VENV)/bin/ruff check

@@ -1,5 +1,6 @@
 """What holds for every test: one thread per worker, fixed seeds, GPU tests only beside a GPU."""
 
+import copy
 import importlib
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch and numpy are imported: workers would fight for the cores otherwise.
@@ -56,6 +58,42 @@ def fresh_logging() -> Iterator[None]:
     logger = logging.getLogger("hybrid_train")
     logger.propagate, logger.handlers = True, []
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compositions_kept() -> Iterator[None]:
+    """Let Hydra compose the same choices of the same files once; that is most of what a job costs.
+
+    Files count as the same by their sizes and times. What one test does to a config, no other sees.
+    """
+    from hybrid_train.config import compose
+
+    plain = compose.hydra_compose
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    def composed(job_name: str, choices: list[str]) -> Any:
+        loader = compose.GlobalHydra.instance().config_loader()
+        key = (job_name, *choices, *map(file_of, yaml_files(loader)))
+        if key not in kept:
+            kept[key] = plain(job_name, choices)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "hydra_compose", composed)
+        yield
+
+
+def yaml_files(loader: Any) -> list[Path]:
+    """List the files that a composition may read."""
+    parts = loader.get_search_path().get_path()
+    places = [Path(part.path.removeprefix("file://")) for part in parts]
+    return [file for place in places for file in sorted(place.rglob("*.yaml"))]
+
+
+def file_of(path: Path) -> tuple[str, int, int]:
+    """Tell a file from what it was before."""
+    seen = path.stat()
+    return str(path), seen.st_size, seen.st_mtime_ns
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,8 @@ def register() -> None:
     store = ConfigStore.instance()
     for (group, kind), schema in SCHEMAS.items():
         store.store(group=f"schema/{group}", name=kind, node=schema)
+    # Hydra copies its sources twice a composition, each time with all schemas, and changes none.
+    vars(store)["__deepcopy__"] = lambda _: store
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from typing import Any
 
 COLLECTIVE_TIMEOUT_S = 120  # a rank that waits longer than this for another has lost it
 FUNCTION_TIMEOUT_S = 400
-_FORKED = get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
+FORKED = get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 class RankFailedError(Exception):
@@ -40,9 +40,9 @@ def run_distributed(function: Callable[..., Any], num_processes: int, *args: Any
 
     # A port that was looked up and freed again could be somebody else's when a rank binds it.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    outcomes = _FORKED.SimpleQueue()  # in causal order
+    outcomes = FORKED.SimpleQueue()  # in causal order
     processes = [
-        _FORKED.Process(
+        FORKED.Process(
             target=_serve,
             args=(outcomes, function, rank, num_processes, store.port, args),
             daemon=True,

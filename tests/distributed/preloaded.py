@@ -17,5 +17,6 @@ logging.getLogger("megatron").setLevel(logging.ERROR)
 torch.set_num_threads(1)  # the ranks share the cores of one machine
 cpu.install()
 
-for name in (*PRELOADED, "tests.tiny"):  # after the emulation is in place; the last brings pytest
+# After the emulation is in place; tests.tiny brings pytest.
+for name in (*PRELOADED, "hybrid_train.data.prepare.tokenization", "tests.tiny"):
     importlib.import_module(name)

@@ -121,7 +121,9 @@ def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [next(iter(CASES)), *(pytest.param(n, marks=pytest.mark.slow) for n in list(CASES)[1:])]
+)
 def test_losses_and_checkpoints_are_those_of_bfloat16_weights(name: str, tmp_path: Path) -> None:
     processes, parallel, format = CASES[name]
     for plain, kept in run_distributed(train_both, processes, parallel, format, tmp_path):
@@ -133,7 +135,7 @@ def test_losses_and_checkpoints_are_those_of_bfloat16_weights(name: str, tmp_pat
     require_equal(*(stored_tensors(tmp_path / name) for name in ("kept", "plain")))
 
 
-@pytest.mark.parametrize("before", ["kept", "plain"])
+@pytest.mark.parametrize("before", ["kept", pytest.param("plain", marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_either_way_under_another_layout(before: str, tmp_path: Path) -> None:
     """From two data-parallel ranks to experts on two, with weights kept otherwise, or not."""
     run_distributed(train_both, 2, DP2, TENSORWISE, tmp_path / "first")
@@ -166,6 +168,7 @@ def masters_of_loaded_weights(start: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return in_groups(Parallel(), work)
 
 
+@pytest.mark.slow
 def test_masters_begin_with_loaded_weights_and_not_with_what_they_were_rounded_to(
     tmp_path: Path,
 ) -> None:

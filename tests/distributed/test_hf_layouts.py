@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -27,6 +28,7 @@ LENGTHS = (1, 127, 128, 129, 300)  # around the chunk of the scan, and beyond
 SHARE = 1e-4  # of the standard deviation of the logits
 
 
+@pytest.mark.slow
 def test_an_imported_model_has_the_logits_of_transformers_under_every_layout(
     tmp_path: Path,
 ) -> None:

@@ -37,8 +37,16 @@ def run(plan: Parallel, moments: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("moments", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("plan", "moments"),
+    [
+        ("TP2", "bfloat16"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("DP2", "bfloat16"), ("TP2", "float16"), ("DP2", "float16"))
+        ),
+    ],
+)
 def test_the_loss_is_that_of_one_process(plan: str, moments: str) -> None:
     (expected,) = run_distributed(run, 1, Parallel(), moments)
     found = run_distributed(run, 2, PLANS[plan], moments)

@@ -18,7 +18,7 @@ from tests.distributed.launch import run_distributed
 from tests.packed import alone_in_a_row, documents, packed_batch
 from tests.tiny import MEGATRON_WARNINGS, alone, tiny_engine, tiny_job
 
-pytestmark = MEGATRON_WARNINGS
+pytestmark = [*MEGATRON_WARNINGS, pytest.mark.slow]
 PATTERN, DEPTHS, LENGTH = "ME|M*|M-|E*/*ME/*ME", 2, 16
 LAYOUTS = {
     "tensor": Parallel(tensor=2),

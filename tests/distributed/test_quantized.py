@@ -47,7 +47,9 @@ def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
         destroy_groups()
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", [one if one == "tensor" else pytest.param(one, marks=pytest.mark.slow) for one in PLANS]
+)
 def test_all_ranks_remember_the_largest_value_of_any(name: str) -> None:
     (saw, remembered), (other_saw, other_remembered) = run_distributed(_remembered, 2, PLANS[name])
     assert remembered == other_remembered == list(map(max, saw, other_saw))

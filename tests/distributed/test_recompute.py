@@ -54,6 +54,9 @@ def _compare(layout: dict[str, Any]) -> None:
         assert all(torch.equal(one, two) for one, two in pairs), other
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [one if one == "tensor" else pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS],
+)
 def test_recomputation_changes_no_bit(layout: str) -> None:
     run_distributed(_compare, 2, LAYOUTS[layout])

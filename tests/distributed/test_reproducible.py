@@ -38,6 +38,6 @@ def _run_twice(parallel: Parallel) -> None:
     assert [k for k in tensors if not torch.equal(tensors[k], tensors_again[k])] == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
 def test_two_runs_of_a_layout_are_equal_to_the_bit(layout: str) -> None:
     run_distributed(_run_twice, 2, LAYOUTS[layout])

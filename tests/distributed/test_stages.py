@@ -27,7 +27,7 @@ from tests.tiny import (
     tiny_job,
 )
 
-pytestmark = MEGATRON_WARNINGS
+pytestmark = [*MEGATRON_WARNINGS, pytest.mark.slow]
 EPSILON = torch.finfo(torch.float32).eps
 PATTERN = "MEM*M-/*E/*E"
 TWICE = {"pipeline": 2, "virtual_pipeline": 2}

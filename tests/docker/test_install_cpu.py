@@ -20,9 +20,13 @@ from tests.docker.programs import setup_words
 ASKED = "HYBRID_TRAIN_INSTALL"
 TIMEOUT_S = 1800  # a slow network, 3 GB
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get(ASKED) != "1", reason=f"{ASKED}=1 makes a fresh environment, for some minutes"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get(ASKED) != "1",
+        reason=f"{ASKED}=1 makes a fresh environment, for some minutes",
+    ),
+]
 
 
 @pytest.fixture

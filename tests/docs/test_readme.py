@@ -120,6 +120,7 @@ def environment(source_copy: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(source_copy), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SHOWN, ids=str)
 def test_command_runs(command: str, source_copy: Path, environment: dict[str, str]) -> None:
     words = words_of(command)

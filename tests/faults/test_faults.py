@@ -23,6 +23,7 @@ FAULTS: list[drill.Fault] = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_survives_faults_of_many_kinds_to_the_bit(tmp_path: Path) -> None:
     of_data = [fault for fault in FAULTS if fault["kind"] in drill.OF_DATA]
     straight = drill.run(tmp_path / "straight", of_data, STEPS)

@@ -21,6 +21,7 @@ WILD = (
 )
 
 
+@pytest.mark.slow
 def test_every_run_of_a_process_is_what_it_is_alone(tmp_path: Path, corpus: Path) -> None:
     data = f"data.folder={corpus}"
 

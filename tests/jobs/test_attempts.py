@@ -47,6 +47,7 @@ def test_the_history_tells_how_each_attempt_ended(tmp_path: Path, corpus: Path) 
     assert not list((run_dir / "attempts" / "0002").rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_by_name_and_left_as_it_is(tmp_path: Path, corpus: Path) -> None:
     run_dir, command = tmp_path / "run", (f"data.folder={corpus}", LONG, "checkpoint.interval=0")
     working = start(*arguments(run_dir, *command), cold=True)  # it is to say its process id

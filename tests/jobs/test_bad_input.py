@@ -36,23 +36,26 @@ def assert_refused(finished: Finished, run_dir: Path, *texts: str) -> None:
     assert not run_dir.exists()
 
 
+# The sentences themselves: tests/unit/config/test_compose.py and test_checks.py.
+MORE_CONFIGS = [
+    (["model.pattern=MXM"], ["model.pattern = MXM", "'X'", "nearest: MM"]),
+    (["train.global_batch=many"], ["train.global_batch = many", "whole number"]),
+    (["parallel.expert=3"], ["parallel.expert = 3", "model.moe.experts (4)", "nearest: 1"]),
+    (["parallel.tensor=3"], ["parallel.tensor = 3", "model.attention.heads (4)", "nearest: 1"]),
+    (["checkpoint.load=nowhere"], ["checkpoint.load = nowhere", "no such folder"]),
+    (["experiment=tiny_cpuu"], ["experiment = tiny_cpuu", "nearest: tiny_cpu"]),
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "texts"),
     [
         (["train.tokns=2M"], ["train.tokns", "train.tokens"]),
-        (["model.pattern=MXM"], ["model.pattern = MXM", "'X'", "nearest: MM"]),
-        (["train.global_batch=many"], ["train.global_batch = many", "whole number"]),
-        (["parallel.expert=3"], ["parallel.expert = 3", "model.moe.experts (4)", "nearest: 1"]),
-        (
-            ["parallel.tensor=3"],
-            ["parallel.tensor = 3", "model.attention.heads (4)", "nearest: 1"],
-        ),
         (
             ["data=files", "data.train=[nowhere/text]", "data.tokenizer=nowhere"],
             ["data.train = nowhere/text", "no file nowhere/text.bin", "data.tokenizer = nowhere"],
         ),
-        (["checkpoint.load=nowhere"], ["checkpoint.load = nowhere", "no such folder"]),
-        (["experiment=tiny_cpuu"], ["experiment = tiny_cpuu", "nearest: tiny_cpu"]),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_CONFIGS),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
@@ -156,6 +159,7 @@ def test_under_torchrun_a_wrong_config_is_told_once(tmp_path: Path) -> None:
     assert not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_wrong_folder_is_told_once(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear reader")
     words = arguments(tmp_path, f"data.folder={corpus}", "parallel.tensor=2")
@@ -164,6 +168,7 @@ def test_under_torchrun_a_wrong_folder_is_told_once(tmp_path: Path, corpus: Path
     assert list(contents(tmp_path)) == ["letter.txt"]
 
 
+@pytest.mark.slow
 def test_under_torchrun_an_id_beyond_the_vocabulary_is_told_once(
     tmp_path: Path, corpus: Path
 ) -> None:
@@ -189,7 +194,11 @@ def test_a_reader_that_has_had_enough_gets_no_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "variables", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}]
+    "variables",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
 )
 def test_bytes_that_are_no_text_are_told_in_every_encoding(
     variables: dict[str, str], tmp_path: Path

@@ -20,6 +20,7 @@ RAMP = (
 BATCHES = [2, 2, 2, 2, 4, 4, 6, 6, 6]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_the_ramp_goes_on_to_the_bit(
     steady: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_verify_finds_a_changed_weight_and_the_position_it_shows_at(
     assert "the tensors differ and the logits differ" in said
 
 
+@pytest.mark.slow
 def test_an_imported_model_generates_and_trains_on(
     exported: Path, corpus: Path, call: Call, tmp_path: Path
 ) -> None:

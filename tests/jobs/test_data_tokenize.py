@@ -58,6 +58,7 @@ def words(folder: Path, output: Path, workers: int, **changes: object) -> list[s
     return ["tokenize", *(f"{name}={value}" for name, value in settings.items())]
 
 
+@pytest.mark.slow
 def test_a_job_killed_at_random_moments_loses_no_document_and_doubles_none(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(folder: Path, tmp_
     assert len(TokenReader(tmp_path / "out")) == 400
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_position(folder: Path, tmp_path: Path) -> None:
     # A shell has its background jobs ignore Ctrl-C, and their children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -173,6 +175,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing_but_the_time(
     folder: Path, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -189,6 +192,7 @@ def test_a_full_disk_costs_nothing_but_the_time(
     assert verify_whole(str(small_disk / "out"), None).faults == []
 
 
+@pytest.mark.slow
 def test_a_line_of_100_megabytes_takes_a_few_times_its_size(folder: Path, tmp_path: Path) -> None:
     text = "".join(LINES) * (100_000_000 // sum(map(len, LINES)))
     with (tmp_path / "long.jsonl").open("wb") as file:
@@ -219,13 +223,15 @@ def test_a_line_of_100_megabytes_takes_a_few_times_its_size(folder: Path, tmp_pa
 
 def test_a_job_needs_no_torch(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from hybrid_train.jobs.cli import main; code = main(sys.argv[1:]); "
-        "print({'torch', 'megatron'} & set(sys.modules)); sys.exit(code)"
+        "import sys; from hybrid_train.jobs.cli import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    assert main(['data', *line.split('\\n')]) == 0, line\n"
+        "print({'torch', 'megatron'} & set(sys.modules))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     output, few = tmp_path / "out", tmp_path / "few.jsonl"
     few.write_bytes(b"".join((folder / "a.jsonl").read_bytes().splitlines(keepends=True)[:20]))
-    for asked in (
+    jobs = (
         words(folder, output, 1, input=few),
         ["inspect", f"input={output}", "document=0"],
         ["verify", f"input={output}"],
@@ -233,10 +239,10 @@ def test_a_job_needs_no_torch(folder: Path, tmp_path: Path) -> None:
         ["split", f"input={output}", f"output={output}-part", "shares=[0.5,0.5]"],
         ["merge", f"input={output}-part-*", f"output={tmp_path / 'merged'}"],
         ["train_tokenizer", f"input={few}", f"output={tmp_path / 't'}", "vocab_size=300"],
-    ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", code, "data", *asked],
-            capture_output=True, text=True, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == "set()"
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map("\n".join, jobs)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -19,6 +19,7 @@ def broken_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
 
 
+@pytest.mark.slow
 def test_every_check_is_a_line_and_this_machine_can_train() -> None:
     done = finish(start("doctor", cold=True))
     assert done.code == 0, done.said
@@ -31,6 +32,7 @@ def test_every_check_is_a_line_and_this_machine_can_train() -> None:
     assert "Traceback" not in done.said
 
 
+@pytest.mark.slow
 def test_json_is_one_object_with_every_check() -> None:
     done = finish(start("doctor", "--json", cold=True))
     assert done.code == 0, done.said
@@ -58,6 +60,7 @@ def test_a_broken_library_is_told_with_the_way_out_and_the_exit_code_is_1() -> N
     assert "Traceback" not in done.said
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_is_refused() -> None:
     done = finish(start("doctor", processes=2, cold=True))
     assert done.code != 0

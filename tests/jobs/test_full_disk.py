@@ -41,6 +41,7 @@ def test_a_run_does_not_start_where_no_checkpoint_fits(small_disk: Path, corpus:
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_no_checkpoint_and_the_run_goes_on_when_it_has_room(
     small_disk: Path, corpus: Path
 ) -> None:

@@ -72,10 +72,10 @@ def by_transformers(folder: Path, prompt: str, **settings: Any) -> str:
 @pytest.mark.parametrize(
     ("processor", "add"),
     [
-        (None, "absent"),
-        (template(BEGIN), "absent"),
+        pytest.param(None, "absent", marks=pytest.mark.slow),
+        pytest.param(template(BEGIN), "absent", marks=pytest.mark.slow),
         (template(BEGIN, END), "absent"),
-        (None, True),
+        pytest.param(None, True, marks=pytest.mark.slow),
         (template(BEGIN), False),
     ],
     ids=["nothing", "begin", "both edges", "settings do not add", "nor take away"],

@@ -22,6 +22,7 @@ from tests.jobs.command import (
 pytestmark = pytest.mark.xdist_group("train")
 
 
+@pytest.mark.slow
 def test_sigkill_during_an_asynchronous_save_costs_nothing_but_the_steps_since_the_last(
     steady: tuple[str, ...], long_run: tuple[Path, object], tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ WILD = (
 SCRIPT = str(Path(__file__).with_name("poisoned.py"))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_explodes_stops_the_run_which_goes_on_from_a_good_checkpoint(
     tmp_path: Path, corpus: Path
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_learning_rate_that_explodes_stops_the_run_which_goes_on_from_a_good_c
     assert [line["step"] for line in metrics(calmer)] == list(range(2, 11))
 
 
+@pytest.mark.slow
 def test_the_rank_and_the_module_where_it_began_are_named(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +89,7 @@ def test_bad_steps_are_skipped_and_after_a_row_of_them_the_run_goes_back_to_good
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(run_dir, 10).values())
 
 
+@pytest.mark.slow
 def test_a_run_that_going_back_does_not_help_ends_and_says_so(tmp_path: Path, corpus: Path) -> None:
     run_dir, data = tmp_path / "run", f"data.folder={corpus}"
     recovery = ("recovery.rollback_after=1", "recovery.max_rollbacks=2")
@@ -100,7 +103,9 @@ def test_a_run_that_going_back_does_not_help_ends_and_says_so(tmp_path: Path, co
     assert (last.outcome, last.kind) == (history.FAILED, "nonfinite")
 
 
-@pytest.mark.parametrize("settings", [STOP, ("recovery.rollback_after=1",)])
+@pytest.mark.parametrize(
+    "settings", [STOP, pytest.param(("recovery.rollback_after=1",), marks=pytest.mark.slow)]
+)
 def test_without_a_checkpoint_none_is_promised(
     settings: tuple[str, ...], tmp_path: Path, corpus: Path
 ) -> None:

@@ -29,10 +29,11 @@ def stopped_at(source: Path, run_dir: Path, step: int) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.tensor=2"], "tensor=2"),
-        (
+        pytest.param(["parallel.tensor=2"], "tensor=2", marks=pytest.mark.slow),
+        pytest.param(
             ["train.microbatch=1", "parallel.distributed_optimizer=false"],
             "data=2 distributed_optimizer=0",
+            marks=pytest.mark.slow,
         ),
         (["parallel.pipeline=2", "model.pattern=ME|*-/*E"], "pipeline=2"),
     ],
@@ -54,6 +55,7 @@ def test_two_processes_go_on_where_one_stopped(
             assert line[name] == pytest.approx(reference[name], rel=ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_mtp_and_says_so(
     long_run: Run, steady: tuple[str, ...], tmp_path: Path
 ) -> None:

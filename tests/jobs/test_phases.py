@@ -71,6 +71,7 @@ def test_validation_is_told_apart_too(straight: Path) -> None:
     assert min(parts) < last["validation_loss"] < max(parts)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_reads_what_a_straight_one_reads(
     settings: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_run_that_is_killed_reads_what_a_straight_one_reads(
     assert compare(straight, run_dir, straight.parent / "trace", trace) == 4 * 10 + 2 * 10
 
 
+@pytest.mark.slow
 def test_a_phase_may_have_another_layout(
     settings: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +123,7 @@ def test_phases_to_come_may_change_and_those_begun_may_not(
     assert "loss/pairs" in metrics(run_dir)[-1]
 
 
+@pytest.mark.slow
 def test_data_that_changed_is_refused_by_name_unless_it_is_accepted(
     settings: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -154,7 +157,9 @@ def show(run_dir: Path, step: int, *more: str) -> Finished:
     return finish(start("data", "show", f"run_dir={run_dir}", f"step={step}", *more))
 
 
-@pytest.mark.parametrize("step", [1, 9, 12])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow), 12]
+)
 def test_data_show_prints_what_the_step_read(straight: Path, step: int) -> None:
     found = show(straight, step, "characters=100000")
     assert found.code == 0, found.err
@@ -176,6 +181,7 @@ def test_data_show_says_which_steps_there_are(straight: Path) -> None:
     assert "its steps go from 1 to 20" in found.err
 
 
+@pytest.mark.slow
 def test_a_run_without_sources_says_that_its_phases_cannot_mix_them(tmp_path: Path) -> None:
     listed = "[{name: a, blend: {web: 1}}, {name: b, start: 50%, blend: {web: 1, code: 2}}]"
     done = train(tmp_path / "run", f"train.phases={listed}")
@@ -184,6 +190,7 @@ def test_a_run_without_sources_says_that_its_phases_cannot_mix_them(tmp_path: Pa
     assert done.said.count(said) == 1
 
 
+@pytest.mark.slow
 def test_a_complete_run_goes_on_in_a_phase_that_is_added(
     settings: list[str], straight: Path, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_the_first_step_says_what_every_layer_multiplied(run: tuple[Path, Finish
     ]
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_layers_of_all_processes(
     run: tuple[Path, Finished], command: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_what_rounding_does_is_measured_at_the_interval(run: tuple[Path, Finishe
     assert measured == {4, 8}
 
 
+@pytest.mark.slow
 def test_a_run_in_two_halves_rounds_by_chance_as_the_whole_did(
     run: tuple[Path, Finished], command: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_phase_heals_the_run_in_bfloat16(
     assert healed[6] != before[6]
 
 
+@pytest.mark.slow
 def test_weights_in_fp8_train_as_those_in_bfloat16_and_are_healed(
     command: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for(
         assert any(one["name"] == "aten::mm" for one in within)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_past_the_steps_says_so(tmp_path: Path, steady: tuple[str, ...]) -> None:
     first = train(tmp_path, *steady, "train.tokens=1280")
     assert first.code == 0, first.err

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("train")
 Run = tuple[Path, Finished]
 
 
+@pytest.mark.slow
 def test_half_and_the_other_half_equal_the_whole_to_the_bit(
     long_run: Run, steady: tuple[str, ...], tmp_path: Path
 ) -> None:

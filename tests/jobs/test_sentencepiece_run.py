@@ -12,6 +12,7 @@ from tests.unit.data.prepare.texts import CORPUS, json_lines
 pytestmark = pytest.mark.xdist_group("train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["folder", "file"])
 def test_a_run_and_its_text_take_a_sentencepiece_model(tmp_path: Path, named: str) -> None:
     model = tmp_path / "model"

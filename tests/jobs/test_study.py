@@ -115,6 +115,7 @@ def test_what_came_out_is_in_three_files_and_on_the_console(
     assert (folder / "study" / "plots" / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_same_command_repeats_only_what_is_missing(folder: Path, finished: Finished) -> None:
     assert finished.code == 0
     before = metrics(folder)
@@ -145,6 +146,7 @@ def test_a_study_whose_settings_changed_needs_another_folder(
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_log_and_missing_in_the_table(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_run_that_fails_is_named_with_its_log_and_missing_in_the_table(
     assert json.loads((tmp_path / "study" / "study.json").read_text())["missing"] == ["none seed 1"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_with_the_same_command(folder: Path, tmp_path: Path) -> None:
     words = (f"run_dir={tmp_path}/study", "parallel=1", "seeds=[1]")
     process = start(*arguments(folder, *words))

@@ -10,7 +10,7 @@ from tests.jobs.command import metrics
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster, wait_until
 
-pytestmark = pytest.mark.xdist_group("slurm_ends")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm_ends")]
 
 PROCTRACK = "linuxproc"  # signals and kills reach all that runs below a task
 

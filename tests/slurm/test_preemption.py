@@ -12,7 +12,7 @@ from tests.jobs.command import assert_equal_to_the_bit, checkpoints, metrics
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 
-pytestmark = pytest.mark.xdist_group("slurm_preemption")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm_preemption")]
 
 PREEMPTIONS = 3
 PROCTRACK = "pgid"  # signals reach the task of a node alone, as under proctrack/cgroup

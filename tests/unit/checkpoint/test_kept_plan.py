@@ -15,6 +15,12 @@ from tests.unit.checkpoint.content import content_of, engine_of, named, take
 
 pytestmark = MEGATRON_WARNINGS
 HALF = MomentFormat.bfloat16
+LOWERED = AdamW(first_moment=HALF, second_moment=HALF)
+MIXED = [
+    *((True, AdamW(), ProductFormat.bf16), (True, LOWERED, ProductFormat.fp32)),
+    *((True, LOWERED, ProductFormat.bf16), (False, LOWERED, ProductFormat.fp32)),
+    *((False, AdamW(), ProductFormat.fp32), (False, AdamW(), ProductFormat.bf16)),
+]
 
 
 @pytest.fixture
@@ -66,9 +72,14 @@ def same(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("format", [ProductFormat.fp32, ProductFormat.bf16])
-@pytest.mark.parametrize("adamw", [AdamW(), AdamW(first_moment=HALF, second_moment=HALF)])
-@pytest.mark.parametrize("copy", [True, False], ids="copy={}".format)
+@pytest.mark.parametrize(
+    ("copy", "adamw", "format"),
+    [
+        (True, AdamW(), ProductFormat.fp32),
+        (False, LOWERED, ProductFormat.bf16),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in MIXED),
+    ],
+)
 def test_a_later_save_stores_what_a_first_one_would(
     groups: Any, tmp_path: Path, planned: list[str], copy: bool, adamw: AdamW, format: ProductFormat
 ) -> None:

@@ -113,8 +113,17 @@ def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
         store.load(layout.locate(folder), content)
 
 
-@pytest.mark.parametrize("format", [FP32, BF16])
-@pytest.mark.parametrize("moments", ["bfloat16", "float16", "float8"])
+@pytest.mark.parametrize(
+    ("moments", "format"),
+    [
+        ("bfloat16", BF16),
+        ("float8", FP32),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("bfloat16", FP32), ("float16", FP32), ("float16", BF16), ("float8", BF16))
+        ),
+    ],
+)
 def test_a_run_with_lowered_moments_goes_on_as_if_it_had_not_stopped(
     groups: Any, tmp_path: Path, moments: str, format: ProductFormat
 ) -> None:
@@ -157,7 +166,7 @@ def test_moments_go_from_float32_to_bfloat16_and_back_and_are_rounded_once(
     assert found == pytest.approx(expected_losses, abs=2**-8 * 2 * drop)
 
 
-@pytest.mark.parametrize("masters", ["float32", "float16"])
+@pytest.mark.parametrize("masters", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_masters_go_from_whole_to_lowered_and_back(
     groups: Any, tmp_path: Path, masters: str
 ) -> None:

@@ -99,7 +99,14 @@ def test_saving_a_step_again_replaces_it(groups: Any, tmp_path: Path) -> None:
     assert found.position() == {"step": 3, "tokens": 2}
 
 
-PARTS = [".distcp", ".metadata.tmp", "metadata.json", "plan.json", "position.json"]
+PARTS = [
+    ".distcp",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (".metadata.tmp", "metadata.json", "plan.json")
+    ),
+    "position.json",
+]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -131,14 +131,11 @@ def emulated() -> None:
     cpu.install()
 
 
-@settings(
-    max_examples=60,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
-)
-@given(job=JOBS, place=st.floats(0, 1, exclude_max=True))
-def test_what_passes_is_built_and_holds_what_the_plan_says(
-    emulated: None, job: CheckJob, place: float
-) -> None:
+ODD = [HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture]
+PLACES = st.floats(0, 1, exclude_max=True)
+
+
+def built_as_planned(job: CheckJob, place: float) -> None:
     # Most examples break a rule; with advice taken they are the odd layouts worth building.
     sound = mended(job, problems(job))
     assume(sound.processes <= 96)
@@ -146,9 +143,37 @@ def test_what_passes_is_built_and_holds_what_the_plan_says(
     assert built == planned
 
 
-@settings(max_examples=200)
+@settings(max_examples=8, suppress_health_check=ODD)
+@given(job=JOBS, place=PLACES)
+def test_what_passes_is_built_and_holds_what_the_plan_says(
+    emulated: None, job: CheckJob, place: float
+) -> None:
+    built_as_planned(job, place)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, suppress_health_check=ODD)
+@given(job=JOBS, place=PLACES)
+def test_more_of_what_passes_is_built_and_holds_what_the_plan_says(
+    emulated: None, job: CheckJob, place: float
+) -> None:
+    built_as_planned(job, place)
+
+
+@settings(max_examples=15)
 @given(job=JOBS)
 def test_all_that_is_offered_taken_at_once_leaves_no_problem(job: CheckJob) -> None:
+    mended_at_once(job)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(job=JOBS)
+def test_all_that_is_offered_taken_at_once_leaves_no_problem_for_more_jobs(job: CheckJob) -> None:
+    mended_at_once(job)
+
+
+def mended_at_once(job: CheckJob) -> None:
     found = problems(job)
     assert all(problem.nearest is not None or problem.along for problem in found)
     assert problems(mended(job, found)) == []

@@ -142,7 +142,10 @@ def drawn(name: str, seed: str, number: int) -> tuple[TrainJob, int, list[str]]:
     return job, rng.choice((1, 2, 3, 6)) if number > 1 else 1, told
 
 
-@pytest.mark.parametrize(("number", "draws"), [(1, 28), (2, 8)])
+@pytest.mark.parametrize(
+    ("number", "draws"),
+    [(1, 4), (2, 1), *(pytest.param(*all, marks=pytest.mark.slow) for all in ((1, 28), (2, 8)))],
+)
 @pytest.mark.parametrize("name", ROOTS)
 def test_all_that_is_offered_makes_a_job_pass_in_one_line_for_one_wrong_value(
     name: str, number: int, draws: int

@@ -30,6 +30,7 @@ def test_smaller_numbers_are_legal_where_layout_and_batch_come_out_even() -> Non
     assert found == [n for n in range(1, 769) if n % 2 == 0 and 768 % (n // 2) == 0]
 
 
+@pytest.mark.slow
 def test_each_legal_number_passes_the_checks_and_no_other_does() -> None:
     found = node_counts.legal(job(LARGE, "cluster.nodes=16", "cluster.min_nodes=1"))
     for count in range(1, 17):

@@ -95,6 +95,7 @@ def test_help_lists_the_choices_of_ones_own(project: Path) -> None:
     assert "quickstart" in describe.choices("train")["experiment"]
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_composed_is_left_out_of_the_table_and_told(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """The scripts of data_tools, called as from a command line."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,15 @@ def test_every_job_that_prepares_data_has_a_script() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_its_job(script: str) -> None:
-    done = called(ROOT / "data_tools" / f"{script}.py", "--help")
-    assert done.stdout.startswith(f"hybrid-train data {SCRIPTS[script]}: "), done.stderr
+def test_a_script_is_its_job(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "data_tools" / f"{script}.py")
+    monkeypatch.setattr("sys.argv", [path, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith(f"hybrid-train data {SCRIPTS[script]}: ")
 
 
 def test_a_vocabulary_too_small_is_refused(

@@ -233,7 +233,15 @@ def test_a_check_is_refused_under_torchrun(
     assert "without torchrun" in refusal(capsys, *SUPER)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("quickstart", "ladder_60m", "nemotron3_super")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPERIMENTS
+    ],
+)
 def test_every_experiment_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     stated = re.search(r"^# processes: (\d+)", EXPERIMENTS[name].read_text(), re.MULTILINE)
     processes = int(stated[1]) if stated else 1

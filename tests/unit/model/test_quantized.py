@@ -90,7 +90,10 @@ def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
     assert never.evaluate([batch]) == engine.evaluate([batch])
 
 
-@pytest.mark.parametrize("format", [ProductFormat.nvfp4, ProductFormat.fp8_delayed])
+@pytest.mark.parametrize(
+    "format",
+    [ProductFormat.nvfp4, pytest.param(ProductFormat.fp8_delayed, marks=pytest.mark.slow)],
+)
 def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> None:
     losses = []
     for _ in range(2):
@@ -122,6 +125,7 @@ def test_a_validation_does_not_change_the_scales_of_later_steps(groups: Any) -> 
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_model_learns_in_four_bits(groups: Any) -> None:
     job = job_of(Precision(format=ProductFormat.nvfp4))
     job.schedule.peak_lr = 1e-2

@@ -80,8 +80,14 @@ def kept_all(groups: Any) -> dict[bool, Any]:
     }
 
 
-@pytest.mark.parametrize("shared_block", [False, True], ids="shared MTP block={}".format)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    ("plan", "shared_block"),
+    [
+        *((plan, False) for plan in PLANS),
+        *(pytest.param(plan, True, marks=pytest.mark.slow) for plan in PLANS if plan != "full"),
+        ("full", True),
+    ],
+)
 def test_losses_gradients_and_weights_are_the_same_to_the_bit(
     groups: Any, kept_all: Any, plan: str, shared_block: bool
 ) -> None:

@@ -19,7 +19,11 @@ from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, 
 pytestmark = MEGATRON_WARNINGS
 STEPS = 20
 HALF_A_SPACING = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11, "float8": 2**-4}
-MOMENTS = [("bfloat16", "bfloat16"), ("float16", "float16"), ("float8", "float16")]
+MOMENTS = [
+    ("bfloat16", "bfloat16"),
+    pytest.param("float16", "float16", marks=pytest.mark.slow),
+    pytest.param("float8", "float16", marks=pytest.mark.slow),
+]
 
 
 def job_of(precision: Precision, **formats: Any) -> Any:
@@ -55,10 +59,17 @@ def tolerance(adamw: AdamW, drop: float) -> float:
     return (first + second / 2) * drop
 
 
+@pytest.fixture(scope="module")
+def whole(groups: Any) -> list[float]:
+    """Losses with moments in float32."""
+    return losses(tiny_engine(job_of(Precision(format=ProductFormat.fp32)), groups))
+
+
 @pytest.mark.parametrize(("first", "second"), MOMENTS)
-def test_the_loss_falls_as_with_moments_in_float32(groups: Any, first: str, second: str) -> None:
-    precision = Precision(format=ProductFormat.fp32)
-    expected = losses(tiny_engine(job_of(precision), groups))
+def test_the_loss_falls_as_with_moments_in_float32(
+    groups: Any, whole: list[float], first: str, second: str
+) -> None:
+    precision, expected = Precision(format=ProductFormat.fp32), whole
     job = job_of(precision, **moments(first, second))
     found = losses(tiny_engine(job, groups))
     assert expected[0] - expected[-1] > 2

@@ -176,7 +176,7 @@ def stopped_after(asked: Any, count: int) -> None:
         tokenize(asked, 1, report)
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 12, 20])
+@pytest.mark.parametrize("count", [0, 7, 20])
 def test_a_stopped_job_goes_on_where_it_was(tmp_path: Path, mixed: list[Path], count: int) -> None:
     stopped_after(job(tmp_path, *mixed), count)
     assert not (tmp_path / "out.idx").exists()

@@ -9,6 +9,7 @@ import torch
 from hybrid_train.runtime.health import speed
 
 
+@pytest.mark.slow
 def test_two_processes_multiply_and_add_up() -> None:
     found = speed.measure("cpu", 2, threads=1)
     assert [one.device for one in found] == ["cpu 0", "cpu 1"]
@@ -20,6 +21,7 @@ def test_two_processes_multiply_and_add_up() -> None:
         assert one.bytes_per_s > 0
 
 
+@pytest.mark.slow
 def test_a_process_alone_has_no_bus() -> None:
     (found,) = speed.measure("cpu", 1, threads=1)
     assert (found.reduce_error, found.bytes_per_s) == (None, None)
