@@ -20,6 +20,7 @@ from hybrid_train.schema.problems import UserError
 
 FOLDER = "checkpoints"
 POSITION = "position.json"
+BATCHES = "batches"  # plain data in the position
 TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
@@ -39,7 +40,9 @@ class Found:
         return self.path.parent.parent
 
     def position(self) -> dict[str, Any]:
-        """Read the position of the run: step, tokens, and tokens of each source.
+        """Read the position of the run: step, tokens, tokens of each source.
+
+        And what the source of its batches keeps, under `BATCHES`, where it keeps something.
 
         Raises:
             UserError: if the file is damaged.
@@ -47,7 +50,10 @@ class Found:
         path = self.path / POSITION
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return {name: _numbers(value) for name, value in found.items()}
+            return {
+                name: dict(value) if name == BATCHES else _numbers(value)
+                for name, value in found.items()
+            }
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is damaged ({error}); use an older checkpoint of the run"

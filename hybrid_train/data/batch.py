@@ -3,15 +3,16 @@
 Dimensions: B sequences of a microbatch, L sequence length in tokens.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybrid_train.ops.context import own_pieces
 
-_WHOLE = ("sequence_index", "source")  # on every context-parallel rank
+_WHOLE = ("sequence_index", "source", "row_extras")  # on every context-parallel rank
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Batch:
             one sequence, whatever is in it. It is of the whole row on every context-parallel rank,
             since Mamba's states and the keys of attention are.
         source: number of the source of each row, [B], int64. None: there is one source only.
+        token_extras: further fields by name, of each token: [B, L, ...]; context-parallel ranks
+            hold their parts, as of tokens.
+        row_extras: further fields by name, of each row: [B, ...]; whole on every context-parallel
+            rank, whatever stands behind B.
     """
 
     tokens: Tensor
@@ -40,6 +45,8 @@ class Batch:
     padding: Tensor | None = None
     sequence_index: Tensor | None = None
     source: Tensor | None = None
+    token_extras: Mapping[str, Tensor] = field(default_factory=dict)
+    row_extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse padding that the model would not hear of.
@@ -60,22 +67,27 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on `device`."""
-        return self._map(lambda _, field: field.to(device, non_blocking=True))
+        return self._map(lambda _, values: values.to(device, non_blocking=True))
 
     def part_of(self, rank: int, size: int) -> "Batch":
         """Return what one of `size` context-parallel ranks holds of each sequence, [B, L / size].
 
-        The sequence index and the source stay whole.
+        The sequence index, the source and the extra fields of rows stay whole.
 
         Raises:
             ValueError: if the sequences do not split; see `ops.context`.
         """
 
-        def cut(name: str, field: Tensor) -> Tensor:
-            return field if name in _WHOLE else own_pieces(field, rank, size, dim=1)
+        def cut(name: str, values: Tensor) -> Tensor:
+            return values if name in _WHOLE else own_pieces(values, rank, size, dim=1)
 
         return self._map(cut)
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: change(name, t) for name, t in given.items() if t is not None})
+        def changed(name: str, value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: change(name, one) for key, one in value.items()}
+            return None if value is None else change(name, value)
+
+        names = (one.name for one in fields(self))
+        return Batch(**{name: changed(name, getattr(self, name)) for name in names})

@@ -17,6 +17,7 @@ from hybrid_train.data.plan import Opened, PhasePlan, describe, plan_phases
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.quickstart import folder_of, prepare
 from hybrid_train.data.quickstart import read_manifest as read_quickstart
+from hybrid_train.data.row import RowReader, RowTransform, Sequences
 from hybrid_train.data.sources import open_source, tokenizer_of
 from hybrid_train.data.unigram import unigram_cross_entropy
 from hybrid_train.planning.phases import Stretch
@@ -41,6 +42,7 @@ class RunData:
         data: the section that it was opened from.
         train: the sources of the train split.
         held_out: those of the validation split; none if the run names no validation data.
+        transforms: what changes each row between reading and stacking, one after the other.
     """
 
     tokenizer: AnyTokenizer
@@ -49,6 +51,7 @@ class RunData:
     data: Data
     train: Opened
     held_out: Opened
+    transforms: tuple[RowTransform, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -65,7 +68,7 @@ class RunData:
             return global_batch(train, stretch.start + consumed * train.sequence_length)
 
         return Loader(
-            self.plans[stretch.number].mixture,
+            self._reader(self.plans[stretch.number].mixture, stretch, Split.train),
             microbatch=train.microbatch,
             global_batch=batch_at,
             data_rank=data_rank,
@@ -79,12 +82,16 @@ class RunData:
             return None
         rows = self._held_out(stretch)
         return Validation(
-            rows,
+            self._reader(rows, stretch, Split.validation),
             num_sequences=len(rows),
             microbatch=stretch.job.train.microbatch,
             data_rank=data_rank,
             data_size=data_size,
         )
+
+    def _reader(self, rows: Sequences, stretch: Stretch, split: Split) -> RowReader:
+        start = stretch.start if split is Split.train else 0
+        return RowReader(rows, self.transforms, split, stretch.job.train.seed, start)
 
     def _held_out(self, stretch: Stretch) -> HeldOut:
         return hold_out(stretch.job, self.held_out, self.names)
@@ -137,7 +144,12 @@ def check_data(data: Data) -> None:
 
 
 def open_data(
-    job: TrainJob, stretches: list[Stretch], *, barrier: Callable[[], None], is_main: bool
+    job: TrainJob,
+    stretches: list[Stretch],
+    *,
+    barrier: Callable[[], None],
+    is_main: bool,
+    transforms: Sequence[RowTransform] = (),
 ) -> RunData:
     """Open the data of a run; every process calls it.
 
@@ -146,6 +158,7 @@ def open_data(
         stretches: its phases.
         barrier: waits for all processes.
         is_main: true in one process, which builds and writes what the others then read.
+        transforms: what changes each row that is read, one after the other.
 
     Raises:
         ConfigError, UserError: as `check_data`, or if a folder cannot be written.
@@ -160,7 +173,7 @@ def open_data(
         plan.prepare()
     if is_main:
         barrier()
-    return RunData(tokenizer, names, plans, data, train, held_out)
+    return RunData(tokenizer, names, plans, data, train, held_out, tuple(transforms))
 
 
 def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:

@@ -1,20 +1,43 @@
 """Which rows a data-parallel rank reads at each step; the position is one integer."""
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
-
-import numpy as np
-import torch
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.data.mixture import Fields
+from hybrid_train.data.row import Row, stack
+from hybrid_train.schema.problems import UserError
 
 
-class Sequences(Protocol):
-    """Numbered rows of equal length, each as arrays by the name of a field of `Batch`."""
+class BatchSource(Protocol):
+    """Endless microbatches of one data-parallel rank; `Loader` reads them, others make them up.
 
-    def fill(self, row: int) -> Fields:
-        """Return the fields of a row, [L], or [] for its source."""
+    A step takes its microbatches and then looks at nothing of it until it is over: only between
+    steps is a state asked for.
+    """
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences that all ranks take in the next step."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Return itself."""
+
+    def __next__(self) -> Batch:
+        """Return the next microbatch of this rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must be kept for the next step to be the same after a resume.
+
+        Plain data that JSON can hold, the same on every rank and for every number of ranks. Empty:
+        all follows from config, data and the position in tokens.
+        """
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that was kept.
+
+        Raises:
+            UserError: if it is that of another kind of source.
+        """
 
 
 class Loader:
@@ -24,7 +47,7 @@ class Loader:
     `global_batch(c)`. Microbatch m of rank r takes the rows
     c + (m*data_size + r)*microbatch + [0, microbatch). So the global batch of a step is the same
     for every number of ranks and every size of microbatch, and the whole state is
-    `consumed_sequences`: the rows of the steps that are done.
+    `consumed_sequences`: the rows of the steps that are done. `read` gives a row by its number.
 
     Raises:
         ValueError: if a global batch does not split evenly.
@@ -32,7 +55,7 @@ class Loader:
 
     def __init__(
         self,
-        sequences: Sequences,
+        read: Callable[[int], Row],
         *,
         microbatch: int,
         global_batch: Callable[[int], int],
@@ -40,7 +63,7 @@ class Loader:
         data_size: int = 1,
         consumed_sequences: int = 0,
     ) -> None:
-        self._sequences = sequences
+        self._read = read
         self._microbatch = microbatch
         self._batch_at = global_batch
         self._data_rank = data_rank
@@ -67,6 +90,19 @@ class Loader:
                 f"multiple of {self._microbatch * self._data_size}"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position in tokens says which rows are next."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            kept = ", ".join(sorted(state))
+            raise UserError(
+                f"the checkpoint keeps the state of another source of batches ({kept}), and this "
+                "run reads token files; go on with that source, or take the weights alone: "
+                "checkpoint.load_only=weights"
+            )
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
@@ -75,7 +111,7 @@ class Loader:
             self._require_even_split()
         column = self._done_in_step * self._data_size + self._data_rank
         first = self.consumed_sequences + column * self._microbatch
-        batch = stack([self._sequences.fill(first + i) for i in range(self._microbatch)])
+        batch = stack([self._read(first + i) for i in range(self._microbatch)])
         self._done_in_step += 1
         if self._done_in_step == self.microbatches_per_step:
             self._done_in_step = 0
@@ -93,14 +129,14 @@ class Validation:
 
     def __init__(
         self,
-        sequences: Sequences,
+        read: Callable[[int], Row],
         *,
         num_sequences: int,
         microbatch: int,
         data_rank: int = 0,
         data_size: int = 1,
     ) -> None:
-        self._sequences = sequences
+        self._read = read
         self.num_sequences = num_sequences
         self._microbatch = microbatch
         self._data_rank = data_rank
@@ -114,18 +150,7 @@ class Validation:
             first = (number * self._data_size + self._data_rank) * self._microbatch
             yield stack([self._row(first + i) for i in range(self._microbatch)])
 
-    def _row(self, index: int) -> Fields:
+    def _row(self, index: int) -> Row:
         if index < self.num_sequences:
-            return self._sequences.fill(index)
-        filler = dict(self._sequences.fill(0))
-        filler["loss_weights"] = np.zeros_like(filler["loss_weights"])
-        if "padding" in filler:
-            filler["padding"] = np.ones_like(filler["padding"])
-        return filler
-
-
-def stack(rows: list[Fields]) -> Batch:
-    """Join rows, each field [L], into one batch [B, L]."""
-    return Batch(
-        **{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    )
+            return self._read(index)
+        return self._read(0).without_labels()

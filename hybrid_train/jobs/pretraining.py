@@ -38,7 +38,6 @@ from hybrid_train.tracking.summary import summarise
 from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.tracker import FanOut
 from hybrid_train.training.bad_steps import BadSteps
-from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook, HookList
 from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of, load_weights
 from hybrid_train.training.hooks.garbage import CollectGarbage
@@ -133,7 +132,7 @@ def _fit(
     run_dir, state, stretches = Path(job.run_dir), start.state(), lay_out(job)
     builder = PhaseBuilder(data, device, run_dir)
     run = builder.build(at(stretches, state.tokens), state, tokens(job.train.tokens))
-    _restore(start, run.engine)
+    _restore(start, run)
     run.bad_steps = _bad_steps(job, run_dir, start, at(stretches, state.tokens).start)
     peak = peak_flops(device, job.runtime.peak_tflops)
     failures = job.recovery.max_failed_saves
@@ -262,13 +261,15 @@ def _same_data(job: TrainJob, data: RunData, state: TrainState) -> dict[str, Any
     return now
 
 
-def _restore(start: Start, engine: Engine) -> None:
+def _restore(start: Start, run: Run) -> None:
+    engine = run.engine
     if start.found is None:
         return
     if start.weights_only:
         load_weights(start.found.path, engine)
     else:
         store.load(start.found, content_of(engine))
+        run.batches.load_state_dict(run.state.batches)
 
 
 def _bad_steps(job: TrainJob, run_dir: Path, start: Start, phase_start: int) -> BadSteps:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.data.loader import Loader
+from hybrid_train.data.loader import BatchSource
 from hybrid_train.schema.recovery import Recovery
 from hybrid_train.training.bad_steps import BadSteps
 from hybrid_train.training.engine import Engine
@@ -29,7 +29,7 @@ class Run:
     """
 
     engine: Engine
-    batches: Loader
+    batches: BatchSource
     token_budget: int
     bad_steps: BadSteps = field(default_factory=lambda: BadSteps(Recovery()))
     validation: Iterable[Batch] | None = None

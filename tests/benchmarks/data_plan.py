@@ -151,6 +151,7 @@ def in_own_process(way: str, tokens: int, prefixes: list[str]) -> dict[str, floa
 def time_loader(folder: Path) -> None:
     """Compare tokens/s of the loader with those of a step of the 60M model, in turns."""
     from hybrid_train.data.loader import Loader
+    from hybrid_train.data.row import RowReader
     from hybrid_train.runtime.start import process
     from tests.benchmarks.async_save import BATCH, engine_of
     from tests.benchmarks.async_save import LENGTH as STEP_LENGTH
@@ -164,7 +165,7 @@ def time_loader(folder: Path) -> None:
         step()
         for packed in (False, True):
             (plan,) = plans_of(prefixes, 10_000_000, folder, packed=packed)
-            loader = Loader(plan.mixture, microbatch=1, global_batch=lambda _: 256)
+            loader = Loader(RowReader(plan.mixture), microbatch=1, global_batch=lambda _: 256)
             next(loader)
             loads, steps = [], []
             for _ in range(5):

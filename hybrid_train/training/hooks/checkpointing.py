@@ -140,10 +140,11 @@ class SaveCheckpoints(Hook):
         progress.enter(progress.SAVE)
         start = time.perf_counter()
         self._saved_step = run.state.step
+        run.state.batches = run.batches.state_dict()
         saving = store.start(
             self._run_dir,
             content_of(run.engine),
-            dataclasses.asdict(run.state),
+            run.state.position(),
             keep=self._settings.keep,
             copy=copy,
             plan=self._plan,

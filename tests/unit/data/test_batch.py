@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hybrid_train.data.batch import Batch
 from tests.packed import documents, packed_batch
 from tests.tiny import batch_of, some_rows
 
@@ -47,3 +48,30 @@ def test_rows_that_are_not_packed_have_no_padding_and_no_index() -> None:
     batch = batch_of(some_rows(2), torch.zeros(2, 16)).part_of(0, 2).to("cpu")
     assert batch.padding is None
     assert batch.sequence_index is None
+
+
+def extended() -> Batch:
+    """A batch with extra fields of both kinds."""
+    batch = packed_batch([documents(3, 4), documents(6)], 8)
+    return replace(
+        batch,
+        token_extras={"teacher": torch.arange(2 * 8 * 3).view(2, 8, 3)},
+        row_extras={"advantage": torch.tensor([0.5, -1.0]), "other": torch.arange(14).view(2, 7)},
+    )
+
+
+def test_extra_fields_of_tokens_are_cut_as_tokens_are_and_those_of_rows_stay_whole() -> None:
+    batch = extended()
+    for rank, places in enumerate(([0, 1, 6, 7], [2, 3, 4, 5])):
+        part = batch.part_of(rank, 2)
+        assert torch.equal(part.tokens, batch.tokens[:, places])
+        assert torch.equal(part.token_extras["teacher"], batch.token_extras["teacher"][:, places])
+        assert part.row_extras.keys() == batch.row_extras.keys()
+        for name, values in batch.row_extras.items():
+            assert part.row_extras[name] is values
+
+
+def test_extra_fields_move_with_the_batch() -> None:
+    moved = extended().to("meta")
+    fields = (*moved.token_extras.values(), *moved.row_extras.values(), moved.padding)
+    assert [one.device.type for one in fields if one is not None] == ["meta"] * 4

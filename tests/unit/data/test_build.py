@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,11 @@ from hybrid_train.data.build import RunData, check_data, open_data
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts
 from hybrid_train.data.quickstart import prepare
+from hybrid_train.data.row import Row
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.data import Data, Quickstart
 from hybrid_train.schema.problems import ConfigError, UserError
-from hybrid_train.schema.source import Source
+from hybrid_train.schema.source import Source, Split
 from hybrid_train.schema.train import Train, TrainJob
 
 
@@ -55,6 +57,26 @@ def test_a_longer_run_resumes_where_a_shorter_one_stopped(corpus: Data) -> None:
         assert torch.equal(next(short).tokens, next(long).tokens)
     resumed = loader(build(job(corpus, tokens="100k")), tokens_seen=512)
     assert torch.equal(next(resumed).tokens, next(long).tokens)
+
+
+def test_rows_of_both_splits_pass_the_transforms_of_the_run(corpus: Data) -> None:
+    def numbered(row: Row) -> Row:
+        one = row.identity
+        place = np.array([one.split is Split.validation, one.number, one.position, one.seed])
+        return replace(row, loss_weights=row.loss_weights / 2, row_extras={"place": place})
+
+    run = job(corpus, tokens="100k")
+    plain = build(run)
+    found = replace(plain, transforms=(numbered,))
+    for at, before in enumerate((0, 512)):
+        batch, untouched = (next(loader(one, tokens_seen=before)) for one in (found, plain))
+        assert torch.equal(batch.tokens, untouched.tokens)
+        assert torch.equal(batch.loss_weights, untouched.loss_weights / 2)
+        seed = run.train.seed
+        expected = [[0, 32 * at + n, before + 16 * n, seed] for n in range(2)]
+        assert batch.row_extras["place"].tolist() == expected
+    first = next(iter(validation(found)))
+    assert first.row_extras["place"][:, 0].all()
 
 
 def test_two_ranks_read_what_one_reads(corpus: Data) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.mixture import Fields
+from hybrid_train.data.row import RowReader
 
 LENGTH = 4
 
@@ -37,7 +38,7 @@ def loaders(
 ) -> list[Loader]:
     return [
         Loader(
-            Counted(),
+            RowReader(Counted()),
             microbatch=microbatch,
             global_batch=batch_at,
             data_rank=rank,
@@ -120,7 +121,7 @@ def test_a_batch_that_grows_to_an_uneven_size_is_refused_before_it_is_read() -> 
 def validations(count: int, *, microbatch: int, data_size: int) -> list[Validation]:
     return [
         Validation(
-            Counted(),
+            RowReader(Counted()),
             num_sequences=count,
             microbatch=microbatch,
             data_rank=rank,
@@ -155,7 +156,7 @@ class Padded(Counted):
 
 
 def test_rows_that_fill_a_validation_up_are_padding() -> None:
-    (batch,) = Validation(Padded(), num_sequences=1, microbatch=2)
+    (batch,) = Validation(RowReader(Padded()), num_sequences=1, microbatch=2)
     assert batch.padding is not None
     assert batch.padding.tolist() == [[False] * (LENGTH - 1) + [True], [True] * LENGTH]
 

@@ -11,6 +11,7 @@ import pytest
 
 from hybrid_train.data.loader import Loader
 from hybrid_train.data.mixture import Fields
+from hybrid_train.data.row import RowReader
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.hook import Hook, HookList
@@ -53,7 +54,7 @@ def run_of(engine: Any, run_dir: Path, steps: int, settings: Checkpoint, *hooks:
     from hybrid_train.training.hooks.checkpointing import SaveCheckpoints
     from hybrid_train.training.loop import Run
 
-    batches = Loader(Rows(steps * BATCH), microbatch=2, global_batch=lambda _: BATCH)
+    batches = Loader(RowReader(Rows(steps * BATCH)), microbatch=2, global_batch=lambda _: BATCH)
     run = Run(engine, batches, token_budget=steps * BATCH * LENGTH)
     run.hooks = HookList([SaveCheckpoints(settings, run_dir, -1), *hooks])
     return run
