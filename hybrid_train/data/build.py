@@ -23,6 +23,7 @@ from hybrid_train.data.unigram import unigram_cross_entropy
 from hybrid_train.planning.phases import Stretch
 from hybrid_train.planning.ramp import global_batch
 from hybrid_train.schema.data import Data, Quickstart, named_sources, needs_tokenizer
+from hybrid_train.schema.extension import implementation_of
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.source import Split
 from hybrid_train.schema.train import TrainJob
@@ -149,7 +150,6 @@ def open_data(
     *,
     barrier: Callable[[], None],
     is_main: bool,
-    transforms: Sequence[RowTransform] = (),
 ) -> RunData:
     """Open the data of a run; every process calls it.
 
@@ -158,7 +158,6 @@ def open_data(
         stretches: its phases.
         barrier: waits for all processes.
         is_main: true in one process, which builds and writes what the others then read.
-        transforms: what changes each row that is read, one after the other.
 
     Raises:
         ConfigError, UserError: as `check_data`, or if a folder cannot be written.
@@ -173,7 +172,8 @@ def open_data(
         plan.prepare()
     if is_main:
         barrier()
-    return RunData(tokenizer, names, plans, data, train, held_out, tuple(transforms))
+    transforms = tuple(implementation_of(one)(one) for one in job.row_transforms)
+    return RunData(tokenizer, names, plans, data, train, held_out, transforms)
 
 
 def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:

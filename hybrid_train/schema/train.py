@@ -96,7 +96,7 @@ class TrainJob:
     schedule: Schedule = field(default_factory=Schedule)
     objective: Objective = field(default_factory=NextToken)
     edits: list[Any] = field(default_factory=list)  # of the model, by import path, in their order
-    hooks: list[Any] = field(default_factory=list)  # of the loop, by import path, after ours
+    hooks: list[Any] = field(default_factory=list)  # of the loop, by import path
     row_transforms: list[Any] = field(default_factory=list)  # of the data, by import path
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     recovery: Recovery = field(default_factory=Recovery)

@@ -85,6 +85,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("loss/{}", _NATS, "cross-entropy on the rows of a source", _loss),
         Metric("term/{}", "", "a term of an objective", _loss),
+        Metric("own/{}", "", "of a hook of one's own", "{:.4g}".format),
         Metric("validation_term/{}", "", "the same on the validation part", _loss),
         Metric("tokens/{}", "tokens", "labels seen of a source, since the start", show_tokens),
         Metric("epochs/{}", "", "those over the tokens that the source has", "{:.3f}".format),
