@@ -12,6 +12,7 @@ from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.runtime import Device
 from hybrid_train.schema.schedule import Cosine, Wsd
+from tests.sampled import sampled
 
 EXPERIMENTS = sorted(file.stem for file in (conf_dir() / "experiment").glob("*.yaml"))
 SAMPLED = ("quickstart", "nemotron3_super")  # of all others tests/conf composes what they say
@@ -27,7 +28,7 @@ def problems(*lines: str, job: str = "train") -> dict[str, Problem]:
 
 @pytest.mark.parametrize(
     "name",
-    [one if one in SAMPLED else pytest.param(one, marks=pytest.mark.slow) for one in EXPERIMENTS],
+    sampled(EXPERIMENTS, *SAMPLED),
 )
 @pytest.mark.parametrize("line", ["schedule=cosine", "data=files", "model=tiny"])
 def test_an_experiment_leaves_the_choice_of_other_parts_open(name: str, line: str) -> None:

@@ -16,6 +16,7 @@ from hybrid_train.schema.precision import (
     ProductFormat,
 )
 from hybrid_train.schema.train import TrainJob
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -91,7 +92,7 @@ def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [ProductFormat.nvfp4, pytest.param(ProductFormat.fp8_delayed, marks=pytest.mark.slow)],
+    sampled([ProductFormat.nvfp4, ProductFormat.fp8_delayed], ProductFormat.nvfp4),
 )
 def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> None:
     losses = []
