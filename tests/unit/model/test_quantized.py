@@ -112,6 +112,7 @@ def test_activations_that_are_computed_again_are_quantized_alike(groups: Any) ->
     assert [step(kept) for _ in range(2)] == [step(again) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_validation_does_not_change_the_scales_of_later_steps(groups: Any) -> None:
     losses = []
     for validates in (False, True):
