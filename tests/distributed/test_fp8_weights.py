@@ -16,6 +16,7 @@ from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.distributed.launch import run_distributed
 from tests.distributed.reshard import stored_tensors
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -121,9 +122,7 @@ def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize(
-    "name", [next(iter(CASES)), *(pytest.param(n, marks=pytest.mark.slow) for n in list(CASES)[1:])]
-)
+@pytest.mark.parametrize("name", sampled(CASES, next(iter(CASES))))
 def test_losses_and_checkpoints_are_those_of_bfloat16_weights(name: str, tmp_path: Path) -> None:
     processes, parallel, format = CASES[name]
     for plain, kept in run_distributed(train_both, processes, parallel, format, tmp_path):
@@ -135,7 +134,7 @@ def test_losses_and_checkpoints_are_those_of_bfloat16_weights(name: str, tmp_pat
     require_equal(*(stored_tensors(tmp_path / name) for name in ("kept", "plain")))
 
 
-@pytest.mark.parametrize("before", ["kept", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("before", sampled(["kept", "plain"], "kept"))
 def test_a_checkpoint_goes_on_either_way_under_another_layout(before: str, tmp_path: Path) -> None:
     """From two data-parallel ranks to experts on two, with weights kept otherwise, or not."""
     run_distributed(train_both, 2, DP2, TENSORWISE, tmp_path / "first")

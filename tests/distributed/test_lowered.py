@@ -1,5 +1,6 @@
 """Moments in fewer bits under tensor and data parallelism, against one process."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hybrid_train.runtime import cpu
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -39,13 +41,7 @@ def run(plan: Parallel, moments: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("plan", "moments"),
-    [
-        ("TP2", "bfloat16"),
-        *(
-            pytest.param(*one, marks=pytest.mark.slow)
-            for one in (("DP2", "bfloat16"), ("TP2", "float16"), ("DP2", "float16"))
-        ),
-    ],
+    sampled(product(PLANS, ("bfloat16", "float16")), ("TP2", "bfloat16")),
 )
 def test_the_loss_is_that_of_one_process(plan: str, moments: str) -> None:
     (expected,) = run_distributed(run, 1, Parallel(), moments)

@@ -8,6 +8,7 @@ from torch import distributed as dist
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.distributed.launch import run_distributed
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -47,9 +48,7 @@ def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
         destroy_groups()
 
 
-@pytest.mark.parametrize(
-    "name", [one if one == "tensor" else pytest.param(one, marks=pytest.mark.slow) for one in PLANS]
-)
+@pytest.mark.parametrize("name", sampled(PLANS, "tensor"))
 def test_all_ranks_remember_the_largest_value_of_any(name: str) -> None:
     (saw, remembered), (other_saw, other_remembered) = run_distributed(_remembered, 2, PLANS[name])
     assert remembered == other_remembered == list(map(max, saw, other_saw))

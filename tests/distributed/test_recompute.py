@@ -10,6 +10,7 @@ from hybrid_train.runtime import cpu
 from hybrid_train.schema.model import Mtp
 from hybrid_train.schema.parallel import Parallel, Recompute
 from tests.distributed.launch import run_distributed
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -56,7 +57,7 @@ def _compare(layout: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [one if one == "tensor" else pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS],
+    sampled(LAYOUTS, "tensor"),
 )
 def test_recomputation_changes_no_bit(layout: str) -> None:
     run_distributed(_compare, 2, LAYOUTS[layout])

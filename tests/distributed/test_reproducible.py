@@ -6,6 +6,7 @@ import torch
 from hybrid_train.runtime import cpu
 from hybrid_train.schema.parallel import Parallel
 from tests.distributed.launch import run_distributed
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -38,6 +39,6 @@ def _run_twice(parallel: Parallel) -> None:
     assert [k for k in tensors if not torch.equal(tensors[k], tensors_again[k])] == []
 
 
-@pytest.mark.parametrize("layout", ["tensor", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", sampled(LAYOUTS, "tensor"))
 def test_two_runs_of_a_layout_are_equal_to_the_bit(layout: str) -> None:
     run_distributed(_run_twice, 2, LAYOUTS[layout])

@@ -5,15 +5,13 @@ from functools import cache
 import pytest
 
 from tests.distributed.reshard import LAYOUTS, PAIRS, SAMPLED, TESTED, Pairs, Row, reshard_table
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 
 pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("reshard")]
 Table = dict[tuple[str, str], Row]
 OTHERS = tuple(pair for pair in TESTED if pair not in SAMPLED)
-each_pair = pytest.mark.parametrize(
-    "pair", [*SAMPLED, *(pytest.param(pair, marks=pytest.mark.slow) for pair in OTHERS)],
-    ids=" to ".join,
-)  # fmt: skip
+each_pair = pytest.mark.parametrize(("saved", "loaded"), sampled(TESTED, *SAMPLED))
 
 
 @cache
@@ -22,7 +20,8 @@ def table(pairs: Pairs) -> Table:
 
 
 @pytest.fixture
-def row(pair: tuple[str, str]) -> Row:
+def row(saved: str, loaded: str) -> Row:
+    pair = saved, loaded
     return table(SAMPLED if pair in SAMPLED else OTHERS)[pair]
 
 

@@ -19,6 +19,7 @@ from tests.jobs.kills import (
     run_to_the_end,
     write_sources,
 )
+from tests.sampled import sampled
 
 pytestmark = pytest.mark.xdist_group("phases")
 
@@ -157,9 +158,7 @@ def show(run_dir: Path, step: int, *more: str) -> Finished:
     return finish(start("data", "show", f"run_dir={run_dir}", f"step={step}", *more))
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow), 12]
-)
+@pytest.mark.parametrize("step", sampled([1, 9, 12], 12))
 def test_data_show_prints_what_the_step_read(straight: Path, step: int) -> None:
     found = show(straight, step, "characters=100000")
     assert found.code == 0, found.err

@@ -3,15 +3,13 @@
 `python -m tests.parity` prints the same as tables; `python -m tests.parity draw 7` one random case.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import pytest
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
 from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED
 from tests.parity.suite import Suite
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 
 # One group: its tests share the references and the processes.
@@ -27,12 +25,8 @@ LEFT_OUT = {
     "EP2 x DP2, FSDP", "TP2, ETP1, FSDP",
 }  # fmt: skip
 TESTED = [name for name in LAYOUTS if name not in LEFT_OUT]
-# What `make test` has of all these: each kind of split once, and a fault of each kind of place.
-SAMPLED = {
-    *("TP2", "VPP2 x PP2", "EP2", "ETP2", "CP2", "DP2, overlapped", "DP2, FSDP"),
-    *("packed, TP2 x CP2 x PP2", "mxfp8, ETP2", 1),
-    *("MTP denominator of one rank", "expert counted twice"),
-}
+# What `make test` has of those.
+EACH_SPLIT = ("TP2", "VPP2 x PP2", "EP2", "ETP2", "CP2", "DP2, overlapped", "DP2, FSDP")
 # Each kind of split, and those that meet in one; `make parity` runs all on packed rows, and more
 # with quantized products.
 EVERY_PACKED = tuple(
@@ -43,40 +37,36 @@ QUANTIZED_SPLITS = (
 )  # fmt: skip
 
 
-def sampled(names: Iterable[Any]) -> list[Any]:
-    """Mark as slow what is not in the sample."""
-    slow = pytest.mark.slow
-    return [name if name in SAMPLED else pytest.param(name, marks=slow) for name in names]
-
-
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     return Suite(tmp_path_factory.mktemp("parity"))
 
 
-@pytest.mark.parametrize("name", sampled(TESTED))
+@pytest.mark.parametrize("name", sampled(TESTED, *EACH_SPLIT))
 def test_a_layout_computes_what_one_process_computes(suite: Suite, name: str) -> None:
     assert suite.compare(LAYOUTS[name]).problems == []
 
 
-@pytest.mark.parametrize("name", sampled(EVERY_PACKED))
+@pytest.mark.parametrize("name", sampled(EVERY_PACKED, "packed, TP2 x CP2 x PP2"))
 def test_a_layout_computes_packed_rows_as_one_process_does(suite: Suite, name: str) -> None:
     assert suite.compare(PACKED[name]).problems == []
 
 
-@pytest.mark.parametrize("name", sampled(QUANTIZED_SPLITS))
+@pytest.mark.parametrize("name", sampled(QUANTIZED_SPLITS, "mxfp8, ETP2"))
 def test_a_layout_quantizes_as_one_process_does(suite: Suite, name: str) -> None:
     assert suite.compare(QUANTIZED[name]).problems == []
 
 
-@pytest.mark.parametrize("seed", sampled(SEEDS))
+@pytest.mark.parametrize("seed", sampled(SEEDS, 1))
 def test_a_random_legal_case_computes_what_one_process_computes(suite: Suite, seed: int) -> None:
     case = draw(seed)
     repeat = f"{describe(case)}; repeat it: python -m tests.parity draw {seed}"
     assert suite.compare(case).problems == [], repeat
 
 
-@pytest.mark.parametrize("name", sampled(FAULTS))
+@pytest.mark.parametrize(
+    "name", sampled(FAULTS, "MTP denominator of one rank", "expert counted twice")
+)
 def test_a_planted_fault_is_noticed_where_it_is(suite: Suite, name: str) -> None:
     fault = FAULTS[name]
     assert fault.noticed(suite.compare(CASES[fault.layout], name).problems)

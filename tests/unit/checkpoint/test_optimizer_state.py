@@ -1,5 +1,6 @@
 """Optimizer state by the names of its weights, in float32 and in bfloat16 with masters."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from hybrid_train.schema.optimizer import AdamW, MasterFormat, MomentFormat
 from hybrid_train.schema.precision import ProductFormat
 from hybrid_train.schema.problems import UserError
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 
@@ -115,14 +117,10 @@ def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
 
 @pytest.mark.parametrize(
     ("moments", "format"),
-    [
-        ("bfloat16", BF16),
-        ("float8", FP32),
-        *(
-            pytest.param(*one, marks=pytest.mark.slow)
-            for one in (("bfloat16", FP32), ("float16", FP32), ("float16", BF16), ("float8", BF16))
-        ),
-    ],
+    sampled(
+        product(("bfloat16", "float16", "float8"), (FP32, BF16)),
+        *(("bfloat16", BF16), ("float8", FP32)),
+    ),
 )
 def test_a_run_with_lowered_moments_goes_on_as_if_it_had_not_stopped(
     groups: Any, tmp_path: Path, moments: str, format: ProductFormat
@@ -166,7 +164,7 @@ def test_moments_go_from_float32_to_bfloat16_and_back_and_are_rounded_once(
     assert found == pytest.approx(expected_losses, abs=2**-8 * 2 * drop)
 
 
-@pytest.mark.parametrize("masters", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("masters", sampled(["float32", "float16"], "float32"))
 def test_masters_go_from_whole_to_lowered_and_back(
     groups: Any, tmp_path: Path, masters: str
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from hybrid_train.schema.problems import UserError
 from tests.full_disk import full_disk
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows
 from tests.unit.checkpoint.content import content_of, engine_of, moments_of, weights_of
 
@@ -99,17 +100,10 @@ def test_saving_a_step_again_replaces_it(groups: Any, tmp_path: Path) -> None:
     assert found.position() == {"step": 3, "tokens": 2}
 
 
-PARTS = [
-    ".distcp",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in (".metadata.tmp", "metadata.json", "plan.json")
-    ),
-    "position.json",
-]
+PARTS = [".distcp", ".metadata.tmp", "metadata.json", "plan.json", "position.json"]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", sampled(PARTS, ".distcp", "position.json"))
 def test_full_disk_leaves_the_older_checkpoints_and_nothing_else(
     groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

@@ -1,17 +1,21 @@
+import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from hybrid_train.config import registry
 from hybrid_train.config.compose import compose, conf_dir, draft, group_names
 from hybrid_train.config.frozen import freeze, load, read_frozen, to_yaml
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.runtime import Device
 from hybrid_train.schema.schedule import Cosine, Wsd
+from tests.sampled import sampled
 
 EXPERIMENTS = sorted(file.stem for file in (conf_dir() / "experiment").glob("*.yaml"))
 SAMPLED = ("quickstart", "nemotron3_super")  # of all others tests/conf composes what they say
@@ -27,7 +31,7 @@ def problems(*lines: str, job: str = "train") -> dict[str, Problem]:
 
 @pytest.mark.parametrize(
     "name",
-    [one if one in SAMPLED else pytest.param(one, marks=pytest.mark.slow) for one in EXPERIMENTS],
+    sampled(EXPERIMENTS, *SAMPLED),
 )
 @pytest.mark.parametrize("line", ["schedule=cosine", "data=files", "model=tiny"])
 def test_an_experiment_leaves_the_choice_of_other_parts_open(name: str, line: str) -> None:
@@ -264,3 +268,12 @@ def test_composing_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_device_is_read_by_name() -> None:
     assert compose("train", [QUICKSTART, "runtime.device=cpu"]).runtime.device is Device.cpu
+
+
+def test_what_is_done_to_a_config_reaches_no_later_one() -> None:
+    registry.register()
+    store = ConfigStore.instance()
+    assert copy.deepcopy(store) is store  # Hydra asks for one twice a composition
+    name = "schema/optimizer/adamw.yaml"
+    store.load(name).node.beta1 = 0.125
+    assert store.load(name).node.beta1 == AdamW().beta1

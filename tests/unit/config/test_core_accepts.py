@@ -152,7 +152,7 @@ def test_what_passes_is_built_and_holds_what_the_plan_says(
 
 
 @pytest.mark.slow
-@settings(max_examples=100, suppress_health_check=ODD)
+@settings(max_examples=60, suppress_health_check=ODD)
 @given(job=JOBS, place=PLACES)
 def test_more_of_what_passes_is_built_and_holds_what_the_plan_says(
     emulated: None, job: CheckJob, place: float

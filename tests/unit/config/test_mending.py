@@ -12,6 +12,7 @@ from hybrid_train.config import checks
 from hybrid_train.config.compose import compose
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.train import TrainJob
+from tests.sampled import sampled
 
 ROOTS = {
     "tiny": ("check", "experiment=tiny_cpu", "processes=1"),
@@ -144,7 +145,7 @@ def drawn(name: str, seed: str, number: int) -> tuple[TrainJob, int, list[str]]:
 
 @pytest.mark.parametrize(
     ("number", "draws"),
-    [(1, 4), (2, 1), *(pytest.param(*all, marks=pytest.mark.slow) for all in ((1, 28), (2, 8)))],
+    sampled([(1, 3), (2, 1), (1, 28), (2, 8)], (1, 3), (2, 1)),
 )
 @pytest.mark.parametrize("name", ROOTS)
 def test_all_that_is_offered_makes_a_job_pass_in_one_line_for_one_wrong_value(

@@ -77,6 +77,7 @@ def test_long_documents_can_be_cut_shorter_than_a_row() -> None:
     assert labels(found) == all_labels([200])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(LENGTHS, st.integers(0, 80), st.integers(0, 80), st.sampled_from([4, 16, 24]))
 def test_a_phase_with_other_rows_goes_on_without_loss(

@@ -76,6 +76,7 @@ def test_rows_of_an_epoch_are_shuffled_and_none_is_lost() -> None:
 PHASES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @given(PHASES, st.integers(1, 50))
 def test_phases_with_other_rows_lose_no_token(phases: list[tuple[int, int]], window: int) -> None:
     source = stream(listed(*random_lengths(20, 9)))

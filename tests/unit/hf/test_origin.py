@@ -21,10 +21,11 @@ from hybrid_train.hf.write import export_checkpoint
 from hybrid_train.schema.problems import UserError
 from tests.hf_random import CHAT, random_folder
 from tests.hf_walk import file_differences
+from tests.sampled import sampled
 
 HUGE = 2**40  # bytes of a file: one file for all
 # Chat templates in their own files, several ends, no generation config; seeds that have them.
-SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+SEEDS = sampled(range(6), 0, 1)
 
 
 @pytest.fixture

@@ -16,15 +16,17 @@ from hybrid_train.schema.model import Model, Moe
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from tests.hf_folders import SHAPES, VOCAB, folder_of, model_of, tokens_of
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 
 pytestmark = MEGATRON_WARNINGS
 LENGTHS = (1, 127, 128, 129, 300)  # around the chunk of the scan, and beyond
 RUNTIME = Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1)
+SUPER = "Super, latent experts, MTP"
 SHARE = 1e-4  # of the standard deviation of the logits
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", sampled(SHAPES, SUPER))
 def test_imported_and_exported_models_have_the_logits_of_transformers(
     groups: Any, shape: str, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.jobs import cli
 from hybrid_train.jobs.phase_table import decay_steps
 from hybrid_train.planning.phases import lay_out
+from tests.sampled import sampled
 
 EXPERIMENTS = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
 SUPER = ("experiment=nemotron3_super", "processes=1024")
@@ -235,12 +236,7 @@ def test_a_check_is_refused_under_torchrun(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name
-        if name in ("quickstart", "ladder_60m", "nemotron3_super")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in EXPERIMENTS
-    ],
+    sampled(EXPERIMENTS, "quickstart", "ladder_60m", "nemotron3_super"),
 )
 def test_every_experiment_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     stated = re.search(r"^# processes: (\d+)", EXPERIMENTS[name].read_text(), re.MULTILINE)

@@ -16,6 +16,7 @@ from hybrid_train.schema.precision import (
     ProductFormat,
 )
 from hybrid_train.schema.train import TrainJob
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -92,7 +93,7 @@ def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [ProductFormat.nvfp4, pytest.param(ProductFormat.fp8_delayed, marks=pytest.mark.slow)],
+    sampled([ProductFormat.nvfp4, ProductFormat.fp8_delayed], ProductFormat.nvfp4),
 )
 def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> None:
     losses = []
@@ -112,6 +113,7 @@ def test_activations_that_are_computed_again_are_quantized_alike(groups: Any) ->
     assert [step(kept) for _ in range(2)] == [step(again) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_a_validation_does_not_change_the_scales_of_later_steps(groups: Any) -> None:
     losses = []
     for validates in (False, True):

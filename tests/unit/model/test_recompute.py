@@ -14,6 +14,7 @@ from hybrid_train.schema.parallel import (
     RecomputeModule,
 )
 from hybrid_train.schema.train import TrainJob
+from tests.sampled import sampled
 from tests.tiny import (
     BATCH,
     LENGTH,
@@ -82,11 +83,10 @@ def kept_all(groups: Any) -> dict[bool, Any]:
 
 @pytest.mark.parametrize(
     ("plan", "shared_block"),
-    [
-        *((plan, False) for plan in PLANS),
-        *(pytest.param(plan, True, marks=pytest.mark.slow) for plan in PLANS if plan != "full"),
-        ("full", True),
-    ],
+    sampled(
+        ((plan, shared) for plan in PLANS for shared in (False, True)),
+        *(("all modules", False), ("block", False), ("full", True)),
+    ),
 )
 def test_losses_gradients_and_weights_are_the_same_to_the_bit(
     groups: Any, kept_all: Any, plan: str, shared_block: bool

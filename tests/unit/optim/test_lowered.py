@@ -14,16 +14,16 @@ from hybrid_train.schema.optimizer import (
     MomentFormat,
 )
 from hybrid_train.schema.precision import Precision, ProductFormat
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
 STEPS = 20
 HALF_A_SPACING = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11, "float8": 2**-4}
-MOMENTS = [
+MOMENTS = sampled(
+    [("bfloat16", "bfloat16"), ("float16", "float16"), ("float8", "float16")],
     ("bfloat16", "bfloat16"),
-    pytest.param("float16", "float16", marks=pytest.mark.slow),
-    pytest.param("float8", "float16", marks=pytest.mark.slow),
-]
+)
 
 
 def job_of(precision: Precision, **formats: Any) -> Any:

@@ -126,6 +126,7 @@ def test_a_save_waits_for_the_one_before(engine: Any, tmp_path: Path, disk: Disk
     assert disk.most == 1
 
 
+@pytest.mark.slow
 def test_without_async_save_a_step_ends_when_its_checkpoint_is_whole(
     engine: Any, tmp_path: Path
 ) -> None:

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from hybrid_train.schema.precision import Precision, ProductFormat
+from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
 
 
 @pytest.mark.parametrize(
-    ("in_fp32", "kept_in"), [(True, torch.float32), (False, torch.bfloat16)], ids=str
+    ("in_fp32", "kept_in"),
+    sampled([(True, torch.float32), (False, torch.bfloat16)], (False, torch.bfloat16)),
+    ids=str,
 )
 def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
     groups: Any, in_fp32: bool, kept_in: torch.dtype

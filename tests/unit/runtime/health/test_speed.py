@@ -27,6 +27,7 @@ def test_a_process_alone_has_no_bus() -> None:
     assert (found.reduce_error, found.bytes_per_s) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_wrong_product_and_a_wrong_sum_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
