@@ -74,4 +74,5 @@ def load_ours(checkpoint: Checkpoint, runtime: Runtime) -> Hybrid:
 @torch.no_grad()
 def our_logits(model: Hybrid, tokens: Tensor, vocab_size: int) -> Tensor:
     """Return our logits of tokens [B, S] without the padding of the vocabulary: [B, S, V]."""
-    return model(tokens.to(torch.cuda.current_device()))[..., :vocab_size].float()
+    outputs = model(tokens.to(torch.cuda.current_device()))
+    return outputs.logits()[..., :vocab_size].float()
