@@ -83,6 +83,22 @@ def tiny_model(job: TrainJob, groups: Any) -> "Hybrid":
     return build_model(job, groups, VOCAB, on_gpu=False).chunks[0]
 
 
+def losses_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The sum of all losses, with gradients, and the losses of every depth, [1 + D, B, S].
+
+    Each loss counts what the batch weighs its label.
+    """
+    from hybrid_train.training.next_token import NextToken
+
+    depths = model.mtp_num_depths
+    objective = NextToken(
+        depths=depths, mtp_loss_scale=depths, context_group=model.pg_collection.cp
+    )
+    ones = torch.ones(1 + depths, device=batch.tokens.device)
+    output: Any = objective.forward(model, batch, ones)[0]
+    return output[0], output[1]
+
+
 def tiny_engine(job: TrainJob, groups: Any) -> "Engine":
     """The engine of a job: model, data parallelism, optimizer, objective."""
     from hybrid_train.jobs.assemble import build_engine

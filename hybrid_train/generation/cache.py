@@ -105,7 +105,8 @@ class Cache:
             # Else a layer that another cache used in between would start from zeros, silently.
             mixer.cached_batch_size = batch
         with megatron.inference(), _threads_for(self._num_weights * tokens.numel()):
-            logits: Tensor = self._model(tokens, inference_context=self._context)
+            outputs = self._model(tokens, inference_context=self._context)
+            logits: Tensor = outputs.head.logits(outputs.hidden[-1:])  # of the last position alone
         self._context.increment_sequence_len_offset(new)
         return logits[:, -1]
 

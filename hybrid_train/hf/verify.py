@@ -53,4 +53,5 @@ def compare_logits(ours: Tensor, theirs: Tensor, tolerance: float) -> LogitDiffe
 @torch.no_grad()
 def our_logits(model: Hybrid, tokens: Tensor, vocab_size: int) -> Tensor:
     """Return our logits of tokens [B, S] without the padding of the vocabulary: [B, S, V]."""
-    return model(tokens.to(torch.cuda.current_device()))[..., :vocab_size].float()
+    outputs = model(tokens.to(torch.cuda.current_device()))
+    return outputs.logits()[..., :vocab_size].float()

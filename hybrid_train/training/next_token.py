@@ -4,14 +4,17 @@ Dimensions: B batch, S sequence, D prediction depths.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.model.outputs import Outputs
 from hybrid_train.model.packed import shift
 from hybrid_train.ops.context import continues
+from hybrid_train.ops.cross_entropy import CrossEntropy
 from hybrid_train.schema import objective as schema
 from hybrid_train.schema.pattern import parse
 from hybrid_train.training.objective import Given, LossFunction, Objective
@@ -36,35 +39,53 @@ class NextToken(Objective):
         return torch.stack([self._masks(batch).sum(dim=(1, 2)) for batch in batches]).sum(dim=0)
 
     def forward(self, model: Module, batch: Batch, totals: Tensor) -> tuple[Tensor, LossFunction]:
-        losses = model(
+        output = model(
             batch.tokens,
             batch.position_ids,
-            None,
-            labels=batch.labels,
             sequence_index=batch.sequence_index,
             padding=batch.padding,
+            read=lambda outputs: self._read(outputs, batch, totals),
         )
-        return losses, lambda output: self._weigh(output, batch, totals)
+        return output, _report
 
-    def _weigh(
-        self, losses: Tensor, batch: Batch, totals: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum losses [1 + D, B, S], so that division by the main count normalises every depth."""
+    def _read(
+        self, outputs: Outputs, batch: Batch, totals: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum up the losses so that division by the main count normalises every depth.
+
+        Returns:
+            The sum; loss of each depth at each place, and its mask, [1 + D, B, S].
+        """
+        factors = self._scale * totals[0] / torch.where(totals > 0, totals, 1.0)
+        factors[0] = 1.0
         masks = self._masks(batch)
-        weighed = losses * masks
-        sums = weighed.sum(dim=(1, 2))
-        weights = self._scale * totals[0] / torch.where(totals > 0, totals, 1.0)
-        weights[0] = 1.0
-        # Megatron divides what it gets in place: the report needs sums of its own.
-        report = {"sums": sums.detach().clone(), "rows": weighed[0].detach().sum(dim=1)}
-        return sums @ weights, masks[0].sum().int(), report
+        labels = self._by_depth(batch.labels, batch)
+        found = [
+            outputs.head.weighted_sum(hidden, CrossEntropy(label.t().flatten()), factor * mask)
+            for hidden, label, factor, mask in zip(
+                (outputs.hidden, *outputs.mtp_hidden), labels, factors, masks, strict=True
+            )
+        ]
+        sums, losses = zip(*found, strict=True)
+        return torch.stack(sums).sum(), torch.stack(losses), masks
 
     def _masks(self, batch: Batch) -> Tensor:
         """Return where the label of each depth counts, [1 + D, B, S]."""
+        return torch.stack(self._by_depth(batch.loss_weights, batch))
+
+    def _by_depth(self, values: Tensor, batch: Batch) -> list[Tensor]:
+        """Return what each depth sees of values [B, S], from its places on: one more for each."""
         group, continued = self._context_group, None
         if batch.sequence_index is not None:
             continued = continues(batch.sequence_index, group.rank(), group.size())
-        masks = [batch.loss_weights]
+        found = [values]
         for _ in self.names[1:]:
-            masks.append(shift(masks[-1], group, continued))
-        return torch.stack(masks)
+            found.append(shift(found[-1], group, continued))
+        return found
+
+
+def _report(output: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    total, losses, masks = output  # as read
+    weighed = losses * masks
+    sums = weighed.sum(dim=(1, 2))
+    return total, masks[0].sum().int(), {"sums": sums, "rows": weighed[0].sum(dim=1)}

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_train.ops.conv import causal_conv
+from hybrid_train.ops.cross_entropy import CrossEntropy
 from hybrid_train.ops.experts import expert_mlp, squared_relu
+from hybrid_train.ops.logits import HeadPart, weighted_sum
 from hybrid_train.ops.mixer import mixer_forward
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
 from hybrid_train.ops.scan import chunked_scan
-from hybrid_train.ops.vocab_parallel import cross_entropy
 
 BATCH, LENGTH, HIDDEN, HEADS, WIDTH, GROUPS, STATE = 4, 256, 256, 16, 32, 4, 64
 INNER, CHANNELS = HEADS * WIDTH, HEADS * WIDTH + 2 * GROUPS * STATE
@@ -115,10 +116,12 @@ def cases() -> list[tuple[str, Form, Form, list[Tensor]]]:
             [normal(2 * tokens, HIDDEN), torch.rand(2 * tokens), *matrices],
         ),
         (
-            "cross-entropy",
-            lambda x: F.cross_entropy(x, labels, reduction="none"),
-            lambda x: cross_entropy(x, labels),
-            [normal(tokens, VOCABULARY)],
+            "head, cross-entropy",
+            lambda x, w: F.cross_entropy(x @ w.t(), labels, reduction="sum"),
+            lambda x, w: weighted_sum(
+                x, HeadPart(w, VOCABULARY), CrossEntropy(labels), torch.ones(tokens)
+            )[0],
+            [normal(tokens, HIDDEN), normal(VOCABULARY, HIDDEN)],
         ),
     ]
 

@@ -114,7 +114,7 @@ def kept_bytes(engine: Any) -> int:
 
     batch = next(batches())
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        engine.objective.forward(model, batch, engine.objective.count([batch]))
     return sum(storage.nbytes() for storage in kept.values())
 
 

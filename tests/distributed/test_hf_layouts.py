@@ -72,11 +72,11 @@ def _logits(model: torch.nn.Module, groups: object, tokens: Tensor) -> Tensor:
     sequences, length = tokens.shape
     padded = torch.nn.functional.pad(tokens, (0, length % 2))
     if groups.pp.size() == 1:
-        return model(padded)[:, :length, :VOCAB].clone()
+        return model(padded).logits()[:, :length, :VOCAB].clone()
     hidden = torch.empty(padded.shape[1], sequences, model.config.hidden_size)
     if groups.pp.rank() == 0:
         dist.send(model(padded).contiguous(), dst=1)
         return hidden
     dist.recv(hidden, src=0)
     model.set_input_tensor(hidden)
-    return model(padded)[:, :length, :VOCAB].clone()
+    return model(padded).logits()[:, :length, :VOCAB].clone()

@@ -46,14 +46,16 @@ def engine_of(parallel: Parallel, groups: Any) -> Any:
 
 def run(engine: Any, batches: list[Any]) -> list[Tensor]:
     """Logits of every batch and depth that this process makes, [S, B, V / tp]."""
-    found: list[Tensor] = []
+    found: list[tuple[Any, Tensor]] = []
     for chunk in engine.network.chunks:
         if chunk.module.post_process:
-            chunk.module.output_layer.register_forward_hook(
-                lambda _module, _inputs, output: found.append(output[0])
+            # What the head is given; it makes logits of it below, behind the pass.
+            chunk.module.output_layer.register_forward_pre_hook(
+                lambda layer, inputs: found.append((layer, inputs[0]))
             )
     engine.forward_only(batches)
-    return found
+    with torch.no_grad():
+        return [layer(hidden)[0] for layer, hidden in list(found)]
 
 
 def gathered(parts: Tensor, group: Any, axis: int) -> Tensor:

@@ -28,7 +28,7 @@ from hybrid_train.schema.precision import (
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.schema.train import TrainJob
-from tests.tiny import MEGATRON_WARNINGS, VOCAB, batch_of, tiny_job
+from tests.tiny import MEGATRON_WARNINGS, VOCAB, batch_of, losses_of, tiny_job
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,8 +106,8 @@ def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
     rows = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
     batch = batch_of(rows).to("cuda")
-    losses: Tensor = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    losses.sum().backward()
+    total, losses = losses_of(model, batch)
+    total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses.detach(), gradients
 

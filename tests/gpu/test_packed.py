@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, ProductFormat
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from tests.packed import alone_in_a_row, documents, packed_batch
-from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job
+from tests.tiny import MEGATRON_WARNINGS, VOCAB, losses_of, tiny_job
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,19 +36,6 @@ def gpu_groups() -> Iterator[Any]:
         destroy_groups()
 
 
-def losses_of(model: Any, batch: Any) -> Tensor:
-    batch = batch.to("cuda")
-    losses: Tensor = model(
-        batch.tokens,
-        batch.position_ids,
-        None,
-        labels=batch.labels,
-        sequence_index=batch.sequence_index,
-        padding=batch.padding,
-    )
-    return losses
-
-
 def test_a_token_has_the_losses_that_it_has_alone(gpu_groups: Any) -> None:
     """In bfloat16, whose steps of 2^-8 set the tolerance; a look across would be far beyond it."""
     pytest.importorskip("transformer_engine.pytorch")
@@ -64,11 +50,12 @@ def test_a_token_has_the_losses_that_it_has_alone(gpu_groups: Any) -> None:
     model = built.chunks[0].bfloat16().eval()
     rows = [documents(*places, seed=seed) for seed, places in enumerate(PLACES)]
     with torch.no_grad():
-        packed = losses_of(model, packed_batch(rows, LENGTH))
+        packed = losses_of(model, packed_batch(rows, LENGTH).to("cuda"))[1]
         for row, pieces in enumerate(rows):
             start = 0
             for piece in pieces:
-                whole, places = losses_of(model, alone_in_a_row(piece)), len(piece) - 1
+                whole = losses_of(model, alone_in_a_row(piece).to("cuda"))[1]
+                places = len(piece) - 1
                 for depth in range(2):
                     found = packed[depth, row, start : start + places - depth]
                     expected = whole[depth, 0, : places - depth]

@@ -83,7 +83,7 @@ def full_logits(model: "Hybrid", tokens: Tensor) -> Tensor:
     """Logits after every token, [B, L, V], from one pass without a cache."""
     model.eval()
     with torch.no_grad():
-        logits: Tensor = model(tokens)
+        logits: Tensor = model(tokens).logits()
     return logits
 
 
@@ -253,7 +253,7 @@ def test_generation_leaves_no_trace_in_a_model_that_trains(build: Build) -> None
 
     model = build(EVERY_KIND).train()
     tokens = some_tokens(model, batch=1, length=8)
-    before = model(tokens, labels=tokens)
+    before = model(tokens).logits()
     state = {name: value.clone() for name, value in model.named_buffers()}
     settings = Settings(vocab_size=VOCAB, max_new_tokens=3)
     generate(model, PROMPTS, settings)
@@ -261,7 +261,7 @@ def test_generation_leaves_no_trace_in_a_model_that_trains(build: Build) -> None
     assert model.training
     for name, value in model.named_buffers():  # the expert load among them
         torch.testing.assert_close(value, state[name], rtol=0, atol=0)
-    after = model(tokens, labels=tokens)
+    after = model(tokens).logits()
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     after.sum().backward()
 

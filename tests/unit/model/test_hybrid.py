@@ -1,4 +1,4 @@
-"""Rows of the output: the cross-entropy of the next token and of each MTP depth."""
+"""What is read off the outputs: the cross-entropy of the next token and of each MTP depth."""
 
 from typing import Any
 
@@ -7,15 +7,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, batch_of, some_rows, tiny_job, tiny_model
+from hybrid_train.data.batch import Batch
+from tests.tiny import (
+    LENGTH,
+    MEGATRON_WARNINGS,
+    VOCAB,
+    batch_of,
+    losses_of,
+    some_rows,
+    tiny_job,
+    tiny_model,
+)
 
 pytestmark = MEGATRON_WARNINGS
 
 
-def losses_of(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+def rows_of(model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+    places = torch.arange(LENGTH).expand_as(tokens)
     with torch.no_grad():
-        rows: Tensor = model(tokens, torch.arange(LENGTH).expand_as(tokens), None, labels=labels)
-    return rows
+        return losses_of(model, Batch(tokens, labels, torch.ones(tokens.shape), places))[1]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,7 +36,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def test_there_is_one_row_more_than_depths(groups: Any, pattern: str, rows: int) -> None:
     model = tiny_model(tiny_job(pattern), groups)
     batch = batch_of(some_rows(3))
-    losses = losses_of(model, batch.tokens, batch.labels)
+    losses = rows_of(model, batch.tokens, batch.labels)
     assert losses.shape == (rows, 3, LENGTH)
     assert losses.dtype == torch.float32
 
@@ -38,22 +48,22 @@ def test_first_row_is_the_cross_entropy_of_the_logits(groups: Any, tied: bool) -
     model = tiny_model(job, groups)
     batch = batch_of(some_rows(3))
     with torch.no_grad():
-        logits = model(batch.tokens)
+        logits = model(batch.tokens).logits()
     assert logits.shape == (3, LENGTH, 64)  # the padded rows too
-    losses = losses_of(model, batch.tokens, batch.labels)
+    losses = rows_of(model, batch.tokens, batch.labels)
     torch.testing.assert_close(losses[0], cross_entropy(logits[..., :VOCAB], batch.labels))
 
 
 def test_padded_rows_of_the_vocabulary_have_no_influence_and_no_gradient(groups: Any) -> None:
     model = tiny_model(tiny_job("ME*-/*E"), groups)
     batch = batch_of(some_rows(3))
-    before = losses_of(model, batch.tokens, batch.labels)
+    before = rows_of(model, batch.tokens, batch.labels)
     head = model.output_layer.weight
     with torch.no_grad():
         head[VOCAB:] += 10.0
-    assert torch.equal(losses_of(model, batch.tokens, batch.labels), before)
-    losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    (gradient,) = torch.autograd.grad(losses.sum(), head)
+    assert torch.equal(rows_of(model, batch.tokens, batch.labels), before)
+    total, _ = losses_of(model, batch)
+    (gradient,) = torch.autograd.grad(total, head)
     assert gradient[:VOCAB].abs().amin(dim=1).gt(0).any()
     assert torch.equal(gradient[VOCAB:], torch.zeros_like(gradient[VOCAB:]))
 
@@ -70,7 +80,7 @@ def test_row_of_a_depth_equals_its_parts_put_together_by_hand(groups: Any) -> No
         inner = depth.mtp_model_layer(joined @ depth.eh_proj.weight.T, attention_mask=None)
         logits = depth.final_layernorm(inner) @ model.output_layer.weight[:VOCAB].T
     expected = cross_entropy(logits.transpose(0, 1)[:, :-1], batch.labels[:, 1:])
-    losses = losses_of(model, batch.tokens, batch.labels)
+    losses = rows_of(model, batch.tokens, batch.labels)
     torch.testing.assert_close(losses[1, :, :-1], expected)
 
 
@@ -80,8 +90,8 @@ def test_depth_k_at_place_t_is_about_the_label_at_t_plus_k(groups: Any) -> None:
     place = 7
     changed = batch.labels.clone()
     changed[0, place] = (changed[0, place] + 1) % VOCAB
-    before = losses_of(model, batch.tokens, batch.labels)
-    after = losses_of(model, batch.tokens, changed)
+    before = rows_of(model, batch.tokens, batch.labels)
+    after = rows_of(model, batch.tokens, changed)
     assert (before != after).nonzero().tolist() == [[k, 0, place - k] for k in range(3)]
 
 
@@ -91,8 +101,8 @@ def test_depth_k_sees_no_token_behind_the_one_before_its_label(groups: Any) -> N
     place = 9
     changed = batch.tokens.clone()
     changed[0, place] = (changed[0, place] + 1) % VOCAB
-    before = losses_of(model, batch.tokens, batch.labels)
-    after = losses_of(model, changed, batch.labels)
+    before = rows_of(model, batch.tokens, batch.labels)
+    after = rows_of(model, changed, batch.labels)
     for k in range(3):
         # Products over other rows of a batch may be rounded differently, hence no equality.
         torch.testing.assert_close(after[k, 0, : place - k], before[k, 0, : place - k])
@@ -109,5 +119,5 @@ def test_every_parameter_gets_a_gradient_from_the_sum_of_all_rows(
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
     model = tiny_model(tiny_job(), groups)
     batch = batch_of(some_rows(4))
-    model(batch.tokens, batch.position_ids, None, labels=batch.labels).sum().backward()
+    losses_of(model, batch)[0].backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []

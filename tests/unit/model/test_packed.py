@@ -14,6 +14,7 @@ from hybrid_train.data.batch import Batch
 from hybrid_train.ops.attention import causal_attention
 from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.problems import UserError
+from tests import tiny
 from tests.packed import alone_in_a_row, documents, index_of, packed_batch
 from tests.tiny import MEGATRON_WARNINGS, tiny_job, tiny_model
 
@@ -38,26 +39,19 @@ def model_of(groups: Any, **sections: Any) -> Any:
 
 def losses_of(model: Any, batch: Batch) -> Tensor:
     """Losses of every depth, [1 + D, B, S]."""
-    losses: Tensor = model(
-        batch.tokens,
-        batch.position_ids,
-        None,
-        labels=batch.labels,
-        sequence_index=batch.sequence_index,
-        padding=batch.padding,
-    )
-    return losses
+    return tiny.losses_of(model, batch)[1]
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
     """Logits of every depth, [1 + D, B, S, V]."""
-    found: list[Tensor] = []
-    hook = model.output_layer.register_forward_hook(
-        lambda _module, _inputs, output: found.append(output[0].transpose(0, 1))
+    outputs = model(
+        batch.tokens,
+        batch.position_ids,
+        sequence_index=batch.sequence_index,
+        padding=batch.padding,
     )
-    losses_of(model, batch)
-    hook.remove()
-    return torch.stack(found)
+    depths = (outputs.hidden, *outputs.mtp_hidden)
+    return torch.stack([outputs.head.logits(hidden) for hidden in depths])
 
 
 def each_alone(

@@ -20,6 +20,7 @@ from tests.tiny import (
     LENGTH,
     MEGATRON_WARNINGS,
     batch_of,
+    losses_of,
     microbatches,
     some_rows,
     tiny_engine,
@@ -119,7 +120,7 @@ def kept_bytes(pattern: str, parallel: Parallel, groups: Any) -> int:
 
     batch = batch_of(some_rows())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        output = losses_of(model.module, batch)
     total = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
     del output
     return total

@@ -20,6 +20,7 @@ from tests.tiny import (
     MEGATRON_WARNINGS,
     VOCAB,
     batch_of,
+    losses_of,
     microbatches,
     some_rows,
     tiny_engine,
@@ -131,7 +132,7 @@ def test_loss_is_the_mean_over_the_labels_that_count(groups: Any) -> None:
     engine = engine_of(groups, "M*-")
     rows, mask = some_rows(), uneven_mask()
     with torch.no_grad():
-        logits = engine.network.chunks[0].module(rows[:, :-1])[..., :VOCAB]
+        logits = engine.network.chunks[0].module(rows[:, :-1]).logits()[..., :VOCAB]
     losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     expected = (losses * mask.flatten()).sum() / mask.sum()
     report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
@@ -143,9 +144,9 @@ def test_gradient_norm_is_that_of_the_mean_loss(groups: Any) -> None:
     # A twin without gradient buffers: linear layers add to these and return no gradient.
     model = tiny_model(tiny_job("M*-"), groups)
     rows, mask = some_rows(), uneven_mask()
-    losses = model(rows[:, :-1], labels=rows[:, 1:])[0]
+    total, _ = losses_of(model, batch_of(rows, mask))
     weights = list(model.parameters())
-    gradients = torch.autograd.grad((losses * mask).sum() / mask.sum(), weights)
+    gradients = torch.autograd.grad(total / mask.sum(), weights)
     expected = torch.stack([gradient.norm() for gradient in gradients]).norm()
     report = engine.step(microbatches(rows, 2, mask), tokens_seen=0)
     assert report.grad_norm == pytest.approx(expected.item(), rel=32 * EPSILON)
@@ -299,7 +300,7 @@ def test_validation_changes_nothing_and_returns_masked_means(groups: Any) -> Non
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
     assert model.training
     with torch.no_grad():
-        losses = model(rows[:, :-1], batch_of(rows).position_ids, labels=rows[:, 1:])
+        _, losses = losses_of(model, batch_of(rows))
     shifted = F.pad(mask[:, 1:], (0, 1))  # the last label has no successor
     assert found["loss"] == pytest.approx((losses[0] * mask).sum().item() / mask.sum().item())
     expected = (losses[1] * shifted).sum().item() / shifted.sum().item()
@@ -326,7 +327,8 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(groups: Any) -> No
     rows = some_rows()
     plain = tiny_model(job, groups)  # without gradient buffers: the gradients are autograd's own
     batch = batch_of(rows)
-    plain(batch.tokens, batch.position_ids, None, labels=batch.labels).mean().backward()
+    total, losses = losses_of(plain, batch)
+    (total / losses.numel()).backward()
     engine = tiny_engine(job, groups)
     engine.step(microbatches(rows, BATCH), tokens_seen=0)
     name = "embedding.word_embeddings.weight"

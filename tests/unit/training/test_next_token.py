@@ -1,7 +1,7 @@
 """The objective: what is counted, what divides what."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from hybrid_train.schema import objective as settings
 from hybrid_train.schema.model import Model
 from tests.packed import documents, packed_batch
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
+
+if TYPE_CHECKING:
+    from hybrid_train.model.outputs import Head
 
 pytestmark = MEGATRON_WARNINGS
 DEPTHS, SCALE = 2, 0.3
@@ -27,15 +30,20 @@ def objective(groups: Any, depths: int = DEPTHS) -> Any:
 
 
 class GivenLosses(torch.nn.Module):
-    """A model whose losses are known: of each row of tokens those at its place."""
+    """A model whose losses are known, and its head: of each row of tokens those at its place."""
 
     def __init__(self, losses: Tensor) -> None:
         super().__init__()
         self.losses = losses  # [1 + D, B, S]
 
-    def forward(self, tokens: Tensor, *_: object, labels: Tensor, **__: object) -> Tensor:
-        rows = tokens[:, 0]
-        return self.losses[:, rows]
+    def forward(self, tokens: Tensor, *_: object, read: Any, **__: object) -> Any:
+        from hybrid_train.model.outputs import Outputs
+
+        first, *others = self.losses[:, tokens[:, 0]]
+        return read(Outputs(first, tuple(others), cast("Head", self)))
+
+    def weighted_sum(self, hidden: Tensor, _: object, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return (hidden * weights).sum(), hidden
 
 
 def numbered(masks: Tensor) -> list[Batch]:

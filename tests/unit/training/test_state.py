@@ -94,7 +94,7 @@ def test_a_run_with_a_source_of_its_own_is_killed_and_goes_on_to_the_bit(
     assert killed.found == straight.found[:3]
     assert resumed.found == straight.found[2:]
     pairs = zip(
-        *(dict(run.engine.chunks[0].named_parameters()).items() for run in (whole, second)),
+        *(dict(run.engine.network.chunks[0].named_parameters()).items() for run in (whole, second)),
         strict=True,
     )
     assert all(torch.equal(one, other) for (_, one), (_, other) in pairs)

@@ -1,0 +1,228 @@
+"""The core of every loss on logits: chunks of tokens, a vocabulary split over ranks.
+
+A term is told the logits of one chunk and answers with a value for each token and with the
+gradient of these logits; the chunks, the products with the head and their gradients are done here,
+by hand. No collective is differentiated, and no logits of all tokens exist.
+
+Dimensions: T tokens, N tokens of a chunk, H hidden, V rows of the head, V/tp those of one rank.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+from hybrid_train.ops.linear import add_product, product
+
+# Elements of the logits of a chunk, 128 MB in float32: little beside the model that has such a
+# vocabulary, and one chunk where T x V/tp is small, as 8,192 tokens over a vocabulary of 4,096.
+CHUNK_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """This rank's rows of a head, which maps hidden states to logits.
+
+    Attributes:
+        weight: [V/tp, H]; equal parts in rank order.
+        vocab_size: tokens of the vocabulary; rows of the whole head from there on are padding,
+            which has no probability and gets no gradient.
+        group: the tensor-parallel group; None where one process holds the whole head.
+        sequence_split: each rank has a part of the hidden states, in rank order, not all of them.
+        gradient_buffer: where the gradient of the weight is added while it is computed, [V/tp, H];
+            its ordinary gradient is then zero. None: an ordinary gradient.
+    """
+
+    weight: Tensor
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+    sequence_split: bool = False
+    gradient_buffer: Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """The token of this rank's first row."""
+        return 0 if self.group is None else dist.get_rank(self.group) * len(self.weight)
+
+    @property
+    def width(self) -> int:
+        """How many of this rank's rows are tokens; 0 where it holds nothing but padding."""
+        return min(max(self.vocab_size - self.first, 0), len(self.weight))
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Add up what every rank found in its columns, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def softmax(self, logits: Tensor) -> "Softmax":
+        """Return the probabilities of this rank's columns; logits [N, V/tp]."""
+        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        columns = logits[:, : self.width]
+        probs = torch.softmax(columns, dim=-1, dtype=kind)
+        if self.width:
+            # Read off where the probability is largest, at least 1/V, so no digits are lost.
+            log_sum = columns.amax(-1).to(kind) - probs.amax(-1).log()
+        else:
+            log_sum = probs.new_full((len(logits),), -math.inf)
+        if self.group is None:
+            return Softmax(probs, None, log_sum)
+        # Sums over the ranks stay in the log domain's safe range.
+        top = log_sum.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        total = top + torch.log(self.summed(torch.exp(log_sum - top)))
+        return Softmax(probs, torch.exp(log_sum - total), total)
+
+    def _gathered(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states of all tokens, [T, H]."""
+        if self.group is None or not self.sequence_split:
+            return hidden.reshape(-1, hidden.shape[-1])
+        length = len(hidden) * dist.get_world_size(self.group)
+        whole = hidden.new_empty(length, *hidden.shape[1:])
+        dist.all_gather_into_tensor(whole, hidden.contiguous(), group=self.group)
+        return whole.reshape(-1, hidden.shape[-1])
+
+    def _reduced(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Add up the gradients [T, H] that each rank's columns give, in the shape of its part."""
+        if self.group is None or not self.sequence_split:
+            return self.summed(grad).view(shape)
+        own = grad.new_empty(shape)
+        dist.reduce_scatter_tensor(own.view(-1, shape[-1]), grad, group=self.group)
+        return own
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The distribution of every token of a chunk over the whole vocabulary.
+
+    Attributes:
+        probs: over this rank's columns that are tokens, normalised among them, [N, width], float32.
+        share: of these columns in the whole probability, [N]; None: they are the whole vocabulary.
+        log_sum: log of the sum of exp(logit) over the whole vocabulary, [N].
+    """
+
+    probs: Tensor
+    share: Tensor | None
+    log_sum: Tensor
+
+    def scaled(self, factors: Tensor) -> Tensor:
+        """Return factors [N] that bring `probs` to the whole vocabulary."""
+        return factors if self.share is None else factors * self.share
+
+
+# Weights of the values, [N] -> gradient of their weighted sum by the logits, [N, V/tp].
+Pullback = Callable[[Tensor], Tensor]
+# (logits [N, V/tp], which tokens of [T] these are, head) -> values [N], pullback.
+Term = Callable[[Tensor, slice, HeadPart], tuple[Tensor, Pullback]]
+
+
+def weighted_sum(
+    hidden: Tensor, head: HeadPart, term: Term, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sum over tokens of weight times value of a term, and the values.
+
+    The weights are known before the pass, so a chunk of logits is used up as soon as it is made:
+    its gradients are computed in the forward pass, but for the last chunk, which waits for the
+    backward pass. One chunk is thus computed as if there were no chunks, and needs no buffers.
+    Where a weight depends on the values (as that of a preference over whole sequences does),
+    compute these without gradients first.
+
+    Args:
+        hidden: [..., H], T tokens in all; with `sequence_split` this rank's T / tp.
+        head: this rank's part of the head.
+        term: what is computed of the logits.
+        weights: of each token, [T] in any shape.
+
+    Returns:
+        The sum, with gradients for hidden states and head; the values, [T], without.
+    """
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    total, values = _WeightedSum.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head, term, weights.reshape(-1), learns
+    )
+    return total, values
+
+
+def chunks(tokens: int, width: int, columns: int) -> Iterator[slice]:
+    """Cut tokens into chunks whose logits are small.
+
+    A chunk has at least as many tokens as there are hidden units: the gradient of the head, which
+    every chunk adds to, is as large as the logits of so many.
+    """
+    size = max(CHUNK_ELEMENTS // columns, width)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        head: HeadPart,
+        term: Term,
+        weights: Tensor,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = head._gathered(hidden)
+        values, of_rows, of_weight = [], None, None
+        for chunk in chunks(len(rows), rows.shape[1], len(weight)):
+            value, pullback = term(product(rows[chunk], weight), chunk, head)
+            values.append(value)
+            of_logits = pullback(weights[chunk]) if learns else None
+            del pullback  # and the logits that it holds
+            if of_logits is None:
+                continue
+            if chunk.stop == len(rows):  # waits for the backward pass
+                own = rows if len(values) == 1 else rows[chunk].clone()
+                ctx.save_for_backward(of_logits, own, weight, of_rows, of_weight)
+                ctx.head, ctx.shape, ctx.chunk = head, hidden.shape, chunk
+                continue
+            if ctx.needs_input_grad[0]:
+                of_rows = torch.empty_like(rows) if of_rows is None else of_rows
+                of_rows[chunk] = product(of_logits, weight.t())
+            if ctx.needs_input_grad[1]:
+                of_weight = _empty_sum(weight) if of_weight is None else of_weight
+                add_product(of_weight, of_logits, rows[chunk])
+        found = torch.cat(values)
+        ctx.mark_non_differentiable(found)
+        return (found * weights).sum(), found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_logits, rows, weight, of_rows, of_weight = ctx.saved_tensors
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            whole = product(of_logits, weight.t())
+            if of_rows is not None:
+                of_rows[ctx.chunk] = whole
+                whole = of_rows
+            grad_hidden = ctx.head._reduced(whole * grad, ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _of_weight(ctx.head, of_logits, rows * grad, of_weight, grad)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _of_weight(
+    head: HeadPart, of_logits: Tensor, rows: Tensor, before: Tensor | None, grad: Tensor
+) -> Tensor:
+    """Return the gradient of the head, of the last chunk and of those before it."""
+    buffer, weight = head.gradient_buffer, head.weight
+    if buffer is None and before is None:
+        return of_logits.t() @ rows
+    total = _empty_sum(weight) if buffer is None else buffer
+    if before is not None:
+        total.add_(before * grad)
+    add_product(total, of_logits, rows)
+    return total.to(weight.dtype) if buffer is None else torch.zeros_like(weight)
+
+
+def _empty_sum(weight: Tensor) -> Tensor:
+    """Return zeros to add gradients of a weight to, at least in float32."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))

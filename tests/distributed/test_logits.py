@@ -1,0 +1,79 @@
+"""Losses over a vocabulary split over two processes and more, in one chunk and in several."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from hybrid_train.ops import logits as core
+from hybrid_train.ops.cross_entropy import CrossEntropy
+from hybrid_train.ops.logits import HeadPart, weighted_sum
+from tests.distributed.launch import RankFailedError, run_distributed
+from tests.unit.ops.test_logits import entropy
+
+LENGTH, SEQUENCES, WIDTH = 6, 3, 4
+
+
+def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> None:
+    """Each rank has its rows of the head and, with `split`, its part of the sequence."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    hidden = torch.randn(LENGTH, SEQUENCES, WIDTH, **kind)
+    head = 500 * torch.randn(rows, WIDTH, **kind)  # far apart: exp alone would overflow
+    labels = torch.randint(vocab_size, (LENGTH * SEQUENCES,), generator=generator)
+    weights = torch.rand(LENGTH * SEQUENCES, **kind)
+    for term in (CrossEntropy(labels), entropy):
+        for chunk in (LENGTH * SEQUENCES, 5):
+            core.CHUNK_ELEMENTS = chunk * rows
+            whole = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+            part = HeadPart(whole[1], vocab_size)
+            total, expected = weighted_sum(whole[0], part, term, weights)
+            total.backward()
+
+            core.CHUNK_ELEMENTS = chunk * (rows // size)
+            own = hidden.chunk(size)[rank] if split else hidden
+            x = own.clone().requires_grad_()
+            weight = head.chunk(size)[rank].clone().requires_grad_()
+            part = HeadPart(weight, vocab_size, dist.group.WORLD, split)
+            total, values = weighted_sum(x, part, term, weights)
+            total.backward()
+            _assert_close(values, expected)
+            grad = whole[0].grad
+            _assert_close(x.grad, grad.chunk(size)[rank] if split and grad is not None else grad)
+            _assert_close(weight.grad, whole[1].grad.chunk(size)[rank])
+
+
+def _assert_close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-8)
+
+
+def _compare_whole_vocabulary() -> None:
+    for split in (False, True):
+        _compare_with_one_process(14, 14, split=split)
+
+
+def _compare_padded() -> None:
+    """13 tokens in 24 rows over 4 ranks: the third holds one token, the fourth none."""
+    _compare_with_one_process(24, 13, split=False)
+
+
+def _fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise RuntimeError("rank one is broken")
+
+
+def test_split_vocabulary_gives_the_losses_and_gradients_of_the_whole() -> None:
+    run_distributed(_compare_whole_vocabulary, 2)
+
+
+def test_padding_of_a_split_vocabulary_has_no_influence_even_where_a_rank_holds_nothing_else() -> (
+    None
+):
+    run_distributed(_compare_padded, 4)
+
+
+def test_launcher_raises_the_error_of_a_rank() -> None:
+    with pytest.raises(RankFailedError, match="rank one is broken"):
+        run_distributed(_fail_on_rank_one, 2)
