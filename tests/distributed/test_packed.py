@@ -52,7 +52,7 @@ def run(engine: Any, batches: list[Any]) -> list[Tensor]:
             chunk.module.output_layer.register_forward_hook(
                 lambda _module, _inputs, output: found.append(output[0])
             )
-    engine.forward_only(batches)
+    engine.forward_only(engine.objective.turns[0], batches)
     return found
 
 
