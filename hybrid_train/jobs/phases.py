@@ -113,15 +113,12 @@ class PhaseBuilder:
 
 
 def in_phase(engine: Engine, stretch: Stretch) -> Engine:
-    """Return the engine with the batch, the sequence and the rate of a phase."""
+    """Return the engine with the batch and the sequence of a phase; its networks get the rate."""
     train, offset = stretch.job.train, stretch.start - stretch.rate_start
-    rate = Rate(stretch.schedule, stretch.rate_tokens, offset)
+    for network in engine.networks.values():
+        network.rate = Rate(stretch.schedule, stretch.rate_tokens, offset)
     return dataclasses.replace(
         engine,
-        networks={
-            name: dataclasses.replace(network, rate=rate)
-            for name, network in engine.networks.items()
-        },
         microbatch=train.microbatch,
         sequences_per_step=train.global_batch,
         sequence_length=train.sequence_length,

@@ -166,11 +166,10 @@ class Engine:
         progress.enter(progress.BETWEEN)
         return found
 
-    def forward_only(self, microbatches: list[Batch]) -> None:
-        """Run the forward passes alone; for whoever listens with module hooks."""
+    def forward_only(self, turn: Turn, microbatches: list[Batch]) -> None:
+        """Run the forward pass of a turn alone; for whoever listens with module hooks."""
         with torch.no_grad():
-            for turn in self.objective.turns:
-                self._run(turn, microbatches, forward_only=True)
+            self._run(turn, microbatches, forward_only=True)
 
     def _take(self, batches: Iterator[Batch], sequences: int) -> list[Batch]:
         count = sequences // (self.microbatch * self.network.groups.dp.size())
@@ -253,12 +252,11 @@ class Engine:
         if not isinstance(error, NonFiniteError):
             return str(error)
         network = self.networks[turn.network]
-
-        def replay() -> None:
-            with torch.no_grad():
-                self._run(turn, microbatches, forward_only=True)
-
-        culprit = first_bad_module(network.chunks, replay, stage=network.groups.pp.rank())
+        culprit = first_bad_module(
+            network.chunks,
+            lambda: self.forward_only(turn, microbatches),
+            stage=network.groups.pp.rank(),
+        )
         return f"{error}; {culprit}; learning rate {rate:.3g}"
 
 

@@ -73,7 +73,7 @@ class Given:
     load: Callable[[str], Network]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turn:
     """One update of one network.
 

@@ -53,7 +53,7 @@ def run(engine: Any, batches: list[Any]) -> list[Tensor]:
             chunk.module.output_layer.register_forward_pre_hook(
                 lambda layer, inputs: found.append((layer, inputs[0]))
             )
-    engine.forward_only(batches)
+    engine.forward_only(engine.objective.turns[0], batches)
     with torch.no_grad():
         return [layer(hidden)[0] for layer, hidden in list(found)]
 

@@ -162,7 +162,16 @@ def test_labels_count_by_their_float_weights(groups: Any, values: tuple[float, .
     rows = some_rows()
     weights = torch.tensor(values)[torch.randint(len(values), (BATCH, LENGTH))]
     batch = batch_of(rows)
-    main, mtp = model(batch.tokens, batch.position_ids, labels=batch.labels)
+    outputs = model(batch.tokens, batch.position_ids)
+    main, mtp = (
+        F.cross_entropy(
+            outputs.head.logits(hidden)[..., :VOCAB].transpose(1, 2), labels, reduction="none"
+        )
+        for hidden, labels in (
+            (outputs.hidden, batch.labels),
+            (outputs.mtp_hidden[0], F.pad(batch.labels[:, 1:], (0, 1))),
+        )
+    )
     shifted = F.pad(weights[:, 1:], (0, 1))  # the last label has no successor
     loss = (main * weights).sum() / weights.sum()
     mtp_loss = (mtp * shifted).sum() / shifted.sum()

@@ -78,6 +78,8 @@ def test_the_sound_run_raises_nothing_and_leaves_no_hooks(groups: Any) -> None:
 
     engine = engine_after_one_step(groups)
     batches = [next(microbatches(some_rows(), 2))]
-    found = first_bad_module(engine.network.chunks, lambda: engine.forward_only(batches))
+    found = first_bad_module(
+        engine.network.chunks, lambda: engine.forward_only(engine.objective.turns[0], batches)
+    )
     assert found == "the forward pass, repeated, does not show it"
     assert not any(module._forward_hooks for module in engine.network.chunks[0].module.modules())
