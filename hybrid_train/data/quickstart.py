@@ -1,6 +1,8 @@
 """The quickstart corpus: the source code of Python's own standard library, made on first use.
 
-FOLDER/vocab-4096/
+`packages` adds that of installed ones, which need not be downloaded either.
+
+FOLDER/vocab-4096/              with packages vocab-4096-HASH: of their names and versions
     tokenizer/                  byte-level BPE trained on the train part
     train.bin train.idx         one document per source file
     validation.bin validation.idx
@@ -8,6 +10,7 @@ FOLDER/vocab-4096/
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,12 +19,14 @@ import sysconfig
 import tokenize
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
 from hybrid_train.schema.data import Data, Quickstart
+from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import UserError
 
 VALIDATION_SHARE = 0.045  # of the bytes
@@ -42,30 +47,33 @@ class Manifest:
     validation_files: int
     validation_bytes: int
     validation_tokens: int
+    packages: dict[str, dict[str, str]] = field(default_factory=dict)  # version and hash by name
 
 
 def prepare(config: Quickstart, source: Path | None = None) -> Data:
     """Build corpus, tokenizer and token files unless they are there; return where they lie.
 
     Each size of vocabulary has a folder of its own in `config.folder`, so that another size never
-    meets the files of the first. It appears whole or not at all. Call it in one process and let
-    the others wait.
+    meets the files of the first; so has each choice of packages. It appears whole or not at all.
+    Call it in one process and let the others wait.
 
     Args:
         config: the folder and the size of the vocabulary.
         source: folder of Python files; the standard library of this machine if None.
 
     Raises:
-        UserError: if the folder cannot be written or holds something else.
+        UserError: if the folder cannot be written or holds something else, or a package is not
+            installed.
     """
     folder = folder_of(config)
     if os.path.lexists(folder):
         read_manifest(folder)
         return _as_data(config, folder)
+    packages = [distribution(name) for name in config.packages]
     building = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex}")
     try:
         building.mkdir(parents=True)
-        _build(building, source or standard_library(), config.vocab_size)
+        _build(building, source or standard_library(), config.vocab_size, packages)
         _publish(building, folder)
     except OSError as error:
         raise UserError(
@@ -78,8 +86,42 @@ def prepare(config: Quickstart, source: Path | None = None) -> Data:
 
 
 def folder_of(config: Quickstart) -> Path:
-    """Where the corpus of this configuration lies, or will lie."""
-    return Path(config.folder) / f"vocab-{config.vocab_size}"
+    """Where the corpus of this configuration lies, or will lie.
+
+    Raises:
+        UserError: if a package is not installed.
+    """
+    name = f"vocab-{config.vocab_size}"
+    if config.packages:
+        versions = [f"{one}=={distribution(one).version}" for one in config.packages]
+        name += f"-{hashlib.sha256(' '.join(versions).encode()).hexdigest()[:12]}"
+    return Path(config.folder) / name
+
+
+def versions(config: Quickstart) -> dict[str, str]:
+    """Say what decides the texts: the versions of Python and of the packages.
+
+    Raises:
+        UserError: if a package is not installed.
+    """
+    folder = folder_of(config)
+    python = read_manifest(folder).python if folder.is_dir() else platform.python_version()
+    return {"python": python, **{name: distribution(name).version for name in config.packages}}
+
+
+def distribution(name: str) -> Distribution:
+    """Find an installed package.
+
+    Raises:
+        UserError: if there is none of this name.
+    """
+    try:
+        return importlib.metadata.distribution(name)
+    except (PackageNotFoundError, ValueError) as error:
+        known = {str(one.metadata["Name"]) for one in importlib.metadata.distributions()}
+        near = nearest(name, known)
+        hint = f"; nearest: {near}" if near else ""
+        raise UserError(f"data.packages: {name!r} is no installed package{hint}") from error
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -130,16 +172,27 @@ def split(source: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return [f for f in files if f not in chosen], [f for f in files if f in chosen]
 
 
-def _build(folder: Path, source: Path, vocab_size: int) -> None:
+def _build(
+    folder: Path, source: Path, vocab_size: int, packages: Sequence[Distribution] = ()
+) -> None:
     files = source_files(source)
     if len(files) < 2:  # noqa: PLR2004 - one to train on and one to validate on
         raise UserError(
             f"{source} holds {len(files)} Python source file(s), too few for the quickstart corpus;"
             " install the full standard library, or set data=files with token files of your own"
         )
-    train, validation = (_read(part) for part in split(source, files))
-    tokenizer = train_byte_level_bpe(train, vocab_size)
+    train_files, validation_files = split(source, files)
+    # Of the library alone: the same ids with and without packages.
+    tokenizer = train_byte_level_bpe(_read(train_files), vocab_size)
     tokenizer.save(folder / "tokenizer")
+    pinned = {}
+    for package in packages:
+        root = Path(str(package.locate_file("")))
+        files = _package_files(package)
+        more = split(root, files)
+        train_files, validation_files = train_files + more[0], validation_files + more[1]
+        pinned[package.name] = {"version": package.version, "sha256": _hash_of(root, files)}
+    train, validation = _read(train_files), _read(validation_files)
     manifest = Manifest(
         python=platform.python_version(),
         asked_vocab_size=vocab_size,
@@ -150,9 +203,34 @@ def _build(folder: Path, source: Path, vocab_size: int) -> None:
         validation_files=len(validation),
         validation_bytes=_num_bytes(validation),
         validation_tokens=_write(folder / "validation", validation, tokenizer),
+        packages=pinned,
     )
     text = json.dumps(asdict(manifest), indent=2) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def _package_files(package: Distribution) -> list[Path]:
+    """List the Python files that a package has installed, without its tests.
+
+    Raises:
+        UserError: if there are too few to be divided.
+    """
+    listed = [file for file in package.files or () if file.suffix == ".py"]
+    kept = [file for file in listed if not _LEFT_OUT & set(file.parts)]
+    files = sorted(Path(str(package.locate_file(file))) for file in kept)
+    if len(files) < 2:  # noqa: PLR2004 - one to train on and one to validate on
+        raise UserError(
+            f"data.packages: {package.name} has installed {len(files)} Python file(s); take another"
+        )
+    return files
+
+
+def _hash_of(root: Path, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _publish(building: Path, folder: Path) -> None:

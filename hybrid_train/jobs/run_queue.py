@@ -1,7 +1,7 @@
 """Runs commands as processes of their own, several at once, each with a log, until all have ended.
 
-A signal to this process is passed on: every running command may save and end; none is started after
-it.
+A command may wait for others; if one of these fails, it is not started. A signal to this process is
+passed on: every running command may save and end; none is started after it.
 """
 
 import os
@@ -15,14 +15,24 @@ from pathlib import Path
 from hybrid_train.runtime.signals import StopSignals
 
 _POLL_S = 0.2
+Running = dict[int, tuple["subprocess.Popen[bytes]", float]]  # by number: process, start
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process to run: its words, and the file that takes what it says."""
+    """One process to run.
+
+    Attributes:
+        words: of it.
+        log: file that takes what it says.
+        after: numbers of the commands that must have ended well before it starts.
+        threads: of it alone, where nothing can run beside it; None: those of the queue.
+    """
 
     words: Sequence[str]
     log: Path
+    after: Sequence[int] = ()
+    threads: int | None = None
 
 
 def run_queue(
@@ -43,25 +53,27 @@ def run_queue(
     Returns:
         The signal that stopped the queue; None if it came to its end.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    waiting = list(enumerate(commands))[::-1]
-    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+    waiting = list(range(len(commands)))
+    running: Running = {}
+    well: set[int] = set()
     stop, passed_on = StopSignals(), False
     try:
         while running or (waiting and stop.received is None):
-            while waiting and len(running) < at_once and stop.received is None:
-                number, command = waiting.pop()
-                running[number] = (_start(command, environment), time.monotonic())
+            ready = [n for n in waiting if well.issuperset(commands[n].after)]
+            for number in ready[: at_once - len(running)] if stop.received is None else ():
+                waiting.remove(number)
+                running[number] = (_start(commands[number], threads), time.monotonic())
+            if not running:
+                break  # all that wait, wait for one that failed
             if stop.received is not None and not passed_on:
                 passed_on = True
                 for process, _ in running.values():
                     process.send_signal(signal.SIGTERM)
-            for number, (process, started) in list(running.items()):
-                code = process.poll()
-                if code is not None:
-                    del running[number]
-                    if stop.received is None:
-                        ended(number, code, time.monotonic() - started)
+            for number, code, seconds in _taken_ended(running):
+                if stop.received is None:
+                    ended(number, code, seconds)
+                if code == 0:
+                    well.add(number)
             time.sleep(_POLL_S)
     finally:
         for process, _ in running.values():
@@ -71,7 +83,19 @@ def run_queue(
     return stop.received
 
 
-def _start(command: Command, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+def _taken_ended(running: Running) -> list[tuple[int, int, float]]:
+    """Take out what has ended; return number, exit code and seconds of each."""
+    found = []
+    for number, (process, started) in list(running.items()):
+        code = process.poll()
+        if code is not None:
+            del running[number]
+            found.append((number, code, time.monotonic() - started))
+    return found
+
+
+def _start(command: Command, threads: int) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": str(command.threads or threads)}
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with command.log.open("ab") as log:
         # A session of its own: Ctrl-C on the terminal reaches it through this process alone, once.

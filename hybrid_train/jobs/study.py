@@ -1,24 +1,31 @@
-"""The job `study`: trains every variant with every seed, compares them, and writes what came out.
+"""The job `study`: runs the stages and every variant with every seed, and compares the variants.
 
-Each run is an ordinary `hybrid-train train` in a process of its own. A study that was stopped goes
-on with the same command: finished runs stay as they are, one in the middle resumes by itself.
+Each stage and run is an ordinary `hybrid-train` command in a process of its own. A study that was
+stopped goes on with the same command: what is finished stays, a run in the middle resumes.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from hybrid_train.checkpoint.layout import FOLDER as CHECKPOINTS
+from hybrid_train.config.check_files import what_forbids
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
 from hybrid_train.jobs.run_queue import Command, run_queue
-from hybrid_train.jobs.study_plan import PlannedRun, plan
+from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, plan
 from hybrid_train.jobs.study_report import report
+from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import choose_device
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.study import StudyJob
 from hybrid_train.tracking.gaps import TAIL, WINDOWS, curve
 from hybrid_train.tracking.metrics import show, show_duration
@@ -26,103 +33,169 @@ from hybrid_train.tracking.metrics import show, show_duration
 _LAST_LINES = 15  # of the log of a run that failed
 _log = logging.getLogger(__name__)
 
+Task = PlannedStage | PlannedRun
 
-def run(study: StudyJob) -> int:
+
+def run(job: StudyJob) -> int:
     """Run what is not finished, then compare; return 0, 128 + signal, or the code of a failed run.
 
     Raises:
-        UserError: before anything starts, if any variant cannot run.
+        UserError: before anything starts, if any stage or variant cannot run.
     """
     start_logging()
-    runs = plan(study)
-    at_once, threads = _at_once(study, runs)
-    todo = [run for run in runs if not run.is_finished()]
-    _log.info(
-        "%d runs: %d variants x %d seeds; %d finished before; %d at once with %d thread(s) each",
-        *(len(runs), len(study.chosen()), len(study.seeds), len(runs) - len(todo)),
-        *(at_once, threads),
-    )
-    _prepare_data(todo)
-    progress = _Progress(study, runs, todo, at_once)
-    commands = [_command(run, threads) for run in todo]
-    signal = run_queue(commands, at_once, threads, progress.ended)
+    study = job.as_asked()
+    planned = plan(study)
+    stages, runs = planned.todo()
+    at_once = _at_once(study, planned.runs)
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // at_once)
+    with _locked(stages):
+        if planned.stages:
+            _log.info("%d stages; %d to run", len(planned.stages), len(stages))
+        _log.info(
+            "%d runs: %d variants x %d seeds; %d finished before; %d at once, %d thread(s) each",
+            *(len(planned.runs), len(study.chosen()), len(study.seeds)),
+            *(len(planned.runs) - len(runs), at_once, threads),
+        )
+        _prepare_data([*stages, *runs])
+        progress = _Progress(study, planned, [*stages, *runs], at_once)
+        commands = _commands(stages, runs, threads, cores if study.parallel is None else threads)
+        signal = run_queue(commands, at_once, threads, progress.ended)
     if signal is not None:
         _log.info("stopped by %s; the same command goes on", signal.name)
         return 128 + signal
-    report(study, runs)
+    # What depended on a stage is known by now.
+    report(study, plan(study) if stages else planned)
     return next(iter(progress.codes.values()), 0)
 
 
-def _at_once(study: StudyJob, runs: Sequence[PlannedRun]) -> tuple[int, int]:
-    """Return how many runs go at a time, and the threads of each."""
-    cores = len(os.sched_getaffinity(0))
-    on_gpu = choose_device(runs[0].job.runtime).type == "cuda"
-    at_once = study.parallel or (1 if on_gpu else cores)
-    return at_once, max(1, cores // at_once)
+def _at_once(study: StudyJob, runs: Sequence[PlannedRun]) -> int:
+    """Return how many commands go at a time."""
+    job = runs[0].job
+    on_gpu = choose_device(job.runtime if job else Runtime()).type == "cuda"
+    return study.parallel or (1 if on_gpu else len(os.sched_getaffinity(0)))
 
 
-def _prepare_data(runs: Sequence[PlannedRun]) -> None:
+@contextlib.contextmanager
+def _locked(stages: Sequence[PlannedStage]) -> Iterator[None]:
+    """Keep other studies from making the same stages, and tidy up what cannot be gone on with.
+
+    Raises:
+        UserError: if another study makes one of them, or the folder cannot be used.
+    """
+    with contextlib.ExitStack() as held:
+        for stage in stages:
+            folder = stage.path.parent
+            if obstacle := what_forbids(folder):
+                raise UserError(f"stages_dir = {folder}: {obstacle}")
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(stage.path.with_name(f"{stage.path.name}.lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"stage {stage.name}: another study makes it now, in {stage.path}; "
+                    "start this one again when that has ended"
+                ) from error
+        for stage in stages:
+            if not stage.resumes:
+                shutil.rmtree(stage.path, ignore_errors=True)
+        yield
+
+
+def _prepare_data(tasks: Sequence[Task]) -> None:
     """Build a quickstart corpus once, before several runs ask for it at the same time."""
-    for data in (run.job.data for run in runs):
+    for data in (getattr(task.job, "data", None) for task in tasks):
         if isinstance(data, Quickstart):
             prepare(data)  # at once where it is there
 
 
-def _command(run: PlannedRun, threads: int) -> Command:
-    lines = [*run.lines, f"runtime.threads={threads}"]
-    return Command(multirun.command("train", lines), run.log)
+def _commands(
+    stages: Sequence[PlannedStage], runs: Sequence[PlannedRun], threads: int, alone: int
+) -> list[Command]:
+    """Return the commands of what is to do; one that nothing can run beside gets all cores."""
+    tasks: list[Task] = [*stages, *runs]
+    numbers = {stage.digest: number for number, stage in enumerate(stages)}
+    after = [
+        [numbers[one.digest] for one in task.inputs if one.digest in numbers] for task in tasks
+    ]
+    depths: list[int] = []
+    for before in after:
+        depths.append(1 + max((depths[number] for number in before), default=-1))
+    at_depth = Counter(depths)
+    commands = []
+    for task, before, depth in zip(tasks, after, depths, strict=True):
+        own = alone if at_depth[depth] == 1 and len(tasks) > 1 else threads
+        name = "train" if isinstance(task, PlannedRun) else task.command
+        takes = isinstance(task, PlannedRun) or name in ("train", "generate", "verify")
+        lines = [*task.lines, *([f"runtime.threads={own}"] if takes else [])]
+        commands.append(Command(multirun.command(name, lines), task.log, before, own))
+    return commands
 
 
 class _Progress:
-    """Says a line for each run that ends, and tidies up behind it.
+    """Says a line for each command that ends, and tidies up behind it.
 
     Attributes:
-        codes: exit codes of the runs that failed, by name.
+        codes: exit codes of those that failed, by name.
     """
 
     def __init__(
-        self,
-        study: StudyJob,
-        runs: Sequence[PlannedRun],
-        todo: Sequence[PlannedRun],
-        at_once: int,
+        self, study: StudyJob, planned: StudyPlan, todo: Sequence[Task], at_once: int
     ) -> None:
         self.codes: dict[str, int] = {}
-        self._study, self._runs, self._at_once = study, runs, at_once
-        self._todo = todo
-        self._seconds: dict[str, list[float]] = {}  # of finished runs, by variant
+        self._study, self._planned, self._todo, self._at_once = study, planned, todo, at_once
+        self._seconds: dict[str, list[float]] = {}  # of what has ended, by kind
         self._left = list(todo)
 
     def ended(self, number: int, code: int, seconds: float) -> None:
-        """Take note of a run that has ended."""
-        run = self._todo[number]
-        self._left.remove(run)
-        self._seconds.setdefault(run.variant, []).append(seconds)
-        place = f"run {len(self._runs) - len(self._left)} of {len(self._runs)}  {run.name}"
-        if code or not run.is_finished():
-            self.codes[run.name] = code or 1
-            _log.error("%s failed with exit code %d; %s ends:\n%s", place, code, run.log, _end(run))
+        """Take note of a command that has ended."""
+        task = self._todo[number]
+        self._left.remove(task)
+        self._seconds.setdefault(_kind(task), []).append(seconds)
+        if isinstance(task, PlannedStage) and code == 0:
+            task.finish(seconds)
+        place = self._place(task)
+        if code or not (task.is_finished() or task.job is None):
+            self.codes[task.name] = code or 1
+            _log.error(
+                "%s failed with exit code %d; %s ends:\n%s", place, code, task.log, _end(task)
+            )
+            return
+        took = f"in {show_duration(seconds)}  left {show_duration(self._seconds_left())}"
+        if isinstance(task, PlannedStage):
+            _log.info("%s  %s", place, took)
             return
         if not self._study.keep_checkpoints:
-            shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-        losses = curve(run.metrics())
+            shutil.rmtree(task.folder / CHECKPOINTS, ignore_errors=True)
+        losses = curve(task.metrics())
         _log.info(
-            "%s  loss %s  val %s  in %s  left %s",
+            "%s  loss %s  val %s  %s",
             place,
             show("loss", losses.mean(WINDOWS[TAIL])),
             show("validation_loss", losses.validation),
-            show_duration(seconds),
-            show_duration(self._seconds_left()),
+            took,
         )
 
+    def _place(self, task: Task) -> str:
+        """Name a command and say how many of its sort have ended."""
+        word = "stage" if isinstance(task, PlannedStage) else "run"
+        every = self._planned.stages if isinstance(task, PlannedStage) else self._planned.runs
+        left = sum(isinstance(one, type(task)) for one in self._left)
+        return f"{word} {len(every) - left} of {len(every)}  {task.name}"
+
     def _seconds_left(self) -> float:
-        """Estimate from runs of the same variant, else from all; what runs now counts whole."""
-        known = {variant: statistics.fmean(took) for variant, took in self._seconds.items()}
+        """Estimate from what was of the same kind, else from all; what runs now counts whole."""
+        known = {kind: statistics.fmean(took) for kind, took in self._seconds.items()}
         usual = statistics.fmean(known.values())
-        return sum(known.get(run.variant, usual) for run in self._left) / self._at_once
+        return sum(known.get(_kind(task), usual) for task in self._left) / self._at_once
 
 
-def _end(run: PlannedRun) -> str:
-    """Return the last lines of the log of a run."""
-    lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _kind(task: Task) -> str:
+    return task.variant if isinstance(task, PlannedRun) else task.name
+
+
+def _end(task: Task) -> str:
+    """Return the last lines of the log of a command."""
+    lines = task.log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])

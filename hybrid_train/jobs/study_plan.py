@@ -1,16 +1,18 @@
 """The runs of a study: composed and checked before any of them starts, and what is done already."""
 
 import copy
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config import compose, frozen
-from hybrid_train.config.check_files import run_dir_can_be_a_folder
+from hybrid_train.config import frozen
+from hybrid_train.config.check_files import what_forbids
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.jobs.run_folder import differences, is_untrained
+from hybrid_train.jobs.study_stages import PlannedStage, Stages
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.study import StudyJob
@@ -20,7 +22,10 @@ from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 
 # What changes no loss, or is the study's own; any other difference makes it another run. Unlike a
 # run that goes on, a run of a study may not become longer: its schedule would be that of neither.
-_MAY_DIFFER = ("run_dir", "runtime.", "tracking.", "checkpoint.", "data.cache", "data.remote.")
+_MAY_DIFFER = (
+    *("run_dir", "runtime.", "tracking.", "data.cache", "data.remote."),
+    *("checkpoint.interval", "checkpoint.keep", "checkpoint.async_save"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,21 +36,21 @@ class PlannedRun:
         variant: its name.
         seed: of data and weights.
         lines: overrides of `hybrid-train train`.
-        job: what they compose to.
+        folder: of the run.
+        inputs: stages that it reads.
+        job: what the lines compose to; None as long as that depends on what a stage will write.
     """
 
     variant: str
     seed: int
     lines: Sequence[str]
-    job: TrainJob
+    folder: Path
+    inputs: Sequence[PlannedStage]
+    job: TrainJob | None
 
     @property
     def name(self) -> str:
         return f"{self.variant} seed {self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.job.run_dir)
 
     @property
     def log(self) -> Path:
@@ -60,32 +65,84 @@ class PlannedRun:
     def is_finished(self) -> bool:
         """Tell whether the metrics reach the end of the run."""
         lines = self.metrics()
-        return bool(lines) and lines[-1]["tokens"] >= tokens(self.job.train.tokens)
+        length = tokens(self.job.train.tokens) if self.job else float("inf")
+        return bool(lines) and lines[-1]["tokens"] >= length
+
+    def stages(self) -> dict[str, PlannedStage]:
+        """Return all stages that it comes from, by hash, in the order in which they run."""
+        return {one.digest: one for last in self.inputs for one in (*last.ancestors(), last)}
 
 
-def plan(study: StudyJob) -> list[PlannedRun]:
-    """Compose every run; seed after seed, so that a study that is stopped has whole seeds.
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study runs: stages, each behind those that it reads, then the runs of the variants."""
+
+    stages: Sequence[PlannedStage]
+    runs: Sequence[PlannedRun]
+
+    def todo(self) -> tuple[list[PlannedStage], list[PlannedRun]]:
+        """Return what is not finished; stages of finished runs alone are not made again."""
+        runs = [run for run in self.runs if not run.is_finished()]
+        of_runs = {digest for run in self.runs for digest in run.stages()}
+        wanted = {digest for run in runs for digest in run.stages()}
+        for stage in self.stages:
+            if stage.digest not in of_runs:  # a result of its own, and what it comes from
+                wanted |= {stage.digest, *(one.digest for one in stage.ancestors())}
+        return [one for one in self.stages if one.digest in wanted and not one.is_finished()], runs
+
+
+def plan(study: StudyJob) -> StudyPlan:
+    """Compose every stage and run; seed after seed, so that a stopped study has whole seeds.
 
     Raises:
-        ConfigError: if any variant cannot run, with every problem of every variant.
+        ConfigError: if any stage or variant cannot run, with every problem of each.
         UserError: if a run folder holds a run with other settings.
     """
     require_alone("study")
-    runs: list[PlannedRun] = []
-    found: dict[str, list[Problem]] = {}
-    for name, variant in study.chosen().items():
-        try:
-            lines = [*study.base, *variant.overrides, *study.overrides]
-            job = compose.compose("train", lines)
-            runs += [_of_seed(study.run_dir, name, seed, lines, job) for seed in study.seeds]
-        except ConfigError as error:
-            found[name] = list(error.problems)
-    outside = list(_folder_problems(study, runs))
-    if found or outside:
-        raise ConfigError([*_by_variant(found, len(study.chosen())), *outside])
-    runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants stay in their order
-    _require_same_runs(runs)
-    return runs
+    with tempfile.TemporaryDirectory(prefix="hybrid_train_study_") as scratch:
+        stages = Stages(study, Path(scratch))
+        runs: list[PlannedRun] = []
+        found: dict[str, list[Problem]] = {}
+        for name in study.chosen():
+            try:
+                runs += _of_variant(study, name, stages)
+            except ConfigError as error:
+                found[name] = list(error.problems)
+        stages.plan_results()
+        outside = list(_folder_problems(study, runs))
+        if found or outside or stages.problems:
+            of_stages = [
+                replace(problem, path=f"{name}: {problem.path}")
+                for name, problems in stages.problems.items()
+                for problem in problems
+            ]
+            raise ConfigError([*of_stages, *_by_variant(found, len(study.chosen())), *outside])
+        runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants in their order
+        _require_same_runs(runs, stages)
+    return StudyPlan(list(stages.planned.values()), runs)
+
+
+def _of_variant(study: StudyJob, name: str, stages: Stages) -> Iterator[PlannedRun]:
+    """Yield the runs of a variant; what is the same for all seeds is composed once."""
+    lines = [*study.base, *study.variants[name].overrides, *study.overrides]
+    composed: dict[tuple[str, ...], TrainJob | None] = {}
+    for seed in study.seeds:
+        inputs = stages.inputs(lines, seed)
+        if inputs is None:
+            return  # a stage cannot run, which is reported there
+        are_there = all(one.is_finished() for one in inputs.values())
+        filled = tuple(stages.filled(lines, seed, ahead=not are_there))
+        if filled not in composed:
+            job = stages.checked("train", filled)
+            assert job is None or isinstance(job, TrainJob)
+            composed[filled] = job
+        job = copy.deepcopy(composed[filled])
+        folder = f"{study.run_dir}/{name}/seed_{seed}"
+        if job is not None:
+            job.train.seed, job.run_dir = seed, folder
+        own = [f"train.seed={seed}", setting("run_dir", folder)]
+        real = [*stages.filled(lines, seed, ahead=False), *own]
+        yield PlannedRun(name, seed, real, Path(folder), tuple(inputs.values()), job)
 
 
 def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:
@@ -93,24 +150,14 @@ def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Pr
     if (Path(study.run_dir) / frozen.FROZEN_NAME).is_file():
         yield Problem("run_dir", study.run_dir, "is the folder of a run; a study needs its own")
     for run in runs:
-        if problem := next(run_dir_can_be_a_folder(run.job), None):
-            yield problem
+        if obstacle := what_forbids(run.folder):
+            yield Problem("run_dir", str(run.folder), obstacle)
             return  # it is the same for all, or for all of a variant
         if not run.folder.is_dir() or not any(run.folder.iterdir()) or is_untrained(run.folder):
             continue
         if not (run.folder / frozen.FROZEN_NAME).is_file():
             rule = f"is not empty and no run folder: it has no {frozen.FROZEN_NAME}"
             yield Problem("run_dir", str(run.folder), rule)
-
-
-def _of_seed(
-    run_dir: str, variant: str, seed: int, lines: Sequence[str], composed: TrainJob
-) -> PlannedRun:
-    """Give the job of a variant a seed and a folder, without composing it again."""
-    job = copy.deepcopy(composed)
-    job.train.seed, job.run_dir = seed, f"{run_dir}/{variant}/seed_{seed}"
-    own = [f"train.seed={seed}", setting("run_dir", job.run_dir)]
-    return PlannedRun(variant, seed, [*lines, *own], job)
 
 
 def are_paired(one: TrainJob, other: TrainJob) -> bool:
@@ -141,14 +188,16 @@ def _by_variant(found: Mapping[str, Sequence[Problem]], variants: int) -> Iterat
                 yield replace(problem, path=f"{name}: {problem.path}")
 
 
-def _require_same_runs(runs: Sequence[PlannedRun]) -> None:
+def _require_same_runs(runs: Sequence[PlannedRun], stages: Stages) -> None:
     """Refuse folders whose runs were made with other settings."""
     found: dict[str, list[PlannedRun]] = {}
     for run in runs:
-        if (run.folder / frozen.FROZEN_NAME).is_file() and not is_untrained(run.folder):
+        is_there = (run.folder / frozen.FROZEN_NAME).is_file() and not is_untrained(run.folder)
+        if is_there and run.job is not None:
             for key, old, new in differences(frozen.load(run.folder), run.job):
-                if not key.startswith(_MAY_DIFFER):
-                    found.setdefault(f"{key}: {old} there, {new} here", []).append(run)
+                now = stages.as_it_will_be(new)
+                if old != now and not key.startswith(_MAY_DIFFER):
+                    found.setdefault(f"{key}: {old} there, {now} here", []).append(run)
     if found:
         text = "\n".join(
             f"  {change} ({', '.join(run.name for run in those)})"

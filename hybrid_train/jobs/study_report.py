@@ -1,4 +1,8 @@
-"""What a study found: a table on the console, study.md, study.json and plots/gap.png."""
+"""What a study found: a table on the console, study.md, study.json and plots/gap.png.
+
+A study with stages says of each variant, too, how many tokens it took with and without them, and
+when the baseline is as low.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -15,12 +19,16 @@ from typing import Any
 
 import torch
 
+from hybrid_train.config import frozen
 from hybrid_train.config.command_text import command, typed
 from hybrid_train.config.secrets import masked
 from hybrid_train.jobs.help import console, show_numbers
-from hybrid_train.jobs.study_plan import PlannedRun, are_paired
+from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, are_paired
+from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.study import StudyJob, Variant
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_tokens, tokens
 from hybrid_train.tracking.gaps import (
     TAIL,
     WINDOW,
@@ -35,6 +43,8 @@ from hybrid_train.tracking.metrics import show, show_duration
 from hybrid_train.tracking.plots import plot_gaps
 
 MARKDOWN, JSON, PLOT = "study.md", "study.json", "plots/gap.png"
+_SEEDS_OF_A_CLAIM = 3
+_STAGE_HEADS = ("stage", "command", "tokens", "time")
 _VERSIONS = ("hybrid_train", "torch", "megatron-core")
 
 
@@ -48,25 +58,46 @@ class _Found:
     comparison: Comparison
     paired: bool  # with those of the baseline, so that the same seed means the same batches
 
+    @property
+    def seen(self) -> float:
+        """Tokens of a run alone, without its stages."""
+        return next(iter(self.curves.values())).seen
 
-def report(study: StudyJob, runs: Sequence[PlannedRun]) -> None:
+    @property
+    def seen_with_stages(self) -> float:
+        run = next(iter(self.runs.values()))
+        return self.seen + sum(_tokens_of(one) or 0 for one in run.stages().values())
+
+    def tokens_of_baseline(self, baseline: "_Found") -> float:
+        """Return when the baseline is as low as this at its end, mean over seeds; NaN if never."""
+        reached = [
+            baseline.curves[seed].tokens_to_reach(one.mean(WINDOWS[TAIL]))
+            for seed, one in self.curves.items()
+            if seed in baseline.curves
+        ]
+        return sum(reached) / len(reached) if reached else math.nan
+
+
+def report(study: StudyJob, plan: StudyPlan) -> None:
     """Compare the finished runs with the baseline, print the table and write the files.
 
     Raises:
         UserError: if no run of the baseline is finished.
     """
-    found = _found(study, runs)
+    found = _found(study, plan.runs)
     folder = Path(study.run_dir)
-    missing = [run.name for run in runs if not run.is_finished()]
+    missing = [run.name for run in plan.runs if not run.is_finished()]
     facts = _facts(study, found, missing)
     plots = {name: one.comparison for name, one in found.items()}
     plot_gaps(plots, study.baseline, folder / PLOT, study.title)
-    (folder / JSON).write_text(json.dumps(_as_data(study, found, facts), indent=2) + "\n")
-    (folder / MARKDOWN).write_text(_markdown(study, found, facts))
+    (folder / JSON).write_text(json.dumps(_as_data(study, found, facts, plan), indent=2) + "\n")
+    (folder / MARKDOWN).write_text(_markdown(study, found, facts, plan))
     page = console()
     page.print(f"\n{study.title}\n", soft_wrap=True)
     show_numbers(page, list(_rows(study, found)), _heads(study))
     page.print(f"\n{_legend(study, found)}", soft_wrap=True)
+    if plan.stages:
+        page.print("\n" + "\n".join(_sentences(study, found)), soft_wrap=True)
     if missing:
         page.print(f"\nMissing, since they failed: {', '.join(missing)}", soft_wrap=True)
     published = [(name, one.variant.published) for name, one in found.items()]
@@ -94,7 +125,10 @@ def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
         name: {seed: curve(run.metrics()) for seed, run in by_seed.items()}
         for name, by_seed in finished.items()
     }
-    first = {name: next(iter(by_seed.values())).job for name, by_seed in finished.items()}
+    # As they ran: by then a model has the vocabulary of its tokenizer.
+    first = {
+        name: frozen.load(next(iter(by_seed.values())).folder) for name, by_seed in finished.items()
+    }
     return {
         name: _Found(
             variant,
@@ -106,6 +140,44 @@ def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
         for name, variant in study.chosen().items()
         if name in finished
     }
+
+
+def _tokens_of(stage: PlannedStage) -> float | None:
+    """Return the tokens that a stage trains on; None if it trains nothing."""
+    job = stage.job
+    return (
+        tokens(job.train.tokens) if stage.command == "train" and isinstance(job, TrainJob) else None
+    )
+
+
+def _sentences(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[str]:
+    """Yield a sentence for each variant but the baseline."""
+    baseline = found[study.baseline]
+    for name, one in found.items():
+        if name == study.baseline:
+            continue
+        tail = one.comparison.windows[TAIL]
+        spread = (
+            f"deviation {_percent(tail.deviation, '{:.2f}')} %" if tail.number > 1 else "no spread"
+        )
+        few = ", fewer than the three that a claim needs" if tail.number < _SEEDS_OF_A_CLAIM else ""
+        word = {True: "within", False: "beyond", None: ""}[one.comparison.within_seeds]
+        judged = f", {word} what seeds alone do" if word else ""
+        text = (
+            f"{name}: a loss {_percent(tail.mean)} % from that of {study.baseline} ({spread} over "
+            f"{tail.number} seed(s){few}{judged}) after {_count(one.seen)} tokens, "
+            f"{_count(one.seen_with_stages)} with its stages; "
+        )
+        needed = one.tokens_of_baseline(baseline)
+        if math.isnan(needed):
+            yield f"{text}{study.baseline} is never as low in {_count(baseline.seen)} tokens."
+        else:
+            saved = _percent(1 - one.seen / needed, "{:.0f}")
+            yield f"{text}{study.baseline} is as low after {_count(needed)}: {saved} % saved."
+
+
+def _count(number: float) -> str:
+    return show_tokens(round(number))
 
 
 def _heads(study: StudyJob) -> list[str]:
@@ -197,10 +269,11 @@ def _version(name: str) -> str:
 
 
 def _as_data(
-    study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, Any]
+    study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, Any], plan: StudyPlan
 ) -> dict[str, Any]:
     """Return everything as plain data; what is not finite becomes null."""
     variants = {}
+    baseline = found[study.baseline]
     for name, one in found.items():
         variants[name] = {
             "overrides": list(one.variant.overrides),
@@ -212,24 +285,44 @@ def _as_data(
             "validation_gap": _spread(one.comparison.validation_gap),
             "paired": one.paired,
             "within_seeds_of_baseline": one.comparison.within_seeds,
+            "tokens": one.seen,
+            "tokens_with_stages": one.seen_with_stages,
+            "tokens_of_baseline_to_reach": _finite(one.tokens_of_baseline(baseline)),
         }
     return {
         "title": study.title,
         "baseline": study.baseline,
         "window": WINDOW,
         **facts,
+        "stages": [_stage_as_data(stage) for stage in plan.stages],
         "variants": variants,
     }
 
 
-def _spread(one: Spread) -> dict[str, float | None]:
+def _stage_as_data(stage: PlannedStage) -> dict[str, Any]:
+    record = stage.record()
     return {
-        name: value if math.isfinite(value) else None
-        for name, value in dataclasses.asdict(one).items()
+        "name": stage.name,
+        "command": stage.command,
+        "overrides": list(stage.lines),
+        "path": str(stage.path),
+        "hash": stage.digest,
+        "tokens": _tokens_of(stage),
+        "seconds": record["seconds"] if record else None,
     }
 
 
-def _markdown(study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, Any]) -> str:
+def _spread(one: Spread) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in dataclasses.asdict(one).items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _markdown(
+    study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, Any], plan: StudyPlan
+) -> str:
     """Write the table, what it means, and how to repeat it."""
     seconds = facts["seconds_of_steps_per_run"]
     parts = [f"# {study.title}", "", f"`{facts['command']}`, {facts['date']}.", ""]
@@ -237,6 +330,9 @@ def _markdown(study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, 
     parts += ["", _legend(study, found), "", f"![gaps]({PLOT})", ""]
     if facts["missing"]:
         parts += [f"Missing, since they failed: {', '.join(facts['missing'])}.", ""]
+    if plan.stages:
+        parts += [f"- {sentence}" for sentence in _sentences(study, found)]
+        parts += ["", "## Stages", "", *_table(_STAGE_HEADS, map(_stage_row, plan.stages)), ""]
     parts += ["## Settings", ""]
     parts += [f"Every run: `{command('train', *facts['base'])}`", ""]
     parts += [f"Seeds: {', '.join(map(str, facts['seeds']))}.", ""]
@@ -250,6 +346,16 @@ def _markdown(study: StudyJob, found: Mapping[str, _Found], facts: Mapping[str, 
     versions = ", ".join(f"{name} {facts[name]}" for name in ("python", *_VERSIONS))
     parts += ["", f"Machine: {facts['cores']} cores, {facts['processor']}{device}. {versions}.", ""]
     return "\n".join(parts)
+
+
+def _stage_row(stage: PlannedStage) -> tuple[str, ...]:
+    count, record = _tokens_of(stage), stage.record()
+    return (
+        stage.name,
+        f"`{command(*stage.command.split(), *stage.lines)}`",
+        "-" if count is None else _count(count),
+        show_duration(record["seconds"]) if record else "not finished",
+    )
 
 
 def _published_rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, ...]]:

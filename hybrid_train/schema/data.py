@@ -70,3 +70,4 @@ class Quickstart(Data):
     kind: str = "quickstart"
     folder: FileName = MISSING  # corpus, tokenizer and token files go here
     vocab_size: Annotated[int, Range(300, 2**24)] = 4096
+    packages: list[Name] = field(default_factory=list)  # installed ones, whose source is added

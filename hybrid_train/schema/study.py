@@ -1,8 +1,11 @@
-"""The root of a study: variants of one run, each with several seeds, against a baseline."""
+"""The root of a study: variants of one run, each with several seeds, against a baseline.
+
+What variants start from is made by stages: jobs whose output later overrides name as `{NAME}`.
+"""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
@@ -10,8 +13,12 @@ from hybrid_train.schema.limits import FileName, Name, Seed, Workers
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import Problem
 
+SEED = "seed"  # {seed} in an override of a stage: it is made for each seed of the study
+SHORT = "short"  # folder of the short form, within that of the study
+# Hydra has no such value: a dictionary has colons.
+_REFERENCE = re.compile(r"\{([\w.-]+)\}")
 _FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")
-_OUTPUTS = ("study.md", "study.json", "plots")  # beside the folders of the variants
+_OUTPUTS = ("study.md", "study.json", "plots", SHORT)  # beside the folders of the variants
 _OWN_KEYS = ("run_dir", "train.seed", "runtime.threads")  # what the study itself sets
 
 
@@ -27,20 +34,64 @@ class Variant:
         yield from _own_keys("overrides", self.overrides)
 
 
+def references(lines: Sequence[str]) -> list[str]:
+    """Return the names that lines refer to, `{seed}` among them, each once."""
+    return list(dict.fromkeys(name for line in lines for name in _REFERENCE.findall(line)))
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A job that runs before the variants. `{NAME}` in what comes later is the folder it wrote.
+
+    It refers to stages above it, and with `{seed}` to a seed of the study, for each of which it is
+    then made; otherwise it is made once. Equal stages run once, whatever study asks for them.
+    """
+
+    command: Name = "train"  # a word of the command line: convert, "data tokenize", ...
+    overrides: list[str] = field(default_factory=list)  # all of its settings but where it writes
+
+
+@dataclass(kw_only=True)
+class ShortForm:
+    """What short=true changes, to see within a minute that a study works."""
+
+    overrides: list[str] = field(default_factory=list)  # of every training, after all others
+    seeds: list[Seed] = field(default_factory=list)  # empty: the first of the study
+
+
 @dataclass(kw_only=True)
 class StudyJob:
     """Variants of a training run; same seed means same data and same initial weights."""
 
     title: str = MISSING
     run_dir: FileName = MISSING  # each run gets the run folder run_dir/VARIANT/seed_N
-    base: list[str] = field(default_factory=list)  # of every run, as of `hybrid-train train`
-    overrides: list[str] = field(default_factory=list)  # your own, of every run, after all others
+    stages_dir: FileName = "runs/stages"  # what stages wrote, by hash; shared by all studies
+    stages: dict[Name, Stage] = field(default_factory=dict)  # jobs before the variants
+    base: list[str] = field(default_factory=list)  # of every variant, as of `hybrid-train train`
+    overrides: list[str] = field(default_factory=list)  # your own, of every training, after others
     seeds: list[Seed] = MISSING
     baseline: Name = MISSING  # name of the variant that the others are compared with
     variants: dict[Name, Variant] = field(default_factory=dict)
     only: list[Name] = field(default_factory=list)  # variants beside the baseline; empty: all
+    parts: dict[Name, list[Name]] = field(default_factory=dict)  # variants that part=NAME runs
+    part: Name | None = None  # one of the parts; the study without it compares what all have run
+    short: bool = False  # the short form, in run_dir/short
+    short_form: ShortForm = field(default_factory=ShortForm)
     parallel: Workers | None = None  # runs at once; None: one for each core, one alone on a GPU
     keep_checkpoints: bool = False  # of finished runs; what is compared are their metrics
+
+    def as_asked(self) -> "StudyJob":
+        """Return the study with its part and its short form put into the other settings."""
+        asked = replace(self, only=self.parts[self.part]) if self.part else self
+        if not self.short:
+            return asked
+        form = self.short_form
+        return replace(
+            asked,
+            run_dir=f"{self.run_dir}/{SHORT}",
+            seeds=form.seeds or self.seeds[:1],
+            overrides=[*form.overrides, *self.overrides],
+        )
 
     def chosen(self) -> dict[str, Variant]:
         """Return the variants that take part, in their order, the baseline first."""
@@ -52,13 +103,18 @@ class StudyJob:
         """Check the limits of this section."""
         yield from _own_keys("base", self.base)
         yield from _own_keys("overrides", self.overrides)
+        yield from _own_keys("short_form.overrides", self.short_form.overrides)
         yield from self._names()
+        yield from self._stages()
         yield from self._unknown("baseline", [self.baseline])
         yield from self._unknown("only", self.only)
-        for name in sorted({name for name in self.only if self.only.count(name) > 1}):
-            yield Problem("only", name, "stands there twice")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            yield Problem("seeds", self.seeds, "must be one or more seeds, none of them twice")
+        yield from self._parts()
+        if self.short and not self.short_form.overrides:
+            rule = "this study says nothing of it; short_form: {overrides: [train.tokens=4k]} does"
+            yield Problem("short", "true", rule, "false")
+        for path, seeds in {"seeds": self.seeds, "short_form.seeds": self.short_form.seeds}.items():
+            if (path == "seeds" and not seeds) or len(set(seeds)) < len(seeds):
+                yield Problem(path, seeds, "must be one or more seeds, none of them twice")
 
     def _names(self) -> Iterator[Problem]:
         """Each variant has a folder: no two may be the same, where case does not count either."""
@@ -71,6 +127,63 @@ class StudyJob:
             elif taken.setdefault(name.lower(), name) != name or name in _OUTPUTS:
                 yield Problem(path, name, f"{taken[name.lower()]} has this name already")
 
+    def _stages(self) -> Iterator[Problem]:
+        """A stage has its own name and refers to those above it, so that none waits for itself."""
+        above: list[str] = []
+        for name, stage in self.stages.items():
+            path = f"stages.{name}"
+            if not _FOLDER_NAME.fullmatch(name):
+                yield Problem(path, name, "must be letters, digits, _, - and .; at most 100")
+            elif name == SEED or name in self.variants:
+                what = "a variant" if name in self.variants else f"what {{{SEED}}} stands for"
+                yield Problem(path, name, f"is the name of {what}; a stage needs another one")
+            if not stage.overrides:
+                yield Problem(f"{path}.overrides", "[]", "is empty; the base is of variants alone")
+            yield from self._references(f"{path}.overrides", stage.overrides, above)
+            above.append(name)
+        everywhere = {"base": self.base, "overrides": self.overrides}
+        everywhere |= {
+            f"variants.{name}.overrides": v.overrides for name, v in self.variants.items()
+        }
+        for path, lines in everywhere.items():
+            yield from self._references(path, lines, above)
+
+    def _references(self, path: str, lines: list[str], above: list[str]) -> Iterator[Problem]:
+        """Refuse names of no stage, or of one that does not come before."""
+        for line in lines:
+            for name in references([line]):
+                if name in above or name == SEED:
+                    continue
+                if name in self.stages:
+                    itself = path == f"stages.{name}.overrides"
+                    rule = "a stage cannot read itself" if itself else f"{name} stands below it"
+                    rule = (
+                        f"{rule}; it may refer to the stages above it: {', '.join(above) or 'none'}"
+                    )
+                    yield Problem(path, line, rule)
+                elif name in self.variants:
+                    yield Problem(
+                        path, line, f"{name} is a variant; only stages can be referred to"
+                    )
+                else:
+                    rule = f"there is no stage {name}; there are {', '.join(above) or 'none'}"
+                    yield Problem(path, line, rule, nearest(name, above))
+
+    def _parts(self) -> Iterator[Problem]:
+        """Check the names of parts and of the variants in them."""
+        for name, variants in self.parts.items():
+            path = f"parts.{name}"
+            if not variants:
+                yield Problem(path, "[]", "is empty; it names the variants that it runs")
+            yield from self._unknown(path, variants)
+        if self.part is None:
+            return
+        if self.part not in self.parts:
+            rule = f"there is no such part; there are {', '.join(self.parts) or 'none'}"
+            yield Problem("part", self.part, rule, nearest(self.part, self.parts))
+        elif self.only:
+            yield Problem("only", self.only, f"part={self.part} names the variants; choose one")
+
     def _unknown(self, path: str, names: list[str]) -> Iterator[Problem]:
         for name in names:
             if not self.variants:
@@ -81,6 +194,8 @@ class StudyJob:
             if name not in self.variants:
                 rule = f"must be one of the variants: {', '.join(self.variants)}"
                 yield Problem(path, name, rule, nearest(name, self.variants))
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield Problem(path, name, "stands there twice")
 
 
 def _own_keys(path: str, lines: list[str]) -> Iterator[Problem]:

@@ -45,6 +45,20 @@ class Curve:
     validation: float = math.nan
     seconds: float = math.nan
 
+    @property
+    def seen(self) -> float:
+        """Tokens that the run itself has seen; one that goes on with another counts on from it."""
+        first_step = self.tokens[1] - self.tokens[0] if len(self.tokens) > 1 else self.tokens[0]
+        return self.tokens[-1] - self.tokens[0] + first_step
+
+    def tokens_to_reach(self, loss: float) -> float:
+        """Return after how many tokens the mean over WINDOW is so low; NaN if it never is."""
+        for number in range(round(WINDOW * _POINTS), _POINTS + 1):
+            share = number / _POINTS
+            if self.mean((share - WINDOW, share)) <= loss:
+                return share * self.tokens[-1]
+        return math.nan
+
     def mean(self, window: Window) -> float:
         """Average over a window, every token alike.
 

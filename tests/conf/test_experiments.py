@@ -17,7 +17,12 @@ from hybrid_train.schema.train import Phase, TrainJob
 from hybrid_train.schema.units import tokens
 
 FILES = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
-OWN_DATA = ("quickstart", "tiny_cpu")  # experiments that bring their data
+OWN_DATA = (
+    "quickstart",
+    "tiny_cpu",
+    "parent_hybrid",
+    "parent_sums",
+)  # experiments that bring their data
 RECIPES = [name for name in FILES if name not in OWN_DATA]
 MODELS = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
 GPU_BYTES = 80e9

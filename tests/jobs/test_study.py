@@ -1,4 +1,4 @@
-"""A study from its YAML file to its table, stopped and started again."""
+"""A study from its YAML file to its table, stopped and started again; with stages, and without."""
 
 import json
 import signal
@@ -179,3 +179,107 @@ def test_an_interrupted_study_goes_on_with_the_same_command(folder: Path, tmp_pa
     assert again.code == 0, again.said
     assert "1 finished before" in again.err
     assert (tmp_path / "study" / "study.json").exists()
+
+
+STAGED = """\
+# @package _global_
+# From a parent, for a test
+title: Parents
+run_dir: {folder}/staged
+stages_dir: {folder}/kept
+stages:
+  parent:
+    overrides: [experiment=tiny_cpu, data.folder={corpus}, train.tokens={tokens}]
+  exported: {{command: convert, overrides: ["export={{parent}}"]}}
+  same: {{command: verify, overrides: ["checkpoint={{parent}}", "hf={{exported}}", logits=false]}}
+seeds: [1]
+baseline: scratch
+base: [experiment=tiny_cpu, data.folder={corpus}, train.tokens={tokens}]
+variants:
+  scratch: {{}}
+  healed: {{overrides: ["checkpoint.load={{parent}}", checkpoint.load_only=weights]}}
+parts: {{first: [scratch], second: [healed]}}
+short_form: {{overrides: [train.tokens=512]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def staged(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study that has stages."""
+    folder = tmp_path_factory.mktemp("staged")
+    (folder / "study").mkdir()
+    text = STAGED.format(folder=folder, corpus=corpus, tokens=STEPS * 256)
+    (folder / "study" / "rates.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(staged: Path) -> Finished:
+    return study(staged)
+
+
+def kept(folder: Path) -> dict[str, Path]:
+    """The folder that a stage has, or would have if it wrote one, by the command of the stage."""
+    marks = folder.glob("kept/*.done.json")
+    return {mark.name.partition("-")[0]: Path(str(mark)[: -len(".done.json")]) for mark in marks}
+
+
+def test_stages_run_before_what_reads_them(staged: Path, whole: Finished) -> None:
+    assert whole.code == 0, whole.said
+    assert "3 stages; 3 to run" in whole.err
+    assert kept(staged).keys() == {"train", "convert", "verify"}
+    parent = kept(staged)["train"]
+    assert last_step(parent) == STEPS
+    assert (parent / "checkpoints").is_dir()
+    assert (kept(staged)["convert"] / "config.json").is_file()
+    log = Path(f"{kept(staged)['verify']}.log").read_text()
+    assert f"{kept(staged)['convert']} is the model of {parent}" in log
+    log = (staged / "staged" / "healed" / "seed_1.log").read_text()
+    assert f"starting from the weights of {parent}/checkpoints" in log
+    assert "Not paired" not in whole.out  # same model, same batches
+
+
+def test_the_report_counts_the_tokens_of_stages(staged: Path, whole: Finished) -> None:
+    assert whole.code == 0
+    data = json.loads((staged / "staged" / "study.json").read_text())
+    assert [(one["name"], one["tokens"]) for one in data["stages"]] == [
+        ("parent", STEPS * 256), ("exported", None), ("same", None),
+    ]  # fmt: skip
+    assert data["variants"]["scratch"]["tokens_with_stages"] == STEPS * 256
+    assert data["variants"]["healed"]["tokens"] == STEPS * 256
+    assert data["variants"]["healed"]["tokens_with_stages"] == 2 * STEPS * 256
+    assert "fewer than the three that a claim needs" in whole.out
+    assert "## Stages" in (staged / "staged" / "study.md").read_text()
+
+
+def test_a_finished_stage_stays_and_serves_another_study(
+    staged: Path, whole: Finished, tmp_path: Path
+) -> None:
+    assert whole.code == 0
+    before = (kept(staged)["train"] / "metrics.jsonl").stat().st_mtime_ns
+    mark = Path(f"{kept(staged)['convert']}.done.json")
+    mark.unlink()  # as if the study had been killed between the end of the stage and its mark
+    again = study(staged, f"run_dir={tmp_path}/other", "part=second")
+    assert again.code == 0, again.said
+    assert "3 stages; 1 to run" in again.err
+    assert mark.is_file()
+    assert (kept(staged)["train"] / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "2 runs" in again.err
+
+
+def test_the_short_form_has_a_folder_and_stages_of_its_own(staged: Path, whole: Finished) -> None:
+    assert whole.code == 0
+    short = study(staged, "short=true")
+    assert short.code == 0, short.said
+    assert last_step(staged / "staged" / "short" / "healed" / "seed_1") == 2
+    assert last_step(staged / "staged" / "healed" / "seed_1") == STEPS
+    assert len(list((staged / "kept").glob("train-*.done.json"))) == 2
+
+
+def test_what_waits_for_a_stage_that_fails_is_not_started(staged: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    words = (f"stages.same.overrides=['checkpoint={{parent}}','hf={tmp_path}/hf',logits=false]",)
+    failed = study(staged, *words, f"stages_dir={tmp_path}/kept", f"run_dir={tmp_path}/new")
+    assert failed.code == 2, failed.said
+    assert "same failed with exit code 2" in failed.err
+    assert json.loads((tmp_path / "new" / "study.json").read_text())["missing"] == []

@@ -74,7 +74,7 @@ def test_the_option_is_handed_to_the_runs_of_a_sweep_and_of_a_study(
     )
     assert seen == [str(folder)]
     monkeypatch.setenv(own_conf.ENVIRONMENT, str(folder))
-    (run,) = plan(compose("study", ["name=own"]))
+    (run,) = plan(compose("study", ["name=own"])).runs
     assert run.lines[0] == "experiment=mine"
 
 

@@ -1,9 +1,12 @@
 """The quickstart corpus, built from a small stand-in for the standard library."""
 
+import dataclasses
 import errno
 import json
+from importlib.metadata import version
 from pathlib import Path
 
+import pluggy
 import pytest
 
 from hybrid_train.data import quickstart
@@ -60,6 +63,22 @@ def test_the_manifest_counts_what_was_written(source: Path, config: Quickstart) 
     assert manifest.train_files + manifest.validation_files == 61
     share = manifest.validation_bytes / (manifest.train_bytes + manifest.validation_bytes)
     assert 0.035 < share < 0.05
+
+
+def test_packages_add_their_source_to_the_same_token_ids(source: Path, config: Quickstart) -> None:
+    plain = prepare(config, source)
+    more = prepare(dataclasses.replace(config, packages=["pluggy"]), source)
+    assert more.train[0] != plain.train[0]
+    ids = [Path(str(data.tokenizer), "tokenizer.json").read_bytes() for data in (plain, more)]
+    assert ids[0] == ids[1]
+    written = texts(more.train[0], Tokenizer.load(str(more.tokenizer)))
+    written += texts(more.validation[0], Tokenizer.load(str(more.tokenizer)))
+    assert Path(pluggy.__file__).read_text() in written
+    pinned = read_manifest(Path(more.train[0]).parent).packages["pluggy"]
+    assert pinned["version"] == version("pluggy")
+    assert len(pinned["sha256"]) == 64
+    with pytest.raises(UserError, match=r"'plugy' is no installed package; nearest: pluggy"):
+        prepare(dataclasses.replace(config, packages=["plugy"]), source)
 
 
 def test_a_second_call_reuses_what_is_there(source: Path, config: Quickstart) -> None:

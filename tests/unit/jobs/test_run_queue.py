@@ -1,5 +1,6 @@
 """Commands run as many at once as is asked, each into its log, and end together on a signal."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -55,6 +56,25 @@ def test_a_command_that_fails_stops_no_other_and_its_words_are_in_its_log(tmp_pa
     assert ended == [(0, 1), (1, 0)]
     assert commands[0].log.read_text() == "it broke\n"
     assert commands[1].log.read_text() == "3\n"
+
+
+def test_a_command_starts_behind_those_it_waits_for_and_not_behind_a_failure(
+    tmp_path: Path,
+) -> None:
+    def waits(name: str, code: str, *after: int) -> Command:
+        return dataclasses.replace(command(tmp_path, name, code), after=after)
+
+    commands = [
+        waits("child", "assert (folder / 'made').exists()", 1),
+        waits("parent", "time.sleep(0.1); (folder / 'made').touch()"),
+        waits("bad", "sys.exit(1)"),
+        waits("orphan", "(folder / 'orphan').touch()", 2),
+        waits("grandchild", "(folder / 'orphan').touch()", 3),
+    ]
+    stopped, ended = run(commands, 2)
+    assert stopped is None
+    assert sorted(ended) == [(0, 0), (1, 0), (2, 1)]
+    assert not (tmp_path / "orphan").exists()
 
 
 def test_a_signal_is_passed_on_and_nothing_starts_after_it(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs.study_plan import are_paired, plan
+from hybrid_train.jobs.study_plan import PlannedRun, are_paired, plan
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import StudyJob, Variant
 from hybrid_train.tracking.jsonl import JsonLines
@@ -30,6 +30,10 @@ def study(run_dir: Path, *, seeds: tuple[int, ...] = (1, 2), **more: Any) -> Stu
     return StudyJob(title="Rates", run_dir=str(run_dir), seeds=list(seeds), **values)
 
 
+def runs_of(job: StudyJob) -> list[PlannedRun]:
+    return list(plan(job).runs)
+
+
 def refusal(job: StudyJob) -> str:
     with pytest.raises(UserError) as refused:
         plan(job)
@@ -37,7 +41,7 @@ def refusal(job: StudyJob) -> str:
 
 
 def test_every_variant_runs_with_every_seed_and_differs_in_nothing_else(tmp_path: Path) -> None:
-    runs = plan(study(tmp_path))
+    runs = runs_of(study(tmp_path))
     names = ["plain", "fast", "slow"]  # seed after seed, the baseline first
     assert [(run.variant, run.seed) for run in runs] == [(n, s) for s in (1, 2) for n in names]
     assert [run.job.train.seed for run in runs] == [1, 1, 1, 2, 2, 2]
@@ -48,12 +52,12 @@ def test_every_variant_runs_with_every_seed_and_differs_in_nothing_else(tmp_path
 
 
 def test_ones_own_overrides_come_after_those_of_a_variant(tmp_path: Path) -> None:
-    runs = plan(study(tmp_path, overrides=["schedule.peak_lr=7e-3"]))
+    runs = runs_of(study(tmp_path, overrides=["schedule.peak_lr=7e-3"]))
     assert {run.job.schedule.peak_lr for run in runs} == {7e-3}
 
 
 def test_a_part_of_the_variants_keeps_the_baseline(tmp_path: Path) -> None:
-    runs = plan(study(tmp_path, only=["slow"], seeds=(3,)))
+    runs = runs_of(study(tmp_path, only=["slow"], seeds=(3,)))
     assert [run.name for run in runs] == ["plain seed 3", "slow seed 3"]
 
 
@@ -88,7 +92,7 @@ def test_runs_are_paired_where_model_and_batches_are_the_same(tmp_path: Path) ->
         "batch": Variant(overrides=["train.global_batch=8"]),
         "model": Variant(overrides=["model.pattern=ME*-"]),
     }
-    jobs = {run.variant: run.job for run in plan(study(tmp_path, variants=variants, seeds=(1,)))}
+    jobs = {run.variant: run.job for run in runs_of(study(tmp_path, variants=variants, seeds=(1,)))}
     assert {name for name, job in jobs.items() if are_paired(job, jobs["plain"])} == {
         "plain",
         "rate",
@@ -97,18 +101,20 @@ def test_runs_are_paired_where_model_and_batches_are_the_same(tmp_path: Path) ->
 
 
 def test_a_run_of_other_settings_is_not_taken_for_one_of_the_study(tmp_path: Path) -> None:
-    job = plan(study(tmp_path))[1].job
+    job = runs_of(study(tmp_path))[1].job
     frozen.freeze(job, Path(job.run_dir))
-    assert len(plan(study(tmp_path, overrides=["train.tokens=5120"]))) == 6  # nothing was trained
+    assert (
+        len(runs_of(study(tmp_path, overrides=["train.tokens=5120"]))) == 6
+    )  # nothing was trained
     (Path(job.run_dir) / "metrics.jsonl").write_text('{"step": 1, "tokens": 256}\n')
-    assert len(plan(study(tmp_path))) == 6
+    assert len(runs_of(study(tmp_path))) == 6
     text = refusal(study(tmp_path, overrides=["train.tokens=5120"]))
     assert "train.tokens: 2560 there, 5120 here (fast seed 1)" in text
     assert "slow" not in text
 
 
 def test_a_run_is_finished_when_its_metrics_reach_its_last_token(tmp_path: Path) -> None:
-    run = plan(study(tmp_path))[0]
+    run = runs_of(study(tmp_path))[0]
     assert not run.is_finished()
     log = JsonLines(run.folder / "metrics.jsonl")
     log.log(1, {"tokens": 2304, "loss": 6.0})
@@ -167,7 +173,7 @@ def test_folders_that_hold_something_else_are_refused(tmp_path: Path) -> None:
 
 
 def test_runs_get_folders_with_any_letters(tmp_path: Path) -> None:
-    run = plan(study(tmp_path / "läuft, a=1", seeds=(1,)))[0]
+    run = runs_of(study(tmp_path / "läuft, a=1", seeds=(1,)))[0]
     assert compose.compose("train", run.lines).run_dir == f"{tmp_path}/läuft, a=1/plain/seed_1"
 
 
@@ -182,7 +188,7 @@ def test_every_study_that_is_ready_can_run(tmp_path: Path) -> None:
     for file in files:
         job = compose.compose("study", [f"name={file.stem}", f"run_dir={tmp_path}"])
         assert isinstance(job, StudyJob)
-        assert len(plan(job)) == len(job.variants) * len(job.seeds)
+        assert len(runs_of(job)) == len(job.variants) * len(job.seeds)
 
 
 def test_a_wrong_name_of_a_study_is_told_with_the_nearest() -> None:

@@ -1,0 +1,205 @@
+"""Stages are planned with what they read, found again by what decides them, refused as a whole."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid_train.config import frozen
+from hybrid_train.jobs.study_plan import plan
+from hybrid_train.jobs.study_stages import Stages
+from hybrid_train.schema.problems import ConfigError, UserError, collect
+from hybrid_train.schema.study import ShortForm, Stage, StudyJob, Variant
+from hybrid_train.schema.train import TrainJob
+
+TINY = ["experiment=tiny_cpu"]
+PARENT = Stage(overrides=TINY)
+
+
+@pytest.fixture(autouse=True)
+def outside_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def study(folder: Path, stages: dict[str, Stage], **more: Any) -> StudyJob:
+    last = list(stages)[-1] if stages else None
+    healed = [f"checkpoint.load={{{last}}}", "checkpoint.load_only=weights"] if last else []
+    values: dict[str, Any] = {
+        "base": TINY, "baseline": "scratch", "seeds": [1, 2],
+        "variants": {"scratch": Variant(), "healed": Variant(overrides=healed)},
+    }  # fmt: skip
+    values |= {"run_dir": str(folder / "study"), "stages_dir": str(folder / "kept"), **more}
+    return StudyJob(title="Parents", stages=stages, **values)
+
+
+def hash_of(folder: Path, stages: dict[str, Stage], name: str = "parent") -> str:
+    (folder / "scratch").mkdir(exist_ok=True, parents=True)
+    planned = Stages(study(folder, stages), folder / "scratch").of(name, 1)
+    assert planned is not None
+    return planned.digest
+
+
+def test_a_variant_takes_the_model_of_a_parent_that_is_not_trained_yet(tmp_path: Path) -> None:
+    parent = Stage(overrides=[*TINY, "model.hidden_size=32"])
+    planned = plan(study(tmp_path, {"parent": parent}))
+    assert [stage.name for stage in planned.stages] == ["parent"]
+    hidden = {run.variant: run.job.model.hidden_size for run in planned.runs if run.job}
+    assert hidden == {"scratch": 64, "healed": 32}
+    healed = [run for run in planned.runs if run.variant == "healed"]
+    assert all(f"checkpoint.load={planned.stages[0].path}" in run.lines for run in healed)
+    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_stage_is_the_same_wherever_it_writes_and_whoever_watches(tmp_path: Path) -> None:
+    more = ["runtime.threads=2", "tracking.console_interval=3", "run_dir=a", "train.seed=1234"]
+    other = Stage(overrides=["model=tiny", *TINY, *more, "checkpoint.interval=7"])
+    first = hash_of(tmp_path / "first", {"parent": PARENT})
+    assert hash_of(tmp_path / "second", {"mother": other}, "mother") == first
+
+
+def test_what_decides_the_result_and_what_a_stage_reads_make_another(tmp_path: Path) -> None:
+    child = Stage(command="convert", overrides=["export={parent}"])
+    changes = ([], ["train.seed=5"], ["train.tokens=5120"], ["precision=bf16"])
+    parents = [Stage(overrides=[*TINY, *change]) for change in changes]
+    assert len({hash_of(tmp_path, {"parent": one}) for one in parents}) == len(parents)
+    assert (
+        len({hash_of(tmp_path, {"parent": one, "out": child}, "out") for one in parents[:2]}) == 2
+    )
+
+
+def test_other_content_of_a_file_makes_another_stage(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    overrides = [f"input={text}", "vocab_size=300"]
+    stage = Stage(command="data train_tokenizer", overrides=overrides)
+    found = []
+    for content in ("one", "two", "one"):
+        text.write_text(content)
+        found.append(hash_of(tmp_path, {"parent": stage}))
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_stage_with_a_seed_is_made_for_each_and_another_once(tmp_path: Path) -> None:
+    stages = {
+        "parent": PARENT,
+        "own": Stage(overrides=[*TINY, "train.seed={seed}"]),
+        "out": Stage(command="convert", overrides=["export={own}"]),
+    }
+    planned = plan(study(tmp_path, stages))
+    names = [stage.name for stage in planned.stages]
+    assert sorted(names) == ["out seed 1", "out seed 2", "own seed 1", "own seed 2", "parent"]
+    for run in planned.runs:
+        if run.variant == "healed":
+            assert [one.name for one in run.stages().values()] == [
+                f"own seed {run.seed}", f"out seed {run.seed}",
+            ]  # fmt: skip
+
+
+def test_a_run_from_another_parent_is_not_taken_for_one_of_the_study(tmp_path: Path) -> None:
+    run = plan(study(tmp_path, {"parent": PARENT})).runs[1]
+    assert run.job is not None
+    run.job.checkpoint.load = str(run.inputs[0].path)
+    frozen.freeze(run.job, run.folder)
+    (run.folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 2560}\n')
+    other = study(tmp_path, {"parent": Stage(overrides=[*TINY, "train.seed=5"])})
+    with pytest.raises(UserError, match=r"checkpoint\.load: .*healed seed 1"):
+        plan(other)
+
+
+def test_a_finished_stage_is_known_by_a_mark_that_is_whole(tmp_path: Path) -> None:
+    job = study(tmp_path, {"parent": PARENT})
+    (stage,) = plan(job).stages
+    assert isinstance(stage.job, TrainJob)
+    frozen.freeze(stage.job, stage.path)
+    assert not stage.is_finished()
+    stage.mark.write_text('{"hash": ')
+    assert not stage.is_finished()
+    stage.finish(3.0)
+    assert (
+        plan(study(tmp_path / "other", {"mother": PARENT}, stages_dir=job.stages_dir))
+        .stages[0]
+        .is_finished()
+    )
+    shutil.rmtree(stage.path)
+    assert not stage.is_finished()
+
+
+def test_an_early_part_needs_only_its_own_stages(tmp_path: Path) -> None:
+    parts = {"first": ["scratch"], "second": ["healed"]}
+    job = study(tmp_path, {"parent": PARENT}, parts=parts, part="first").as_asked()
+    planned = plan(job)
+    assert {run.variant for run in planned.runs} == {"scratch"}
+    assert not planned.stages
+
+
+def test_the_short_form_changes_every_training(tmp_path: Path) -> None:
+    form = ShortForm(overrides=["train.tokens=512"])
+    planned = plan(study(tmp_path, {"parent": PARENT}, short=True, short_form=form).as_asked())
+    assert "train.tokens=512" in planned.stages[0].lines
+    assert {(run.seed, run.job and run.job.train.tokens) for run in planned.runs} == {(1, "512")}
+    assert all(run.folder.is_relative_to(tmp_path / "study" / "short") for run in planned.runs)
+
+
+BAD = [
+    ({"a": Stage(overrides=["export={nothing}"])}, "stages.a.overrides", "no stage nothing"),
+    ({"a": Stage(overrides=["export={a}"])}, "stages.a.overrides", "cannot read itself"),
+    (
+        {"a": Stage(overrides=["export={b}"]), "b": Stage(overrides=["export={a}"])},
+        "stages.a.overrides",
+        "b stands below it",
+    ),
+    ({"a": Stage(overrides=["export={scratch}"])}, "stages.a.overrides", "scratch is a variant"),
+    ({"a": Stage()}, "stages.a.overrides", "is empty"),
+    ({"scratch": PARENT}, "stages.scratch", "the name of a variant"),
+    ({"seed": PARENT}, "stages.seed", "another one"),
+    ({"a/b": PARENT}, "stages.a/b", "must be letters"),
+]
+
+
+@pytest.mark.parametrize(("stages", "path", "text"), BAD, ids=[one[2] for one in BAD])
+def test_what_makes_no_stages_is_named(
+    tmp_path: Path, stages: dict[str, Stage], path: str, text: str
+) -> None:
+    job = study(tmp_path, stages, variants={"scratch": Variant()})
+    (problem,) = collect(job)
+    assert problem.path == path
+    assert text in problem.rule
+
+
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ({"parts": {"first": []}}, "parts.first"),
+        ({"parts": {"first": ["haeled"]}}, "parts.first"),
+        ({"part": "frist", "parts": {"first": ["healed"]}}, "part"),
+        ({"part": "first", "parts": {"first": ["healed"]}, "only": ["healed"]}, "only"),
+        ({"short": True}, "short"),
+        ({"short_form": ShortForm(seeds=[1, 1])}, "short_form.seeds"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_part_and_no_short_form_is_named(
+    tmp_path: Path, more: dict[str, Any], path: str
+) -> None:
+    assert [one.path for one in collect(study(tmp_path, {"parent": PARENT}, **more))] == [path]
+
+
+def test_problems_of_stages_are_reported_with_their_names(tmp_path: Path) -> None:
+    stages = {
+        "parent": Stage(overrides=[*TINY, "model.hidden_size=-1"]),
+        "sizes": Stage(command="cuont", overrides=["model=tiny"]),
+    }
+    with pytest.raises(ConfigError) as refused:
+        plan(study(tmp_path, stages, variants={"scratch": Variant()}))
+    text = str(refused.value)
+    assert "parent: model.hidden_size = -1: must be" in text
+    assert "sizes: command = cuont: must be one of" in text
+    assert "nearest: count" in text
+
+
+def test_what_writes_no_folder_cannot_be_referred_to(tmp_path: Path) -> None:
+    sizes = Stage(command="count", overrides=["model=tiny", "model.vocab_size=512"])
+    with pytest.raises(ConfigError, match="count writes no folder"):
+        plan(study(tmp_path, {"sizes": sizes}))
