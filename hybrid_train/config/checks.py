@@ -18,7 +18,7 @@ from hybrid_train.config.check_files import (
     vocabulary_is_known,
 )
 from hybrid_train.config.check_fsdp import fsdp_runs
-from hybrid_train.config.check_layout import LAYOUT_RULES, pattern_is_legal
+from hybrid_train.config.check_layout import LAYOUT_RULES, layer_rules_decide, pattern_is_legal
 from hybrid_train.config.check_memory import MEMORY_RULES
 from hybrid_train.config.check_native import NATIVE_RULES
 from hybrid_train.config.check_packing import packed_rows_run
@@ -73,6 +73,8 @@ def check(job: Job, started: int) -> Iterator[Problem]:
         yield from (_of_torchrun(problem) for problem in found)
     else:
         found = list(_of_sections(job))
+        if isinstance(job, CountJob) and not found:
+            found += layer_rules_decide(job, 1)
         yield from found
     known = {problem.path for problem in found}
     yield from (problem for problem in _of_files(job) if problem.path not in known)

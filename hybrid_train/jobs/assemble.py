@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hybrid_train.anatomy.layers import layers
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config import frozen
@@ -19,7 +20,8 @@ from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.optim.megatron import build_optimizer
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
-from hybrid_train.schema.pattern import Pattern, parse
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import Backend, Precision, ProductFormat
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
@@ -37,7 +39,7 @@ def build_engine(
     job: TrainJob, built: BuiltModel, groups: ProcessGroupCollection, device: torch.device
 ) -> Engine:
     """Wire a model to its optimizer and objective."""
-    pattern = parse(job.model.pattern)
+    pattern, routed = parse(job.model.pattern), _expert_layers(job.model)
     formatted = megatron.in_model_format(built.chunks, built.config)
     dtype = DTYPES[job.precision.base]
     quantized = None
@@ -65,25 +67,20 @@ def build_engine(
         microbatch=job.train.microbatch,
         sequences_per_step=job.train.global_batch,
         sequence_length=job.train.sequence_length,
-        expert_layers=_expert_layers(pattern.main, pattern.mtp),
-        num_experts=job.model.moe.experts,
-        num_routers=_num_routers(pattern, repeated_block=job.model.mtp.repeated_block),
+        expert_layers=list(routed),
+        num_experts=list(routed.values()),
+        num_routers=sum(any(p.of_experts for p in one.parameters) for one in layers(job.model)),
         quantized=quantized,
     )
 
 
-def _num_routers(pattern: Pattern, *, repeated_block: bool) -> int:
-    blocks = min(pattern.mtp_depths, 1) if repeated_block else pattern.mtp_depths
-    return pattern.main.count("E") + blocks * (pattern.mtp or "").count("E")
-
-
-def _expert_layers(main: str, mtp: str | None) -> list[tuple[bool, int]]:
-    return [
-        (in_mtp, layer)
-        for in_mtp, letters in ((False, main), (True, mtp or ""))
-        for layer, letter in enumerate(letters, start=1)
-        if letter == "E"
-    ]
+def _expert_layers(model: Model) -> dict[tuple[bool, int], int]:
+    """Return the experts of each layer that has some: (in an MTP block, layer from 1) -> number."""
+    return {
+        (layer.depth > 0, layer.number): layer.sizes.experts
+        for layer in layers(model)
+        if any(one.of_experts for one in layer.parameters)
+    }
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Engine:
     sequences_per_step: int  # unless a step is told otherwise
     sequence_length: int
     expert_layers: list[tuple[bool, int]]  # (in MTP, layer from 1) of every E layer of the model
-    num_experts: int
+    num_experts: list[int]  # of each of these layers
     num_routers: int  # of the whole model; MTP depths with blocks of their own have each their own
     quantized: QuantizedProducts | None  # None: none can be emulated
     sources: tuple[str, ...] = ()  # names; losses are told apart where there are several
@@ -216,9 +216,9 @@ class Engine:
     def _reduce(self, found: "_Losses", num_microbatches: int) -> dict[str, float]:
         """Bring losses, balance loss and expert loads of all processes together, in one message."""
         terms, layers = len(found.sums), len(self.expert_layers)
-        loads = torch.zeros(layers, self.num_experts, device=self.device)
+        loads = torch.zeros(layers, max(self.num_experts, default=0), device=self.device)
         for place, counts in self.finalizer.expert_counts.items():
-            loads[self.expert_layers.index(place)] = counts
+            loads[self.expert_layers.index(place), : len(counts)] = counts
         aux = AUX_LOSSES.take()
         aux = torch.zeros(1, device=self.device) if aux is None else aux.reshape(1)
         message = _sum_over_processes(torch.cat([found.sums, aux, loads.flatten()]))
@@ -227,8 +227,9 @@ class Engine:
             ranks = self.groups.dp.size()  # each data-parallel rank has the mean of its own tokens
             applications = self.num_routers * num_microbatches * ranks
             metrics["moe_aux_loss"] = message[terms].item() / applications
-            loads = message[terms + 1 :].view(layers, self.num_experts)
-            ratios = (loads.amax(dim=1) / loads.mean(dim=1)).tolist()
+            loads = message[terms + 1 :].view(loads.shape)
+            experts = torch.tensor(self.num_experts, device=self.device)
+            ratios = (loads.amax(dim=1) / (loads.sum(dim=1) / experts)).tolist()
             for (in_mtp, layer), ratio in zip(self.expert_layers, ratios, strict=True):
                 metrics[f"expert_load_{'mtp_' if in_mtp else ''}{layer}"] = ratio
         return metrics
