@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from hybrid_train.anatomy.axes import Sizes, sizes_of
+from hybrid_train.anatomy.axes import Axis, Sizes, sizes_of
 from hybrid_train.anatomy.kinds import (
     EMBEDDING,
     FINAL_NORM,
@@ -17,7 +17,8 @@ from hybrid_train.anatomy.kinds import (
     Parameter,
     parameters_of,
 )
-from hybrid_train.schema.model import Model
+from hybrid_train.schema.layer_ranges import layers_of
+from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import parse
 
 
@@ -30,12 +31,16 @@ class Layer:
         number: from 1, of the main layers or of the block.
         depth: 0 for the main layers, else the MTP block, from 1.
         sizes: its own.
+        rule: number of the rule of `model.layers` that has sizes for it, from 0; None for none.
+        given: names of the sizes that the rule gives.
     """
 
     letter: str
     number: int
     depth: int
     sizes: Sizes
+    rule: int | None = None
+    given: frozenset[str] = frozenset()
 
     @property
     def kind(self) -> LayerKind:
@@ -47,6 +52,12 @@ class Layer:
         """Its tensors."""
         return parameters_of(self.letter, self.sizes)
 
+    def setting(self, axis: Axis) -> str:
+        """Return the path of the setting that says how many there are along an axis."""
+        if axis.value in self.given:
+            return f"model.layers.{self.rule}.{axis.value}"
+        return axis.setting
+
     @property
     def prefix(self) -> str:
         """What stands before the names of its tensors in a checkpoint."""
@@ -55,17 +66,22 @@ class Layer:
         return f"{block_prefix(self.depth)}mtp_model_layer.layers.{self.number - 1}."
 
 
+_Rule = tuple[str, tuple[tuple[str, int], ...]]  # layers, and their sizes by name
+
+
 class Shape(NamedTuple):
     """All that the layers of a model depend on."""
 
     pattern: str
     repeated_block: bool
     sizes: Sizes
+    rules: tuple[_Rule, ...] = ()
 
 
 def shape_of(model: Model) -> Shape:
     """Return what the layers of a model depend on, to know them again."""
-    return Shape(model.pattern, model.mtp.repeated_block, sizes_of(model))
+    rules = tuple((rule.layers, tuple(rule.given.items())) for rule in model.layers)
+    return Shape(model.pattern, model.mtp.repeated_block, sizes_of(model), rules)
 
 
 def layers(model: Model) -> tuple[Layer, ...]:
@@ -77,16 +93,25 @@ def layers(model: Model) -> tuple[Layer, ...]:
 def layers_of_shape(shape: Shape) -> tuple[Layer, ...]:
     """Return the layers of a model, by what they depend on."""
     pattern = parse(shape.pattern)
-    found = [
-        Layer(letter, number, 0, shape.sizes) for number, letter in enumerate(pattern.main, start=1)
-    ]
     blocks = min(pattern.mtp_depths, 1) if shape.repeated_block else pattern.mtp_depths
+    places = [(0, number, letter) for number, letter in enumerate(pattern.main, start=1)]
     for depth in range(1, blocks + 1):
-        found += [
-            Layer(letter, number, depth, shape.sizes)
-            for number, letter in enumerate(pattern.mtp, start=1)
-        ]
-    return tuple(found)
+        places += [(depth, number, letter) for number, letter in enumerate(pattern.mtp, start=1)]
+    ranges = [layers_of(text, len(pattern.main)) for text, _ in shape.rules]
+    return tuple(_layer(shape, ranges, *place) for place in places)
+
+
+def _layer(shape: Shape, ranges: list[range], depth: int, number: int, letter: str) -> Layer:
+    """Return one layer with the sizes of the first rule that has any for it."""
+    section = f"{SECTIONS[letter]}."
+    for rule, (text, given) in enumerate(shape.rules):
+        # Only "all" reaches into MTP blocks, as of precision.exceptions.
+        in_range = number in ranges[rule] if depth == 0 else text.strip() == "all"
+        own = {name: size for name, size in given if name.startswith(section)}
+        if in_range and own:
+            sizes = shape.sizes._replace(**{Axis(name).name: size for name, size in own.items()})
+            return Layer(letter, number, depth, sizes, rule, frozenset(own))
+    return Layer(letter, number, depth, shape.sizes)
 
 
 def main_layers(model: Model) -> list[Layer]:
@@ -118,13 +143,14 @@ def mtp_blocks(model: Model) -> int:
 
 
 def distinct(model: Model) -> tuple[Layer, ...]:
-    """Return one layer of each kind and sizes, in order of the kinds."""
+    """Return one layer of each kind, sizes and rule, in order of the kinds."""
     return _distinct(shape_of(model))
 
 
 @lru_cache(maxsize=256)
 def _distinct(shape: Shape) -> tuple[Layer, ...]:
-    found = {(layer.letter, layer.sizes): layer for layer in reversed(layers_of_shape(shape))}
+    all_layers = reversed(layers_of_shape(shape))
+    found = {(layer.letter, layer.sizes, layer.rule): layer for layer in all_layers}
     order = list(KINDS)
     return tuple(sorted(found.values(), key=lambda one: (order.index(one.letter), one.number)))
 

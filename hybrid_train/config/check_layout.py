@@ -6,16 +6,20 @@ of Megatron-Core 0.19.2.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from hybrid_train.anatomy.axes import Axis, Sizes, sizes_of
 from hybrid_train.anatomy.kinds import MTP_BLOCK, Parameter
-from hybrid_train.anatomy.layers import distinct, mtp_blocks
+from hybrid_train.anatomy.layers import distinct, layers, mtp_blocks
 from hybrid_train.config import node_counts
 from hybrid_train.planning import degrees
 from hybrid_train.planning.degrees import expert_tensor
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.cluster import processes_per_node
+from hybrid_train.schema.count import CountJob
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.layer_ranges import layers_of
+from hybrid_train.schema.model import SECTIONS
 from hybrid_train.schema.pattern import Pattern, parse, repair
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.profile import Tool
@@ -85,8 +89,17 @@ def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Probl
         yield Problem("parallel", numbers, rule, legal, unit=needed, beside=_DEGREES)
 
 
-def _split_sizes(tensors: Iterable[Parameter], sizes: Sizes) -> Iterator[tuple[str, int, Axis]]:
-    """Yield what ranks must divide of the dimensions that they split: name, size, axis to change.
+@dataclass(frozen=True)
+class _Split:
+    """A size that ranks must divide: what it is, and the axis whose setting changes it."""
+
+    words: str
+    size: int
+    axis: Axis
+
+
+def _split_sizes(tensors: Iterable[Parameter], sizes: Sizes) -> Iterator[_Split]:
+    """Yield what ranks must divide of the dimensions that they split.
 
     Each part of a dimension is split along its first axis. Where parts alternate, that is of their
     rows in all: the axis that they alternate by may be shorter than the ranks are many.
@@ -98,23 +111,24 @@ def _split_sizes(tensors: Iterable[Parameter], sizes: Sizes) -> Iterator[tuple[s
         for part in whole.parts:
             axis = part.axes[0]
             if axis is not whole.by:
-                yield axis.setting, sizes.along(axis), axis
+                yield _Split("", sizes.along(axis), axis)
         if whole.by and whole.free:
-            yield whole.words, whole.size(sizes), whole.free
+            yield _Split(whole.words, whole.size(sizes), whole.free)
 
 
 def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
-    found = [
-        size
-        for layer in distinct(job.model)
-        for size in _split_sizes(
-            (one for one in layer.parameters if not one.of_experts), layer.sizes
-        )
-    ]
+    sizes, settings = {}, {}
+    for layer in distinct(job.model):
+        dense = (one for one in layer.parameters if not one.of_experts)
+        for one in _split_sizes(dense, layer.sizes):
+            setting = layer.setting(one.axis)
+            name = one.words or setting
+            if one.words and layer.rule is not None:
+                name += f" of layer {layer.number}"
+            sizes[name], settings[name] = one.size, setting
     if mtp_blocks(job.model):
-        found += _split_sizes(MTP_BLOCK, sizes_of(job.model))
-    sizes = {name: size for name, size, _ in found}
-    settings = {name: axis.setting for name, _, axis in found}
+        for one in _split_sizes(MTP_BLOCK, sizes_of(job.model)):
+            sizes[one.axis.setting] = one.size
     yield from _divides("parallel.tensor", job.parallel.tensor, sizes, settings)
 
 
@@ -125,8 +139,9 @@ def _tensor_fits_alternating_parts(job: TrainJob, _: int) -> Iterator[Problem]:
         for axis in (one.dims[0].by for one in layer.parameters):
             number = layer.sizes.along(axis) if axis else tensor
             if axis and number % tensor and tensor % number:
-                rule = f"must divide {axis.setting} ({number}) or be a multiple of it"
-                yield Problem("parallel.tensor", tensor, rule, beside=(axis.setting,))
+                setting = layer.setting(axis)
+                rule = f"must divide {setting} ({number}) or be a multiple of it"
+                yield Problem("parallel.tensor", tensor, rule, beside=(setting,))
 
 
 def _heads_share_groups(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -134,7 +149,7 @@ def _heads_share_groups(job: TrainJob, _: int) -> Iterator[Problem]:
         if layer.kind.groups:
             groups, heads = layer.kind.groups
             number, whole = map(layer.sizes.along, (groups, heads))
-            yield from _divides(groups.setting, number, {heads.setting: whole})
+            yield from _divides(layer.setting(groups), number, {layer.setting(heads): whole})
 
 
 def _context_splits_heads(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -143,34 +158,56 @@ def _context_splits_heads(job: TrainJob, _: int) -> Iterator[Problem]:
     for layer in distinct(job.model):
         if layer.kind.context is None:
             continue
-        by_heads, by_groups = layer.kind.context
-        heads, groups = map(layer.sizes.along, (by_heads, by_groups))
+        heads, groups = map(layer.sizes.along, layer.kind.context)
+        of_heads, of_groups = map(layer.setting, layer.kind.context)
         if heads % plan.tensor or groups % plan.tensor:
             continue
         heads, groups = heads // plan.tensor, groups // plan.tensor
-        yield from _divides(
-            "parallel.context", plan.context, {f"{by_heads.setting} / tensor": heads}
-        )
+        yield from _divides("parallel.context", plan.context, {f"{of_heads} / tensor": heads})
         if groups % plan.context and plan.context % groups:
-            rule = f"must divide {by_groups.setting} / tensor ({groups}) or be a multiple of it"
-            yield Problem("parallel.context", plan.context, rule, beside=(by_groups.setting,))
+            rule = f"must divide {of_groups} / tensor ({groups}) or be a multiple of it"
+            yield Problem("parallel.context", plan.context, rule, beside=(of_groups,))
 
 
 def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
     plan = job.parallel
-    routed = [
-        (layer.sizes, [one for one in layer.parameters if one.of_experts])
-        for layer in distinct(job.model)
-        if any(one.of_experts for one in layer.parameters)
-    ]
-    if not routed and plan.expert > 1:
-        yield Problem("parallel.expert", plan.expert, "the pattern has no expert layers (E)", 1)
+    numbers, widths = {}, {}
+    for layer in distinct(job.model):
+        experts = [one for one in layer.parameters if one.of_experts]
+        if experts:
+            numbers[layer.setting(Axis.experts)] = layer.sizes.experts
+        for one in _split_sizes(experts, layer.sizes):
+            widths[layer.setting(one.axis)] = one.size
+    if not numbers:
+        if plan.expert > 1:
+            yield Problem("parallel.expert", plan.expert, "the pattern has no expert layers (E)", 1)
+        return
+    yield from _divides("parallel.expert", plan.expert, numbers)
     path = "parallel.tensor" if plan.expert_tensor is None else "parallel.expert_tensor"
-    for sizes, experts in routed:
-        number = {Axis.experts.setting: sizes.experts}
-        yield from _divides("parallel.expert", plan.expert, number)
-        widths = {name: size for name, size, _ in _split_sizes(experts, sizes)}
-        yield from _divides(path, expert_tensor(plan), widths)
+    yield from _divides(path, expert_tensor(plan), widths)
+
+
+def layer_rules_decide(job: TrainJob | CountJob, _: int) -> Iterator[Problem]:
+    """Every rule of `model.layers` gives sizes to layers that no earlier one has sizes for."""
+    rules, found = job.model.layers, layers(job.model)
+    for number, rule in enumerate(rules):
+        path = f"model.layers.{number}"
+        if not rule.given:
+            yield Problem(path, str(rule), "gives no size")
+        elif not any(layer.rule == number for layer in found):
+            kinds = {name.partition(".")[0] for name in rule.given}
+            within = layers_of(rule.layers, len(parse(job.model.pattern).main))
+            there = any(
+                layer.number in within and SECTIONS[layer.letter] in kinds
+                for layer in found
+                if layer.depth == 0
+            )
+            words = "decides nothing: earlier rules cover all of it" if there else ""
+            yield Problem(path, str(rule), words or "matches no layer with such sizes")
+    for layer in distinct(job.model):
+        if layer.rule is not None and layer.sizes.top_k > layer.sizes.experts > 0:
+            path = f"model.layers.{layer.rule}.{Axis.experts.value}"
+            yield Problem(path, layer.sizes.experts, "must not be below model.moe.top_k")
 
 
 def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -248,6 +285,7 @@ def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem
 
 
 LAYOUT_RULES = (
+    layer_rules_decide,
     _stages_match_the_pattern,
     _tensor_splits_every_layer,
     _tensor_fits_alternating_parts,

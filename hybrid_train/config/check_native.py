@@ -11,9 +11,11 @@ Transformer Engine 2.20.2.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from hybrid_train.anatomy.axes import Axis, sizes_of
-from hybrid_train.anatomy.kinds import MambaKind
+from hybrid_train.anatomy.axes import Axis
+from hybrid_train.anatomy.kinds import MTP_PROJECTION, MambaKind
+from hybrid_train.anatomy.layers import distinct
 from hybrid_train.anatomy.product_formats import (
+    MTP,
     UNQUANTIZED,
     Formats,
     Linear,
@@ -21,7 +23,7 @@ from hybrid_train.anatomy.product_formats import (
     quantized_kinds,
 )
 from hybrid_train.planning.phases import views_of
-from hybrid_train.planning.product_sizes import packed_rows, token_sizes, weight_sizes
+from hybrid_train.planning.product_sizes import Size, packed_rows, token_sizes, weight_sizes
 from hybrid_train.schema.layer_ranges import is_range
 from hybrid_train.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.schema.pattern import parse
@@ -208,7 +210,7 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
                 needed[module] = (multiple, format)
     reported: set[str] = set()
     for module, (multiple, format) in needed.items():
-        for size in (*weight_sizes(job, module, sizes_of(job.model)), *token_sizes(job, module)):
+        for size in (*_all_weight_sizes(job, module), *token_sizes(job, module)):
             if size.value % multiple and size.setting not in reported:
                 reported.add(size.setting)
                 rule = (
@@ -224,21 +226,35 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
 def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem]:
     # ssm/mamba_mixer.py 251: before they are split, and whether or not they are quantized
     fp8 = formats and ProductFormat.nvfp4 not in formats
-    if not fp8 or not parse(job.model.pattern).count(MambaKind.letter):
+    if not fp8:
         return
-    rows = packed_rows(sizes_of(job.model))
-    if rows.value % _FP8_ROWS:
+    for layer in distinct(job.model):
+        rows = packed_rows(layer.sizes)
+        if layer.letter != MambaKind.letter or not rows.value % _FP8_ROWS:
+            continue
         rule = (
             f"{rows.words} = {rows.value} must be a multiple of {_FP8_ROWS} beside FP8 products "
             "on a GPU; precision.backend=emulated takes any"
         )
-        yield Problem(rows.setting, _value(job, rows.setting), rule)
+        setting = layer.setting(Axis.ssm_heads)
+        yield Problem(setting, layer.sizes.ssm_heads, rule)
+
+
+def _all_weight_sizes(job: TrainJob, module: str) -> Iterator[Size]:
+    """Yield I and O of a kind of linear layer wherever they differ."""
+    one = module if module == MTP_PROJECTION else module.removeprefix(f"{MTP}.")
+    for layer in distinct(job.model):
+        if any(tensor.linear == one for tensor in layer.parameters) or one == MTP_PROJECTION:
+            for size in weight_sizes(job, module, layer.sizes):
+                yield replace(
+                    size, setting=layer.setting(Axis(size.setting.removeprefix("model.")))
+                )
 
 
 def _value(job: TrainJob, path: str) -> object:
     found: object = job
     for name in path.split("."):
-        found = getattr(found, name)
+        found = found[int(name)] if isinstance(found, list) else getattr(found, name)
     return found
 
 

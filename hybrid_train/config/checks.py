@@ -19,7 +19,7 @@ from hybrid_train.config.check_files import (
     vocabulary_is_known,
 )
 from hybrid_train.config.check_fsdp import fsdp_runs
-from hybrid_train.config.check_layout import LAYOUT_RULES, pattern_is_legal
+from hybrid_train.config.check_layout import LAYOUT_RULES, layer_rules_decide, pattern_is_legal
 from hybrid_train.config.check_memory import MEMORY_RULES
 from hybrid_train.config.check_native import NATIVE_RULES
 from hybrid_train.config.check_packing import packed_rows_run
@@ -32,6 +32,7 @@ from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.mending import Rule
 from hybrid_train.planning.phases import views_of
 from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.count import CountJob
 from hybrid_train.schema.generate import GenerateJob
 from hybrid_train.schema.model import SECTIONS
 from hybrid_train.schema.problems import Problem, collect
@@ -55,6 +56,8 @@ def check(job: Job, started: int) -> Iterator[Problem]:
         yield from (_of_torchrun(problem) for problem in found)
     else:
         found = list(_of_sections(job))
+        if isinstance(job, CountJob) and not found:
+            found += layer_rules_decide(job, 1)
         yield from found
     known = {problem.path for problem in found}
     yield from (problem for problem in _of_files(job) if problem.path not in known)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from hybrid_train.anatomy import counts, format_table
+from hybrid_train.anatomy.layers import distinct
 from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.check_native import hardware_notes
@@ -23,6 +24,7 @@ from hybrid_train.planning.ramp import ramps, run_length
 from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.model import Moe
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.schedule import Wsd
 from hybrid_train.schema.train import Train, TrainJob
@@ -135,12 +137,13 @@ def _facts(
         f"{job.processes:,} = tensor {plan.tensor} x pipeline {plan.pipeline} x context "
         f"{plan.context} x data {data:,}",
     )
-    if pattern.count("E"):
+    if numbers := [one.sizes.experts for one in distinct(model) if one.letter == Moe.letter]:
         copies = degrees.expert_data_parallel(plan, job.processes)
+        split = (f"{one:,} = expert {plan.expert} x {one // plan.expert}" for one in set(numbers))
         yield (
             "experts",
-            f"{model.moe.experts:,} = expert {plan.expert} x {model.moe.experts // plan.expert} a "
-            f"process; expert_tensor {degrees.expert_tensor(plan)}, expert-data {copies:,}",
+            f"{' or '.join(sorted(split))} a process; expert_tensor "
+            f"{degrees.expert_tensor(plan)}, expert-data {copies:,}",
         )
     yield "sequence", f"{train.sequence_length:,} tokens{_sequence_split(first)}"
     number = degrees.num_microbatches(first, job.processes)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from hybrid_train.anatomy.layers import layers
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.megatron import read_weights
 from hybrid_train.config import frozen
@@ -28,7 +29,6 @@ from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import Backend, Precision, ProductFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Runtime
@@ -90,17 +90,13 @@ def build_network(
 
 
 def _routing(model: Model) -> Routing:
-    pattern = parse(model.pattern)
-    letters = ((False, pattern.main), (True, pattern.mtp or ""))
-    layers = tuple(
-        ExpertLayer(in_mtp, number, model.moe.experts)
-        for in_mtp, part in letters
-        for number, letter in enumerate(part, start=1)
-        if letter == "E"
+    routed = [one for one in layers(model) if any(p.of_experts for p in one.parameters)]
+    expert_layers = tuple(
+        ExpertLayer(one.depth > 0, one.number, one.sizes.experts)
+        for one in routed
+        if one.depth <= 1  # blocks are alike, and share their records
     )
-    depths = min(pattern.mtp_depths, 1) if model.mtp.repeated_block else pattern.mtp_depths
-    in_blocks = sum(layer.in_mtp for layer in layers)
-    return Routing(layers, len(layers) - in_blocks + depths * in_blocks)
+    return Routing(expert_layers, len(routed))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_train.config import checks, compose, frozen
 from hybrid_train.config.command_text import quoted, setting
+from hybrid_train.config.commands import COMMANDS, root_of
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.data.versions import versions_of
-from hybrid_train.jobs.cli import JOBS, config_name
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.prepare import MergeJob, SplitJob, TokenizeJob
 from hybrid_train.schema.problems import ConfigError, Problem
@@ -215,7 +215,7 @@ class Stages:
         inputs = self.inputs(lines, seed or 0)
         if inputs is None:
             return None  # the reason is reported where it is
-        root, ahead = config_name(command), self.filled(lines, seed, ahead=True)
+        root, ahead = root_of(command), self.filled(lines, seed, ahead=True)
         job = self.checked(root, [*ahead, *_place(command, self._scratch / "output")])
         digest = self._digest(root, job or compose.draft(root, ahead).config)
         if digest in self.planned:
@@ -239,7 +239,7 @@ class Stages:
         if isinstance(config, DictConfig):  # of a job that cannot be known whole yet
             plain, sections = OmegaConf.to_container(config, enum_to_str=True), _known(config)
         else:
-            plain, sections = frozen.to_dict(config), vars(config)
+            plain, sections = frozen.to_dict(config), dict(vars(config))
         assert isinstance(plain, dict), "the root of a job has names"
         files = versions_of(SCHEMAS["job", root], sections, _DECIDES_NOTHING)
         facts = {
@@ -269,7 +269,7 @@ def _require_stage(command: str) -> None:
     Raises:
         ConfigError: naming the nearest that is.
     """
-    known = [name for name, job in JOBS.items() if job.composed and name not in _NO_STAGES]
+    known = [name for name, one in COMMANDS.items() if one.schema and name not in _NO_STAGES]
     if command not in known:
         rule = f"must be one of {', '.join(known)}"
         raise ConfigError([Problem("command", command, rule, nearest(command, known))])
@@ -277,7 +277,7 @@ def _require_stage(command: str) -> None:
 
 def _output_key(command: str) -> str | None:
     """Return the setting that says where a command writes; None if it writes no folder."""
-    names = {field.name for field in dataclasses.fields(SCHEMAS["job", config_name(command)])}
+    names = {field.name for field in dataclasses.fields(SCHEMAS["job", root_of(command)])}
     return "output" if "output" in names else "run_dir" if command == "train" else None
 
 
@@ -286,9 +286,7 @@ def _place(command: str, path: Path) -> list[str]:
     key = _output_key(command)
     if key is None:
         return []
-    writes_files = issubclass(
-        SCHEMAS["job", config_name(command)], TokenizeJob | MergeJob | SplitJob
-    )
+    writes_files = issubclass(SCHEMAS["job", root_of(command)], TokenizeJob | MergeJob | SplitJob)
     return [setting(key, path / PREFIX if writes_files else path)]
 
 

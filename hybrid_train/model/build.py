@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hybrid_train.anatomy.layers import layers
 from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.model import megatron, native_precision, packed, plain, recompute
 from hybrid_train.model.hybrid import Hybrid
@@ -61,6 +62,7 @@ def build_model(
         parts,
         mamba_chunk_size=job.model.mamba.chunk_size,
         mamba_layer=recompute.mamba_layer(job.parallel),
+        layers=layers(job.model),
     )
     chunks = [
         _build_chunk(job, config, spec, groups, vocab_size, chunk)
@@ -144,6 +146,7 @@ def _choose_kernels(
     wanted: Kernels, *, on_gpu: bool, emulated: bool
 ) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
+    megatron.use_own_numbers_of_experts()
     packed.use_packed_rows()
     megatron.use_family_routing()
     if not on_gpu:

@@ -6,6 +6,7 @@ version changes, read them again.
 
 import contextlib
 import functools
+import importlib
 import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -29,6 +30,8 @@ from hybrid_train.precision import fp8_weights
 from hybrid_train.schema.problems import UserError
 
 CORE_VERSION = "0.19.2"
+# Its package gives the name to a function of the module.
+finalize_grads = importlib.import_module("megatron.core.distributed.finalize_model_grads")
 # Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
 # last is core's own count, which no checkpoint holds.
 FLOAT32 = (
@@ -145,6 +148,27 @@ def _route(
         weights, chosen = _core_route(logits, topk, *args, **kwargs)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * (scaling_factor or 1.0), chosen
+
+
+def use_own_numbers_of_experts() -> None:
+    """Update the expert biases of routers with equally many experts together.
+
+    Core stacks those of all routers (finalize_model_grads.py 361), and layers may differ.
+    """
+    _replace(finalize_grads, _update_router_expert_bias=_update_biases)
+
+
+_core_update_biases = finalize_grads._update_router_expert_bias
+
+
+def _update_biases(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+    routers: dict[int, list[torch.nn.Module]] = {}
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, router.TopKRouter):
+                routers.setdefault(module.num_experts, []).append(module)
+    for number in sorted(routers):
+        _core_update_biases(routers[number], *args, **kwargs)
 
 
 def mark_mtp_routers(model: Any) -> None:

@@ -3,7 +3,7 @@
 Plain is PyTorch on any device; fused is Transformer Engine. Both give the same parameter names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,14 +28,17 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
 )
 
+from hybrid_train.anatomy.layers import Layer
 from hybrid_train.model import packed, plain
 from hybrid_train.model.router import TopKRouter
+from hybrid_train.model.translate import layer_config
 
 
 @dataclass(frozen=True)
@@ -84,19 +87,52 @@ def with_plain_linears(parts: Parts) -> Parts:
 
 
 def hybrid_spec(
-    parts: Parts, *, mamba_chunk_size: int, mamba_layer: type[MambaLayer] = MambaLayer
+    parts: Parts,
+    *,
+    mamba_chunk_size: int,
+    mamba_layer: type[MambaLayer] = MambaLayer,
+    layers: Sequence[Layer] = (),
 ) -> ModuleSpec:
-    """Return the spec of a stack of M, *, - and E layers with MTP, made of `parts`."""
+    """Return the spec of a stack of M, *, - and E layers with MTP, made of `parts`.
+
+    Args:
+        parts: the classes.
+        mamba_chunk_size: of the scan.
+        mamba_layer: the class of M layers.
+        layers: of the model; those with sizes of their own are built so.
+    """
     return ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
-            mamba_layer=_mamba_layer(parts, mamba_layer, mamba_chunk_size),
-            attention_layer=_attention_layer(parts),
-            mlp_layer=_mlp_layer(parts),
-            moe_layer=_moe_layer(parts),
+            mamba_layer=_sized(_mamba_layer(parts, mamba_layer, mamba_chunk_size), layers),
+            attention_layer=_sized(_attention_layer(parts), layers),
+            mlp_layer=_sized(_mlp_layer(parts), layers),
+            moe_layer=_sized(_moe_layer(parts), layers),
             mtp_block_spec=_mtp_block(parts),
         ),
     )
+
+
+def _sized(spec: ModuleSpec, layers: Sequence[Layer]) -> ModuleSpec:
+    """Return the spec with a class that takes the sizes of each layer.
+
+    Core's stack gives all layers one config (hybrid_block.py 126), and a number from 1 on the whole
+    pipeline. That of an MTP block begins anew; the name of such a layer says where it is.
+    """
+    own = {(layer.depth > 0, layer.number): layer for layer in layers if layer.given}
+    if not own:
+        return spec
+    core: Any = spec.module
+
+    class SizedLayer(core):
+        def __init__(
+            self, config: TransformerConfig, *args: Any, layer_number: int, name: str, **kw: Any
+        ) -> None:
+            layer = own.get((name.startswith("mtp."), layer_number))
+            config = config if layer is None else layer_config(config, layer)
+            super().__init__(config, *args, layer_number=layer_number, name=name, **kw)
+
+    return replace(spec, module=SizedLayer)
 
 
 def _mamba_layer(parts: Parts, layer: type[MambaLayer], chunk_size: int) -> ModuleSpec:

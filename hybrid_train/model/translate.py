@@ -1,11 +1,14 @@
 """Our sections -> Megatron's TransformerConfig, as one table to read from top to bottom."""
 
+import copy
 import math
 
 import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hybrid_train.anatomy.axes import Axis
+from hybrid_train.anatomy.layers import Layer
 from hybrid_train.model import native_precision, recompute
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
@@ -83,6 +86,32 @@ def _shape(model: Model) -> dict[str, object]:
         "mamba_num_groups": model.mamba.groups,
         "mamba_state_dim": model.mamba.state_size,
     }
+
+
+def layer_config(config: TransformerConfig, layer: Layer) -> TransformerConfig:
+    """Return the config of one layer: that of the model, but for sizes that a rule gives.
+
+    Core checks a config once, as a whole; the rules of `config/check_layout.py` hold for each.
+    """
+    if not layer.given:
+        return config
+    own, sizes = copy.copy(config), layer.sizes
+    for axis, field in _FIELDS.items():
+        if axis.value in layer.given:
+            setattr(own, field, sizes.along(axis))
+    return own
+
+
+_FIELDS = {  # sizes that may differ from layer to layer -> fields of TransformerConfig
+    Axis.heads: "num_attention_heads",
+    Axis.kv_groups: "num_query_groups",
+    Axis.ssm_heads: "mamba_num_heads",
+    Axis.ssm_head_dim: "mamba_head_dim",
+    Axis.ffn: "ffn_hidden_size",
+    Axis.experts: "num_moe_experts",
+    Axis.expert_ffn: "moe_ffn_hidden_size",
+    Axis.shared_ffn: "moe_shared_expert_intermediate_size",
+}
 
 
 def _attention(job: TrainJob, pattern: Pattern) -> dict[str, object]:

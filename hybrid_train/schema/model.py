@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from omegaconf import MISSING
 
+from hybrid_train.schema import layer_ranges
 from hybrid_train.schema.limits import Factor, Range, Share, Size, Vocabulary
 from hybrid_train.schema.problems import Problem
 
@@ -73,6 +74,68 @@ class Mtp:
 
 
 @dataclass(kw_only=True)
+class AttentionSizes:
+    """Sizes of some attention layers; null: as in the others."""
+
+    heads: Size | None = None
+    kv_heads: Size | None = None
+
+
+@dataclass(kw_only=True)
+class MambaSizes:
+    """Sizes of some Mamba layers; null: as in the others."""
+
+    heads: Size | None = None
+    head_dim: Size | None = None
+
+
+@dataclass(kw_only=True)
+class MlpSizes:
+    """Sizes of some MLP layers; null: as in the others."""
+
+    intermediate_size: Size | None = None
+
+
+@dataclass(kw_only=True)
+class MoeSizes:
+    """Sizes of some expert layers; null: as in the others."""
+
+    experts: Size | None = None
+    intermediate_size: Size | None = None
+    shared_intermediate_size: Size | None = None
+
+
+@dataclass(kw_only=True)
+class LayerRule:
+    """Layers with sizes of their own; the first rule with sizes for a kind of layer holds."""
+
+    layers: str = "all"  # "first 2", "last 15%", "7", "3-9"; of the main layers, from 1
+    attention: AttentionSizes = field(default_factory=AttentionSizes)
+    mamba: MambaSizes = field(default_factory=MambaSizes)
+    mlp: MlpSizes = field(default_factory=MlpSizes)
+    moe: MoeSizes = field(default_factory=MoeSizes)
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The sizes, by their names in the model: "mlp.intermediate_size"."""
+        return {
+            f"{section}.{one.name}": getattr(getattr(self, section), one.name)
+            for section in SECTIONS.values()
+            for one in fields(getattr(self, section))
+            if getattr(getattr(self, section), one.name) is not None
+        }
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not layer_ranges.is_range(self.layers):
+            yield Problem("layers", self.layers, layer_ranges.RULE, "all")
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.given.items())
+        return f"{self.layers.strip()}: {sizes or 'no size'}"
+
+
+@dataclass(kw_only=True)
 class Model:
     """A hybrid language model. The pattern has one letter per layer: M * - E."""
 
@@ -88,6 +151,7 @@ class Model:
     mlp: Mlp = field(default_factory=Mlp)
     moe: Moe = field(default_factory=Moe)
     mtp: Mtp = field(default_factory=Mtp)
+    layers: list[LayerRule] = field(default_factory=list)  # sizes that differ from layer to layer
 
 
 # A kind of layer is a section of the model with a letter of its own.

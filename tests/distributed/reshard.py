@@ -33,7 +33,15 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hybrid_train.runtime import cpu
-from hybrid_train.schema.model import Attention, Mamba
+from hybrid_train.schema.model import (
+    Attention,
+    AttentionSizes,
+    LayerRule,
+    Mamba,
+    MambaSizes,
+    MlpSizes,
+    MoeSizes,
+)
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, ProductFormat
@@ -57,6 +65,7 @@ class Layout:
     parallel: Parallel
     bf16: bool = False
     lowered: bool = False  # moments in bfloat16
+    unequal: bool = False  # some layers have sizes of their own
 
 
 ONE = "one process"
@@ -84,6 +93,8 @@ LAYOUTS = {
     "TP2 x EP2, bfloat16": Layout(
         2, Parallel(tensor=2, expert=2, expert_tensor=1, distributed_optimizer=False), bf16=True
     ),
+    "TP2, unequal": Layout(2, Parallel(tensor=2), unequal=True),
+    "PP2 x EP2, unequal": Layout(4, Parallel(pipeline=2, expert=2), unequal=True),
     "DP2, lowered": Layout(2, Parallel(), bf16=True, lowered=True),
     "TP2, lowered": Layout(2, Parallel(tensor=2), bf16=True, lowered=True),
 }
@@ -114,6 +125,8 @@ PAIRS = (
     ("DP2, bfloat16", "DP2, FSDP, bfloat16"),
     ("DP2, bfloat16", "TP2 x EP2, bfloat16"),
     ("TP2 x EP2, bfloat16", "DP2, bfloat16"),
+    ("TP2, unequal", "PP2 x EP2, unequal"),
+    ("PP2 x EP2, unequal", "TP2, unequal"),
     ("TP2, lowered", "DP2, lowered"),
     ("DP2, lowered", "TP2, lowered"),
 )
@@ -132,6 +145,7 @@ TESTED = (
     ("DP2, FSDP", "TP2 x EP2 x DP2, FSDP"),
     ("DP2, bfloat16", "DP2, FSDP, bfloat16"),
     ("DP2, FSDP, bfloat16", "TP2 x EP2, bfloat16"),
+    ("TP2, unequal", "PP2 x EP2, unequal"),
     ("TP2, lowered", "DP2, lowered"),
 )
 # What `make test` has of those: tensors, stages, experts, data, FSDP; other masters; two processes.
@@ -216,6 +230,13 @@ def job_of(layout: Layout) -> TrainJob:
     job.model.attention = Attention(heads=4, kv_heads=4, head_dim=8)  # split four ways too
     job.model.mamba = Mamba(heads=4, head_dim=16, state_size=8, groups=4, chunk_size=8)
     job.train.microbatch = 1
+    if layout.unequal:
+        job.model.layers = [
+            LayerRule(layers="3", mamba=MambaSizes(heads=8)),
+            LayerRule(layers="7", moe=MoeSizes(experts=8, shared_intermediate_size=64)),
+            LayerRule(layers="8", attention=AttentionSizes(heads=8)),
+            LayerRule(mlp=MlpSizes(intermediate_size=96)),
+        ]
     if layout.bf16:
         job.precision = Precision(format=ProductFormat.bf16)
     if layout.lowered:

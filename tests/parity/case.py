@@ -9,7 +9,18 @@ import numpy as np
 import torch
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.model import (
+    Attention,
+    AttentionSizes,
+    LayerRule,
+    Mamba,
+    MambaSizes,
+    Mlp,
+    MlpSizes,
+    Model,
+    Moe,
+    MoeSizes,
+)
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import NumberFormat, Precision, ProductFormat
 from hybrid_train.schema.train import TrainJob
@@ -85,6 +96,23 @@ def quantized(case: Case, format: ProductFormat) -> Case:
         stochastic_rounding=False,  # its noise differs from rank to rank
     )
     return replace(case, job=job, steps=1)
+
+
+def unequal(parallel: Parallel, pattern: str, data: int = 1) -> Case:
+    """Return a model whose layers have sizes of their own, under a layout.
+
+    Three widths of MLP layers, two numbers of experts, two of Mamba heads and of attention heads.
+    """
+    case = case_of(parallel, pattern, data)
+    case.job.model.layers = [
+        LayerRule(layers="4", mamba=MambaSizes(heads=16)),
+        LayerRule(layers="5", attention=AttentionSizes(heads=8, kv_heads=4)),
+        LayerRule(layers="7", mlp=MlpSizes(intermediate_size=96)),
+        LayerRule(layers="last 2", mlp=MlpSizes(intermediate_size=32)),
+        LayerRule(layers="8", moe=MoeSizes(experts=4, shared_intermediate_size=64)),
+        LayerRule(moe=MoeSizes(intermediate_size=24)),
+    ]
+    return case
 
 
 def needed_processes(parallel: Parallel, data: int = 1) -> int:

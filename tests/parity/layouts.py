@@ -2,7 +2,7 @@
 
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import ProductFormat
-from tests.parity.case import Case, case_of, packed, quantized
+from tests.parity.case import Case, case_of, packed, quantized, unequal
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
 _DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
@@ -59,4 +59,14 @@ QUANTIZED = {
     }.items()
     for name in names
 }  # fmt: skip
-CASES = LAYOUTS | PACKED | QUANTIZED
+_UNEQUAL, _UNEQUAL_STAGES = "M-EM*M-E-*/*E/*E", "M-EM*|M-E-*/*E/*E"
+UNEQUAL = {
+    "unequal layers, TP2": unequal(Parallel(tensor=2), _UNEQUAL),
+    "unequal layers, PP2": unequal(Parallel(pipeline=2), _UNEQUAL_STAGES),
+    "unequal layers, EP2": unequal(Parallel(expert=2), _UNEQUAL),
+    "unequal layers, CP2": unequal(Parallel(context=2), _UNEQUAL),
+    "unequal layers, TP2 x CP2 x PP2": unequal(
+        Parallel(tensor=2, context=2, pipeline=2), _UNEQUAL_STAGES
+    ),
+}
+CASES = LAYOUTS | PACKED | QUANTIZED | UNEQUAL

@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED
+from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED, UNEQUAL
 from tests.parity.suite import Suite
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
@@ -55,6 +55,18 @@ def test_a_layout_computes_packed_rows_as_one_process_does(suite: Suite, name: s
 @pytest.mark.parametrize("name", sampled(QUANTIZED_SPLITS, "mxfp8, ETP2"))
 def test_a_layout_quantizes_as_one_process_does(suite: Suite, name: str) -> None:
     assert suite.compare(QUANTIZED[name]).problems == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    # The others stand in the last, or alone among the splits of experts.
+    [
+        pytest.param(name, marks=() if "EP2" in name or " x " in name else pytest.mark.slow)
+        for name in UNEQUAL
+    ],
+)
+def test_a_layout_splits_layers_of_unequal_sizes(suite: Suite, name: str) -> None:
+    assert suite.compare(UNEQUAL[name]).problems == []
 
 
 @pytest.mark.parametrize("seed", sampled(SEEDS, 1))

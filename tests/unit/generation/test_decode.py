@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from hybrid_train.runtime.start import process
-from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.model import (
+    Attention,
+    AttentionSizes,
+    LayerRule,
+    Mamba,
+    MambaSizes,
+    Mlp,
+    Model,
+    Moe,
+)
 from hybrid_train.schema.precision import Precision, ProductFormat
 from hybrid_train.schema.runtime import Kernels, Runtime
 from hybrid_train.schema.train import Train, TrainJob
@@ -25,6 +34,10 @@ pytestmark = MEGATRON_WARNINGS
 VOCAB = 61  # padded to 128 by the model
 EVERY_KIND = "MEM*M-/*E/*E"  # with two MTP depths, which generation does not run
 PATTERNS = ["M", "*", "*-", "*E", "MEM*M-", EVERY_KIND]
+UNEQUAL = [
+    LayerRule(layers="2", mamba=MambaSizes(heads=4)),
+    LayerRule(layers="4", attention=AttentionSizes(heads=8, kv_heads=1)),
+]
 LONGEST_SUM = 128  # terms of the longest sum in a layer: inner width of Mamba and MLP
 
 Build = Callable[..., "Hybrid"]
@@ -44,8 +57,11 @@ def build() -> Iterator[Build]:
         start_tracker()
 
         @cache
-        def build(pattern: str, number_format: ProductFormat = ProductFormat.fp32) -> "Hybrid":
+        def build(
+            pattern: str, number_format: ProductFormat = ProductFormat.fp32, unequal: bool = False
+        ) -> "Hybrid":
             job = tiny_job(pattern, number_format)
+            job.model.layers = UNEQUAL if unequal else []
             on_gpu = torch.cuda.is_available()
             model = build_model(job, groups, VOCAB, on_gpu=on_gpu).chunks[0]
             # New weights are small: every layer would be a faint echo of the embedding.
@@ -119,6 +135,13 @@ def test_cached_logits_equal_full_forward_logits(build: Build, pattern: str, pro
     actual = cached_logits(model, tokens, prompt)
     layers = len(pattern.split("/")[0]) + 1  # and the output layer
     assert_equal_logits(actual, expected, layers)
+
+
+def test_caches_of_layers_with_unequal_heads_hold_what_each_needs(build: Build) -> None:
+    model = build("MM**", unequal=True)
+    tokens = some_tokens(model, batch=3, length=29)
+    actual = cached_logits(model, tokens, prompt=8)
+    assert_equal_logits(actual, full_logits(model, tokens)[:, 7:], layers=5)
 
 
 def test_every_layer_kind_matters_to_the_logits(build: Build) -> None:
