@@ -44,7 +44,7 @@ class OutputLayer(ColumnParallelLinear):
         weight = self.weight if tied_weight is None else tied_weight
         group = self.tp_group if self.tp_group.size() > 1 else None
         buffer = getattr(weight, "main_grad", None) if self.gradient_accumulation_fusion else None
-        if tied_weight is not None and group is None:
+        if group is None and getattr(weight, "zero_out_wgrad", False):
             # The embedding adds to this weight, too: their gradients meet in an ordinary one.
             buffer = None
         if buffer is not None and torch.is_grad_enabled():
