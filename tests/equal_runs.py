@@ -48,7 +48,7 @@ RUNS = {
         f"train.tokens={STEPS * 64 * 2}",
     ),
 }
-CLOCK = ("tokens_per_s", "pause_s", "mfu", "tflops_per_s", "memory_gb")
+CLOCK = ("tokens_per_s", "step_time_s", "pause_s", "save_time_s", "validation_time_s", "mfu")
 
 
 def train(checkout: Path, name: str, run_dir: Path) -> None:

@@ -67,7 +67,9 @@ class NextToken(Objective):
             )
         ]
         sums, losses = zip(*found, strict=True)
-        return torch.stack(sums).sum(), torch.stack(losses), masks
+        # Of one depth a view: the digits of a sum depend on the order of its terms in memory.
+        stacked = losses[0].unsqueeze(0) if len(losses) == 1 else torch.stack(losses)
+        return torch.stack(sums).sum(), stacked, masks
 
     def _masks(self, batch: Batch) -> Tensor:
         """Return where the label of each depth counts, [1 + D, B, S]."""
