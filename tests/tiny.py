@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -88,12 +89,13 @@ def losses_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Each loss counts what the batch weighs its label.
     """
+    from hybrid_train.schema.objective import NextToken as Settings
     from hybrid_train.training.next_token import NextToken
 
-    depths = model.mtp_num_depths
-    objective = NextToken(
-        depths=depths, mtp_loss_scale=depths, context_group=model.pg_collection.cp
-    )
+    depths, groups = model.mtp_num_depths, model.pg_collection
+    section = Model(pattern="M" + "/M" * depths)  # of which the objective counts the depths alone
+    given: Any = SimpleNamespace(model=section, groups=groups)
+    objective = NextToken(Settings(mtp_loss_scale=depths), given)
     ones = torch.ones(1 + depths, device=batch.tokens.device)
     output: Any = objective.forward(model, batch, ones)[0]
     return output[0], output[1]

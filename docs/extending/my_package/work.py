@@ -14,7 +14,7 @@ from hybrid_train.training.loop import Run
 from hybrid_train.training.report import StepReport
 from my_package.parts import Freeze, LossAverage, SkipStart
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(f"hybrid_train.{__name__}")  # a run shows what this family says
 
 
 class FreezeParameters:

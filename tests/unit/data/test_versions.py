@@ -17,7 +17,7 @@ def test_token_files_are_described_by_their_index_and_size(tmp_path: Path) -> No
         Path(f"{prefix}.idx").write_bytes(index)
         Path(f"{prefix}.bin").write_bytes(content)
         found.append(versions_of(TrainJob, {"data": data}, ["data.cache"]))
-    assert list(found[0]) == [f"data.sources {prefix}"]
+    assert list(found[0]) == [f"data.sources.train {prefix}"]
     assert found[0] == found[3]
     assert found[0] not in found[1:3]
 

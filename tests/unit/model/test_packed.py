@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.ops.attention import causal_attention
@@ -16,7 +17,7 @@ from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.problems import UserError
 from tests import tiny
 from tests.packed import alone_in_a_row, documents, index_of, packed_batch
-from tests.tiny import MEGATRON_WARNINGS, tiny_job, tiny_model
+from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job, tiny_model
 
 pytestmark = MEGATRON_WARNINGS
 PATTERN = "MEM*M-/*ME/*ME"
@@ -52,6 +53,13 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     )
     depths = (outputs.hidden, *outputs.mtp_hidden)
     return torch.stack([outputs.head.logits(hidden) for hidden in depths])
+
+
+def plain_losses_of(model: Any, batch: Batch) -> Tensor:
+    """The same losses by autograd on the logits, each with a gradient; [1 + D, B, S]."""
+    logits = logits_of(model, batch)[..., :VOCAB].permute(0, 3, 1, 2)
+    labels = [batch.labels.roll(-d, dims=1) for d in range(1 + DEPTHS)]
+    return functional.cross_entropy(logits, torch.stack(labels), reduction="none")
 
 
 def each_alone(
@@ -114,8 +122,8 @@ def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(
     groups: Any, plan: Parallel
 ) -> None:
     model = model_of(groups, parallel=plan)
-    losses = losses_of(model, packed_batch(rows(), LENGTH))
-    pairs = each_alone(losses_of, model, losses, rows())
+    losses = plain_losses_of(model, packed_batch(rows(), LENGTH))
+    pairs = each_alone(plain_losses_of, model, losses, rows())
     weight = torch.linspace(0.5, 1.5, 7)  # documents and depths do not count alike
 
     def total(side: int) -> Tensor:
@@ -138,7 +146,7 @@ def routed(groups: Any, length: int, scale: float = 0.1) -> tuple[Any, dict[str,
     model = tiny_model(job, groups)
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
     batch = packed_batch(rows()[:1], length)
-    losses = losses_of(model, batch)
+    losses = plain_losses_of(model, batch)
     continued = torch.stack([batch.loss_weights] + [torch.zeros_like(batch.loss_weights)] * DEPTHS)
     found = gradients(model, (losses * continued).sum())
     return model, {name: g for name, g in found.items() if "router" in name}
