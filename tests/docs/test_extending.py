@@ -42,6 +42,7 @@ def test_the_focal_loss_has_the_gradient_of_its_formula(
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is unavailable or uninitialized")
 def test_the_example_trains_with_all_of_its_parts_and_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
