@@ -118,11 +118,12 @@ class LayerRule:
     @property
     def given(self) -> dict[str, int]:
         """The sizes, by their names in the model: "mlp.intermediate_size"."""
+        sections = {name: getattr(self, name) for name in SECTIONS.values() if hasattr(self, name)}
         return {
-            f"{section}.{one.name}": getattr(getattr(self, section), one.name)
-            for section in SECTIONS.values()
-            for one in fields(getattr(self, section))
-            if getattr(getattr(self, section), one.name) is not None
+            f"{name}.{one.name}": getattr(section, one.name)
+            for name, section in sections.items()
+            for one in fields(section)
+            if getattr(section, one.name) is not None
         }
 
     def problems(self) -> Iterator[Problem]:
