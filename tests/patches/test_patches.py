@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-MOST_FILES = {"knob": 3, "command": 3, "objective": 4}
+MOST_FILES = {"knob": 3, "command": 3, "objective": 4, "layer": 6}
 BIN = Path(sys.executable).parent
 
 
