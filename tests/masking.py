@@ -1,11 +1,13 @@
-"""An edit for tests: fixed masks of zeros and ones on the weights of every linear layer."""
+"""Edits for tests: fixed masks on the weights of every linear layer; a frozen embedding."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hybrid_train.schema.extension import EditSettings
 from hybrid_train.schema.precision import Precision, ProductFormat
 from tests.tiny import BATCH, LENGTH, VOCAB, tiny_job, tiny_model
 
@@ -34,6 +36,27 @@ class Masks:
         from hybrid_train.model.edits import Stage
 
         return Stage.mask
+
+
+@dataclass(kw_only=True)
+class FreezeEmbedding(EditSettings):
+    """Settings of `FrozenEmbedding`."""
+
+    implementation: ClassVar[str] = "tests.masking:FrozenEmbedding"
+    kind: str = "tests.masking:FreezeEmbedding"
+
+
+class FrozenEmbedding:
+    """Takes the embedding out of training."""
+
+    def __init__(self, _: FreezeEmbedding) -> None:
+        from hybrid_train.model.edits import Stage
+
+        self.stage = Stage.freeze
+
+    def apply(self, chunks: Sequence[nn.Module]) -> None:
+        for chunk in chunks:
+            chunk.get_parameter("embedding.word_embeddings.weight").requires_grad_(False)
 
 
 def _transform(number: int) -> Any:

@@ -23,9 +23,7 @@ class Draw(enum.Enum):
     """How the first values of a tensor are drawn; `model/init.py` has the formulas."""
 
     normal = enum.auto()
-    residual = (
-        enum.auto()
-    )  # normal, smaller by the root of the number of layers: adds to the stream
+    residual = enum.auto()  # normal, smaller by the root of the number of layers
     ones = enum.auto()
     taps = enum.auto()
     tap_biases = enum.auto()

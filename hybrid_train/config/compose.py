@@ -132,6 +132,7 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
         files = yaml_files.walk(job_name, choices, conf_folders(own))
         with _own_sections(job_name, choices, given, files, problems):
             config = _composed(job_name, choices, problems, files)
+        _take_chosen_sections(config, job_name, given)
     problems += extensions.type_lists(config)
     for override in given.values:
         problems.extend(overrides.set_value(config, override, groups))
@@ -172,6 +173,19 @@ def _own_sections(
         sections[place] = section
     with registry.sections_of(job_name, sections):
         yield
+
+
+def _take_chosen_sections(config: DictConfig, job_name: str, given: overrides.Given) -> None:
+    """Let a choice of the command line stand where a file has a section of another kind.
+
+    `objective=next_token` takes the place of all that an experiment says of an objective.
+    """
+    for choice in given.groups:
+        place = choice.key_or_group
+        if place not in extensions.SECTIONS or choice.value() not in registry.kinds(place):
+            continue
+        if is_path(config[place].kind):
+            config[place] = hydra_compose(job_name, [f"{place}={choice.value()}"])[place]
 
 
 def _own_kind(place: str, given: overrides.Given, files: yaml_files.Walk) -> str | None:

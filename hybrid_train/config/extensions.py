@@ -12,14 +12,25 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_train.schema.extension import Edit, Extension, Hook, RowTransform
+from hybrid_train.schema.extension import (
+    EditSettings,
+    Extension,
+    HookSettings,
+    RowTransformSettings,
+)
 from hybrid_train.schema.import_path import imported, is_path
-from hybrid_train.schema.objective import OBJECTIVES, Objective
+from hybrid_train.schema.objective import OBJECTIVES, ObjectiveSettings
 from hybrid_train.schema.problems import Problem
 
 # What a class of settings at each place derives from, and the kinds of ours.
-SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {"objective": (Objective, OBJECTIVES)}
-LISTS: dict[str, type[Extension]] = {"edits": Edit, "hooks": Hook, "row_transforms": RowTransform}
+SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {
+    "objective": (ObjectiveSettings, OBJECTIVES)
+}
+LISTS: dict[str, type[Extension]] = {
+    "edits": EditSettings,
+    "hooks": HookSettings,
+    "row_transforms": RowTransformSettings,
+}
 _HOW = "package.module:Class, the import path of a class of settings"
 
 

@@ -123,8 +123,8 @@ class Validation:
     """The same rows at every validation; iterate it once for each.
 
     Every rank gets the same number of microbatches, `len(validation)`. Where the rows do not fill
-    the last ones, rows with a loss mask of 0 do, so that the same tokens count for every number of
-    ranks and every size of microbatch.
+    the last ones, rows whose labels weigh nothing do, so that the same tokens count for every
+    number of ranks and every size of microbatch.
     """
 
     def __init__(

@@ -127,15 +127,16 @@ def stack(rows: Sequence[Row]) -> Batch:
     """Join rows, each field [L], into one batch [B, L].
 
     Raises:
-        UserError: if they have different extra fields, or one of different shapes.
+        UserError: if they have different fields, or an extra one of different shapes.
     """
-    first = rows[0]
     given: dict[str, Any] = {}
     for one in fields(Batch):
         values = [getattr(row, one.name) for row in rows]
         if isinstance(values[0], Mapping):
             given[one.name] = _stack_extras(values)
-        elif getattr(first, one.name) is not None:
+        elif any(value is not None for value in values):
+            if any(value is None for value in values):
+                raise _wrong(f"{one.name} is in some rows of a microbatch, and in others not")
             given[one.name] = torch.from_numpy(np.stack(values))
     return Batch(**given)
 

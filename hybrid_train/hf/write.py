@@ -103,6 +103,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     job.model.pattern = job.model.pattern.replace("|", "")
     size = job.model.vocab_size or open_tokenizer(found.run_dir / layout.TOKENIZER).vocab_size
     job.model.vocab_size = size
+    if job.edits:
+        kinds = ", ".join(one.kind for one in job.edits)
+        _log.warning("the edits of the run (%s) are not in its weights, nor in the export", kinds)
     return Checkpoint(found, job, size)
 
 

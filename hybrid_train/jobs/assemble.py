@@ -32,10 +32,12 @@ def build_engine(
         UserError: if the objective cannot be imported, or is not one.
     """
     networks = {}
-    for name, model in job.objective.models(job.model).items():
+    for number, (name, model) in enumerate(job.objective.models(job.model).items()):
         own, made = job, built
         if model is not job.model:
-            own = dataclasses.replace(job, model=model)
+            # Two networks of one shape must not begin alike, nor round alike.
+            train = dataclasses.replace(job.train, seed=job.train.seed + number)
+            own = dataclasses.replace(job, model=model, train=train)
             assert model.vocab_size is not None, f"{name} has no vocabulary"
             made = build_model(own, groups, model.vocab_size, on_gpu=device.type == "cuda")
         networks[name] = build_network(own, made, groups, device, name)
@@ -61,14 +63,20 @@ def build_objective(
     objective: Objective = implementation(job.objective, given)
     turns = objective.turns
     if unknown := {turn.network for turn in turns} - networks.keys():
-        raise UserError(
+        raise _refused(
             f"objective {job.objective.kind}: it trains {', '.join(sorted(unknown))}, but its "
             f"networks are {', '.join(networks)}"
         )
     if len(turns) > 1 and (job.parallel.fsdp or job.precision.fp8_param_gather):
-        raise UserError(
+        raise _refused(
             f"objective {job.objective.kind}: a step of {len(turns)} turns takes back updates, "
             "which parallel.fsdp=true and precision.fp8_param_gather=true do not let it do; set "
             "both to false"
         )
     return objective
+
+
+def _refused(text: str) -> UserError:
+    error = UserError(text)
+    error.everywhere = True  # every process builds the same objective
+    return error

@@ -68,7 +68,7 @@ def build_network(
     formatted = megatron.in_model_format(built.chunks, built.config)
     made = (make(job, built, groups) for make in EDITS.values())
     edits = [edit for edit in made if edit is not None]
-    edits += [implementation_of(settings)(settings) for settings in job.edits]
+    edits += _own_edits(job)
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedProducts)), None)
     chunks = megatron.wrap(formatted, built.config, job.parallel, job.precision)
@@ -87,6 +87,11 @@ def build_network(
         rate=Rate(job.schedule, tokens(job.train.tokens)),
         finalizer=megatron.Finalizer(built.config),
     )
+
+
+def _own_edits(job: TrainJob) -> list[Edit]:
+    """Build the edits of a user's own package that a job names."""
+    return [implementation_of(settings)(settings) for settings in job.edits]
 
 
 def _routing(model: Model) -> Routing:
@@ -158,6 +163,8 @@ def load_model(
     assert job.model.vocab_size is not None
     built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
     read_weights(found.path, built.chunks, groups, key)
+    # What an edit makes of weights is not in them: without it this would be another model.
+    apply_edits(_own_edits(job), built.chunks)
     _log.info("loaded %s, trained for %d steps", found.path, found.step)
     device = torch.device(torch.cuda.current_device())
     loaded = Network(

@@ -98,6 +98,7 @@ def _locked(stages: Sequence[PlannedStage]) -> Iterator[None]:
                     "start this one again when that has ended"
                 ) from error
         for stage in stages:
+            stage.mark.unlink(missing_ok=True)  # of a folder that is gone: it must not vouch again
             if not stage.resumes:
                 shutil.rmtree(stage.path, ignore_errors=True)
         yield

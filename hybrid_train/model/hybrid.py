@@ -6,6 +6,7 @@ Dimensions: S sequence, B batch.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
@@ -68,6 +69,10 @@ class Hybrid(HybridModel):
             `read` makes of them.
         """
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        if hidden is not None and torch.is_grad_enabled() and self.config.recompute_granularity:
+            # Layers that are computed again get no gradient where their input has none, as that of
+            # a frozen embedding (core 0.19.2, tensor_parallel/random.py, CheckpointFunction).
+            hidden.requires_grad_()
         packing: dict[str, Any] = {}
         if sequence_index is not None:
             packing = packed.arguments(sequence_index, padding, self.pg_collection, self.config)

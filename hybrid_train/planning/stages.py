@@ -4,8 +4,7 @@ With P pipeline ranks that run V stages each in turn (interleaved schedule), the
 stages, in the order of the model; rank r runs the stages r, r + P, r + 2P, ...
 
 The cost of a stage is its part of `counts.flops_per_token`: each layer by its kind and sizes; the
-head and
-every MTP depth, which run on the last stage. The embedding, on the first, is a look-up and
+head and every MTP depth, which run on the last stage. The embedding, on the first, is a look-up and
 multiplies nothing. A backward pass costs twice its forward pass everywhere, so it changes no cut.
 """
 

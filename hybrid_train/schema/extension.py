@@ -26,17 +26,17 @@ class Extension:
 
 
 @dataclass(kw_only=True)
-class Edit(Extension):
+class EditSettings(Extension):
     """Changes a model that was built, before it is wrapped for data parallelism."""
 
 
 @dataclass(kw_only=True)
-class Hook(Extension):
+class HookSettings(Extension):
     """Reacts to the events of the loop."""
 
 
 @dataclass(kw_only=True)
-class RowTransform(Extension):
+class RowTransformSettings(Extension):
     """Changes a row of the data between reading and stacking."""
 
 
@@ -50,4 +50,6 @@ def implementation_of(settings: Extension) -> Any:
     try:
         return imported(path)
     except ValueError as error:
-        raise UserError(f"{settings.kind} is carried out by {path}: {error}") from error
+        refusal = UserError(f"{settings.kind} is carried out by {path}: {error}")
+        refusal.everywhere = True
+        raise refusal from error

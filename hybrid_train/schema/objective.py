@@ -14,7 +14,7 @@ MAIN = "model"  # the network of a step that trains no other
 
 
 @dataclass(kw_only=True)
-class Objective(Extension):
+class ObjectiveSettings(Extension):
     """What the settings of every objective have: routers add their balance loss to any loss.
 
     The implementation is called with the settings and a `Given` (`training/objective.py`).
@@ -32,7 +32,7 @@ class Objective(Extension):
 
 
 @dataclass(kw_only=True)
-class NextToken(Objective):
+class NextToken(ObjectiveSettings):
     """Cross-entropy of the next token, plus the weighted MTP and load-balance terms."""
 
     implementation: ClassVar[str] = "hybrid_train.training.next_token:NextToken"
@@ -40,4 +40,4 @@ class NextToken(Objective):
     mtp_loss_scale: Factor = 0.1  # weight of the mean of the MTP losses
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"next_token": NextToken}

@@ -24,7 +24,7 @@ from hybrid_train.schema.limits import (
     Weight,
 )
 from hybrid_train.schema.model import Model
-from hybrid_train.schema.objective import NextToken, Objective
+from hybrid_train.schema.objective import NextToken, ObjectiveSettings
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, PrecisionRule
@@ -94,7 +94,7 @@ class TrainJob:
     data: Data = field(default_factory=Data)
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
-    objective: Objective = field(default_factory=NextToken)
+    objective: ObjectiveSettings = field(default_factory=NextToken)
     edits: list[Any] = field(default_factory=list)  # of the model, by import path, in their order
     hooks: list[Any] = field(default_factory=list)  # of the loop, by import path
     row_transforms: list[Any] = field(default_factory=list)  # of the data, by import path

@@ -195,4 +195,5 @@ def _gradients(chunk: Any) -> Iterator[tuple[str, Tensor]]:
         yield from fsdp.gradients(chunk)
         return
     for name, parameter in chunk.module.named_parameters():
-        yield name, parameter.main_grad
+        if parameter.requires_grad:  # core gives a frozen one no buffer
+            yield name, parameter.main_grad

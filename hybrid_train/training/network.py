@@ -130,14 +130,18 @@ class Network:
         """Copy all that an update changes; return what puts it back."""
         tensors = list(self._updated())
         copies = [tensor.detach().clone() for tensor in tensors]
-        counts = [(group, group["step"]) for group in self._groups() if "step" in group]
+        counts = [(group, group.get("step")) for group in self._groups()]
+        known = [(optimizer, set(optimizer.state)) for optimizer in self._optimizers()]
 
         def put_back() -> None:
             with torch.no_grad():
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
             for group, count in counts:
-                group["step"] = count
+                group.pop("step", None) if count is None else group.update(step=count)
+            for optimizer, parameters in known:  # FusedAdam makes its state at the first update
+                for parameter in set(optimizer.state) - parameters:
+                    del optimizer.state[parameter]
 
         return put_back
 
@@ -145,16 +149,19 @@ class Network:
         for chunk in self.chunks:
             yield from chunk.module.parameters()
             yield from chunk.module.buffers()  # `buffers` of the wrapper are those of gradients
-        assert self.optimizer is not None, f"{self.name} is not trained"
         for group in self._groups():
             yield from group["params"]
-        for part in self.optimizer.chained_optimizers:
-            if not part.is_stub_optimizer:
-                for state in part.optimizer.state.values():
-                    yield from (one for one in state.values() if isinstance(one, Tensor))
+        for optimizer in self._optimizers():
+            for state in optimizer.state.values():
+                yield from (one for one in state.values() if isinstance(one, Tensor))
 
     def _groups(self) -> Iterator[dict[str, Any]]:
+        for optimizer in self._optimizers():
+            yield from optimizer.param_groups
+
+    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """Yield those of torch's kind that the optimizer is made of."""
         assert self.optimizer is not None, f"{self.name} is not trained"
         for part in self.optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
-                yield from part.optimizer.param_groups
+                yield part.optimizer

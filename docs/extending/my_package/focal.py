@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hybrid_train.schema.limits import Factor
-from hybrid_train.schema.objective import Objective
+from hybrid_train.schema.objective import ObjectiveSettings
 from hybrid_train.schema.problems import Problem
 
 
 @dataclass(kw_only=True)
-class Focal(Objective):
+class Focal(ObjectiveSettings):
     """Cross-entropy that counts tokens less that the model predicts well."""
 
     implementation: ClassVar[str] = "my_package.focal_loss:FocalLoss"

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hybrid_train.schema.extension import Edit, Hook, RowTransform
+from hybrid_train.schema.extension import EditSettings, HookSettings, RowTransformSettings
 from hybrid_train.schema.limits import Share
 from hybrid_train.schema.problems import Problem
 
 
 @dataclass(kw_only=True)
-class Freeze(Edit):
+class Freeze(EditSettings):
     """Parameters that are not trained."""
 
     implementation: ClassVar[str] = "my_package.work:FreezeParameters"
@@ -23,7 +23,7 @@ class Freeze(Edit):
 
 
 @dataclass(kw_only=True)
-class LossAverage(Hook):
+class LossAverage(HookSettings):
     """The loss, averaged over steps."""
 
     implementation: ClassVar[str] = "my_package.work:AverageLoss"
@@ -31,7 +31,7 @@ class LossAverage(Hook):
 
 
 @dataclass(kw_only=True)
-class SkipStart(RowTransform):
+class SkipStart(RowTransformSettings):
     """The first labels of each row, where a token has seen little, do not count."""
 
     implementation: ClassVar[str] = "my_package.work:SkipFirstLabels"

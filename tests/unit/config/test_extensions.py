@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from hybrid_train.schema.extension import Hook
+from hybrid_train.schema.extension import HookSettings
 from hybrid_train.schema.limits import Factor
-from hybrid_train.schema.objective import Objective
+from hybrid_train.schema.objective import ObjectiveSettings
 from hybrid_train.schema.problems import Problem
 
 
 @dataclass(kw_only=True)
-class Focal(Objective):
+class Focal(ObjectiveSettings):
     implementation: ClassVar[str] = "owned.work:FocalLoss"
     gamma: Factor = 2.0  # how much less easy tokens count
     floor: float = 0.0
@@ -37,18 +37,18 @@ class Focal(Objective):
 
 
 @dataclass(kw_only=True)
-class Average(Hook):
+class Average(HookSettings):
     implementation: ClassVar[str] = "owned.work:AverageLoss"
     decay: float = 0.9
 
 
 @dataclass(kw_only=True)
-class Nameless(Hook):
+class Nameless(HookSettings):
     pass
 
 
 @dataclass(kw_only=True)
-class Lost(Hook):
+class Lost(HookSettings):
     implementation: ClassVar[str] = "owned.nowhere:Lost"
 
 
@@ -126,6 +126,14 @@ def test_an_objective_of_ones_own_is_named_by_its_import_path(
     assert objective.moe_aux_loss_scale == 1e-4
 
 
+def test_a_choice_of_the_command_line_takes_the_place_of_one_in_a_file() -> None:
+    job = compose("train", ["experiment=mine", "objective=next_token"])
+    assert job.objective == NextToken()
+    assert compose("train", ["experiment=mine", "objective=focal"]).objective.kind == (
+        "owned.parts:Focal"
+    )
+
+
 def test_one_composition_leaves_the_next_as_it_was() -> None:
     compose("train", ["experiment=mine"])
     assert compose("train", [TINY]).objective == NextToken()
@@ -171,7 +179,7 @@ def test_help_lists_their_settings_with_the_comments_of_their_own() -> None:
         ("objective.kind=owned.parts:Average", "objective.kind", "derives from"),
         ("objective.kind=owned.parts:Plain", "objective.kind", "must be a dataclass"),
         ("objective.kind=next_token", "objective.kind", "is set by the choice of objective"),
-        ("hooks=[{kind: 'owned.parts:Focal'}]", "hooks.0.kind", "schema.extension.Hook"),
+        ("hooks=[{kind: 'owned.parts:Focal'}]", "hooks.0.kind", "schema.extension.HookSettings"),
         ("hooks=[{kind: 'owned.parts:Nameless'}]", "hooks.0.kind", "must name the code"),
         ("hooks=[{kind: 'owned.parts:Lost'}]", "hooks.0.kind", "there is no module owned.nowhere"),
         ("hooks=[{decay: 1}]", "hooks.0", "must have a kind"),

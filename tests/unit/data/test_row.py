@@ -125,6 +125,14 @@ def test_rows_that_fill_a_validation_up_have_the_extra_fields_too() -> None:
     assert batch.loss_weights.sum(dim=1).tolist() == [LENGTH, 0]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_of_which_some_have_padding_are_no_batch(first: int) -> None:
+    row = reader()(0)
+    pair = [row, replace(row, padding=np.zeros(LENGTH, dtype=bool))]
+    with pytest.raises(UserError, match="padding is in some rows of a microbatch"):
+        stack([pair[first], pair[1 - first]])
+
+
 def shorter(row: Row) -> Row:
     return replace(row, labels=row.labels[1:])
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config import frozen
+from hybrid_train.jobs.study import _locked
 from hybrid_train.jobs.study_plan import plan
 from hybrid_train.jobs.study_stages import Stages
 from hybrid_train.schema.problems import ConfigError, UserError, collect
@@ -123,6 +124,9 @@ def test_a_finished_stage_is_known_by_a_mark_that_is_whole(tmp_path: Path) -> No
         .is_finished()
     )
     shutil.rmtree(stage.path)
+    assert not stage.is_finished()
+    with _locked([stage]):  # it runs again, and may be killed in the middle
+        frozen.freeze(stage.job, stage.path)
     assert not stage.is_finished()
 
 

@@ -14,6 +14,7 @@ from hybrid_train.schema.parallel import (
     RecomputeModule,
 )
 from hybrid_train.schema.train import TrainJob
+from tests.masking import FreezeEmbedding
 from tests.sampled import sampled
 from tests.tiny import (
     BATCH,
@@ -177,3 +178,20 @@ def test_validation_recomputes_nothing(groups: Any) -> None:
         layer.register_forward_hook(lambda *_: calls.append(1))
     engine.evaluate([batch_of(some_rows())])
     assert len(calls) == len(engine.network.chunks[0].module.decoder.layers)
+
+
+@pytest.mark.parametrize("mode", [Recompute.full, Recompute.selective])
+def test_a_frozen_embedding_takes_no_gradient_from_what_is_computed_again(
+    groups: Any, mode: Recompute
+) -> None:
+    gradients = []
+    for recompute in (Recompute.none, mode):
+        job = tiny_job("ME*-", parallel=Parallel(recompute=recompute))
+        job.edits = [FreezeEmbedding()]
+        engine = tiny_engine(job, groups)
+        engine.step(microbatches(some_rows(), 2), tokens_seen=0)
+        named = engine.network.chunks[0].module.named_parameters()
+        gradients.append({name: one.main_grad.clone() for name, one in named if one.requires_grad})
+    assert all(gradient.any() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name

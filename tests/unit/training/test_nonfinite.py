@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_train.schema.recovery import Recovery
+from hybrid_train.training.bad_steps import BadSteps
+from tests.masking import FreezeEmbedding
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -83,3 +86,18 @@ def test_the_sound_run_raises_nothing_and_leaves_no_hooks(groups: Any) -> None:
     )
     assert found == "the forward pass, repeated, does not show it"
     assert not any(module._forward_hooks for module in engine.network.chunks[0].module.modules())
+
+
+def test_frozen_parameters_have_no_gradient_to_look_at(groups: Any) -> None:
+    job = tiny_job("M*-")
+    job.edits = [FreezeEmbedding()]
+    engine = tiny_engine(job, groups)
+    before = state_of(engine)
+    first = next(one for one in engine.network.chunks[0].parameters() if one.requires_grad)
+    with torch.no_grad():
+        first.view(-1)[0] = float("nan")
+    skipping = BadSteps(Recovery(skip_nonfinite=True))
+    report = engine.step(microbatches(some_rows(), 2), tokens_seen=0, bad_steps=skipping)
+    assert report.skipped_kind == "nonfinite"
+    name = "embedding.word_embeddings.weight"
+    assert torch.equal(state_of(engine)[name], before[name])

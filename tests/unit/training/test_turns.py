@@ -54,7 +54,9 @@ def two(groups: Any, *, joined: bool = False, order: str = "first second") -> "E
 def one(groups: Any, name: str) -> "Engine":
     """The same network in a run of its own."""
     objective = NextToken(moe_aux_loss_scale=0.1)
-    return tiny_engine(tiny_job(PATTERNS[name], objective=objective), groups)
+    job = tiny_job(PATTERNS[name], objective=objective)
+    job.train.seed += list(PATTERNS).index(name)  # networks of one run do not begin alike
+    return tiny_engine(job, groups)
 
 
 def weights(network: Any) -> dict[str, Tensor]:
@@ -167,6 +169,28 @@ def test_a_step_with_a_bad_turn_leaves_all_networks_as_before(groups: Any, bad: 
     assert report.skipped_kind == "nonfinite"
     assert "the gradient norm is inf" in report.skipped
     assert all(same(*pair) for pair in zip(before, everything(engine), strict=True))
+
+
+def test_after_a_bad_first_step_the_next_is_a_first_one(groups: Any) -> None:
+    """The optimizer makes its state at the first update, which was taken back."""
+    engine, fresh = two(groups), two(groups)
+    reduce = engine.networks["second"].finalizer
+    spoil_gradient(engine, "second")
+    skipping = BadSteps(Recovery(skip_nonfinite=True))
+    engine.step(microbatches(some_rows(), 2), tokens_seen=0, bad_steps=skipping)
+    engine.networks["second"].chunks[0].config.finalize_model_grads_func = reduce
+    for one_engine in (engine, fresh):
+        one_engine.step(microbatches(some_rows(), 2), tokens_seen=0)
+    assert all(same(*pair) for pair in zip(everything(engine), everything(fresh), strict=True))
+
+
+def test_networks_of_one_shape_do_not_begin_alike(
+    groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PATTERNS, "second", PATTERNS["first"])
+    first, second = (weights(network) for network in two(groups).networks.values())
+    name = next(name for name in first if "router.weight" in name)
+    assert not torch.equal(first[name], second[name])
 
 
 def test_a_checkpoint_of_two_networks_restores_both(groups: Any, tmp_path: Path) -> None:
