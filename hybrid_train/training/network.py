@@ -85,8 +85,9 @@ class Network:
 
         Args:
             denominator: of the main term, summed over all processes, float.
-            labels: how many labels have a weight, in all processes. The balance loss is a mean over
-                tokens, whatever those weigh.
+            labels: how many labels have a weight, in all processes. They divide the balance loss,
+                whatever they weigh; it is a sum over all tokens that routers count, so it counts
+                the more, the fewer of these have a label.
         """
         assert self.finalizer is not None, f"{self.name} is not trained"
         self.finalizer.denominator = torch.where(denominator > 0, denominator, 1.0)
