@@ -59,6 +59,7 @@ BESIDE = {
         "train.phases=[{name: a},{name: b,start: 50%}]", "train.global_batch=2", "train.tokens=128",
         "data.packing=none",
     ),
+    "model.layers": ("model.layers=[{layers: all,mlp: {intermediate_size: 8}}]",),
     # In packed rows of few tokens MTP may find no label.
     "train.sequence_length": ("data.packing=none",),
     "train.batch_ramp": ("train.batch_ramp.tokens=32", "train.global_batch=4", "train.tokens=128"),
@@ -108,7 +109,7 @@ class Field:
 def fields_of(base: str) -> list[Field]:
     """Return the fields of a base."""
     found: dict[str, Field] = {}
-    extra = BESIDE["train.phases"] if base == "train" else ()
+    extra = (*BESIDE["train.phases"], *BESIDE["model.layers"]) if base == "train" else ()
     for one in _walk(composer(base).job(*extra), base, ""):
         found.setdefault(one.owner, one)
     return list(found.values())

@@ -46,7 +46,7 @@ def test_imported_and_exported_models_have_the_logits_of_transformers(
         with torch.no_grad():
             expected = theirs(tokens, use_cache=False).logits
             exported = again(tokens, use_cache=False).logits
-            imported = ours(tokens)[..., :VOCAB]
+            imported = ours(tokens).logits()[..., :VOCAB]
         for name, found in (("imported", imported), ("exported", exported)):
             largest = (found - expected).abs().max()
             assert largest <= SHARE * expected.std(), f"{name}, length {length}"
