@@ -23,7 +23,7 @@ from hybrid_train.data.unigram import unigram_cross_entropy
 from hybrid_train.planning.phases import Stretch
 from hybrid_train.planning.ramp import global_batch
 from hybrid_train.schema.data import Data, Quickstart, named_sources, needs_tokenizer
-from hybrid_train.schema.extension import implementation_of
+from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.source import Split
 from hybrid_train.schema.train import TrainJob
@@ -172,7 +172,7 @@ def open_data(
         plan.prepare()
     if is_main:
         barrier()
-    transforms = tuple(implementation_of(one)(one) for one in job.row_transforms)
+    transforms = tuple(built_from(job.row_transforms))
     return RunData(tokenizer, names, plans, data, train, held_out, transforms)
 
 

@@ -24,7 +24,7 @@ from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.optim.megatron import build_optimizer
 from hybrid_train.parallel.groups import build_groups
 from hybrid_train.runtime.seeds import start_tracker
-from hybrid_train.schema.extension import implementation_of
+from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.objective import MAIN
@@ -68,7 +68,7 @@ def build_network(
     formatted = megatron.in_model_format(built.chunks, built.config)
     made = (make(job, built, groups) for make in EDITS.values())
     edits = [edit for edit in made if edit is not None]
-    edits += _own_edits(job)
+    edits += built_from(job.edits)
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedProducts)), None)
     chunks = megatron.wrap(formatted, built.config, job.parallel, job.precision)
@@ -87,11 +87,6 @@ def build_network(
         rate=Rate(job.schedule, tokens(job.train.tokens)),
         finalizer=megatron.Finalizer(built.config),
     )
-
-
-def _own_edits(job: TrainJob) -> list[Edit]:
-    """Build the edits of a user's own package that a job names."""
-    return [implementation_of(settings)(settings) for settings in job.edits]
 
 
 def _routing(model: Model) -> Routing:
@@ -164,7 +159,7 @@ def load_model(
     built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
     read_weights(found.path, built.chunks, groups, key)
     # What an edit makes of weights is not in them: without it this would be another model.
-    apply_edits(_own_edits(job), built.chunks)
+    apply_edits(built_from(job.edits), built.chunks)
     _log.info("loaded %s, trained for %d steps", found.path, found.step)
     device = torch.device(torch.cuda.current_device())
     loaded = Network(

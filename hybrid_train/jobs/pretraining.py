@@ -26,7 +26,7 @@ from hybrid_train.planning.ramp import ramps
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.schema.data import Quickstart
-from hybrid_train.schema.extension import implementation_of
+from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import tokens
@@ -302,8 +302,7 @@ def _hooks(job: TrainJob, run: Run, data: RunData, peak: Peak) -> list[Hook]:
         batch_changes=ramps(job.train) or bool(job.train.phases),
         source_sizes={name: one.tokens for name, one in data.train.documents.items()},
     )
-    own = [implementation_of(settings)(settings) for settings in job.hooks]
-    return [*hooks, *own, log, CollectGarbage()]
+    return [*hooks, *built_from(job.hooks), log, CollectGarbage()]
 
 
 def _rounding(job: TrainJob, stretches: list[Stretch], own_step: int) -> list[Hook]:

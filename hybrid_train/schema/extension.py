@@ -6,6 +6,7 @@ classes below, holds data only, and names the code that it is for. Like every se
 checked with the rest before anything starts, and frozen into the run folder.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +39,15 @@ class HookSettings(Extension):
 @dataclass(kw_only=True)
 class RowTransformSettings(Extension):
     """Changes a row of the data between reading and stacking."""
+
+
+def built_from(settings: Iterable[Extension]) -> list[Any]:
+    """Build the part that each of these settings is for, of nothing but its settings.
+
+    Raises:
+        UserError: if one cannot be imported.
+    """
+    return [implementation_of(one)(one) for one in settings]
 
 
 def implementation_of(settings: Extension) -> Any:

@@ -18,8 +18,8 @@ from hybrid_train.anatomy.layers import block_prefix, layers, mtp_blocks
 from hybrid_train.planning.degrees import expert_tensor
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.train import TrainJob
-from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, VOCAB, tiny_job
-from tests.unit.config.test_core_accepts import one_of
+from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, tiny_job
+from tests.unit.config.test_core_accepts import first_chunk
 
 pytestmark = MEGATRON_WARNINGS
 ROWS = 64  # of the embedding, padded
@@ -35,18 +35,8 @@ def on_the_cpu() -> None:
 
 def built(job: TrainJob, processes: int) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of the first process."""
-    from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
-
-    with one_of(processes, 0):
-        groups = build_groups(job.parallel, timeout_s=60)
-        try:
-            start_tracker()
-            (chunk,) = build_model(job, groups, VOCAB, on_gpu=False).chunks
-        finally:
-            destroy_groups()
-    return {name: tuple(weight.shape) for name, weight in chunk.named_parameters()}
+    parameters = first_chunk(job, processes).named_parameters()
+    return {name: tuple(weight.shape) for name, weight in parameters}
 
 
 def listed(job: TrainJob) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,8 @@ from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import Problem
-from tests.tiny import MEGATRON_WARNINGS
+from hybrid_train.schema.train import TrainJob
+from tests.tiny import MEGATRON_WARNINGS, VOCAB
 
 pytestmark = MEGATRON_WARNINGS
 TINY = compose("check", ["experiment=tiny_cpu"])
@@ -98,6 +99,22 @@ def one_of(processes: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def first_chunk(job: TrainJob, processes: int) -> Any:
+    """Build the model chunk of the first of so many processes."""
+    from hybrid_train.model.build import build_model
+    from hybrid_train.parallel.groups import build_groups, destroy_groups
+    from hybrid_train.runtime.seeds import start_tracker
+
+    with one_of(processes, 0):
+        groups = build_groups(job.parallel, timeout_s=60)
+        try:
+            start_tracker()
+            (chunk,) = build_model(job, groups, VOCAB, on_gpu=False).chunks
+        finally:
+            destroy_groups()
+    return chunk
 
 
 def build(job: CheckJob, rank: int) -> tuple[int, int]:

@@ -6,8 +6,8 @@ from hybrid_train.anatomy.axes import sizes_of
 from hybrid_train.planning.product_sizes import token_sizes, weight_sizes
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.train import TrainJob
-from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, VOCAB, tiny_job
-from tests.unit.config.test_core_accepts import one_of
+from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, tiny_job
+from tests.unit.config.test_core_accepts import first_chunk
 
 pytestmark = MEGATRON_WARNINGS
 
@@ -22,20 +22,10 @@ def on_the_cpu() -> None:
 
 def built(job: TrainJob, processes: int) -> dict[str, tuple[int, ...]]:
     """The shape of the weight of every kind of linear layer on the first process, [O, I]."""
-    from hybrid_train.model.build import build_model
     from hybrid_train.model.linears import linear_modules
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
-    with one_of(processes, 0):
-        groups = build_groups(job.parallel, timeout_s=60)
-        try:
-            start_tracker()
-            (chunk,) = build_model(job, groups, VOCAB, on_gpu=False).chunks
-        finally:
-            destroy_groups()
     shapes = {}
-    for linear, module in linear_modules(chunk):
+    for linear, module in linear_modules(first_chunk(job, processes)):
         weight = getattr(module, "weight", None)
         shapes[linear.module] = tuple((module.weight0 if weight is None else weight).shape)
     return shapes
