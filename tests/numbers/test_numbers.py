@@ -16,7 +16,7 @@ from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.schema.problems import collect
 from tests.numbers import answers
 from tests.numbers.answers import Pair, pairs, refusals
-from tests.numbers.tried import BASES, composer, every, fields_of, numeric_owners
+from tests.numbers.tried import BASES, LISTED, composer, every, fields_of, numeric_owners
 
 SHARES = 8  # of the long form, so that several workers have something to do
 SAMPLED = 23  # every so many values, so that all kinds of values come to all kinds of fields
@@ -79,7 +79,7 @@ def assert_trained(runs: list[Pair], outcomes: list[answers.Outcome]) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_field_of_a_run_takes_what_is_no_finite_number(value: float) -> None:
-    job = composer("train").job("train.phases=[{name: a},{name: b,start: 50%}]")
+    job = composer("train").job(*LISTED)
     taken = []
     for one in fields_of("train"):
         section_path, _, name = one.path.rpartition(".")

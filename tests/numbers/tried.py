@@ -75,6 +75,8 @@ BESIDE = {
     "schedule.final_lr_ratio": ("schedule.decay_tokens=24",),
     "checkpoint.keep": ("checkpoint.interval=1",),
 }  # fmt: skip
+# A training run whose lists have something in them.
+LISTED = (*BESIDE["train.phases"], *BESIDE["model.layers"])
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Field:
 def fields_of(base: str) -> list[Field]:
     """Return the fields of a base."""
     found: dict[str, Field] = {}
-    extra = (*BESIDE["train.phases"], *BESIDE["model.layers"]) if base == "train" else ()
+    extra = LISTED if base == "train" else ()
     for one in _walk(composer(base).job(*extra), base, ""):
         found.setdefault(one.owner, one)
     return list(found.values())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hybrid_train.checkpoint import layout
 from hybrid_train.tracking import history
 from tests.jobs.command import ROOT, last_step, metrics
 from tests.slurm.cluster import Cluster, wait_until
@@ -75,17 +76,29 @@ def explained(run_dir: Path):  # type: ignore[no-untyped-def]
         raise
 
 
-def wait_for_steps(run_dir: Path, attempt: int, more: int = 2) -> None:
-    """Wait until an attempt has done a few steps of its own."""
+def wait_for_steps(run_dir: Path, attempt: int) -> None:
+    """Wait until an attempt has done two steps of its own."""
 
     def done() -> bool:
         found = attempts(run_dir)
         if len(found) < attempt or not last_step(run_dir):
             return False
-        return metrics_step(run_dir) >= found[attempt - 1].start_step + more
+        return metrics_step(run_dir) >= found[attempt - 1].start_step + 2
 
     with explained(run_dir):
-        wait_until(done, f"attempt {attempt} does {more} steps", START_S)
+        wait_until(done, f"attempt {attempt} does two steps", START_S)
+
+
+def wait_for_checkpoint(run_dir: Path, attempt: int) -> None:
+    """Wait until an attempt has written a checkpoint to the end; a save goes on beside the steps."""
+    wait_for_steps(run_dir, attempt)
+
+    def done() -> bool:
+        newest = layout.latest(run_dir)
+        return newest is not None and newest.step > attempts(run_dir)[attempt - 1].start_step
+
+    with explained(run_dir):
+        wait_until(done, f"attempt {attempt} has saved", START_S)
 
 
 def metrics_step(run_dir: Path) -> int:

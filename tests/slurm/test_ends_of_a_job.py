@@ -38,9 +38,9 @@ def test_a_killed_worker_is_started_again_inside_the_job_and_a_lost_node_is_done
     run_dir = tmp_path / "run"
     options = ("cluster.min_nodes=1", "checkpoint.interval=2", "train.tokens=100M")
     job = runs.submit(cluster, run_dir, corpus, *options)
-    runs.wait_for_steps(run_dir, attempt=1, more=4)
+    runs.wait_for_checkpoint(run_dir, attempt=1)
     os.kill(cluster.workers("n2")[0], signal.SIGKILL)
-    runs.wait_for_steps(run_dir, attempt=2, more=4)
+    runs.wait_for_checkpoint(run_dir, attempt=2)
     assert cluster.job(job)["Restarts"] == "0"
     cluster.kill_node("n2")
     try:
@@ -61,7 +61,7 @@ def test_a_lost_node_is_waited_for_where_fewer_are_not_accepted(
 ) -> None:
     run_dir = tmp_path / "run"
     job = runs.submit(cluster, run_dir, corpus, "checkpoint.interval=2")
-    runs.wait_for_steps(run_dir, attempt=1, more=4)
+    runs.wait_for_checkpoint(run_dir, attempt=1)
     cluster.kill_node("n2")
     try:
         runs.wait_for_state(cluster, job, run_dir, "PENDING")
