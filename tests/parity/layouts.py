@@ -68,5 +68,22 @@ UNEQUAL = {
     "unequal layers, TP2 x CP2 x PP2": unequal(
         Parallel(tensor=2, context=2, pipeline=2), _UNEQUAL_STAGES
     ),
+    "unequal layers, VPP2 x PP2": unequal(
+        Parallel(pipeline=2, virtual_pipeline=2), "M-E|M*M|-E-|*/*E/*E"
+    ),
+    "unequal layers, EP2 x DP2, FSDP": unequal(Parallel(fsdp=True, expert=2), _UNEQUAL, data=4),
+    "unequal layers, TP2, ETP1, FSDP": unequal(
+        Parallel(fsdp=True, tensor=2, expert_tensor=1), _UNEQUAL
+    ),
+    "unequal layers, packed, TP2 x CP2 x PP2": packed(
+        unequal(Parallel(tensor=2, context=2, pipeline=2), _UNEQUAL_STAGES)
+    ),
+    "unequal layers, fp8_tensorwise, TP2 x CP2 x PP2": quantized(
+        unequal(Parallel(tensor=2, context=2, pipeline=2), _UNEQUAL_STAGES),
+        ProductFormat.fp8_tensorwise,
+    ),
+    "unequal layers, nvfp4, DP2": quantized(
+        unequal(Parallel(), _UNEQUAL, data=2), ProductFormat.nvfp4
+    ),
 }
 CASES = LAYOUTS | PACKED | QUANTIZED | UNEQUAL

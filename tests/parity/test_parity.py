@@ -59,11 +59,8 @@ def test_a_layout_quantizes_as_one_process_does(suite: Suite, name: str) -> None
 
 @pytest.mark.parametrize(
     "name",
-    # The others stand in the last, or alone among the splits of experts.
-    [
-        pytest.param(name, marks=() if "EP2" in name or " x " in name else pytest.mark.slow)
-        for name in UNEQUAL
-    ],
+    # Each split of one kind alone stands in the second, or is slow.
+    sampled(UNEQUAL, "unequal layers, EP2", "unequal layers, TP2 x CP2 x PP2"),
 )
 def test_a_layout_splits_layers_of_unequal_sizes(suite: Suite, name: str) -> None:
     assert suite.compare(UNEQUAL[name]).problems == []
