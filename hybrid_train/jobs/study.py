@@ -1,7 +1,8 @@
 """The job `study`: runs the stages and every variant with every seed, and compares the variants.
 
-Each stage and run is an ordinary `hybrid-train` command in a process of its own. A study that was
-stopped goes on with the same command: what is finished stays, a run in the middle resumes.
+Each stage and run is an ordinary `hybrid-train` command in a process of its own; what chooses the
+learning rates comes first. A study that was stopped goes on with the same command: what is finished
+stays, a run in the middle resumes.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
 from hybrid_train.jobs.run_queue import Command, run_queue
 from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, plan
+from hybrid_train.jobs.study_rates import choose
 from hybrid_train.jobs.study_report import report
 from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.runtime.logs import start_logging
@@ -45,34 +48,58 @@ def run(job: StudyJob) -> int:
     start_logging()
     study = job.as_asked()
     planned = plan(study)
+    if planned.trials:
+        first = planned.of_trials()
+        stages, _ = first.todo()
+        _log.info("%d rates to try; %d stages to run for them", len(planned.trials), len(stages))
+        stopped, _ = _run(study, first, stages, [])
+        if stopped is not None:
+            return 128 + stopped
+        choose(study, planned.trials)
+        planned = plan(study)
     stages, runs = planned.todo()
-    at_once = _at_once(study, planned.runs)
+    if planned.stages:
+        _log.info("%d stages; %d to run", len(planned.stages), len(stages))
+    finished = len(planned.runs) - len(runs)
+    _log.info(
+        "%d runs: %d variants x %d seeds; %d finished before",
+        *(len(planned.runs), len(study.chosen()), len(study.seeds), finished),
+    )
+    stopped, codes = _run(study, planned, stages, runs)
+    if stopped is not None:
+        return 128 + stopped
+    # What depended on a stage is known by now.
+    report(study, plan(study) if stages else planned)
+    return next(iter(codes.values()), 0)
+
+
+def _run(
+    study: StudyJob, planned: StudyPlan, stages: Sequence[PlannedStage], runs: Sequence[PlannedRun]
+) -> tuple[signal.Signals | None, dict[str, int]]:
+    """Run stages and runs; return the signal that stopped them, and exit codes of what failed.
+
+    Raises:
+        UserError: if another study makes one of the stages.
+    """
+    at_once = _at_once(study, [*runs, *stages])
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // at_once)
     with _locked(stages):
-        if planned.stages:
-            _log.info("%d stages; %d to run", len(planned.stages), len(stages))
-        _log.info(
-            "%d runs: %d variants x %d seeds; %d finished before; %d at once, %d thread(s) each",
-            *(len(planned.runs), len(study.chosen()), len(study.seeds)),
-            *(len(planned.runs) - len(runs), at_once, threads),
-        )
+        _log.info("%d at once, %d thread(s) each", at_once, threads)
         _prepare_data([*stages, *runs])
         progress = _Progress(study, planned, [*stages, *runs], at_once)
         commands = _commands(stages, runs, threads, cores if study.parallel is None else threads)
-        signal = run_queue(commands, at_once, threads, progress.ended)
-    if signal is not None:
-        _log.info("stopped by %s; the same command goes on", signal.name)
-        return 128 + signal
-    # What depended on a stage is known by now.
-    report(study, plan(study) if stages else planned)
-    return next(iter(progress.codes.values()), 0)
+        received = run_queue(commands, at_once, threads, progress.ended)
+    if received is not None:
+        _log.info("stopped by %s; the same command goes on", received.name)
+    return received, progress.codes
 
 
-def _at_once(study: StudyJob, runs: Sequence[PlannedRun]) -> int:
+def _at_once(study: StudyJob, tasks: Sequence[Task]) -> int:
     """Return how many commands go at a time."""
-    job = runs[0].job
-    on_gpu = choose_device(job.runtime if job else Runtime()).type == "cuda"
+    known = (getattr(task.job, "runtime", None) for task in tasks)
+    runtime = next((one for one in known if one is not None), Runtime())
+    on_gpu = choose_device(runtime).type == "cuda"
     return study.parallel or (1 if on_gpu else len(os.sched_getaffinity(0)))
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config import frozen
+from hybrid_train.config import compose, frozen
 from hybrid_train.config.check_files import what_forbids
 from hybrid_train.config.command_text import setting
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.jobs.run_folder import differences, is_untrained
+from hybrid_train.jobs.study_rates import KEY, Choice, Rates, Trial
 from hybrid_train.jobs.study_stages import PlannedStage, Stages
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -38,7 +39,8 @@ class PlannedRun:
         lines: overrides of `hybrid-train train`.
         folder: of the run.
         inputs: stages that it reads.
-        job: what the lines compose to; None as long as that depends on what a stage will write.
+        job: what the lines compose to; None as long as that depends on what a stage will write, or
+            on a rate that is not chosen.
     """
 
     variant: str
@@ -75,10 +77,28 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What a study runs: stages, each behind those that it reads, then the runs of the variants."""
+    """What a study runs: stages, each behind those that it reads, then the runs of the variants.
+
+    Attributes:
+        stages: of them all.
+        runs: of all variants and seeds.
+        trials: stages, too; what they say chooses rates, and the runs are known only then.
+        rates: that were chosen, by kind of objective.
+    """
 
     stages: Sequence[PlannedStage]
     runs: Sequence[PlannedRun]
+    trials: Sequence[Trial]
+    rates: Mapping[str, Choice]
+
+    def of_trials(self) -> "StudyPlan":
+        """Return the trials alone, and what they come from."""
+        stages = {
+            stage.digest: stage
+            for trial in self.trials
+            for stage in (*trial.stage.ancestors(), trial.stage)
+        }
+        return replace(self, stages=list(stages.values()), runs=[])
 
     def todo(self) -> tuple[list[PlannedStage], list[PlannedRun]]:
         """Return what is not finished; stages of finished runs alone are not made again."""
@@ -101,11 +121,12 @@ def plan(study: StudyJob) -> StudyPlan:
     require_alone("study")
     with tempfile.TemporaryDirectory(prefix="hybrid_train_study_") as scratch:
         stages = Stages(study, Path(scratch))
+        rates = Rates(study, stages)
         runs: list[PlannedRun] = []
         found: dict[str, list[Problem]] = {}
         for name in study.chosen():
             try:
-                runs += _of_variant(study, name, stages)
+                runs += _of_variant(study, name, stages, rates)
             except ConfigError as error:
                 found[name] = list(error.problems)
         stages.plan_results()
@@ -119,12 +140,20 @@ def plan(study: StudyJob) -> StudyPlan:
             raise ConfigError([*of_stages, *_by_variant(found, len(study.chosen())), *outside])
         runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants in their order
         _require_same_runs(runs, stages)
-    return StudyPlan(list(stages.planned.values()), runs)
+    return StudyPlan(list(stages.planned.values()), runs, rates.trials, rates.choices)
 
 
-def _of_variant(study: StudyJob, name: str, stages: Stages) -> Iterator[PlannedRun]:
+def _of_variant(study: StudyJob, name: str, stages: Stages, rates: Rates) -> Iterator[PlannedRun]:
     """Yield the runs of a variant; what is the same for all seeds is composed once."""
     lines = [*study.base, *study.variants[name].overrides, *study.overrides]
+    own = [*study.variants[name].overrides, *study.overrides]
+    is_known = not study.rates.candidates or _names_rate(own)
+    if not is_known and stages.inputs(lines, study.seeds[0]) is not None:
+        kind, length = _kind_and_tokens(lines, study.seeds[0], stages)
+        rate = rates.of(kind, lines, length)
+        is_known = rate is not None
+        # One that is not chosen yet stands for the others; each of them is checked by its trial.
+        lines.append(f"{KEY}={study.rates.candidates[0] if rate is None else rate}")
     composed: dict[tuple[str, ...], TrainJob | None] = {}
     for seed in study.seeds:
         inputs = stages.inputs(lines, seed)
@@ -136,13 +165,29 @@ def _of_variant(study: StudyJob, name: str, stages: Stages) -> Iterator[PlannedR
             job = stages.checked("train", filled)
             assert job is None or isinstance(job, TrainJob)
             composed[filled] = job
-        job = copy.deepcopy(composed[filled])
+        job = copy.deepcopy(composed[filled]) if is_known else None
         folder = f"{study.run_dir}/{name}/seed_{seed}"
         if job is not None:
             job.train.seed, job.run_dir = seed, folder
         own = [f"train.seed={seed}", setting("run_dir", folder)]
         real = [*stages.filled(lines, seed, ahead=False), *own]
         yield PlannedRun(name, seed, real, Path(folder), tuple(inputs.values()), job)
+
+
+def _names_rate(lines: Sequence[str]) -> bool:
+    return any(line.partition("=")[0].lstrip("+~") == KEY for line in lines)
+
+
+def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[str, int]:
+    """Return the kind of objective of a variant and the tokens of a run of it.
+
+    Raises:
+        ConfigError: if the lines say neither, with all that is wrong with them.
+    """
+    filled = stages.filled(lines, seed, ahead=True)
+    stages.checked("train", filled)
+    config = compose.draft("train", filled).config
+    return str(config.objective.kind), tokens(str(config.train.tokens))
 
 
 def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:

@@ -96,6 +96,8 @@ def report(study: StudyJob, plan: StudyPlan) -> None:
     page.print(f"\n{study.title}\n", soft_wrap=True)
     show_numbers(page, list(_rows(study, found)), _heads(study))
     page.print(f"\n{_legend(study, found)}", soft_wrap=True)
+    for kind, one in plan.rates.items():
+        page.print(f"\n{one.sentence(kind)}", soft_wrap=True)
     if plan.stages:
         page.print("\n" + "\n".join(_sentences(study, found)), soft_wrap=True)
     if missing:
@@ -294,6 +296,7 @@ def _as_data(
         "baseline": study.baseline,
         "window": WINDOW,
         **facts,
+        "rates": {kind: dataclasses.asdict(one) for kind, one in plan.rates.items()},
         "stages": [_stage_as_data(stage) for stage in plan.stages],
         "variants": variants,
     }
@@ -333,6 +336,8 @@ def _markdown(
     if plan.stages:
         parts += [f"- {sentence}" for sentence in _sentences(study, found)]
         parts += ["", "## Stages", "", *_table(_STAGE_HEADS, map(_stage_row, plan.stages)), ""]
+    for kind, one in plan.rates.items():
+        parts += [one.sentence(kind), ""]
     parts += ["## Settings", ""]
     parts += [f"Every run: `{command('train', *facts['base'])}`", ""]
     parts += [f"Seeds: {', '.join(map(str, facts['seeds']))}.", ""]

@@ -211,7 +211,23 @@ class Stages:
     def _plan(self, name: str, seed: int | None) -> PlannedStage | None:
         command = self._study.stages[name].command
         _require_stage(command)
-        lines = self._lines(name)
+        shown = name if seed is None else f"{name} seed {seed}"
+        return self.plan(shown, command, self._lines(name), seed)
+
+    def plan(
+        self, shown: str, command: str, lines: Sequence[str], seed: int | None
+    ) -> PlannedStage | None:
+        """Plan a job that writes a folder; None if a stage that it reads cannot run.
+
+        Args:
+            shown: its name.
+            command: word of the command line.
+            lines: its overrides.
+            seed: that `{seed}` stands for.
+
+        Raises:
+            ConfigError: if it cannot run itself.
+        """
         inputs = self.inputs(lines, seed or 0)
         if inputs is None:
             return None  # the reason is reported where it is
@@ -223,7 +239,6 @@ class Stages:
         path = Path(self._study.stages_dir) / f"{command.replace(' ', '_')}-{digest[:_LETTERS]}"
         self._stand_in(digest, job)
         real = [*self.filled(lines, seed, ahead=False), *_place(command, path)]
-        shown = name if seed is None else f"{name} seed {seed}"
         values = tuple(inputs.values())
         self.planned[digest] = PlannedStage(shown, command, real, digest, path, values, job)
         return self.planned[digest]

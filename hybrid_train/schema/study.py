@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
-from hybrid_train.schema.limits import FileName, Name, Seed, Workers
+from hybrid_train.schema.limits import FileName, Name, Rate, Seed, Share, Workers
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import Problem
 
@@ -18,7 +18,8 @@ SHORT = "short"  # folder of the short form, within that of the study
 # Hydra has no such value: a dictionary has colons.
 _REFERENCE = re.compile(r"\{([\w.-]+)\}")
 _FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")
-_OUTPUTS = ("study.md", "study.json", "plots", SHORT)  # beside the folders of the variants
+RATES_FILE = "rates.json"  # which learning rates were chosen
+_OUTPUTS = ("study.md", "study.json", RATES_FILE, "plots", SHORT)  # beside those of the variants
 _OWN_KEYS = ("run_dir", "train.seed", "runtime.threads")  # what the study itself sets
 
 
@@ -60,6 +61,27 @@ class ShortForm:
 
 
 @dataclass(kw_only=True)
+class RateChoice:
+    """Chooses schedule.peak_lr before the variants run, once for each kind of objective.
+
+    The first variant of a kind trains with every candidate; the lowest loss at the end wins. What
+    the overrides of a variant, or your own, say of schedule.peak_lr stays.
+    """
+
+    candidates: list[Rate] = field(default_factory=list)  # empty: none is chosen
+    share: Share = 0.25  # of the tokens of a run, for each of them
+    seed: Seed = 0  # of these runs; no seed of the study, so that none is judged by what it chose
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        known = self.candidates
+        if known and (len(known) == 1 or len(set(known)) < len(known)):
+            yield Problem("candidates", known, "must be two or more rates, none of them twice")
+        if not self.share:
+            yield Problem("share", self.share, "must be more than 0", RateChoice().share)
+
+
+@dataclass(kw_only=True)
 class StudyJob:
     """Variants of a training run; same seed means same data and same initial weights."""
 
@@ -69,6 +91,7 @@ class StudyJob:
     stages: dict[Name, Stage] = field(default_factory=dict)  # jobs before the variants
     base: list[str] = field(default_factory=list)  # of every variant, as of `hybrid-train train`
     overrides: list[str] = field(default_factory=list)  # your own, of every training, after others
+    rates: RateChoice = field(default_factory=RateChoice)
     seeds: list[Seed] = MISSING
     baseline: Name = MISSING  # name of the variant that the others are compared with
     variants: dict[Name, Variant] = field(default_factory=dict)
@@ -115,6 +138,10 @@ class StudyJob:
         for path, seeds in {"seeds": self.seeds, "short_form.seeds": self.short_form.seeds}.items():
             if (path == "seeds" and not seeds) or len(set(seeds)) < len(seeds):
                 yield Problem(path, seeds, "must be one or more seeds, none of them twice")
+            if self.rates.candidates and self.rates.seed in seeds:
+                rule = f"{path} has it; what chooses a rate needs a seed that is not reported"
+                free = next(seed for seed in range(len(seeds) + 1) if seed not in seeds)
+                yield Problem("rates.seed", self.rates.seed, rule, free)
 
     def _names(self) -> Iterator[Problem]:
         """Each variant has a folder: no two may be the same, where case does not count either."""

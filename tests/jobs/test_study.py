@@ -283,3 +283,18 @@ def test_what_waits_for_a_stage_that_fails_is_not_started(staged: Path, tmp_path
     assert failed.code == 2, failed.said
     assert "same failed with exit code 2" in failed.err
     assert json.loads((tmp_path / "new" / "study.json").read_text())["missing"] == []
+
+
+@pytest.mark.slow
+def test_a_rate_is_chosen_before_the_variants_run(folder: Path, tmp_path: Path) -> None:
+    words = ("rates.candidates=[1e-9,3e-3,2]", "rates.share=0.5", "seeds=[1]")
+    chosen = study(folder, *words, f"stages_dir={tmp_path}/kept", f"run_dir={tmp_path}/study")
+    assert chosen.code == 0, chosen.said
+    assert "3 rates to try; 3 stages to run for them" in chosen.err
+    assert "Rate of next_token: 0.003, by the losses after 768 tokens with seed 0" in chosen.out
+    data = json.loads((tmp_path / "study" / "study.json").read_text())
+    losses = data["rates"]["next_token"]["losses"]
+    assert losses["0.003"] < min(losses["1e-09"], losses["2.0"] or float("inf"))
+    log = (tmp_path / "study" / "plain" / "seed_1" / "config.yaml").read_text()
+    assert "peak_lr: 0.003" in log
+    assert last_step(tmp_path / "study" / "plain" / "seed_1") == STEPS

@@ -90,7 +90,7 @@ def wait_for_steps(run_dir: Path, attempt: int) -> None:
 
 
 def wait_for_checkpoint(run_dir: Path, attempt: int) -> None:
-    """Wait until an attempt has written a checkpoint to the end; a save goes on beside the steps."""
+    """Wait until a checkpoint of an attempt is whole; a save goes on beside the steps."""
     wait_for_steps(run_dir, attempt)
 
     def done() -> bool:
