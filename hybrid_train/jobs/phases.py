@@ -13,7 +13,7 @@ from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.product_formats import kept_in_fp8
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.data.build import RunData
-from hybrid_train.data.loader import Loader
+from hybrid_train.data.loader import BatchSource
 from hybrid_train.jobs.assemble import build_engine
 from hybrid_train.model.build import build_model
 from hybrid_train.parallel.groups import build_groups, destroy_groups
@@ -53,7 +53,7 @@ class PhaseBuilder:
         groups = build_groups(stretch.job.parallel, stretch.job.runtime.timeout_s)
         engine = _engine(stretch.job, groups, self.data, self.device)
         engine.steps_done = state.step
-        run = Run(engine, self._loader(stretch, engine, state), token_budget, state=state)
+        run = Run(engine, self._batches(stretch, engine, state), token_budget, state=state)
         self._bring_into(run, stretch)
         return run
 
@@ -71,6 +71,9 @@ class PhaseBuilder:
         if stretch.job.parallel != before.job.parallel or anew:
             self._move(run, stretch, saving)
         self._bring_into(run, stretch)
+        state = run.batches.state_dict()
+        run.batches = self._batches(stretch, run.engine, run.state)
+        run.batches.load_state_dict(state)
 
     def _move(self, run: Run, stretch: Stretch, saving: SaveCheckpoints) -> None:
         """Build the run anew on another layout, from a checkpoint of this very step."""
@@ -95,21 +98,21 @@ class PhaseBuilder:
                 quantized.use(model, job.precision)
         sources = tuple(self.data.names)
         run.engine = dataclasses.replace(in_phase(run.engine, stretch), sources=sources)
-        run.batches = self._loader(stretch, run.engine, run.state)
         run.validation = self.data.validation(
             stretch, data_rank=groups.dp.rank(), data_size=groups.dp.size()
         )
         length = job.train.sequence_length
         run.flops_per_token = counts.flops_per_token(job.model, rows_of(job), length).training
 
-    def _loader(self, stretch: Stretch, engine: Engine, state: TrainState) -> Loader:
+    def _batches(self, stretch: Stretch, engine: Engine, state: TrainState) -> BatchSource:
         groups = engine.network.groups
-        return self.data.loader(
+        usual = self.data.loader(
             stretch,
             data_rank=groups.dp.rank(),
             data_size=groups.dp.size(),
             tokens_seen=state.tokens,
         )
+        return engine.objective.batches(usual)
 
 
 def in_phase(engine: Engine, stretch: Stretch) -> Engine:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.data.loader import BatchSource
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.training.network import Network
@@ -33,6 +34,16 @@ class Objective(Protocol):
     def turns(self) -> Sequence["Turn"]:
         """The updates of a step, in their order; one of one network unless overridden."""
         return (Turn(self),)
+
+    def batches(self, usual: BatchSource) -> BatchSource:
+        """Return what the steps of a phase are taken on; called as it begins.
+
+        Args:
+            usual: the data of the run. An objective that makes batches up, or makes others of
+                these, returns a source of its own; what that keeps is saved, and given back to the
+                source of the next phase or of a resumed run.
+        """
+        return usual
 
     def prepare(self, batches: Sequence[Batch]) -> list[Batch]:
         """Run ahead of all turns, as a teacher does; return the microbatches with what it adds.

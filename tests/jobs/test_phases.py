@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrid_train.checkpoint import layout
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.tracking import history
 from tests.jobs.command import TIMING, Finished, finish, metrics, start, train, untimed
@@ -202,3 +203,27 @@ def test_a_complete_run_goes_on_in_a_phase_that_is_added(
     lines = metrics(run_dir)
     assert lines[:STEPS] == metrics(straight)
     assert [line["tokens"] for line in lines[STEPS:]] == [end + 128, end + 256]
+
+
+@pytest.mark.slow
+def test_batches_that_an_objective_makes_go_on_over_phases_and_a_restart(
+    corpus: Path, tmp_path: Path
+) -> None:
+    settings = ["objective.kind=tests.own_batches:Settings", f"data.folder={corpus}"]
+    settings += ["train.phases=[{name: a},{name: b,start: 768}]", "schedule=constant"]
+    settings += ["schedule.warmup_tokens=0", "train.validation_interval=0"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = [
+        train(whole, *settings, "train.tokens=1536"),
+        train(stopped, *settings, "train.tokens=1024"),
+        finish(start("resume", f"run_dir={stopped}", "train.tokens=1536")),
+    ]
+    assert [one.code for one in done] == [0, 0, 0], "".join(one.said for one in done)
+    assert len(metrics(whole)) == 6
+    assert losses(stopped) == losses(whole)
+    made = [layout.locate(run_dir).position()["batches"]["made"] for run_dir in (whole, stopped)]
+    assert made == [6 * 2, 6 * 2]  # microbatches: both phases, and both processes, count on
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
