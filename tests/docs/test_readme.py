@@ -1,4 +1,4 @@
-"""Every command that README.md shows is run, in the order of the page, in a copy of the tree.
+"""Every command that README.md and its chapters show is run, in their order, in a copy of the tree.
 
 Three things differ from a reader's shell: `make TARGET` is only resolved (`make -n`: its recipe
 would install and train again), a training command gets the overrides of `SHORT` at its end, and
@@ -24,7 +24,11 @@ from hybrid_train.schema.problems import ConfigError, collect
 # One worker: a command may use what an earlier one has made.
 pytestmark = pytest.mark.xdist_group("readme")
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+CHAPTERS = ("command_line", "layouts", "precision", "run_folder", "studies", "hugging_face", "data")
+LONGEST = 180  # lines of the README: what does not fit is a chapter
+LINK = re.compile(r"\]\(([^)#]+)")
 BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ANY_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -105,12 +109,21 @@ def as_run(command: str) -> str:
     return line
 
 
-SHOWN = commands(README.read_text()) if README.exists() else []
+PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in CHAPTERS)]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+SHOWN = list(dict.fromkeys(commands(TEXT)))  # one that is shown again is not run again
 
 
-def test_readme_shows_commands() -> None:
-    assert README.exists(), "README.md is missing"
-    assert SHOWN, "README.md has no bash block"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.stem))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        assert "://" in link or (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short_and_names_every_chapter() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= LONGEST
+    assert set(LINK.findall(text)) >= {f"docs/{name}.md" for name in CHAPTERS}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +162,7 @@ def zsh() -> str:
 
 
 def test_bash_and_zsh_read_every_command_alike(zsh: str, tmp_path: Path) -> None:
-    listed = commands_of_all_blocks(README.read_text())
+    listed = commands_of_all_blocks(TEXT)
     assert len(listed) > len(SHOWN)
     for command in listed:
         line = command.replace(".venv/bin/", "")
@@ -166,8 +179,9 @@ def test_a_word_that_shells_take_for_their_own_is_noticed(
 
 
 def test_commands_run_in_zsh(zsh: str, source_copy: Path, environment: dict[str, str]) -> None:
-    (pattern,) = (one for one in SHOWN if "model.pattern=" in one)
-    (submit,) = (one for one in SHOWN if one.startswith("launch/submit.py"))
+    shown = commands(README.read_text())
+    (pattern,) = (one for one in shown if "model.pattern=" in one)
+    (submit,) = (one for one in shown if one.startswith("launch/submit.py"))
     for command in (f"{pattern} --cfg job", submit):
         done = subprocess.run(
             [zsh, "-e", "-c", command], cwd=source_copy, env=environment, capture_output=True,
@@ -199,10 +213,10 @@ def test_a_block_is_read_with_continued_lines_and_without_comments() -> None:
     assert commands(text) == ["make train", "ls a    b"]
 
 
-def test_the_experiment_of_the_readme_lacks_nothing_but_its_files(
+def test_the_experiment_of_the_pages_lacks_nothing_but_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = (one for one in YAML_BLOCK.findall(README.read_text()) if one.startswith("# @pack"))
+    (block,) = (one for one in YAML_BLOCK.findall(TEXT) if one.startswith("# @pack"))
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(block)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -216,7 +230,7 @@ def test_the_experiment_of_the_readme_lacks_nothing_but_its_files(
     }
 
 
-def test_the_recipe_of_the_readme_is_one() -> None:
-    (block,) = (one for one in YAML_BLOCK.findall(README.read_text()) if one.startswith("format:"))
+def test_the_recipe_of_the_pages_is_one() -> None:
+    (block,) = (one for one in YAML_BLOCK.findall(TEXT) if one.startswith("format:"))
     section = OmegaConf.merge(OmegaConf.structured(Precision), OmegaConf.create(block))
     assert list(collect(OmegaConf.to_object(section))) == []
