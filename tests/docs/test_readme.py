@@ -114,7 +114,7 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 SHOWN = list(dict.fromkeys(commands(TEXT)))  # one that is shown again is not run again
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.stem))
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "adding.md"], ids=lambda page: page.stem)
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link
