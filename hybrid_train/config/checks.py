@@ -66,7 +66,7 @@ def check(job: Job, started: int) -> Iterator[Problem]:
 def across(
     job: TrainJob, processes: int, rules: Collection[Rule] | None = None
 ) -> Iterator[tuple[Problem, Rule]]:
-    """Yield what breaks the table in the run and in each of its phases, and the broken rule.
+    """Yield what breaks the table in the run, its phases, its networks, and the broken rule.
 
     Args:
         job: the job, with sound sections.
@@ -92,6 +92,22 @@ def across(
                     continue
                 told |= {(one.path, problem.rule), (one.path, rule)}
                 yield one, rule
+    yield from _of_other_networks(job, processes, asked, told)
+
+
+def _of_other_networks(
+    job: TrainJob, processes: int, asked: Collection[Rule], told: Collection[tuple[str, object]]
+) -> Iterator[tuple[Problem, Rule]]:
+    """Yield what networks break that an objective adds, where the run has not broken it."""
+    for name, model in job.objective.models(job.model).items():
+        if model is job.model:
+            continue
+        view = replace(job, model=model)
+        is_legal = not any(pattern_is_legal(view, processes))
+        for rule in asked if is_legal else [pattern_is_legal]:
+            for problem in rule(view, processes):
+                if (problem.path, rule) not in told:
+                    yield replace(problem, rule=f"{problem.rule} [network {name}]"), rule
 
 
 def _of_sections(job: Job) -> Iterator[Problem]:

@@ -208,3 +208,43 @@ def test_a_kind_in_a_frozen_config_that_is_no_kind_is_refused(tmp_path: Path) ->
     freeze(job, tmp_path / "run")
     with pytest.raises(ConfigError, match="must be one of next_token, or package"):
         load(tmp_path / "run")
+
+
+TWO = """
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from hybrid_train.schema.limits import Size
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.objective import ObjectiveSettings
+
+
+@dataclass(kw_only=True)
+class Pair(ObjectiveSettings):
+    implementation: ClassVar[str] = "hybrid_train.training.next_token:NextToken"
+    width: Size = 64
+    pattern: str = "M-"
+
+    def models(self, model: Model) -> dict[str, Model]:
+        mlp = replace(model.mlp, intermediate_size=self.width)
+        return {"main": model, "judge": replace(model, pattern=self.pattern, mlp=mlp)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("objective.width=63", r"\[network judge\]"),
+        ("objective.pattern=MX", r"model\.pattern (.|\n)*\[network judge\]"),
+    ],
+)
+def test_every_network_of_an_objective_is_held_against_the_layout(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pair.py").write_text(TWO)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines = ["experiment=tiny_cpu", "parallel.tensor=2", "objective.kind=pair:Pair"]
+    compose("train", lines)
+    with pytest.raises(ConfigError, match=said):
+        compose("train", [*lines, line])
