@@ -2,12 +2,14 @@
 
     python -m tests.equal_runs BEFORE [NAME ...]
 
-BEFORE is another checkout. Each takes 50 steps of an experiment in processes of its own; what is
-compared are all metrics but those of the clock, and every tensor of the last checkpoint.
+BEFORE is another checkout. Each takes 50 steps of an experiment in processes of its own, and this
+one goes on with the folder of the other from its checkpoint at half of them. What is compared are
+all metrics but those of the clock, and every tensor of the last checkpoint.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 HERE = Path(__file__).parents[1]
 STEPS = 50
-SHORT = ("runtime.threads=1", "train.validation_interval=25", "checkpoint.interval=1000")
+SHORT = ("runtime.threads=1", "train.validation_interval=25", "checkpoint.interval=25")
 # Of other sizes than the experiments have where their own would take hours on a CPU.
 RUNS = {
     "quickstart": (
@@ -51,14 +53,12 @@ RUNS = {
 CLOCK = ("tokens_per_s", "step_time_s", "pause_s", "save_time_s", "validation_time_s", "mfu")
 
 
-def train(checkout: Path, name: str, run_dir: Path) -> None:
-    """Train one run with the code of a checkout."""
-    command = [sys.executable, "-m", "hybrid_train", "train", *RUNS[name], *SHORT]
-    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+def run(checkout: Path, name: str, *words: str) -> None:
+    """Run a command with the code of a checkout."""
     ended = subprocess.run(
-        [*command, f"run_dir={run_dir}"],
+        [sys.executable, "-m", "hybrid_train", *words],
         cwd=checkout,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -94,11 +94,21 @@ def flat(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 def compare(name: str, before: Path, folder: Path) -> bool:
     """Train a run with both checkouts, print what differs, and tell whether nothing does."""
-    runs = {"before": before, "now": HERE}
-    for which, checkout in runs.items():
-        train(checkout, name, folder / name / which)
-    old, new = (metrics(folder / name / which) for which in runs)
-    known, found = (tensors(folder / name / which) for which in runs)
+    folders = {which: folder / name / which for which in ("before", "now", "resumed")}
+    for which, checkout in {"before": before, "now": HERE}.items():
+        run(checkout, name, "train", *RUNS[name], *SHORT, f"run_dir={folders[which]}")
+    shutil.copytree(folders["before"], folders["resumed"])
+    shutil.rmtree(sorted((folders["resumed"] / "checkpoints").glob("step_*"))[-1])
+    run(HERE, name, "resume", f"run_dir={folders['resumed']}")
+    known = folders.pop("before")
+    equal = [is_equal(f"{name}, {which}", known, one) for which, one in folders.items()]
+    return all(equal)
+
+
+def is_equal(name: str, known_dir: Path, found_dir: Path) -> bool:
+    """Print what differs between two runs, and tell whether nothing does."""
+    old, new = metrics(known_dir), metrics(found_dir)
+    known, found = tensors(known_dir), tensors(found_dir)
     lines = [
         number for number, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]
     ]
@@ -106,7 +116,8 @@ def compare(name: str, before: Path, folder: Path) -> bool:
     extra = sorted(set(found) - set(known))
     print(
         f"{name}: {len(new)} lines of metrics ({len(old)} before), {len(lines)} differ; "
-        f"{len(found)} tensors ({len(known)} before), {len(other) + len(extra)} differ"
+        f"{len(found)} tensors ({len(known)} before), {len(other) + len(extra)} differ",
+        flush=True,
     )
     for number in lines[:3]:
         print(f"  before {old[number]}\n  now    {new[number]}")
