@@ -92,7 +92,7 @@ def loss(model: nn.Module, batches: list[Batch], vocab_size: int) -> float:
 def before_and_after(run_dir: Path) -> tuple[float, float]:
     job = frozen.load(run_dir)
     with process(job.runtime, job.train.seed):
-        from hybrid_train.jobs.assemble import load_model
+        from hybrid_train.jobs.networks import load_model
         from hybrid_train.parallel.groups import destroy_groups
 
         try:
