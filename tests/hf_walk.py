@@ -197,7 +197,7 @@ def _compare_gradients(outcome: Outcome, folder: Path, imported: Path) -> None:
 
 def _our_gradients(checkpoint: Checkpoint, rows: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Take one step of the engine that trains; return its loss and the gradients by our names."""
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
     from tests.parity import shards

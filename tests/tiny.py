@@ -19,7 +19,7 @@ from hybrid_train.schema.schedule import Schedule
 from hybrid_train.schema.train import Train, TrainJob
 
 if TYPE_CHECKING:
-    from hybrid_train.model.hybrid import Hybrid
+    from hybrid_train.megatron.hybrid import Hybrid
     from hybrid_train.training.engine import Engine
 
 # What these two say of their own defaults and calls; a run ignores it too (runtime/logs.py).
@@ -66,11 +66,9 @@ def tiny_job(pattern: str = EVERY_KIND, **sections: Any) -> TrainJob:
 def alone() -> Iterator[Any]:
     """Make this process a run of one, with Megatron's groups; yields the groups."""
     with process(RUNTIME, seed=1234):
-        from hybrid_train.parallel.groups import build_groups, destroy_groups
-        from hybrid_train.runtime.seeds import start_tracker
+        from hybrid_train.megatron.groups import build_groups, destroy_groups
 
         groups = build_groups(Parallel(), timeout_s=60)
-        start_tracker()
         try:
             yield groups
         finally:

@@ -149,7 +149,7 @@ def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductForma
     """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
 
     Those of MTP blocks are not: core knows a block by another name while it builds it than ever
-    after (`model/native_precision.py`), and would build its weights by that name.
+    after (`megatron/native_recipes.py`), and would build its weights by that name.
     """
     if not precision.fp8_param_gather:
         return {}

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
+from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron.optimizers import MegatronOptimizer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Held:
 
     chunks: list[Any]
     optimizer: MegatronOptimizer
-    groups: ProcessGroupCollection
+    groups: ProcessGroups
     name: str = ""
 
 

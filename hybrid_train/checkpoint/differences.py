@@ -6,18 +6,17 @@ or end with them.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from hybrid_train.checkpoint.places import Place
+from hybrid_train.megatron.checkpoints import Stored
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
 
-Stored = Mapping[str, ShardedTensor]  # name -> size and format of a tensor of a checkpoint
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
 _MTP = "mtp."
 _NAMED = 3  # tensors named in an error

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from hybrid_train.checkpoint import fsdp
 from hybrid_train.checkpoint.content import Content
 from hybrid_train.checkpoint.optimizer_state import MASTER, StatePart, kept_tensors, state_parts
 from hybrid_train.checkpoint.places import Place, bare, places
-from hybrid_train.model.megatron import is_in_fp8
+from hybrid_train.megatron import fsdp
+from hybrid_train.megatron.checkpoints import Writer
+from hybrid_train.megatron.sharded import ShardedTensor, is_main_replica
+from hybrid_train.megatron.stand_ins import is_in_fp8
 
 _Address = tuple[int, torch.Size, torch.dtype]
 
@@ -78,7 +78,7 @@ class KeptPlan:
     def keep(
         self,
         tensors: Sequence[ShardedTensor],
-        writer: FileSystemWriterAsync,
+        writer: Writer,
         metadata: Metadata | None,
     ) -> None:
         """Take over the plan that Megatron has made for these tensors."""
@@ -97,10 +97,10 @@ class KeptPlan:
 
     def writer(
         self, folder: Path, values: Sequence[Tensor | None]
-    ) -> tuple[FileSystemWriterAsync, Metadata | None]:
+    ) -> tuple[Writer, Metadata | None]:
         """Return a writer of these values of the tensors, and what describes the whole."""
         assert self._plan is not None, "it fits"
-        writer = FileSystemWriterAsync(str(folder))
+        writer = Writer(str(folder))
         writer.write_buckets = [
             (str(folder / file.name), file.name, (file.objects, _compact(file.items, values)))
             for file in self._plan.files

@@ -23,19 +23,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MegatronOptimizer,
-)
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hybrid_train.checkpoint.boxes import boxes
-from hybrid_train.checkpoint.differences import Stored
 from hybrid_train.checkpoint.places import Place, box_of, only_copy
+from hybrid_train.megatron.checkpoints import Stored
+from hybrid_train.megatron.optimizers import (
+    MegatronOptimizer,
+    is_distributed_part,
+    keeps_reduced_precision,
+    own_part,
+    updated_by,
+    working,
+)
+from hybrid_train.megatron.sharded import ShardedTensor
 from hybrid_train.precision import remainders
 
 PREFIX = "optimizer."
@@ -119,8 +120,8 @@ def state_parts(optimizer: MegatronOptimizer, places: Sequence[Place]) -> list[S
 def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
     """List the memory that `state_parts` shares with the optimizer; None if it has its own."""
     found: list[Tensor] = []
-    for part in _working(optimizer):
-        if _is_lowered(part):
+    for part in working(optimizer):
+        if keeps_reduced_precision(part):
             return None
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -144,29 +145,24 @@ def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
 
 def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
     """Yield what each chained optimizer of this process keeps; moments exist from here on."""
-    for part in _working(optimizer):
-        if _is_lowered(part):
+    for part in working(optimizer):
+        if keeps_reduced_precision(part):
             yield from _lowered_pieces(part)
             continue
         if not part.optimizer.state:
             part.init_state_fn(part.optimizer, part.config)
-        for parameter, start, master in _updated_by(part):
+        for parameter, start, master in updated_by(part):
             state = part.optimizer.state[master]
-            tensors = {kind: _own(state[kind]).view(-1) for kind in _MOMENTS}
+            tensors = {kind: own_part(state[kind]).view(-1) for kind in _MOMENTS}
             if parameter.dtype != torch.float32:
-                tensors[MASTER] = _own(master).view(-1)
-            yield _Piece(parameter, start, tensors, isinstance(part, DistributedOptimizer))
-
-
-def _is_lowered(part: Any) -> bool:
-    """Tell whether FusedAdam keeps the state, in which core lowers its precision."""
-    return bool(part.config.use_precision_aware_optimizer)
+                tensors[MASTER] = own_part(master).view(-1)
+            yield _Piece(parameter, start, tensors, is_distributed_part(part))
 
 
 def _lowered_pieces(part: Any) -> Iterator[_Piece]:
     """Bring what FusedAdam keeps to float32, parameter by parameter, in host memory."""
     adam = part.optimizer
-    for parameter, start, shard in _updated_by(part):
+    for parameter, start, shard in updated_by(part):
         if not adam.state[shard]:
             halves = adam.store_param_remainders and shard.dtype == torch.bfloat16
             adam.initialize_state(shard, halves)
@@ -194,48 +190,6 @@ def _returner(adam: Any, shard: Tensor, tensors: dict[str, Tensor]) -> Callable[
     return put_back
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor that may be distributed."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
-
-
-def _working(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    """Yield the chained optimizers that have parameters; a stage may lack those of a kind."""
-    for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer:
-            yield part
-
-
-def _updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Yield each parameter, its first element that is updated here, and the updated weights."""
-    if isinstance(part, DistributedOptimizer) and part.ddp_config.use_megatron_fsdp:
-        for parameter in part.get_parameters():
-            if _own(parameter).numel():
-                yield parameter.orig_param, parameter.megatron_fsdp_slice.start, parameter
-    elif isinstance(part, DistributedOptimizer):
-        halves = part.shard_float16_groups if _is_lowered(part) else None
-        ours = [
-            *_pairs(part.model_fp32_groups, part.shard_fp32_groups),
-            *_pairs(part.model_float16_groups, halves or part.shard_fp32_from_float16_groups),
-        ]
-        for parameter, master in ours:
-            yield parameter, part._get_model_param_range_map(parameter)["param"].start, master
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        for parameter, master in _pairs(part.float16_groups, part.fp32_from_float16_groups):
-            yield parameter, 0, master
-        for parameter, _ in _pairs(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups):
-            yield parameter, 0, parameter
-    else:
-        assert isinstance(part, FP32Optimizer), type(part)
-        for parameter in part.get_parameters():
-            yield parameter, 0, parameter
-
-
-def _pairs(ones: list[list[Tensor]], others: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    for group, other in zip(ones, others, strict=True):
-        yield from zip(group, other, strict=True)
-
-
 def step_count(optimizer: MegatronOptimizer) -> int:
     """Return how many steps the optimizer has taken; every process calls this."""
     counts = [int(holder["step"]) for holder in _step_holders(optimizer) if "step" in holder]
@@ -259,6 +213,6 @@ def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
 
 def _step_holders(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
     """Yield what counts steps: torch's AdamW by parameter, Transformer Engine's by group."""
-    for part in _working(optimizer):
+    for part in working(optimizer):
         by_parameter = isinstance(part.optimizer, torch.optim.AdamW)
         yield from part.optimizer.state.values() if by_parameter else part.optimizer.param_groups

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from hybrid_train.checkpoint import fsdp
 from hybrid_train.checkpoint.boxes import Box, boxes
-from hybrid_train.model.stand_ins import plain_weights
+from hybrid_train.megatron import fsdp
+from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron.sharded import ShardedTensor, entries, parts
+from hybrid_train.megatron.stand_ins import plain_weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Place:
 
 def places(
     chunks: list[Any],
-    groups: ProcessGroupCollection,
+    groups: ProcessGroups,
     *,
     to_load: bool = False,
     network: str = "",
@@ -52,17 +52,16 @@ def places(
     ]
 
 
-def _whole(chunk: Any, groups: ProcessGroupCollection, to_load: bool) -> Iterator[Place]:
+def _whole(chunk: Any, groups: ProcessGroups, to_load: bool) -> Iterator[Place]:
     metadata = {"dp_cp_group": groups.dp_cp}
     with plain_weights(bare(chunk), without_memory=not to_load) as pairs:
         in_fp8 = {id(stand_in): weight for weight, stand_in in pairs}
-        sharded = bare(chunk).sharded_state_dict(metadata=metadata)
+        sharded = entries(bare(chunk), metadata)
     for name, whole in sharded.items():
         if name.endswith("_extra_state"):  # of linear layers, empty
             continue
-        tree, held = {name: whole}, whole.data
-        apply_factories(tree)
-        for part in _leaves(tree[name]):
+        held = whole.data
+        for part in parts(whole):
             assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"
             start = part.data.storage_offset() - held.storage_offset()
             if id(held) in in_fp8:
@@ -71,7 +70,7 @@ def _whole(chunk: Any, groups: ProcessGroupCollection, to_load: bool) -> Iterato
                 yield Place(held, start, part)
 
 
-def _kept(chunk: Any, groups: ProcessGroupCollection) -> Iterator[Place]:
+def _kept(chunk: Any, groups: ProcessGroups) -> Iterator[Place]:
     """Cut the places of split weights down to what this process keeps; buffers are whole."""
     kept = {id(part.parameter): part for part in fsdp.parts(chunk)}
     with fsdp.whole_weights(chunk) as parameters:
@@ -91,7 +90,7 @@ def settle(found: Sequence[Place], *, masters_follow: bool = False) -> None:
     Args:
         found: all places of a load that is over.
         masters_follow: whether masters are to begin with what was loaded, when the optimizer is
-            told to reload them (`optim/megatron.py`): they take no values from FP8.
+            told to reload them (`megatron/optimizers.py`): they take no values from FP8.
     """
     loaded = {id(one.owner): (one.owner, one.stand_in) for one in found if one.stand_in is not None}
     for owner, values in loaded.values():
@@ -133,15 +132,6 @@ def box_of(weight: ShardedTensor, key: str, values: Tensor, box: Box) -> Sharded
 def only_copy(tensor: ShardedTensor) -> ShardedTensor:
     """Say that no other data-parallel rank has this tensor: the third number is the data rank."""
     return replace(tensor, replica_id=(*tensor.replica_id[:2], 0))
-
-
-def _leaves(tree: Any) -> Iterator[ShardedTensor]:
-    if isinstance(tree, dict | list):
-        for branch in tree.values() if isinstance(tree, dict) else tree:
-            yield from _leaves(branch)
-        return
-    assert isinstance(tree, ShardedTensor), type(tree)
-    yield tree
 
 
 def bare(chunk: Any) -> Any:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from hybrid_train.checkpoint.content import Content
+from hybrid_train.megatron.optimizers import is_distributed
 
 FILE = "plan.json"
 Plan = dict[str, int]
@@ -16,7 +16,7 @@ def plan_of(content: Content) -> Plan:
     """Return the degree of every parallel axis of this run."""
     held = content.networks[0]
     groups = held.groups
-    split = any(isinstance(one, DistributedOptimizer) for one in held.optimizer.chained_optimizers)
+    split = is_distributed(held.optimizer)
     return {
         "processes": dist.get_world_size(),
         "tensor": groups.tp.size(),

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from hybrid_train.megatron import written_for
 from hybrid_train.schema.problems import UserError
 
 INDEX = ".metadata"
@@ -283,5 +284,5 @@ def _load_bytes(planner: Any, item: Any, value: io.BytesIO) -> None:
 
 def install() -> None:
     """Let every reader of this process, Megatron's too, read checkpoints in this way."""
-    filesystem.FileSystemReader.read_metadata = _read_metadata  # type: ignore[assignment, method-assign]
-    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[assignment, method-assign]
+    written_for.SAFE_INDEX.put(FileSystemReader__read_metadata=_read_metadata)
+    written_for.SAFE_BYTES.put(DefaultLoadPlanner__load_bytes=_load_bytes)

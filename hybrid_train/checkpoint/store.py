@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybrid_train.checkpoint import checksums, layout, megatron
+from hybrid_train.checkpoint import checksums, layout, save_load
 from hybrid_train.checkpoint.content import Content
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
@@ -110,7 +110,7 @@ def start(
     final = layout.path_of(run_dir, position["step"])
     with _removed_on_failure(final):
         ranks.main_first(lambda: _empty(_partial(final)))
-        writing = megatron.start_writing(_partial(final), content, plan or KeptPlan(), copy=copy)
+        writing = save_load.start_writing(_partial(final), content, plan or KeptPlan(), copy=copy)
     return Saving(final, position, plan_of(content), keep, writing)
 
 
@@ -128,7 +128,7 @@ def load(found: layout.Found, content: Content) -> dict[str, Any]:
     before, now = read_plan(found.path), plan_of(content)
     if before and before != now and ranks.is_main():
         _log.info("going on under %s, saved under %s", in_words(now), in_words(before))
-    megatron.read(found.path, content)
+    save_load.read(found.path, content)
     return found.position()
 
 

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.metadata import Metadata
 
 from hybrid_train.checkpoint import checksums
+from hybrid_train.megatron.checkpoints import Writer, mark_as_megatrons
 from hybrid_train.runtime import ranks
-
-_FORMAT = CheckpointingConfig("torch_dist", 1)  # Megatron's words
 
 
 class InThread:
@@ -69,9 +66,7 @@ class Writing:
         metadata: of the whole checkpoint; on the first process.
     """
 
-    def __init__(
-        self, folder: Path, writer: FileSystemWriterAsync, metadata: Metadata | None
-    ) -> None:
+    def __init__(self, folder: Path, writer: Writer, metadata: Metadata | None) -> None:
         self._folder, self._writer, self._metadata = folder, writer, metadata
         self._results = b""
         self._sums: dict[str, checksums.Sum] = {}
@@ -124,7 +119,7 @@ class Writing:
         assert self._metadata is not None, "the first process has it"
         results = [pickle.loads(part.results) for part in parts]
         self._writer.finish(self._metadata, results)
-        save_config(_FORMAT, str(self._folder))
+        mark_as_megatrons(self._folder)
         self.sums = {name: one for part in parts for name, one in part.sums.items()}
 
 

@@ -15,7 +15,7 @@ def packed_rows_run(job: TrainJob, _: int) -> Iterator[Problem]:
     """Refuse a layout that mixes up documents.
 
     With `runtime.kernels=auto` on whatever device there is, the model refuses at its first step
-    (`model/packed.py`).
+    (`megatron/packed_rows.py`).
     """
     if job.data.packing is Packing.none:
         return

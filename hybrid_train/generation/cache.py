@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_train.model import megatron
-from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.megatron.hybrid import Hybrid
+from hybrid_train.megatron.inference import inference, mamba_mixers, static_context
 
 # Below so many multiplications a step is a row of operations that are each over before several
 # threads have met: with two of them a model of 3M parameters took 1.2 to 5 times as long.
@@ -42,12 +42,10 @@ class Cache:
             raise ValueError("a pipeline stage cannot generate; load the model on one process")
         if self._model.config.sequence_parallel:
             raise ValueError("a token cannot be split: generation needs parallel.sequence=false")
-        megatron.use_batched_decoding()
-        megatron.use_direct_products()
-        self._num_weights = megatron.parameter_count([model])
+        self._num_weights = sum(one.numel() for one in model.parameters())
         self._num_sequences = num_sequences
-        self._context = megatron.static_context(num_sequences, max_length)
-        self._mixers = megatron.mamba_mixers(self._model.decoder)
+        self._context = static_context(num_sequences, max_length)
+        self._mixers = mamba_mixers(self._model.decoder)
         for mixer in self._mixers:
             self._context.key_value_memory_dict[mixer.layer_number] = self._empty_states(mixer)
 
@@ -104,7 +102,7 @@ class Cache:
         for mixer in self._mixers:
             # Else a layer that another cache used in between would start from zeros, silently.
             mixer.cached_batch_size = batch
-        with megatron.inference(), _threads_for(self._num_weights * tokens.numel()):
+        with inference(), _threads_for(self._num_weights * tokens.numel()):
             outputs = self._model(tokens, inference_context=self._context)
             logits: Tensor = outputs.head.logits(outputs.hidden[-1:])  # of the last position alone
         self._context.increment_sequence_len_offset(new)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_train.generation.cache import Cache
 from hybrid_train.generation.sampling import sample
-from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.megatron.hybrid import Hybrid
 
 
 @dataclass(frozen=True, kw_only=True)

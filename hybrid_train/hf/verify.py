@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.megatron.hybrid import Hybrid
 
 
 @dataclass(frozen=True)

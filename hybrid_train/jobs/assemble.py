@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hybrid_train.jobs.networks import build_network, teacher_loader
+from hybrid_train.megatron.groups import ProcessGroups
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.schema.extension import implementation_of
 from hybrid_train.schema.problems import UserError
@@ -18,7 +18,7 @@ from hybrid_train.training.objective import Given, Objective
 
 
 def build_engine(
-    job: TrainJob, built: BuiltModel, groups: ProcessGroupCollection, device: torch.device
+    job: TrainJob, built: BuiltModel, groups: ProcessGroups, device: torch.device
 ) -> Engine:
     """Give a job what its steps need: networks and objective.
 
@@ -51,7 +51,7 @@ def build_engine(
 
 
 def build_objective(
-    job: TrainJob, networks: Mapping[str, Network], groups: ProcessGroupCollection
+    job: TrainJob, networks: Mapping[str, Network], groups: ProcessGroups
 ) -> Objective:
     """Build what the settings of the objective name.
 

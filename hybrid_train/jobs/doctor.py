@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.pins import pinned
+from hybrid_train.megatron import written_for
 from hybrid_train.runtime.health import probe, speed_checks, table
-from hybrid_train.runtime.health.findings import Finding, Grade
+from hybrid_train.runtime.health.findings import Finding, Grade, ok, warning
 from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.runtime.replacements import to_do
 from hybrid_train.schema.doctor import DoctorJob
 
 _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
@@ -20,9 +22,24 @@ def run(job: DoctorJob) -> int:
     require_alone("doctor")
     machine = Machine(libraries=probe.libraries(table.MODULES), pins=pinned())
     machine = dataclasses.replace(machine, measure=speed_checks.measurement(machine))
-    checks = {**table.CHECKS, **(table.MEASUREMENTS if job.measure else {})}
+    checks = {
+        **table.CHECKS,
+        "written for": written_for_these,
+        **(table.MEASUREMENTS if job.measure else {}),
+    }
     found = table.findings(machine, checks)
     return _tell_json(found) if job.json else _tell_lines(found)
+
+
+def written_for_these(_: Machine) -> Finding:
+    """Check that our replacements were written for the libraries that are installed."""
+    read = sum(len(row.read) for row in written_for.TABLE)
+    if not (lines := to_do(written_for.TABLE)):
+        return ok(f"{read} functions and classes of torch and megatron-core are those we know")
+    return warning(
+        f"{len(lines)} of {read} functions and classes are not those we know: {'; '.join(lines)}",
+        "install the pinned versions (pip install -c constraints.txt ...), or read them again",
+    )
 
 
 def _tell_lines(found: Iterator[tuple[str, Finding]]) -> int:

@@ -26,7 +26,7 @@ def run(job: GenerateJob) -> None:
     with process(job.runtime, job.seed):
         from hybrid_train.generation.decode import Settings, stream  # needs the process
         from hybrid_train.jobs.networks import load_model
-        from hybrid_train.parallel.groups import destroy_groups
+        from hybrid_train.megatron.groups import destroy_groups
 
         try:
             with refusals_named(checkpoint=Path(job.checkpoint)):

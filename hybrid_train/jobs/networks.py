@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hybrid_train.anatomy.layers import layers
 from hybrid_train.checkpoint import layout
-from hybrid_train.checkpoint.megatron import read_weights
+from hybrid_train.checkpoint.save_load import read_weights
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
+from hybrid_train.megatron import data_parallel
+from hybrid_train.megatron.forward_backward import Finalizer
+from hybrid_train.megatron.groups import ProcessGroups, build_groups
+from hybrid_train.megatron.hybrid import Hybrid
+from hybrid_train.megatron.optimizers import build_optimizer
+from hybrid_train.megatron.transformer_config import DTYPES
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.edits import Edit, apply_edits
-from hybrid_train.model.hybrid import Hybrid
 from hybrid_train.model.quantized import QuantizedProducts
-from hybrid_train.model.translate import DTYPES
 from hybrid_train.optim.groups import describe as describe_decay
-from hybrid_train.optim.megatron import build_optimizer
-from hybrid_train.parallel.groups import build_groups
-from hybrid_train.runtime.seeds import start_tracker
 from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
@@ -34,7 +34,6 @@ from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import tokens
-from hybrid_train.training import megatron
 from hybrid_train.training.network import Network, Rate
 from hybrid_train.training.nonfinite import raise_bad_norm
 from hybrid_train.training.routing import ExpertLayer, Routing
@@ -43,16 +42,14 @@ TOKENIZER = layout.TOKENIZER
 _log = logging.getLogger(__name__)
 
 
-def _quantize(
-    job: TrainJob, built: BuiltModel, groups: ProcessGroupCollection
-) -> QuantizedProducts | None:
+def _quantize(job: TrainJob, built: BuiltModel, groups: ProcessGroups) -> QuantizedProducts | None:
     if built.backend is not Backend.emulated:
         return None
     return QuantizedProducts(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
 
 
 # Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
-EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroupCollection], Edit | None]] = {
+EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] = {
     "quantize": _quantize,
 }
 
@@ -60,18 +57,18 @@ EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroupCollection], Edit |
 def build_network(
     job: TrainJob,
     built: BuiltModel,
-    groups: ProcessGroupCollection,
+    groups: ProcessGroups,
     device: torch.device,
     name: str = MAIN,
 ) -> Network:
     """Wrap a model and give it an optimizer, a learning rate and records of its own."""
-    formatted = megatron.in_model_format(built.chunks, built.config)
+    formatted = data_parallel.in_model_format(built.chunks, built.config)
     made = (make(job, built, groups) for make in EDITS.values())
     edits = [edit for edit in made if edit is not None]
     edits += built_from(job.edits)
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedProducts)), None)
-    chunks = megatron.wrap(formatted, built.config, job.parallel, job.precision)
+    chunks = data_parallel.wrap(formatted, built.config, job.parallel, job.precision)
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))
     dtype = DTYPES[job.precision.base]
@@ -85,7 +82,7 @@ def build_network(
         name=name,
         optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
         rate=Rate(job.schedule, tokens(job.train.tokens)),
-        finalizer=megatron.Finalizer(built.config),
+        finalizer=Finalizer(built.config),
     )
 
 
@@ -125,7 +122,7 @@ def load_model(
     runtime: Runtime,
     *,
     parallel: Parallel | None = None,
-    groups: ProcessGroupCollection | None = None,
+    groups: ProcessGroups | None = None,
     format: ProductFormat | None = None,
     network: str | None = None,
 ) -> LoadedModel:
@@ -153,7 +150,6 @@ def load_model(
     # Of one token a product is not what a GPU quantizes, and no gradient asks for it.
     job.precision = Precision(format=format or ProductFormat(job.precision.base.value))
     if groups is None:
-        start_tracker()
         groups = build_groups(job.parallel, runtime.timeout_s)
     assert job.model.vocab_size is not None
     built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
@@ -183,7 +179,7 @@ def _network_of(job: TrainJob, wanted: str | None, checkpoint: Path) -> tuple[st
     return name, name if len(models) > 1 else "", dataclasses.replace(models[name], pattern=pattern)
 
 
-def teacher_loader(job: TrainJob, groups: ProcessGroupCollection) -> Callable[[str], Network]:
+def teacher_loader(job: TrainJob, groups: ProcessGroups) -> Callable[[str], Network]:
     """Return what loads a network from a run onto the layout of a job."""
 
     def load(checkpoint: str) -> Network:

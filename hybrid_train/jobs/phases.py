@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.product_formats import kept_in_fp8
@@ -15,12 +14,11 @@ from hybrid_train.checkpoint import layout, store
 from hybrid_train.data.build import RunData
 from hybrid_train.data.loader import BatchSource
 from hybrid_train.jobs.assemble import build_engine
+from hybrid_train.megatron.groups import ProcessGroups, build_groups, destroy_groups
 from hybrid_train.model.build import build_model
-from hybrid_train.parallel.groups import build_groups, destroy_groups
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.planning.phases import Stretch
-from hybrid_train.runtime.seeds import start_tracker
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_tokens
@@ -49,7 +47,6 @@ class PhaseBuilder:
 
     def build(self, stretch: Stretch, state: TrainState, token_budget: int) -> Run:
         """Build a run at a position in a phase, with new weights."""
-        start_tracker()
         groups = build_groups(stretch.job.parallel, stretch.job.runtime.timeout_s)
         engine = _engine(stretch.job, groups, self.data, self.device)
         engine.steps_done = state.step
@@ -134,9 +131,7 @@ def rows_of(job: TrainJob) -> int:
     return padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
 
 
-def _engine(
-    job: TrainJob, groups: ProcessGroupCollection, data: RunData, device: torch.device
-) -> Engine:
+def _engine(job: TrainJob, groups: ProcessGroups, data: RunData, device: torch.device) -> Engine:
     assert job.model.vocab_size is not None
     built = build_model(job, groups, job.model.vocab_size, on_gpu=device.type == "cuda")
     size = counts.parameters(job.model, rows_of(job))

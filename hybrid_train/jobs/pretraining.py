@@ -20,7 +20,7 @@ from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.networks import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
-from hybrid_train.parallel.groups import destroy_groups
+from hybrid_train.megatron.groups import destroy_groups
 from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.planning.ramp import ramps
 from hybrid_train.runtime import ranks

@@ -63,7 +63,7 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
     with process(job.runtime, job.seed) as device:
         from hybrid_train.hf import transformers, verify  # Megatron comes with the second
         from hybrid_train.jobs.networks import load_model
-        from hybrid_train.parallel.groups import destroy_groups
+        from hybrid_train.megatron.groups import destroy_groups
 
         theirs = transformers.logits(transformers.load(folder, model).to(device), tokens).cpu()
         try:

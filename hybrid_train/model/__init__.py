@@ -1,4 +1,4 @@
-"""The hybrid model: build it, count it.
+"""The hybrid model of a job: built, initialised, changed by edits, observed.
 
-Not here: losses and steps (`training`).
+Not here: the classes it is made of (`megatron`), losses and steps (`training`).
 """

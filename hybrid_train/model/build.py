@@ -1,21 +1,27 @@
 """A checked job -> the model chunks that this process holds."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid_train.anatomy.layers import layers
 from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
-from hybrid_train.model import megatron, native_precision, packed, plain, recompute
-from hybrid_train.model.hybrid import Hybrid
+from hybrid_train.megatron import native_recipes, plain, recompute, replacements
+from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron.hybrid import Hybrid
+from hybrid_train.megatron.router import BalanceLosses, share_record
+from hybrid_train.megatron.spec import (
+    PLAIN,
+    ModuleSpec,
+    Parts,
+    fused_parts,
+    hybrid_spec,
+    with_plain_linears,
+)
+from hybrid_train.megatron.transformer_config import TransformerConfig, init_std, transformer_config
+from hybrid_train.megatron.written_for import CORE_VERSION
 from hybrid_train.model.init import initialize
-from hybrid_train.model.router import BalanceLosses, share_record
-from hybrid_train.model.spec import PLAIN, Parts, fused_parts, hybrid_spec, with_plain_linears
-from hybrid_train.model.translate import init_std, transformer_config
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.precision import hardware
@@ -38,14 +44,14 @@ class BuiltModel:
 
 
 def build_model(
-    job: TrainJob, groups: ProcessGroupCollection, vocab_size: int, *, on_gpu: bool
+    job: TrainJob, groups: ProcessGroups, vocab_size: int, *, on_gpu: bool
 ) -> BuiltModel:
     """Build and initialise this process's part of the model.
 
     Raises:
         UserError: if the wanted kernels are not there, or another megatron-core is.
     """
-    megatron.require_version()
+    require_version()
     quantized = quantizes(job.model, job.precision)
     emulated = quantized and (not on_gpu or job.precision.backend is Backend.emulated)
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
@@ -57,7 +63,7 @@ def build_model(
     native = backend is Backend.native
     config = transformer_config(job, on_gpu=on_gpu, native=native)
     if native:
-        megatron.use_recipes(native_precision.recipes(job.precision))
+        replacements.for_recipes(native_recipes.recipes(job.precision))
     spec = hybrid_spec(
         parts,
         mamba_chunk_size=job.model.mamba.chunk_size,
@@ -70,6 +76,16 @@ def build_model(
     ]
     initialize(chunks, job.model, std=init_std(job.model), seed=job.train.seed)
     return BuiltModel(chunks, config, kernels, backend, share_record(chunks))
+
+
+def require_version() -> None:
+    """Raise a UserError if another megatron-core is installed than the one we know."""
+    found = version("megatron-core")
+    if found != CORE_VERSION:
+        raise UserError(
+            f"megatron-core {found} is installed, but {CORE_VERSION} is needed; "
+            f"install it: pip install megatron-core=={CORE_VERSION}"
+        )
 
 
 def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:
@@ -110,7 +126,7 @@ def _build_chunk(
     job: TrainJob,
     config: TransformerConfig,
     spec: ModuleSpec,
-    groups: ProcessGroupCollection,
+    groups: ProcessGroups,
     vocab_size: int,
     chunk: int,
 ) -> Hybrid:
@@ -121,8 +137,8 @@ def _build_chunk(
     if config.fp8 or config.fp4:
         number = chunk * groups.pp.size() + stage
         # Read while a chunk is built, and never after.
-        config.quant_recipe = native_precision.recipe_of_chunk(job, pattern, number)
-    model = Hybrid(
+        config.quant_recipe = native_recipes.recipe_of_chunk(job, pattern, number)
+    return Hybrid(
         config=config,
         hybrid_stack_spec=spec,
         vocab_size=rows,
@@ -134,32 +150,19 @@ def _build_chunk(
         share_embeddings_and_output_weights=job.model.tie_embeddings,
         pg_collection=groups,
         vp_stage=chunk if virtual > 1 else None,
-    )
-    model.model_type = ModelType.encoder_or_decoder
-    megatron.mark_mtp_routers(model)
-    megatron.use_norm_eps(model, job.model.norm_eps)
-    megatron.begin_in_float32(model)
-    return model.to(torch.cuda.current_device())
+    ).to(torch.cuda.current_device())
 
 
 def _choose_kernels(
     wanted: Kernels, *, on_gpu: bool, emulated: bool
 ) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
-    megatron.use_own_numbers_of_experts()
-    packed.use_packed_rows()
-    megatron.use_family_routing()
-    if not on_gpu:
-        megatron.use_gradient_accumulation()
-        megatron.use_direct_products()
     fused = _usable(("transformer_engine",), wanted, on_gpu=on_gpu)
     mamba = _usable(("mamba_ssm", "causal_conv1d"), wanted, on_gpu=on_gpu)
     if fused is not None:
-        megatron.use_plain_layers()
-        recompute.use_plain_checkpoints()
+        replacements.for_plain_layers()
     if mamba is not None:
-        megatron.use_plain_mamba()
-        packed.use_plain_packing()
+        replacements.for_plain_mamba()
     layers = f"plain PyTorch ({fused})" if fused else "Transformer Engine"
     parts = {
         "linear layers, norms, experts": layers,
@@ -170,7 +173,7 @@ def _choose_kernels(
     if fused is not None:
         return PLAIN, parts
     if emulated:
-        megatron.use_plain_latent_linears()
+        replacements.for_plain_latent_linears()
         parts["linear layers, norms, experts"] = "plain PyTorch (emulated products), norms fused"
         return with_plain_linears(fused_parts()), parts
     return fused_parts(), parts

@@ -8,20 +8,16 @@ Gu, arXiv:2405.21060, reference code).
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-    apply_factories,
-)
 from torch import Tensor
 
 from hybrid_train.anatomy.kinds import Draw
 from hybrid_train.anatomy.layers import main_layers, stored
-from hybrid_train.model.stand_ins import plain_weights
+from hybrid_train.megatron.sharded import ShardedTensor, sharded_tensors
+from hybrid_train.megatron.stand_ins import plain_weights
 from hybrid_train.schema.model import Model
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes that softplus(dt_bias) starts from
@@ -55,20 +51,6 @@ def _take(weight: Any, drawn: Tensor) -> None:
     """Quantize what was drawn; masters begin with it as it was (core, distrib_optimizer.py 431)."""
     weight.copy_(drawn)
     weight.get_high_precision_init_val().copy_(drawn)
-
-
-def sharded_tensors(chunk: Any) -> Iterator[ShardedTensor]:
-    """Yield each tensor of the chunk with its place in the whole model; packed ones by part."""
-    sharded = chunk.sharded_state_dict()
-    apply_factories(sharded)
-    pending = list(sharded.values())
-    while pending:
-        item = pending.pop()
-        if isinstance(item, ShardedTensor):
-            yield item
-        elif isinstance(item, dict | list):
-            pending.extend(item.values() if isinstance(item, dict) else item)
-        assert not isinstance(item, ShardedTensorFactory)
 
 
 def _draw_of(key: str, draws: Mapping[str, Draw]) -> Draw:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.anatomy.product_formats import Linear
-from hybrid_train.model import plain
+from hybrid_train.megatron import plain
+from hybrid_train.megatron.linears import linear_modules
 from hybrid_train.model.edits import emulations_of
-from hybrid_train.model.linears import linear_modules
 from hybrid_train.precision import native_audit
 from hybrid_train.precision.records import Audit, type_in_words
 from hybrid_train.schema.precision import Product

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.nn import Module, Parameter
 
 from hybrid_train.anatomy.product_formats import formats_of, kept_in_fp8
-from hybrid_train.model import megatron, plain
-from hybrid_train.model.edits import Stage, edits_of, emulations_of, linears_of, quantize
+from hybrid_train.megatron import plain, replacements
+from hybrid_train.model.edits import edits_of, emulations_of, linears_of, quantize
+from hybrid_train.precision.edited_linear import Stage
 from hybrid_train.precision.emulated import emulation_of
 from hybrid_train.precision.fp8_weights import in_fp8
 from hybrid_train.precision.recipes import schemes
@@ -87,7 +88,7 @@ class QuantizedProducts:
         kept = kept_in_fp8(self._model, precision)
         if not kept:
             return
-        megatron.use_fp8_weights()
+        replacements.for_fp8_weights()
         for linear, module in linears_of(self._chunks):
             if linear not in kept:
                 continue

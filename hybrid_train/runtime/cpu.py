@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from hybrid_train.runtime.replacements import COLLECTIVES, DEVICE_CALLS, FACTORIES, TENSORS
 from hybrid_train.schema.problems import UserError
 
-_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "rand", "randn", "arange", "as_tensor")
 _TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
@@ -123,11 +123,13 @@ def _mesh_on_cpu(from_group: Callable[..., Any]) -> Callable[..., Any]:
     return mesh
 
 
-def _cuda_rng_state(*_: object, **__: object) -> torch.Tensor:
+def random_state(*_: object, **__: object) -> torch.Tensor:
+    """Stand for the state of a CUDA generator."""
     return torch.get_rng_state()
 
 
-def _set_cuda_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+def set_random_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    """Set what stands for the state of a CUDA generator."""
     torch.set_rng_state(state)
 
 
@@ -287,8 +289,7 @@ def install() -> None:
         )
     _redirect_device_calls()
     _redirect_tensors()
-    torch.compile = _uncompiled  # type: ignore[assignment]
-    _redirect_megatron_generators()
+    _redirect_collectives()
     _installed = True
 
 
@@ -298,42 +299,40 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: object) -> Any:
 
 
 def _redirect_device_calls() -> None:
-    cuda: Any = torch.cuda
-    cuda.current_device = lambda: _HERE
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = _nothing
-    cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = cuda.default_stream = lambda *_: _STREAM
-    cuda.stream = cuda.device = _no_context
-    cuda.is_current_stream_capturing = lambda: False
-    cuda.get_rng_state, cuda.set_rng_state = _cuda_rng_state, _set_cuda_rng_state
-    cuda.manual_seed = torch.default_generator.manual_seed
-    cuda.manual_seed_all = _nothing  # torch.manual_seed calls it
-    cuda.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing)
+    DEVICE_CALLS.put(
+        current_device=lambda: _HERE,
+        **dict.fromkeys(("set_device", "synchronize", "empty_cache"), _nothing),
+        Stream=_Stream,
+        Event=_Event,
+        **dict.fromkeys(("current_stream", "default_stream"), lambda *_: _STREAM),
+        **dict.fromkeys(("stream", "device"), _no_context),
+        is_current_stream_capturing=lambda: False,
+        get_rng_state=random_state,
+        set_rng_state=set_random_state,
+        manual_seed=torch.default_generator.manual_seed,
+        manual_seed_all=_nothing,  # torch.manual_seed calls it
+        nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing),
+    )
 
 
 def _redirect_tensors() -> None:
-    for name in _FACTORIES:
-        setattr(torch, name, _redirect(getattr(torch, name)))
-    tensor: Any = torch.Tensor
-    tensor.cuda = lambda self, *_, **__: self
-    tensor.type = _tensor_type(tensor.type)
-    module: Any = torch.nn.Module
-    module.to = _module_to(module.to)
-    distributed: Any = torch.distributed
-    distributed.DeviceMesh.from_group = staticmethod(
-        _mesh_on_cpu(distributed.DeviceMesh.from_group)
+    TENSORS.put(
+        Tensor__cuda=lambda self, *_, **__: self,
+        Tensor__type=_tensor_type(torch.Tensor.type),
+        nn__Module__to=_module_to(torch.nn.Module.to),
+        compile=_uncompiled,
+        **{name: _redirect(getattr(torch, name)) for name in FACTORIES},
     )
-    distributed.all_to_all_single = _splits_as_lists(distributed.all_to_all_single)
-    distributed.all_gather = _gather_uneven(distributed.all_gather)
-    distributed.reduce_scatter = _scatter_uneven(distributed.reduce_scatter)
-    distributed.all_reduce = _skip_alone(distributed.all_reduce, _keep)
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        setattr(distributed, name, _skip_alone(getattr(distributed, name), _copy))
 
 
-def _redirect_megatron_generators() -> None:
-    """Megatron's tracker of random states asks CUDA generators by functions of its own."""
-    from megatron.core.tensor_parallel import random  # after the calls above are in place
-
-    random._get_cuda_rng_state = _cuda_rng_state
-    random._set_cuda_rng_state = _set_cuda_rng_state
+def _redirect_collectives() -> None:
+    gloo: Any = torch.distributed
+    COLLECTIVES.put(
+        DeviceMesh__from_group=staticmethod(_mesh_on_cpu(gloo.DeviceMesh.from_group)),
+        all_to_all_single=_splits_as_lists(gloo.all_to_all_single),
+        all_gather=_gather_uneven(gloo.all_gather),
+        reduce_scatter=_scatter_uneven(gloo.reduce_scatter),
+        all_reduce=_skip_alone(gloo.all_reduce, _keep),
+        all_gather_into_tensor=_skip_alone(gloo.all_gather_into_tensor, _copy),
+        reduce_scatter_tensor=_skip_alone(gloo.reduce_scatter_tensor, _copy),
+    )

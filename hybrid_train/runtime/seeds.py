@@ -4,16 +4,6 @@ import random
 
 import numpy as np
 import torch
-from megatron.core import tensor_parallel
-
-
-def start_tracker() -> None:
-    """Give Megatron the tracker of random states that it asks for.
-
-    The one for inference never switches streams: the family has no dropout, and weights are
-    initialised by name (`model/init.py`).
-    """
-    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.megatron.forward_backward import run_schedule
 from hybrid_train.runtime import progress
-from hybrid_train.training import megatron
 from hybrid_train.training.network import Network
 from hybrid_train.training.objective import Objective
 
@@ -69,7 +69,7 @@ def run(
         progress.enter(progress.last().part)  # still there
         return objective.forward(model, next(iterator), counts[: len(terms)])
 
-    reports = megatron.run_schedule(
+    reports = run_schedule(
         network.chunks, forward_step, microbatches, shape=shape, forward_only=forward_only
     )
     sums = torch.zeros_like(counts[:told])

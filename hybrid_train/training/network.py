@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from hybrid_train.megatron import data_parallel, forward_backward
+from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron.optimizers import MegatronOptimizer, set_learning_rate
+from hybrid_train.megatron.router import BalanceLosses
 from hybrid_train.model.quantized import QuantizedProducts
-from hybrid_train.model.router import BalanceLosses
-from hybrid_train.optim.megatron import set_learning_rate
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.schema.schedule import Schedule
-from hybrid_train.training import megatron
 from hybrid_train.training.routing import Routing
 
 
@@ -51,7 +50,7 @@ class Network:
     """
 
     chunks: list[Any]
-    groups: ProcessGroupCollection
+    groups: ProcessGroups
     device: torch.device
     routing: Routing
     balance_losses: BalanceLosses
@@ -59,7 +58,7 @@ class Network:
     name: str = MAIN
     optimizer: MegatronOptimizer | None = None
     rate: Rate | None = None
-    finalizer: megatron.Finalizer | None = None
+    finalizer: forward_backward.Finalizer | None = None
 
     def start_turn(self, step: int, tokens_seen: int) -> float:
         """Begin an update with nothing left of earlier passes; return its learning rate.
@@ -72,9 +71,9 @@ class Network:
         assert self.rate is not None, f"{self.name} has no learning rate"
         rate = self.rate.at(tokens_seen)
         set_learning_rate(self.optimizer, rate)
-        megatron.zero_gradients(self.chunks)
+        data_parallel.zero_gradients(self.chunks)
         self.optimizer.zero_grad()
-        megatron.forget_loads(self.chunks)
+        forward_backward.forget_loads(self.chunks)
         self.balance_losses.take()
         if self.quantized is not None:
             self.quantized.start_step(step)

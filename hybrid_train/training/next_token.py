@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.model.outputs import Outputs
-from hybrid_train.model.packed import shift
+from hybrid_train.megatron.outputs import Outputs
+from hybrid_train.megatron.packed_rows import shift
 from hybrid_train.ops.context import continues
 from hybrid_train.ops.cross_entropy import CrossEntropy
 from hybrid_train.schema import objective as schema

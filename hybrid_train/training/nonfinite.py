@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.checkpoint.places import bare
+from hybrid_train.megatron.data_parallel import Chunks, non_finite_gradients
 from hybrid_train.schema.problems import UserError
-from hybrid_train.training import megatron
 
 
 class NonFiniteError(UserError):
@@ -24,7 +24,7 @@ def raise_bad_norm(norm: float) -> None:
     raise NonFiniteError(f"the gradient norm is {norm}")
 
 
-def first_bad_module(chunks: megatron.Chunks, replay: Callable[[], None], *, stage: int = 0) -> str:
+def first_bad_module(chunks: Chunks, replay: Callable[[], None], *, stage: int = 0) -> str:
     """Name rank and module where the numbers went bad; every process calls this.
 
     Args:
@@ -32,7 +32,7 @@ def first_bad_module(chunks: megatron.Chunks, replay: Callable[[], None], *, sta
         replay: repeats the forward pass of the step on all processes.
         stage: pipeline stage of this process.
     """
-    in_gradients = megatron.non_finite_gradients(chunks)
+    in_gradients = non_finite_gradients(chunks)
     found = _found_in_forward(chunks, replay)
     # Bad gradients spread from the loss towards the input: the last module has them first.
     sighting = found and (stage, *found)
@@ -50,9 +50,7 @@ def first_bad_module(chunks: megatron.Chunks, replay: Callable[[], None], *, sta
     return "the forward pass, repeated, does not show it"
 
 
-def _found_in_forward(
-    chunks: megatron.Chunks, replay: Callable[[], None]
-) -> tuple[int, str] | None:
+def _found_in_forward(chunks: Chunks, replay: Callable[[], None]) -> tuple[int, str] | None:
     """Return the first module with a bad output, and how many were called until then."""
     bad: list[tuple[int, str]] = []
     calls = itertools.count()

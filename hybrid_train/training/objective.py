@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import BatchSource
+from hybrid_train.megatron.groups import ProcessGroups
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.training.network import Network
@@ -78,7 +78,7 @@ class Given:
     """
 
     networks: Mapping[str, Network]
-    groups: ProcessGroupCollection
+    groups: ProcessGroups
     model: Model
     run_dir: Path
     load: Callable[[str], Network]

@@ -40,7 +40,7 @@ def main() -> None:
 
 def measure(model: str, rounds: int, folder: Path) -> None:
     """Take the rounds; files go to `folder`."""
-    from hybrid_train.checkpoint import megatron, store
+    from hybrid_train.checkpoint import save_load, store
     from hybrid_train.checkpoint.kept_plan import KeptPlan
     from hybrid_train.training.hooks.checkpointing import content_of
 
@@ -56,7 +56,7 @@ def measure(model: str, rounds: int, folder: Path) -> None:
     for number in range(rounds + 1):  # the first finds memory and files untouched, and is left out
         taken = {"step": min(timed(step) for _ in range(3))}
         tensors = plan.tensors(content)
-        taken["copy"] = timed(partial(megatron.on_host, tensors, copy=True))
+        taken["copy"] = timed(partial(save_load.on_host, tensors, copy=True))
         size = sum(tensor.data.nbytes for tensor in tensors)
         taken["sync"] = timed(partial(store.save, folder, content, position(2 * number), keep=1))
         taken |= asynchronous(folder, content, position(2 * number + 1), plan, step)
@@ -106,15 +106,13 @@ def engine_of(model: str) -> tuple[Any, Callable[[], None]]:
     from hybrid_train.anatomy.counts import parameters
     from hybrid_train.config import compose
     from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.megatron.groups import build_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
     words = ["experiment=tiny_cpu", "run_dir=/nonexistent", f"model={model}", "precision=fp32"]
     words += [f"train.sequence_length={LENGTH}", f"train.global_batch={BATCH}"]
     words += [f"train.microbatch={BATCH}", "model.vocab_size=4096"]
     job = compose.compose("train", words)
-    start_tracker()
     groups = build_groups(job.parallel, 600)
     built = build_model(job, groups, 4096, on_gpu=False)
     print(f"{model}: {parameters(job.model, 4096).total / 1e6:.1f}M parameters with 4096 rows")

@@ -37,11 +37,9 @@ def main() -> None:
 
 def compare(model: str, recipes: list[str], rounds: int) -> None:
     """Let the recipes take turns."""
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups
     from hybrid_train.schema.parallel import Parallel
 
-    start_tracker()
     groups = build_groups(Parallel(), 600)
     engines = {name: engine_of(model, name, groups) for name in recipes}
     seconds: dict[str, list[float]] = {name: [] for name in engines}

@@ -30,12 +30,10 @@ def main() -> None:
 
 def measure(job: TrainJob, device: torch.device) -> None:
     from hybrid_train.generation.cache import Cache
+    from hybrid_train.megatron.groups import build_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
     groups = build_groups(job.parallel, job.runtime.timeout_s)
-    start_tracker()
     model = build_model(job, groups, VOCAB, on_gpu=device.type == "cuda").chunks[0].eval()
     print(
         f"{job.model.pattern}, hidden {job.model.hidden_size}, after {LENGTH} tokens, "

@@ -147,11 +147,9 @@ def step_of(job: Any) -> tuple[Any, Any]:
     from hybrid_train.anatomy.counts import parameters
     from hybrid_train.data.batch import Batch
     from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.megatron.groups import build_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
-    start_tracker()
     groups = build_groups(job.parallel, 600)
     vocab_size = job.model.vocab_size
     built = build_model(job, groups, vocab_size, on_gpu=False)

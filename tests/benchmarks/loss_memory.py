@@ -75,11 +75,9 @@ def steps_of(job: Any, sequences: int) -> float:
     from fixed_batch import fixed_batch
 
     from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.megatron.groups import build_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
-    start_tracker()
     groups = build_groups(job.parallel, 600)
     model = build_model(job, groups, VOCAB, on_gpu=False)
     engine = build_engine(job, model, groups, torch.device("cpu"))

@@ -59,10 +59,8 @@ def step_of(lines: list[str], groups: Any) -> Callable[[], None]:
     from hybrid_train.config import compose
     from hybrid_train.jobs.assemble import build_engine
     from hybrid_train.model.build import build_model
-    from hybrid_train.runtime.seeds import start_tracker
 
     job = compose.compose("train", lines)
-    start_tracker()
     built = build_model(job, groups, VOCAB, on_gpu=True)
     engine = build_engine(job, built, groups, torch.device("cuda"))
     batch = fixed_batch(VOCAB, 1, job.train.sequence_length)
@@ -106,7 +104,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("this compares products that a GPU quantizes, and there is no GPU here")
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.precision.hardware import is_native, present_gpu
     from hybrid_train.runtime.start import process
     from hybrid_train.schema.parallel import Parallel

@@ -19,9 +19,8 @@ from hybrid_train.config import compose
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.packing import best_fit, fill_row
 from hybrid_train.jobs.assemble import build_engine
+from hybrid_train.megatron.groups import build_groups
 from hybrid_train.model.build import build_model
-from hybrid_train.parallel.groups import build_groups
-from hybrid_train.runtime.seeds import start_tracker
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.runtime import Device, Runtime
 
@@ -71,7 +70,6 @@ def show_speed(length: int, rows: int, rounds: int) -> None:
     ]  # fmt: skip
     job = compose.compose("train", overrides)
     groups = build_groups(job.parallel, 600)
-    start_tracker()
     device = torch.device("cpu")
     engine = build_engine(job, build_model(job, groups, VOCAB, on_gpu=False), groups, device)
 

@@ -93,7 +93,7 @@ def before_and_after(run_dir: Path) -> tuple[float, float]:
     job = frozen.load(run_dir)
     with process(job.runtime, job.train.seed):
         from hybrid_train.jobs.networks import load_model
-        from hybrid_train.parallel.groups import destroy_groups
+        from hybrid_train.megatron.groups import destroy_groups
 
         try:
             loaded = load_model(str(run_dir), job.runtime)

@@ -45,10 +45,8 @@ def main() -> None:
 
 def compare(model: str, rounds: int) -> None:
     """Let the plans take turns."""
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups
 
-    start_tracker()
     jobs = {name: job_of(model, words) for name, words in PLANS.items()}
     groups = build_groups(jobs["none"].parallel, 600)
     engines = {name: engine_of(job, groups) for name, job in jobs.items()}

@@ -124,13 +124,11 @@ def our_step() -> tuple[Callable[[], None], dict[str, Callable[[], Any]]]:
     from hybrid_train.config import compose
     from hybrid_train.data.batch import Batch
     from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.megatron.groups import build_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups
-    from hybrid_train.runtime.seeds import start_tracker
     from hybrid_train.tracking.throughput import peak_flops
 
     job = compose.compose("train", OVERRIDES)
-    start_tracker()
     groups = build_groups(job.parallel, 600)
     device = torch.device("cpu")
     engine = build_engine(job, build_model(job, groups, VOCAB, on_gpu=False), groups, device)

@@ -202,13 +202,11 @@ def _fail_to_load(parallel: Parallel, groups: Any, run_dir: Path) -> None:
 
 def _on_two_processes(folder: Path) -> None:
     cpu.install()
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     third = {}
     for name, parallel in LAYOUTS.items():
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         third[name] = _save_and_go_on(parallel, groups, folder / name)
         if name == "tensor":  # processes agree on what failed whatever they hold
             _fail_to_save(parallel, groups, folder / name, ask=False)
@@ -217,7 +215,6 @@ def _on_two_processes(folder: Path) -> None:
         _keep_the_plan(parallel, groups, folder / "plan" / name)
         destroy_groups()
     groups = build_groups(Parallel(fsdp=True), timeout_s=60)
-    start_tracker()
     _keep_the_plan(Parallel(fsdp=True), groups, folder / "plan" / "fsdp")
     destroy_groups()
     if dist.get_rank() == 0:
@@ -254,7 +251,7 @@ def test_one_process_goes_on_where_two_stopped(
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_process_reads_the_weights_of_two(runs: Any, name: str) -> None:
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
 
     folder, groups = runs
     engines = [engine_of(Parallel(), groups, seed=seed) for seed in (1, 9)]

@@ -9,12 +9,10 @@ pytestmark = MEGATRON_WARNINGS
 
 
 def _compare() -> bool:
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     parallel = Parallel(tensor=2)
     groups = build_groups(parallel, timeout_s=60)
-    start_tracker()
     try:
         compare(groups, parallel)
     finally:

@@ -50,11 +50,9 @@ def batches_of(groups: Any) -> Any:
 
 
 def in_groups(parallel: Parallel, work: Any) -> Any:
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     groups = build_groups(parallel, timeout_s=60)
-    start_tracker()
     try:
         return work(groups)
     finally:
@@ -80,9 +78,9 @@ def train(
 ) -> Outcome:
     """Take steps from new weights or a checkpoint, and save."""
     from hybrid_train.checkpoint import layout, store
-    from hybrid_train.model.megatron import is_in_fp8
+    from hybrid_train.megatron.data_parallel import complete_parameters
+    from hybrid_train.megatron.stand_ins import is_in_fp8
     from hybrid_train.training.hooks.checkpointing import content_of
-    from hybrid_train.training.megatron import complete_parameters
 
     engine = engine_of(parallel, groups, format, gathered)
     content = content_of(engine)
@@ -149,8 +147,8 @@ def masters_of_loaded_weights(start: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
     def work(groups: Any) -> Any:
         from hybrid_train.checkpoint import layout
-        from hybrid_train.checkpoint.megatron import read_weights
-        from hybrid_train.model.megatron import is_in_fp8
+        from hybrid_train.checkpoint.save_load import read_weights
+        from hybrid_train.megatron.stand_ins import is_in_fp8
 
         engine = engine_of(Parallel(), groups, TENSORWISE, True)
         found = layout.latest(start)

@@ -21,12 +21,10 @@ POISONED = "decoder.layers.2.mixer.out_proj.weight"
 
 def _engine(parallel: Parallel, number_format: ProductFormat = ProductFormat.fp32) -> Any:
     cpu.install()
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     destroy_groups()
     groups = build_groups(parallel, timeout_s=60)
-    start_tracker()
     job = tiny_job(parallel=parallel, precision=Precision(format=number_format))
     job.train.microbatch = 1
     return tiny_engine(job, groups)
@@ -38,7 +36,7 @@ def on_two_processes(function: Callable[[], Any]) -> list[Any]:
 
 def _then_tidy(function: Callable[[], Any]) -> Any:
     """Leave no groups behind: the processes serve other tests too."""
-    from hybrid_train.parallel.groups import destroy_groups
+    from hybrid_train.megatron.groups import destroy_groups
 
     try:
         return function()
@@ -151,7 +149,7 @@ def test_a_bad_gradient_is_named_and_nothing_is_updated() -> None:
 
 
 def _weight_goes_bad() -> str:
-    from hybrid_train.checkpoint import fsdp
+    from hybrid_train.megatron import fsdp
     from hybrid_train.training.nonfinite import NonFiniteError
 
     engine = _engine(SPLIT)

@@ -18,15 +18,13 @@ RATE, DECAY = 0.25, 0.5  # powers of two: 1 - rate * decay is exact
 def _decay_alone() -> None:
     """With gradients of zero, AdamW does nothing but multiply by 1 - rate * decay."""
     cpu.install()
-    from hybrid_train.optim.megatron import set_learning_rate
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.optimizers import set_learning_rate
 
     for parallel in (Parallel(), Parallel(expert=2), Parallel(tensor=2)):
         job = tiny_job(parallel=parallel, schedule=Schedule(peak_lr=RATE))
         job.optimizer.weight_decay = DECAY
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         engine = tiny_engine(job, groups)
         weights: dict[str, Any] = dict(engine.network.chunks[0].named_parameters())
         before = {name: weight.detach().clone() for name, weight in weights.items()}

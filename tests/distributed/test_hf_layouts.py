@@ -47,15 +47,13 @@ def test_an_imported_model_has_the_logits_of_transformers_under_every_layout(
 def _logits_of_all_layouts(run_dir: Path) -> dict[str, list[Tensor]]:
     """Load the checkpoint under each layout in turn."""
     cpu.install()
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
     found = {}
     for name, parallel in LAYOUTS.items():
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         job = open_checkpoint(run_dir).job
         job.parallel = parallel
         job.runtime = Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1)

@@ -41,14 +41,12 @@ def _fail_on_the_main_process() -> None:
 def _write_new_models(folder: Path) -> None:
     cpu.install()
     from hybrid_train.checkpoint import store
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.training.hooks.checkpointing import content_of
 
     _fail_on_the_main_process()
     for name, parallel in LAYOUTS.items():
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         content = content_of(tiny_engine(tiny_job(parallel=parallel), groups))
         store.save(folder / name, content, {"step": 0, "tokens": 0}, keep=1)
         destroy_groups()
@@ -69,7 +67,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_first_weights_are_the_same_numbers_under_every_layout(written: Any, layout: str) -> None:
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
     from hybrid_train.model.build import build_model
 
     folder, groups = written

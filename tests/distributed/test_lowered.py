@@ -22,11 +22,9 @@ HALF_A_SPACING = {"bfloat16": 2**-8, "float16": 2**-11}
 def run(plan: Parallel, moments: str) -> list[float]:
     """Take some steps on all processes; return the losses."""
     cpu.install()
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     groups = build_groups(plan, timeout_s=60)
-    start_tracker()
     job = tiny_job(parallel=plan)
     job.train.microbatch = 1
     both = MomentFormat(moments)

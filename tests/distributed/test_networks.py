@@ -74,15 +74,13 @@ def losses_of(loaded: Any) -> dict[str, float]:
 def _on_two_ranks(run_dir: Path) -> dict[str, dict[str, float]]:
     cpu.install()
     from hybrid_train.jobs.networks import load_model
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     found = {}
     for name, parallel in LAYOUTS.items():
         found[name] = losses_of(load_model(str(run_dir), RUNTIME, parallel=parallel))
         destroy_groups()
     groups = build_groups(Parallel(), timeout_s=60)
-    start_tracker()
     found["DP2"] = weighted_step(Parallel(), groups)
     # A teacher joins the layout of a run that goes on.
     found["teacher"] = losses_of(load_model(str(run_dir), RUNTIME, groups=groups))

@@ -67,13 +67,11 @@ def gathered(parts: Tensor, group: Any, axis: int) -> Tensor:
 def _logits() -> dict[str, np.ndarray]:
     """Logits of the packed rows by layout, [rows, 1 + D, S, V], where this rank makes some."""
     cpu.install()
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     whole = {}
     for name, parallel in LAYOUTS.items():
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         batches = [
             packed_batch([row], LENGTH).part_of(groups.cp.rank(), groups.cp.size())
             for row in rows()

@@ -21,11 +21,9 @@ PLANS = {
 
 def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
     """What a rank saw in a step, and what it remembers of it, history by history."""
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     groups = build_groups(parallel, timeout_s=60)
-    start_tracker()
     try:
         job = tiny_job(
             "M*-", parallel=parallel, precision=Precision(format=ProductFormat.fp8_delayed)

@@ -38,14 +38,12 @@ def steps(parallel: Parallel, groups: Any) -> tuple[list[tuple[float, float]], l
 
 def _compare(layout: dict[str, Any]) -> None:
     cpu.install()
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     found = {}
     for recompute in Recompute:
         parallel = Parallel(recompute=recompute, **layout)
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         found[recompute] = steps(parallel, groups)
         destroy_groups()
     reports, tensors = found[Recompute.none]

@@ -15,13 +15,11 @@ LAYOUTS = {"data": Parallel(), "tensor": Parallel(tensor=2)}
 
 def _run_twice(parallel: Parallel) -> None:
     cpu.install()
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     runs = []
     for _ in range(2):
         groups = build_groups(parallel, timeout_s=60)
-        start_tracker()
         job = tiny_job(parallel=parallel)
         engine = tiny_engine(job, groups)
         size, rank = groups.dp.size(), groups.dp.rank()

@@ -52,13 +52,11 @@ SHARE_OF_THE_FORMAT = 0.5
 def gpu_groups() -> Iterator[Any]:
     pytest.importorskip("transformer_engine.pytorch")
     pytest.importorskip("mamba_ssm")
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.runtime.start import process
 
     with process(Runtime(device=Device.cuda), seed=1234):
         groups = build_groups(Parallel(), timeout_s=60)
-        start_tracker()
         yield groups
         destroy_groups()
 
@@ -233,8 +231,8 @@ def test_weights_in_fp8_give_the_steps_of_bfloat16_weights(
 def steps(job: TrainJob, groups: Any) -> list[float]:
     """The losses of some steps; gradients are not clipped, since norms are summed otherwise."""
     from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.megatron.stand_ins import is_in_fp8
     from hybrid_train.model.build import build_model
-    from hybrid_train.model.megatron import is_in_fp8
 
     job.optimizer.clip_grad_norm = 1e9
     built = build_model(job, groups, VOCAB, on_gpu=True)

@@ -25,13 +25,11 @@ LENGTH, PLACES = 256, [(70, 1, 100), (3, 130, 123)]
 
 @pytest.fixture(scope="module")
 def gpu_groups() -> Iterator[Any]:
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.runtime.start import process
 
     with process(Runtime(device=Device.cuda), seed=1234):
         groups = build_groups(Parallel(), timeout_s=60)
-        start_tracker()
         yield groups
         destroy_groups()
 

@@ -4,7 +4,6 @@ All are of the kind that real code bases have had: nothing crashes, and the loss
 """
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,15 +81,14 @@ def _labels_of_the_next_document_count(_: Any, patch: pytest.MonkeyPatch) -> Non
 
 def _balance_loss_is_of_the_own_share(_: Any, patch: pytest.MonkeyPatch) -> None:
     """Scale the balance loss by the tokens of the rank, of which padding leaves some fewer."""
-    from megatron.core.transformer.moe import moe_utils, router
+    from hybrid_train.megatron.router import TopKRouter
 
-    name = "get_tokens_per_expert_and_token_count"
-    patch.setattr(router, name, getattr(moe_utils, name))
+    patch.setattr(TopKRouter, "_share", lambda _, own, __: own)
 
 
 def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
     """Split the rows z, x, B, C, dt of in_proj as if they were one part."""
-    from hybrid_train.model.megatron import mamba_mixers
+    from hybrid_train.megatron.inference import mamba_mixers
 
     mixer = mamba_mixers(engine.network.chunks[0])[0]
     weight, tp = _parameter(engine, _IN_PROJ), engine.network.groups.tp
@@ -105,13 +103,12 @@ def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
 
 def _expert_bias_is_not_synchronised(_: Any, patch: pytest.MonkeyPatch) -> None:
     """Let every rank move its expert biases by its own tokens."""
-    # The package has a function of the same name.
-    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    from hybrid_train.megatron import router
 
     def by_own_tokens(tokens: Tensor, bias: Tensor, rate: float, **_: Any) -> Tensor:
         return bias + torch.sign(tokens.mean(dim=-1, keepdim=True) - tokens) * rate
 
-    patch.setattr(module, "get_updated_expert_bias", by_own_tokens)
+    patch.setattr(router, "get_updated_expert_bias", by_own_tokens)
 
 
 def _counted_twice(name: str) -> Plant:

@@ -64,7 +64,7 @@ def measure(case: Case, folder: Path, fault: str | None = None) -> Outcome:
         folder: where `write_reference` wrote.
         fault: name of a fault to plant, for the test that it is found.
     """
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
     from tests.parity import faults
 
     reference = torch.load(folder / REFERENCE, mmap=True)
@@ -76,7 +76,7 @@ def measure(case: Case, folder: Path, fault: str | None = None) -> Outcome:
 
 
 def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) -> Outcome:
-    from hybrid_train.training.megatron import complete_parameters
+    from hybrid_train.megatron.data_parallel import complete_parameters
     from tests.parity import shards
 
     batches = _batches(case, engine)
@@ -97,12 +97,10 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
 
 @contextlib.contextmanager
 def _engine(case: Case) -> Iterator[Any]:
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
 
     groups = build_groups(case.job.parallel, timeout_s=60)
     try:
-        start_tracker()
         yield tiny_engine(case.job, groups)
     finally:
         destroy_groups()

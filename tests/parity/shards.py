@@ -9,9 +9,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.checkpoint import fsdp
 from hybrid_train.checkpoint.places import places
-from hybrid_train.model.init import sharded_tensors
+from hybrid_train.megatron import fsdp
+from hybrid_train.megatron.sharded import sharded_tensors
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.content import Content, Held
 from hybrid_train.checkpoint.kept_plan import KeptPlan
-from hybrid_train.checkpoint.megatron import read_weights
+from hybrid_train.checkpoint.save_load import read_weights
+from hybrid_train.megatron import data_parallel
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.problems import DISK, UserError
 from hybrid_train.tracking import history
-from hybrid_train.training import megatron
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
@@ -28,7 +28,7 @@ def content_of(engine: Engine) -> Content:
     """Name what a checkpoint of this run holds, and complete it; every process calls this."""
     held = []
     for name, network in engine.networks.items():
-        megatron.complete_parameters(network.chunks)
+        data_parallel.complete_parameters(network.chunks)
         assert network.optimizer is not None, f"{name} is not trained"
         name_in_keys = name if len(engine.networks) > 1 else ""
         held.append(Held(network.chunks, network.optimizer, network.groups, name_in_keys))

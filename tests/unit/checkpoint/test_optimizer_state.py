@@ -105,11 +105,11 @@ def test_a_bfloat16_run_takes_the_weights_of_a_float32_run_as_its_masters(
 def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
     groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybrid_train.checkpoint import layout, megatron, store
+    from hybrid_train.checkpoint import layout, save_load, store
 
     content = content_of(engine_of(groups, seed=1), groups)
     with monkeypatch.context() as patch:
-        patch.setattr(megatron, "STEP", "optimizer.iteration")  # of another version
+        patch.setattr(save_load, "STEP", "optimizer.iteration")  # of another version
         folder = store.save(tmp_path, content, {"step": 2}, keep=1)
     with pytest.raises(UserError, match="load_only=weights"):
         store.load(layout.locate(folder), content)

@@ -64,7 +64,7 @@ def test_everything_comes_back_to_the_bit(groups: Any, tmp_path: Path, split: bo
 
 def test_weights_alone_leave_optimizer_and_random_numbers(groups: Any, tmp_path: Path) -> None:
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
 
     saved = engine_of(groups, seed=1, steps=1)
     folder = store.save(tmp_path, content_of(saved, groups), POSITION, keep=1)

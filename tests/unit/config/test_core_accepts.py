@@ -103,14 +103,12 @@ def one_of(processes: int, rank: int) -> Iterator[None]:
 
 def first_chunk(job: TrainJob, processes: int) -> Any:
     """Build the model chunk of the first of so many processes."""
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
     with one_of(processes, 0):
         groups = build_groups(job.parallel, timeout_s=60)
         try:
-            start_tracker()
             (chunk,) = build_model(job, groups, VOCAB, on_gpu=False).chunks
         finally:
             destroy_groups()
@@ -119,10 +117,9 @@ def first_chunk(job: TrainJob, processes: int) -> Any:
 
 def build(job: CheckJob, rank: int) -> tuple[int, int]:
     """Build the part of a rank; return its parameters, and those that the plan says it holds."""
+
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.model.megatron import parameter_count
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
     assert isinstance(job.data, Quickstart)
     vocab_size = job.data.vocab_size
@@ -130,14 +127,13 @@ def build(job: CheckJob, rank: int) -> tuple[int, int]:
     with one_of(job.processes, rank):
         groups = build_groups(job.parallel, timeout_s=60)
         try:
-            start_tracker()
             built = build_model(job, groups, vocab_size, on_gpu=False)
             of_pipeline = groups.pp.rank()
         finally:
             destroy_groups()
     planned = stages.stages(job, rows)
     held = sum(stage.held.total for stage in planned if stage.rank == of_pipeline)
-    return parameter_count(built.chunks), held
+    return sum(one.numel() for chunk in built.chunks for one in chunk.parameters()), held
 
 
 @pytest.fixture(scope="module")

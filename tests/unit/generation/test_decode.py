@@ -27,7 +27,7 @@ from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 
 if TYPE_CHECKING:
-    from hybrid_train.model.hybrid import Hybrid
+    from hybrid_train.megatron.hybrid import Hybrid
 
 pytestmark = MEGATRON_WARNINGS
 
@@ -48,13 +48,11 @@ def build() -> Iterator[Build]:
     """Builder of tiny models by pattern, in a process of one rank."""
     runtime = Runtime(kernels=Kernels.plain, threads=1)
     with process(runtime, seed=1234):
+        from hybrid_train.megatron.groups import build_groups, destroy_groups
         from hybrid_train.model.build import build_model
-        from hybrid_train.parallel.groups import build_groups, destroy_groups
-        from hybrid_train.runtime.seeds import start_tracker
 
         job = TrainJob(runtime=runtime, precision=Precision(format=ProductFormat.fp32))
         groups = build_groups(job.parallel, timeout_s=60)
-        start_tracker()
 
         @cache
         def build(

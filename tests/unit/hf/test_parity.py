@@ -30,7 +30,7 @@ SHARE = 1e-4  # of the standard deviation of the logits
 def test_imported_and_exported_models_have_the_logits_of_transformers(
     groups: Any, shape: str, tmp_path: Path
 ) -> None:
-    from hybrid_train.checkpoint.megatron import read_weights
+    from hybrid_train.checkpoint.save_load import read_weights
     from hybrid_train.model.build import build_model
 
     theirs = model_of(shape)

@@ -99,8 +99,8 @@ def test_fused_kernels_without_a_gpu_are_refused(
 
 
 def test_another_megatron_core_is_refused(groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_train.model import megatron
+    from hybrid_train.model import build as build_file
 
-    monkeypatch.setattr(megatron, "version", lambda _: "0.18.0")
+    monkeypatch.setattr(build_file, "version", lambda _: "0.18.0")
     with pytest.raises(UserError, match=r"megatron-core 0.18.0 is installed, but 0.19.2"):
         build(tiny_job("-"), groups)

@@ -98,7 +98,8 @@ def _called(module: Any, x: Tensor, counts: list[int]) -> Tensor:
     if not hasattr(module, "_forward_impl"):
         return module(x)[0]  # type: ignore[no-any-return]
     y: Tensor = module._forward_impl(  # what core calls, behind the norm of some
-        *(x, module.weight, None),
+        *(x, module.weight),
+        bias=None,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=False,
         sequence_parallel=False,

@@ -22,7 +22,7 @@ def on_the_cpu() -> None:
 
 def built(job: TrainJob, processes: int) -> dict[str, tuple[int, ...]]:
     """The shape of the weight of every kind of linear layer on the first process, [O, I]."""
-    from hybrid_train.model.linears import linear_modules
+    from hybrid_train.megatron.linears import linear_modules
 
     shapes = {}
     for linear, module in linear_modules(first_chunk(job, processes)):

@@ -18,8 +18,8 @@ pytestmark = MEGATRON_WARNINGS
 
 def audited(groups: Any, run_dir: Path, *, strict: bool, fault: bool) -> None:
     """One audited step; with a fault, the first in_proj multiplies in another format than asked."""
+    from hybrid_train.megatron.linears import linear_modules
     from hybrid_train.model.edits import quantize
-    from hybrid_train.model.linears import linear_modules
     from hybrid_train.model.observed import unwrapped
     from hybrid_train.training.hooks.precision import AuditPrecision
     from hybrid_train.training.loop import Run

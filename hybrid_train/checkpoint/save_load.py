@@ -1,9 +1,8 @@
-"""Gateway to Megatron's distributed checkpoints: what is stored, under which global names."""
+"""What is saved of networks, under which names, and how it comes back into any layout."""
 
 import json
 import logging
 import pickle
-import queue
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from hybrid_train.checkpoint import safe_metadata
 from hybrid_train.checkpoint.content import Content, Held
-from hybrid_train.checkpoint.differences import Stored, compare
+from hybrid_train.checkpoint.differences import compare
 from hybrid_train.checkpoint.kept_plan import KeptPlan
 from hybrid_train.checkpoint.optimizer_state import (
     MASTER,
@@ -40,38 +31,25 @@ from hybrid_train.checkpoint.optimizer_state import (
 from hybrid_train.checkpoint.partition import is_partition
 from hybrid_train.checkpoint.places import Place, places, settle
 from hybrid_train.checkpoint.writing import Writing
+from hybrid_train.megatron import checkpoints, written_for
+from hybrid_train.megatron.checkpoints import Stored
+from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron.sharded import ShardedTensor, is_main_replica
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.seeds import random_state, restore_random_state
 from hybrid_train.schema.problems import UserError
 
-safe_metadata.install()  # no checkpoint runs code, whoever wrote it
 # What reading damaged files raises; CheckpointException is no Exception.
 _DAMAGED = (
     safe_metadata.UnreadableError,
     CheckpointException,
-    CheckpointingException,
+    checkpoints.DAMAGED,
     OSError,
     EOFError,
     json.JSONDecodeError,
     pickle.UnpicklingError,
 )
 _log = logging.getLogger(__name__)
-
-
-class _Strategy(TorchDistSaveShardedStrategy):
-    """Keeps what is planned: the writing and the end of a save are ours (`writing.py`).
-
-    In core 0.19.2 a failed write loses its reason on the way (filesystem_async.py 292), and where
-    the first process cannot write the description of the checkpoint, the others wait for it without
-    end (state_dict_saver.py 245).
-    """
-
-    writer: FileSystemWriterAsync
-    metadata: Metadata | None  # of the whole checkpoint; on the first process
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, strategy: str) -> Any:
-        self.writer, self.metadata, _ = planned
-        return super()._get_save_and_finalize_callbacks(writer, planned, strategy)
 
 
 def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
@@ -82,10 +60,6 @@ def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
         for tensor in tensors
         if isinstance(tensor, TensorStorageMetadata)
     )
-
-
-# torch 2.11 sweeps along the longest axis, where every expert meets every other.
-default_planner._validate_global_plan = _is_whole
 
 
 def start_writing(folder: Path, content: Content, plan: KeptPlan, *, copy: bool) -> Writing:
@@ -117,18 +91,12 @@ def _make_plan(
     plan: KeptPlan,
 ) -> None:
     """Let Megatron plan; what it would write is left aside."""
-    # Megatron core 0.19.2 would start a process for this queue (filesystem_async.py 65), which
-    # takes as long as the start of the run; nothing goes through it.
-    filesystem_async._results_queue = queue.Queue()
-    strategy = _Strategy()
+    written_for.WHOLE_CHECKPOINT.put(_validate_global_plan=_is_whole)
     hosted = [
         tensor if value is None else replace(tensor, data=value)
         for tensor, value in zip(tensors, values, strict=True)
     ]
-    dist_checkpointing.save(
-        _numbered(hosted), str(folder), strategy, async_sharded_save=True, async_strategy="mcore"
-    )
-    plan.keep(tensors, strategy.writer, strategy.metadata)
+    plan.keep(tensors, *checkpoints.plan(folder, hosted))
 
 
 def on_host(tensors: Iterable[ShardedTensor], *, copy: bool) -> list[Tensor | None]:
@@ -153,11 +121,6 @@ def on_host(tensors: Iterable[ShardedTensor], *, copy: bool) -> list[Tensor | No
             f"no copy of what this process saves, {needed / 1e6:.0f} MB, in host memory: {error}"
         ) from error
     return values
-
-
-def _numbered(tensors: Iterable[ShardedTensor]) -> dict[str, ShardedTensor]:
-    """Make the dictionary that Megatron asks for; its keys do not reach the file."""
-    return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
 def read(folder: Path, content: Content) -> None:
@@ -232,9 +195,7 @@ def _require_optimizer_state(
         raise error
 
 
-def read_weights(
-    folder: Path, chunks: list[Any], groups: ProcessGroupCollection, network: str = ""
-) -> None:
+def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroups, network: str = "") -> None:
     """Load the weights alone, into wrapped or bare model chunks; every process calls this.
 
     Args:
@@ -257,14 +218,12 @@ def read_weights(
 
 def _load(folder: Path, tensors: list[ShardedTensor]) -> None:
     """Load into the memory of the tensors; every process calls this."""
-    memory = [tensor.data.data_ptr() for tensor in tensors]
-    loaded = _reading(folder, lambda: dist_checkpointing.load(_numbered(tensors), str(folder)))
-    assert memory == [loaded[str(number)].data_ptr() for number in range(len(tensors))]
+    _reading(folder, lambda: checkpoints.load(folder, tensors))
 
 
 def _stored_in(folder: Path) -> Stored:
     """List the tensors of a checkpoint; every process calls this."""
-    return _reading(folder, lambda: dist_checkpointing.load_tensors_metadata(str(folder)))
+    return _reading(folder, lambda: checkpoints.stored_in(folder))
 
 
 def _reading[T](folder: Path, work: Callable[[], T]) -> T:
@@ -273,6 +232,7 @@ def _reading[T](folder: Path, work: Callable[[], T]) -> T:
     Raises:
         UserError: on all processes, if any of them finds it damaged.
     """
+    safe_metadata.install()  # no checkpoint runs code, whoever wrote it
 
     def explained() -> T:
         try:

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    set_tensor_model_parallel_attributes,
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -25,14 +26,14 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn.functional import linear
+from torch.nn import Parameter, functional
 
-from hybrid_train.model.edits import EditedLinear
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
 from hybrid_train.ops.context import in_order
 from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
+from hybrid_train.ops.linear import linear
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
+from hybrid_train.precision.edited_linear import EditedLinear
 
 
 def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
@@ -94,6 +95,72 @@ class GatedNorm(torch.nn.Module):
         return _sharded(self, prefix, {"weight": 0}, sharded_offsets, self.tp_group, metadata)
 
 
+class _SplitLinear:
+    """How a linear that is split over tensor ranks multiplies its part: core's `_forward_impl`."""
+
+    edited: EditedLinear | None = None  # set by edits
+
+    def _forward_impl(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        """Multiply; what core wraps around that is left out where no other rank takes part.
+
+        It serves tensor parallelism (layers.py 755), and costs a small model on a CPU a sixth of
+        each decoding step; the product itself is the fastest one we know.
+        """
+        if self.edited is not None:
+            return _edited(self.edited, input, weight, **kwargs)
+        bias = kwargs["bias"]
+        if InferenceMode.is_active():  # by `inference` alone, where no sequence is split
+            return functional.linear(input, weight, bias)
+        meets_others = kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]
+        if input.is_cuda or bias is not None or meets_others or not weight.requires_grad:
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+        # A weight that the embedding shares gets gradients elsewhere too: they meet in an ordinary
+        # one. So do those of a weight whose buffer lives from one reduction to the next.
+        shared = getattr(weight, "zero_out_wgrad", False) or hasattr(weight, "__fsdp_param__")
+        buffer = None if shared else getattr(weight, "main_grad", None)
+        if buffer is not None:
+            weight.grad_added_to_main_grad = True
+        return linear(input, weight, buffer)
+
+
+def _edited(  # noqa: PLR0913 - the arguments of core's
+    edited: EditedLinear,
+    input: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: Any,
+    **_: Any,
+) -> Tensor:
+    """Gather, multiply as edited, reduce on the way back, as core's own function (layers.py 755).
+
+    A gathered tensor is quantized as a whole, as Transformer Engine does.
+    """
+    assert bias is None, "the family has no linear bias"
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(
+            input, tensor_parallel_output_grad=True, group=tp_group
+        )
+    elif allreduce_dgrad:
+        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
+    buffer = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
+    return edited.multiply(input, weight, buffer)
+
+
+class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
+    """Core's linear split by columns; it has core's name, by which Megatron-FSDP knows its split.
+
+    (mcore_fsdp_adapter.py 70.)
+    """
+
+
+class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
+    """Core's linear split by rows, likewise."""
+
+
 class NormColumnLinear(ColumnParallelLinear):
     """RMSNorm, then a linear split by columns; stands for TELayerNormColumnParallelLinear."""
 
@@ -142,7 +209,7 @@ class DuplicatedLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         if self.edited is not None:
             return self.edited.multiply(x, self.weight), None
-        return linear(x, self.weight), None
+        return functional.linear(x, self.weight), None
 
 
 class GroupedLinear(torch.nn.Module):
@@ -176,7 +243,7 @@ class GroupedLinear(torch.nn.Module):
             weight = Parameter(
                 torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
-            set_tensor_model_parallel_attributes(weight, True, split_axis, 1)
+            layers.set_tensor_model_parallel_attributes(weight, True, split_axis, 1)
             weight.allreduce = not own_groups  # type: ignore[attr-defined]
             self.register_parameter(f"weight{expert}", weight)
 

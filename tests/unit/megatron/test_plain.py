@@ -12,7 +12,7 @@ pytestmark = MEGATRON_WARNINGS
 
 @pytest.fixture(scope="module")
 def config(groups: Any) -> Any:
-    from hybrid_train.model.translate import transformer_config
+    from hybrid_train.megatron.transformer_config import transformer_config
 
     return transformer_config(tiny_job("*E"), on_gpu=False)
 
@@ -21,7 +21,7 @@ def config(groups: Any) -> Any:
 def test_grouped_experts_equal_a_loop_over_experts(
     config: Any, groups: Any, counts: list[int]
 ) -> None:
-    from hybrid_train.model.plain import Experts
+    from hybrid_train.megatron.plain import Experts
 
     experts = Experts(4, config, pg_collection=groups)
     for weight in experts.parameters():
@@ -75,7 +75,7 @@ LAYERS = {
 
 def stored_keys(model: Any) -> set[str]:
     """Names under which a checkpoint stores the tensors of a model."""
-    from hybrid_train.model.init import sharded_tensors
+    from hybrid_train.megatron.sharded import sharded_tensors
 
     return {shard.key for shard in sharded_tensors(model)}
 

@@ -8,10 +8,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+from megatron.core import fp8_utils
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from hybrid_train.model.megatron import is_in_fp8
+
+def is_in_fp8(weight: Tensor) -> bool:
+    """Tell whether a weight is kept in FP8, by us or by Transformer Engine."""
+    return bool(fp8_utils.is_float8tensor(weight))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 from megatron.core import tensor_parallel
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.ssm.mamba_layer import MambaLayer
-from megatron.core.tensor_parallel import random
 from torch import Tensor
 
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
@@ -56,26 +55,3 @@ class RecomputedMamba(MambaLayer):
             tracker = tensor_parallel.random.get_cuda_rng_tracker
             return te.te_checkpoint(run, False, tracker, self.tp_group, hidden_states, *args)
         return tensor_parallel.checkpoint(run, False, hidden_states, *args)
-
-
-def use_plain_checkpoints() -> None:
-    """Let `layernorm` work without Transformer Engine and without a compiler.
-
-    Core asks Transformer Engine for the state of FP8 even where there is none (random.py 741: False
-    is not None), and shares storage by an extension that it compiles in the middle of a step (821).
-    """
-    tensor_parallel.CheckpointWithoutOutput = _WithoutOutput
-    random._get_share_storage = lambda: _refill
-
-
-class _WithoutOutput(tensor_parallel.CheckpointWithoutOutput):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fp8 = False
-
-
-def _refill(emptied: Tensor, again: Tensor) -> None:
-    """Put what was computed again where the first tensor was; autograd takes it for the first."""
-    storage = emptied.untyped_storage()
-    storage.resize_(again.untyped_storage().nbytes())
-    storage.copy_(again.untyped_storage())

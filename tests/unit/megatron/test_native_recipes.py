@@ -47,16 +47,17 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     And let core believe that Transformer Engine is new enough, which it asks for FP8 and experts.
     """
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import transformer_config
 
-    from hybrid_train.model import build, plain
+    from hybrid_train.megatron import plain
+    from hybrid_train.model import build
 
     def remember(module: Any, config: Any) -> None:
         module.told = None if config is None else config.config_key
 
-    classes = (ColumnParallelLinear, RowParallelLinear, plain.DuplicatedLinear, plain.GroupedLinear)
-    for one in classes:
+    linears = (layers.ColumnParallelLinear, layers.RowParallelLinear)  # ours, and the head
+    for one in (*linears, plain.DuplicatedLinear, plain.GroupedLinear):
         monkeypatch.setattr(one, "finish_init", remember, raising=False)
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda _: True)
     monkeypatch.setattr(build, "_backend", lambda *_, **__: Backend.native)
@@ -76,15 +77,13 @@ def expected(job: TrainJob) -> dict[Linear, str | None]:
 
 def built(job: TrainJob) -> Iterator[Any]:
     """The chunks of all pipeline ranks of a job."""
+    from hybrid_train.megatron.groups import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
-    from hybrid_train.parallel.groups import build_groups, destroy_groups
-    from hybrid_train.runtime.seeds import start_tracker
 
     for rank in range(job.parallel.pipeline):
         with one_of(job.parallel.pipeline, rank):
             groups = build_groups(job.parallel, timeout_s=60)
             try:
-                start_tracker()
                 yield from build_model(job, groups, VOCAB, on_gpu=False).chunks
             finally:
                 destroy_groups()
@@ -92,7 +91,7 @@ def built(job: TrainJob) -> Iterator[Any]:
 
 def keys_of(job: TrainJob) -> dict[Linear, str | None]:
     """What core has told every linear layer of a model; each is held once."""
-    from hybrid_train.model.linears import linear_modules
+    from hybrid_train.megatron.linears import linear_modules
 
     found: dict[Linear, str | None] = {}
     for chunk in built(job):
@@ -172,17 +171,17 @@ def test_embedding_and_head_are_told_nothing_else(told: None) -> None:
 
 
 def fields(job: TrainJob) -> dict[str, object]:
-    from hybrid_train.model import native_precision
+    from hybrid_train.megatron import native_recipes
 
-    return native_precision.settings(job)
+    return native_recipes.settings(job)
 
 
 def test_an_unquantized_model_has_no_recipe() -> None:
-    from hybrid_train.model import native_precision
+    from hybrid_train.megatron import native_recipes
 
     job = tiny_job("M*", precision=Precision())
     assert fields(job) == {}
-    assert native_precision.recipe_of_chunk(job, parse("M*"), 0) is None
+    assert native_recipes.recipe_of_chunk(job, parse("M*"), 0) is None
 
 
 FIELDS = [
@@ -208,7 +207,7 @@ def test_fp8_fields_name_the_format(precision: Precision, wanted: tuple[str, str
 
 
 def test_delayed_scaling_reaches_core_by_its_own_fields(told: None) -> None:
-    from hybrid_train.model.translate import transformer_config
+    from hybrid_train.megatron.transformer_config import transformer_config
 
     precision = Precision(
         format=ProductFormat.fp8_delayed, amax_history=7, amax_choice=AmaxChoice.most_recent
@@ -233,9 +232,9 @@ def test_core_reads_every_entry_of_a_recipe() -> None:
     from megatron.core.extensions.transformer_engine import TEQuantizationParams
     from megatron.core.quantization.utils import get_quant_config_or_none
 
-    from hybrid_train.model import native_precision
+    from hybrid_train.megatron import native_recipes
 
-    recipe = native_precision.recipe_of_chunk(super_job("M*ME"), parse("M*ME"), 0)
+    recipe = native_recipes.recipe_of_chunk(super_job("M*ME"), parse("M*ME"), 0)
     names = {
         "decoder.layers.0.mixer.in_proj": ("fp4", "nvfp4"),
         "decoder.layers.0.mixer.out_proj": ("fp8", "mxfp8"),
@@ -262,7 +261,7 @@ def test_core_is_told_which_weights_to_build_in_fp8() -> None:
     from megatron.core.extensions.transformer_engine import TEQuantizationParams
     from megatron.core.quantization.utils import get_quant_config_or_none
 
-    from hybrid_train.model import native_precision
+    from hybrid_train.megatron import native_recipes
 
     attention = PrecisionRule(format=ProductFormat.mxfp8, modules=["attention"])
     job = tiny_job("M*M/-", precision=Precision(format=ProductFormat.fp8_tensorwise))
@@ -276,7 +275,7 @@ def test_core_is_told_which_weights_to_build_in_fp8() -> None:
     }
     for asked in (True, False):
         job.precision.fp8_param_gather = asked
-        recipe = native_precision.recipe_of_chunk(job, parse("M*M/-"), 0)
+        recipe = native_recipes.recipe_of_chunk(job, parse("M*M/-"), 0)
         for name, is_kept in names.items():
             config = get_quant_config_or_none(name, recipe)
             assert config is not None
@@ -288,7 +287,7 @@ def test_core_is_told_which_weights_to_build_in_fp8() -> None:
 
 def test_the_recipe_of_super_is_the_published_one() -> None:
     """All 88 layers in four stages: Mamba's out_proj in MXFP8, attention, latent, MTP, the last."""
-    from hybrid_train.model import native_precision
+    from hybrid_train.megatron import native_recipes
 
     pattern = parse(SUPER.model.pattern)
     cut = pattern if pattern.is_cut else pattern.cut([22] * 4)
@@ -304,14 +303,14 @@ def test_the_recipe_of_super_is_the_published_one() -> None:
             published = "mxfp8"
         assert key == published, linear
     assert keys == {"nvfp4", "mxfp8", "unquantized"}
-    assert native_precision.settings(SUPER) == {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
+    assert native_recipes.settings(SUPER) == {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
 
 
 def key_of(cut: Pattern, linear: Linear) -> str:
     """The key that core finds for a layer on the stage that holds it."""
     from megatron.core.quantization.quant_config import MatchContext
 
-    from hybrid_train.model import native_precision
+    from hybrid_train.megatron import native_recipes
 
     before = 0
     chunk = len(cut.stages) - 1
@@ -320,9 +319,9 @@ def key_of(cut: Pattern, linear: Linear) -> str:
             chunk = number
             break
         before += len(layers)
-    recipe = native_precision.recipe_of_chunk(SUPER, cut, chunk)
+    recipe = native_recipes.recipe_of_chunk(SUPER, cut, chunk)
     assert recipe is not None
-    (name,) = native_precision.paths(linear, before + 1)
+    (name,) = native_recipes.paths(linear, before + 1)
     key = recipe.match_to_config_key(MatchContext(name, None))
     assert key is not None
     return key
@@ -331,7 +330,7 @@ def key_of(cut: Pattern, linear: Linear) -> str:
 def test_a_name_of_a_recipe_becomes_our_object(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import fp8_utils
 
-    from hybrid_train.model import megatron, native_precision
+    from hybrid_train.megatron import native_recipes, replacements
 
     made = []
 
@@ -340,8 +339,8 @@ def test_a_name_of_a_recipe_becomes_our_object(monkeypatch: pytest.MonkeyPatch) 
         return object()
 
     monkeypatch.setattr(fp8_utils, "_get_custom_recipe", fp8_utils._get_custom_recipe)
-    monkeypatch.setattr(native_precision.te, "recipe", recipe)
+    monkeypatch.setattr(native_recipes.te, "recipe", recipe)
     precision = Precision(format=ProductFormat.nvfp4, hadamard=False)
-    megatron.use_recipes(native_precision.recipes(precision))
+    replacements.for_recipes(native_recipes.recipes(precision))
     assert fp8_utils._get_custom_recipe("nvfp4") is fp8_utils._get_custom_recipe("nvfp4")
     assert made == [(ProductFormat.nvfp4, precision)]

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.model import native_precision, recompute
+from hybrid_train.megatron import native_recipes, recompute
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import Pattern, parse
@@ -50,7 +50,7 @@ def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> 
         **_mtp(job, pattern),
         **_layout(job, dtype),
         **recompute.settings(job.parallel),
-        **(native_precision.settings(job) if native else {}),
+        **(native_recipes.settings(job) if native else {}),
         # what all models of the family share
         is_hybrid_model=True,
         normalization="RMSNorm",

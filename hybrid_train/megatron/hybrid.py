@@ -10,8 +10,17 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
-from hybrid_train.model import packed
-from hybrid_train.model.outputs import Head, OutputLayer, Outputs
+from hybrid_train.anatomy.kinds import possible_parameters
+from hybrid_train.megatron import packed_rows
+from hybrid_train.megatron.outputs import Head, OutputLayer, Outputs
+from hybrid_train.megatron.router import routers
+
+# Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
+# last is core's own count, which no checkpoint holds.
+FLOAT32 = (
+    *(one.name.rpartition(".")[2] for one in possible_parameters() if one.float32),
+    "local_tokens_per_expert",
+)
 
 
 class Hybrid(HybridModel):
@@ -30,6 +39,10 @@ class Hybrid(HybridModel):
             **settings: core's; its vocab_size counts the padded rows.
         """
         super().__init__(**settings)
+        for router in routers([self.mtp] if self.mtp_process else []):
+            # Core's stack does not tell them (hybrid_block.py 191): the balance loss of a block
+            # that serves several depths would count once for each.
+            router.is_mtp_layer = True
         if self.post_process or self.mtp_process:
             # Core names the class of the layer itself (hybrid_model.py 349).
             self.output_layer.__class__ = OutputLayer
@@ -41,6 +54,9 @@ class Hybrid(HybridModel):
             # What head and embedding add to one weight meets in its ordinary gradient; without the
             # mark, which core sets on a single stage only, that of the embedding is lost.
             self.embedding.word_embeddings.weight.zero_out_wgrad = True
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if name.rpartition(".")[2] in FLOAT32:  # core makes dt_bias as the rest of the model
+                tensor.data = tensor.data.float()  # (mamba_mixer.py 368)
 
     def forward(
         self,
@@ -75,7 +91,9 @@ class Hybrid(HybridModel):
             hidden.requires_grad_()
         packing: dict[str, Any] = {}
         if sequence_index is not None:
-            packing = packed.arguments(sequence_index, padding, self.pg_collection, self.config)
+            packing = packed_rows.arguments(
+                sequence_index, padding, self.pg_collection, self.config
+            )
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,

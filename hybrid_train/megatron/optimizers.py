@@ -1,28 +1,25 @@
-"""Gateway to Megatron's optimizers."""
+"""Megatron's optimizers: built from our section, with what core leaves undone in them."""
 
-import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
-from megatron.core import optimizer as core
-from megatron.core import utils
-from megatron.core.optimizer import (
-    OptimizerConfig,
-    clip_grads,
-    get_megatron_optimizer,
-    optimizer_config,
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
 )
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from hybrid_train.model.megatron import is_in_fp8
-from hybrid_train.optim.fused_adam import FusedAdam
+from hybrid_train.megatron import replacements
+from hybrid_train.megatron.stand_ins import is_in_fp8
 from hybrid_train.optim.groups import PATTERNS
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
@@ -51,7 +48,7 @@ def build_optimizer(
         dtype: of the parameters.
         on_bad_norm: called with a gradient norm that is not finite, before anything changes.
     """
-    with _fused_adam_on_a_cpu(bool(adamw.lowered)):
+    with replacements.fused_adam(bool(adamw.lowered) and not torch.cuda.is_available()):
         config = _config(adamw, parallel, dtype)
         optimizer = get_megatron_optimizer(
             config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
@@ -69,7 +66,7 @@ def build_optimizer(
     ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
         group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
     _use_fused_kernel(optimizer)
-    _use_fused_clipping()
+    replacements.fuse_clipping()
     _watch_norm(optimizer, on_bad_norm)
     return optimizer
 
@@ -95,46 +92,6 @@ def _config(adamw: AdamW, parallel: Parallel, dtype: torch.dtype) -> OptimizerCo
     )
 
 
-@contextlib.contextmanager
-def _fused_adam_on_a_cpu(lowered: bool) -> Iterator[None]:
-    """Let core find our FusedAdam where it looks for Transformer Engine's, while it builds.
-
-    Only where state is lowered, and there is no GPU. It asks for the class by name, and for its
-    version (core 0.19.2, optimizer_config.py 437 and optimizer/__init__.py 583).
-    """
-    if not lowered or torch.cuda.is_available():
-        yield
-        return
-    name = "transformer_engine.pytorch.optimizers"
-    places: list[tuple[Any, str, Any]] = [
-        (core, "Adam", FusedAdam),
-        (core, "USING_PYTORCH_OPTIMIZER", False),
-        (core, "is_te_min_version", lambda _: True),
-        (optimizer_config, "is_te_min_version", lambda _: True),
-    ]
-    before = [(place, attribute, getattr(place, attribute)) for place, attribute, _ in places]
-    absent = {part: sys.modules.get(part) for part in _prefixes(name)}
-    try:
-        sys.modules.update({part: ModuleType(part) for part in absent})
-        sys.modules[name].FusedAdam = FusedAdam  # type: ignore[attr-defined]
-        for place, attribute, value in places:
-            setattr(place, attribute, value)
-        yield
-    finally:
-        for place, attribute, value in before:
-            setattr(place, attribute, value)
-        for part, module in absent.items():
-            sys.modules.pop(part)
-            if module is not None:
-                sys.modules[part] = module
-
-
-def _prefixes(name: str) -> list[str]:
-    """Return the names of a module and of the packages that it is in."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-
-
 def _decay_rule(adamw: AdamW) -> dict[ParamKey, ParamGroupOverride]:
     """Say it for all parameters: core's own rule, by the number of axes, does not apply then."""
     names = tuple(pattern for kind in adamw.no_decay for pattern in PATTERNS[kind])
@@ -145,29 +102,6 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Set the rate of the next step for all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_mult", 1.0)
-
-
-def _norm_of_all(
-    _: int, __: Tensor, lists: list[list[Tensor]], *___: object
-) -> tuple[Tensor, None]:
-    """L2 norm over many tensors in one pass, under the signature of apex's multi_tensor_l2norm."""
-    norms = torch._foreach_norm(lists[0], dtype=torch.float32)  # of bfloat16 gradients too
-    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
-
-
-def _scale_in_place(_: int, __: Tensor, lists: list[list[Tensor]], scale: float) -> None:
-    """Scale many tensors, under the signature of apex's multi_tensor_scale."""
-    torch._foreach_mul_(lists[1], scale)  # Megatron passes the same tensors as source and target
-
-
-def _use_fused_clipping() -> None:
-    """Core's stand-ins for apex copy each gradient, and read each norm back alone (utils.py 1325).
-
-    Only where core has to use them.
-    """
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = _norm_of_all
-        clip_grads.multi_tensor_scale_impl = _scale_in_place
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
@@ -262,3 +196,60 @@ def _watch_norm(optimizer: MegatronOptimizer, on_bad_norm: Callable[[float], Non
         return norm
 
     optimizer.get_grad_norm = checked
+
+
+def working(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """Yield the chained optimizers that have parameters; a stage may lack those of a kind."""
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            yield part
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Tell whether state is split over data-parallel ranks."""
+    return any(is_distributed_part(part) for part in optimizer.chained_optimizers)
+
+
+def is_distributed_part(part: Any) -> bool:
+    """Tell whether the state of a chained optimizer is split over data-parallel ranks."""
+    return isinstance(part, DistributedOptimizer)
+
+
+def keeps_reduced_precision(part: Any) -> bool:
+    """Tell whether FusedAdam keeps the state of a chained optimizer, in fewer bits."""
+    return bool(part.config.use_precision_aware_optimizer)
+
+
+def updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield each parameter, its first element that is updated here, and the updated weights."""
+    if is_distributed_part(part) and part.ddp_config.use_megatron_fsdp:
+        for parameter in part.get_parameters():
+            if own_part(parameter).numel():
+                yield parameter.orig_param, parameter.megatron_fsdp_slice.start, parameter
+    elif is_distributed_part(part):
+        halves = part.shard_float16_groups if keeps_reduced_precision(part) else None
+        ours = [
+            *_pairs(part.model_fp32_groups, part.shard_fp32_groups),
+            *_pairs(part.model_float16_groups, halves or part.shard_fp32_from_float16_groups),
+        ]
+        for parameter, master in ours:
+            yield parameter, part._get_model_param_range_map(parameter)["param"].start, master
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        for parameter, master in _pairs(part.float16_groups, part.fp32_from_float16_groups):
+            yield parameter, 0, master
+        for parameter, _ in _pairs(part.fp32_from_fp32_groups, part.fp32_from_fp32_groups):
+            yield parameter, 0, parameter
+    else:
+        assert isinstance(part, FP32Optimizer), type(part)
+        for parameter in part.get_parameters():
+            yield parameter, 0, parameter
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be distributed."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def _pairs(ones: list[list[Tensor]], others: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for group, other in zip(ones, others, strict=True):
+        yield from zip(group, other, strict=True)

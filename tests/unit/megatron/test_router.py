@@ -66,7 +66,7 @@ def test_the_scale_of_a_record_multiplies_the_gradient_alone(groups: Any) -> Non
 def test_it_has_the_name_by_which_megatron_fsdp_knows_it() -> None:
     from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 
-    from hybrid_train.model.router import TopKRouter
+    from hybrid_train.megatron.router import TopKRouter
 
     source = Path(mcore_fsdp_adapter.__file__).read_text()
     assert f'"{TopKRouter.__name__}",' in source

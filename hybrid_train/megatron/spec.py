@@ -12,9 +12,8 @@ from megatron.core.extensions import transformer_engine as te
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -24,7 +23,6 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,9 +34,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.model import packed, plain
-from hybrid_train.model.router import TopKRouter
-from hybrid_train.model.translate import layer_config
+from hybrid_train.megatron import packed_rows, plain
+from hybrid_train.megatron.mamba import MambaMixer
+from hybrid_train.megatron.mtp import MtpLayer
+from hybrid_train.megatron.router import TopKRouter
+from hybrid_train.megatron.transformer_config import layer_config
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Parts:
 PLAIN = Parts(
     norm=plain.Norm,
     norm_column_linear=plain.NormColumnLinear,
-    column_linear=ColumnParallelLinear,
-    row_linear=RowParallelLinear,
+    column_linear=plain.ColumnParallelLinear,
+    row_linear=plain.RowParallelLinear,
     attention=plain.Attention,
     experts=plain.Experts,
 )
@@ -70,7 +70,7 @@ def fused_parts() -> Parts:
         norm_column_linear=te.TELayerNormColumnParallelLinear,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
-        attention=packed.attention_of_documents(),
+        attention=packed_rows.attention_of_documents(),
         experts=partial(
             TEGroupedMLP,
             submodules=GroupedMLPSubmodules(
@@ -102,7 +102,8 @@ def hybrid_spec(
         layers: of the model; those with sizes of their own are built so.
     """
     return ModuleSpec(
-        module=HybridStack,
+        module=Stack,
+        params={"norm": parts.norm},
         submodules=HybridStackSubmodules(
             mamba_layer=_sized(_mamba_layer(parts, mamba_layer, mamba_chunk_size), layers),
             attention_layer=_sized(_attention_layer(parts), layers),
@@ -111,6 +112,18 @@ def hybrid_spec(
             mtp_block_spec=_mtp_block(parts),
         ),
     )
+
+
+class Stack(HybridStack):
+    """Core's stack with a final norm of our parts; core names the class itself (215)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, norm: Any, **settings: Any) -> None:
+        super().__init__(config, *args, post_layer_norm=False, **settings)
+        if self.post_process:
+            self.post_layer_norm = True
+            self.final_norm = norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
 
 
 def _sized(spec: ModuleSpec, layers: Sequence[Layer]) -> ModuleSpec:
@@ -197,7 +210,7 @@ def _moe_layer(parts: Parts) -> ModuleSpec:
 
 def _mtp_block(parts: Parts) -> ModuleSpec:
     depth = ModuleSpec(
-        module=MultiTokenPredictionLayer,
+        module=MtpLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
             enorm=parts.norm,
             hnorm=parts.norm,

@@ -24,7 +24,7 @@ from hybrid_train.anatomy.product_formats import (
     formats_of,
     kept_in_fp8,
 )
-from hybrid_train.model.linears import PLACES
+from hybrid_train.megatron.linears import PLACES
 from hybrid_train.precision import te
 from hybrid_train.schema.pattern import Pattern
 from hybrid_train.schema.precision import Precision, ProductFormat
@@ -133,8 +133,8 @@ def paths(linear: Linear, first: int) -> Iterator[str]:
 def _configs(precision: Precision) -> dict[str, dict[str, object]]:
     """Return what each key of a recipe means to core's modules (transformer_engine.py 165).
 
-    Formats come as custom recipes by name, which `megatron.use_recipes` turns into objects: core's
-    own have no options. Core keeps them apart as FP8 or FP4 and does the same with both.
+    Formats come as custom recipes by name, which `replacements.for_recipes` turns into objects:
+    core's own have no options. Core keeps them apart as FP8 or FP4 and does the same with both.
     """
     configs: dict[str, dict[str, object]] = {UNQUANTIZED_KEY: _config({})}
     for format in (*_FP8, ProductFormat.nvfp4):

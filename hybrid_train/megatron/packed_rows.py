@@ -3,7 +3,7 @@
 The boundaries travel as core's `packed_seq_params`, through every pipeline stage and recomputed
 layer, but rows stay rows: [S, B, H], cut for context parallelism wherever documents end. Core
 (0.19.2) wants a single row in which every document is cut and padded for itself instead; what reads
-it so is replaced below, with the line of core that makes it necessary.
+it so is overridden in the layers that do (`mamba.py`, `mtp.py`, `router.py`).
 
 Dimensions: B rows, L tokens of a row, S of them on this context-parallel rank.
 """
@@ -16,9 +16,7 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm import mamba_context_parallel, mamba_mixer
-from megatron.core.transformer import multi_token_prediction
-from megatron.core.transformer.moe import router
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -77,29 +75,6 @@ def arguments(
     return {"packed_seq_params": rows, "padding_mask": padding}
 
 
-def use_packed_rows() -> None:
-    """Let core keep documents apart that share a row."""
-    # mamba_context_parallel.py 360, 398: cuts of each document, by a kernel of Transformer Engine.
-    for name, function in (
-        ("_undo_attention_load_balancing", _undo_balancing),
-        ("_redo_attention_load_balancing", _redo_balancing),
-    ):
-        _replace(mamba_context_parallel, name, function)
-    # multi_token_prediction.py 238: likewise, and document by document.
-    _replace(multi_token_prediction, "roll_tensor", _roll)
-    # router.py 738: a mask [T] against a map [T, experts].
-    _replace(router.TopKRouter, "_apply_expert_bias", _count_tokens)
-    # router.py 632, by way of moe_utils.py 276: the balance loss is scaled by the rank's own share.
-    _replace(router, "get_tokens_per_expert_and_token_count", _tokens_of_experts)
-    # moe_utils.py 141: every row is taken for one of mean length.
-    _replace(router, "switch_load_balancing_loss_func", _balance_loss)
-
-
-def use_plain_packing() -> None:
-    """Let core's Mamba mixer take a sequence index without mamba-ssm (mamba_mixer.py 1490)."""
-    _replace(mamba_mixer, "_check_mamba_sequence_packing_support", lambda **_: (True, None))
-
-
 def shift(x: Tensor, context_group: Any, continued: Tensor | None) -> Tensor:
     """Move [B, S] one token ahead, as MTP does from depth to depth; zeros behind the end.
 
@@ -108,7 +83,7 @@ def shift(x: Tensor, context_group: Any, continued: Tensor | None) -> Tensor:
         context_group: the ranks that share them.
         continued: whether the next token is of the same document, [B, S]; None: all of a row are.
     """
-    shifted: Tensor = _core_roll(x, shifts=-1, dims=-1, cp_group=context_group)[0]
+    shifted: Tensor = roll_tensor(x, shifts=-1, dims=-1, cp_group=context_group)[0]
     return shifted if continued is None else shifted.masked_fill(~continued, 0)
 
 
@@ -147,92 +122,3 @@ def attention_of_documents() -> type:
             return out.reshape(rows, length, -1).transpose(0, 1).contiguous()
 
     return Attention
-
-
-_core_roll = multi_token_prediction.roll_tensor
-_core_undo = mamba_context_parallel._undo_attention_load_balancing
-_core_redo = mamba_context_parallel._redo_attention_load_balancing
-_core_count = router.TopKRouter._apply_expert_bias
-_core_tokens = router.get_tokens_per_expert_and_token_count
-_core_balance_loss = router.switch_load_balancing_loss_func
-
-
-def _undo_balancing(x: Tensor, size: int, _: Any = None) -> Tensor:
-    return _core_undo(x, size)
-
-
-def _redo_balancing(x: Tensor, size: int, _: Any = None) -> Tensor:
-    return _core_redo(x, size)
-
-
-def _roll(
-    x: Tensor | None,
-    shifts: int = -1,
-    dims: int = -1,
-    cp_group: Any = None,
-    packed_seq_params: PackedRows | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    if x is None or packed_seq_params is None:
-        return _core_roll(x, shifts, dims, cp_group)
-    assert shifts == dims == -1, "MTP moves along the sequence, one token ahead"
-    # Padding is where it is at every depth: it says of places, not of the tokens ahead of them.
-    moved = x if x.dtype == torch.bool else shift(x, cp_group, packed_seq_params.continues)
-    return moved, moved.sum()
-
-
-def _count_tokens(self: Any, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-    mask = None if padding_mask is None else padding_mask.unsqueeze(-1)
-    _core_count(self, routing_map, padding_mask=mask)
-
-
-def _tokens_of_experts(
-    routing_map: Tensor, reduce_group: Any, topk: int, with_padding_mask: bool = False
-) -> tuple[Tensor, Any, Any]:
-    """Return tokens of each expert over the group, and how many there are: of this rank, of all.
-
-    Core multiplies the gradient of the balance loss with the first and divides it by the tokens of
-    the whole step. That is right where all ranks have the same number; of those that share padded
-    rows one has less, so each is given the mean.
-    """
-    counts, own, total = _core_tokens(
-        routing_map=routing_map,
-        reduce_group=reduce_group,
-        topk=topk,
-        with_padding_mask=with_padding_mask,
-    )
-    if with_padding_mask:
-        total = total.clamp(min=1)
-        own = total / reduce_group.size()
-    return counts, own, total
-
-
-def _balance_loss(
-    probs: Tensor,
-    tokens_per_expert: Tensor,
-    total_num_tokens: int | Tensor,
-    topk: int,
-    num_experts: int,
-    **others: Any,
-) -> Tensor:
-    """Divide the shares of each row, [B * experts], by the tokens of that row.
-
-    So the gradient is the same for every size of microbatch: core multiplies it with the tokens of
-    the microbatch, and a row counts by its tokens.
-    """
-    if isinstance(total_num_tokens, Tensor):  # only beside padding
-        rows = tokens_per_expert.unflatten(0, (-1, num_experts))
-        tokens = (rows.sum(dim=1, keepdim=True) / topk).clamp(min=1)
-        tokens_per_expert = (rows * (total_num_tokens / tokens)).flatten()
-    return _core_balance_loss(
-        probs=probs,
-        tokens_per_expert=tokens_per_expert,
-        total_num_tokens=total_num_tokens,
-        topk=topk,
-        num_experts=num_experts,
-        **others,
-    )
-
-
-def _replace(place: Any, name: str, value: Any) -> None:
-    assert hasattr(place, name), f"{place.__name__} has no {name} any more"
-    setattr(place, name, value)

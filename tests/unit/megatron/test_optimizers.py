@@ -110,7 +110,7 @@ def test_only_what_has_several_axes_decays(groups: Any) -> None:
 
 
 def test_a_bad_norm_is_reported_before_anything_changes(groups: Any) -> None:
-    from hybrid_train.optim.megatron import build_optimizer
+    from hybrid_train.megatron.optimizers import build_optimizer
 
     engine = tiny_engine(tiny_job("-"), groups)
     seen: list[float] = []

@@ -18,7 +18,7 @@ pytestmark = MEGATRON_WARNINGS
 @pytest.fixture(scope="module")
 def config_of(groups: Any) -> Any:
     """Megatron must be imported behind the emulation, hence the fixture."""
-    from hybrid_train.model.translate import transformer_config
+    from hybrid_train.megatron.transformer_config import transformer_config
 
     return lambda job: transformer_config(job, on_gpu=False)
 
