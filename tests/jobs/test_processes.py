@@ -25,10 +25,11 @@ def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     ("layout", "cold"),
     [
         ("parallel.tensor=2", True),
-        pytest.param("parallel.expert=2", False, marks=pytest.mark.slow),
-        pytest.param("parallel.pipeline=2", False, marks=pytest.mark.slow),
+        ("parallel.expert=2", False),
+        ("parallel.pipeline=2", False),
     ],
 )
+@pytest.mark.slow
 def test_two_processes_reach_the_losses_of_one(
     layout: str, cold: bool, single: Path, tmp_path: Path, corpus: Path
 ) -> None:
