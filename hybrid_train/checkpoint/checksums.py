@@ -60,6 +60,15 @@ def damages(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     ]
 
 
+def is_as_written(folder: Path, name: str) -> bool:
+    """Tell whether one file of a checkpoint agrees with its checksum; yes where there is none."""
+    try:
+        sums = dict(_entries(folder / NAME))
+        return name not in sums or not _damage(folder / name, *sums[name])
+    except (OSError, ValueError, TypeError, AttributeError):
+        return not (folder / NAME).exists()
+
+
 def _entries(path: Path) -> list[tuple[str, list[int]]]:
     return list(json.loads(path.read_text(encoding="utf-8")).items())
 

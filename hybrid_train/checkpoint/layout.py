@@ -6,6 +6,7 @@ A checkpoint is written under a name that ends in `.partial` and renamed when it
 folder with a final name is always complete.
 """
 
+import contextlib
 import json
 import operator
 import os
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid_train.checkpoint import checksums
+from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
 FOLDER = "checkpoints"
 POSITION = "position.json"
 BATCHES = "batches"  # plain data in the position
+_KNOWN = ("step", "tokens", "source_tokens", BATCHES)
 TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
@@ -45,11 +49,17 @@ class Found:
         And what the source of its batches keeps, under `BATCHES`, where it keeps something.
 
         Raises:
-            UserError: if the file is damaged.
+            UserError: if the file is damaged, or the checkpoint of a format that is not read.
         """
         path = self.path / POSITION
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            formats.CHECKPOINT.require_readable(found.pop(formats.KEY, None), self.path)
+            if strange := sorted(found.keys() - set(_KNOWN)):
+                raise UserError(
+                    f"{path} holds {', '.join(strange)}, as before 25 November 2026: checkpoints "
+                    f"of then are not read; {formats.CHECKPOINT.too_old}"
+                )
             return {
                 name: dict(value) if name == BATCHES else _numbers(value)
                 for name, value in found.items()
@@ -58,6 +68,18 @@ class Found:
             raise UserError(
                 f"{path} is damaged ({error}); use an older checkpoint of the run"
             ) from error
+
+    def require_readable(self) -> None:
+        """Refuse a format that is not read; a damaged file says nothing, its checksum will.
+
+        Raises:
+            UserError: if it is newer or too old.
+        """
+        if not checksums.is_as_written(self.path, POSITION):
+            return
+        with contextlib.suppress(ValueError, AttributeError):
+            found = json.loads((self.path / POSITION).read_text(encoding="utf-8"))
+            formats.CHECKPOINT.require_readable(found.get(formats.KEY), self.path)
 
 
 def _numbers(value: object) -> int | dict[str, int]:
@@ -77,8 +99,9 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def write_position(folder: Path, position: Mapping[str, Any]) -> None:
-    """Write the position of the run into a checkpoint."""
-    (folder / POSITION).write_text(json.dumps(dict(position)) + "\n", encoding="utf-8")
+    """Write the position of the run into a checkpoint, with the format that it has."""
+    whole = {formats.KEY: formats.CHECKPOINT.stamp(), **position}
+    (folder / POSITION).write_text(json.dumps(whole) + "\n", encoding="utf-8")
 
 
 def sync(folder: Path) -> None:
@@ -114,11 +137,12 @@ def locate(path: Path) -> Found:
     """Find the checkpoint that the user means by a run folder or a checkpoint of it.
 
     Raises:
-        UserError: if there is none; says what stands there instead.
+        UserError: if there is none, or one of a format that is not read; says what stands there.
     """
     one = _found(path.absolute())
     newest = one or latest(path.absolute())
     if newest is not None:
+        newest.require_readable()
         return newest
     if not path.exists():
         raise UserError(

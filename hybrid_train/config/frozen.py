@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_train.config import checks, extensions, launcher, registry, yaml_files
 from hybrid_train.config.secrets import masked, masked_data
+from hybrid_train.schema import formats
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.train import TrainJob
 
@@ -32,9 +33,10 @@ def to_dict(job: checks.Job) -> dict[str, Any]:
 def freeze(job: TrainJob, run_dir: Path) -> None:
     """Write the config of a run into its folder, without credentials that its URLs may hold.
 
-    A reader never sees half of it.
+    A reader never sees half of it. The folder gets the present format.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    formats.write_stamp(run_dir, formats.RUN_FOLDER)
     target = run_dir / FROZEN_NAME
     half = target.with_suffix(".yaml.tmp")
     half.write_text(masked(to_yaml(job)), encoding="utf-8")
@@ -45,13 +47,14 @@ def _frozen(run_dir: Path) -> Path:
     """Return the config in a run folder.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the folder is of a format that is not read.
     """
     path = run_dir / FROZEN_NAME
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is no run folder: there is no such folder")
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    formats.require_readable_folder(run_dir, formats.RUN_FOLDER)
     return path
 
 

@@ -7,6 +7,7 @@ tokens whose form is known, and the values of environment variables that hold cr
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 MASK = "<hidden>"  # a plain scalar of YAML, and no part of an address
@@ -25,6 +26,12 @@ _KNOWN_FORMS = re.compile(
 _VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|SECRET_KEY|ACCESS_KEY_ID|SAS)$"
 )
+# A word of a command that sets what is secret: hooks.upload.password=x, +a.api_key=x; no tokens=4M.
+_SETTING = re.compile(
+    r"(?:^|[._+-])(?:token|secret|passw(?:or)?d|passphrase|credentials?"
+    r"|(?:api|access|secret)[_-]?key|sas)$",
+    re.IGNORECASE,
+)
 _SHORTEST = 8  # characters of a value; a shorter one would be found in innocent words
 
 
@@ -37,6 +44,24 @@ def masked(text: str) -> str:
     for value in _values_of_environment():
         text = text.replace(value, MASK)
     return text
+
+
+def masked_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with `<hidden>` in place of every credential.
+
+    What a setting or an option with a telling name holds is hidden too, whatever it looks like.
+    """
+    found = []
+    option = False  # whether the word before was an option whose value this is
+    for word in words:
+        key, equals, _ = word.partition("=")
+        telling = _SETTING.search(key) is not None
+        if option and not word.startswith("-"):
+            found.append(MASK)
+        else:
+            found.append(f"{key}={MASK}" if telling and equals else masked(word))
+        option = telling and not equals and word.startswith("-")
+    return found
 
 
 def masked_data(data: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from hybrid_train.data.tokenizer_folder import require_readable
 from hybrid_train.schema.problems import UserError
 
 
@@ -58,7 +59,8 @@ def open_tokenizer(path: str | Path) -> FolderTokenizer:
     A folder with both is read by its tokenizer.json, as transformers does.
 
     Raises:
-        UserError: if there is no tokenizer, it cannot be read or names no end-of-document token.
+        UserError: if there is no tokenizer, it cannot be read, names no end-of-document token, or
+            is of a version that is not read.
     """
     place = Path(path)
     try:
@@ -69,6 +71,8 @@ def open_tokenizer(path: str | Path) -> FolderTokenizer:
 
 
 def _open(place: Path) -> FolderTokenizer:
+    if place.is_dir():
+        require_readable(place)
     if place.suffix == ".model" or (
         (place / "tokenizer.model").is_file() and not (place / "tokenizer.json").is_file()
     ):

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_train.data.pieces import Joined
+from hybrid_train.schema.formats import INDEX
 from hybrid_train.schema.problems import UserError
 
-_FORMAT = 1  # another number for every change of an order or of an array
 _KEEP_FROM = 2**19  # documents; the index of fewer is built faster than it is agreed upon
 
 
@@ -68,7 +68,7 @@ class IndexCache:
 
 
 def _digest(name: tuple[object, ...], documents: Joined) -> str:
-    text = repr((_FORMAT, tuple(map(str, name)), documents.fingerprint()))
+    text = repr((INDEX.version, tuple(map(str, name)), documents.fingerprint()))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

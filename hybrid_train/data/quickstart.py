@@ -7,6 +7,7 @@ FOLDER/vocab-4096/              with packages vocab-4096-HASH: of their names an
     train.bin train.idx         one document per source file
     validation.bin validation.idx
     manifest.json               where it came from and how much it is
+    format.json                 which format the folder has
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
+from hybrid_train.schema import formats
 from hybrid_train.schema.data import Data, Quickstart
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import UserError
@@ -128,9 +130,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read what `prepare` wrote.
 
     Raises:
-        UserError: if it is missing or not readable.
+        UserError: if it is missing or not readable, or of a version that is not read.
     """
     path = folder / "manifest.json"
+    formats.require_readable_folder(folder, formats.QUICKSTART)
     try:
         return Manifest(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -207,6 +210,7 @@ def _build(
     )
     text = json.dumps(asdict(manifest), indent=2) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
+    formats.write_stamp(folder, formats.QUICKSTART)
 
 
 def _package_files(package: Distribution) -> list[Path]:

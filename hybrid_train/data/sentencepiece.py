@@ -8,7 +8,13 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from hybrid_train.data.tokenizer_folder import CONFIG, copy_tokenizer, named_tokens, read_settings
+from hybrid_train.data.tokenizer_folder import (
+    CONFIG,
+    copy_tokenizer,
+    named_tokens,
+    read_settings,
+    settings_of,
+)
 from hybrid_train.schema.problems import UserError
 
 with warnings.catch_warnings():
@@ -133,7 +139,7 @@ class SentencePieceTokenizer:
             return
         (place / FILE).write_bytes(self._model)
         special = {"eos_token": self._processor.id_to_piece(self._end_of_document)}
-        text = json.dumps(special, indent=2) + "\n"
+        text = json.dumps(settings_of(special), indent=2) + "\n"
         (place / CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrid_train.schema.formats import TOKENIZER
 from hybrid_train.schema.problems import UserError
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")  # one of them makes a tokenizer
 CONFIG = "tokenizer_config.json"
+_FORMAT = "hybrid_train_format"  # key in it; transformers leaves keys alone that it does not know
 # Data only: what else lies in such a folder, code above all, stays there.
 _FILES = (
     *VOCABULARY_FILES,
@@ -45,6 +48,24 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
         if not (place.exists() and place.samefile(source / name)):
             shutil.copyfile(source / name, place)
     return found
+
+
+def settings_of(special: Mapping[str, str]) -> dict[str, Any]:
+    """Return what tokenizer_config.json of a tokenizer that was made here says.
+
+    Args:
+        special: its special tokens by their use.
+    """
+    return {**special, _FORMAT: TOKENIZER.stamp()}
+
+
+def require_readable(folder: Path) -> None:
+    """Refuse a tokenizer that a newer version made in a way that this one does not know.
+
+    Raises:
+        UserError: naming that version, or a file that is damaged.
+    """
+    TOKENIZER.require_readable(read_settings(folder / CONFIG).get(_FORMAT), folder)
 
 
 def has_vocabulary(folder: Path) -> bool:

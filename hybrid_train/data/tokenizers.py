@@ -16,6 +16,7 @@ from hybrid_train.data.tokenizer_folder import (
     CONFIG,
     copy_tokenizer,
     named_tokens,
+    settings_of,
 )
 from hybrid_train.schema.problems import UserError
 
@@ -129,7 +130,7 @@ class Tokenizer:
         # Not with the library's own `save`: a full disk is no OSError there.
         (path / "tokenizer.json").write_bytes(self._text.encode())
         config = {
-            **self._special,
+            **settings_of(self._special),
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hybrid_train.data.tokenizer_folder import settings_of
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT
 from hybrid_train.schema.problems import UserError
 
@@ -71,7 +72,7 @@ class WordTokenizer:
         path.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": END_OF_DOCUMENT, "eos_token": END_OF_DOCUMENT}
         config = {
-            **special,
+            **settings_of(special),
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }

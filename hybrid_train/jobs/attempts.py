@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.jobs import provenance
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.runtime.watchdog import Standstill, Watchdog
 from hybrid_train.schema.problems import UserError, kind_of
@@ -80,7 +81,8 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
         hang_timeout_s: silence of a process that ends it; 0: any is accepted.
     """
     progress.begin()
-    number = ranks.said_by_main(lambda: _begin(run_dir, step))
+    origin = provenance.gathered()
+    number = ranks.said_by_main(lambda: _begin(run_dir, step, origin))
     this = Attempt(run_dir, number)
     alive = run_dir / ALIVE
 
@@ -118,14 +120,14 @@ def _tidy(this: Attempt, crash: Path) -> None:
         crash.parent.rmdir()
 
 
-def _begin(run_dir: Path, step: int) -> int:
+def _begin(run_dir: Path, step: int, origin: dict[str, Any]) -> int:
     number = 1 + max((one.number for one in history.attempts(history.read(run_dir))), default=0)
     last_words.folder(run_dir, number).mkdir(parents=True, exist_ok=True)
     host, job = socket.gethostname(), _slurm_job()
     history.note(
         run_dir, history.ATTEMPT, attempt=number, step=step, processes=ranks.world_size(),
         nodes=max(1, ranks.world_size() // ranks.local_world_size()), host=host, job=job,
-        restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), provenance=origin,
     )  # fmt: skip
     me = {"host": host, "pid": os.getpid(), "started": _started(os.getpid()), "job": job}
     (run_dir / ALIVE).write_text(json.dumps(me) + "\n", encoding="utf-8")

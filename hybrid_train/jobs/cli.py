@@ -9,7 +9,6 @@ need no torch.
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hybrid_train import __version__
 from hybrid_train.config import launcher, own_conf
 from hybrid_train.config.commands import COMMANDS, Command, root_of
 from hybrid_train.config.secrets import masked
@@ -288,8 +288,4 @@ def _help_text(name: str | None, words: Sequence[str]) -> Callable[[], None]:
 
 
 def _version() -> None:
-    try:
-        number = importlib.metadata.version("hybrid_train")
-    except importlib.metadata.PackageNotFoundError:
-        number = "(source tree, not installed)"
-    sys.stdout.write(f"hybrid-train {number}\n")
+    sys.stdout.write(f"hybrid-train {__version__}\n")

@@ -1,14 +1,12 @@
 """A copy of the code beside a run, so that what was submitted is what runs, and runs again."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import hybrid_train
 from hybrid_train.config.compose import conf_dir
+from hybrid_train.jobs.code_state import PARTS, SNAPSHOT, git, version_text
 
-PARTS = ("hybrid_train", "conf", "launch")
-VERSION = "VERSION"
 _NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -35,7 +33,8 @@ def write(target: Path, launch: Path) -> None:
         for name in listed:
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, fresh / name)
-    (fresh / VERSION).write_text(_version(root, listed is not None), encoding="utf-8")
+    said = version_text(root, is_checkout=listed is not None)
+    (fresh / SNAPSHOT).write_text(said, encoding="utf-8")
     if target.exists():
         target.rename(old)
     fresh.rename(target)
@@ -46,28 +45,7 @@ def _listed(root: Path) -> list[str] | None:
     """Return the files that git knows or would take; None where this is no checkout."""
     if not (root / ".git").exists():
         return None
-    names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    names = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
     if names is None:
         return None
     return [name for name in names.split("\0") if name and (root / name).is_file()]
-
-
-def _version(root: Path, is_checkout: bool) -> str:
-    """Return lines that say which code this is."""
-    if not is_checkout:
-        return f"installed package, from {root}\n"
-    commit = (_git(root, "rev-parse", "HEAD") or "none").strip()
-    changes = (_git(root, "status", "--porcelain", "--", *PARTS) or "").rstrip()
-    lines = [f"commit {commit}", "changed since" if changes else "nothing changed since", changes]
-    return "\n".join(filter(None, lines)) + "\n"
-
-
-def _git(root: Path, *words: str) -> str | None:
-    """Return what git says; None where it is missing or refuses."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -172,6 +172,7 @@ def _claim(job: TrainJob) -> Start:
 
     def check() -> None:
         run_folder.require_access(run_dir)
+        run_folder.require_readable(run_dir)
         attempts.require_alone(run_dir)
         run_folder.require_same_run(job)
         check_data(job.data)

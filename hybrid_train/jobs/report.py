@@ -1,19 +1,20 @@
 """The job `report`: one HTML file about a run that opens anywhere, without a network."""
 
 import contextlib
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hybrid_train import __version__
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.jobs.report_pictures import Picture, pictures, style_of
 from hybrid_train.jobs.run_state import RunState, look
 from hybrid_train.jobs.status import (
     ATTEMPT_HEADS,
     attempt_row,
+    came_from,
     event_row,
     last_metrics,
     moment,
@@ -93,7 +94,7 @@ def report(state: RunState) -> str:
         levels=svg.LEVELS,
         time=_time(state),
         time_title=_time_title(state),
-        tables=[table for table in (_attempts(state), _events(state)) if table.rows],
+        tables=[one for one in (_attempts(state), _events(state), _origin(state)) if one.rows],
         summary=masked(summarise(state.run_dir)) if state.lines else "No step was done.",
         config=state.config_text,
         footer=_footer(),
@@ -188,18 +189,18 @@ def _events(state: RunState) -> Table:
     return Table("Events", heads, rows[-_MOST_ROWS:], _cut(len(rows)))
 
 
+def _origin(state: RunState) -> Table:
+    return Table("What the newest attempt came from", (), list(came_from(state)))
+
+
 def _cut(number: int) -> str:
     return f"The last {_MOST_ROWS} of {number}." if number > _MOST_ROWS else ""
 
 
 def _footer() -> str:
-    try:
-        version = f" {importlib.metadata.version('hybrid_train')}"
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
     return (
-        f"Written by hybrid-train{version}, {moment(time.time())} UTC. Curves show, of each of "
-        f"{svg.COLUMNS} columns, the lowest and the highest step, so that no spike is lost; strong "
-        "lines are means over 3 % of the steps. Upright lines: grey where an attempt began, red "
-        "where an update was skipped, orange other events; point at one to read it."
+        f"Written by hybrid-train {__version__}, {moment(time.time())} UTC. Curves show, of each "
+        f"of {svg.COLUMNS} columns, the lowest and the highest step, so that no spike is lost; "
+        "strong lines are means over 3 % of the steps. Upright lines: grey where an attempt "
+        "began, red where an update was skipped, orange other events; point at one to read it."
     )

@@ -18,6 +18,7 @@ from hybrid_train.config.secrets import masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.hf import origin
 from hybrid_train.planning.phases import FIXED, lay_out
+from hybrid_train.schema import formats
 from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, UserError
@@ -55,10 +56,12 @@ _KINDS = {f"model.{section}.": letter for letter, section in SECTIONS.items()}
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
-    *_SIGNS, last_words.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER, METRICS, RECORD,
-    "precision.json", "tensorboard", "wandb", "wandb_run_id",
+    *_SIGNS, formats.FILE_NAME, last_words.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
+    METRICS, RECORD, "precision.json", "tensorboard", "wandb", "wandb_run_id",
 }  # fmt: skip
-_HALVES = {f"{frozen.FROZEN_NAME}.tmp", f"{METRICS}.part", f"{RECORD}.tmp"}
+_HALVES = {
+    *(f"{name}.tmp" for name in (frozen.FROZEN_NAME, formats.FILE_NAME, RECORD)), f"{METRICS}.part"
+}  # fmt: skip
 # What a run leaves behind before its first step, and what its submission does.
 _OF_A_START = _WRITTEN | _HALVES | {"launch", "logs", "code"}
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
@@ -102,6 +105,17 @@ def _may_use(place: Path) -> bool:
     return os.access(
         place, os.R_OK | os.W_OK | (os.X_OK if place.is_dir() else 0), effective_ids=True
     )
+
+
+def require_readable(run_dir: Path) -> None:
+    """Refuse a run folder, or one with checkpoints, of a format that this version does not read.
+
+    Raises:
+        UserError: naming who wrote it, and what to do.
+    """
+    formats.require_readable_folder(run_dir, formats.RUN_FOLDER)
+    for found in layout.complete(run_dir):
+        found.require_readable()
 
 
 def is_untrained(run_dir: Path) -> bool:

@@ -12,7 +12,7 @@ from hybrid_train.config.secrets import masked_data
 from hybrid_train.jobs.help import console, table
 from hybrid_train.jobs.run_state import RunState, look
 from hybrid_train.schema.report import StatusJob
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import show_bytes, show_tokens
 from hybrid_train.tracking.goodput import Goodput
 from hybrid_train.tracking.history import RUNNING, Attempt
 from hybrid_train.tracking.metrics import show, show_duration
@@ -20,6 +20,7 @@ from hybrid_train.tracking.metrics import show, show_duration
 _SHOWN = 10  # attempts and events, the newest
 _METRICS = ("loss", "validation_loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu")
 _DETAIL = 160  # characters of an event
+_ORIGIN = {"command", "code", "machines", "libraries"}
 ATTEMPT_HEADS = ("attempt", "began", "took", "steps", "processes", "ended", "why")
 
 
@@ -61,11 +62,43 @@ def _facts(state: RunState) -> Iterator[tuple[str, str]]:
         yield "last metrics", "  ".join(f"{name} {text}" for name, text in last_metrics(state))
     found = state.checkpoint
     yield "checkpoint", f"step {found.step} ({found.path})" if found else "none yet"
+    yield from came_from(state)
     measured = state.goodput
     if measured is not None:
         yield "goodput", f"{measured.share:.1%} of {show_duration(measured.wall_s)}"
     else:
         yield "goodput", "not known: no attempt stands in history.jsonl"
+
+
+def came_from(state: RunState) -> Iterator[tuple[str, str]]:
+    """Yield code, machines and libraries of the newest attempt that says them, a line each."""
+    said = (one.provenance for one in reversed(state.attempts))
+    known = next((one for one in said if one.keys() >= _ORIGIN), None)
+    if known is None:
+        return
+    yield "command", known["command"]
+    own = known.get("working_folder")
+    beside = f"; working folder {_commit(own)}" if own else ""
+    yield "code", f"hybrid_train {known['code']['version']}, {_commit(known['code'])}{beside}"
+    yield "machines", "; ".join(_machine(one) for one in known["machines"])
+    versions = {name: said for name, said in known["libraries"].items() if said}
+    yield "libraries", ", ".join(f"{name} {said}" for name, said in versions.items())
+
+
+def _commit(code: Mapping[str, Any]) -> str:
+    if not code.get("commit"):
+        return "of no commit that is known"
+    state = {True: ", changed since", False: "", None: ", not known whether changed since"}
+    return f"commit {code['commit'][:12]}{state[code.get('dirty')]}"
+
+
+def _machine(one: Mapping[str, Any]) -> str:
+    gpus = "".join(
+        f", {kind['count']} x {kind['name']} ({show_bytes(kind['memory_bytes'])})"
+        for kind in one["gpus"]
+    )
+    memory = show_bytes(one["memory_bytes"])
+    return f"{one['count']} x {one['cores']} cores {one['processor']}, {memory}{gpus}"
 
 
 def progress(state: RunState) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hybrid_train.jobs.study_stages import PlannedStage, Stages
+from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.study import RATES_FILE, StudyJob
 from hybrid_train.tracking.gaps import TAIL, WINDOWS, curve
@@ -125,6 +126,7 @@ def written(run_dir: Path) -> dict[str, Choice]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        formats.RATES.require_readable(found.pop(formats.KEY, None), path)
         return {kind: Choice(**one) for kind, one in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
@@ -162,5 +164,6 @@ def choose(study: StudyJob, trials: Sequence[Trial]) -> None:
         _log.info("%s", choices[kind].sentence(kind))
     run_dir.mkdir(parents=True, exist_ok=True)
     half = run_dir / f"{RATES_FILE}.tmp"
-    half.write_text(json.dumps({kind: asdict(one) for kind, one in choices.items()}, indent=2))
+    known = {kind: asdict(one) for kind, one in choices.items()}
+    half.write_text(json.dumps({formats.KEY: formats.RATES.stamp(), **known}, indent=2))
     half.replace(run_dir / RATES_FILE)

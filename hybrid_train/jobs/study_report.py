@@ -5,11 +5,9 @@ when the baseline is as low.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +17,14 @@ from typing import Any
 
 import torch
 
+from hybrid_train import __version__
 from hybrid_train.config import frozen
 from hybrid_train.config.command_text import command, typed
-from hybrid_train.config.secrets import masked
 from hybrid_train.jobs.help import console, show_numbers
+from hybrid_train.jobs.provenance import command_line, libraries
 from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, are_paired
 from hybrid_train.jobs.study_stages import PlannedStage
+from hybrid_train.runtime import hardware
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.study import StudyJob, Variant
 from hybrid_train.schema.train import TrainJob
@@ -45,7 +45,7 @@ from hybrid_train.tracking.plots import plot_gaps
 MARKDOWN, JSON, PLOT = "study.md", "study.json", "plots/gap.png"
 _SEEDS_OF_A_CLAIM = 3
 _STAGE_HEADS = ("stage", "command", "tokens", "time")
-_VERSIONS = ("hybrid_train", "torch", "megatron-core")
+_VERSIONS = ("python", "torch", "megatron-core")
 
 
 @dataclass(frozen=True)
@@ -240,34 +240,20 @@ def _facts(study: StudyJob, found: Mapping[str, _Found], missing: Sequence[str])
         name: sum(run.seconds for run in one.curves.values()) / len(one.curves)
         for name, one in found.items()
     }
+    versions = libraries()
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": masked(command(*sys.argv[1:])),
+        "command": command_line(sys.argv),
         "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
+        "processor": hardware.processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _VERSIONS},
+        "hybrid_train": __version__,
+        **{name: versions[name] for name in _VERSIONS},
         "base": [*study.base, *study.overrides],
         "seeds": list(study.seeds),
         "seconds_of_steps_per_run": seconds,
         "missing": list(missing),
     }
-
-
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "source tree"
 
 
 def _as_data(
@@ -348,7 +334,7 @@ def _markdown(
     ]  # fmt: skip
     parts += _table(["variant", "its own settings", "time of the steps of a run"], settings)
     device = f"; {facts['gpu']}" if facts["gpu"] else ""
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("python", *_VERSIONS))
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("hybrid_train", *_VERSIONS))
     parts += ["", f"Machine: {facts['cores']} cores, {facts['processor']}{device}. {versions}.", ""]
     return "\n".join(parts)
 

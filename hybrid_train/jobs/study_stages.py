@@ -23,6 +23,7 @@ from hybrid_train.config.command_text import quoted, setting
 from hybrid_train.config.commands import COMMANDS, root_of
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.data.versions import versions_of
+from hybrid_train.schema import formats
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.prepare import MergeJob, SplitJob, TokenizeJob
 from hybrid_train.schema.problems import ConfigError, Problem
@@ -78,12 +79,18 @@ class PlannedStage:
         return self.command in ("train", "data tokenize")
 
     def record(self) -> dict[str, Any] | None:
-        """Return what was written as the stage ended well; None if it has not, or is gone."""
+        """Return what was written as the stage ended well; None if it has not, or is gone.
+
+        Raises:
+            UserError: if it is of a version that is not read.
+        """
         try:
             found = json.loads(self.mark.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         is_ours = isinstance(found, dict) and found.get("hash") == self.digest
+        if is_ours:
+            formats.STAGE.require_readable(found.get(formats.KEY), self.mark)
         return found if is_ours and (self.path.is_dir() or not found["folder"]) else None
 
     def is_finished(self) -> bool:
@@ -92,6 +99,7 @@ class PlannedStage:
     def finish(self, seconds: float) -> None:
         """Write that the stage has ended well; a reader sees all of it or nothing."""
         record = {
+            formats.KEY: formats.STAGE.stamp(),
             "hash": self.digest,
             "command": self.command,
             "overrides": list(self.lines),

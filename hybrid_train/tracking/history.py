@@ -7,7 +7,7 @@ One event a line: "attempt" when processes begin, "end" when they are gone, othe
 import datetime
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Attempt:
         host: of rank 0.
         job: of SLURM, if it was there.
         start_step: step that it went on from.
+        provenance: command, code, machines and libraries; empty in a run folder of format 1.
         end: when it was gone; None while it runs, or where nobody noted it yet.
         end_step: step of the newest checkpoint then.
         outcome: running, finished, stopped or failed.
@@ -51,6 +52,7 @@ class Attempt:
     host: str
     job: str | None
     start_step: int
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     end: float | None = None
     end_step: int | None = None
     outcome: str = RUNNING
@@ -103,6 +105,8 @@ def attempts(events: Iterable[Event]) -> list[Attempt]:
         if event["event"] == ATTEMPT:
             known = {name: event.get(name) for name in ("processes", "nodes", "host", "job")}
             start = {"start": seconds(event), "start_step": event["step"]}
+            origin = event.get("provenance")
+            start["provenance"] = origin if isinstance(origin, dict) else {}
             found[event["attempt"]] = {"number": event["attempt"], **known, **start}
         elif event["event"] == END and event["attempt"] in found:
             found[event["attempt"]] |= {

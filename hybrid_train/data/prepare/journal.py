@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from hybrid_train.data.prepare.documents import BadLine
 from hybrid_train.data.prepare.manifest import Counts
 from hybrid_train.data.prepare.output import Output, sync, write_whole
+from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
 _STATE = "state.json"
@@ -192,7 +193,7 @@ class Journal:
     def save(self) -> None:
         """Bring everything to the disk, then the position."""
         sync(self._files)
-        text = json.dumps(asdict(self._state))
+        text = json.dumps({formats.KEY: formats.TOKENIZATION.stamp(), **asdict(self._state)})
         write_whole(self._output.folder / _STATE, text)
         self._saved_at = time.monotonic()
 
@@ -220,9 +221,10 @@ def _read_state(output: Output) -> _State | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        formats.TOKENIZATION.require_readable(content.pop(formats.KEY, None), output.folder)
         content["counts"] = [Counts(**one) for one in content["counts"]]
         return _State(**content)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read: {error}; remove {output.folder} and start again"
         ) from error

@@ -7,11 +7,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hybrid_train import __version__
 from hybrid_train.data.any_tokenizer import AnyTokenizer
+from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
-FORMAT = "hybrid_train token files 1"
-_LIBRARIES = ("hybrid_train", "tokenizers", "sentencepiece", "numpy", "orjson", "pyarrow")
+_FORMAT = "hybrid_train token files "  # and the number of the version
+_LIBRARIES = ("tokenizers", "sentencepiece", "numpy", "orjson", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Manifest:
 
     def text(self) -> str:
         """Write it as JSON."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        said = f"{_FORMAT}{formats.TOKEN_FILES.version}"
+        return json.dumps({formats.KEY: said, **asdict(self)}, indent=2) + "\n"
 
 
 def path_of(prefix: str | Path) -> Path:
@@ -81,7 +84,7 @@ def path_of(prefix: str | Path) -> Path:
 
 def versions() -> dict[str, str]:
     """Return the versions of what makes token files."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "hybrid_train": __version__}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)
@@ -94,15 +97,14 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     """Read the manifest of a prefix; None where there is none.
 
     Raises:
-        UserError: if it is no manifest.
+        UserError: if it is no manifest, or of a version that is not read.
     """
     path = path_of(prefix)
     try:
         if not path.is_file():
             return None
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if (said := known.pop("format")) != FORMAT:
-            raise ValueError(f"its format is {said!r}, not {FORMAT!r}")
+        _require_readable(known, path)
         if known["tokenizer"] is not None:
             known["tokenizer"] = TokenizerFacts(**known["tokenizer"])
         return Manifest(**known)
@@ -112,3 +114,19 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
         raise UserError(
             f"{path} is no manifest of token files: {error}; remove it, or copy it again"
         ) from error
+
+
+def _require_readable(known: dict[str, Any], path: Path) -> None:
+    """Take the format out of what a manifest says, and refuse one that is not read.
+
+    Raises:
+        ValueError: if it is no manifest.
+        UserError: if it is newer or too old.
+    """
+    said = str(known.pop(formats.KEY))
+    number = said.removeprefix(_FORMAT)
+    if not said.startswith(_FORMAT) or not number.isdecimal():
+        raise ValueError(f"its format is {said!r}, not {_FORMAT + 'N'!r}")
+    writer = dict(known.get("versions", {})).get("hybrid_train", "unknown")
+    stamp = {**formats.TOKEN_FILES.stamp(), "version": int(number), "written_by": writer}
+    formats.TOKEN_FILES.require_readable(stamp, path)

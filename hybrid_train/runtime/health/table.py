@@ -20,6 +20,7 @@ CHECKS: Checks = {
     "mamba-ssm": libraries.kernels("mamba_ssm"),
     "causal-conv1d": libraries.kernels("causal_conv1d"),
     "apex": libraries.kernels("apex"),
+    "transformers": libraries.transformers,
     "NCCL": gpus.nccl,
     **system.CHECKS,
     "SLURM": cluster.slurm,
@@ -29,7 +30,7 @@ MEASUREMENTS: Checks = {
     "matrix product": speed_checks.matrix_product,
     "all-reduce": speed_checks.all_reduce,
 }
-MODULES = (*REQUIRED, *libraries.KERNELS)  # what the checks want imported
+MODULES = (*REQUIRED, *libraries.KERNELS, "transformers")  # what the checks want imported
 
 
 def findings(machine: Machine, checks: Checks) -> Iterator[tuple[str, Finding]]:

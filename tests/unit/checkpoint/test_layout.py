@@ -1,10 +1,12 @@
 """Where checkpoints stand, which are whole, and what is said where there is none."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from hybrid_train.checkpoint import layout, retention
+from hybrid_train.checkpoint import checksums, layout, retention
+from hybrid_train.schema.formats import CHECKPOINT, KEY
 from hybrid_train.schema.problems import UserError
 
 
@@ -92,3 +94,46 @@ def test_what_is_no_checkpoint_is_refused_with_the_reason(
     prepare(tmp_path)  # type: ignore[operator]
     with pytest.raises(UserError, match=words):
         layout.locate(tmp_path / path)
+
+
+def say_in(folder: Path, **said: object) -> None:
+    path = folder / layout.POSITION
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+
+
+def newer() -> dict[str, object]:
+    return CHECKPOINT.stamp() | {"version": CHECKPOINT.version + 1, "written_by": "9.9.9"}
+
+
+def test_a_checkpoint_without_a_number_is_of_the_first_format(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    (folder / layout.POSITION).write_text('{"step": 3, "tokens": 30, "source_tokens": {"a": 30}}')
+    found = layout.locate(folder)
+    assert found.position() == {"step": 3, "tokens": 30, "source_tokens": {"a": 30}}
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_wherever_it_is_met(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    say_in(folder, **{KEY: newer()})
+    for meet in (
+        lambda: layout.locate(tmp_path),
+        layout.complete(tmp_path)[0].position,
+        layout.complete(tmp_path)[0].require_readable,
+    ):
+        with pytest.raises(UserError, match=r"by hybrid_train 9\.9\.9 \(checkpoint, format 3\)"):
+            meet()
+
+
+def test_a_format_that_a_bit_changed_is_left_to_the_checksums(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    checksums.write(folder, {})
+    say_in(folder, **{KEY: newer()})
+    layout.locate(tmp_path)
+    assert checksums.damages(folder)[0].startswith(layout.POSITION)
+
+
+def test_a_position_that_counts_sequences_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    say_in(folder, consumed_sequences=12)
+    with pytest.raises(UserError, match="consumed_sequences, as before 25 November 2026"):
+        layout.locate(folder).position()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid_train.config.secrets import masked, masked_data
+from hybrid_train.config.secrets import masked, masked_data, masked_words
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,21 @@ def test_values_of_secret_variables_are_masked_wherever_they_stand(
     monkeypatch.setenv("SHORT_TOKEN", "on")
     tree = {"a": ["x 0123456789abcdef", 3], "b": {"wJalr/XUtnFEMI": "/data/tokenizer on"}}
     assert masked_data(tree) == {"a": ["x <hidden>", 3], "b": {"<hidden>": "/data/tokenizer on"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["hooks.upload.password=hunter2"], ["hooks.upload.password=<hidden>"]),
+        (["+a.api_key='x y'", "b=1"], ["+a.api_key=<hidden>", "b=1"]),
+        (["--token", "abc", "abc"], ["--token", "<hidden>", "abc"]),
+        (["--auth-token=abc"], ["--auth-token=<hidden>"]),
+        (["--token", "--json"], ["--token", "--json"]),
+        (["train.tokens=4M", "data.tokenizer=a", "model.token_shift=1"], None),
+        (["data.url=https://a:b12345@host.org/x"], ["data.url=https://<hidden>@host.org/x"]),
+    ],
+)
+def test_words_of_a_command_lose_what_a_telling_name_holds(
+    words: list[str], shown: list[str] | None
+) -> None:
+    assert masked_words(words) == (words if shown is None else shown)

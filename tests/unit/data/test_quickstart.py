@@ -14,6 +14,7 @@ from hybrid_train.data.quickstart import prepare, read_manifest, source_files, s
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.data.tokenizers import Tokenizer
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.formats import FILE_NAME, QUICKSTART
 from hybrid_train.schema.problems import UserError
 
 
@@ -120,6 +121,19 @@ def test_a_damaged_corpus_is_named(source: Path, config: Quickstart) -> None:
     (folder / "manifest.json").write_text(json.dumps({"python": "3.12"}))
     with pytest.raises(UserError, match=r"no whole quickstart corpus .* remove it"):
         prepare(config, source)
+
+
+def test_a_corpus_says_its_format_and_one_of_before_says_none(
+    source: Path, config: Quickstart
+) -> None:
+    folder = Path(prepare(config, source).train[0]).parent
+    assert json.loads((folder / FILE_NAME).read_text()) == QUICKSTART.stamp()
+    newer = QUICKSTART.stamp() | {"version": QUICKSTART.version + 1}
+    (folder / FILE_NAME).write_text(json.dumps(newer))
+    with pytest.raises(UserError, match=r"quickstart corpus, format 2\).*upgrade hybrid_train"):
+        prepare(config, source)
+    (folder / FILE_NAME).unlink()
+    prepare(config, source)
 
 
 def test_a_source_without_files_is_named(tmp_path: Path, config: Quickstart) -> None:

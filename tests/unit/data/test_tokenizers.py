@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT, Tokenizer, train_byte_level_bpe
+from hybrid_train.schema.formats import TOKENIZER as FORMAT
 from hybrid_train.schema.problems import UserError
 
 CORPUS = ["def f(x):\n    return x + 1\n", "the cat sat on the mat; the dog sat on the cat"] * 5
@@ -81,6 +83,20 @@ def test_the_end_of_document_may_be_written_the_old_way(tmp_path: Path) -> None:
     special = {"eos_token": {"content": END_OF_DOCUMENT, "lstrip": False}}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     assert Tokenizer.load(tmp_path).end_of_document == TOKENIZER.end_of_document
+
+
+def test_a_tokenizer_says_its_format_and_one_from_elsewhere_says_none(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    said = json.loads(path.read_text())
+    assert said["hybrid_train_format"] == FORMAT.stamp()
+    said["hybrid_train_format"]["version"] += 1
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"tokenizer folder, format 2\).*upgrade hybrid_train"):
+        open_tokenizer(tmp_path)
+    del said["hybrid_train_format"]
+    path.write_text(json.dumps(said))
+    assert open_tokenizer(tmp_path).vocab_size == TOKENIZER.vocab_size
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,18 @@ from hybrid_train.tracking import history
 
 NASTY = "<script>alert('source')</script>"
 STEP_S = 0.5
+PROVENANCE = {
+    "command": f"hybrid-train train experiment=tiny_cpu note={NASTY}",
+    "code": {"version": "0.1.0", "commit": "0123456789abcdef", "dirty": True},
+    "working_folder": {"commit": None, "dirty": None},
+    "machines": [
+        {
+            "count": 2, "processor": "a processor", "cores": 96, "memory_bytes": 2 * 10**12,
+            "gpus": [{"name": "a GPU", "count": 4, "memory_bytes": 80 * 10**9}],
+        }
+    ],
+    "libraries": {"python": "3.12.1", "torch": "2.11.0", "mamba-ssm": None},
+}  # fmt: skip
 
 
 def make(
@@ -40,7 +52,7 @@ def make(
         first, end = (number - 1) * part, steps if last else number * part
         history.note(
             folder, "attempt", at=at, attempt=number, step=first, processes=8, nodes=2,
-            host="n<1>", job=f"77{number}", restart=0,
+            host="n<1>", job=f"77{number}", restart=0, provenance=PROVENANCE,
         )  # fmt: skip
         at += STEP_S * (end - first) + 10
         how = outcome if last else "failed"

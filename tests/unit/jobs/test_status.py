@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_train.jobs import status
 from hybrid_train.schema.report import StatusJob
-from tests.unit.jobs.synthetic_run import make
+from tests.unit.jobs.synthetic_run import PROVENANCE, make
 
 START = 1_700_000_000.0
 
@@ -33,6 +33,21 @@ def test_people_read_state_progress_and_attempts(
     # 30 steps of half a second; 165 s are three attempts with ten seconds more and two pauses.
     assert "goodput       8.8% of 2m45s" in text
     assert "72.7%  2m00s  between attempts" in text
+
+
+def test_the_newest_attempt_says_what_it_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path, steps=30, start=START)
+    text = " ".join(printed(capsys, folder).split())
+    assert "hybrid_train 0.1.0, commit 0123456789ab, changed since; working folder of no" in text
+    assert "2 x 96 cores a processor, 2 TB, 4 x a GPU (80 GB)" in text
+    assert "libraries python 3.12.1, torch 2.11.0 " in text
+    (attempt, *_) = json.loads(printed(capsys, folder, json=True))["attempts"]
+    assert attempt["provenance"] == PROVENANCE
+    history = folder / "history.jsonl"  # as of a run folder of format 1
+    history.write_text(history.read_text().replace('"provenance"', '"something"'))
+    assert "commit" not in printed(capsys, folder)
 
 
 def test_scripts_read_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

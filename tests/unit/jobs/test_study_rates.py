@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hybrid_train.jobs.study_plan import StudyPlan, plan
-from hybrid_train.jobs.study_rates import choose
+from hybrid_train.jobs.study_rates import choose, written
+from hybrid_train.schema import formats
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import RateChoice, Stage, StudyJob, Variant
 from hybrid_train.schema.units import tokens
@@ -169,6 +171,21 @@ def test_a_choice_that_cannot_be_made_is_refused(
     tmp_path: Path, rates: RateChoice, said: str
 ) -> None:
     assert said in "\n".join(map(str, collect(study(tmp_path, rates=rates))))
+
+
+def test_rates_of_before_there_were_numbers_stay_and_newer_ones_are_refused(
+    decided: tuple[Path, StudyPlan], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(decided[0], tmp_path / "copy"))
+    path = folder / "study" / "rates.json"
+    said = json.loads(path.read_text())
+    stamp = said.pop(formats.KEY)
+    assert stamp == formats.RATES.stamp()
+    path.write_text(json.dumps(said))
+    assert written(path.parent)
+    path.write_text(json.dumps(said | {formats.KEY: stamp | {"version": 3}}))
+    with pytest.raises(UserError, match=r"learning rates of a study, format 3\).*upgrade"):
+        written(path.parent)
 
 
 def test_a_damaged_file_of_rates_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stages are planned with what they read, found again by what decides them, refused as a whole."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hybrid_train.config import frozen
 from hybrid_train.jobs.study import _locked
 from hybrid_train.jobs.study_plan import plan
 from hybrid_train.jobs.study_stages import Stages
+from hybrid_train.schema.formats import KEY, STAGE
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import ShortForm, Stage, StudyJob, Variant
 from hybrid_train.schema.train import TrainJob
@@ -207,3 +209,19 @@ def test_what_writes_no_folder_cannot_be_referred_to(tmp_path: Path) -> None:
     sizes = Stage(command="count", overrides=["model=tiny", "model.vocab_size=512"])
     with pytest.raises(ConfigError, match="count writes no folder"):
         plan(study(tmp_path, {"sizes": sizes}))
+
+
+def test_a_stage_that_a_newer_version_ended_is_refused(tmp_path: Path) -> None:
+    planned = plan(study(tmp_path, {"parent": PARENT}))
+    (stage,) = planned.stages
+    stage.path.mkdir(parents=True)
+    stage.finish(1.0)
+    assert stage.is_finished()
+    said = json.loads(stage.mark.read_text())
+    said[KEY]["version"] = STAGE.version + 1
+    stage.mark.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"stage of a study, format 2\).*upgrade hybrid_train"):
+        stage.record()
+    del said[KEY]  # of before there were numbers
+    stage.mark.write_text(json.dumps(said))
+    assert stage.is_finished()

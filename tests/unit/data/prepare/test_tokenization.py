@@ -11,11 +11,13 @@ import pytest
 import sentencepiece
 import zstandard
 
+from hybrid_train import __version__
 from hybrid_train.data.prepare import journal
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.prepare.verification import verify_whole
 from hybrid_train.data.sentencepiece import SentencePieceTokenizer
 from hybrid_train.data.token_files import TokenReader, checksum
+from hybrid_train.schema.formats import KEY, TOKEN_FILES, TOKENIZATION
 from hybrid_train.schema.problems import UserError
 from tests.full_disk import full_disk
 from tests.unit.data.prepare.texts import (
@@ -267,6 +269,54 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, mixed: list[Path])
     (tmp_path / "out.partial" / journal._STATE).write_text("{")
     with pytest.raises(UserError, match=r"state\.json cannot be read"):
         run(job(tmp_path, *mixed))
+
+
+def change_state(folder: Path, version: int | None) -> None:
+    """Say another version in the state of an unfinished tokenization, or none."""
+    path = folder / "out.partial" / journal._STATE
+    said = json.loads(path.read_text())
+    stamp = said.pop(KEY)
+    if version is not None:
+        said[KEY] = stamp | {"version": version, "written_by": "9.9.9"}
+    path.write_text(json.dumps(said))
+
+
+def test_a_job_that_was_stopped_before_there_were_numbers_goes_on(
+    tmp_path: Path, mixed: list[Path]
+) -> None:
+    stopped_after(job(tmp_path, *mixed), 7)
+    change_state(tmp_path, None)
+    _, seen = run(job(tmp_path, *mixed))
+    assert seen[0].documents > 0
+    assert read_ids(tmp_path / "out") == ids_of(TEXTS)
+
+
+def test_what_a_newer_version_has_begun_is_refused_and_stays(
+    tmp_path: Path, mixed: list[Path]
+) -> None:
+    stopped_after(job(tmp_path, *mixed), 7)
+    change_state(tmp_path, TOKENIZATION.version + 1)
+    before = (tmp_path / "out.partial" / "tokens.bin").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"by hybrid_train 9\.9\.9 \(unfinished tokenization"):
+            run(job(tmp_path, *mixed, overwrite=overwrite))
+    assert (tmp_path / "out.partial" / "tokens.bin").read_bytes() == before
+
+
+def test_a_manifest_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["a"]))
+    run(job(tmp_path, tmp_path / "a.jsonl"))
+    path = tmp_path / "out.json"
+    said = json.loads(path.read_text())
+    assert said["format"] == f"hybrid_train token files {TOKEN_FILES.version}"
+    assert said["versions"]["hybrid_train"] == __version__
+    said["versions"]["hybrid_train"] = "9.9.9"
+    path.write_text(json.dumps(said | {"format": "hybrid_train token files 7"}))
+    with pytest.raises(UserError, match=r"by hybrid_train 9\.9\.9 \(pair of token files, format 7"):
+        read_manifest(tmp_path / "out")
+    path.write_text(json.dumps(said | {"format": "token files"}))
+    with pytest.raises(UserError, match="is no manifest of token files: its format is"):
+        read_manifest(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,7 @@ from hybrid_train.runtime.health.probe import Library
 from hybrid_train.runtime.health.speed import DeviceSpeed
 from hybrid_train.runtime.optional import State
 
-PINS = {
-    "torch": "2.11.0",
-    "megatron-core": "0.19.2",
-    "transformer-engine": "2.20.2",
-    "mamba-ssm": "2.3.2.post1",
-    "causal-conv1d": "1.7.0",
-    "nvidia-nccl-cu13": "2.28.9",
-}
+PINS = {"nvidia-nccl-cu13": "2.28.9"}
 H100 = "NVIDIA H100 80GB HBM3"
 ABSENT = Library(State.absent)
 VERSIONS = {
@@ -27,6 +20,7 @@ VERSIONS = {
     "mamba_ssm": "2.3.2.post1",
     "causal_conv1d": "1.7.0",
     "apex": "0.1",
+    "transformers": "5.23.0",
 }
 
 
