@@ -9,13 +9,14 @@ ROOT = Path(__file__).parent
 
 
 def data_files() -> list[tuple[str, list[str]]]:
-    """Pair each folder of conf/ with its YAML files, for share/ below the prefix of Python.
+    """Pair each folder of conf/ and launch/ with its files, for share/ below the prefix of Python.
 
-    conf/ lies outside the package, so a wheel carries it as data; the pinned versions go along.
+    Both lie outside the package, so a wheel carries them as data; the pinned versions go along.
     Paths are relative: setuptools accepts no others.
     """
     folders: dict[str, list[str]] = {"share/hybrid_train": ["constraints.txt"]}
-    for file in sorted((ROOT / "conf").rglob("*.yaml")):
+    scripts = [file for file in (ROOT / "launch" / "slurm").iterdir() if file.is_file()]
+    for file in sorted([*(ROOT / "conf").rglob("*.yaml"), *scripts]):
         relative = file.relative_to(ROOT)
         folders.setdefault(f"share/hybrid_train/{relative.parent}", []).append(str(relative))
     return list(folders.items())

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from hybrid_train.data.quickstart import folder_of, prepare, read_manifest
+from hybrid_train.jobs.progress import TextProgress
+from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.units import show_tokens
@@ -28,7 +30,9 @@ def main() -> int:
     try:
         if problems := list(collect(config)):
             raise ConfigError(problems)
-        prepare(config, arguments.source)
+        start_logging()
+        with TextProgress(terminal=sys.stderr.isatty()) as shown:
+            prepare(config, arguments.source, shown.update)
         found = read_manifest(folder_of(config))
     except UserError as error:
         print(error, file=sys.stderr)

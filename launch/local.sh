@@ -51,5 +51,7 @@ if [[ -z $count ]]; then
   [[ $count -gt 0 ]] || fail "nvidia-smi lists no GPU; '--cpu N' trains on N CPU processes."
 fi
 
+# torchrun takes seconds until the first process speaks.
+printf 'Starting: %s x hybrid-train train runtime.device=%s %s\n' "$count" "$device" "$*" >&2
 exec torchrun --standalone --nproc-per-node "$count" --max-restarts "$restarts" \
   -m hybrid_train train "runtime.device=$device" "$@"

@@ -16,6 +16,7 @@ from hybrid_train.checkpoint.places import Place
 from hybrid_train.megatron.checkpoints import Stored
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
 _MTP = "mtp."
@@ -77,7 +78,9 @@ def _of_all_processes(keys: Iterable[str]) -> set[str]:
 def _count(keys: Iterable[str]) -> str:
     """Count the tensors of each MTP block: "mtp.layers.0 (12 tensors)"."""
     blocks = Counter(".".join(key.split(".")[:3]) for key in keys)
-    return ", ".join(f"{block} ({number} tensors)" for block, number in sorted(blocks.items()))
+    return ", ".join(
+        f"{block} ({counted(number, 'tensor')})" for block, number in sorted(blocks.items())
+    )
 
 
 def _some(keys: Iterable[str]) -> str:

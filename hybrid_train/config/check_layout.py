@@ -26,6 +26,7 @@ from hybrid_train.schema.profile import Tool
 from hybrid_train.schema.runtime import Device, Kernels
 from hybrid_train.schema.submit import SubmitJob
 from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import counted
 
 _DEGREES = tuple(
     f"parallel.{name}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
@@ -74,14 +75,15 @@ def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Probl
         f"expert {plan.expert}, expert_tensor {expert_tensor(plan)}"
     )
     legal = degrees.nearest_multiple(world_size, needed)
-    if isinstance(job, CheckJob):
+    if isinstance(job, CheckJob) and (job.processes or job.cluster is None):
         rule = f"must be a multiple of {needed} for {numbers}"
         yield Problem("processes", world_size, rule, legal, unit=needed, beside=_DEGREES)
-    elif isinstance(job, SubmitJob):
+    elif isinstance(job, SubmitJob | CheckJob):
+        assert job.cluster is not None
         own = processes_per_node(job.cluster)
         unit = math.lcm(needed, own) // own
         rule = f"makes {world_size} processes; must be a multiple of {unit} for {numbers}"
-        nodes = node_counts.nodes(job)
+        nodes = node_counts.nodes(job, job.cluster)
         legal = degrees.nearest_multiple(nodes, unit)
         yield Problem("cluster.nodes", nodes, rule, legal, unit=unit, beside=_DEGREES)
     else:
@@ -228,10 +230,14 @@ def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.virtual_pipeline", plan.virtual_pipeline, rule, 1)
     elif stages > len(pattern.main):
         name = "pipeline" if plan.pipeline > len(pattern.main) else "virtual_pipeline"
-        rule = f"makes {stages} stages of {len(pattern.main)} main layers; each needs one"
+        rule = (
+            f"makes {stages} stages of {counted(len(pattern.main), 'main layer')}; each needs one"
+        )
         yield Problem(f"parallel.{name}", getattr(plan, name), rule)
     elif pattern.is_cut and len(pattern.stages) != stages:
-        rule = f"has {len(pattern.stages)} stages; pipeline x virtual_pipeline is {stages}"
+        rule = (
+            f"has {counted(len(pattern.stages), 'stage')}; pipeline x virtual_pipeline is {stages}"
+        )
         uncut = pattern.cut([len(pattern.main)])
         yield Problem("model.pattern", job.model.pattern, rule, str(uncut))
 
@@ -280,7 +286,7 @@ def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
 def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem]:
     for number, rank in enumerate(job.profile.ranks if job.profile.tool is not Tool.none else ()):
         if rank >= processes:
-            rule = f"the run has {processes} processes, the last is {processes - 1}"
+            rule = f"the run has {counted(processes, 'process')}, the last is {processes - 1}"
             yield Problem(f"profile.ranks.{number}", rank, rule, processes - 1)
 
 

@@ -24,6 +24,7 @@ from hybrid_train.anatomy.product_formats import (
 )
 from hybrid_train.planning.phases import views_of
 from hybrid_train.planning.product_sizes import Size, packed_rows, token_sizes, weight_sizes
+from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.layer_ranges import is_range
 from hybrid_train.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.schema.pattern import parse
@@ -52,7 +53,8 @@ _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
 def is_native(job: TrainJob) -> bool:
     """Tell whether a GPU is meant to compute quantized products itself."""
     backend, device = job.precision.backend, job.runtime.device
-    on_gpus = isinstance(job, SubmitJob) and job.cluster.gpus_per_node > 0
+    cluster = job.cluster if isinstance(job, SubmitJob | CheckJob) else None
+    on_gpus = cluster is not None and cluster.gpus_per_node > 0
     meant = device is Device.cuda or (on_gpus and device is Device.auto)
     return backend is Backend.native or (backend is Backend.auto and meant)
 

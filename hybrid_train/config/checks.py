@@ -10,7 +10,7 @@ from typing import Any
 
 from hybrid_train.config import mending
 from hybrid_train.config.check_batch import BATCH_RULES
-from hybrid_train.config.check_cluster import cluster_fits_the_run
+from hybrid_train.config.check_cluster import cluster_fits_the_run, kept_fits_the_gpus
 from hybrid_train.config.check_files import (
     FILE_RULES,
     data_is_chosen,
@@ -53,6 +53,8 @@ def check(job: Job, started: int) -> Iterator[Problem]:
     # The layout of an index is that of other machines.
     if isinstance(job, TrainJob) and not isinstance(job, IndexJob):
         found = mending.with_nearest(job, started, mending.Rules(_of_sections, across))
+        if not found:
+            found = list(kept_fits_the_gpus(job, mending.processes_of(job, started)))
         yield from (_of_torchrun(problem) for problem in found)
     else:
         found = list(_of_sections(job))

@@ -40,12 +40,13 @@ class Command:
     """One command.
 
     Attributes:
-        summary: what it does, for the list of all.
+        summary: what it does, as what follows its name in a sentence.
         module: has run(job), or run(words) where there is no schema.
         schema: the dataclass of its settings; None: it has none.
         texts: settings that take text as it stands: commas and * mean nothing to Hydra there.
         words: words of the command line for groups of conf/ that have another name.
         ready: what to say of choices that are ready, where something is not set.
+        says_what_starts: whether a line comes first: its module takes seconds to import (torch).
     """
 
     summary: str
@@ -54,6 +55,7 @@ class Command:
     texts: tuple[str, ...] = ()
     words: dict[str, str] = field(default_factory=dict)
     ready: str = ""
+    says_what_starts: bool = False
 
     @property
     def prints_json(self) -> bool:
@@ -66,95 +68,124 @@ class Command:
 # A name of two words is a command of a family: `hybrid-train data tokenize`.
 COMMANDS = {
     "train": Command(
-        "train a model, or go on with a run that stopped",
+        "trains a model, or goes on with a run that stopped",
         f"{_JOBS}.train",
         TrainJob,
         ready=_EXPERIMENTS,
+        says_what_starts=True,
     ),
     "resume": Command(
-        "go on with a run as its folder says", f"{_JOBS}.resume", ResumeJob, texts=("overrides",)
+        "goes on with a run as its folder says",
+        f"{_JOBS}.resume",
+        ResumeJob,
+        texts=("overrides",),
+        says_what_starts=True,
     ),
     "check": Command(
-        "check a training run for processes=N and print its plan",
+        "checks a training run for processes=N and prints its plan",
         f"{_JOBS}.check",
         CheckJob,
         ready=_EXPERIMENTS,
     ),
-    "status": Command("say how a run is: state, progress, attempts", f"{_JOBS}.status", StatusJob),
-    "report": Command("write a page with the curves of a run", f"{_JOBS}.report", ReportJob),
+    "submit": Command(
+        "queues a training run on a cluster with SLURM",
+        f"{_JOBS}.submit",
+        SubmitJob,
+        ready=_EXPERIMENTS,
+    ),
+    "status": Command("says how a run is: state, progress, attempts", f"{_JOBS}.status", StatusJob),
+    "report": Command("writes a page with the curves of a run", f"{_JOBS}.report", ReportJob),
     "generate": Command(
-        "write text with a trained model", f"{_JOBS}.generate", GenerateJob, texts=("prompt",)
+        "writes text with a trained model",
+        f"{_JOBS}.generate",
+        GenerateJob,
+        texts=("prompt",),
+        says_what_starts=True,
     ),
     "study": Command(
-        "compare variants of a run with a baseline, several seeds each",
+        "compares variants of a run with a baseline, several seeds each",
         f"{_JOBS}.study",
         StudyJob,
         texts=("overrides",),
         words={"name": "study"},
         ready=_STUDIES,
+        says_what_starts=True,
     ),
-    "recipes": Command("list the experiments that are ready to run", f"{_JOBS}.recipes"),
-    "models": Command("list the models that have a name", f"{_JOBS}.models"),
+    "recipes": Command("lists the experiments that are ready to run", f"{_JOBS}.recipes"),
+    "models": Command("lists the models that have a name", f"{_JOBS}.models"),
     "doctor": Command(
-        "examine this machine: libraries, GPUs, limits, speed; what to mend",
+        "examines this machine: libraries, GPUs, limits, speed; and says what to mend",
         f"{_JOBS}.doctor",
         DoctorJob,
     ),
     "count": Command(
-        "count parameters, tensors, FLOPs and cache of a model",
+        "counts parameters, tensors, FLOPs and cache of a model",
         f"{_JOBS}.count",
         CountJob,
         ready=_MODELS,
     ),
     "convert": Command(
-        "turn a Hugging Face folder into a checkpoint, or back", f"{_JOBS}.convert", ConvertJob
+        "turns a Hugging Face folder into a checkpoint, or back",
+        f"{_JOBS}.convert",
+        ConvertJob,
+        says_what_starts=True,
     ),
     "verify": Command(
-        "compare a checkpoint with a Hugging Face folder: tensors, logits",
+        "compares a checkpoint with a Hugging Face folder: tensors, logits",
         f"{_JOBS}.verify",
         VerifyJob,
+        says_what_starts=True,
     ),
     "data tokenize": Command(
-        "turn text into token files; goes on after a kill",
+        "turns text into token files; goes on after a kill",
         f"{_JOBS}.data_tokenize",
         TokenizeJob,
         texts=("input",),
     ),
     "data merge": Command(
-        "join token files of one tokenizer", f"{_JOBS}.data_merge", MergeJob, texts=("input",)
+        "joins token files of one tokenizer", f"{_JOBS}.data_merge", MergeJob, texts=("input",)
     ),
     "data split": Command(
-        "split token files by shares or by tokens",
+        "splits token files by shares or by tokens",
         f"{_JOBS}.data_split",
         SplitJob,
         texts=("input",),
     ),
     "data inspect": Command(
-        "show lengths and documents", f"{_JOBS}.data_inspect", InspectJob, texts=("input",)
+        "shows lengths and documents of token files",
+        f"{_JOBS}.data_inspect",
+        InspectJob,
+        texts=("input",),
     ),
     "data count": Command(
-        "count documents and tokens", f"{_JOBS}.data_count", CountTokensJob, texts=("input",)
+        "counts documents and tokens of token files",
+        f"{_JOBS}.data_count",
+        CountTokensJob,
+        texts=("input",),
     ),
     "data verify": Command(
-        "read token files whole: checksums, index, token ids",
+        "reads token files whole and checks them: checksums, index, token ids",
         f"{_JOBS}.data_verify",
         VerifyTokensJob,
         texts=("input",),
     ),
     "data index": Command(
-        "build the indices of a run's data ahead; print its blend", f"{_JOBS}.data_index", IndexJob
+        "builds the indices of a run's data ahead and prints its blend",
+        f"{_JOBS}.data_index",
+        IndexJob,
+        says_what_starts=True,
     ),
-    "data show": Command("show what a run reads at a step", f"{_JOBS}.data_show", ShowJob),
+    "data show": Command(
+        "shows what a run reads at a step", f"{_JOBS}.data_show", ShowJob, says_what_starts=True
+    ),
     "data train_tokenizer": Command(
-        "train a byte-level BPE tokenizer from text",
+        "trains a byte-level BPE tokenizer on text",
         f"{_JOBS}.data_train_tokenizer",
         TrainTokenizerJob,
         texts=("input", "special_tokens"),
     ),
 }
-# launch/submit.py is a script of its own, beside the batch scripts that it fills in.
-SUBMIT = Command("submit a training run to SLURM", f"{_JOBS}.submit", SubmitJob, ready=_EXPERIMENTS)
-ROOTS = {name.replace(" ", "_"): command for name, command in COMMANDS.items()} | {"submit": SUBMIT}
+ROOTS = {name.replace(" ", "_"): command for name, command in COMMANDS.items()}
 
 
 def root_of(name: str) -> str:

@@ -124,7 +124,7 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
     groups = group_names(job_name)
     rest, own = own_conf.taken_out(lines)
     given = overrides.read(spelt_out(job_name, rest), groups, ROOTS[job_name].texts)
-    problems = given.problems
+    problems = [_with_meant(problem, groups) for problem in given.problems]
     with config_loader(job_name, own) as loader:
         chosen = [(one, _wrong_choice(loader, one)) for one in given.groups]
         problems += [problem for _, problem in chosen if problem is not None]
@@ -142,6 +142,16 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
     unreadable = _take_loaded_model(config, given, groups)
     found, wrong = _in_words(job_name, [*problems, *unreadable], groups)
     return Draft(config, found, wrong | {"model"} if unreadable else wrong, files, choices)
+
+
+def _with_meant(problem: Problem, groups: Sequence[str]) -> Problem:
+    """Put the choice that a bare word means beside it: quickstart -> experiment=quickstart."""
+    if problem.rule != overrides.BARE_RULE or "/" in problem.path:
+        return problem
+    for group in reversed(groups):  # an experiment, which is the last, is meant most often
+        if any((one / group / f"{problem.path}.yaml").is_file() for one in conf_folders()):
+            return dataclasses.replace(problem, nearest=f"{group}={problem.path}")
+    return problem
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import EnumNode
 
@@ -30,6 +30,9 @@ from hybrid_train.config.overrides import node_at, setting_names
 from hybrid_train.config.secrets import masked
 from hybrid_train.schema.problems import ConfigError
 
+_SHARE = re.compile(r"\$\{share:([\d.]+),\$\{([\w.]+)\}\}")
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+UNSET = "must be set"
 _COMMENTED = re.compile(r"^    (\w+): .*?#\s*(.+)$", re.MULTILINE)
 
 
@@ -46,6 +49,20 @@ def choices(job_name: str) -> dict[str, dict[str, str]]:
     """Return the choices of every group of a job, each with the first comment of its file."""
     words = {group: word for word, group in ROOTS[job_name].words.items()}
     return {words.get(group, group): descriptions(group) for group in group_names(job_name)}
+
+
+def chosen(job_name: str, lines: Sequence[str]) -> dict[str, str | None]:
+    """Return the choice of every group of a job after the overrides; None where there is none.
+
+    Raises:
+        ConfigError: if an override does not fit.
+    """
+    composed = _sound(job_name, lines)
+    with config_loader(job_name) as loader:
+        listed = loader.compute_defaults_list(job_name, composed.choices, RunMode.RUN)
+    known = listed.overrides.known_choices
+    words = {group: word for word, group in ROOTS[job_name].words.items()}
+    return {words.get(group, group): known.get(group) for group in group_names(job_name)}
 
 
 def descriptions(group: str) -> dict[str, str]:
@@ -92,7 +109,7 @@ def _first_comment(file: Path) -> str:
 
 
 def settings(job_name: str, lines: Sequence[str]) -> Iterator[Setting]:
-    """Yield every key of a job with its value after the overrides, as written.
+    """Yield every key of a job with the value that it will have after the overrides.
 
     Raises:
         ConfigError: if an override does not fit.
@@ -107,7 +124,20 @@ def settings(job_name: str, lines: Sequence[str]) -> Iterator[Setting]:
         if not isinstance(value, dict) and not name.endswith(".kind"):  # the group sets the kind
             members = _members(node_at(config, name))
             remarks = [", ".join(members), comments.get(name, "").replace("None:", "null:")]
+            if "${" in str(value):
+                value = _resolved(config, name, str(value))
             yield Setting(name.rstrip("_"), _shown(value), "; ".join(filter(None, remarks)))
+
+
+def _resolved(config: DictConfig, name: str, written: str) -> object:
+    """Return what a value that is computed comes to; in words, if that is not known yet."""
+    above, _, last = name.rpartition(".")
+    try:
+        found = (OmegaConf.select(config, above) if above else config)[last]
+    except OmegaConfBaseException:  # it follows from a setting that has no value
+        shares = [f"{float(part):.4g} of {key}" for part, key in _SHARE.findall(written)]
+        return ", ".join(shares) or f"follows {', '.join(_REFERENCE.findall(written))}"
+    return OmegaConf.to_container(found) if isinstance(found, Container) else found
 
 
 def _members(node: Node | None) -> list[str]:
@@ -134,7 +164,7 @@ def _sound(job_name: str, lines: Sequence[str]) -> Draft:
 def _shown(value: object) -> str:
     """Write a value as one would on the command line."""
     if value == "???":
-        return "(to be set)"
+        return UNSET
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):

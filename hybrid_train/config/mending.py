@@ -47,9 +47,12 @@ class Rules:
 
 def processes_of(job: object, started: int) -> int:
     """Return the number of processes that a job is for; `started` where it does not say so."""
-    if isinstance(job, CheckJob):
-        return job.processes
-    return node_counts.processes(job) if isinstance(job, SubmitJob) else started
+    if isinstance(job, CheckJob) and (job.processes or job.cluster is None):
+        return job.processes or 1
+    if isinstance(job, SubmitJob | CheckJob):
+        assert job.cluster is not None
+        return node_counts.processes(job, job.cluster)
+    return started
 
 
 def with_nearest(job: TrainJob, started: int, rules: Rules) -> list[Problem]:

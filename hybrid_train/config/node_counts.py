@@ -6,25 +6,26 @@ from collections.abc import Sequence
 from hybrid_train.config.check_batch import SHARE_RULES
 from hybrid_train.planning import degrees
 from hybrid_train.planning.phases import views_of
-from hybrid_train.schema.cluster import processes_per_node
+from hybrid_train.schema.cluster import Cluster, processes_per_node
 from hybrid_train.schema.submit import SubmitJob
+from hybrid_train.schema.train import TrainJob
 
 
-def unit(job: SubmitJob) -> int:
+def unit(job: TrainJob, cluster: Cluster) -> int:
     """Return the number of nodes whose multiples the degrees of all phases can split."""
     of_phases = [degrees.processes_unit(phase.parallel) for phase in views_of(job)]
-    own = processes_per_node(job.cluster)
+    own = processes_per_node(cluster)
     return math.lcm(*of_phases, own) // own
 
 
-def nodes(job: SubmitJob) -> int:
+def nodes(job: TrainJob, cluster: Cluster) -> int:
     """Return the number of nodes asked for: the fewest possible where the user names none."""
-    return job.cluster.nodes or unit(job)
+    return cluster.nodes or unit(job, cluster)
 
 
-def processes(job: SubmitJob) -> int:
+def processes(job: TrainJob, cluster: Cluster) -> int:
     """Return the number of processes on all nodes asked for."""
-    return nodes(job) * processes_per_node(job.cluster)
+    return nodes(job, cluster) * processes_per_node(cluster)
 
 
 def legal(job: SubmitJob) -> list[int]:
@@ -33,7 +34,7 @@ def legal(job: SubmitJob) -> list[int]:
     Args:
         job: a job that passes the checks on all its nodes; other rules ask for no number.
     """
-    whole = nodes(job)
+    whole = nodes(job, job.cluster)
     return _legal_within(job, job.cluster.min_nodes or whole, whole)
 
 
@@ -44,7 +45,8 @@ def most(jobs: Sequence[SubmitJob], available: int) -> int | None:
 
 
 def _legal_within(job: SubmitJob, fewest: int, largest: int) -> list[int]:
-    own, step, phases = processes_per_node(job.cluster), unit(job), list(views_of(job))
+    own, step = processes_per_node(job.cluster), unit(job, job.cluster)
+    phases = list(views_of(job))
     return [
         count
         for count in range(math.ceil(fewest / step) * step, largest + 1, step)

@@ -23,6 +23,7 @@ from hybrid_train.schema.import_path import is_path
 from hybrid_train.schema.names import nearest, nearest_key
 from hybrid_train.schema.problems import Problem, within_limits
 
+BARE_RULE = "write settings as KEY=VALUE"
 COMMA_RULE = "several values need --multirun; a value with a comma in it needs quotes"
 OWN_FILE = "conf/experiment/NAME.yaml, taken by experiment=NAME"
 _ASSIGNMENT = re.compile(r"(?:\+{0,2})([A-Za-z_][\w./@:-]*)=(.*)", re.DOTALL)
@@ -78,7 +79,7 @@ def read(lines: Sequence[str], groups: Collection[str], raw_keys: Collection[str
         elif match and match[1] in raw_keys:
             given.texts.setdefault(match[1], []).append(match[2])
         elif match is None and _DELETION.fullmatch(line) is None:
-            given.problems.append(Problem(line or '""', "(nothing)", "write settings as KEY=VALUE"))
+            given.problems.append(Problem(line or '""', "(nothing)", BARE_RULE))
         elif (read_so_far := read_so_far + 1) > _MOST:
             rule = f"are too many for a command line, which takes {_MOST}; write them into a file"
             given.problems.append(Problem("settings", f"{len(lines):,}", f"{rule}: {OWN_FILE}"))

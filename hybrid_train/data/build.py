@@ -15,7 +15,7 @@ from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.pieces import Joined
 from hybrid_train.data.plan import Opened, PhasePlan, describe, plan_phases
 from hybrid_train.data.prepare.manifest import read_manifest
-from hybrid_train.data.quickstart import folder_of, prepare
+from hybrid_train.data.quickstart import Report, folder_of, prepare
 from hybrid_train.data.quickstart import read_manifest as read_quickstart
 from hybrid_train.data.row import RowReader, RowTransform, Sequences
 from hybrid_train.data.sources import open_source, tokenizer_of
@@ -27,7 +27,7 @@ from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.source import Split
 from hybrid_train.schema.train import TrainJob
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -150,6 +150,7 @@ def open_data(
     *,
     barrier: Callable[[], None],
     is_main: bool,
+    report: Report | None = None,
 ) -> RunData:
     """Open the data of a run; every process calls it.
 
@@ -158,11 +159,14 @@ def open_data(
         stretches: its phases.
         barrier: waits for all processes.
         is_main: true in one process, which builds and writes what the others then read.
+        report: is called there with how far a corpus is that is built.
 
     Raises:
         ConfigError, UserError: as `check_data`, or if a folder cannot be written.
     """
-    data = _quickstart(job.data, barrier, is_main) if isinstance(job.data, Quickstart) else job.data
+    data = job.data
+    if isinstance(data, Quickstart):
+        data = _quickstart(data, barrier, report, is_main=is_main)
     tokenizer, train, held_out = _open(data)
     if not is_main:
         barrier()  # the main process builds the large indices, the others read them
@@ -243,9 +247,11 @@ def _require_same_tokenizer(data: Data, tokenizer: AnyTokenizer) -> None:
         )
 
 
-def _quickstart(config: Quickstart, barrier: Callable[[], None], is_main: bool) -> Data:
+def _quickstart(
+    config: Quickstart, barrier: Callable[[], None], report: Report | None, *, is_main: bool
+) -> Data:
     if is_main:
-        prepare(config)
+        prepare(config, report=report)
     barrier()
     return prepare(config)  # there by now, for every process
 
@@ -265,4 +271,4 @@ def _cache_folder(data: Data) -> Path | None:
 def _size(opened: Opened) -> str:
     total = sum(one.tokens for one in opened.documents.values())
     documents = sum(len(one) for one in opened.documents.values())
-    return f"{show_tokens(total)} tokens in {documents:,} documents"
+    return f"{show_tokens(total)} tokens in {counted(documents, 'document')}"

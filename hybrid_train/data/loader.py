@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.row import Row, stack
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 
 class BatchSource(Protocol):
@@ -85,8 +86,9 @@ class Loader:
     def _require_even_split(self) -> None:
         if self.global_batch % (self._microbatch * self._data_size):
             raise ValueError(
-                f"a global batch of {self.global_batch} sequences does not split into microbatches "
-                f"of {self._microbatch} on {self._data_size} data-parallel rank(s); it must be a "
+                f"a global batch of {counted(self.global_batch, 'sequence')} does not split into "
+                f"microbatches of {self._microbatch} on "
+                f"{counted(self._data_size, 'data-parallel rank')}; it must be a "
                 f"multiple of {self._microbatch * self._data_size}"
             )
 

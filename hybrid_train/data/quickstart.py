@@ -13,27 +13,35 @@ FOLDER/vocab-4096/              with packages vocab-4096-HASH: of their names an
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import sysconfig
 import tokenize
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import Distribution, PackageNotFoundError
+from itertools import batched
 from pathlib import Path
 
+from hybrid_train.data.prepare.tokenization import Progress
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
 from hybrid_train.schema import formats
 from hybrid_train.schema.data import Data, Quickstart
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted, show_bytes
 
 VALIDATION_SHARE = 0.045  # of the bytes
 # Tests are left out: much of them is tables, and some files are broken on purpose.
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+_AT_ONCE = 64  # documents that are tokenized between two reports
+Report = Callable[[Progress], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Manifest:
     packages: dict[str, dict[str, str]] = field(default_factory=dict)  # version and hash by name
 
 
-def prepare(config: Quickstart, source: Path | None = None) -> Data:
+def prepare(config: Quickstart, source: Path | None = None, report: Report | None = None) -> Data:
     """Build corpus, tokenizer and token files unless they are there; return where they lie.
 
     Each size of vocabulary has a folder of its own in `config.folder`, so that another size never
@@ -62,6 +70,7 @@ def prepare(config: Quickstart, source: Path | None = None) -> Data:
     Args:
         config: the folder and the size of the vocabulary.
         source: folder of Python files; the standard library of this machine if None.
+        report: is called with how far it is, while texts become tokens.
 
     Raises:
         UserError: if the folder cannot be written or holds something else, or a package is not
@@ -75,7 +84,9 @@ def prepare(config: Quickstart, source: Path | None = None) -> Data:
     building = folder.with_name(f".{folder.name}.building-{uuid.uuid4().hex}")
     try:
         building.mkdir(parents=True)
-        _build(building, source or standard_library(), config.vocab_size, packages)
+        _log.info("building the corpus %s, once: Python files become tokens", folder)
+        position = _Position(report)
+        _build(building, source or standard_library(), config.vocab_size, packages, position)
         _publish(building, folder)
     except OSError as error:
         raise UserError(
@@ -175,18 +186,50 @@ def split(source: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return [f for f in files if f not in chosen], [f for f in files if f in chosen]
 
 
+class _Position:
+    """How far the texts of a corpus are; reports it where somebody wants to know."""
+
+    def __init__(self, report: Report | None) -> None:
+        self._report = report
+        self._now = Progress(bytes_read=0, total_bytes=0, documents=0, tokens=0, bad=0)
+
+    def begin(self, total_bytes: int) -> None:
+        """Say how much there is in all."""
+        self._move(total_bytes=total_bytes)
+
+    def done(self, texts: Sequence[str], tokens: int) -> None:
+        """Add texts that have become tokens."""
+        now = self._now
+        self._move(
+            bytes_read=now.bytes_read + _num_bytes(texts),
+            documents=now.documents + len(texts),
+            tokens=now.tokens + tokens,
+        )
+
+    def _move(self, **changes: int) -> None:
+        self._now = replace(self._now, **changes)
+        if self._report is not None:
+            self._report(self._now)
+
+
 def _build(
-    folder: Path, source: Path, vocab_size: int, packages: Sequence[Distribution] = ()
+    folder: Path,
+    source: Path,
+    vocab_size: int,
+    packages: Sequence[Distribution],
+    position: _Position,
 ) -> None:
     files = source_files(source)
     if len(files) < 2:  # noqa: PLR2004 - one to train on and one to validate on
         raise UserError(
-            f"{source} holds {len(files)} Python source file(s), too few for the quickstart corpus;"
-            " install the full standard library, or set data=files with token files of your own"
+            f"{source} holds {counted(len(files), 'Python file')}, too few for the corpus; "
+            "install the full standard library, or set data=files with token files of your own"
         )
     train_files, validation_files = split(source, files)
     # Of the library alone: the same ids with and without packages.
-    tokenizer = train_byte_level_bpe(_read(train_files), vocab_size)
+    texts = _read(train_files)
+    _log.info("training a tokenizer on %s of them", show_bytes(_num_bytes(texts)))
+    tokenizer = train_byte_level_bpe(texts, vocab_size)
     tokenizer.save(folder / "tokenizer")
     pinned = {}
     for package in packages:
@@ -196,16 +239,17 @@ def _build(
         train_files, validation_files = train_files + more[0], validation_files + more[1]
         pinned[package.name] = {"version": package.version, "sha256": _hash_of(root, files)}
     train, validation = _read(train_files), _read(validation_files)
+    position.begin(_num_bytes(train) + _num_bytes(validation))
     manifest = Manifest(
         python=platform.python_version(),
         asked_vocab_size=vocab_size,
         vocab_size=tokenizer.vocab_size,
         train_files=len(train),
         train_bytes=_num_bytes(train),
-        train_tokens=_write(folder / "train", train, tokenizer),
+        train_tokens=_write(folder / "train", train, tokenizer, position),
         validation_files=len(validation),
         validation_bytes=_num_bytes(validation),
-        validation_tokens=_write(folder / "validation", validation, tokenizer),
+        validation_tokens=_write(folder / "validation", validation, tokenizer, position),
         packages=pinned,
     )
     text = json.dumps(asdict(manifest), indent=2) + "\n"
@@ -224,7 +268,8 @@ def _package_files(package: Distribution) -> list[Path]:
     files = sorted(Path(str(package.locate_file(file))) for file in kept)
     if len(files) < 2:  # noqa: PLR2004 - one to train on and one to validate on
         raise UserError(
-            f"data.packages: {package.name} has installed {len(files)} Python file(s); take another"
+            f"data.packages: {package.name} has installed {counted(len(files), 'Python file')}; "
+            "take another"
         )
     return files
 
@@ -254,10 +299,13 @@ def _read(files: Sequence[Path]) -> list[str]:
     return [text for text in texts if text]
 
 
-def _write(prefix: Path, texts: Sequence[str], tokenizer: Tokenizer) -> int:
+def _write(prefix: Path, texts: Sequence[str], tokenizer: Tokenizer, position: _Position) -> int:
     def documents() -> Iterator[list[int]]:
-        for ids in tokenizer.encode_batch(texts):
-            yield [*ids, tokenizer.end_of_document]
+        for some in batched(texts, _AT_ONCE):
+            encoded = tokenizer.encode_batch(some)
+            for ids in encoded:
+                yield [*ids, tokenizer.end_of_document]
+            position.done(some, sum(len(ids) + 1 for ids in encoded))
 
     return write_documents(prefix, documents(), vocab_size=tokenizer.vocab_size)
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.style import Style
 
 from hybrid_train.data.any_tokenizer import AnyTokenizer
+from hybrid_train.schema.units import counted
 
 _INCOMPLETE = "\ufffd"  # what the bytes of a character read like before its last one is there
 
@@ -75,7 +76,9 @@ def show(
         if len(texts) > 1:
             _put(f"--- prompt {number} of {len(texts)} ---\n")
         _put(("" if live else bold.render(prompt)) + text.fresh(last=True) + "\n")
-    sys.stderr.write(f"{count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s\n")
+    sys.stderr.write(
+        f"{counted(count, 'token')} in {seconds:.1f} s: {count / seconds:.0f} tokens/s\n"
+    )
 
 
 def _put(text: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from hybrid_train.hf.read import Folder
 from hybrid_train.hf.tensors import Theirs, require_finite, theirs_from_ours
 from hybrid_train.hf.write import Checkpoint, Weights
+from hybrid_train.schema.units import counted
 
 
 @dataclass
@@ -36,7 +37,9 @@ class Differences:
             "of other values": self.values,
         }
         return [
-            f"{len(found)} tensors {kind}: {_some(found)}" for kind, found in kinds.items() if found
+            f"{counted(len(found), 'tensor')} {kind}: {_some(found)}"
+            for kind, found in kinds.items()
+            if found
         ]
 
 

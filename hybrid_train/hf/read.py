@@ -31,6 +31,7 @@ from hybrid_train.schema.precision import Precision, ProductFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.schedule import Schedule
 from hybrid_train.schema.train import Train, TrainJob
+from hybrid_train.schema.units import counted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _STACKED = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
@@ -210,7 +211,8 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
     loss = cast.in_words(len(tensors))
     if loss:
         _log.warning("%s", loss)
-    return f"{output}: {len(folder.names)} tensors of {source} in {len(tensors)} of ours"
+    theirs = counted(len(folder.names), "tensor")
+    return f"{output}: {theirs} of {source} in {len(tensors)} of ours"
 
 
 def _require_model(folder: Folder, model: Model, tensors: list[Stored]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybrid_train.hf.names import Stored
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 BLOCK_BYTES = 4 * 2**20  # of a large tensor; it is read, checked and written within the cache
 
@@ -191,7 +192,7 @@ def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: se
 def _first(names: list[str]) -> str:
     if len(names) == 1:
         return f"{names[0]} is"
-    return f"{names[0]} and {len(names) - 1} more tensors are"
+    return f"{names[0]} and {counted(len(names) - 1, 'other tensor')} are"
 
 
 class Format(enum.Enum):

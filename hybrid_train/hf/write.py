@@ -27,6 +27,7 @@ from hybrid_train.hf.tensors import Cast, Theirs, require_shapes, theirs_from_ou
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import counted
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
@@ -146,7 +147,8 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
     loss = cast.in_words(len(theirs))
     if loss:
         _log.warning("%s", loss)
-    return f"{output}: {len(theirs)} tensors of {checkpoint.found.path} in {shards} files"
+    tensors, files = counted(len(theirs), "tensor"), counted(shards, "file")
+    return f"{output}: {tensors} of {checkpoint.found.path} in {files}"
 
 
 def _dtype_of(one: Theirs, weights: Weights) -> torch.dtype:

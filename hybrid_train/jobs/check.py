@@ -1,10 +1,10 @@
-"""The job `check`: the plan of a training run, for as many processes as it will have.
+"""The job `check`: the plan of a training run, for as many processes as it will have, as tables.
 
 It needs neither those processes nor torch: all that is printed follows from the config.
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from rich.console import Console
 
@@ -14,21 +14,20 @@ from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quan
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.check_native import hardware_notes
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.jobs.check_json import plan_as_data
 from hybrid_train.jobs.count import layers_in_words
 from hybrid_train.jobs.help import console, show_numbers, table
 from hybrid_train.jobs.phase_table import decay_steps, show_phases
+from hybrid_train.jobs.run_plan import RunPlan
 from hybrid_train.planning import degrees, stages
-from hybrid_train.planning.memory import memory
-from hybrid_train.planning.phases import Stretch, lay_out, unread_sources
-from hybrid_train.planning.ramp import ramps, run_length
+from hybrid_train.planning.phases import Stretch, unread_sources
+from hybrid_train.planning.ramp import ramps
 from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.check import CheckJob
-from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.schedule import Wsd
 from hybrid_train.schema.train import Train, TrainJob
-from hybrid_train.schema.units import show_bytes, show_tokens, tokens
+from hybrid_train.schema.units import counted, show_bytes, show_tokens, tokens
 from hybrid_train.tracking.metrics import show_duration, show_step_time
 
 _STAGE_HEADS = ("stage", "pipeline rank", "cost", "parameters")
@@ -40,26 +39,32 @@ _HELD_HEADS = (
 def run(job: CheckJob) -> None:
     """Print what every process will do and hold, and what is still to be set."""
     require_alone("check")
-    rows = degrees.padded_vocab_size(_vocab_size(job), job.model.vocab_multiple)
-    phases = lay_out(job)
-    first = phases[0].job
-    planned = stages.stages(first, rows)
+    plan = RunPlan.of(job)
+    if job.json:
+        print(json.dumps(plan_as_data(plan), indent=1, allow_nan=False))  # noqa: T201  the result
+        return
     page = console()
-    page.print(table(_facts(job, phases, rows, planned)))
-    if len(planned) > 1:
-        page.print(f"\n{stages.cut(first, rows)}\n", soft_wrap=True)
-        show_numbers(page, list(_stage_rows(planned)), _STAGE_HEADS)
+    page.print(table(_facts(plan)))
+    if len(plan.stages) > 1:
+        page.print(f"\n{stages.cut(plan.first, plan.rows)}\n", soft_wrap=True)
+        show_numbers(page, list(_stage_rows(plan.stages)), _STAGE_HEADS)
     page.print()
-    show_numbers(page, list(_held_rows(first, job.processes, planned)), _HELD_HEADS)
+    show_numbers(page, list(_held_rows(plan)), _HELD_HEADS)
+    unknown = "activations, buffers of libraries"
+    unknown += "." if job.cluster is not None else ", how much memory a GPU has: cluster=NAME says."
     page.print(
         "\nCost: forward FLOPs, as a part of the mean. Parameters and bytes: of one process, kept "
-        "from step to\nstep. Not known here: activations, buffers of libraries, how much memory a "
-        "GPU has.",
+        f"from step to\nstep. Not known here: {unknown}",
         soft_wrap=True,
     )
-    if len(phases) > 1:
-        show_phases(page, job, phases, rows)
-    _show_formats(page, phases)
+    if len(plan.phases) > 1:
+        show_phases(page, plan)
+    _show_formats(page, plan.phases)
+    _show_remarks(page, job)
+
+
+def _show_remarks(page: Console, job: CheckJob) -> None:
+    """Print what does not stand in the way of the plan, and has to be known."""
     if unread := unread_sources(job):
         page.print(
             f"\nThe phases name sources ({', '.join(unread)}). Without data.sources all phases "
@@ -102,62 +107,72 @@ def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
         shown = precision
 
 
-def _vocab_size(job: CheckJob) -> int:
-    if job.model.vocab_size is not None:
-        return job.model.vocab_size
-    if isinstance(job.data, Quickstart):
-        return job.data.vocab_size
-    from hybrid_train.data.sources import tokenizer_of  # few plans need it
-
-    return tokenizer_of(job.data).vocab_size
-
-
-def _facts(
-    job: CheckJob, phases: Sequence[Stretch], rows: int, planned: Sequence[Stage]
-) -> Iterator[tuple[str, str]]:
+def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
     """Yield the lines above the tables: a word, then what the plan says of it."""
-    model, pattern = job.model, parse(job.model.pattern)
-    if len(phases) > 1:
+    job, train, parallel = plan.job, plan.first.train, plan.first.parallel
+    if len(plan.phases) > 1:
         yield (
             "phases",
-            f"{len(phases)}, in the table at the end; all before it is of phase {phases[0].name}, "
-            "but length, work and the time in all, which are of the run",
+            f"{len(plan.phases)}, in the table at the end; all before it is of phase "
+            f"{plan.phases[0].name}, but length, work and the time in all, which are of the run",
         )
-    size = counts.parameters(model, rows)
+    size = counts.parameters(job.model, plan.rows)
     yield (
         "model",
         f"{show_tokens(size.total)} parameters, {show_tokens(size.active)} active; layers "
-        f"{layers_in_words(pattern)}; vocabulary {rows:,}; {job.precision.format.value}",
+        f"{layers_in_words(parse(job.model.pattern))}; vocabulary {plan.rows:,}; "
+        f"{job.precision.format.value}",
     )
-    first = phases[0].job
-    train, plan = first.train, first.parallel
-    data = degrees.data_parallel(plan, job.processes)
     yield (
         "processes",
-        f"{job.processes:,} = tensor {plan.tensor} x pipeline {plan.pipeline} x context "
-        f"{plan.context} x data {data:,}",
+        f"{plan.processes:,} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+        f"{parallel.context} x data {plan.data_parallel:,}",
     )
-    if numbers := [one.sizes.experts for one in distinct(model) if one.letter == Moe.letter]:
-        copies = degrees.expert_data_parallel(plan, job.processes)
-        split = (f"{one:,} = expert {plan.expert} x {one // plan.expert}" for one in set(numbers))
+    yield from _cluster(plan)
+    yield from _experts(plan)
+    yield "sequence", f"{train.sequence_length:,} tokens{_sequence_split(plan.first)}"
+    yield (
+        "batch",
+        f"{counted(train.global_batch, 'sequence')} = data {plan.data_parallel:,} x microbatch "
+        f"{train.microbatch} x {counted(plan.microbatches, 'microbatch')}; "
+        f"{show_tokens(plan.tokens_per_step)} tokens a step{_growth(train)}",
+    )
+    yield "length", _length(plan)
+    yield from _work(plan)
+    if parallel.pipeline > 1:
+        yield "pipeline", _pipeline(plan)
+
+
+def _cluster(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Say how many nodes the run takes, and what is left of a GPU."""
+    on = plan.nodes()
+    if on is None:
+        return
+    cluster, nodes = on
+    each = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
+    yield "cluster", f"{counted(nodes, 'node')} with {each} on each"
+    if cluster.gpus_per_node and cluster.gpu_memory_gb is not None:
+        most, whole = plan.most_kept(), cluster.gpu_memory_gb * 1e9
+        yield (
+            "memory",
+            f"{show_bytes(whole)} a GPU; the fullest process keeps {show_bytes(most)} from step to "
+            f"step, {show_bytes(whole - most)} are left for all else",
+        )
+
+
+def _experts(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Say how many experts a process has."""
+    parallel, model = plan.first.parallel, plan.job.model
+    if numbers := {one.sizes.experts for one in distinct(model) if one.letter == Moe.letter}:
+        copies = degrees.expert_data_parallel(parallel, plan.processes)
+        split = (
+            f"{one:,} = expert {parallel.expert} x {one // parallel.expert}" for one in numbers
+        )
         yield (
             "experts",
             f"{' or '.join(sorted(split))} a process; expert_tensor "
-            f"{degrees.expert_tensor(plan)}, expert-data {copies:,}",
+            f"{degrees.expert_tensor(parallel)}, expert-data {copies:,}",
         )
-    yield "sequence", f"{train.sequence_length:,} tokens{_sequence_split(first)}"
-    number = degrees.num_microbatches(first, job.processes)
-    per_step = train.global_batch * train.sequence_length
-    yield (
-        "batch",
-        f"{train.global_batch:,} sequences = data {data:,} x microbatch "
-        f"{train.microbatch} x {number:,} microbatches; {show_tokens(per_step)} tokens a step"
-        f"{_growth(train)}",
-    )
-    yield "length", _length(job, phases)
-    yield from _work(job, phases, rows, per_step)
-    if plan.pipeline > 1:
-        yield "pipeline", _pipeline(first, planned, number)
 
 
 def _growth(train: Train) -> str:
@@ -179,55 +194,42 @@ def _sequence_split(job: TrainJob) -> str:
     return words
 
 
-def _length(job: CheckJob, phases: Sequence[Stretch]) -> str:
+def _length(plan: RunPlan) -> str:
     """Say how many steps the run takes, and the parts of its schedule."""
-    warmup = job.schedule.warmup_tokens
-    words = [f"{job.train.tokens} tokens = {sum(one.length.steps for one in phases):,} steps"]
-    if tokens(warmup):
-        steps = run_length(replace(phases[0].job.train, tokens=warmup)).steps
-        words.append(f"warm-up {show_tokens(tokens(warmup))} = {steps:,}")
-    if isinstance(job.schedule, Wsd) and tokens(job.schedule.decay_tokens):
-        decay = tokens(job.schedule.decay_tokens)
-        words.append(f"decay {show_tokens(decay)} = {decay_steps(phases, decay):,}")
+    words = [f"{plan.job.train.tokens} tokens = {counted(plan.steps, 'step')}"]
+    if plan.warmup_steps:
+        warmup = tokens(plan.job.schedule.warmup_tokens)
+        words.append(f"warm-up {show_tokens(warmup)} = {plan.warmup_steps:,}")
+    if decay := plan.decay_tokens:
+        words.append(f"decay {show_tokens(decay)} = {decay_steps(plan.phases, decay):,}")
     return "; ".join(words)
 
 
-def _work(
-    job: CheckJob, phases: Sequence[Stretch], rows: int, per_step: int
-) -> Iterator[tuple[str, str]]:
+def _work(plan: RunPlan) -> Iterator[tuple[str, str]]:
     """Say how many operations the run takes, and the time below which it cannot be."""
-    of_token = [
-        counts.flops_per_token(job.model, rows, one.job.train.sequence_length).training
-        for one in phases
-    ]
-    of_process = of_token[0] * per_step / job.processes
-    in_all = sum(each * (one.end - one.start) for each, one in zip(of_token, phases, strict=True))
-    yield (
-        "work",
-        f"{in_all:.3g} FLOP in all, {of_process / 1e12:.4g} TFLOP a step and process",
-    )
-    peak = job.runtime.peak_tflops
-    if peak is None:
+    of_step = plan.flops_of_a_step / 1e12
+    yield "work", f"{plan.flops:.3g} FLOP in all, {of_step:.4g} TFLOP a step and process"
+    least = plan.least_seconds()
+    if least is None:
         yield "time", "not known here; with runtime.peak_tflops=N of a GPU, the least it can be"
-    else:
-        step_s = of_process / (peak * 1e12)
-        in_all_s = in_all / job.processes / (peak * 1e12)
-        yield (
-            "time",
-            f"more than {show_step_time(step_s)} a step and {show_duration(in_all_s)} in all, "
-            f"which would be the whole peak of {peak:g} TFLOP/s",
-        )
+        return
+    yield (
+        "time",
+        f"more than {show_step_time(least[0])} a step and {show_duration(least[1])} in all, "
+        f"which would be the whole peak of {plan.job.runtime.peak_tflops:g} TFLOP/s",
+    )
 
 
-def _pipeline(job: TrainJob, planned: Sequence[Stage], num_microbatches: int) -> str:
+def _pipeline(plan: RunPlan) -> str:
     """Say how much of the time the ranks wait for each other."""
-    plan = job.parallel
-    bubble = stages.bubble_share(plan.pipeline, plan.virtual_pipeline, num_microbatches)
-    work = stages.most_work_share(planned, num_microbatches)
-    each = f", {plan.virtual_pipeline} stages each" if plan.virtual_pipeline > 1 else ""
+    parallel, number = plan.first.parallel, plan.microbatches
+    bubble = stages.bubble_share(parallel.pipeline, parallel.virtual_pipeline, number)
+    work = stages.most_work_share(plan.stages, number)
+    own = parallel.virtual_pipeline
+    each = f", {counted(own, 'stage')} each" if own > 1 else ""
     return (
-        f"{plan.pipeline} ranks{each}; they would wait {bubble:.1%} of a step if all stages cost "
-        f"the same; with these {1 - work:.1%} or more"
+        f"{counted(parallel.pipeline, 'rank')}{each}; they would wait {bubble:.1%} of a step if "
+        f"all stages cost the same; with these {1 - work:.1%} or more"
     )
 
 
@@ -243,18 +245,14 @@ def _stage_rows(planned: Sequence[Stage]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _held_rows(
-    job: TrainJob, processes: int, planned: Sequence[Stage]
-) -> Iterator[tuple[str, ...]]:
+def _held_rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
     """Yield a row for each pipeline rank: what one process of it does and keeps."""
-    for rank in range(job.parallel.pipeline):
-        own = [stage for stage in planned if stage.rank == rank]
-        held = stages.held_of_rank(planned, rank)
-        kept = memory(job, held, processes)
+    for rank in range(plan.first.parallel.pipeline):
+        kept = plan.kept_of_rank(rank)
         parts = (kept.weights, kept.gradients, kept.optimizer, kept.total)
         yield (
             str(rank),
-            f"{sum(stage.cost for stage in own) / len(own):.2f}",
-            show_tokens(held.total),
+            f"{plan.cost_of_rank(rank):.2f}",
+            show_tokens(stages.held_of_rank(plan.stages, rank).total),
             *map(show_bytes, parts),
         )

@@ -1,9 +1,9 @@
-"""The command line: finds the job, composes its config, runs it, and says what went wrong.
+"""The command line: finds the command, composes its config, runs it, and says what went wrong.
 
 Exit codes: 0 done, 1 a fault of the program (with its traceback) or, of `doctor`, something broken,
 2 something the user can mend (one message on stderr), 130 interrupted. A command that ends with 2
-before the job starts has written nothing. Job modules are imported when they run: help and errors
-need no torch.
+before its job starts has written nothing. Job modules are imported when they run: help and errors
+need no torch, and a command that does says what it starts before that is imported.
 """
 
 import argparse
@@ -20,32 +20,33 @@ from typing import Any, NoReturn
 
 from hybrid_train import __version__
 from hybrid_train.config import launcher, own_conf
-from hybrid_train.config.commands import COMMANDS, Command, root_of
+from hybrid_train.config.commands import COMMANDS, root_of
 from hybrid_train.config.secrets import masked
 from hybrid_train.runtime.streams import accept_any_letter
 from hybrid_train.schema.names import nearest
-from hybrid_train.schema.problems import UserError, explained_by_the_system
+from hybrid_train.schema.problems import ConfigError, UserError, explained_by_the_system
 
 _WITH_JSON = [name for name, command in COMMANDS.items() if command.prints_json]
 FLAGS = {
-    "--help": "this text, or that of a job: hybrid-train train --help",
-    "--cfg job": "print the composed config and stop; hydra or all: with Hydra's own part",
-    "--resolve": "with --cfg: put values in place of ${...}",
-    "--info": "say where the config comes from: all, defaults, defaults-tree, searchpath, ...",
-    "--multirun": "run every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
-    "--config-dir PATH": "a folder with YAML files of your own, such as PATH/experiment/mine.yaml; "
+    "--help": "explains a command: hybrid-train train --help; --help=all shows every setting",
+    "--cfg job": "prints the composed config and stops; hydra or all: with Hydra's own part",
+    "--resolve": "puts values in place of ${...}, with --cfg",
+    "--info": "says where the config comes from: all, defaults, defaults-tree, searchpath, ...",
+    "--multirun": "runs every combination of values: train.seed=1,2 optimizer.beta2=0.9,0.95",
+    "--config-dir PATH": "adds a folder with YAML files of your own, as PATH/experiment/mine.yaml; "
     "conf/ of the working folder is one without being named",
-    "--json": "short for json=true, of jobs that print one JSON object if asked: "
-    f"{', '.join(_WITH_JSON)}",
-    "--version": "print the version",
+    "--json": f"is short for json=true, of {', '.join(_WITH_JSON)}: they print one JSON object",
+    "--dry-run": "is short for dry_run=true, of submit: it prints the batch script and stops",
+    "--version": "prints the version",
 }
+HELP_ALL = "--help=all"
 FIRST_SPEAKS_S = 5.0
 NOT_WRITABLE = 0o002  # by others than the user and the group
 # Options of Hydra's own programs that have another form here.
 _INSTEAD = {
-    ("--config-name", "-cn"): "the job names its config; a file of your own is experiment=NAME",
+    ("--config-name", "-cn"): "the command names its config; a file of your own is experiment=NAME",
     ("--config-path", "-cp"): "use --config-dir PATH for a folder of your own",
-    ("--run", "-r"): "a job runs without it",
+    ("--run", "-r"): "a command runs without it",
     ("--package", "-p"): "write the key as a whole: --cfg job prints all of them",
     ("--hydra-help",): "see hybrid-train --help",
     ("--shell-completion", "-sc"): "there is no completion",
@@ -118,7 +119,11 @@ def _tell_torchrun(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(masked(f"hybrid-train: {text}\n"))
+    _say(f"hybrid-train: {text}")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(masked(f"{line}\n"))
     sys.stderr.flush()
 
 
@@ -126,7 +131,10 @@ class _Parser(argparse.ArgumentParser):
     """Options between the overrides; what is wrong becomes a UserError."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see hybrid-train --help")
+        unknown = message.removeprefix("unrecognized arguments: ")
+        near = nearest(unknown.partition("=")[0], [name.split()[0] for name in FLAGS])
+        hint = f"; did you mean {near}?" if unknown != message and near else ""
+        raise UserError(f"{message}{hint}; see hybrid-train --help")
 
 
 class _Refused(argparse.Action):
@@ -140,10 +148,13 @@ def _parser() -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
+    # An option by itself: as a value of --help it would take the word behind it.
+    parser.add_argument(HELP_ALL, action="store_true", dest="help_all")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--info", "-i", nargs="?", const="all", choices=_INFO)
     parser.add_argument(own_conf.OPTION, "-cd", action="append", default=[], dest="folders")
@@ -163,29 +174,31 @@ def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
     except FileNotFoundError as error:
         raise UserError("the working folder is gone; cd to one that is there") from error
     options = _parser().parse_intermixed_args(arguments)
+    options.help = options.help or options.help_all
     if options.version:
         return _version
     if not options.words:
-        return _help_text(None, ()) if options.help or not arguments else _no_job()
-    name, words = _job_name(options.words)
+        return _help_of_all("") if options.help or not arguments else _no_command()
+    name, words = _command_name(options.words)
     _require_useful(name, options)
     words, folders = own_conf.taken_out(words)
     own_conf.name([*own_conf.checked(options.folders), *folders])
     words += ["json=true"] if options.json else []
+    words += ["dry_run=true"] if options.dry_run else []
     if name in _families():
         if options.help:
-            return _help_text(name, ())
+            return _help_of_all(f"{name} ")
         raise UserError(
             f"{name} what? There are {', '.join(_family(name))}; see hybrid-train {name} --help"
         )
-    return _job_command(name, words, options)
+    return _started(name, words, options)
 
 
-def _job_name(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Split a command line into the name of a job, or of a family without more, and the rest.
+def _command_name(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split a command line into the name of a command, or of a family without more, and the rest.
 
     Raises:
-        UserError: if there is no such job.
+        UserError: if there is no such command.
     """
     first, *rest = words
     if first in COMMANDS:
@@ -196,14 +209,25 @@ def _job_name(words: Sequence[str]) -> tuple[str, list[str]]:
         second, *rest = rest
         if f"{first} {second}" in COMMANDS:
             return f"{first} {second}", rest
-        raise _no_such_job(second, _family(first), f"{first} ")
-    raise _no_such_job(first, list(COMMANDS), "")
+        raise _no_such_command(second, _family(first), f"{first} ")
+    if "=" in first:
+        raise UserError(
+            f"{first} is a setting, and the command comes first: hybrid-train train {first}"
+        )
+    raise _no_such_command(first, list(COMMANDS), "")
 
 
-def _no_such_job(name: str, known: Sequence[str], family: str) -> UserError:
-    near = nearest(name, known)
+def _no_such_command(name: str, known: Sequence[str], family: str) -> UserError:
+    near = nearest(name, known) or _last_words(known).get(name)
     hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
-    return UserError(f"there is no job {family + name!r}; {hint} See hybrid-train {family}--help")
+    return UserError(
+        f"there is no command {family + name!r}; {hint} See hybrid-train {family}--help"
+    )
+
+
+def _last_words(known: Sequence[str]) -> dict[str, str]:
+    """Return the commands of two words by the second alone: tokenize -> data tokenize."""
+    return {name.partition(" ")[2]: name for name in known if " " in name}
 
 
 def _require_useful(name: str, options: argparse.Namespace) -> None:
@@ -214,6 +238,8 @@ def _require_useful(name: str, options: argparse.Namespace) -> None:
     """
     if options.help:
         return
+    if options.dry_run and name != "submit":
+        raise UserError(f"{name} has no option --dry-run; submit has")
     asked = [flag for flag in ("cfg", "info", "multirun", "json") if getattr(options, flag)]
     if options.resolve and not options.cfg:
         raise UserError("--resolve belongs to --cfg: --cfg job --resolve prints values in place")
@@ -222,11 +248,11 @@ def _require_useful(name: str, options: argparse.Namespace) -> None:
     if asked and name in COMMANDS and not COMMANDS[name].schema:
         raise UserError(f"{name} has no option --{asked[0]}; hybrid-train {name} is all there is")
     if options.json and name not in _WITH_JSON:
-        raise UserError(f"{name} has no option --json; {' and '.join(_WITH_JSON)} have")
+        raise UserError(f"{name} has no option --json; {', '.join(_WITH_JSON)} have")
 
 
 def _families() -> set[str]:
-    """Return the first words of jobs that have two."""
+    """Return the first words of commands that have two."""
     return {name.partition(" ")[0] for name in COMMANDS if " " in name}
 
 
@@ -235,36 +261,63 @@ def _family(first: str) -> list[str]:
     return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
 
 
-def _no_job() -> NoReturn:
-    raise UserError(f"which job? There are {', '.join(COMMANDS)}; see hybrid-train --help")
+def _no_command() -> NoReturn:
+    raise UserError(f"which command? There are {', '.join(COMMANDS)}; see hybrid-train --help")
 
 
-def _job_command(
+def _started(
     name: str, words: Sequence[str], options: argparse.Namespace
 ) -> Callable[[], int | None]:
-    """Return what a job's command line starts."""
-    job = COMMANDS[name]
+    """Return what the command line of a command starts."""
+    command = COMMANDS[name]
     if options.help:
-        return _help_text(name, words)
+        return _help_of(name, words, in_full=options.help_all)
     launcher.require_sound()
-    if not job.schema:
-        return lambda: importlib.import_module(job.module).run(list(words))
-    from hybrid_train.config import compose, describe  # Hydra takes a moment to import
+    if not command.schema:
+        return lambda: importlib.import_module(command.module).run(list(words))
+    from hybrid_train.config import describe  # Hydra takes a moment to import
 
     root = root_of(name)
     if options.cfg:
         return _printer(describe.config_text(root, words, options.cfg, resolve=options.resolve))
     if options.info:
         return lambda: describe.print_info(root, words, options.info)
-    if options.multirun:
-        from hybrid_train.jobs import multirun
+    return _ready(name, words, is_sweep=options.multirun)
 
+
+def _ready(name: str, words: Sequence[str], *, is_sweep: bool) -> Callable[[], int | None]:
+    """Compose and check a command's config, or several, and return what runs them."""
+    from hybrid_train.config import compose
+    from hybrid_train.jobs import multirun, submit
+
+    if name == "submit":  # problems of the cluster and of all runs of an array are told at once
+        return submit.plan(words, is_array=is_sweep)
+    if is_sweep:
         return multirun.plan(name, words)
-    config = compose.compose(root, words)
-    return lambda: _run(job, config)
+
+    try:
+        config = compose.compose(root_of(name), words)
+    except ConfigError as error:
+        if COMMANDS[name].prints_json and "json=true" in words:
+            _tell_problems(error)
+        raise
+    return lambda: _run(name, words, config)
 
 
-def _run(command: Command, config: Any) -> int | None:
+def _tell_problems(error: ConfigError) -> None:
+    """Print what is wrong with a config as JSON, for whoever reads stdout."""
+    from hybrid_train.jobs.check_json import problems_as_data
+
+    sys.stdout.write(json.dumps(problems_as_data(error.problems), indent=1) + "\n")
+
+
+def _run(name: str, words: Sequence[str], config: Any) -> int | None:
+    """Run a command whose config is sound."""
+    command = COMMANDS[name]
+    if command.says_what_starts and launcher.rank() == 0:
+        from hybrid_train.jobs.first_line import first_line
+
+        _say(first_line(name, words, config))
     code: int | None = importlib.import_module(command.module).run(config)
     return code
 
@@ -276,15 +329,23 @@ def _printer(text: str) -> Callable[[], None]:
     return write
 
 
-def _help_text(name: str | None, words: Sequence[str]) -> Callable[[], None]:
-    """Return what prints the help of all jobs, of a family, or of one."""
+def _help_of_all(within: str) -> Callable[[], None]:
+    """Return what prints the help of all commands, or of those of a family."""
     from hybrid_train.jobs import help as help_page
 
-    if name is None or name not in COMMANDS or not COMMANDS[name].schema:
-        within = f"{name} " if name and name not in COMMANDS else ""
-        jobs = {known: job.summary for known, job in COMMANDS.items() if known.startswith(within)}
-        return lambda: help_page.show_jobs(jobs, FLAGS)
-    return lambda: help_page.show_job(name, root_of(name), COMMANDS[name].summary, words)
+    shown = {name: one for name, one in COMMANDS.items() if name.startswith(within)}
+    return lambda: help_page.show_commands(shown, FLAGS)
+
+
+def _help_of(name: str, words: Sequence[str], *, in_full: bool) -> Callable[[], None]:
+    """Return what prints the help of a command."""
+    from hybrid_train.jobs import help as help_page
+
+    command = COMMANDS[name]
+    if not command.schema:
+        return lambda: help_page.show_without_settings(name, command)
+    show = help_page.show_all if in_full else help_page.show_command
+    return lambda: show(name, command, root_of(name), words)
 
 
 def _version() -> None:

@@ -1,13 +1,32 @@
 """A copy of the code beside a run, so that what was submitted is what runs, and runs again."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import hybrid_train
 from hybrid_train.config.compose import conf_dir
 from hybrid_train.jobs.code_state import PARTS, SNAPSHOT, git, version_text
+from hybrid_train.schema.problems import UserError
 
 _NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def launch_dir() -> Path:
+    """Return launch/, which holds the batch scripts: beside the package, or where a wheel puts it.
+
+    Raises:
+        UserError: if it is in neither place.
+    """
+    source_tree = Path(hybrid_train.__file__).resolve().parents[1] / "launch"
+    wheel = Path(sys.prefix) / "share" / "hybrid_train" / "launch"
+    for place in (source_tree, wheel):
+        if (place / "slurm" / "train.sbatch").is_file():
+            return place
+    raise UserError(
+        f"no folder with the batch scripts (slurm/train.sbatch in it) at {source_tree}, {wheel}; "
+        "install the package again"
+    )
 
 
 def write(target: Path, launch: Path) -> None:

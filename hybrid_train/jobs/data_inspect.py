@@ -12,7 +12,7 @@ from hybrid_train.jobs.help import console
 from hybrid_train.schema.listed import listed_paths
 from hybrid_train.schema.prepare import InspectJob
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 
 
 def run(job: InspectJob) -> None:
@@ -31,14 +31,14 @@ def _show(prefix: str, folder: str | None, number: int | None) -> None:
     reader = TokenReader(prefix)
     page = console()
     page.print(f"{prefix}: {found.tokens} tokens ({show_tokens(found.tokens)}) of {found.dtype}")
-    page.print(f"{len(reader)} documents; tokens in each:")
+    page.print(f"{counted(len(reader), 'document')}; tokens in each:")
     page.print("\n".join(histogram(reader.document_lengths())), soft_wrap=True)
     if number is None:
         return
     if number >= len(reader):
         raise UserError(f"{prefix} has no document {number}; they go from 0 to {len(reader) - 1}")
     ids = reader[number].tolist()
-    page.print(f"\ndocument {number}, {len(ids)} tokens:")
+    page.print(f"\ndocument {number}, {counted(len(ids), 'token')}:")
     page.print(tokenizer.decode(ids) if tokenizer else str(ids), soft_wrap=True)
 
 

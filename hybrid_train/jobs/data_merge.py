@@ -6,7 +6,7 @@ from hybrid_train.data.prepare.prefixes import find_prefixes
 from hybrid_train.data.prepare.shards import merge
 from hybrid_train.schema.listed import listed_paths
 from hybrid_train.schema.prepare import MergeJob
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 
 
 def run(job: MergeJob) -> None:
@@ -14,6 +14,6 @@ def run(job: MergeJob) -> None:
     prefixes = find_prefixes(listed_paths(job.input))
     documents, tokens = merge(prefixes, job.output, overwrite=job.overwrite)
     sys.stdout.write(
-        f"{job.output}: {documents:,} documents, {show_tokens(tokens)} tokens of "
-        f"{len(prefixes)} prefixes\n"
+        f"{job.output}: {counted(documents, 'document')}, {show_tokens(tokens)} tokens of "
+        f"{counted(len(prefixes), 'prefix')}\n"
     )

@@ -12,7 +12,7 @@ from hybrid_train.planning.phases import Stretch, lay_out, rows_of_step
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.show import ShowJob
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 
 
 def run(job: ShowJob) -> None:
@@ -47,13 +47,14 @@ def _lines(job: ShowJob, data: RunData, stretch: Stretch, rows: range) -> Iterat
     length = stretch.job.train.sequence_length
     seen = stretch.start + rows.start * length
     yield (
-        f"step {job.step}{phase}: {len(rows)} rows of {length:,} tokens, after "
+        f"step {job.step}{phase}: {counted(len(rows), 'row')} of {length:,} tokens, after "
         f"{show_tokens(seen)} tokens"
     )
     for number, row in enumerate(rows[: job.rows]):
         yield from _row(job, data, plan, row, number)
     if len(rows) > job.rows:
-        yield f"and {len(rows) - job.rows} more rows; rows={len(rows)} shows all"
+        left = counted(len(rows) - job.rows, "row")
+        yield f"and {left} more; rows={len(rows)} shows all"
 
 
 def _row(job: ShowJob, data: RunData, plan: PhasePlan, row: int, number: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.listed import listed, listed_paths
 from hybrid_train.schema.prepare import TrainTokenizerJob
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.units import show_bytes
+from hybrid_train.schema.units import counted, show_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def run(job: TrainTokenizerJob) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
     _log.info(
-        "%s: vocabulary %d of %d asked for, from %d documents, %s of text",
-        output, tokenizer.vocab_size, job.vocab_size, sample.documents,
+        "%s: vocabulary %d of %d asked for, from %s, %s of text",
+        output, tokenizer.vocab_size, job.vocab_size, counted(sample.documents, "document"),
         show_bytes(sample.characters),
     )  # fmt: skip
 
@@ -63,9 +63,9 @@ def _trained(job: TrainTokenizerJob, sample: Sample) -> Tokenizer:
     tokenizer = train_byte_level_bpe(sample, job.vocab_size, listed(job.special_tokens))
     if not sample.documents:
         raise UserError(
-            f"no document in the sample of {len(sample.sources)} source(s), {sample.bad} bad "
-            "lines; check input=, text_key= and sample_share="
+            f"no document in the sample of {counted(len(sample.sources), 'source')}, "
+            f"{counted(sample.bad, 'bad line')}; check input=, text_key= and sample_share="
         )
     if sample.bad:
-        _log.warning("%d lines hold no document and were left out", sample.bad)
+        _log.warning("left out, since they hold no document: %s", counted(sample.bad, "line"))
     return tokenizer

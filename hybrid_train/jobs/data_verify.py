@@ -9,7 +9,7 @@ from hybrid_train.data.prepare.verification import verify_whole
 from hybrid_train.schema.listed import listed_paths
 from hybrid_train.schema.prepare import VerifyTokensJob
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 
 
 def run(job: VerifyTokensJob) -> None:
@@ -26,10 +26,11 @@ def run(job: VerifyTokensJob) -> None:
         found = verify_whole(prefix, facts)
         faults += [f"  {prefix}: {fault}" for fault in found.faults]
         state = "faulty" if found.faults else "whole"
-        size = f"{found.documents:,} documents, {show_tokens(found.tokens)} tokens"
+        size = f"{counted(found.documents, 'document')}, {show_tokens(found.tokens)} tokens"
         sys.stdout.write(f"{prefix}: {state}, {size}\n")
         for unchecked in found.unchecked:
             sys.stdout.write(f"  not checked: {unchecked}\n")
     if faults:
         text = "\n".join(faults)
-        raise UserError(f"{len(faults)} fault(s) in token files:\n{text}\nWrite these files anew")
+        many = counted(len(faults), "fault")
+        raise UserError(f"{many} in token files:\n{text}\nWrite these files anew")

@@ -13,6 +13,7 @@ from hybrid_train.runtime.health.findings import Finding, Grade, ok, warning
 from hybrid_train.runtime.health.machine import Machine
 from hybrid_train.runtime.replacements import to_do
 from hybrid_train.schema.doctor import DoctorJob
+from hybrid_train.schema.units import counted
 
 _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
 
@@ -53,7 +54,8 @@ def _tell_lines(found: Iterator[tuple[str, Finding]]) -> int:
             _say(f"{'':{_NAME_WIDTH}}{'':{_GRADE_WIDTH}}-> {finding.fix}")
     worst = worst_of(grades)
     number = grades.count(Grade.warning), grades.count(Grade.broken)
-    _say(f"\n{len(grades)} checks: {number[0]} warning(s), {number[1]} broken")
+    checks, warnings = counted(len(grades), "check"), counted(number[0], "warning")
+    _say(f"\n{checks}: {warnings}, {number[1]} broken")
     return int(worst is Grade.broken)
 
 

@@ -12,6 +12,7 @@ from hybrid_train.hf.origin import Origin
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.generate import GenerateJob
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 if TYPE_CHECKING:
     from hybrid_train.jobs.networks import LoadedModel
@@ -94,9 +95,9 @@ def _check_tokens(prompt: str, ids: Sequence[int], loaded: "LoadedModel") -> Non
         )
     if len(ids) > length:
         _log.warning(
-            "%s has %d tokens, and the model was trained on sequences of %d: what follows is "
+            "%s has %s, and the model was trained on sequences of %d: what follows is "
             "beyond what it has learned",
-            *(prompt, len(ids), length),
+            *(prompt, counted(len(ids), "token"), length),
         )
     begin = loaded.tokenizer.special_ids.get("bos_token")
     if len(ids) > 1 and ids[0] == ids[1] == begin:

@@ -33,7 +33,7 @@ from hybrid_train.schema.precision import Backend, Precision, ProductFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
-from hybrid_train.schema.units import tokens
+from hybrid_train.schema.units import counted, tokens
 from hybrid_train.training.network import Network, Rate
 from hybrid_train.training.nonfinite import raise_bad_norm
 from hybrid_train.training.routing import ExpertLayer, Routing
@@ -156,7 +156,7 @@ def load_model(
     read_weights(found.path, built.chunks, groups, key)
     # What an edit makes of weights is not in them: without it this would be another model.
     apply_edits(built_from(job.edits), built.chunks)
-    _log.info("loaded %s, trained for %d steps", found.path, found.step)
+    _log.info("loaded %s, trained for %s", found.path, counted(found.step, "step"))
     device = torch.device(torch.cuda.current_device())
     loaded = Network(
         list(built.chunks), groups, device, _routing(job.model), built.balance_losses, name=name

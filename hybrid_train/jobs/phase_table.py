@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from hybrid_train.jobs.help import show_numbers
+from hybrid_train.jobs.run_plan import RunPlan
 from hybrid_train.planning import degrees, stages
-from hybrid_train.planning.memory import memory
 from hybrid_train.planning.phases import Stretch
-from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.schedule import Wsd
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_bytes, show_tokens
@@ -18,17 +17,10 @@ _HEADS = (
 )  # fmt: skip
 
 
-def show_phases(page: Console, job: CheckJob, phases: Sequence[Stretch], rows: int) -> None:
-    """Print a row for each phase.
-
-    Args:
-        page: where to print.
-        job: the run.
-        phases: its phases, laid out.
-        rows: of the embedding as they are stored.
-    """
+def show_phases(page: Console, plan: RunPlan) -> None:
+    """Print a row for each phase."""
     page.print()
-    show_numbers(page, list(_rows(job, phases, rows)), _HEADS)
+    show_numbers(page, list(_rows(plan)), _HEADS)
     page.print(
         "\nBatch: sequences of a step. Rate: constant, where a phase is not in the schedule. Most "
         "kept: by the\nprocess that keeps most. Layout: where it is not that of the first phase.",
@@ -36,9 +28,9 @@ def show_phases(page: Console, job: CheckJob, phases: Sequence[Stretch], rows: i
     )
 
 
-def _rows(job: CheckJob, phases: Sequence[Stretch], rows: int) -> Iterator[tuple[str, ...]]:
-    for one, asked in zip(phases, job.train.phases, strict=True):
-        train, moved = one.job.train, one.job.parallel != phases[0].job.parallel
+def _rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
+    for one, asked in zip(plan.phases, plan.job.train.phases, strict=True):
+        train, moved = one.job.train, one.job.parallel != plan.first.parallel
         yield (
             one.name,
             asked.start,
@@ -47,16 +39,9 @@ def _rows(job: CheckJob, phases: Sequence[Stretch], rows: int) -> Iterator[tuple
             f"{train.sequence_length:,}",
             f"{train.global_batch:,}",
             "schedule" if asked.constant_lr is None else f"{asked.constant_lr:g}",
-            show_bytes(_most_kept(one.job, job.processes, rows)),
-            _layout(one.job, job.processes) if moved else "",
+            show_bytes(stages.most_kept(one.job, plan.processes, plan.rows)),
+            _layout(one.job, plan.processes) if moved else "",
         )
-
-
-def _most_kept(job: TrainJob, processes: int, rows: int) -> int:
-    """Return the bytes that a process keeps on the pipeline rank that keeps most."""
-    planned = stages.stages(job, rows)
-    held = [stages.held_of_rank(planned, rank) for rank in range(job.parallel.pipeline)]
-    return max(memory(job, one, processes).total for one in held)
 
 
 def _layout(job: TrainJob, processes: int) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.networks import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
+from hybrid_train.jobs.progress import TextProgress
 from hybrid_train.megatron.groups import destroy_groups
 from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources
 from hybrid_train.planning.ramp import ramps
@@ -214,7 +216,10 @@ def _asked_vocab_size(job: TrainJob) -> int:
 
 
 def _open_data(job: TrainJob, stretches: list[Stretch], start: Start) -> RunData:
-    data = open_data(job, stretches, barrier=ranks.barrier, is_main=ranks.is_main())
+    with TextProgress(terminal=sys.stderr.isatty()) as shown:
+        data = open_data(
+            job, stretches, barrier=ranks.barrier, is_main=ranks.is_main(), report=shown.update
+        )
     if job.model.vocab_size is None:
         # Weights keep their vocabulary, also where another one would fit into the same padding.
         loaded = frozen.load(start.found.run_dir).model.vocab_size if start.found else None

@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 class TextProgress:
     """Shows positions of a tokenization on stderr; a context that ends the bar.
 
+    The bar appears with the first position: nothing is shown where nothing is tokenized.
+
     Args:
         terminal: whether there is one.
         clock: seconds.
@@ -39,16 +41,13 @@ class TextProgress:
             self._task = self._bar.add_task("tokenizing", total=None, figures="")
 
     def __enter__(self) -> "TextProgress":
-        if self._bar is not None:
-            self._bar.start()
-            say_through(self._bar.console.print)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        if self._bar is not None:
+        if self._bar is not None and self._start is not None:
             say_through(None)
             self._bar.stop()
 
@@ -56,6 +55,9 @@ class TextProgress:
         """Show a position; the first one is where this process starts."""
         if self._start is None:
             self._start, self._started = now, self._clock()
+            if self._bar is not None:
+                self._bar.start()
+                say_through(self._bar.console.print)
             if now.documents:
                 _log.info(
                     "going on behind document %d (%s tokens)",

@@ -22,7 +22,7 @@ from hybrid_train.jobs.status import (
 )
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.report import ReportJob
-from hybrid_train.schema.units import show_bytes
+from hybrid_train.schema.units import counted, show_bytes
 from hybrid_train.tracking import svg
 from hybrid_train.tracking.metrics import show_duration
 from hybrid_train.tracking.page import drawn, fill
@@ -134,8 +134,7 @@ def _subtitle(state: RunState) -> str:
         f"{of('train', 'global_batch')} x {of('train', 'sequence_length')} tokens a step",
     ]
     if state.attempts:
-        number = state.attempts[-1].processes
-        parts.append(f"{number} process{'es' if number != 1 else ''}")
+        parts.append(counted(state.attempts[-1].processes, "process"))
     return "  ·  ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""The job `resume`: a run whose folder has its config, as `launch/submit.py` leaves it."""
+"""The job `resume`: a run whose folder has its config, as `hybrid-train submit` leaves it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +20,7 @@ from hybrid_train.checkpoint.layout import FOLDER as CHECKPOINTS
 from hybrid_train.config.check_files import what_forbids
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
+from hybrid_train.jobs.progress import TextProgress
 from hybrid_train.jobs.run_queue import Command, run_queue
 from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, plan
 from hybrid_train.jobs.study_rates import choose
@@ -30,6 +32,7 @@ from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.study import StudyJob
+from hybrid_train.schema.units import counted
 from hybrid_train.tracking.gaps import TAIL, WINDOWS, curve
 from hybrid_train.tracking.metrics import show, show_duration
 
@@ -51,7 +54,8 @@ def run(job: StudyJob) -> int:
     if planned.trials:
         first = planned.of_trials()
         stages, _ = first.todo()
-        _log.info("%d rates to try; %d stages to run for them", len(planned.trials), len(stages))
+        tried, to_run = counted(len(planned.trials), "rate"), counted(len(stages), "stage")
+        _log.info("%s to try; %s to run for them", tried, to_run)
         stopped, _ = _run(study, first, stages, [])
         if stopped is not None:
             return 128 + stopped
@@ -59,11 +63,14 @@ def run(job: StudyJob) -> int:
         planned = plan(study)
     stages, runs = planned.todo()
     if planned.stages:
-        _log.info("%d stages; %d to run", len(planned.stages), len(stages))
+        _log.info("%s; %d to run", counted(len(planned.stages), "stage"), len(stages))
     finished = len(planned.runs) - len(runs)
     _log.info(
-        "%d runs: %d variants x %d seeds; %d finished before",
-        *(len(planned.runs), len(study.chosen()), len(study.seeds), finished),
+        "%s: %s x %s; %d finished before",
+        counted(len(planned.runs), "run"),
+        counted(len(study.chosen()), "variant"),
+        counted(len(study.seeds), "seed"),
+        finished,
     )
     stopped, codes = _run(study, planned, stages, runs)
     if stopped is not None:
@@ -85,7 +92,7 @@ def _run(
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // at_once)
     with _locked(stages):
-        _log.info("%d at once, %d thread(s) each", at_once, threads)
+        _log.info("%d at once, %s each", at_once, counted(threads, "thread"))
         _prepare_data([*stages, *runs])
         progress = _Progress(study, planned, [*stages, *runs], at_once)
         commands = _commands(stages, runs, threads, cores if study.parallel is None else threads)
@@ -135,7 +142,8 @@ def _prepare_data(tasks: Sequence[Task]) -> None:
     """Build a quickstart corpus once, before several runs ask for it at the same time."""
     for data in (getattr(task.job, "data", None) for task in tasks):
         if isinstance(data, Quickstart):
-            prepare(data)  # at once where it is there
+            with TextProgress(terminal=sys.stderr.isatty()) as shown:
+                prepare(data, report=shown.update)  # at once where it is there
 
 
 def _commands(

@@ -28,7 +28,7 @@ from hybrid_train.runtime import hardware
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.study import StudyJob, Variant
 from hybrid_train.schema.train import TrainJob
-from hybrid_train.schema.units import show_tokens, tokens
+from hybrid_train.schema.units import counted, show_tokens, tokens
 from hybrid_train.tracking.gaps import (
     TAIL,
     WINDOW,
@@ -167,7 +167,7 @@ def _sentences(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[str]:
         judged = f", {word} what seeds alone do" if word else ""
         text = (
             f"{name}: a loss {_percent(tail.mean)} % from that of {study.baseline} ({spread} over "
-            f"{tail.number} seed(s){few}{judged}) after {_count(one.seen)} tokens, "
+            f"{counted(tail.number, 'seed')}{few}{judged}) after {_count(one.seen)} tokens, "
             f"{_count(one.seen_with_stages)} with its stages; "
         )
         needed = one.tokens_of_baseline(baseline)

@@ -1,67 +1,51 @@
-"""Submission of a run to SLURM: check, freeze, copy the code, render the script, sbatch.
+"""The command `submit`: a run is checked, frozen and queued on SLURM with a copy of the code.
 
-    launch/submit.py [--dry-run | --multirun] cluster=NAME key=value ...
-
-It needs no torch. Exit codes: 0 submitted or shown, 2 refused; then nothing was written or queued.
+It needs no torch. What is refused has written and queued nothing.
 """
 
-import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from hybrid_train.config import compose, describe, frozen, node_counts, own_conf
+from hybrid_train.config import compose, describe, frozen, node_counts
 from hybrid_train.config.check_files import data_is_chosen
 from hybrid_train.config.command_text import command, setting
+from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.secrets import masked
 from hybrid_train.jobs import code_snapshot, multirun, slurm
 from hybrid_train.jobs.batch_script import Submission, render
 from hybrid_train.jobs.run_folder import require_same_run
-from hybrid_train.runtime.streams import accept_any_letter
 from hybrid_train.schema.cluster import Cluster, processes_per_node, seconds
 from hybrid_train.schema.names import nearest
-from hybrid_train.schema.problems import ConfigError, Problem, UserError, explained_by_the_system
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.submit import SubmitJob, training
 from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import counted
 
 _FOLDER_MODE = 0o750
 _JOBS = "jobs.txt"  # in launch/ of a run folder: an id a line, newest last
 
 
-def main(arguments: Sequence[str], launch: Path) -> int:
-    """Run the command.
+def plan(lines: Sequence[str], *, is_array: bool) -> Callable[[], None]:
+    """Check a submission and return what shows it, for dry_run=true, or hands it to SLURM.
 
     Args:
-        arguments: words of the command line.
-        launch: the launch/ folder, which has the scripts.
+        lines: overrides.
+        is_array: whether every combination of their values is a run of its own (--multirun).
+
+    Raises:
+        ConfigError: with every problem found.
     """
-    parser = argparse.ArgumentParser(prog="launch/submit.py", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="check and print; queue nothing")
-    parser.add_argument("--multirun", "-m", action="store_true", help="every combination of values")
-    parser.add_argument(
-        *(own_conf.OPTION, "-cd"), action="append", default=[], dest="folders", metavar="PATH",
-        help="a folder with YAML files of your own",
-    )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    accept_any_letter()
-    options = parser.parse_intermixed_args(arguments)
-    lines = [*options.overrides, f"dry_run={str(options.dry_run).lower()}"]
-    try:
-        with own_conf.as_it_was(), explained_by_the_system():
-            own_conf.name(own_conf.checked(options.folders))
-            submission = _checked(lines, is_array=options.multirun)
-            script = render(submission, (launch / "slurm" / "train.sbatch").read_text("utf-8"))
-            if options.dry_run:
-                _show(submission, script)
-            else:
-                _submit(submission, script, launch)
-    except UserError as error:
-        _say(str(error))
-        return 2
-    return 0
+    require_alone("submit")
+    launch = code_snapshot.launch_dir()
+    submission = _checked(lines, is_array=is_array)
+    script = render(submission, (launch / "slurm" / "train.sbatch").read_text("utf-8"))
+    if submission.jobs[0].dry_run:
+        return lambda: _show(submission, script)
+    return lambda: _submit(submission, script, launch)
 
 
 def _checked(lines: Sequence[str], *, is_array: bool) -> Submission:
@@ -121,7 +105,7 @@ def _cluster_problems(
         try:
             known = slurm.partitions()
         except UserError as error:
-            if "dry_run=true" not in lines:
+            if not any(line.lower() == "dry_run=true" for line in lines):
                 raise
             _say(f"the partition was not looked up: {str(error).splitlines()[0]}")
             return
@@ -140,7 +124,7 @@ def _partition_problems(
     partition, limit_s = known[name], seconds(cluster.time_limit)
     if cluster.nodes is not None and (cluster.min_nodes or cluster.nodes) > partition.nodes:
         path = "cluster.nodes" if cluster.min_nodes is None else "cluster.min_nodes"
-        rule = f"partition {name} has {partition.nodes} nodes"
+        rule = f"partition {name} has {counted(partition.nodes, 'node')}"
         legal = node_counts.most(jobs, partition.nodes)
         if jobs and legal is None:
             rule += ", too few for the layout and the batch"
@@ -193,9 +177,12 @@ def _say(text: str) -> None:
 def _in_words(submission: Submission) -> str:
     """Say how large a submission is."""
     legal, own = submission.legal_nodes, processes_per_node(submission.jobs[0].cluster)
-    size = f"{legal[-1]:,} nodes x {own} processes = {legal[-1] * own:,}"
+    nodes = counted(legal[-1], "node")
+    size = f"{nodes} x {counted(own, 'process')} = {legal[-1] * own:,}"
     fewer = f", or fewer nodes: {', '.join(map(str, legal[:-1]))}" if len(legal) > 1 else ""
-    runs = f"an array of {len(submission.jobs)} runs, each " if submission.is_array else ""
+    runs = (
+        f"an array of {counted(len(submission.jobs), 'run')}, each " if submission.is_array else ""
+    )
     return f"{runs}{size}{fewer}"
 
 
@@ -206,7 +193,7 @@ def _submit(submission: Submission, script: str, launch: Path) -> None:
         UserError: if there is no SLURM, or it refuses.
     """
     if not slurm.is_here():
-        raise UserError("sbatch was not found; submit from a login node, or look: --dry-run")
+        raise UserError("sbatch was not found; submit from a login node, or look with --dry-run")
     slurm.require_acceptable(script)
     run_dirs = submission.run_dirs
     launch_dir = submission.run_dir / "launch"

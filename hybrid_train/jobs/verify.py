@@ -15,6 +15,7 @@ from hybrid_train.runtime import optional
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.precision import ProductFormat
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 from hybrid_train.schema.verify import VerifyJob
 
 
@@ -34,7 +35,7 @@ def run(job: VerifyJob) -> None:
 def _verify(job: VerifyJob) -> None:
     checkpoint = open_checkpoint(Path(job.checkpoint))
     found = _compare_tensors(checkpoint, Path(job.hf))
-    for line in (f"{found.tensors} tensors compared", *found.lines()):
+    for line in (f"{counted(found.tensors, 'tensor')} compared", *found.lines()):
         print(line)  # noqa: T201  the result of the command
     verdict = [] if found.is_same_model else ["the tensors differ"]
     if job.logits and (found.only_ours or found.only_theirs or found.shapes):

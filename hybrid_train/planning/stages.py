@@ -15,10 +15,10 @@ from itertools import accumulate, combinations
 
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.layers import main_layers
-from hybrid_train.planning.memory import Held, held, held_in_fp8
+from hybrid_train.planning.memory import Held, held, held_in_fp8, memory
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.train import TrainJob
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ def _contents(pattern: Pattern, layers: str, *, first: bool, last: bool) -> str:
 def held_of_rank(found: Sequence[Stage], rank: int) -> Held:
     """Return what one process of a pipeline rank holds: the parameters of all its stages."""
     return sum((stage.held for stage in found if stage.rank == rank), Held(0))
+
+
+def most_kept(job: TrainJob, processes: int, vocab_rows: int) -> int:
+    """Return the bytes that a process keeps on the pipeline rank that keeps most."""
+    planned = stages(job, vocab_rows)
+    held_here = [held_of_rank(planned, rank) for rank in range(job.parallel.pipeline)]
+    return max(memory(job, one, processes).total for one in held_here)
 
 
 def describe(found: Sequence[Stage]) -> list[str]:
@@ -153,7 +160,7 @@ def balanced(costs: Sequence[int], pipeline: int, virtual_pipeline: int = 1) -> 
     """
     num_stages = pipeline * virtual_pipeline
     if num_stages > len(costs):
-        raise ValueError(f"{len(costs)} layers cannot make {num_stages} stages")
+        raise ValueError(f"{counted(len(costs), 'layer')} cannot make {num_stages} stages")
     sums = [0, *accumulate(costs)]
     limit = _smallest_limit(costs, sums, num_stages)
     # Layers taken by the stages so far -> the smallest sum of squares, and how many each took.

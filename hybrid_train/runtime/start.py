@@ -20,6 +20,7 @@ from hybrid_train.runtime import cpu, ranks
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Device, Runtime
+from hybrid_train.schema.units import counted
 
 _TRY_S = 1.0  # between two tries to reach rank 0
 _starts = itertools.count()  # of this process; all processes of a run start as often
@@ -37,9 +38,10 @@ def choose_device(runtime: Runtime) -> torch.device:
     if runtime.device is Device.cpu or not gpu:
         return torch.device("cpu")
     if ranks.local_rank() >= torch.cuda.device_count():
+        number = counted(torch.cuda.device_count(), "GPU")
         raise UserError(
-            f"LOCAL_RANK = {ranks.local_rank()}: torch sees {torch.cuda.device_count()} GPU(s) on "
-            "this machine, and each process needs one of its own; start fewer processes on it"
+            f"LOCAL_RANK = {ranks.local_rank()}: torch sees {number} on this machine, and "
+            "each process needs one of its own; start fewer processes on it"
         )
     return torch.device("cuda", ranks.local_rank())
 

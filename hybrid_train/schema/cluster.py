@@ -11,6 +11,7 @@ from hybrid_train.schema.problems import Problem
 TIME_RULE = "must be a time of SLURM: minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"
 PORTS = 1000  # a job takes `port` + its id modulo this, so that two jobs on a node do not meet
 Port = Annotated[int, Range(1024, 65535 - PORTS)]
+Gigabytes = Annotated[float, Range(0.1, 10**5)]
 Notice = Annotated[int, Range(1, 65535)]  # as SLURM takes it
 _MINUTES = re.compile(r"\d{1,9}")
 _DAYS = re.compile(r"(\d{1,6})-(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?")
@@ -82,6 +83,7 @@ class Cluster:
     nodes: Processes | None = None  # None: the fewest that the plan can run on
     min_nodes: Processes | None = None  # fewer are taken when there are no more; None: as `nodes`
     gpus_per_node: Annotated[int, Range(0, 1024)] = 8  # 0: none are asked for
+    gpu_memory_gb: Gigabytes | None = None  # of one GPU, in 1e9 bytes; None: it is not looked at
     processes_per_node: Workers | None = None  # None: one a GPU
     time_limit: str = "1-00:00:00"
     container: Container = field(default_factory=Container)

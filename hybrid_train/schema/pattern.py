@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from hybrid_train.schema.model import LAYER_KINDS
+from hybrid_train.schema.units import counted
 
 KINDS = {kind.letter: kind.words for kind in LAYER_KINDS}
 LEGAL = ", ".join(f"{letter} ({kind})" for letter, kind in KINDS.items())
@@ -54,7 +55,9 @@ class Pattern:
             ValueError: if a stage has no layer, or the stages have not as many as the main part.
         """
         if min(lengths) < 1 or sum(lengths) != len(self.main):
-            raise ValueError(f"{len(self.main)} layers cannot make stages of {list(lengths)}")
+            raise ValueError(
+                f"{counted(len(self.main), 'layer')} cannot make stages of {list(lengths)}"
+            )
         ends = list(accumulate(lengths))
         stages = tuple(self.main[start:end] for start, end in pairwise([0, *ends]))
         return Pattern(stages, self.mtp, self.mtp_depths)

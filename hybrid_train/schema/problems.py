@@ -11,6 +11,8 @@ from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_ty
 
 from omegaconf import MISSING
 
+from hybrid_train.schema.units import counted
+
 _LONGEST = 300  # letters of a value that a message repeats
 
 
@@ -84,10 +86,9 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Iterable[Problem], advice: str = "") -> None:
         self.problems = tuple(problems)
-        count = len(self.problems)
         lines = "\n".join(f"  {problem}" for problem in self.problems)
-        plural = "problem" if count == 1 else "problems"
-        text = f"{count} {plural} in the configuration; nothing was started:\n{lines}"
+        count = counted(len(self.problems), "problem")
+        text = f"{count} in the configuration; nothing was started:\n{lines}"
         super().__init__(f"{text}\n{advice}" if advice else text)
 
 

@@ -63,6 +63,24 @@ def show_tokens(count: float) -> str:
     return f"{count:.1f}".removesuffix(".0")
 
 
+_SIBILANT = re.compile(r".*(s|x|z|ch|sh)")
+_ENDS_IN_Y = re.compile(r".*[^aeiou]y")
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with what it counts: "1 step", "1,124 steps", "2 batches".
+
+    Args:
+        number: how many.
+        noun: of one; what stands before it, as in "warning in all", belongs elsewhere.
+    """
+    if number == 1:
+        return f"1 {noun}"
+    if _ENDS_IN_Y.fullmatch(noun):
+        return f"{number:,} {noun[:-1]}ies"
+    return f"{number:,} {noun}{'es' if _SIBILANT.fullmatch(noun) else 's'}"
+
+
 def show_bytes(count: float) -> str:
     """Write a number of bytes the short way, in powers of ten: 2500000000 -> "2.5 GB"."""
     for prefix, factor in {"T": 10**12, "G": 10**9, "M": 10**6, "k": 10**3}.items():

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hybrid_train.config.secrets import masked_data
+from hybrid_train.schema.units import counted
 
 FOLDER = "attempts"
 # What ended a process. Every other kind names a fault of its own: error, disk, nonfinite, ...
@@ -165,7 +166,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     """Name ranks: "rank 3", "ranks 0, 1, 2", "ranks 0, 1, 2 and 61 others"."""
     shown = 8
     names = ", ".join(map(str, ranks[:shown]))
-    more = f" and {len(ranks) - shown} others" if len(ranks) > shown else ""
+    more = f" and {counted(len(ranks) - shown, 'other')}" if len(ranks) > shown else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {names}{more}"
 
 

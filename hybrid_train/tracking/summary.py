@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_train.config.command_text import command, setting
-from hybrid_train.schema.units import show_tokens
+from hybrid_train.schema.units import counted, show_tokens
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import show, show_duration
 
@@ -38,8 +38,8 @@ def summarise(run_dir: Path, peak: str = "", commands: Sequence[str] = ()) -> st
 
 def _length(lines: Lines) -> str:
     seconds = sum(_values(lines, "step_time_s"))
-    steps, tokens = show("step", lines[-1]["step"]), show("tokens", lines[-1]["tokens"])
-    return f"Trained {steps} steps, {tokens} tokens, in {show_duration(seconds)} of steps."
+    steps, tokens = counted(int(lines[-1]["step"]), "step"), show("tokens", lines[-1]["tokens"])
+    return f"Trained {steps}, {tokens} tokens, in {show_duration(seconds)} of steps."
 
 
 def _losses(lines: Lines) -> list[str]:

@@ -54,6 +54,7 @@ def assert_one_voice(finished: Finished, run_dir: Path) -> None:
     assert len(metrics(run_dir)) == STEPS
     assert finished.out.count("Where things lie:") == 1
     assert finished.err.count("train data:") == 1
+    assert finished.err.count("Starting: hybrid-train train ") == 1
     assert "[rank 1]" not in finished.said
 
 

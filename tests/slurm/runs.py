@@ -33,7 +33,7 @@ def submit_command(run_dir: Path, corpus: Path, *overrides: str) -> list[str]:
     # Another test cluster on this machine numbers its jobs alike: each has ports of its own, below
     # those that Linux gives to whoever asks for any.
     port = f"cluster.port={20_000 + os.getpid() % 12 * 1000}"
-    words = [sys.executable, str(ROOT / "launch" / "submit.py"), *OVERRIDES, port]
+    words = [sys.executable, "-m", "hybrid_train", "submit", *OVERRIDES, port]
     return [*words, f"run_dir={run_dir}", f"data.folder={corpus}", *overrides]
 
 

@@ -13,6 +13,7 @@ from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts, read_ma
 from hybrid_train.data.prepare.output import Output, write_whole
 from hybrid_train.data.token_files import TokenReader, checksum, write_index
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 _STRETCH_TOKENS = 2**23  # that are held at a time
 _STRETCH_DOCUMENTS = 2**20
@@ -149,8 +150,8 @@ def split_by_shares(
     counts = _whole_counts(len(reader), shares)
     if min(counts) < 1:
         raise UserError(
-            f"{prefix} has {len(reader)} documents, too few for shares={list(shares)}: one part "
-            "would be empty"
+            f"{prefix} has {counted(len(reader), 'document')}, too few for "
+            f"shares={list(shares)}: one part would be empty"
         )
     labels = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
     np.random.default_rng(seed).shuffle(labels)

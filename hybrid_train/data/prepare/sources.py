@@ -19,6 +19,7 @@ from hybrid_train.data.prepare.listing import (
 from hybrid_train.data.prepare.packed import Compression
 from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ def _by_content(name: str, files: Sequence[Path]) -> dict[Path, Kind]:
     known = [path for path in filled if kinds[path].format is not Format.code]
     if known and len(known) == len(filled):
         _log.info(
-            "%s: %d file(s) without a known suffix hold %s and are read so; with format=text each "
-            "is one document", name, len(known), _held(kinds[known[0]]),
+            "%s: %s of an unknown suffix: read as %s, which the content is; with format=text each "
+            "is one document", name, counted(len(known), "file"), _held(kinds[known[0]]),
         )  # fmt: skip
         empty = replace(kinds[known[0]], compression=Compression.none)  # such as _SUCCESS
         return {path: empty if kind.is_empty else kind for path, kind in kinds.items()}

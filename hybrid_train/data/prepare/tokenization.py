@@ -30,6 +30,7 @@ from hybrid_train.data.token_files import checksum, dtype_for, write_index
 from hybrid_train.schema.listed import listed_paths
 from hybrid_train.schema.prepare import TokenizeJob
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 _log = logging.getLogger(__name__)
 _JUDGED_LINES = 1000  # before that, a share of bad lines says little
@@ -238,8 +239,8 @@ def _finish(
     if not total.documents:
         output.discard()
         raise UserError(
-            f"no document in {len(sources)} source(s): {total.empty} empty, {total.bad} bad, "
-            f"{total.binary} binary; check input= and format="
+            f"no document in {counted(len(sources), 'source')}: {total.empty} empty, "
+            f"{total.bad} bad, {total.binary} binary; check input= and format="
         )
     dtype = dtype_for(facts.vocab_size)
     write_index(output.path(".idx"), dtype, journal.lengths())

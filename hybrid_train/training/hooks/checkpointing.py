@@ -15,6 +15,7 @@ from hybrid_train.megatron import data_parallel
 from hybrid_train.runtime import progress, ranks
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.problems import DISK, UserError
+from hybrid_train.schema.units import counted
 from hybrid_train.tracking import history
 from hybrid_train.training.engine import Engine
 from hybrid_train.training.hook import Hook
@@ -88,7 +89,8 @@ class SaveCheckpoints(Hook):
             if error.kind != DISK or self._failed > self._max_failed:
                 raise
             self._saved_step = -1  # whatever was in flight: the next save is not left out
-            _log.warning("the run goes on, and saves again in %d steps: %s", interval, error)
+            again = counted(interval, "step")
+            _log.warning("the run goes on, and saves again in %s: %s", again, error)
             if ranks.is_main():
                 self._note(run.state.step, str(error))
 

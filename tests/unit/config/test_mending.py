@@ -126,7 +126,7 @@ def settings_of(job: TrainJob) -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{path}.sequence_length", (0, 1, 63, 100, 1000, 1_000_000)
     if hasattr(job, "processes"):
         yield "processes", (0, 1, 2, 3, 7, 100, 384, 512, 768, 1000, 2000)
-    if hasattr(job, "cluster"):
+    if getattr(job, "cluster", None) is not None:
         yield "cluster.nodes", (0, 1, 2, 3, 48, 64, 100)
         yield "cluster.min_nodes", (0, 1, 5, 500)
 

@@ -12,16 +12,22 @@ def job(*lines: str) -> SubmitJob:
     return compose("submit", ["cluster=slurm_h100", "dry_run=true", *lines])
 
 
+def nodes(*lines: str) -> int:
+    found = job(*lines)
+    return node_counts.nodes(found, found.cluster)
+
+
 LARGE = "experiment=nemotron_h_56b"  # tensor 8 x pipeline 2, batches of 768
 
 
 def test_a_plan_of_16_processes_takes_two_nodes_of_8_unless_more_are_named() -> None:
-    assert node_counts.nodes(job(LARGE)) == 2
-    assert node_counts.processes(job(LARGE, "cluster.nodes=6")) == 48
+    assert nodes(LARGE) == 2
+    six = job(LARGE, "cluster.nodes=6")
+    assert node_counts.processes(six, six.cluster) == 48
 
 
 def test_a_plan_of_16_processes_takes_four_trays_of_4() -> None:
-    assert node_counts.nodes(job(LARGE, "cluster=slurm_gb200")) == 4
+    assert nodes(LARGE, "cluster=slurm_gb200") == 4
 
 
 def test_smaller_numbers_are_legal_where_layout_and_batch_come_out_even() -> None:
@@ -56,4 +62,4 @@ def test_a_wrong_number_of_nodes_is_named_with_the_nearest() -> None:
 
 def test_a_phase_with_another_layout_counts_too() -> None:
     layout = "train.phases.3.tensor=8"
-    assert node_counts.nodes(job(LARGE, layout, "train.phases.3.pipeline=6")) == 6
+    assert nodes(LARGE, layout, "train.phases.3.pipeline=6") == 6

@@ -7,11 +7,10 @@ import pytest
 
 from hybrid_train.config import describe, own_conf
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.jobs import cli, multirun, submit
+from hybrid_train.jobs import cli, multirun
 from hybrid_train.jobs.study_plan import plan
 from hybrid_train.schema.problems import ConfigError
 
-LAUNCH = conf_dir().parent / "launch"
 MINE = "# @package _global_\n# Seed of my own\ndefaults: [tiny_cpu]\ntrain: {seed: 7}\n"
 
 
@@ -84,8 +83,7 @@ def test_submit_takes_a_cluster_of_ones_own(
     text = "defaults: [/schema/cluster/base@_here_]\ngpus_per_node: 0\n"
     text += "processes_per_node: 1\nnodes: 2\npartition: mine\n"
     written(project / "conf", "cluster/mine", text)
-    words = ["--dry-run", "experiment=tiny_cpu", "cluster=mine"]
-    assert submit.main(words, LAUNCH) == 0
+    assert cli.main(["submit", "--dry-run", "experiment=tiny_cpu", "cluster=mine"]) == 0
     assert "#SBATCH --partition=mine" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pluggy
 import pytest
@@ -16,6 +17,9 @@ from hybrid_train.data.tokenizers import Tokenizer
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.formats import FILE_NAME, QUICKSTART
 from hybrid_train.schema.problems import UserError
+
+if TYPE_CHECKING:
+    from hybrid_train.data.prepare.tokenization import Progress
 
 
 @pytest.fixture
@@ -82,6 +86,22 @@ def test_packages_add_their_source_to_the_same_token_ids(source: Path, config: Q
         prepare(dataclasses.replace(config, packages=["plugy"]), source)
 
 
+def test_a_build_reports_how_far_it_is_and_a_second_call_has_nothing_to_report(
+    source: Path, config: Quickstart
+) -> None:
+    seen: list[Progress] = []
+    data = prepare(config, source, seen.append)
+    done = [one.bytes_read for one in seen]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, seen[-1].total_bytes)
+    made = read_manifest(Path(data.train[0]).parent)
+    assert seen[-1].documents == made.train_files + made.validation_files
+    assert seen[-1].tokens == made.train_tokens + made.validation_tokens
+    seen.clear()
+    prepare(config, source, seen.append)
+    assert seen == []
+
+
 def test_a_second_call_reuses_what_is_there(source: Path, config: Quickstart) -> None:
     first = prepare(config, source)
     written = Path(first.train[0] + ".bin").stat()
@@ -137,7 +157,7 @@ def test_a_corpus_says_its_format_and_one_of_before_says_none(
 
 
 def test_a_source_without_files_is_named(tmp_path: Path, config: Quickstart) -> None:
-    with pytest.raises(UserError, match="holds 0 Python source"):
+    with pytest.raises(UserError, match="holds 0 Python files"):
         prepare(config, tmp_path)
 
 

@@ -1,9 +1,11 @@
 """The plan of a run: what it says, what it refuses, and that it needs neither GPUs nor torch."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.jobs import cli
 from hybrid_train.jobs.phase_table import decay_steps
 from hybrid_train.planning.phases import lay_out
+from hybrid_train.schema.units import show_bytes, show_tokens
 from tests.sampled import sampled
 
 EXPERIMENTS = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
@@ -232,6 +235,110 @@ def test_a_check_is_refused_under_torchrun(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert "without torchrun" in refusal(capsys, *SUPER)
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(plan(capsys, *words, "json=true"))
+    return found
+
+
+def test_json_says_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> None:
+    found, text = as_json(capsys, *SUPER), plan(capsys, *SUPER)
+    assert found["problems"] == []
+    layout, batch, length = found["layout"], found["batch"], found["length"]
+    degrees = [layout[name] for name in ("tensor", "pipeline", "context", "data")]
+    assert (found["processes"], degrees) == (1024, [4, 4, 1, 64])
+    assert (layout["expert"], layout["experts_per_process"], layout["expert_data"]) == (32, [16], 8)
+    assert (batch["microbatches"], batch["tokens_per_step"]) == (48, 3072 * 8192)
+    assert (length["steps"], length["warmup_steps"]) == (996_451, 7_948)
+    assert said(text, "model").startswith(
+        f"{show_tokens(found['model']['parameters'])} parameters, "
+        f"{show_tokens(found['model']['active_parameters'])} active"
+    )
+    assert sum(found["model"]["parameters_by_kind"].values()) == found["model"]["parameters"]
+    assert said(text, "work").startswith(f"{found['flops']['of_the_run']:.3g} FLOP in all")
+    for rank in found["pipeline_ranks"]:
+        kept = [rank[f"{part}_bytes"] for part in ("weights", "gradients", "optimizer", "kept")]
+        assert sum(kept[:3]) == kept[3]
+        number, cost = rank["pipeline_rank"], f"{rank['cost']:.2f}"
+        cells = [str(number), cost, show_tokens(rank["parameters"]), *map(show_bytes, kept)]
+        assert re.search(r" *" + r" +".join(map(re.escape, cells)), text)
+    assert {one["name"] for one in found["phases"]} == {"1", "2", "long", "mixed"}
+    assert [one["setting"] for one in found["still_to_be_set"]] == ["data.train", "data.tokenizer"]
+    assert found["cluster"] is None
+
+
+def test_json_lists_the_problems_of_a_run_that_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["check", *SUPER, "processes=1000", "--json"]) == 2
+    shown = capsys.readouterr()
+    (problem,) = json.loads(shown.out)["problems"]
+    assert (problem["setting"], problem["value"], problem["nearest"]) == ("processes", 1000, "1024")
+    assert "processes = 1000: must be a multiple of 128" in shown.err
+
+
+def test_layers_count_from_1_in_settings_tables_and_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny = ("experiment=tiny_cpu", "precision=mxfp8", "model.pattern=M*-M")
+    words = (*tiny, "precision.exceptions=[{format: bf16, layers: 1}]")
+    text, found = plan(capsys, *words), as_json(capsys, *words)
+    assert re.search(r"^mamba\.in_proj +bf16 +1, 1 +exception 0: layers 1", text, re.MULTILINE)
+    assert re.search(r"^mamba\.in_proj +mxfp8 +1, 4 *$", text, re.MULTILINE)
+    modules = found["formats"][0]["modules"]
+    assert {"module": "mamba.in_proj", "format": "bf16", "layers": [1]} in modules
+    assert {"module": "mamba.in_proj", "format": "mxfp8", "layers": [4]} in modules
+    assert "layers count from 1" in refusal(
+        capsys, *tiny, "precision.exceptions=[{format: bf16, layers: 0}]"
+    )
+
+
+H100 = "cluster=slurm_h100"
+
+
+def test_a_cluster_says_how_many_nodes_a_run_takes_and_what_is_left_of_a_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("experiment=nemotron_h_8b", H100)
+    text, found = plan(capsys, *words, "processes=128"), as_json(capsys, *words, "processes=128")
+    cluster = found["cluster"]
+    most = max(rank["kept_bytes"] for rank in found["pipeline_ranks"])
+    assert (cluster["nodes"], cluster["gpus_per_node"]) == (16, 8)
+    assert cluster["most_kept_bytes"] >= most
+    assert cluster["left_bytes"] == 80 * 10**9 - cluster["most_kept_bytes"]
+    left = show_bytes(cluster["left_bytes"])
+    assert said(text, "cluster") == "16 nodes with 8 GPUs on each"
+    assert said(text, "memory").startswith("80 GB a GPU; the fullest process keeps ")
+    assert said(text, "memory").endswith(f"{left} are left for all else")
+    assert "how much memory a GPU has" not in text
+
+
+def test_processes_are_those_of_the_nodes_where_none_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("experiment=nemotron_h_56b", H100)
+    assert as_json(capsys, *words, "cluster.nodes=64")["processes"] == 512
+    assert as_json(capsys, *words, "cluster.nodes=64", "processes=512")["cluster"]["nodes"] == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["cluster.nodes=2", "processes=8"], "processes = 8: must be 16: cluster.nodes (2) x 8"),
+        (["processes=12", "parallel.tensor=1"], "processes = 12: must be a multiple of 8, the"),
+        (["runtime.device=cpu"], "runtime.device = cpu: leaves 8 GPUs of every node idle"),
+        (
+            ["parallel.tensor=8", "parallel.pipeline=2", "cluster.nodes=3"],
+            "nodes = 3: makes 24 processes",
+        ),
+        (["cluster.gpu_memory_gb=1"], "cluster.gpu_memory_gb = 1: a process keeps "),
+    ],
+)
+def test_what_a_cluster_cannot_give_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in refusal(capsys, "experiment=nemotron_h_8b", H100, *words)
 
 
 @pytest.mark.parametrize(

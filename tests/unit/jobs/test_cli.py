@@ -47,34 +47,6 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return shown.err
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("recipes", "--help")])
-def test_help_lists_every_job(capsys: pytest.CaptureFixture[str], arguments: tuple) -> None:
-    text = output(capsys, *arguments)
-    for name, job in COMMANDS.items():
-        assert re.search(rf"^  {name} +{job.summary}", text, re.MULTILINE)
-    for flag in cli.FLAGS:
-        assert flag in text
-    assert "torchrun --nproc-per-node 2 -m hybrid_train train experiment=quickstart" in text
-
-
-def test_help_of_a_job_shows_groups_choices_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, "train", "--help")
-    assert re.search(r"parallel=tp2 +Tensor parallel 2", text)
-    assert re.search(r"experiment=quickstart +A small hybrid", text)
-    assert re.search(r"train\.tokens +\(to be set\) +\"2M\"", text)
-    assert re.search(r"checkpoint\.interval +500 +steps between saves", text)
-    assert re.search(r"runtime\.device +auto +auto, cpu, cuda", text)
-    assert re.search(r"optimizer\.no_decay +\[norms,biases,A_log,D,dt_bias\] +norms, biases,", text)
-    assert re.search(r"parallel\.recompute_modules +null +core_attn, layernorm, mamba,", text)
-    assert not re.search(r"\.kind ", text)
-
-
-def test_help_of_a_job_takes_overrides(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, "train", "schedule=constant", "schedule.peak_lr=0.5", "--help")
-    assert re.search(r"schedule\.peak_lr +0\.5", text)
-    assert "schedule.decay_tokens" not in text
-
-
 def test_the_printed_config_is_the_composed_one(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("train", QUICKSTART, "schedule=wsd", "train.tokens=3M", "--cfg", "job")
     text = output(capsys, *asked)
@@ -113,9 +85,17 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("trian",), "did you mean train?"),
-        (("dance",), "there are train, resume, check, status"),
-        (("--multirun",), "which job?"),
+        (("trian",), "there is no command 'trian'; did you mean train?"),
+        (("tokenize",), "did you mean data tokenize?"),
+        (("recipe",), "did you mean recipes?"),
+        ((QUICKSTART,), "the command comes first: hybrid-train train experiment=quickstart"),
+        (("train", "quickstart"), "nearest: experiment=quickstart"),
+        (("train", "experiment=quikstart"), "nearest: quickstart"),
+        (("study", "name=precison"), "nearest: precision"),
+        (("train", "--hlep"), "did you mean --help?"),
+        (("train", "--dry-run"), "train has no option --dry-run; submit has"),
+        (("dance",), "there are train, resume, check, submit, status"),
+        (("--multirun",), "which command?"),
         (("train", "--force"), "unrecognized arguments: --force"),
         (("train", "--cfg", "jobs"), "invalid choice: 'jobs'"),
         (("recipes", "a=1"), "recipes takes no settings"),
@@ -127,11 +107,11 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train",), "schedule.peak_lr = ???: are not set"),
         (("generate", "checkpoint=nowhere", "prompt=x"), "there is no such folder"),
         (("train", QUICKSTART, "train.seed=1,2"), "need --multirun"),
-        (("",), "there is no job ''; there are train,"),
+        (("",), "there is no command ''; there are train,"),
         (("train", "train", "train"), "train = (nothing): write settings as KEY=VALUE"),
         (("train", "--resolve"), "--resolve belongs to --cfg"),
         (("train", "--cfg", "job", "--multirun"), "--cfg and --multirun do not go together"),
-        (("train", "--json"), "train has no option --json; status and doctor have"),
+        (("train", "--json"), "train has no option --json; check, status, doctor have"),
         (("recipes", "--cfg", "job"), "recipes has no option --cfg"),
         (("train", "--config-name", "x"), "a file of your own is experiment=NAME"),
         (("train", "-cn", "x"), "there is no option --config-name"),
@@ -196,6 +176,41 @@ def test_a_job_gets_its_typed_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[0].train.seed == 7
 
 
+def test_the_first_line_says_what_starts_with_what_and_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    started(monkeypatch, lambda _: said.append(capsys.readouterr().err))
+    assert cli.main(["train", QUICKSTART, "model.pattern=ME*"]) == 0
+    assert said[-1] == (
+        "Starting: hybrid-train train experiment=quickstart 'model.pattern=ME*'\n"
+        "Its run folder is runs/quickstart, a new one.\n"
+    )
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "config.yaml").touch()
+    assert cli.main(["train", QUICKSTART]) == 0
+    assert said[-1].endswith("Its run folder is runs/quickstart, which has a run.\n")
+
+
+def test_only_the_first_process_says_what_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(monkeypatch, lambda _: None)
+    second_of_two(monkeypatch)
+    assert cli.main(["train", QUICKSTART, "train.microbatch=2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_that_says_nothing_first_imports_no_torch() -> None:
+    modules = [one.module for one in COMMANDS.values() if not one.says_what_starts]
+    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    code += "    assert 'torch' not in sys.modules, name"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *modules], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_a_job_refuses_is_told_with_the_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +218,8 @@ def test_what_a_job_refuses_is_told_with_the_rank(
         raise UserError("the disk is full")
 
     started(monkeypatch, refuse)
-    assert complaint(capsys, "train", QUICKSTART) == "hybrid-train: the disk is full\n"
+    told = complaint(capsys, "train", QUICKSTART)
+    assert told.endswith("new one.\nhybrid-train: the disk is full\n")
     second_of_two(monkeypatch)
     words = ("train", QUICKSTART, "train.microbatch=2")
     assert complaint(capsys, *words) == "hybrid-train: rank 1: the disk is full\n"
@@ -220,9 +236,8 @@ def test_a_path_that_the_system_refuses_is_told_without_a_traceback(
 
     started(monkeypatch, write)
     told = complaint(capsys, "train", QUICKSTART)
-    assert told.startswith(
-        f"hybrid-train: runs/a/history.jsonl cannot be used: {os.strerror(number)}; "
-    )
+    assert f"\nhybrid-train: runs/a/history.jsonl cannot be used: {os.strerror(number)}; " in told
+    assert "Traceback" not in told
 
 
 def test_another_error_of_the_system_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +257,7 @@ def test_an_interrupted_job_ends_with_the_code_of_shells(
 
     started(monkeypatch, interrupt)
     assert cli.main(["train", QUICKSTART]) == 130
-    assert capsys.readouterr().err == "hybrid-train: interrupted\n"
+    assert capsys.readouterr().err.endswith("new one.\nhybrid-train: interrupted\n")
 
 
 def test_a_sweep_is_one_command_per_combination() -> None:
@@ -299,27 +314,11 @@ def test_the_process_ends_with_the_exit_code(
     assert list(empty_folder.iterdir()) == []
 
 
-def test_a_family_of_jobs_lists_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, "data", "--help")
-    for name, job in COMMANDS.items():
-        line = re.search(rf"^  {name} +{job.summary}", text, re.MULTILINE)
-        assert (line is not None) == name.startswith("data "), name
-
-
-def test_a_job_of_two_words_has_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, "data", "tokenize", "--help")
-    assert text.startswith("hybrid-train data tokenize: ")
-    assert re.search(r"max_bad_share +0\.01 +of the lines", text)
-    assert "GROUP" not in text  # it has none
-    asked = ("data", "tokenize", "input=a,b*.jsonl", "output=x", "tokenizer=t", "--cfg", "job")
-    assert "- a,b*.jsonl" in output(capsys, *asked)
-
-
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (("data",), "data what? There are tokenize, merge,"),
-        (("data", "tokenise"), "no job 'data tokenise'; did you mean tokenize?"),
+        (("data", "tokenise"), "no command 'data tokenise'; did you mean tokenize?"),
         (("data", "tokenize", "inptu=a"), "nearest: input=a"),
         (("data", "tokenize", "input=a"), "`hybrid-train data tokenize --help` lists"),
         (("data", "merge", "input=a", "output=x.bin"), "nearest: x"),

@@ -1,4 +1,4 @@
-"""launch/submit.py without a SLURM: what it prints, refuses and writes."""
+"""hybrid-train submit without a SLURM: what it prints, refuses and writes."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs import code_snapshot, slurm, submit
+from hybrid_train.jobs import cli, code_snapshot, slurm, submit
 from hybrid_train.schema.problems import ConfigError
 from tests.jobs.command import ROOT
 from tests.sampled import sampled
@@ -28,14 +28,14 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dry_run(capsys: pytest.CaptureFixture[str], *lines: str) -> str:
     """Return the script."""
-    code = submit.main(["--dry-run", *lines], LAUNCH)
+    code = cli.main(["submit", "--dry-run", *lines])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return captured.out
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert submit.main(words, LAUNCH) == 2
+    assert cli.main(["submit", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     return captured.err
@@ -44,13 +44,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize("experiment", sampled(PUBLISHED, PUBLISHED[-1]))
 def test_a_published_recipe_is_rendered_without_torch(experiment: str) -> None:
     code = (
-        "import sys; from pathlib import Path; from hybrid_train.jobs.submit import main; "
-        f"code = main(['--dry-run', 'experiment={experiment}', 'cluster=slurm_h100'], "
-        f"Path({str(LAUNCH)!r})); "
+        "import sys; from hybrid_train.jobs import cli; code = cli.main(sys.argv[1:]); "
         "sys.stderr.write(str({'torch', 'megatron', 'numpy'} & set(sys.modules))); sys.exit(code)"
     )
+    words = ["submit", "--dry-run", f"experiment={experiment}", "cluster=slurm_h100"]
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *words],
         cwd=ROOT,
         env={**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -205,7 +204,7 @@ def submitted(
     monkeypatch.setenv("WANDB_API_KEY", "dGhpcyBpcyBhIHNlY3JldA")
     run_dir = tmp_path / "run"
     words = [*TINY, f"run_dir={run_dir}", "cluster.time_limit=30"]
-    assert submit.main(words, LAUNCH) == 0
+    assert cli.main(["submit", *words]) == 0
     assert "job 17" in capsys.readouterr().out
     return run_dir
 

@@ -45,7 +45,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match=r"LOCAL_RANK = 2: torch sees 2 GPU\(s\)"):
+    with pytest.raises(UserError, match=r"LOCAL_RANK = 2: torch sees 2 GPUs"):
         choose_device(Runtime())
 
 

@@ -137,7 +137,7 @@ def test_what_is_known_by_its_content_is_said_once(tmp_path: Path, warnings: lis
         written(tmp_path, f"part-0000{number}", json_lines([f"{number}", "more"]))
     assert len(texts(sources(tmp_path))) == 6
     (said,) = warnings
-    assert said.startswith(f"{tmp_path}: 3 file(s) without a known suffix hold lines of JSON obj")
+    assert said.startswith(f"{tmp_path}: 3 files of an unknown suffix: read as lines of JSON obj")
 
 
 def test_files_of_two_kinds_without_a_suffix_are_not_guessed(tmp_path: Path) -> None:
