@@ -80,8 +80,18 @@ COMMANDS = {
         CheckJob,
         ready=_EXPERIMENTS,
     ),
-    "status": Command("say how a run is: state, progress, attempts", f"{_JOBS}.status", StatusJob),
-    "report": Command("write a page with the curves of a run", f"{_JOBS}.report", ReportJob),
+    "status": Command(
+        "say how a run is: state, progress, attempts; of several, a line each",
+        f"{_JOBS}.status",
+        StatusJob,
+        texts=("run_dir",),
+    ),
+    "report": Command(
+        "write a page with the curves of a run, or of several over each other",
+        f"{_JOBS}.report",
+        ReportJob,
+        texts=("run_dir",),
+    ),
     "generate": Command(
         "write text with a trained model", f"{_JOBS}.generate", GenerateJob, texts=("prompt",)
     ),

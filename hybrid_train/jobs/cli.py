@@ -257,9 +257,9 @@ def _job_command(
     if options.info:
         return lambda: describe.print_info(root, words, options.info)
     if options.multirun:
-        from hybrid_train.jobs import multirun
+        from hybrid_train.jobs import sweep
 
-        return multirun.plan(name, words)
+        return sweep.plan(name, words)
     config = compose.compose(root, words)
     return lambda: _run(job, config)
 
