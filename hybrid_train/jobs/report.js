@@ -11,6 +11,7 @@ const hidden = new Set(); // keys of curves that the reader has switched off
 const logs = page.figures.map((figure) => figure.layout.yaxis.type === "log");
 const smoothing = document.getElementById("smoothing");
 const over = document.getElementById("over");
+const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -37,43 +38,39 @@ function short(number) {
   return String(Math.round(number));
 }
 
-// The places of a trace: steps or tokens; and the other of the two, for the pointer.
+// Steps or tokens, whichever is asked for; and the other of the two, for the pointer.
 function placed(trace) {
-  const run = trace.meta.run;
-  trace.tokens ??= trace.x.map((step) => (step === null ? null : tokensAt(run, step)));
+  const { run, own_text: ownText, heat } = trace.meta;
   const byTokens = over.value === "tokens";
-  const text = () =>
-    byTokens
-      ? trace.x.map((step) => `step ${Math.round(step).toLocaleString("en")}`)
-      : trace.tokens.map((seen) => `${short(seen)} tok`);
-  const fixed = trace.meta.own_text || trace.meta.heat;
-  return { x: byTokens ? trace.tokens : trace.x, text: fixed ? trace.text : text() };
+  const x = byTokens ? trace.x.map((step) => step && tokensAt(run, step)) : trace.x;
+  if (ownText || heat) return { x };
+  const text = byTokens
+    ? trace.x.map((step) => `step ${grouped.format(step)}`)
+    : trace.x.map((step) => `${short(tokensAt(run, step))} tok`);
+  return { x, text };
 }
 
+// A trace as it is now; null if it is not to be seen.
 function styled(trace) {
-  const meta = trace.meta;
+  const { meta } = trace;
+  const strong = meta.smoothing === undefined || meta.smoothing === smoothing.value;
+  if ((!strong && !meta.faint) || hidden.has(meta.key)) return null;
   const one = { ...trace, ...(meta.run === undefined ? {} : placed(trace)) };
-  delete one.tokens;
   if (meta.colours) {
     const colours = meta.colours.map(colour);
     one.marker = { color: colours, line: { ...trace.marker.line, color: colours } };
     one.insidetextfont = { color: colour("on") };
   }
-  if (meta.heat) {
-    one.colorscale = [[0, colour("cool")], [1, colour("c0")]];
-    one.colorbar = { ...trace.colorbar, tickfont: { size: 11 } };
-  }
+  if (meta.heat) one.colorscale = [[0, colour("cool")], [1, colour("c0")]];
   if (meta.colour) {
-    const strong = smoothing.value === meta.smoothing || meta.smoothing === undefined;
     one.line = { ...trace.line, color: colour(meta.colour) };
     one.marker = { ...trace.marker, color: colour(meta.colour) };
-    one.visible = (strong || meta.faint) && !hidden.has(meta.key);
-    if (!strong) {
-      one.opacity = 0.32;
-      one.line = { ...one.line, width: 1 };
-      one.hoverinfo = "skip";
-      delete one.hovertemplate;
-    }
+  }
+  if (!strong) {
+    one.opacity = 0.32;
+    one.line.width = 1;
+    one.hoverinfo = "skip";
+    delete one.hovertemplate;
   }
   return one;
 }
@@ -84,8 +81,9 @@ function laidOut(figure, number, narrow) {
   const isTime = Boolean(layout.xaxis && layout.xaxis.tickvals);
   const x = isTime
     ? {}
-    : { title: { text: over.value, standoff: 6 }, exponentformat: "B", nticks: narrow ? 5 : 8,
-        hoverformat: over.value === "tokens" ? ".4s" : ",.0f" };
+    : { title: { text: over.value, standoff: 8 }, exponentformat: "B", nticks: narrow ? 5 : 8,
+        unifiedhovertitle: {
+          text: over.value === "tokens" ? "%{x:.4s} tokens" : "step %{x:,.0f}" } };
   return {
     ...layout,
     autosize: true,
@@ -93,12 +91,14 @@ function laidOut(figure, number, narrow) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("soft"), size: 12, family: "system-ui, sans-serif" },
-    margin: { l: layout.yaxis.visible === false ? 8 : 56, r: 14, t: 24, b: 44 },
+    margin: { l: layout.yaxis.visible === false ? 8 : 56, r: 14, t: 24, b: 44, ...layout.margin },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("ink") },
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("edge"),
       font: { color: colour("ink"), size: 12 }, namelength: narrow ? 18 : 40, align: "left" },
     dragmode: touch ? false : "zoom",
     xaxis: { ...axis, ...x, ...layout.xaxis },
-    yaxis: { ...axis, exponentformat: "SI", ...layout.yaxis, type: kind(layout, number) },
+    yaxis: { ...axis, exponentformat: "SI", ...layout.yaxis, type: kind(layout, number),
+      ...(kind(layout, number) === "log" ? { dtick: figure.log_dtick } : {}) },
   };
 }
 
@@ -111,11 +111,11 @@ function draw(number) {
   const box = boxes[number];
   const figure = page.figures[number];
   const layout = laidOut(figure, number, box.clientWidth < 480);
-  Plotly.react(box, figure.data.map(styled), layout, {
+  Plotly.react(box, figure.data.map(styled).filter(Boolean), layout, {
     responsive: true,
     displaylogo: false,
     displayModeBar: touch ? false : "hover",
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   });
 }
 

@@ -107,13 +107,14 @@ def pictures(state: RunState) -> Iterator[Picture]:
         yield from _sources(series, "loss/", "Loss of each source", marks)
         yield from _sources(series, "validation_loss/", "Validation loss of each source", marks)
         for name, title, axes in METRICS:
-            curve = _curve(series, name, name, "c0", smooths=name != "lr")
+            curve = _curve(series, name, _SHORT[name], "c0", smooths=name != "lr")
             yield from _picture(title, [replace(curve, faint=True)], replace(axes, marks=marks))
         yield from _expert_loads(series)
     if state.attempts:
         yield _attempts(state)
 
 
+_SHORT = {"tokens_per_s": "tokens/s", "grad_norm": "norm", "lr": "rate"}  # under the pointer
 METRICS = (
     ("tokens_per_s", "Throughput, tokens/s", Axes(".4s", from_zero=True)),
     ("grad_norm", "Gradient norm, before clipping", Axes(".3f", log=True)),

@@ -13,8 +13,9 @@ from hybrid_train.jobs.run_list import failures, shown
 from hybrid_train.jobs.run_state import RunState
 from hybrid_train.tracking.metrics import show_duration
 
+# What is compared first comes first: on a telephone the rest is out of sight.
 _HEADS = (
-    "run", "state", "steps", "tokens", "avg loss", "validation loss", "gradient norm", "tokens/s",
+    "run", "avg loss", "val loss", "steps", "tokens", "state", "gradient norm", "tokens/s",
     "a step", "MFU", "time of steps", "goodput",
 )  # fmt: skip
 _NOT_COMPARED = ("run_dir",)  # differs always
@@ -54,11 +55,12 @@ def _last_values(states: Mapping[str, RunState]) -> Table:
 
 def _values(name: str, state: RunState) -> Iterator[str]:
     yield name
-    yield state.state
+    yield shown("smoothed_loss", state.smoothed_loss)
+    yield shown("validation_loss", state.last_of("validation_loss"))
     yield f"{state.step:,}"
     yield shown("tokens", state.tokens)
-    yield shown("smoothed_loss", state.smoothed_loss)
-    for metric in ("validation_loss", "grad_norm", "tokens_per_s", "step_time_s", "mfu"):
+    yield state.state
+    for metric in ("grad_norm", "tokens_per_s", "step_time_s", "mfu"):
         yield shown(metric, state.last_of(metric))
     times = (line.get("step_time_s", 0.0) for line in state.lines)
     yield show_duration(sum(seconds for seconds in times if math.isfinite(seconds)))

@@ -8,6 +8,7 @@ place.
 
 import html
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,12 @@ from hybrid_train.tracking.thinning import highest, sampled, thin
 EACH_STEP, AS_REPORTED = "each step", "avg loss"
 _SHARES = {"2 % of the run": 0.02, "10 % of the run": 0.1}
 SMOOTHINGS = (EACH_STEP, AS_REPORTED, *_SHARES)
-_HEAT_COLUMNS, _HEAT_ROW_PX, _HEAT_REST_PX = 160, 16, 96
+_HEAT_COLUMNS, _HEAT_ROW_PX, _HEAT_SCALE_PX, _HEAT_REST_PX = 160, 16, 56, 110
 _LOG_ABOVE = 30.0  # a curve whose highest point is so many times its median is shown by decades
+_DECADES_ALONE = 3  # so many of them or more need no labels in between
 _DIGITS = 5  # of a value in the file; what is under the pointer has no more
-_LOAD_TICKS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # of expert loads
+_LOAD_TICKS = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # of expert loads
+_LINE = 44  # letters of a line under the pointer
 _MOST_TIMES = 6  # labels of a time line, which must fit on a telephone
 
 Figure = dict[str, Any]
@@ -98,8 +101,11 @@ def curves(lines: Sequence[Curve], axes: Axes, columns: int) -> Figure | None:
     places = [x for line in lines for x in line.steps[line.first :]]
     traces += _marks(axes.marks, min(places), max(places))
     is_log = axes.log and _needs_log(heights)
+    positive = [height for height in heights if height > 0] or [1.0]
+    decades = math.log10(max(positive) / min(positive))
     return {
         "data": traces,
+        "log_dtick": "D2" if decades < _DECADES_ALONE else 1,  # D2 labels 1, 2 and 5
         "layout": {
             "hovermode": "x unified",
             "xaxis": {"rangemode": "normal"},
@@ -166,7 +172,7 @@ def _marks(marks: Sequence[tuple[float, str, str]], first: float, last: float) -
             "mode": "lines",
             "x": [x for place, _ in own for x in (place, place, None)],
             "y": [y for _ in own for y in (0, 1, None)],
-            "text": [t for _, text in own for t in (_plain(text), _plain(text), "")],
+            "text": [t for _, text in own for t in (_lines(text), _lines(text), "")],
             "yaxis": "y2",
             "name": "",
             "line": {"width": 1, "dash": "dot"},
@@ -179,6 +185,11 @@ def _marks(marks: Sequence[tuple[float, str, str]], first: float, last: float) -
 def _plain(text: str) -> str:
     """Escape a text, since plotly.js reads some tags."""
     return html.escape(text, quote=False)
+
+
+def _lines(text: str) -> str:
+    """Break a text into lines that fit on a telephone."""
+    return "<br>".join(_plain(line) for line in textwrap.wrap(text, _LINE))
 
 
 def _short(value: float) -> float | None:
@@ -210,7 +221,7 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
     known = [value for cells in table for value in cells if value is not None]
     if not known:
         return None
-    ticks = [tick for tick in _LOAD_TICKS if min(known) <= tick <= max(known)] or [min(known)]
+    ticks = _load_ticks(min(known), max(known))
     trace = {
         "type": "heatmap",
         "x": [_short(edge + width / 2) for edge in edges[:-1]],
@@ -226,18 +237,26 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
             "orientation": "h", "thickness": 10, "len": 0.5, "x": 1, "xanchor": "right", "y": 1,
             "yanchor": "bottom", "outlinewidth": 0,
             "tickvals": [math.log(tick) for tick in ticks],
-            "ticktext": [f"{tick:g}" for tick in ticks],
+            "ticktext": [f"{tick:.2f}" for tick in ticks],
         },
         "meta": {"run": 0, "heat": True},
     }  # fmt: skip
     layout = {
         "height": _HEAT_ROW_PX * len(rows) + _HEAT_REST_PX,
+        "margin": {"t": _HEAT_SCALE_PX},
         "yaxis": {
             "autorange": "reversed", "type": "category", "automargin": True, "nticks": len(rows)
         },
         "hovermode": "closest",
     }  # fmt: skip
     return {"data": [trace], "layout": layout}
+
+
+def _load_ticks(low: float, high: float) -> list[float]:
+    """Return both ends of a scale, and round values that are not too near to them."""
+    room = (high / low) ** 0.15 if low > 0 else 1.0
+    inside = [tick for tick in _LOAD_TICKS if low * room <= tick <= high / room]
+    return sorted({low, *inside, high})
 
 
 @dataclass(frozen=True)
@@ -266,7 +285,7 @@ def time_line(spans: Sequence[Span], show: Callable[[float], str]) -> Figure:
         "insidetextanchor": "middle",
         "textangle": 0,
         "constraintext": "none",
-        "hovertext": [_plain(span.text) for span in spans],
+        "hovertext": [_lines(span.text) for span in spans],
         "hovertemplate": "%{hovertext}<extra></extra>",
         "marker": {"line": {"width": 1.5}},
         "meta": {"colours": [span.colour for span in spans]},
