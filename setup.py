@@ -38,7 +38,7 @@ setup(
     license_files=["LICENSE"],
     python_requires="==3.12.*",
     packages=find_packages(include=["hybrid_train", "hybrid_train.*"]),
-    package_data={"hybrid_train": ["py.typed", "jobs/*.html"]},
+    package_data={"hybrid_train": ["py.typed", "jobs/*.html", "jobs/*.js"]},
     data_files=data_files(),
     entry_points={"console_scripts": ["hybrid-train = hybrid_train.__main__:main"]},
     install_requires=[
@@ -58,6 +58,7 @@ setup(
         "fsspec[http]",
         "rich",
         "matplotlib",
+        "plotly",
         "jinja2",
         "tensorboard",
         "wandb",

@@ -93,8 +93,18 @@ COMMANDS = {
         SubmitJob,
         ready=_EXPERIMENTS,
     ),
-    "status": Command("says how a run is: state, progress, attempts", f"{_JOBS}.status", StatusJob),
-    "report": Command("writes a page with the curves of a run", f"{_JOBS}.report", ReportJob),
+    "status": Command(
+        "says how a run is: state, progress, attempts; of several, a line each",
+        f"{_JOBS}.status",
+        StatusJob,
+        texts=("run_dir",),
+    ),
+    "report": Command(
+        "writes a page with the curves of a run, or of several over each other",
+        f"{_JOBS}.report",
+        ReportJob,
+        texts=("run_dir",),
+    ),
     "generate": Command(
         "writes text with a trained model",
         f"{_JOBS}.generate",

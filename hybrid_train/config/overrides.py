@@ -42,10 +42,11 @@ _PARTS = re.compile(
     r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[\]{}(),]|[^\[\]{}(),"']+|.)""", re.DOTALL
 )
 HYDRA_RULE = "Hydra's own settings do nothing here; leave it out"
+_SWEEP_FOLDERS = "Hydra writes nothing here; each of several runs gets run_dir/WHAT_DIFFERS"
 _INSTEAD_OF_HYDRA = {
     "hydra.run.dir": "Hydra writes nothing here; run_dir=PATH is the folder of a run",
-    "hydra.sweep.dir": "Hydra writes nothing here; of several runs number N gets run_dir/N",
-    "hydra.sweep.subdir": "Hydra writes nothing here; of several runs number N gets run_dir/N",
+    "hydra.sweep.dir": _SWEEP_FOLDERS,
+    "hydra.sweep.subdir": _SWEEP_FOLDERS,
     "hydra.mode": "does nothing here; --multirun runs every combination of values",
     "hydra.verbose": "does nothing here; see tracking.* and profile=torch",
 }

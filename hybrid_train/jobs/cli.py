@@ -288,12 +288,12 @@ def _started(
 def _ready(name: str, words: Sequence[str], *, is_sweep: bool) -> Callable[[], int | None]:
     """Compose and check a command's config, or several, and return what runs them."""
     from hybrid_train.config import compose
-    from hybrid_train.jobs import multirun, submit
+    from hybrid_train.jobs import submit, sweep
 
     if name == "submit":  # problems of the cluster and of all runs of an array are told at once
         return submit.plan(words, is_array=is_sweep)
     if is_sweep:
-        return multirun.plan(name, words)
+        return sweep.plan(name, words)
 
     try:
         config = compose.compose(root_of(name), words)

@@ -46,11 +46,20 @@ def table(rows: Iterable[Sequence[str]], heads: Sequence[str] | None = None) -> 
     return layout
 
 
-def show_numbers(page: Console, rows: Sequence[Sequence[str]], heads: Sequence[str]) -> None:
-    """Print a table whose columns are numbers, but for the first; no number is ever broken."""
+def show_numbers(
+    page: Console, rows: Sequence[Sequence[str]], heads: Sequence[str], words: int = 1
+) -> None:
+    """Print a table whose columns are numbers, but for the first; no number is ever broken.
+
+    Args:
+        page: where to.
+        rows: as many cells each as there are heads.
+        heads: of the columns.
+        words: how many columns hold words.
+    """
     layout = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column, head in enumerate(heads):
-        layout.add_column(head, justify="right" if column else "left", no_wrap=True)
+        layout.add_column(head, justify="left" if column < words else "right", no_wrap=True)
     for row in rows:
         layout.add_row(*row)
     unlimited = page.options.update(width=_UNLIMITED_WIDTH)

@@ -23,7 +23,7 @@ from hybrid_train.jobs.networks import TOKENIZER
 from hybrid_train.jobs.phases import PhaseBuilder
 from hybrid_train.jobs.progress import TextProgress
 from hybrid_train.megatron.groups import destroy_groups
-from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources
+from hybrid_train.planning.phases import Stretch, at, lay_out, unread_sources, validation_interval
 from hybrid_train.planning.ramp import ramps
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
@@ -37,6 +37,7 @@ from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.console import Console
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.plots import plot_losses
+from hybrid_train.tracking.smoothing import losses_of
 from hybrid_train.tracking.summary import summarise
 from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.tracker import FanOut
@@ -301,7 +302,7 @@ def _hooks(job: TrainJob, run: Run, data: RunData, peak: Peak) -> list[Hook]:
     hooks: list[Hook] = []
     if run.validation is not None:
         baseline = (lambda: data.unigram_cross_entropy) if ranks.is_main() else (lambda: None)
-        hooks.append(Validate(job.train.validation_interval, baseline))
+        hooks.append(Validate(validation_interval(job), baseline))
     log = LogMetrics(
         _trackers(job, run),
         Throughput(peak.flops, ranks.world_size()),
@@ -325,13 +326,15 @@ def _trackers(job: TrainJob, run: Run) -> FanOut:
     if not ranks.is_main():
         return FanOut()
     trackers = build_trackers(job.tracking, Path(job.run_dir), run.state.step, frozen.to_dict(job))
-    console = Console(run.token_budget, run.state.tokens, job.tracking.console_interval)
+    # The trackers have left out by now what the run has to take again.
+    before = losses_of(read_metrics(Path(job.run_dir) / FILE_NAME))
+    console = Console(run.token_budget, run.state.tokens, job.tracking.console_interval, before)
     say_through(console.say)
     return FanOut([*trackers, console])
 
 
 def _conclude(run_dir: Path, peak: Peak) -> None:
-    plot_losses(run_dir / FILE_NAME, run_dir / "plots" / "loss.png")
+    plot_losses(run_dir / FILE_NAME, run_dir / "plots" / "loss.png", run_dir.resolve().name)
     _say_summary(run_dir, peak.source)
 
 

@@ -1,36 +1,36 @@
-"""The job `report`: one HTML file about a run that opens anywhere, without a network."""
+"""The job `report`: one HTML file about runs that opens anywhere, without a network.
+
+What it says of one run stands here, what of several in `jobs/report_runs.py`; both fill one page.
+"""
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybrid_train import __version__
-from hybrid_train.config.secrets import masked, masked_data
-from hybrid_train.jobs.report_pictures import Picture, pictures, style_of
-from hybrid_train.jobs.run_state import RunState, look
+from hybrid_train.config.secrets import masked
+from hybrid_train.jobs.report_figures import pictures, style_of
+from hybrid_train.jobs.report_page import Content, Table, Text, page, without_credentials
+from hybrid_train.jobs.report_runs import comparison
+from hybrid_train.jobs.run_list import named
+from hybrid_train.jobs.run_state import RunState
 from hybrid_train.jobs.status import (
     ATTEMPT_HEADS,
     attempt_row,
     came_from,
     event_row,
     last_metrics,
-    moment,
     progress,
 )
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.report import ReportJob
 from hybrid_train.schema.units import counted, show_bytes
-from hybrid_train.tracking import svg
 from hybrid_train.tracking.metrics import show_duration
-from hybrid_train.tracking.page import drawn, fill
 from hybrid_train.tracking.summary import summarise
 
-TEMPLATE = Path(__file__).with_name("report.html")
 FILE_NAME = "report.html"
 _NAMES = {
+    "smoothed_loss": "avg loss",
     "validation_loss": "validation loss",
     "grad_norm": "gradient norm",
     "lr": "learning rate",
@@ -41,29 +41,24 @@ _NAMES = {
 _MOST_ROWS = 200  # of a table, the newest
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows with a title."""
-
-    title: str
-    heads: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str = ""
-
-
 def run(job: ReportJob) -> None:
-    """Write the report of a run and say where it is.
+    """Write the report of a run, or of several, and say where it is.
 
     Raises:
-        UserError: if there is no run in the folder, a file in it is damaged, or the report cannot
-            be written.
+        UserError: if there is no run in a folder, a file of the only one is damaged, or the report
+            cannot be written.
     """
-    run_dir = Path(job.run_dir)
-    target = Path(job.output) if job.output else run_dir / FILE_NAME
+    runs = named(job.run_dir)
+    place = next(iter(runs.folders.values())) if runs.alone else runs.place
+    target = Path(job.output) if job.output else place / FILE_NAME
     with contextlib.suppress(OSError):  # what stands in the way is said as it is written
         if target.is_dir():
             raise UserError(f"output = {target} is a folder; name a file: {target / FILE_NAME}")
-    text = report(look(run_dir))
+    states, left_out = runs.look()
+    if runs.alone:
+        text = report(next(iter(states.values())))
+    else:
+        text = comparison(states, left_out, runs.place)
     half = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,43 +73,27 @@ def run(job: ReportJob) -> None:
 
 def report(state: RunState) -> str:
     """Return the page of a run."""
-    state = _without_credentials(state)
-    found = list(pictures(state))
-    return fill(
-        TEMPLATE,
-        title=state.run_dir.resolve().name,
-        state=state.state,
-        state_style=style_of(state.state).replace("no-sign-of-life", "silent"),
-        why=state.why,
-        subtitle=_subtitle(state),
-        progress=progress(state),
-        share=state.progress,
-        facts=list(_facts(state)),
-        pictures=[_as_markup(picture) for picture in found],
-        levels=svg.LEVELS,
-        time=_time(state),
-        time_title=_time_title(state),
-        tables=[one for one in (_attempts(state), _events(state), _origin(state)) if one.rows],
-        summary=masked(summarise(state.run_dir)) if state.lines else "No step was done.",
-        config=state.config_text,
-        footer=_footer(),
+    state = without_credentials(state)
+    summary = masked(summarise(state.run_dir)) if state.lines else "No step was done."
+    return page(
+        Content(
+            title=state.run_dir.resolve().name,
+            state=state.state,
+            state_style=style_of(state.state),
+            why=state.why,
+            subtitle=_subtitle(state),
+            progress=progress(state),
+            share=state.progress,
+            facts=list(_facts(state)),
+            pictures=list(pictures(state)),
+            tables=[one for one in (_attempts(state), _events(state), _origin(state)) if one.rows],
+            time=_time(state),
+            time_title=_time_title(state),
+            knows_time=True,
+            texts=[Text("Summary", summary), Text("Config", state.config_text, folded=True)],
+        ),
+        [state],
     )
-
-
-def _without_credentials(state: RunState) -> RunState:
-    """Mask what was written by another version, or by hand."""
-    return replace(
-        state,
-        why=masked(state.why),
-        attempts=[masked_data(one) for one in state.attempts],
-        events=masked_data(list(state.events)),
-        config=masked_data(state.config),
-        config_text=masked(state.config_text),
-    )
-
-
-def _as_markup(picture: Picture) -> Picture:
-    return replace(picture, svg=drawn(picture.svg))
 
 
 def _subtitle(state: RunState) -> str:
@@ -194,12 +173,3 @@ def _origin(state: RunState) -> Table:
 
 def _cut(number: int) -> str:
     return f"The last {_MOST_ROWS} of {number}." if number > _MOST_ROWS else ""
-
-
-def _footer() -> str:
-    return (
-        f"Written by hybrid-train {__version__}, {moment(time.time())} UTC. Curves show, of each "
-        f"of {svg.COLUMNS} columns, the lowest and the highest step, so that no spike is lost; "
-        "strong lines are means over 3 % of the steps. Upright lines: grey where an attempt "
-        "began, red where an update was skipped, orange other events; point at one to read it."
-    )

@@ -20,6 +20,7 @@ from hybrid_train.tracking.goodput import DROPPED, Goodput, goodput
 from hybrid_train.tracking.history import Attempt
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import show_duration
+from hybrid_train.tracking.smoothing import losses_of, smoothed_loss
 
 _RECENT_STEPS = 100  # the rate behind the time left is that of these
 # Without a sign of life for so long a run no longer counts as running: a validation or a save may
@@ -78,6 +79,12 @@ class RunState:
     def progress(self) -> float | None:
         """Share of the tokens of the run that were seen; None if their number is not known."""
         return min(1.0, self.tokens / self.total_tokens) if self.total_tokens else None
+
+    @property
+    def smoothed_loss(self) -> float | None:
+        """The smoothed training loss of the last step; None before the first."""
+        losses = losses_of(self.lines)
+        return smoothed_loss(losses) if losses else None
 
     def last_of(self, name: str) -> float | None:
         """Return the newest value of a metric that not every line has."""

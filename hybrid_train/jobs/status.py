@@ -5,12 +5,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.jobs.help import console, table
-from hybrid_train.jobs.run_state import RunState, look
+from hybrid_train.jobs.run_list import named, show_runs
+from hybrid_train.jobs.run_state import RunState
 from hybrid_train.schema.report import StatusJob
 from hybrid_train.schema.units import show_bytes, show_tokens
 from hybrid_train.tracking.goodput import Goodput
@@ -18,22 +18,41 @@ from hybrid_train.tracking.history import RUNNING, Attempt
 from hybrid_train.tracking.metrics import show, show_duration
 
 _SHOWN = 10  # attempts and events, the newest
-_METRICS = ("loss", "validation_loss", "grad_norm", "lr", "tokens_per_s", "step_time_s", "mfu")
+_METRICS = (
+    "loss",
+    "smoothed_loss",
+    "validation_loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_s",
+    "step_time_s",
+    "mfu",
+)
 _DETAIL = 160  # characters of an event
 _ORIGIN = {"command", "code", "machines", "libraries"}
 ATTEMPT_HEADS = ("attempt", "began", "took", "steps", "processes", "ended", "why")
 
 
 def run(job: StatusJob) -> None:
-    """Print the state of a run.
+    """Print the state of a run, or a line for each of several.
 
     Raises:
-        UserError: if there is no run in the folder, or a file in it is damaged.
+        UserError: if there is no run in a folder, or a file of the only run is damaged.
     """
-    state = look(Path(job.run_dir))
+    runs = named(job.run_dir)
+    states, left_out = runs.look()
     if job.json:
-        print(json.dumps(as_data(state), indent=1, allow_nan=False))  # noqa: T201  the result
-        return
+        listed = [as_data(state) for state in states.values()]
+        data = listed[0] if runs.alone else {"runs": listed, "left_out": masked_data(left_out)}
+        print(json.dumps(data, indent=1, allow_nan=False))  # noqa: T201  the result
+    elif runs.alone:
+        _show(next(iter(states.values())))
+    else:
+        show_runs(console(), states, left_out)
+
+
+def _show(state: RunState) -> None:
+    """Print all that there is to say of one run."""
     page = console()
     page.print(table(_facts(state)))
     if state.goodput is not None:
@@ -115,7 +134,7 @@ def progress(state: RunState) -> str:
 def last_metrics(state: RunState) -> Iterator[tuple[str, str]]:
     """Yield name and newest value of the metrics that matter most."""
     for name in _METRICS:
-        value = state.last_of(name)
+        value = state.smoothed_loss if name == "smoothed_loss" else state.last_of(name)
         if value is not None:
             yield name, show(name, value) if math.isfinite(value) else "not finite"
 
@@ -190,6 +209,7 @@ def as_data(state: RunState) -> dict[str, Any]:
         "seconds_left": state.seconds_left,
         "seconds_since_last_sign": state.silent_s,
         "metrics": state.last,
+        "smoothed_loss": state.smoothed_loss,
         "checkpoint": {"step": found.step, "path": str(found.path)} if found else None,
         "goodput": None
         if measured is None

@@ -28,6 +28,8 @@ SETTINGS = {
 # What must stay in a phase that has begun; a layout and a microbatch may change at any time.
 FIXED = ("blend", "sequence_length", "global_batch", "constant_lr", "precision_exceptions")
 
+_VALIDATIONS, _VALIDATION_STEPS = 8, 100  # of a run, at least; steps between two, at most
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -102,6 +104,18 @@ def at(stretches: Sequence[Stretch], tokens_seen: int) -> Stretch:
         if tokens_seen < stretch.end:
             return stretch
     return stretches[-1]
+
+
+def validation_interval(job: TrainJob) -> int:
+    """Return the steps between validations; 0: there is one at the end only.
+
+    Where nothing is asked for, a run has at least five: every eighth of it, or every 100 steps.
+    """
+    asked = job.train.validation_interval
+    if asked is not None:
+        return asked
+    steps = sum(stretch.length.steps for stretch in lay_out(job))
+    return max(1, min(_VALIDATION_STEPS, -(-steps // _VALIDATIONS)))
 
 
 def rows_of_step(stretches: Sequence[Stretch], step: int) -> tuple[Stretch, int, int] | None:

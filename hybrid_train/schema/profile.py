@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from hybrid_train.schema.limits import Count, CountOrNone
 from hybrid_train.schema.problems import Problem
 
+FOLDER = "profile"  # in the run folder
+TRACE_VIEWER = "ui.perfetto.dev"  # a web page that reads the file on the machine of its reader
+
 
 class Tool(enum.Enum):
     """Who looks at the steps."""

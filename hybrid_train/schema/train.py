@@ -78,7 +78,9 @@ class Train:
     batch_ramp: BatchRamp = field(default_factory=BatchRamp)
     phases: list[Phase] = field(default_factory=list)  # empty: one phase from start to end
     seed: Seed = 1234
-    validation_interval: CountOrNone = 100  # steps; 0: only at the end
+    validation_interval: CountOrNone | None = (
+        None  # steps; 0: at the end; null: 100, 1/8 if shorter
+    )
     validation_batches: Count = 20  # global batches of one validation
 
 

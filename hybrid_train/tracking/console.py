@@ -2,8 +2,9 @@
 
 import sys
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
@@ -11,11 +12,13 @@ from rich.table import Column
 
 from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.metrics import metric, show, show_duration
+from hybrid_train.tracking.smoothing import smoothed_loss
 
 _RECENT_STEPS = 30  # the rate behind the time left is that of these
 # Names and widths of the columns of a plain line; what is missing leaves its column out.
 _LINE = {
     "loss": 7,
+    "smoothed_loss": 7,
     "lr": 8,
     "global_batch": 5,
     "grad_norm": 6,
@@ -23,7 +26,7 @@ _LINE = {
     "step_time_s": 6,
     "mfu": 6,
 }
-_BAR = ("loss", "tokens_per_s", "step_time_s", "mfu")
+_BAR = ("smoothed_loss", "tokens_per_s", "step_time_s", "mfu")
 _VALIDATION = ("validation_loss", "unigram_loss")
 
 
@@ -39,6 +42,7 @@ class Console:
         total_tokens: int,
         start_tokens: int = 0,
         interval: int = 10,
+        losses: Sequence[float] = (),
         terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -48,12 +52,14 @@ class Console:
             total_tokens: tokens of the whole run.
             start_tokens: tokens seen before this process; not 0 where a run resumes.
             interval: steps between plain lines.
+            losses: of the steps before this process, for the smoothed one.
             terminal: whether there is one; None: look at the standard output.
             clock: seconds, for the time left.
         """
         self._total = total_tokens
         self._interval = interval
         self._clock = clock
+        self._losses = array("d", losses)
         self._recent = deque([(clock(), start_tokens)], maxlen=_RECENT_STEPS + 1)
         self._pending: str | None = None  # line of the last step, if it was not printed
         self._started = False
@@ -66,6 +72,7 @@ class Console:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a step. `tokens` must be among the metrics."""
         tokens = int(metrics["tokens"])
+        metrics = self._with_smoothed_loss(metrics)
         self._recent.append((self._clock(), tokens))
         left = f"left {show_duration(self.seconds_left())}"
         line = _line(step, self._total, metrics, left)
@@ -83,6 +90,12 @@ class Console:
             self.say(line)
             self._pending = None
         self._started = True
+
+    def _with_smoothed_loss(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        if "loss" not in metrics:
+            return metrics
+        self._losses.append(metrics["loss"])
+        return {**metrics, "smoothed_loss": smoothed_loss(self._losses)}
 
     def say(self, text: str) -> None:
         """Print a message; above the bar where there is one."""

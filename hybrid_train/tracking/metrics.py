@@ -53,23 +53,40 @@ def _loss(value: float) -> str:
     return f"{value:.4f}"
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
+# By group, as TensorBoard and Weights & Biases show them.
+GROUPS: dict[str, tuple[Metric, ...]] = {
+    "progress": (
         Metric("step", "", "optimizer steps done", _whole),
         Metric("tokens", "tokens", "tokens seen by all ranks since the start", show_tokens),
-        Metric("loss", _NATS, "cross-entropy of the next token on the batch", _loss),
-        Metric("lr", "", "learning rate of the step", "{:.2e}".format),
         Metric("global_batch", "sequences", "size of a batch that grows", _whole, "batch"),
+        Metric("tokens/{}", "tokens", "labels seen of a source, since the start", show_tokens),
+        Metric("epochs/{}", "", "those over the tokens that the source has", "{:.3f}".format),
+    ),
+    "loss": (
+        Metric("loss", _NATS, "cross-entropy of the next token on the batch", _loss),
+        # Never logged: whoever shows it takes it from the losses.
+        Metric("smoothed_loss", _NATS, "mean over the last steps", _loss, "avg loss"),
+        Metric("mtp_loss_{}", _NATS, "cross-entropy at an MTP depth, from 1", _loss),
+        Metric("loss/{}", _NATS, "cross-entropy on the rows of a source", _loss),
+        Metric("term/{}", "", "a term of an objective", _loss),
+        Metric("validation_term/{}", "", "the same on the validation part", _loss),
+        Metric("validation_loss/{}", _NATS, "cross-entropy on a source's validation part", _loss),
+        Metric("validation_loss", _NATS, "cross-entropy on the validation part", _loss, "val"),
+        Metric("validation_mtp_loss_{}", _NATS, "the same at an MTP depth, from 1", _loss),
+        Metric(
+            "unigram_loss",
+            _NATS,
+            "cross-entropy of the train unigram distribution on the validation part",
+            _loss,
+            "unigram",
+        ),
+    ),
+    "optimizer": (
+        Metric("lr", "", "learning rate of the step", "{:.2e}".format),
         Metric("grad_norm", "", "norm of the gradient before clipping", "{:.3f}".format),
         Metric("skipped", "", "1 where the update was not made; history.jsonl says why", _whole),
-        Metric("tokens_per_s", "tokens/s", "speed of all ranks", show_tokens, "tok/s"),
-        Metric("step_time_s", "s", "wall time of the step", show_step_time, "time"),
-        Metric("pause_s", "s", "before the step, that no step took", show_step_time),
-        Metric("save_time_s", "s", "part of that, in which a save was waited for", show_step_time),
-        Metric("validation_time_s", "s", "the same, for validation", show_step_time),
-        Metric("mfu", "", "share of the peak that the model's FLOPs reach", "{:.1%}".format, "MFU"),
-        Metric("mtp_loss_{}", _NATS, "cross-entropy at an MTP depth, from 1", _loss),
+    ),
+    "routing": (
         Metric("moe_aux_loss", "", "load-balance loss, before its weight", "{:.4f}".format),
         Metric(
             "expert_load_{}",
@@ -83,27 +100,24 @@ METRICS: dict[str, Metric] = {
             "the same for the MoE layers of an MTP block, numbered from 1 within it",
             "{:.2f}".format,
         ),
-        Metric("loss/{}", _NATS, "cross-entropy on the rows of a source", _loss),
-        Metric("term/{}", "", "a term of an objective", _loss),
-        Metric("own/{}", "", "of a hook of one's own", "{:.4g}".format),
-        Metric("validation_term/{}", "", "the same on the validation part", _loss),
-        Metric("tokens/{}", "tokens", "labels seen of a source, since the start", show_tokens),
-        Metric("epochs/{}", "", "those over the tokens that the source has", "{:.3f}".format),
+    ),
+    "precision": (
         Metric("underflow/{}", "", "nonzero values of an operand rounded to 0", "{:.2%}".format),
         Metric("saturation/{}", "", "values of an operand cut at the largest", "{:.2%}".format),
         Metric("rounding_error/{}", "", "of an operand, relative, squared mean", "{:.3f}".format),
-        Metric("validation_loss/{}", _NATS, "cross-entropy on a source's validation part", _loss),
-        Metric("validation_loss", _NATS, "cross-entropy on the validation part", _loss, "val"),
-        Metric("validation_mtp_loss_{}", _NATS, "the same at an MTP depth, from 1", _loss),
-        Metric(
-            "unigram_loss",
-            _NATS,
-            "cross-entropy of the train unigram distribution on the validation part",
-            _loss,
-            "unigram",
-        ),
-    )
+    ),
+    "speed": (
+        Metric("tokens_per_s", "tokens/s", "speed of all ranks", show_tokens, "tok/s"),
+        Metric("step_time_s", "s", "wall time of the step", show_step_time, "time"),
+        Metric("pause_s", "s", "before the step, that no step took", show_step_time),
+        Metric("save_time_s", "s", "part of that, in which a save was waited for", show_step_time),
+        Metric("validation_time_s", "s", "the same, for validation", show_step_time),
+        Metric("mfu", "", "share of the peak that the model's FLOPs reach", "{:.1%}".format, "MFU"),
+    ),
+    "hooks": (Metric("own/{}", "", "of a hook of one's own", "{:.4g}".format),),
 }
+METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
+_GROUP_OF = {metric.name: name for name, group in GROUPS.items() for metric in group}
 
 
 def mtp_loss(depth: int) -> str:
@@ -137,3 +151,8 @@ def metric(name: str) -> Metric:
 def show(name: str, value: float) -> str:
     """Write a value as the user sees it."""
     return metric(name).show(value)
+
+
+def tag(name: str) -> str:
+    """Return the name under which TensorBoard and W&B show a metric: `optimizer/grad_norm`."""
+    return f"{_GROUP_OF[metric(name).name]}/{name}"

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.gaps import TAIL, Comparison
 from hybrid_train.tracking.jsonl import read_metrics
+from hybrid_train.tracking.smoothing import curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,24 +18,26 @@ _TRAIN, _VALIDATION, _BASELINE = "#2f6fb5", "#d1495b", "#777777"
 _MTP = ("#8fb339", "#e09f3e", "#7b5ea7", "#4fb0ae")
 _SETTLED = 0.2  # share of training; gaps of losses that still fall fast do not set the scale
 _DASHES = ("-", "--", ":")  # for ten curves each, as there are ten colours
-_SMOOTH_SHARE = 0.03  # the smoothed curve averages over this share of the run
 
 Points = tuple[list[float], list[float]]  # tokens, values
 
 
-def plot_losses(metrics_jsonl: Path, path: Path) -> None:
+def plot_losses(metrics_jsonl: Path, path: Path, title: str) -> None:
     """Draw the losses over tokens into a PNG; the folder is made.
 
     Shown are the train loss (each step faint, smoothed strong), the validation loss, the loss of
-    each MTP depth, and the unigram cross-entropy as a level to compare with, as far as logged.
+    each MTP depth, and the unigram cross-entropy as a level to compare with, as far as logged; the
+    legend has their last values.
 
     Args:
         metrics_jsonl: the metrics of the run.
         path: the picture.
+        title: name of the run.
     """
     lines = read_metrics(metrics_jsonl)
     with _picture(path) as axes:
         _draw_losses(axes, lines)
+        axes.set_title(title)
         axes.set_xlabel("tokens")
         axes.set_ylabel("cross-entropy, nats per token")
         axes.xaxis.set_major_formatter(lambda value, _: show_tokens(value))
@@ -85,32 +87,15 @@ def _picture(path: Path, width: float = 9) -> Iterator["Axes"]:
         figure.savefig(path)
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Average over about `window` values centred on each, so that the curve does not lag behind.
-
-    Towards the start, where losses fall fast, it shrinks and stays centred; at the end it is cut
-    off. Values that are not finite are left out.
-    """
-    # Sums from the start: of a hundred thousand values the windows themselves would take minutes.
-    finite = [math.isfinite(value) for value in values]
-    sums = [0.0, *accumulate(v if f else 0.0 for v, f in zip(values, finite, strict=True))]
-    counts = [0, *accumulate(finite)]
-    result = []
-    for i in range(len(values)):
-        reach = min(window // 2, i)
-        first, last = i - reach, min(i + reach + 1, len(values))
-        number = counts[last] - counts[first]
-        result.append((sums[last] - sums[first]) / number if number else math.nan)
-    return result
-
-
 def _draw_losses(axes: "Axes", lines: Sequence[dict[str, float]]) -> None:
     tokens, values = _points(lines, "loss")
     axes.plot(tokens, values, color=_TRAIN, linewidth=0.8, alpha=0.3)
-    axes.plot(tokens, _curve(values), color=_TRAIN, linewidth=2, label="train")
+    means = curve(values)
+    label = f"train, smoothed {_last(means)}"
+    axes.plot(tokens, means, color=_TRAIN, linewidth=2, label=label)
     tokens, values = _points(lines, "validation_loss")
     if values:
-        label = f"validation, last {values[-1]:.3f}"
+        label = f"validation {_last(values)}"
         axes.plot(tokens, values, "o-", color=_VALIDATION, markersize=5, linewidth=1, label=label)
     _, baseline = _points(lines, "unigram_loss")
     if baseline:
@@ -118,12 +103,13 @@ def _draw_losses(axes: "Axes", lines: Sequence[dict[str, float]]) -> None:
         axes.axhline(baseline[-1], color=_BASELINE, linestyle="--", linewidth=1.2, label=label)
     for color, name in zip(_MTP * 4, _mtp_names(lines), strict=False):
         tokens, values = _points(lines, name)
-        label = f"MTP depth {name.rpartition('_')[2]}"
-        axes.plot(tokens, _curve(values), color=color, linewidth=0.9, label=label, zorder=1)
+        means = curve(values)
+        label = f"MTP depth {name.rpartition('_')[2]}, smoothed {_last(means)}"
+        axes.plot(tokens, means, color=color, linewidth=0.9, label=label, zorder=1)
 
 
-def _curve(values: Sequence[float]) -> list[float]:
-    return smoothed(values, round(_SMOOTH_SHARE * len(values)))
+def _last(values: Sequence[float]) -> str:
+    return f"{values[-1]:.3f}" if values else "-"
 
 
 def _draw_gap(axes: "Axes", one: Comparison, name: str, number: int) -> None:

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_train.config.command_text import command, setting
+from hybrid_train.schema.profile import FOLDER as PROFILE
+from hybrid_train.schema.profile import TRACE_VIEWER
 from hybrid_train.schema.units import counted, show_tokens
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import show, show_duration
+from hybrid_train.tracking.smoothing import losses_of, smoothed_loss, window
 
-_ENDS = 10  # first and last losses are means over so many steps: one batch says little
+_ENDING = ".json.gz"  # of a trace
+_MOST_TRACES = 4
 
 Lines = Sequence[dict[str, float]]
 
@@ -43,16 +47,14 @@ def _length(lines: Lines) -> str:
 
 
 def _losses(lines: Lines) -> list[str]:
-    losses = _values(lines, "loss")
+    losses = losses_of(lines)
     if not losses:
         return []
-    over = min(_ENDS, max(1, len(losses) // 2))  # no step is in both means
-    first = statistics.fmean(losses[:over])
-    last = statistics.fmean(losses[-over:])
+    over = window(len(losses))
     steps = f"{over} steps" if over > 1 else "step"
     return [
-        f"Train loss went from {first:.3f} to {last:.3f} nats per token "
-        f"(means of the first and the last {steps})."
+        f"Train loss went from {losses[0]:.3f} at the first step to {smoothed_loss(losses):.3f} "
+        f"nats per token, mean of the last {steps}."
     ]
 
 
@@ -96,11 +98,13 @@ def _places(run_dir: Path) -> list[str]:
         "wandb": "Weights & Biases",
         "config.yaml": "config",
     }
-    return [
-        f"  {name:<16} {run_dir / place}"
-        for place, name in places.items()
-        if (run_dir / place).exists()
-    ]
+    there = {place: name for place, name in places.items() if (run_dir / place).exists()}
+    lines = [f"  {name:<16} {run_dir / place}" for place, name in there.items()]
+    traces = sorted((run_dir / PROFILE).glob(f"*{_ENDING}"))
+    lines += [f"  {'trace of steps':<16} {path}" for path in traces[-_MOST_TRACES:]]
+    if traces:
+        lines.append(f"  {'':<16} (open it at https://{TRACE_VIEWER}: Open trace file)")
+    return lines
 
 
 def _values(lines: Lines, name: str) -> list[float]:

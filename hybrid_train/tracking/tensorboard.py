@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from hybrid_train.tracking.metrics import tag
+
 
 class TensorBoard:
     """Writes scalars over steps into `folder`. A resumed run hides what came after its step."""
@@ -16,7 +18,7 @@ class TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(tag(name), value, step)
 
     def close(self) -> None:
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Curves of any length as few points: of each column of the picture the lowest and the highest.
+"""Curves of any length as few points: of each column of the figure the lowest and the highest.
 
 A spike of one step among a hundred thousand stays where it is and as high as it is.
 """
@@ -16,7 +16,7 @@ def thin(xs: Sequence[float], ys: Sequence[float], columns: int) -> Points:
     Args:
         xs: growing.
         ys: as many; what is not finite becomes one NaN a column, where a curve is broken.
-        columns: width of the picture in points that an eye can tell apart.
+        columns: width of the figure in points that an eye can tell apart.
 
     Returns:
         Points; all of them, if there are at most two a column anyway.
@@ -43,6 +43,13 @@ def thin(xs: Sequence[float], ys: Sequence[float], columns: int) -> Points:
 
 def _height(pair: tuple[float, float]) -> float:
     return pair[1]
+
+
+def sampled(xs: Sequence[float], ys: Sequence[float], number: int) -> Points:
+    """Keep about so many points, equally far apart, and the last: enough for what is smooth."""
+    every = max(1, -(-len(xs) // number))
+    places = [*range(0, len(xs) - 1, every), *([len(xs) - 1] if len(xs) else [])]
+    return [(xs[place], ys[place]) for place in places]
 
 
 def highest(xs: Sequence[float], ys: Sequence[float], edges: Sequence[float]) -> list[float | None]:

@@ -12,6 +12,7 @@ import wandb
 from hybrid_train.config.secrets import masked
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.tracking import Wandb, WandbMode
+from hybrid_train.tracking.metrics import tag
 
 ID_FILE = "wandb_run_id"
 
@@ -48,7 +49,7 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **metrics})
+        self._run.log({"step": step} | {tag(name): value for name, value in metrics.items()})
 
     def close(self) -> None:
         self._run.finish()

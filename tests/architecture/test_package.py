@@ -38,7 +38,7 @@ def test_a_wheel_holds_every_module(wheel: Path, source_copy: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"hybrid_train/{module}" for module in modules} <= names
-    assert "hybrid_train/jobs/report.html" in names
+    assert {"hybrid_train/jobs/report.html", "hybrid_train/jobs/report.js"} <= names
 
 
 def test_an_installed_wheel_has_conf_and_the_pinned_versions_below_its_prefix(
@@ -62,7 +62,7 @@ def test_a_source_distribution_is_complete(source_copy: Path, tmp_path: Path) ->
     expected = files_below(source_copy / "hybrid_train", "*.py")
     expected = {f"hybrid_train/{name}" for name in expected}
     expected |= {f"conf/{name}" for name in files_below(source_copy / "conf", "*.yaml")}
-    expected |= {"hybrid_train/jobs/report.html"}
+    expected |= {"hybrid_train/jobs/report.html", "hybrid_train/jobs/report.js"}
     expected |= {"Makefile", "LICENSE", "constraints.txt", "pyproject.toml", "setup.py", ".ci/run"}
     with tarfile.open(build("sdist", source_copy, tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

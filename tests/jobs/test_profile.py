@@ -22,7 +22,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for(
     assert "there is no record of memory on a CPU" in done.said
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == "steps_4_to_5_rank_0.json.gz"
-    assert str(path) in done.said
+    assert f"trace of steps   {path}" in done.out  # in the summary
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
     steps = [one for one in events if str(one.get("name")).startswith("train step ")]

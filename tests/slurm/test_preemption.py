@@ -79,7 +79,7 @@ def test_no_step_is_missing_or_doubled(story: Story) -> None:
 
 def test_tensorboard_shows_one_curve(story: Story) -> None:
     seen = EventAccumulator(str(story.run_dir / "tensorboard")).Reload()
-    steps = [point.step for point in seen.Scalars("loss")]
+    steps = [point.step for point in seen.Scalars("loss/loss")]
     assert steps == list(range(1, story.last_step + 1))
 
 

@@ -10,12 +10,11 @@ import torch
 
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.profile import Profile, Tool
+from hybrid_train.schema.profile import FOLDER, TRACE_VIEWER, Profile, Tool
 from hybrid_train.training.hook import Hook
 from hybrid_train.training.loop import Run
 from hybrid_train.training.report import StepReport
 
-FOLDER = "profile"  # in the run folder
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +106,7 @@ class TraceSteps(_SomeSteps):
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"steps_{self._first}_to_{step}_rank_{ranks.rank()}.json.gz"
         profiler.export_chrome_trace(str(self._folder / name))
-        _log.info("profile: %s; open it at ui.perfetto.dev", self._folder / name)
+        _log.info("profile: %s; open it at %s", self._folder / name, TRACE_VIEWER)
 
     def fit_end(self, run: Run) -> None:
         if self._profiler is not None:  # the run is shorter than what was to be traced

@@ -83,8 +83,8 @@ def test_what_may_mean_two_things_is_refused_with_a_form_that_works(value: str) 
 
 def test_a_sweep_takes_such_letters_too() -> None:
     lines = [QUICKSTART, "train.seed=1,2", "run_dir=läuft=1"]
-    commands = multirun.commands("train", lines)
-    assert [words[-1] for words in commands] == [f'run_dir="läuft=1/{n}"' for n in (0, 1)]
+    words = [one.words for one in multirun.runs("train", lines)]
+    assert [one[-1] for one in words] == [f'run_dir="läuft=1/seed={n}"' for n in (1, 2)]
     assert multirun.combinations(["a.b=ä,c=1"]) == [['a.b="ä"'], ['a.b="c=1"']]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_train.config import describe, own_conf
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.jobs import cli, multirun
+from hybrid_train.jobs import cli, sweep
 from hybrid_train.jobs.study_plan import plan
 from hybrid_train.schema.problems import ConfigError
 
@@ -66,7 +66,7 @@ def test_the_option_is_handed_to_the_runs_of_a_sweep_and_of_a_study(
     written(folder, "study/own", study)
     seen: list[str] = []
     monkeypatch.setattr(
-        multirun, "run_all", lambda _: seen.append(os.environ["HYBRID_TRAIN_OWN_CONF"])
+        sweep, "run_all", lambda _: seen.append(os.environ["HYBRID_TRAIN_OWN_CONF"])
     )
     assert (
         cli.main(["train", "--config-dir", "mine", "experiment=mine", "train.seed=1,2", "-m"]) == 0

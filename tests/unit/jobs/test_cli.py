@@ -12,8 +12,8 @@ from hybrid_train import __version__
 from hybrid_train.config import launcher
 from hybrid_train.config.commands import COMMANDS
 from hybrid_train.config.compose import conf_dir, draft
-from hybrid_train.jobs import cli, multirun
-from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.jobs import cli
+from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 
 ROOT = conf_dir().parent
@@ -260,42 +260,12 @@ def test_an_interrupted_job_ends_with_the_code_of_shells(
     assert capsys.readouterr().err.endswith("new one.\nhybrid-train: interrupted\n")
 
 
-def test_a_sweep_is_one_command_per_combination() -> None:
-    lines = [QUICKSTART, "train.seed=1,2", "run_dir=out", "optimizer.beta2=0.9,0.95"]
-    commands = [command[4:] for command in multirun.commands("train", lines)]
-    seeds_and_betas = [(1, 0.9), (1, 0.95), (2, 0.9), (2, 0.95)]
-    assert commands == [
-        [QUICKSTART, f"train.seed={seed}", f"optimizer.beta2={beta}", f"run_dir=out/{number}"]
-        for number, (seed, beta) in enumerate(seeds_and_betas)
-    ]
-
-
-def test_a_sweep_leaves_prompts_alone(tmp_path: Path) -> None:
-    lines = [f"checkpoint={tmp_path}", "prompt=f(a, b):", "top_k=1,2"]
-    commands = multirun.commands("generate", lines)
-    assert [command[-1] for command in commands] == ["prompt=f(a, b):"] * 2
-    assert [command[-2] for command in commands] == ["top_k=1", "top_k=2"]
-
-
-def test_a_sweep_with_a_wrong_combination_starts_nothing() -> None:
-    with pytest.raises(ConfigError, match="must be a whole number"):
-        multirun.plan("train", [QUICKSTART, "train.seed=1,two"])
-
-
 def test_a_sweep_is_refused_under_torchrun(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second_of_two(monkeypatch)
     monkeypatch.setenv("RANK", "0")
     assert "without torchrun" in complaint(capsys, "train", QUICKSTART, "train.seed=1,2", "-m")
-
-
-def test_a_sweep_goes_on_after_a_failed_run_and_tells_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    commands = [[sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3, 0, 4)]
-    assert multirun.run_all(commands) == 3
-    assert "these runs failed: 1, 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,53 +1,22 @@
 """`hybrid-train report`: one page that says all, and runs nothing that came from outside."""
 
-import html.parser
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from hybrid_train.jobs import report
+from hybrid_train.jobs.report_page import SCRIPT, positions
 from hybrid_train.jobs.run_state import look
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.report import ReportJob
+from hybrid_train.tracking import plotly
+from hybrid_train.tracking.page import script_hash
+from tests.unit.jobs.report_page import Page, figures
 from tests.unit.jobs.synthetic_run import NASTY, make
 from tests.unprivileged import modes_count
 
 START = 1_700_000_000.0
-EMPTY = {"meta", "br", "img"}  # tags that need no end
-
-
-class Page(html.parser.HTMLParser):
-    """Tags, texts and addresses of a page; ends must match beginnings."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.texts: list[str] = []
-        self.addresses: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.addresses += [v or "" for name, v in attrs if name in {"src", "href", "xlink:href"}]
-        if tag not in EMPTY:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.texts)
 
 
 def test_the_page_holds_every_picture_and_table(tmp_path: Path) -> None:
@@ -59,15 +28,44 @@ def test_the_page_holds_every_picture_and_table(tmp_path: Path) -> None:
         "Summary", "Config",
     ):  # fmt: skip
         assert title in page.texts
-    assert page.tags["svg"] == 9  # the first of these has a second picture, of the later steps
+    assert list(figures(page)) == [
+        "Loss, nats per token", "The same from 10% of the steps on", "Loss of each source",
+        "Validation loss of each source", "Throughput, tokens/s",
+        "Gradient norm, before clipping", "Learning rate", "Expert load by layer", "Attempts",
+    ]  # fmt: skip
     assert "failed, killed" in page.text
     assert "8 on 2 nodes (n<1>, job 771)" in page.text
     assert "pattern: ME*-/*E" in page.text  # the config
 
 
+def test_the_losses_have_their_last_values_in_the_legend(tmp_path: Path) -> None:
+    state = look(make(tmp_path, steps=200, start=START))
+    page = Page(report.report(state))
+    (loss, *_) = page.data["figures"]
+    names = [trace["name"] for trace in loss["data"] if trace["name"]]
+    assert list(dict.fromkeys(names)) == ["MTP depth 1", "unigram", "train", "validation"]
+    assert f"train {state.smoothed_loss:.3f}" in page.texts
+    assert f"{state.smoothed_loss:.4f}" in page.texts  # at the head of the page
+    assert "unigram 7.000" in page.texts
+
+
+def test_attempts_and_events_are_marked_in_the_curves(tmp_path: Path) -> None:
+    page = Page(report.report(look(make(tmp_path, steps=60, start=START))))
+    texts = [text for trace in page.data["figures"][0]["data"] for text in trace.get("text", ())]
+    assert "attempt 2 went on from step 20" in texts
+    assert any(text.startswith("skipped: step 30: reason spike") for text in texts)
+
+
+def test_tokens_stand_beside_the_steps(tmp_path: Path) -> None:
+    page = Page(report.report(look(make(tmp_path, steps=60, start=START))))
+    assert page.data["runs"] == [{"steps": [0, 60], "tokens": [0, 60 * 256]}]
+    ramp = [{"step": n, "tokens": 8.0 * n if n < 5 else 16.0 * n - 32} for n in range(1, 9)]
+    assert positions(ramp) == {"steps": [0, 4, 8], "tokens": [0, 32, 96]}
+
+
 def test_texts_from_outside_stay_texts(tmp_path: Path) -> None:
     page = Page(report.report(look(make(tmp_path, steps=60, start=START))))
-    assert page.tags["script"] == 0
+    assert page.tags["script"] == 3  # data, plotly.js, ours
     assert f"{NASTY} " in page.text  # in the legend, with the last loss
     assert f"rank 3 was killed (<b>{NASTY}</b>)" in page.text
 
@@ -76,15 +74,29 @@ def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
     text = report.report(look(make(tmp_path, steps=60, start=START)))
     assert Page(text).addresses == []
     assert "default-src 'none'" in text
-    assert "url(" not in text
-    assert "@import" not in text
+    own = text.replace(plotly.library(), "")
+    assert "url(" not in own
+    assert "@import" not in own
+
+
+def test_the_page_runs_its_own_scripts_and_no_others(tmp_path: Path) -> None:
+    text = report.report(look(make(tmp_path, steps=3, start=START)))
+    rules = re.search(r"script-src([^\"]*)\"", text)
+    assert rules is not None
+    allowed = rules[1].split()
+    scripts = [plotly.library(), SCRIPT.read_text()]
+    assert allowed == [f"'{script_hash(script)}'" for script in scripts]
+    assert all(f"<script>{script}</script>" in text for script in scripts)
 
 
 def test_the_page_of_a_long_run_is_small_and_keeps_its_spike(tmp_path: Path) -> None:
     short = report.report(look(make(tmp_path / "short", steps=2_000, start=START)))
     long = report.report(look(make(tmp_path / "long", steps=20_000, start=START)))
-    assert len(long) < 1.2 * len(short) < 400_000
-    assert ">40<" in long or ">20<" in long  # the gradient norm goes to 40 in a single step
+    own = len(long) - len(plotly.library())
+    assert own < 1.2 * (len(short) - len(plotly.library())) < 1_500_000
+    norm = figures(Page(long))["Gradient norm, before clipping"]
+    assert 40 in norm["data"][0]["y"]  # in a single step
+    assert norm["layout"]["yaxis"]["type"] == "log"
 
 
 def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
@@ -92,7 +104,7 @@ def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "history.jsonl"):
         (folder / name).unlink()
     page = Page(report.report(look(folder)))
-    assert page.tags["svg"] == 0
+    assert figures(page) == {}
     assert "not started" in page.texts
 
 
@@ -114,7 +126,7 @@ def test_the_file_is_written_where_it_is_asked_for(
     folder = make(tmp_path / "run", steps=3, start=START)
     other = tmp_path / "new" / "page.html"
     for output, path in ((None, folder / "report.html"), (str(other), other)):
-        report.run(ReportJob(run_dir=str(folder), output=output))
+        report.run(ReportJob(run_dir=[str(folder)], output=output))
         assert path.read_text().startswith("<!doctype html>")
         assert str(path) in capsys.readouterr().out
     assert not list(folder.glob("*.tmp"))
@@ -140,5 +152,5 @@ def test_a_place_that_takes_no_report_is_named(
     (tmp_path / "file").write_text("here")
     before = sorted(tmp_path.iterdir())
     with modes_count(), pytest.raises(UserError, match=re.escape(words)):
-        report.run(ReportJob(run_dir=str(folder), output=output))
+        report.run(ReportJob(run_dir=[str(folder)], output=output))
     assert sorted(tmp_path.iterdir()) == before

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from hybrid_train.jobs import report
-from hybrid_train.jobs.run_state import look
+from hybrid_train.schema.report import ReportJob
 from tests.unit.jobs import browser
 from tests.unit.jobs.synthetic_run import NASTY, make
 
@@ -18,32 +18,61 @@ FOUND = browser.find()
 pytestmark = pytest.mark.skipif(
     FOUND is None, reason="needs Chromium (tests/install_system_parts.sh, or CHROMIUM=its path)"
 )
-# Runs in a copy of the page that is allowed to run it, and writes what it measured into the title.
-MEASURE = """<script>
-const boxes = [...document.querySelectorAll('svg, section, table')].map(e => {
-  const box = e.getBoundingClientRect();
-  return [e.tagName.toLowerCase(), box.left, box.width, box.height]; });
-const over = [...document.querySelectorAll('svg text')].filter(e => {
-  const box = e.getBoundingClientRect(), own = e.closest('svg').getBoundingClientRect();
-  return box.right > own.right + 1 || box.left < own.left - 1 || box.bottom > own.bottom + 1; });
+START = 1_700_000_000.0
+# Run in a copy of the page that is allowed to run them; what they find becomes the title.
+MEASURE = """
+const box = e => e.getBoundingClientRect();
+const cut = [...document.querySelectorAll('.plot text')].filter(e => {
+  const own = box(e), plot = box(e.closest('.plot'));
+  return own.width && (own.right > plot.right + 1 || own.left < plot.left - 1
+    || own.bottom > plot.bottom + 1); });
+const plots = [...document.querySelectorAll('.plot')];
 document.title = JSON.stringify({ width: innerWidth, needs: document.documentElement.scrollWidth,
-  boxes: boxes, cut: over.map(e => e.textContent), height: document.body.scrollHeight,
-  scripts: document.scripts.length });
-</script></body>"""
+  plots: plots.map(e => [box(e).width, box(e).height, e.querySelectorAll('svg').length]),
+  cut: cut.map(e => e.textContent), height: document.body.scrollHeight,
+  entries: [...document.querySelectorAll('.entry')].map(e => box(e).right) });
+"""
+CLICK = """
+const plot = document.querySelector('.plot[data-figure="0"]');
+const shown = () => plot.data.filter(t => t.yaxis !== 'y2' && t.opacity !== 0.32)
+ .map(t => `${t.name}: ${t.meta.smoothing || ''}`);
+const first = { shown: shown(), axis: plot.layout.yaxis.type, x: plot.data.map(t => t.x[0]) };
+for (const [id, value] of [['smoothing', 'each step'], ['over', 'tokens']]) {
+  const choice = document.getElementById(id);
+  choice.value = value;
+  choice.dispatchEvent(new Event('change')); }
+const log = document.querySelector('input.log[data-figure="0"]');
+log.click();
+document.querySelector('button.entry').click();
+document.title = JSON.stringify({ first, then: { shown: shown(), axis: plot.layout.yaxis.type,
+  x: plot.data.map(t => t.x[0]) } });
+"""
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make(tmp_path_factory.mktemp("run"), steps=300, start=1_700_000_000.0)
-    path = folder / "report.html"
-    path.write_text(report.report(look(folder)))
-    return path
+    folder = make(tmp_path_factory.mktemp("run"), steps=300, start=START)
+    report.run(ReportJob(run_dir=[str(folder)]))
+    return folder / "report.html"
 
 
-def measured(page: Path, tmp_path: Path, width: int) -> dict[str, Any]:
-    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("</body>", MEASURE)
-    copy = tmp_path / "measured.html"
-    copy.write_text(text)
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in range(10):
+        run = make(folder / f"peak_lr=0.00{seed}_seed={seed}", steps=100, start=START)
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("peak_lr: 0.001", f"peak_lr: 0.00{seed}"))
+    report.run(ReportJob(run_dir=[str(folder)]))
+    return folder / "report.html"
+
+
+def found_by(script: str, page: Path, tmp_path: Path, width: int = 1280) -> dict[str, Any]:
+    """Run a script in a copy of the page, which writes what it found into the title."""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
+    place = text.rindex("</body>")
+    copy = tmp_path / "copy.html"
+    copy.write_text(f"{text[:place]}<script>{script}</script>{text[place:]}")
     seen = browser.open_page(str(FOUND), copy, tmp_path / "profile", width=width)
     match = re.search(r"<title>(.*?)</title>", seen.dom, re.DOTALL)
     assert match is not None
@@ -51,21 +80,28 @@ def measured(page: Path, tmp_path: Path, width: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("width", [1280, 500], ids=["desk", "hand"])
-def test_the_page_lays_out(page: Path, tmp_path: Path, width: int) -> None:
-    found = measured(page, tmp_path, width)
+@pytest.mark.parametrize("width", [1280, 390], ids=["desk", "hand"])
+@pytest.mark.parametrize("kind", ["page", "several"])
+def test_the_page_lays_out(
+    kind: str, width: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    found = found_by(MEASURE, request.getfixturevalue(kind), tmp_path, width)
     assert found["needs"] <= found["width"] == width  # nothing sticks out at the side
     assert found["cut"] == []  # no label is cut off
+    assert max(found["entries"]) <= width
     assert found["height"] > 1500
-    assert found["scripts"] == 1  # that of this test
-    pictures = [box for box in found["boxes"] if box[0] == "svg"]
-    assert len(pictures) == 9
-    assert all(w > 300 and h > 30 for _, _, w, h in pictures)
+    assert len(found["plots"]) == (9 if kind == "page" else 12)
+    assert all(w > 300 and h > 60 and drawn for w, h, drawn in found["plots"])
 
 
-def test_nothing_is_asked_for_and_nothing_complains(page: Path, tmp_path: Path) -> None:
-    seen = browser.open_page(str(FOUND), page, tmp_path)
+@pytest.mark.parametrize("kind", ["page", "several"])
+def test_nothing_is_asked_for_and_nothing_complains(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    seen = browser.open_page(str(FOUND), request.getfixturevalue(kind), tmp_path / "profile")
     assert NASTY.replace("<", "&lt;").replace(">", "&gt;") in seen.dom
+    assert 'class="plot js-plotly-plot" data-figure' in seen.dom
+    assert 'class="plot" data-figure' not in seen.dom  # all were drawn
     assert seen.console == []
     assert seen.asked == []
 
@@ -80,6 +116,19 @@ def test_a_page_that_asks_and_complains_is_found_out(tmp_path: Path) -> None:
     assert any("oh" in line for line in seen.console)
     hosts = ("example.com", "example.net", "example.org")
     assert sorted(line.split("/")[2] for line in seen.asked) == [*hosts]
+
+
+def test_the_reader_chooses_smoothing_axes_and_curves(page: Path, tmp_path: Path) -> None:
+    found = found_by(CLICK, page, tmp_path)
+    first, then = found["first"], found["then"]
+    smoothed = ["MTP depth 1: avg loss", "unigram: ", "train: avg loss", "validation: "]
+    assert first["shown"] == smoothed
+    assert first["axis"] == "linear"
+    assert set(first["x"]) >= {1, 30}  # the first step; the first validation
+    # The first entry of the legend, train, is hidden.
+    assert then["shown"] == ["MTP depth 1: each step", "unigram: ", "validation: "]
+    assert then["axis"] == "log"
+    assert set(then["x"]) >= {256, 30 * 256}
 
 
 def test_curves_can_be_seen(page: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ START = 1_700_000_000.0
 
 
 def printed(capsys: pytest.CaptureFixture[str], folder: Path, *, json: bool = False) -> str:
-    status.run(StatusJob(run_dir=str(folder), json=json))
+    status.run(StatusJob(run_dir=[str(folder)], json=json))
     return capsys.readouterr().out
 
 
@@ -26,6 +26,7 @@ def test_people_read_state_progress_and_attempts(
     assert "state         finished" in text
     assert "step 30, 7.68k of 7.68k tokens (100.0%)" in text
     assert "loss 2.9029" in text  # 3 + 5 exp(-8) + sin(30) / 10
+    assert "smoothed_loss 2.9562" in text  # the mean of that and of those of steps 28 and 29
     assert "checkpoint    none yet" in text
     assert "failed, killed" in text
     assert "8 on 2 nodes" in text
@@ -60,6 +61,34 @@ def test_scripts_read_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert data["goodput"]["share"] == pytest.approx(14.5 / 165)  # one of the steps was skipped
     assert [one["outcome"] for one in data["attempts"]] == ["failed", "failed", "stopped"]
     assert data["checkpoint"] is None
+
+
+def test_of_several_runs_each_has_a_line_and_failures_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, outcome in (("lr=10", "finished"), ("lr=2", "failed")):
+        make(tmp_path / name, steps=30, start=START, outcome=outcome)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.yaml").write_text("[")
+    head, first, second, *rest = printed(capsys, tmp_path).splitlines()
+    heads = ["run", "state", "step", "tokens", "avg", "loss", "val", "loss", "tok/s", "left"]
+    assert head.split() == heads
+    line = ["30", "7.68k", "2.9562", "2.9529", "512", "-"]
+    assert first.split() == ["lr=2", "failed", *line]
+    assert second.split() == ["lr=10", "finished", *line]
+    assert first.index("7.68k") == second.index("7.68k")
+    assert any(line.startswith("lr=2 failed: rank 3 was killed") for line in rest)
+    assert any(line.startswith("damaged is left out: ") for line in rest)
+
+
+def test_scripts_read_several_runs_as_a_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        make(tmp_path / name, steps=3, start=START)
+    data = json.loads(printed(capsys, tmp_path, json=True))
+    assert [one["step"] for one in data["runs"]] == [3, 3]
+    assert data["left_out"] == {}
 
 
 def test_torch_is_not_needed(tmp_path: Path) -> None:

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 
 from hybrid_train.config.checks import check
-from hybrid_train.planning.phases import at, lay_out, rows_of_step, unread_sources
+from hybrid_train.planning.phases import (
+    at,
+    lay_out,
+    rows_of_step,
+    unread_sources,
+    validation_interval,
+)
 from hybrid_train.planning.ramp import global_batch
 from hybrid_train.schema.data import Data, Packing, Quickstart
 from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat
@@ -127,6 +133,19 @@ def test_a_position_says_the_phase_and_the_rows_that_are_done() -> None:
     assert at(found, 3200) is found[1]
     assert at(found, 10**6) is found[1]
     assert found[1].sequences_before(3200 + 3 * 64) == 3
+
+
+@pytest.mark.parametrize("steps", [5, 9, 17, 100, 799])
+def test_a_short_run_is_validated_five_to_ten_times(steps: int) -> None:
+    interval = validation_interval(job(tokens=str(steps * 64)))
+    validations = {*range(interval, steps + 1, interval), steps}
+    assert 5 <= len(validations) <= 10
+
+
+def test_a_long_run_is_validated_every_hundred_steps_unless_it_asks_for_another_interval() -> None:
+    assert validation_interval(job(tokens=str(5000 * 64))) == 100
+    for asked in (0, 7):
+        assert validation_interval(job(validation_interval=asked)) == asked
 
 
 def test_a_longer_run_leaves_the_phases_before_the_last_as_they_are() -> None:

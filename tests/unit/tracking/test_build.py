@@ -63,7 +63,7 @@ def test_tensorboard_keeps_the_steps_up_to_the_checkpoint_and_those_after_the_re
             trackers[1].log(step, {"loss": loss})
         for tracker in trackers:
             tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/loss")
     seen = {event.step: event.value for event in events}
     assert seen == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 2.0}
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from hybrid_train.tracking.console import Console
+from hybrid_train.tracking.smoothing import smoothed_loss
 
 
 def metrics(step: int, **more: float) -> dict[str, float]:
@@ -25,8 +26,8 @@ def steps_shown(text: str) -> list[int]:
 def test_a_line_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     plain().log(1, metrics(1))
     assert capsys.readouterr().out == (
-        "step      1  tokens      1k/25k  loss  5.0000  lr 3.00e-04  grad_norm  0.900  "
-        "tok/s  12.3k  time   81ms  MFU  34.1%  left 48s\n"
+        "step      1  tokens      1k/25k  loss  5.0000  avg loss  5.0000  lr 3.00e-04  "
+        "grad_norm  0.900  tok/s  12.3k  time   81ms  MFU  34.1%  left 48s\n"
     )
 
 
@@ -54,6 +55,17 @@ def test_the_last_step_of_a_stopped_run_is_shown(capsys: pytest.CaptureFixture[s
     console.close()
     console.close()  # twice does no harm
     assert steps_shown(capsys.readouterr().out) == [1, 10, 14]
+
+
+def test_the_average_loss_goes_on_where_a_resumed_run_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = [5.0] * 29
+    console = Console(60_000, start_tokens=29_000, losses=before, terminal=False)
+    console.log(30, metrics(30, loss=8.0))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "loss  8.0000  avg loss  6.0000" in line  # of three steps, a tenth of thirty
+    assert smoothed_loss([*before, 8.0]) == 6.0
 
 
 def test_validation_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +122,7 @@ def test_a_terminal_has_a_bar_with_figures_and_lines_at_validation(
     assert re.search(r"^step +4 .* val 4.5000$", text, re.MULTILINE)
     last = text.rstrip().splitlines()[-1]
     assert last.lstrip().startswith("50%")
-    assert "step 5  loss 5.0000  tok/s 12.3k  time 81ms  MFU 34.1%  left" in last
+    assert "step 5  avg loss 5.0000  tok/s 12.3k  time 81ms  MFU 34.1%  left" in last
 
 
 def test_without_a_terminal_no_control_codes_are_written(

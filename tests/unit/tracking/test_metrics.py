@@ -3,6 +3,7 @@
 import pytest
 
 from hybrid_train.tracking.metrics import (
+    GROUPS,
     METRICS,
     expert_load,
     metric,
@@ -10,6 +11,7 @@ from hybrid_train.tracking.metrics import (
     show,
     show_duration,
     show_step_time,
+    tag,
 )
 
 
@@ -66,3 +68,28 @@ def test_step_times_have_three_digits_at_most(seconds: float, text: str) -> None
 )
 def test_values_are_shown_in_their_own_way(name: str, value: float, text: str) -> None:
     assert show(name, value) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("loss", "loss/loss"),
+        ("validation_loss", "loss/validation_loss"),
+        ("loss/web", "loss/loss/web"),
+        ("lr", "optimizer/lr"),
+        ("lr/generator", "optimizer/lr/generator"),
+        ("expert_load_mtp_2", "routing/expert_load_mtp_2"),
+        ("tokens_per_s", "speed/tokens_per_s"),
+        ("tokens/web", "progress/tokens/web"),
+        ("own/loss_average", "hooks/own/loss_average"),
+    ],
+)
+def test_trackers_show_metrics_in_groups(name: str, shown: str) -> None:
+    assert tag(name) == shown
+
+
+def test_every_metric_has_one_group_and_no_two_share_a_tag() -> None:
+    names = [metric.name for group in GROUPS.values() for metric in group]
+    assert len(names) == len(set(names)) == len(METRICS)
+    members = [name.replace("{}", "1") for name in names]
+    assert len({tag(name) for name in members}) == len(members)

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 
 from hybrid_train.tracking.gaps import Curve, compare
 from hybrid_train.tracking.jsonl import JsonLines
-from hybrid_train.tracking.plots import plot_gaps, plot_losses, smoothed
+from hybrid_train.tracking.plots import plot_gaps, plot_losses
 
 
 def run(folder: Path, steps: int, **more: float) -> Path:
@@ -32,30 +32,15 @@ def run(folder: Path, steps: int, **more: float) -> Path:
 )
 def test_a_picture_is_drawn_of_whatever_was_logged(tmp_path: Path, more: dict[str, float]) -> None:
     path = tmp_path / "plots" / "loss.png"
-    plot_losses(run(tmp_path, 5, **more), path)
+    plot_losses(run(tmp_path, 5, **more), path, "runs/first")
     picture = imread(path)
     assert picture.shape[0] > 400
     assert picture.std() > 0  # not blank
 
 
 def test_one_step_is_enough_for_a_picture(tmp_path: Path) -> None:
-    plot_losses(run(tmp_path, 1), tmp_path / "loss.png")
+    plot_losses(run(tmp_path, 1), tmp_path / "loss.png", "runs/first")
     assert (tmp_path / "loss.png").stat().st_size > 0
-
-
-def test_smoothing_leaves_a_constant_and_the_inside_of_a_line_alone() -> None:
-    assert smoothed([2.0] * 9, 5) == [2.0] * 9
-    line = [float(i) for i in range(9)]
-    assert smoothed(line, 5)[:7] == line[:7]  # a window that is cut off at the end lags by a bit
-
-
-def test_smoothing_by_one_changes_nothing() -> None:
-    assert smoothed([3.0, 1.0, 2.0], 1) == [3.0, 1.0, 2.0]
-
-
-def test_smoothing_skips_what_is_not_finite() -> None:
-    assert smoothed([1.0, math.nan, 3.0], 3) == pytest.approx([1.0, 2.0, 3.0])
-    assert math.isnan(smoothed([math.nan], 3)[0])
 
 
 @pytest.mark.parametrize("losses", [(2.0, 2.2), (math.nan, 2.2)], ids=["finite", "diverged"])

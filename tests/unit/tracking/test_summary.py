@@ -22,7 +22,10 @@ def run(folder: Path, validation: float = 3.0, steps: int = 40) -> Path:
 def test_length_losses_and_speed_are_told(tmp_path: Path) -> None:
     text = summarise(run(tmp_path), peak="100 GFLOP/s (timed at start)")
     assert "Trained 40 steps, 2M tokens, in 1m48s of steps." in text
-    assert "Train loss went from 6.000 to 3.500 nats per token" in text
+    assert (
+        "Train loss went from 6.000 at the first step to 3.500 nats per token, mean of the last 4 "
+        "steps." in text
+    )
     assert "12k tokens/s, 2.00s a step (medians); MFU 30.0% of 100 GFLOP/s" in text
 
 
@@ -44,6 +47,17 @@ def test_only_what_is_there_is_listed(tmp_path: Path) -> None:
     assert str(tmp_path / "checkpoints") in text
     assert str(tmp_path / "metrics.jsonl") in text
     assert "TensorBoard" not in text
+
+
+def test_a_recorded_trace_is_named_with_its_viewer(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert "perfetto" not in summarise(tmp_path)
+    trace = tmp_path / "profile" / "steps_5_to_6_rank_0.json.gz"
+    trace.parent.mkdir()
+    trace.touch()
+    text = summarise(tmp_path)
+    assert f"  trace of steps   {trace}\n" in text
+    assert "open it at https://ui.perfetto.dev" in text
 
 
 def test_the_next_commands_can_be_typed_as_they_stand(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import math
 import random
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.tracking.thinning import highest, thin
+from hybrid_train.tracking.thinning import highest, sampled, thin
 
 
 @given(
@@ -44,3 +45,14 @@ def test_a_curve_is_broken_where_values_are_not_finite() -> None:
 def test_columns_of_a_table_have_their_highest_value() -> None:
     xs, ys = [1.0, 2.0, 3.0, 4.0, 9.0], [5.0, 1.0, math.nan, 2.0, 7.0]
     assert highest(xs, ys, [1.0, 3.0, 5.0, 7.0, 9.0]) == [5.0, 2.0, None, 7.0]
+
+
+def test_a_smooth_curve_keeps_its_ends_and_points_equally_far_apart() -> None:
+    xs = [float(n) for n in range(1001)]
+    kept = sampled(xs, xs, 100)
+    assert len(kept) <= 101
+    assert (kept[0], kept[-1]) == ((0.0, 0.0), (1000.0, 1000.0))
+    inner = [x for x, _ in kept[:-1]]
+    assert {after - before for before, after in pairwise(inner)} == {11}
+    assert sampled([], [], 5) == []
+    assert sampled([1.0], [2.0], 5) == [(1.0, 2.0)]
