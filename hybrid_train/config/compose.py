@@ -96,7 +96,7 @@ def config_loader(job_name: str, own: Sequence[Path] = ()) -> Iterator[ConfigLoa
         job_name: name of a root in `conf/`.
         own: folders of the user's own beside those of `own_conf.folders`.
     """
-    registry.register()
+    registry.register(job_name)
     GlobalHydra.instance().clear()
     has_file = (conf_dir() / f"{job_name}.yaml").is_file()
     root = nullcontext() if has_file else registry.root_without_file(job_name)

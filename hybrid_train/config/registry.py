@@ -50,16 +50,26 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
 }
 
 
-@cache  # a fifth of the time of a composition
-def register() -> None:
-    """Make every schema known to Hydra as `schema/GROUP/KIND`, and `${share:PART,TOKENS}` to YAML.
+@cache  # of all commands it would be half of the time of a composition
+def register(job_name: str) -> None:
+    """Make the schemas that a command needs known to Hydra: those of all groups, and its own.
 
     A second call changes nothing.
     """
+    _register_groups()
+    if ("job", job_name) in SCHEMAS:
+        schema = SCHEMAS["job", job_name]
+        ConfigStore.instance().store(group="schema/job", name=job_name, node=schema)
+
+
+@cache
+def _register_groups() -> None:
+    """Make schemas known to Hydra as `schema/GROUP/KIND`, and `${share:PART,TOKENS}` to YAML."""
     OmegaConf.register_new_resolver("share", share, replace=True)
     store = ConfigStore.instance()
     for (group, kind), schema in SCHEMAS.items():
-        store.store(group=f"schema/{group}", name=kind, node=schema)
+        if group != "job":
+            store.store(group=f"schema/{group}", name=kind, node=schema)
     # Hydra copies its sources twice a composition, each time with all schemas, and changes none.
     vars(store)["__deepcopy__"] = lambda _: store
 

@@ -55,6 +55,7 @@ class TextProgress:
         """Show a position; the first one is where this process starts."""
         if self._start is None:
             self._start, self._started = now, self._clock()
+            self._said = self._started
             if self._bar is not None:
                 self._bar.start()
                 say_through(self._bar.console.print)

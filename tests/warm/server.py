@@ -284,7 +284,7 @@ def preload() -> bool:
     cpu.install()
     for module in PRELOADED:
         importlib.import_module(module)
-    sys.modules["hybrid_train.config.registry"].register()  # once for all compositions
+    sys.modules["hybrid_train.config.registry"].register("train")  # once for all runs
     tasks = Path("/proc/self/task")
     if tasks.exists() and len(list(tasks.iterdir())) > 1:
         raise RuntimeError("an import has started a thread, and a fork would lose it")

@@ -271,7 +271,7 @@ def test_the_device_is_read_by_name() -> None:
 
 
 def test_what_is_done_to_a_config_reaches_no_later_one() -> None:
-    registry.register()
+    registry.register("train")
     store = ConfigStore.instance()
     assert copy.deepcopy(store) is store  # Hydra asks for one twice a composition
     name = "schema/optimizer/adamw.yaml"
