@@ -26,6 +26,7 @@ _HEAT_COLUMNS, _HEAT_ROW_PX, _HEAT_SCALE_PX, _HEAT_REST_PX = 160, 16, 56, 110
 _LOG_ABOVE = 30.0  # a curve whose highest point is so many times its median is shown by decades
 _DECADES_ALONE = 3  # so many of them or more need no labels in between
 _DIGITS = 5  # of a value in the file; what is under the pointer has no more
+_HAIR = 1e-6  # so that the ends of a scale are within it
 _LOAD_TICKS = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # of expert loads
 _LINE = 44  # letters of a line under the pointer
 _MOST_TIMES = 6  # labels of a time line, which must fit on a telephone
@@ -228,8 +229,10 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
         "y": [_plain(row.name) for row in rows],
         # Equal factors are equal steps of colour, as loads are ratios.
         "z": [[v and _short(math.log(v)) for v in cells] for cells in table],
+        "zmin": math.log(ticks[0]) - _HAIR,
+        "zmax": math.log(ticks[-1]) + _HAIR,
         "customdata": [[v and _short(v) for v in cells] for cells in table],
-        "hovertemplate": "%{y}, step %{x:,.0f}: %{customdata:.2f}<extra></extra>",
+        "hovertemplate": "%{y}, %{x:,.4~s}: %{customdata:.2f}<extra></extra>",
         "hoverongaps": False,
         "xgap": 0,
         "ygap": 1,
@@ -244,8 +247,10 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
     layout = {
         "height": _HEAT_ROW_PX * len(rows) + _HEAT_REST_PX,
         "margin": {"t": _HEAT_SCALE_PX},
+        "xaxis": {"ticks": ""},
         "yaxis": {
-            "autorange": "reversed", "type": "category", "automargin": True, "nticks": len(rows)
+            "autorange": "reversed", "ticks": "", "type": "category", "automargin": True,
+            "nticks": len(rows),
         },
         "hovermode": "closest",
     }  # fmt: skip
