@@ -179,8 +179,8 @@ def _picture(
 
 def _entry(line: Curve, axes: Axes) -> Entry:
     """Return the entry of a curve, with its last value."""
-    values = smoothing.curve(line.values) if line.smooths else line.values
-    last = next((value for value in reversed(values) if math.isfinite(value)), math.nan)
+    finite = (value for value in reversed(line.values) if math.isfinite(value))
+    last = smoothing.smoothed_loss(line.values) if line.smooths else next(finite, math.nan)
     form = {".4s": lambda v: show("tokens_per_s", v), ".3e": "{:.2e}".format}.get(
         axes.form, "{:.3f}".format
     )

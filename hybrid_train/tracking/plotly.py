@@ -16,6 +16,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from hybrid_train.tracking import smoothing
+from hybrid_train.tracking.smoothing import LONGEST
 from hybrid_train.tracking.thinning import highest, sampled, thin
 
 # How curves are smoothed, by the choice in the page: over how many of `n` steps that a run has.
@@ -132,16 +133,14 @@ def _traces(line: Curve, axes: Axes, columns: int) -> Iterator[Figure]:
     if line.smooths:
         number = len(line.values)
         for name in SMOOTHINGS[1:]:
-            means = smoothing.trailing_means(line.values, window(name, number))
+            means = smoothing.curve(line.values, longest(name, number))
             yield _trace(line, axes, sampled(steps, means[line.first :], columns), name)
 
 
-def window(smoothed: str, number: int) -> Callable[[int], int]:
-    """Return over how many steps each step of a curve of `number` steps is averaged."""
-    if smoothed in _SHARES:
-        longest = max(1, round(_SHARES[smoothed] * number))
-        return lambda step: smoothing.window(step, longest)
-    return smoothing.window
+def longest(smoothed: str, number: int) -> int:
+    """Return over how many steps a curve of `number` steps is averaged at the most."""
+    share = _SHARES.get(smoothed)
+    return LONGEST if share is None else max(1, round(share * number))
 
 
 def _trace(

@@ -9,7 +9,7 @@ of tokens, by which a study compares runs, are another thing: `tracking/gaps.py`
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 LONGEST = 100  # steps
@@ -27,28 +27,16 @@ def smoothed_loss(losses: Sequence[float]) -> float:
     Args:
         losses: of all steps so far, nats per token.
     """
-    return curve(losses[-LONGEST:], len(losses) - LONGEST)[-1] if losses else math.nan
+    finite = [loss for loss in losses[-window(len(losses)) :] if math.isfinite(loss)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
-def curve(losses: Sequence[float], before: int = 0) -> list[float]:
-    """Return the smoothed loss of each step.
-
-    Args:
-        losses: of the steps.
-        before: steps of the run before these.
-    """
-    return trailing_means(losses, lambda number: window(number + max(0, before)))
-
-
-def trailing_means(values: Sequence[float], over: Callable[[int], int]) -> list[float]:
-    """Average each value with those before it; what is not finite is left out.
+def curve(values: Sequence[float], longest: int = LONGEST) -> list[float]:
+    """Return the smoothed value of each step; NaN where there is no finite one.
 
     Args:
-        values: in their order.
-        over: how many are averaged at value number 1, 2, ...
-
-    Returns:
-        As many means; NaN where there is no finite value.
+        values: of all steps.
+        longest: of the windows, in steps; that of the smoothed loss, if it is left out.
     """
     # Sums from the start: of a hundred thousand values the windows themselves would take minutes.
     finite = [math.isfinite(value) for value in values]
@@ -56,7 +44,8 @@ def trailing_means(values: Sequence[float], over: Callable[[int], int]) -> list[
     counts = [0, *accumulate(finite)]
     means = []
     for last in range(1, len(values) + 1):
-        first = max(0, last - over(last))
+        over = last // _SHARE or 1
+        first = last - (over if over < longest else longest)
         number = counts[last] - counts[first]
         means.append((sums[last] - sums[first]) / number if number else math.nan)
     return means
