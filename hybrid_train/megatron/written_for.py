@@ -7,8 +7,6 @@ the rows whose source did: read them again, then write the new digest.
 
 from hybrid_train.runtime.replacements import TORCH, Replacement
 
-CORE_VERSION = "0.19.2"
-
 LATENT_LINEARS = Replacement(
     "megatron.core.transformer.moe.moe_layer",
     ("TELinear",),

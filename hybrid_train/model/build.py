@@ -1,12 +1,14 @@
 """A checked job -> the model chunks that this process holds."""
 
+import logging
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from hybrid_train.anatomy.layers import layers
 from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
+from hybrid_train.config.supported import LIBRARIES
 from hybrid_train.megatron import native_recipes, plain, recompute, replacements
 from hybrid_train.megatron.groups import ProcessGroups
 from hybrid_train.megatron.hybrid import Hybrid
@@ -20,16 +22,18 @@ from hybrid_train.megatron.spec import (
     with_plain_linears,
 )
 from hybrid_train.megatron.transformer_config import TransformerConfig, init_std, transformer_config
-from hybrid_train.megatron.written_for import CORE_VERSION
 from hybrid_train.model.init import initialize
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.precision import hardware
-from hybrid_train.runtime import optional
+from hybrid_train.runtime import optional, ranks
 from hybrid_train.schema.precision import Backend, ProductFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Kernels
 from hybrid_train.schema.train import TrainJob
+
+_DECIDES_NUMBERS = ("torch", "transformer-engine", "mamba-ssm", "causal-conv1d")  # where in use
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def build_model(
     Raises:
         UserError: if the wanted kernels are not there, or another megatron-core is.
     """
-    require_version()
+    require_versions()
     quantized = quantizes(job.model, job.precision)
     emulated = quantized and (not on_gpu or job.precision.backend is Backend.emulated)
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
@@ -78,14 +82,24 @@ def build_model(
     return BuiltModel(chunks, config, kernels, backend, share_record(chunks))
 
 
-def require_version() -> None:
-    """Raise a UserError if another megatron-core is installed than the one we know."""
-    found = version("megatron-core")
-    if found != CORE_VERSION:
-        raise UserError(
-            f"megatron-core {found} is installed, but {CORE_VERSION} is needed; "
-            f"install it: pip install megatron-core=={CORE_VERSION}"
-        )
+def require_versions() -> None:
+    """Hold the installed libraries against `config.supported`; say what was never tried.
+
+    Raises:
+        UserError: if one is another than we know, and no run starts with it.
+    """
+    for name, known in LIBRARIES.items():
+        try:
+            fault = known.fault(found := version(name), rebuilt=name == "torch")
+        except PackageNotFoundError:  # of an optional one; what needs it says so itself
+            continue
+        if fault and known.others_refused:
+            raise UserError(
+                f"{name} {found} is installed, but {known.tested} is needed; "
+                f"install it: pip install {name}=={known.tested}"
+            )
+        if fault and name in _DECIDES_NUMBERS and ranks.is_main():
+            _log.warning("%s %s: %s", name, found, fault)
 
 
 def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:

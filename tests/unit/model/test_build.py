@@ -104,3 +104,16 @@ def test_another_megatron_core_is_refused(groups: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(build_file, "version", lambda _: "0.18.0")
     with pytest.raises(UserError, match=r"megatron-core 0.18.0 is installed, but 0.19.2"):
         build(tiny_job("-"), groups)
+
+
+def test_another_torch_is_warned_of_and_trains(
+    groups: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hybrid_train.model import build as build_file
+
+    installed = build_file.version
+    monkeypatch.setattr(
+        build_file, "version", lambda name: "2.99.0" if name == "torch" else installed(name)
+    )
+    build(tiny_job("-"), groups)
+    assert "torch 2.99.0: newer than 2.11.0, the newest that was tried" in caplog.text
