@@ -1,5 +1,8 @@
 """Moves: blocks of rows that are read, checked, cast and written by several threads at once.
 
+The threads are those of concurrent.futures; the library safetensors has nothing for it, and
+`safetensors.py` says why its reader and writer do not serve.
+
 Every block has its place before the first is read, so what is written, and which error is said,
 does not depend on the number of threads.
 """

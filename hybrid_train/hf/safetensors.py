@@ -1,7 +1,9 @@
 """The safetensors format: headers that are checked against their file, rows, files as a stream.
 
-The library of that name holds every tensor of a file that it writes, maps the files that it reads
-into memory, and does not name the tensor that is wrong; a conversion needs a few rows at a time.
+By hand since the library of that name holds every tensor of a file that it writes, maps the files
+that it reads, and does not name the tensor that is wrong: a conversion, which needs a few rows at
+a time, would read at half and write at a third of the speed and need the memory of a whole file
+(`tests/benchmarks/by_library.py tensors`, docs/measured.md).
 The format: 8 bytes with the length of a JSON header, the header, then the values without a gap.
 """
 

@@ -1,5 +1,10 @@
 """Processes that work on blocks: results come back in the order of the blocks.
 
+By hand since concurrent.futures, which keeps the order and the memory too, took 3 to 11 % more
+processor time for the same files (wanted: at most 3 %; `tests/benchmarks/by_library.py workers`,
+docs/measured.md), does not say by which signal a worker ended, which is how one that lacked memory
+is known, and leaves its workers behind when the main process is killed.
+
 Each worker has a pipe of its own, so that it ends as soon as the main process is gone, killed or
 not, and so that the main process notices the end of a worker.
 """

@@ -1,5 +1,8 @@
 """What a tokenization has written, and up to where: a killed one goes on from there.
 
+By hand since a file for each block and a merge, the simpler way to the same, takes 3.3 times as
+long and twice the disk (`tests/benchmarks/by_library.py blocks`, docs/measured.md).
+
 The position is saved after the data it speaks of has reached the disk. Whatever lies behind the
 saved sizes is cut off when the job goes on, so no document is lost and none is there twice.
 """
