@@ -246,7 +246,7 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
     layout = {
         "height": _HEAT_ROW_PX * len(rows) + _HEAT_REST_PX,
         "margin": {"t": _HEAT_SCALE_PX},
-        "xaxis": {"ticks": ""},
+        "xaxis": {"ticks": "", "title": {"text": ""}},  # on so low a figure it would hide the ticks
         "yaxis": {
             "autorange": "reversed", "ticks": "", "type": "category", "automargin": True,
             "nticks": len(rows),
