@@ -26,7 +26,7 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from itertools import batched
 from pathlib import Path
 
-from hybrid_train.data.prepare.tokenization import Progress
+from hybrid_train.data.prepare.manifest import Progress
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
 from hybrid_train.schema import formats

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from hybrid_train.data.prepare.tokenization import Progress as Position
+from hybrid_train.data.prepare.manifest import Progress as Position
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.schema.units import show_tokens
 

@@ -130,3 +130,22 @@ def _require_readable(known: dict[str, Any], path: Path) -> None:
     writer = dict(known.get("versions", {})).get("hybrid_train", "unknown")
     stamp = {**formats.TOKEN_FILES.stamp(), "version": int(number), "written_by": writer}
     formats.TOKEN_FILES.require_readable(stamp, path)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a tokenization is.
+
+    Attributes:
+        bytes_read: of the sources on disk, of `total_bytes`.
+        total_bytes: of all sources on disk.
+        documents: so far, those of an earlier start included.
+        tokens: so far, likewise.
+        bad: lines without a document so far.
+    """
+
+    bytes_read: int
+    total_bytes: int
+    documents: int
+    tokens: int
+    bad: int

@@ -20,6 +20,7 @@ from hybrid_train.data.prepare.journal import Journal, Part
 from hybrid_train.data.prepare.manifest import (
     Counts,
     Manifest,
+    Progress,
     TokenizerFacts,
     read_manifest,
     versions,
@@ -34,25 +35,6 @@ from hybrid_train.schema.units import counted
 
 _log = logging.getLogger(__name__)
 _JUDGED_LINES = 1000  # before that, a share of bad lines says little
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a tokenization is.
-
-    Attributes:
-        bytes_read: of the sources on disk, of `total_bytes`.
-        total_bytes: of all sources on disk.
-        documents: so far, those of an earlier start included.
-        tokens: so far, likewise.
-        bad: lines without a document so far.
-    """
-
-    bytes_read: int
-    total_bytes: int
-    documents: int
-    tokens: int
-    bad: int
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hybrid_train.schema.formats import FILE_NAME, QUICKSTART
 from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
-    from hybrid_train.data.prepare.tokenization import Progress
+    from hybrid_train.data.prepare.manifest import Progress
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybrid_train.data.any_tokenizer import AnyTokenizer
-from hybrid_train.data.prepare.tokenization import Finished, Progress, tokenize
+from hybrid_train.data.prepare.manifest import Progress
+from hybrid_train.data.prepare.tokenization import Finished, tokenize
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.schema.prepare import TokenizeJob
