@@ -43,7 +43,8 @@ def test_a_frozen_config_is_read_back_equal(schedule: str, tmp_path: Path) -> No
     job = compose("train", [QUICKSTART, f"schedule={schedule}", "train.tokens=200k"])
     freeze(job, tmp_path / "run")
     assert load(tmp_path / "run") == job
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "format.json"}
 
 
 def test_a_choice_of_a_group_gives_its_own_class() -> None:

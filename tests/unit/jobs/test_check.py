@@ -20,6 +20,7 @@ from tests.sampled import sampled
 
 EXPERIMENTS = {file.stem: file for file in sorted((conf_dir() / "experiment").glob("*.yaml"))}
 SUPER = ("experiment=nemotron3_super", "processes=1024")
+H100 = "cluster=slurm_h100"
 
 
 @pytest.fixture(autouse=True)
@@ -292,9 +293,6 @@ def test_layers_count_from_1_in_settings_tables_and_json(
     assert "layers count from 1" in refusal(
         capsys, *tiny, "precision.exceptions=[{format: bf16, layers: 0}]"
     )
-
-
-H100 = "cluster=slurm_h100"
 
 
 def test_a_cluster_says_how_many_nodes_a_run_takes_and_what_is_left_of_a_gpu(
