@@ -7,7 +7,7 @@ PROMPT ?= def __init__(self
 ARGS ?=
 SLOW ?=
 TESTS ?= tests
-WORKERS ?= 3
+WORKERS ?= 2
 
 # Tried in this order, by running them: a name on PATH may be a shim that only prints an error.
 PYTHON_PATHS = python3.12 python3 python \
