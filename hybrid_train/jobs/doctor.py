@@ -23,11 +23,7 @@ def run(job: DoctorJob) -> int:
     require_alone("doctor")
     machine = Machine(libraries=probe.libraries(table.MODULES), pins=pinned())
     machine = dataclasses.replace(machine, measure=speed_checks.measurement(machine))
-    checks = {
-        **table.CHECKS,
-        "written for": written_for_these,
-        **(table.MEASUREMENTS if job.measure else {}),
-    }
+    checks = {**CHECKS, **(table.MEASUREMENTS if job.measure else {})}
     found = table.findings(machine, checks)
     return _tell_json(found) if job.json else _tell_lines(found)
 
@@ -41,6 +37,9 @@ def written_for_these(_: Machine) -> Finding:
         f"{len(lines)} of {read} functions and classes are not those we know: {'; '.join(lines)}",
         "install the pinned versions (pip install -c constraints.txt ...), or read them again",
     )
+
+
+CHECKS: table.Checks = {**table.CHECKS, "written for": written_for_these}
 
 
 def _tell_lines(found: Iterator[tuple[str, Finding]]) -> int:

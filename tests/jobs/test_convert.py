@@ -73,7 +73,7 @@ def test_verify_finds_a_changed_weight_and_the_position_it_shows_at(
     write_files(tmp_path, tensors)
     code, said = call("verify", f"checkpoint={run}", f"hf={tmp_path}", "length=40", *CPU)
     assert code == 2
-    assert "1 tensors of other values: backbone.layers.2.mixer.v_proj.weight: by at most" in said
+    assert "1 tensor of other values: backbone.layers.2.mixer.v_proj.weight: by at most" in said
     assert "the first at position 0" in said
     assert "the tensors differ and the logits differ" in said
 

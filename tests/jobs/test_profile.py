@@ -46,7 +46,7 @@ def test_a_run_that_is_past_the_steps_says_so(tmp_path: Path, steady: tuple[str,
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("profile=torch", "profile.ranks=[1]"), "the run has 1 processes, the last is 0"),
+        (("profile=torch", "profile.ranks=[1]"), "the run has 1 process, the last is 0"),
         (("profile=nsys",), "torch sees none; profile=torch traces a CPU too"),
     ],
     ids=["rank", "nsys"],

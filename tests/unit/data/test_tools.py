@@ -79,7 +79,7 @@ def test_a_script_is_its_job(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(path, run_name="__main__")
     assert not ended.value.code
-    assert capsys.readouterr().out.startswith(f"hybrid-train data {SCRIPTS[script]}: ")
+    assert capsys.readouterr().out.startswith(f"`hybrid-train data {SCRIPTS[script]}` ")
 
 
 def test_a_vocabulary_too_small_is_refused(
