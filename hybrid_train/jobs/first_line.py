@@ -1,5 +1,6 @@
 """The first line of a command that takes seconds to start: what starts, with what, and where."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,19 @@ def first_line(name: str, words: Sequence[str], config: Any) -> str:
     """
     typed = command(*name.split(), *words).replace("\n", " ")
     shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
-    run_dir = getattr(config, "run_dir", None)
-    if not run_dir:
-        return f"Starting: {shown}"
-    goes_on = (Path(run_dir) / FROZEN_NAME).is_file()
-    folder = f"Its run folder is {run_dir}, " + ("which has a run." if goes_on else "a new one.")
-    return f"Starting: {shown}\n{folder}"
+    said = _of_folder(Path(run_dir), name) if (run_dir := getattr(config, "run_dir", None)) else ""
+    return f"Starting: {shown}{said}"
+
+
+def _of_folder(run_dir: Path, name: str) -> str:
+    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
+    with contextlib.suppress(OSError):  # of a folder that nobody may read
+        if (run_dir / FROZEN_NAME).is_file():
+            return f"\nIts run folder is {run_dir}, which has a run."
+        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
+            return f"\nIts run folder is {run_dir}, a new one."
+    return ""
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

@@ -88,7 +88,7 @@ def test_an_imported_model_generates_and_trains_on(
     prompt = ("prompt=import os", "max_new_tokens=3")
     code, said = call("generate", f"checkpoint={imported}", *prompt, *CPU)
     assert code == 0, said
-    assert said.count("import os") == 1
+    assert said.count("import os") == 2  # what starts, and the text
     start_from = (f"checkpoint.load={imported}", "checkpoint.load_only=weights")
     done = train(trained, f"data.folder={corpus}", "train.tokens=512", *start_from)
     assert done.code == 0, done.said

@@ -190,6 +190,10 @@ def test_the_first_line_says_what_starts_with_what_and_where(
     (tmp_path / "runs" / "quickstart" / "config.yaml").touch()
     assert cli.main(["train", QUICKSTART]) == 0
     assert said[-1].endswith("Its run folder is runs/quickstart, which has a run.\n")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").touch()  # no run folder: the command itself will say so
+    assert cli.main(["train", QUICKSTART, "run_dir=notes"]) == 0
+    assert said[-1] == "Starting: hybrid-train train experiment=quickstart run_dir=notes\n"
 
 
 def test_only_the_first_process_says_what_starts(
