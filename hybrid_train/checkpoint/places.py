@@ -57,9 +57,7 @@ def _whole(chunk: Any, groups: ProcessGroups, to_load: bool) -> Iterator[Place]:
     with plain_weights(bare(chunk), without_memory=not to_load) as pairs:
         in_fp8 = {id(stand_in): weight for weight, stand_in in pairs}
         sharded = entries(bare(chunk), metadata)
-    for name, whole in sharded.items():
-        if name.endswith("_extra_state"):  # of linear layers, empty
-            continue
+    for whole in sharded.values():
         held = whole.data
         for part in parts(whole):
             assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"

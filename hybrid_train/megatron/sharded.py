@@ -15,12 +15,14 @@ __all__ = ["ShardedTensor", "entries", "is_main_replica", "parts", "sharded_tens
 def entries(chunk: Any, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return what the modules of a chunk say of their tensors, by the names that they have there.
 
+    The extra state of linear layers, which is no tensor and empty, is left out.
+
     Args:
         chunk: a bare model chunk.
         metadata: of Megatron: process groups.
     """
     found: dict[str, Any] = chunk.sharded_state_dict(metadata=metadata)
-    return found
+    return {name: one for name, one in found.items() if not name.endswith("_extra_state")}
 
 
 def sharded_tensors(chunk: Any) -> Iterator[ShardedTensor]:
@@ -30,13 +32,16 @@ def sharded_tensors(chunk: Any) -> Iterator[ShardedTensor]:
 
 
 def parts(entry: Any) -> Iterator[ShardedTensor]:
-    """Yield the tensors of an entry, packed ones by part; what is no tensor is left out."""
+    """Yield the tensors of an entry, packed ones by part."""
     tree = {"": entry}
     apply_factories(tree)
-    pending = [tree[""]]
-    while pending:
-        item = pending.pop(0)
-        if isinstance(item, ShardedTensor):
-            yield item
-        elif isinstance(item, dict | list):
-            pending[:0] = item.values() if isinstance(item, dict) else item
+    yield from _leaves(tree[""])
+
+
+def _leaves(tree: Any) -> Iterator[ShardedTensor]:
+    if isinstance(tree, dict | list):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+        return
+    assert isinstance(tree, ShardedTensor), type(tree)
+    yield tree

@@ -1,5 +1,6 @@
 """A checked job -> the model chunks that this process holds."""
 
+import functools
 import logging
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -99,7 +100,12 @@ def require_versions() -> None:
                 f"install it: pip install {name}=={known.tested}"
             )
         if fault and name in _DECIDES_NUMBERS and ranks.is_main():
-            _log.warning("%s %s: %s", name, found, fault)
+            _say_untried(name, found, fault)
+
+
+@functools.cache  # said once, though each phase on another layout builds anew
+def _say_untried(name: str, found: str, fault: str) -> None:
+    _log.warning("%s %s: %s", name, found, fault)
 
 
 def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:
