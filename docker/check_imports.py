@@ -17,7 +17,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from hybrid_train.config.pins import is_pinned, plain_name, read_pins
+from hybrid_train.config.supported import (
+    is_pinned,
+    plain_name,
+    read_pins,
+)
 
 TREE = Path(__file__).resolve().parents[1]
 KINDS = ("cpu", "gpu")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from hybrid_train.hf import config as hf_config
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.names import table
 from hybrid_train.hf.read import INDEX, SINGLE
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerFast
 
-from hybrid_train.hf import config as hf_config
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.read import SINGLE
 from tests.hf_folders import mtp_tensors, scatter, write_files
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.token_files import write_documents
-from hybrid_train.hf import config as hf_config
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.names import table
-from hybrid_train.hf.transformers import load
+from hybrid_train.hf.verify import load
 from hybrid_train.hf.write import Checkpoint, open_checkpoint
-from hybrid_train.schema.schedule import Schedule
+from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.train import Train
 from tests.hf_random import random_folder
 from tests.jobs.command import finish, start, train
@@ -198,7 +198,7 @@ def _compare_gradients(outcome: Outcome, folder: Path, imported: Path) -> None:
 def _our_gradients(checkpoint: Checkpoint, rows: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Take one step of the engine that trains; return its loss and the gradients by our names."""
     from hybrid_train.checkpoint.save_load import read_weights
-    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
     from tests.parity import shards
 

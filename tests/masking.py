@@ -106,7 +106,7 @@ def through(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 def linears(model: Any) -> list[tuple[int, str, nn.Module]]:
     """Number, kind and module of every linear layer."""
-    from hybrid_train.megatron.linears import linear_modules
+    from hybrid_train.megatron.plain import linear_modules
 
     return [(n, linear.module, one) for n, (linear, one) in enumerate(linear_modules(model))]
 

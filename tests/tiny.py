@@ -12,10 +12,10 @@ from torch import Tensor
 from hybrid_train.data.batch import Batch
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, ProductFormat
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
-from hybrid_train.schema.schedule import Schedule
 from hybrid_train.schema.train import Train, TrainJob
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def tiny_job(pattern: str = EVERY_KIND, **sections: Any) -> TrainJob:
 def alone() -> Iterator[Any]:
     """Make this process a run of one, with Megatron's groups; yields the groups."""
     with process(RUNTIME, seed=1234):
-        from hybrid_train.megatron.groups import build_groups, destroy_groups
+        from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
         groups = build_groups(Parallel(), timeout_s=60)
         try:
@@ -101,7 +101,7 @@ def losses_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def tiny_engine(job: TrainJob, groups: Any) -> "Engine":
     """The engine of a job: model, data parallelism, optimizer, objective."""
-    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
 
     built = build_model(job, groups, VOCAB, on_gpu=False)

@@ -20,7 +20,7 @@ CONV_WIDTH = 4  # taps of the causal convolution in a Mamba layer; the same in t
 
 
 class Draw(enum.Enum):
-    """How the first values of a tensor are drawn; `model/init.py` has the formulas."""
+    """How the first values of a tensor are drawn; `model/build.py` has the formulas."""
 
     normal = enum.auto()
     residual = enum.auto()  # normal, smaller by the root of the number of layers

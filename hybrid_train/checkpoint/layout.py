@@ -1,6 +1,9 @@
-"""Where checkpoints stand in a run folder, and which of them are whole.
+"""Where checkpoints stand in a run folder, which are whole and sound, and which are to go.
 
-    RUN/config.yaml  RUN/tokenizer/  RUN/checkpoints/step_00000500/{position.json, ...}
+A disk or a network that loses or turns bits says nothing; this is how a run finds out before it
+trains on from what they left.
+
+RUN/config.yaml  RUN/tokenizer/  RUN/checkpoints/step_00000500/{position.json, ...}
 
 A checkpoint is written under a name that ends in `.partial` and renamed when it is whole, so a
 folder with a final name is always complete.
@@ -12,14 +15,95 @@ import operator
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.checkpoint import checksums
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
+
+CHECKSUMS = "checksums.json"
+_PIECE_BYTES = 16 * 2**20
+
+Sum = tuple[int, int]  # bytes, CRC-32
+
+
+def sum_of_file(path: Path) -> Sum:
+    """Read a file and return its size and checksum."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            size += len(piece)
+            crc = zlib.crc32(piece, crc)
+    return size, crc
+
+
+def write_checksums(folder: Path, known: Mapping[str, Sum]) -> None:
+    """Write the checksums of all files of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        known: checksums that whoever wrote a file has found already, by name.
+    """
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS
+    )
+    sums = {name: known.get(name) or sum_of_file(folder / name) for name in names}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=0) + "\n", encoding="utf-8")
+
+
+def damages(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Say what is wrong with one part of the files; nothing in a checkpoint without checksums.
+
+    Args:
+        folder: of the checkpoint.
+        part: which part is looked at; parts have about the same size.
+        parts: how many there are.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return []
+    try:
+        sums = {name: (int(size), int(crc)) for name, (size, crc) in _entries(path)}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return [f"{CHECKSUMS} cannot be read: {error}"]
+    largest_first = sorted(sums, key=lambda name: -sums[name][0])
+    return [
+        found
+        for name in largest_first[part::parts]
+        if (found := _damage(folder / name, *sums[name]))
+    ]
+
+
+def is_as_written(folder: Path, name: str) -> bool:
+    """Tell whether one file of a checkpoint agrees with its checksum; yes where there is none."""
+    try:
+        sums = dict(_entries(folder / CHECKSUMS))
+        return name not in sums or not _damage(folder / name, *sums[name])
+    except (OSError, ValueError, TypeError, AttributeError):
+        return not (folder / CHECKSUMS).exists()
+
+
+def _entries(path: Path) -> list[tuple[str, list[int]]]:
+    return list(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+def _damage(path: Path, size: int, crc: int) -> str:
+    """Say what is wrong with a file; nothing if it is whole."""
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"{path.name} has {actual:,} bytes, not {size:,}"
+        return (
+            f"{path.name} has other bytes than were written" if sum_of_file(path)[1] != crc else ""
+        )
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+
 
 FOLDER = "checkpoints"
 POSITION = "position.json"
@@ -75,7 +159,7 @@ class Found:
         Raises:
             UserError: if it is newer or too old.
         """
-        if not checksums.is_as_written(self.path, POSITION):
+        if not is_as_written(self.path, POSITION):
             return
         with contextlib.suppress(ValueError, AttributeError):
             found = json.loads((self.path / POSITION).read_text(encoding="utf-8"))
@@ -162,3 +246,18 @@ def _found(path: Path) -> Found | None:
     if match is None or not (path / POSITION).is_file():
         return None
     return Found(path, int(match[1]))
+
+
+def keep_newest(run_dir: Path, count: int) -> None:
+    """Delete all complete checkpoints but the newest `count`."""
+    for old in complete(run_dir)[:-count]:
+        # A deletion that is cut off must not leave a folder that looks whole.
+        shutil.rmtree(old.path.rename(old.path.with_name(old.path.name + PARTIAL)))
+
+
+def drop_partial(run_dir: Path) -> list[Path]:
+    """Delete what interrupted saves and deletions left behind, and return it for the log."""
+    leftovers = sorted((run_dir / FOLDER).glob(f"*{PARTIAL}"))
+    for folder in leftovers:
+        shutil.rmtree(folder)
+    return leftovers

@@ -25,9 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybrid_train.checkpoint.boxes import boxes
-from hybrid_train.checkpoint.places import Place, box_of, only_copy
-from hybrid_train.megatron.checkpoints import Stored
+from hybrid_train.checkpoint.shards import (
+    Place,
+    box_of,
+    boxes,
+    only_copy,
+)
+from hybrid_train.megatron.checkpoints import ShardedTensor, Stored
 from hybrid_train.megatron.optimizers import (
     MegatronOptimizer,
     is_distributed_part,
@@ -36,8 +40,7 @@ from hybrid_train.megatron.optimizers import (
     updated_by,
     working,
 )
-from hybrid_train.megatron.sharded import ShardedTensor
-from hybrid_train.precision import remainders
+from hybrid_train.precision import formats
 
 PREFIX = "optimizer."
 MASTER = "master"
@@ -175,7 +178,7 @@ def _unscaled(adam: Any, shard: Tensor, kind: str) -> Tensor:
     """Return state in float32, flat."""
     kept = adam.get_unscaled_state(shard, _KEPT_AS.get(kind, kind))
     if kept.dtype == torch.int16:
-        kept = remainders.joined(shard, kept)
+        kept = formats.join_remainder(shard, kept)
     return kept.detach().cpu().view(-1)
 
 
@@ -184,7 +187,7 @@ def _returner(adam: Any, shard: Tensor, tensors: dict[str, Tensor]) -> Callable[
         for kind, values in tensors.items():
             name, here = _KEPT_AS.get(kind, kind), values.to(shard.device)
             if adam.state[shard][name].dtype == torch.int16:
-                here = remainders.remainder_of(here, shard)
+                here = formats.remainder_of(here, shard)
             adam.set_scaled_state(shard, name, here)
 
     return put_back

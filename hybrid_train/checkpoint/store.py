@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +13,69 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hybrid_train.checkpoint import checksums, layout, save_load
-from hybrid_train.checkpoint.content import Content
-from hybrid_train.checkpoint.kept_plan import KeptPlan
-from hybrid_train.checkpoint.plan import Plan, in_words, plan_of, read_plan, write_plan
-from hybrid_train.checkpoint.retention import keep_newest
-from hybrid_train.checkpoint.writing import InThread, Part, Writing
+from hybrid_train.checkpoint import layout, save_load
+from hybrid_train.checkpoint.layout import keep_newest
+from hybrid_train.checkpoint.shards import Content
+from hybrid_train.checkpoint.writing import (
+    InThread,
+    KeptPlan,
+    Part,
+    Writing,
+)
+from hybrid_train.megatron.optimizers import is_distributed
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import DISK, UserError
+
+FILE = "plan.json"
+Plan = dict[str, int]
+
+
+def plan_of(content: Content) -> Plan:
+    """Return the degree of every parallel axis of this run."""
+    held = content.networks[0]
+    groups = held.groups
+    split = is_distributed(held.optimizer)
+    return {
+        "processes": dist.get_world_size(),
+        "tensor": groups.tp.size(),
+        "pipeline": groups.pp.size(),
+        "virtual_pipeline": len(held.chunks),
+        "context": groups.cp.size(),
+        "expert": groups.ep.size(),
+        "expert_tensor": groups.expt_tp.size(),
+        "data": groups.dp.size(),
+        "distributed_optimizer": int(split),
+    }
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write the plan into a checkpoint."""
+    (folder / FILE).write_text(json.dumps(plan) + "\n", encoding="utf-8")
+
+
+def read_plan(folder: Path) -> Plan:
+    """Return the plan of a checkpoint; empty if it has none."""
+    try:
+        return dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+
+
+def in_words(plan: Plan) -> str:
+    """Name the axes that are split: "tensor=2 data=4"; "1 process" if none is."""
+    split = [f"{axis}={degree}" for axis, degree in plan.items() if _is_worth_a_word(axis, plan)]
+    return " ".join(split) or f"{plan['processes']} process"
+
+
+def _is_worth_a_word(axis: str, plan: Plan) -> bool:
+    if axis == "processes":
+        return False
+    if axis == "expert_tensor":
+        return plan[axis] != plan["tensor"]
+    if axis == "distributed_optimizer":
+        return not plan[axis]
+    return plan[axis] > 1
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
@@ -151,7 +207,7 @@ def newest_sound(
 
 def damages(found: layout.Found) -> str:
     """Compare a checkpoint with its checksums, each process its share; say what is wrong."""
-    here = checksums.damages(found.path, part=ranks.rank(), parts=ranks.world_size())
+    here = layout.damages(found.path, part=ranks.rank(), parts=ranks.world_size())
     everywhere: list[list[str]] = [[]] * ranks.world_size()
     dist.all_gather_object(everywhere, here)
     return ", ".join(one for share in everywhere for one in share)
@@ -170,7 +226,7 @@ def _empty(folder: Path) -> None:
 def _publish(partial: Path, saving: Saving) -> None:
     write_plan(partial, saving.plan)
     layout.write_position(partial, saving.position)
-    checksums.write(partial, saving.writing.sums)
+    layout.write_checksums(partial, saving.writing.sums)
     layout.sync(partial)
     if saving.final.exists():
         shutil.rmtree(saving.final)

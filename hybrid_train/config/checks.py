@@ -8,36 +8,33 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from hybrid_train.config import mending
-from hybrid_train.config.check_batch import BATCH_RULES
-from hybrid_train.config.check_cluster import cluster_fits_the_run, kept_fits_the_gpus
-from hybrid_train.config.check_files import (
+from hybrid_train.config import suggestions
+from hybrid_train.config.rules_of_cluster import cluster_fits_the_run, kept_fits_the_gpus
+from hybrid_train.config.rules_of_data import (
+    BATCH_RULES,
     FILE_RULES,
+    as_problem_of,
     data_is_chosen,
     folder_problems,
     generation_problems,
-    vocabulary_is_known,
-)
-from hybrid_train.config.check_fsdp import fsdp_runs
-from hybrid_train.config.check_layout import LAYOUT_RULES, layer_rules_decide, pattern_is_legal
-from hybrid_train.config.check_memory import MEMORY_RULES
-from hybrid_train.config.check_native import NATIVE_RULES
-from hybrid_train.config.check_packing import packed_rows_run
-from hybrid_train.config.check_phases import (
-    as_problem_of,
+    packed_rows_run,
     phases_are_in_order,
     sources_are_named_once,
+    vocabulary_is_known,
 )
-from hybrid_train.config.check_precision import PRECISION_RULES
-from hybrid_train.config.mending import Rule
+from hybrid_train.config.rules_of_layout import (
+    LAYOUT_RULES,
+    MEMORY_RULES,
+    fsdp_runs,
+    layer_rules_decide,
+    pattern_is_legal,
+)
+from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
+from hybrid_train.config.suggestions import Rule
 from hybrid_train.planning.phases import views_of
-from hybrid_train.schema.check import CheckJob
-from hybrid_train.schema.count import CountJob
-from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, IndexJob, SubmitJob
 from hybrid_train.schema.model import SECTIONS
 from hybrid_train.schema.problems import Problem, collect
-from hybrid_train.schema.show import IndexJob
-from hybrid_train.schema.submit import SubmitJob
 from hybrid_train.schema.train import TrainJob
 
 Job = Any  # a dataclass of schema/ that stands for a whole job
@@ -52,9 +49,9 @@ def check(job: Job, started: int) -> Iterator[Problem]:
     """
     # The layout of an index is that of other machines.
     if isinstance(job, TrainJob) and not isinstance(job, IndexJob):
-        found = mending.with_nearest(job, started, mending.Rules(_of_sections, across))
+        found = suggestions.with_nearest(job, started, suggestions.Rules(_of_sections, across))
         if not found:
-            found = list(kept_fits_the_gpus(job, mending.processes_of(job, started)))
+            found = list(kept_fits_the_gpus(job, suggestions.processes_of(job, started)))
         yield from (_of_torchrun(problem) for problem in found)
     else:
         found = list(_of_sections(job))
@@ -123,7 +120,7 @@ def _of_torchrun(problem: Problem) -> Problem:
     """Return a problem with a number of processes that no setting holds as a command."""
 
     def command(path: str, value: object) -> object:
-        if path != mending.PROCESSES or not isinstance(value, int):
+        if path != suggestions.PROCESSES or not isinstance(value, int):
             return value
         return f"torchrun --nproc-per-node {value} -m hybrid_train train ..."
 
@@ -151,11 +148,11 @@ def _of_files(job: Job) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     phases_are_in_order,
     *LAYOUT_RULES,
-    *BATCH_RULES,
     *MEMORY_RULES,
+    fsdp_runs,
+    *BATCH_RULES,
+    packed_rows_run,
     *PRECISION_RULES,
     *NATIVE_RULES,
-    fsdp_runs,
-    packed_rows_run,
     cluster_fits_the_run,
 )

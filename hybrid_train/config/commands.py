@@ -1,17 +1,34 @@
-"""The table of commands: what each is called, its settings, and the module that carries it out.
+"""The table of commands, each with its settings and what runs it; and commands as text to be typed.
+
+Two readers take letters for their own: the shell and Hydra's grammar of overrides. Every command
+and every setting that a message proposes is written here, so that both give back what was meant.
 
 A command without groups of choices needs no file in conf/: its settings are those of its schema.
 """
 
 import dataclasses
+import importlib
+import re
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybrid_train.schema.check import CheckJob
-from hybrid_train.schema.convert import ConvertJob
-from hybrid_train.schema.count import CountJob
-from hybrid_train.schema.doctor import DoctorJob
-from hybrid_train.schema.generate import GenerateJob
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from hybrid_train.schema.job_roots import (
+    CheckJob,
+    ConvertJob,
+    CountJob,
+    DoctorJob,
+    GenerateJob,
+    IndexJob,
+    ReportJob,
+    ResumeJob,
+    ShowJob,
+    StatusJob,
+    SubmitJob,
+    VerifyJob,
+)
 from hybrid_train.schema.prepare import (
     CountTokensJob,
     InspectJob,
@@ -21,15 +38,36 @@ from hybrid_train.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
-from hybrid_train.schema.report import ReportJob, StatusJob
-from hybrid_train.schema.resume import ResumeJob
-from hybrid_train.schema.show import IndexJob, ShowJob
 from hybrid_train.schema.study import StudyJob
-from hybrid_train.schema.submit import SubmitJob
 from hybrid_train.schema.train import TrainJob
-from hybrid_train.schema.verify import VerifyJob
 
-_JOBS = "hybrid_train.jobs"
+# What Hydra reads as plain text. A number is read as one, but a setting of text keeps its letters.
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]+")
+
+
+def setting(key: str, value: object) -> str:
+    """Return the override that gives a setting of text this value: `run_dir="a (2)"`."""
+    return f"{key}={quoted(str(value))}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as Hydra's grammar reads it, in quotes where it needs them."""
+    if _PLAIN.fullmatch(text) and text.lower() != "null":
+        return text
+    return str(QuotedString(text, Quote.double).with_quotes())
+
+
+def typed(*words: str) -> str:
+    """Return words as they are typed into a shell, `typed(setting("run_dir", path))` for one."""
+    # What shlex leaves bare means nothing to zsh either, but for a = that begins a word.
+    return " ".join(f"'{word}'" if word.startswith("=") else shlex.quote(word) for word in words)
+
+
+def command(*words: str) -> str:
+    """Return a command of the program: `hybrid-train status run_dir=runs/first`."""
+    return typed("hybrid-train", *words)
+
+
 _EXPERIMENTS = "`hybrid-train recipes` lists experiments with everything set"
 _MODELS = "`hybrid-train models` lists the models that have a name: model=NAME"
 _STUDIES = "name=NAME takes one that is ready: `hybrid-train study --help` lists them"
@@ -41,7 +79,7 @@ class Command:
 
     Attributes:
         summary: what it does, as what follows its name in a sentence.
-        module: has run(job), or run(words) where there is no schema.
+        entry: "module:function" of `jobs`, which gets the job; words, where there is no schema.
         schema: the dataclass of its settings; None: it has none.
         texts: settings that take text as it stands: commas and * mean nothing to Hydra there.
         words: words of the command line for groups of conf/ that have another name.
@@ -50,12 +88,23 @@ class Command:
     """
 
     summary: str
-    module: str
+    entry: str
     schema: type[Any] | None = None
     texts: tuple[str, ...] = ()
     words: dict[str, str] = field(default_factory=dict)
     ready: str = ""
     says_what_starts: bool = False
+
+    @property
+    def module(self) -> str:
+        """The import path of the module that carries it out."""
+        return f"hybrid_train.jobs.{self.entry.partition(':')[0]}"
+
+    def run(self, job: Any) -> int | None:
+        """Carry it out; its module is imported now."""
+        carry_out = getattr(importlib.import_module(self.module), self.entry.partition(":")[2])
+        code: int | None = carry_out(job)
+        return code
 
     @property
     def prints_json(self) -> bool:
@@ -69,128 +118,128 @@ class Command:
 COMMANDS = {
     "train": Command(
         "trains a model, or goes on with a run that stopped",
-        f"{_JOBS}.train",
+        "train:run",
         TrainJob,
         ready=_EXPERIMENTS,
         says_what_starts=True,
     ),
     "resume": Command(
         "goes on with a run as its folder says",
-        f"{_JOBS}.resume",
+        "resume:run",
         ResumeJob,
         texts=("overrides",),
         says_what_starts=True,
     ),
     "check": Command(
         "checks a training run for processes=N and prints its plan",
-        f"{_JOBS}.check",
+        "check:run",
         CheckJob,
         ready=_EXPERIMENTS,
     ),
     "submit": Command(
         "queues a training run on a cluster with SLURM",
-        f"{_JOBS}.submit",
+        "submit:run",
         SubmitJob,
         ready=_EXPERIMENTS,
     ),
     "status": Command(
         "says how a run is: state, progress, attempts; of several, a line each",
-        f"{_JOBS}.status",
+        "status:run",
         StatusJob,
         texts=("run_dir",),
     ),
     "report": Command(
         "writes a page with the curves of a run, or of several over each other",
-        f"{_JOBS}.report",
+        "report:run",
         ReportJob,
         texts=("run_dir",),
     ),
     "generate": Command(
         "writes text with a trained model",
-        f"{_JOBS}.generate",
+        "generate:run",
         GenerateJob,
         texts=("prompt",),
         says_what_starts=True,
     ),
     "study": Command(
         "compares variants of a run with a baseline, several seeds each",
-        f"{_JOBS}.study",
+        "study:run",
         StudyJob,
         texts=("overrides",),
         words={"name": "study"},
         ready=_STUDIES,
         says_what_starts=True,
     ),
-    "recipes": Command("lists the experiments that are ready to run", f"{_JOBS}.recipes"),
-    "models": Command("lists the models that have a name", f"{_JOBS}.models"),
+    "recipes": Command("lists the experiments that are ready to run", "listings:run_experiments"),
+    "models": Command("lists the models that have a name", "listings:run_models"),
     "doctor": Command(
         "examines this machine: libraries, GPUs, limits, speed; and says what to mend",
-        f"{_JOBS}.doctor",
+        "doctor:run",
         DoctorJob,
     ),
     "count": Command(
         "counts parameters, tensors, FLOPs and cache of a model",
-        f"{_JOBS}.count",
+        "listings:run_count",
         CountJob,
         ready=_MODELS,
     ),
     "convert": Command(
         "turns a Hugging Face folder into a checkpoint, or back",
-        f"{_JOBS}.convert",
+        "convert:run_convert",
         ConvertJob,
         says_what_starts=True,
     ),
     "verify": Command(
         "compares a checkpoint with a Hugging Face folder: tensors, logits",
-        f"{_JOBS}.verify",
+        "convert:run_verify",
         VerifyJob,
         says_what_starts=True,
     ),
     "data tokenize": Command(
         "turns text into token files; goes on after a kill",
-        f"{_JOBS}.data_tokenize",
+        "data_tokenize:run_tokenize",
         TokenizeJob,
         texts=("input",),
     ),
     "data merge": Command(
-        "joins token files of one tokenizer", f"{_JOBS}.data_merge", MergeJob, texts=("input",)
+        "joins token files of one tokenizer", "data_files:run_merge", MergeJob, texts=("input",)
     ),
     "data split": Command(
         "splits token files by shares or by tokens",
-        f"{_JOBS}.data_split",
+        "data_files:run_split",
         SplitJob,
         texts=("input",),
     ),
     "data inspect": Command(
         "shows lengths and documents of token files",
-        f"{_JOBS}.data_inspect",
+        "data_files:run_inspect",
         InspectJob,
         texts=("input",),
     ),
     "data count": Command(
         "counts documents and tokens of token files",
-        f"{_JOBS}.data_count",
+        "data_files:run_count",
         CountTokensJob,
         texts=("input",),
     ),
     "data verify": Command(
         "reads token files whole and checks them: checksums, index, token ids",
-        f"{_JOBS}.data_verify",
+        "data_files:run_verify",
         VerifyTokensJob,
         texts=("input",),
     ),
     "data index": Command(
         "builds the indices of a run's data ahead and prints its blend",
-        f"{_JOBS}.data_index",
+        "data_show:run_index",
         IndexJob,
         says_what_starts=True,
     ),
     "data show": Command(
-        "shows what a run reads at a step", f"{_JOBS}.data_show", ShowJob, says_what_starts=True
+        "shows what a run reads at a step", "data_show:run_show", ShowJob, says_what_starts=True
     ),
     "data train_tokenizer": Command(
         "trains a byte-level BPE tokenizer on text",
-        f"{_JOBS}.data_train_tokenizer",
+        "data_tokenize:run_train_tokenizer",
         TrainTokenizerJob,
         texts=("input", "special_tokens"),
     ),

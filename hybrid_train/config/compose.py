@@ -28,7 +28,6 @@ from omegaconf.errors import (
 
 from hybrid_train.config import (
     checks,
-    extensions,
     frozen,
     launcher,
     overrides,
@@ -36,17 +35,12 @@ from hybrid_train.config import (
     registry,
     yaml_files,
 )
-from hybrid_train.config.check_files import no_run
-from hybrid_train.config.command_text import setting
-from hybrid_train.config.commands import ROOTS
-from hybrid_train.schema.check import CheckJob
-from hybrid_train.schema.count import CountJob
-from hybrid_train.schema.generate import GenerateJob
-from hybrid_train.schema.import_path import is_path
+from hybrid_train.config.commands import ROOTS, setting
+from hybrid_train.config.rules_of_data import no_run
+from hybrid_train.schema.extension import is_path
+from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, ResumeJob, SubmitJob
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, UserError, collect
-from hybrid_train.schema.resume import ResumeJob
-from hybrid_train.schema.submit import SubmitJob
 from hybrid_train.schema.train import TrainJob
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -133,12 +127,12 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
         with _own_sections(job_name, choices, given, files, problems):
             config = _composed(job_name, choices, problems, files)
         _take_chosen_sections(config, job_name, given)
-    problems += extensions.type_lists(config)
+    problems += registry.type_lists(config)
     for override in given.values:
         problems.extend(overrides.set_value(config, override, groups))
     for key, texts in given.texts.items():
         OmegaConf.update(config, key, texts)
-    problems += extensions.type_lists(config)
+    problems += registry.type_lists(config)
     unreadable = _take_loaded_model(config, given, groups)
     found, wrong = _in_words(job_name, [*problems, *unreadable], groups)
     return Draft(config, found, wrong | {"model"} if unreadable else wrong, files, choices)
@@ -168,12 +162,12 @@ def _own_sections(
     """
     groups = group_names(job_name)
     sections = {}
-    for place in extensions.SECTIONS:
+    for place in registry.SECTIONS:
         kind = _own_kind(place, given, files) if place in groups else None
         if kind is None:
             continue
         try:
-            section = extensions.typed_section(kind, place)
+            section = registry.typed_section(kind, place)
         except ValueError as error:
             raise ConfigError([*problems, Problem(f"{place}.kind", kind, str(error))]) from error
         chosen = [one for one in files.files if one.startswith(f"{place}/")][-1]
@@ -192,7 +186,7 @@ def _take_chosen_sections(config: DictConfig, job_name: str, given: overrides.Gi
     """
     for choice in given.groups:
         place = choice.key_or_group
-        if place not in extensions.SECTIONS or choice.value() not in registry.kinds(place):
+        if place not in registry.SECTIONS or choice.value() not in registry.kinds(place):
             continue
         if is_path(config[place].kind):
             config[place] = hydra_compose(job_name, [f"{place}={choice.value()}"])[place]

@@ -17,8 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import EnumNode
 
 from hybrid_train.config import yaml_files
-from hybrid_train.config.command_text import setting
-from hybrid_train.config.commands import ROOTS
+from hybrid_train.config.commands import ROOTS, setting
 from hybrid_train.config.compose import (
     Draft,
     conf_folders,

@@ -9,7 +9,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_train.config import checks, extensions, launcher, registry, yaml_files
+from hybrid_train.config import (
+    checks,
+    launcher,
+    registry,
+    yaml_files,
+)
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -90,7 +95,7 @@ def load(run_dir: Path) -> TrainJob:
             if isinstance(typed._get_node(group), DictConfig):
                 _choose_kind(typed, saved, group)
         whole = cast("DictConfig", OmegaConf.merge(typed, saved))
-        if found := list(extensions.type_lists(whole)):
+        if found := list(registry.type_lists(whole)):
             raise ConfigError(found)
         return cast("TrainJob", OmegaConf.to_object(whole))
     except ConfigError as error:
@@ -123,9 +128,9 @@ def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
     kind = OmegaConf.select(saved, f"{group}.kind")
     if kind is None:
         return
-    if group in extensions.SECTIONS:
+    if group in registry.SECTIONS:
         try:
-            typed[group] = extensions.typed_section(kind, group)
+            typed[group] = registry.typed_section(kind, group)
         except ValueError as error:
             raise ConfigError([Problem(f"{group}.kind", kind, str(error))]) from error
         return

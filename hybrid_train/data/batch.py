@@ -1,16 +1,26 @@
-"""Batch: what travels from the loader to the model.
+"""Batch: what travels from the loader to the model, and the rows that it is made of.
 
 Dimensions: B sequences of a microbatch, L sequence length in tokens.
+
+Row transforms stand between reading rows and stacking them. Each takes a row and returns one; what
+it returns depends on the row alone, so every rank that reads a row and every resumed run sees the
+same. Where it needs random numbers, the row has a generator of its own.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hybrid_train.data.plan import Fields
 from hybrid_train.ops.context import own_pieces
+from hybrid_train.schema.data import Split
+from hybrid_train.schema.problems import UserError
 
 _WHOLE = ("sequence_index", "source", "row_extras")  # on every context-parallel rank
 
@@ -91,3 +101,173 @@ class Batch:
 
         names = (one.name for one in fields(self))
         return Batch(**{name: changed(name, getattr(self, name)) for name in names})
+
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which row of a run it is.
+
+    Attributes:
+        number: of the row within its phase, or within the validation.
+        position: tokens of the run before it; in a validation, tokens of the validation before it.
+        split: train or validation.
+        seed: of the run.
+    """
+
+    number: int
+    position: int = 0
+    split: Split = Split.train
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence, field by field as in `Batch`, each without the axis B; source is [].
+
+    Attributes:
+        identity: which row it is; the same for every rank and in every resumed run.
+    """
+
+    tokens: Array
+    labels: Array
+    loss_weights: Array
+    position_ids: Array
+    padding: Array | None = None
+    sequence_index: Array | None = None
+    source: Array | None = None
+    token_extras: Mapping[str, Array] = field(default_factory=dict)
+    row_extras: Mapping[str, Array] = field(default_factory=dict)
+    identity: Identity = Identity(0)
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """Return random numbers that depend on seed, split, row and purpose alone."""
+        one = self.identity
+        key = repr((purpose, one.seed, one.split.value, one.position, one.number))
+        digest = hashlib.sha256(key.encode()).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+    def without_labels(self) -> "Row":
+        """Return the same row with nothing in it that counts; see `Batch.without_labels`."""
+        padding = None if self.padding is None else np.ones_like(self.padding)
+        return replace(self, loss_weights=np.zeros_like(self.loss_weights), padding=padding)
+
+
+class RowTransform(Protocol):
+    """Changes rows one by one; pure: equal rows give equal rows, and none is changed in place."""
+
+    def __call__(self, row: Row) -> Row:
+        """Return what stands for a row."""
+
+
+class Sequences(Protocol):
+    """Numbered rows of equal length, each as arrays by the name of a field of `Row`."""
+
+    def fill(self, row: int) -> Fields:
+        """Return the fields of a row, [L], or [] for its source."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """The rows of a phase or a validation by number, as transforms leave them.
+
+    Attributes:
+        sequences: the rows as they are read.
+        transforms: what changes them, one after the other; none: they stay as they are.
+        split: which part of the data they are.
+        seed: of the run.
+        start: tokens of the run before row 0.
+    """
+
+    sequences: Sequences
+    transforms: Sequence[RowTransform] = ()
+    split: Split = Split.train
+    seed: int = 0
+    start: int = 0
+
+    def __call__(self, number: int) -> Row:
+        """Read a row.
+
+        Raises:
+            UserError: if a transform returns something else than a row of this length.
+        """
+        given: dict[str, Any] = {**self.sequences.fill(number)}
+        row = Row(**given)
+        if not self.transforms:
+            return row
+        position = self.start + number * len(row.tokens)
+        row = replace(row, identity=Identity(number, position, self.split, self.seed))
+        for transform in self.transforms:
+            changed = transform(row)
+            _require_same_form(row, changed, transform)
+            row = replace(changed, identity=row.identity)
+        return row
+
+
+def stack(rows: Sequence[Row]) -> Batch:
+    """Join rows, each field [L], into one batch [B, L].
+
+    Raises:
+        UserError: if they have different fields, or an extra one of different shapes.
+    """
+    given: dict[str, Any] = {}
+    for one in fields(Batch):
+        values = [getattr(row, one.name) for row in rows]
+        if isinstance(values[0], Mapping):
+            given[one.name] = _stack_extras(values)
+        elif any(value is not None for value in values):
+            if any(value is None for value in values):
+                raise _wrong(f"{one.name} is in some rows of a microbatch, and in others not")
+            given[one.name] = torch.from_numpy(np.stack(values))
+    return Batch(**given)
+
+
+def _stack_extras(rows: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if any(name not in row for row in rows):
+            raise _wrong(f"extra field {name} is in some rows of a microbatch, and in others not")
+        shapes = {row[name].shape for row in rows}
+        if len(shapes) > 1:
+            raise _wrong(
+                f"extra field {name} has several shapes in one microbatch: "
+                f"{', '.join(map(str, sorted(shapes)))}; fill the shorter ones up"
+            )
+        found[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
+    return found
+
+
+def _require_same_form(before: Row, after: object, transform: RowTransform) -> None:
+    """Refuse what cannot stand for a row."""
+    name = getattr(transform, "__name__", type(transform).__name__)
+    if not isinstance(after, Row):
+        raise _wrong(f"row transform {name} returned {type(after).__name__}; it must return a Row")
+    for one in fields(Batch):
+        was, now = getattr(before, one.name), getattr(after, one.name)
+        if isinstance(now, Mapping):
+            continue
+        if (was is None) != (now is None) and one.name not in ("padding", "sequence_index"):
+            raise _wrong(f"row transform {name} returned a row whose {one.name} is {_form(now)}")
+        if was is not None and now is not None and _form(was) != _form(now):
+            raise _wrong(
+                f"row transform {name} returned {one.name} as {_form(now)}, and it got {_form(was)}"
+            )
+    length = len(after.tokens)
+    for extra, values in after.token_extras.items():
+        if values.shape[:1] != (length,):
+            raise _wrong(
+                f"row transform {name} returned token_extras {extra} of shape {values.shape}, but "
+                f"the row has {length} tokens; what is not one of each token is of row_extras"
+            )
+
+
+def _form(values: Array | None) -> str:
+    return "None" if values is None else f"{values.dtype} {list(values.shape)}"
+
+
+def _wrong(text: str) -> UserError:
+    error = UserError(text)
+    error.of_content = True  # every rank that reads the row says so
+    return error

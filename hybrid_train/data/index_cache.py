@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.pieces import Joined
+from hybrid_train.data.documents import Joined
 from hybrid_train.schema.formats import INDEX
 from hybrid_train.schema.problems import UserError
 

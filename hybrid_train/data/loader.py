@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from hybrid_train.data.batch import Batch
-from hybrid_train.data.row import Row, stack
+from hybrid_train.data.batch import Batch, Row, stack
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 

@@ -1,15 +1,30 @@
-"""Pieces of documents put into rows of equal length, as few as best fit makes of them.
+"""Whole documents of a source packed into rows, so that as little as possible is padding.
 
 A piece of n tokens takes n - 1 places of a row: its last token is a label only.
 Dimensions: L places of a row.
+
+Documents come in the shuffled order of an epoch, a window at a time; those of a window are packed
+together by best fit, and its rows are shuffled. A document that is longer than a row is cut into
+full rows and a rest. A document of n tokens takes n - 1 positions: its last token is only a label.
+
+Source of best-fit packing: Ding et al., Fewer Truncations Improve Language Modeling,
+arXiv:2404.10830.
 """
 
+import dataclasses
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hybrid_train.data.documents import Joined, Piece
+from hybrid_train.data.index_cache import IndexCache
+from hybrid_train.data.order import Permutation
+from hybrid_train.schema.problems import UserError
 
 Integers = NDArray[np.integer[Any]]
 
@@ -91,3 +106,177 @@ def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[s
         "position_ids": np.arange(row_length) - np.repeat(starts, runs),
         "sequence_index": np.repeat(np.arange(len(runs), dtype=np.int32), runs),
     }
+
+
+_WINDOW = 4096  # documents that are packed together
+
+
+@dataclass(frozen=True)
+class PackedPlace:
+    """Where packing goes on: a window, after pieces that a phase before left over."""
+
+    epoch: int = 0
+    window: int = 0
+    left_over: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the rows of a source depend on.
+
+    Attributes:
+        length: L, inputs of a row.
+        longest: inputs of the longest piece of a document; at most L.
+        padding: token that fills a row up; it is not trained on.
+    """
+
+    length: int
+    longest: int
+    padding: int
+
+
+class PackedRows:
+    """Packed rows from a place in a source on."""
+
+    def __init__(
+        self,
+        documents: Joined,
+        packing: Packing,
+        *,
+        key: tuple[object, ...],
+        cache: IndexCache,
+        begin: PackedPlace = PackedPlace(),
+    ) -> None:
+        """Start at a place; `key` is what the shuffle depends on, beside the epoch."""
+        self.documents = documents
+        self._packing = packing
+        self._key = key
+        self._cache = cache
+        self._begin = begin
+        self._num_windows = -(-len(documents) // _WINDOW)
+        self._window = lru_cache(maxsize=2)(self._pack_window)
+        left_over = np.array(begin.left_over, dtype=np.int64).reshape(-1, 3)
+        self._left_over = self._packed(self._cut(left_over))
+        # Rows before each epoch, from that of the place on; grows as far as somebody asks.
+        self._epoch_starts = [len(self._left_over)]
+        self._rows_before = lru_cache(maxsize=2)(self._count_rows)
+
+    def prepare(self, rows: int) -> None:
+        """Find the epochs of the first `rows` rows."""
+        while self._epoch_starts[-1] < rows:
+            self._add_epoch()
+
+    def _add_epoch(self) -> None:
+        epoch = self._begin.epoch + len(self._epoch_starts) - 1
+        self._epoch_starts.append(self._epoch_starts[-1] + self._rows_of(epoch))
+
+    def first_epoch(self) -> int:
+        """Return how many rows there are before any document comes again."""
+        if len(self._epoch_starts) == 1:
+            self._add_epoch()
+        return self._epoch_starts[1]
+
+    def end(self, rows: int) -> PackedPlace:
+        """Return where the next phase goes on after the first `rows` rows; nothing is lost."""
+        if rows == 0:
+            return self._begin
+        if rows <= len(self._left_over):
+            rest = self._left_over[rows:]
+            return dataclasses.replace(self._begin, left_over=_flat(rest))
+        epoch, window, number = self._locate(rows - 1)
+        rest = self._window(epoch, window)[number + 1 :]
+        epoch, window = divmod(epoch * self._num_windows + window + 1, self._num_windows)
+        return PackedPlace(epoch, window, _flat(rest))
+
+    def epochs(self, rows: int) -> float:
+        """Return how often the source has been read through after the first `rows` rows."""
+        place = self.end(rows)
+        left_over = sum(piece.stop - piece.start for piece in place.left_over)
+        passed = place.epoch + place.window / self._num_windows
+        return max(0.0, passed - left_over / self.documents.tokens)  # windows are not of equal size
+
+    def pieces(self, row: int) -> list[Piece]:
+        """Return the pieces of a row."""
+        if row < len(self._left_over):
+            return self._left_over[row]
+        epoch, window, number = self._locate(row)
+        return self._window(epoch, window)[number]
+
+    def fill(self, row: int) -> dict[str, NDArray[Any]]:
+        """Return the fields of a row by name, each [L]; see `packing.fill_row`."""
+        parts = [self.documents.read(piece) for piece in self.pieces(row)]
+        return fill_row(parts, self._packing.length, self._packing.padding)
+
+    def _locate(self, row: int) -> tuple[int, int, int]:
+        """Return epoch, window and number within the window of a row after the left-over ones."""
+        self.prepare(row + 1)
+        passed = int(np.searchsorted(self._epoch_starts, row, side="right")) - 1
+        epoch = self._begin.epoch + passed
+        before = self._rows_before(epoch)
+        skipped = int(before[self._begin.window]) if passed == 0 else 0
+        row += skipped - self._epoch_starts[passed]
+        window = int(np.searchsorted(before, row, side="right")) - 1
+        return epoch, window, row - int(before[window])
+
+    def _rows_of(self, epoch: int) -> int:
+        before = self._rows_before(epoch)
+        first = self._begin.window if epoch == self._begin.epoch else 0
+        return int(before[-1] - before[first])
+
+    def _count_rows(self, epoch: int) -> NDArray[np.int64]:
+        """Return the rows before each window of an epoch and, at the end, all of them."""
+
+        def count() -> NDArray[np.int64]:
+            rows = [
+                int(self._rows_taken(self._window_pieces(epoch, window)).max(initial=-1)) + 1
+                for window in range(self._num_windows)
+            ]
+            return np.cumsum([0, *rows])
+
+        shape = (self._packing.length, self._packing.longest)
+        before = self._cache.array(("packed", *self._key, epoch, *shape), self.documents, count)
+        if not before[-1]:
+            raise UserError(
+                f"{self.documents.name} has no document of two tokens or more: there is nothing to "
+                "predict; leave it out"
+            )
+        return before
+
+    def _pack_window(self, epoch: int, window: int) -> list[list[Piece]]:
+        rows = self._packed(self._window_pieces(epoch, window))
+        shuffle = Permutation(len(rows), ("rows", *self._key, epoch, window)) if rows else None
+        return [rows[place] for place in shuffle(np.arange(len(rows)))] if shuffle else []
+
+    def _window_pieces(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Return the pieces of a window, (document, start, stop), [pieces, 3]."""
+        order = Permutation(len(self.documents), (*self._key, epoch))
+        first = window * _WINDOW
+        numbers = order(np.arange(first, min(first + _WINDOW, len(self.documents))))
+        lengths = self.documents.lengths[numbers].astype(np.int64)
+        return self._cut(np.stack([numbers, np.zeros_like(numbers), lengths], axis=1))
+
+    def _cut(self, pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Cut pieces (document, start, stop) [pieces, 3] into those that a row takes."""
+        longest = self._packing.longest
+        document, begin, end = pieces.T
+        parts = -(-(end - begin - 1) // longest)  # none where there is nothing to predict
+        owner = np.repeat(np.arange(len(pieces)), parts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
+        start = begin[owner] + within * longest
+        stop = np.minimum(start + longest + 1, end[owner])
+        return np.stack([document[owner], start, stop], axis=1)
+
+    def _rows_taken(self, pieces: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the row that each piece takes before the shuffle, [pieces]."""
+        return best_fit(pieces[:, 2] - pieces[:, 1] - 1, self._packing.length)
+
+    def _packed(self, pieces: NDArray[np.int64]) -> list[list[Piece]]:
+        row_of = self._rows_taken(pieces)
+        rows: list[list[Piece]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
+        for row, piece in zip(row_of.tolist(), pieces.tolist(), strict=True):
+            rows[row].append(Piece(*piece))
+        return rows
+
+
+def _flat(rows: list[list[Piece]]) -> tuple[Piece, ...]:
+    return tuple(piece for row in rows for piece in row)

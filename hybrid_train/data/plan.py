@@ -1,4 +1,4 @@
-"""Which rows every phase draws from every source: the whole order of a run's data, worked out.
+"""Which rows every phase and validation draws from every source: the order of a run's data.
 
 Nothing of it is random at run time and nothing has to be saved: the same config, data and seed give
 the same rows in every process, and a position in tokens says which of them are done.
@@ -6,17 +6,98 @@ the same rows in every process, and a position in tokens says which of them are 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import lru_cache
+from typing import Any, Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_train.data.documents import Joined, Piece
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.mixture import Mixture
-from hybrid_train.data.packed import PackedPlace, PackedRows, Packing
-from hybrid_train.data.pieces import Joined
+from hybrid_train.data.order import BlendOrder, Indices
+from hybrid_train.data.packing import (
+    PackedPlace,
+    PackedRows,
+    Packing,
+)
 from hybrid_train.data.stream import Stream, StreamPlace, StreamRows
 from hybrid_train.planning.phases import Stretch
 from hybrid_train.schema.data import Packing as PackingMode
+from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_tokens
+
+_BLOCK = 1024  # rows that are looked up at once
+
+Fields = dict[str, NDArray[Any]]  # a row, by the name of a field of `Batch`
+
+
+class Rows(Protocol):
+    """The rows of one source in one phase; see `stream.StreamRows`, `packed.PackedRows`."""
+
+    def prepare(self, rows: int) -> None:
+        """Build what the first `rows` rows need and is worth keeping on disk."""
+
+    def pieces(self, row: int) -> list[Piece]:
+        """Return the pieces of documents in a row."""
+
+    def fill(self, row: int) -> Fields:
+        """Return the fields of a row by name, each [L]."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row of a phase comes from."""
+
+    source: int  # place among those that are mixed
+    row: int  # of that source in this phase
+
+
+class Mixture:
+    """Rows of several sources in the order of a phase; row 0 is the first of the phase."""
+
+    def __init__(self, weights: Sequence[float], *, seed: int) -> None:
+        """Mix by weights; `open` says what is mixed."""
+        self._sources: Sequence[Rows] = ()
+        self._numbers: Sequence[int] = ()
+        self._order = BlendOrder(weights, seed)
+        self._block = lru_cache(maxsize=2)(self._look_up)
+
+    def open(self, sources: Sequence[Rows], numbers: Sequence[int]) -> None:
+        """Take the rows of each source, and the number of each among those of the run."""
+        self._sources = sources
+        self._numbers = numbers
+
+    def counts(self, rows: int) -> Indices:
+        """Return how many of the first `rows` rows are from each source, [sources]."""
+        return self._order.counts(rows)
+
+    def origin(self, row: int) -> Origin:
+        """Say where a row comes from."""
+        sources, rows = self._block(row // _BLOCK)
+        return Origin(int(sources[row % _BLOCK]), int(rows[row % _BLOCK]))
+
+    def pieces(self, row: int) -> list[Piece]:
+        """Return the pieces of documents in a row."""
+        origin = self.origin(row)
+        return self._sources[origin.source].pieces(origin.row)
+
+    def fill(self, row: int) -> Fields:
+        """Return the fields of a row, each [L], and `source`, its number, []."""
+        origin = self.origin(row)
+        fields = self._sources[origin.source].fill(origin.row)
+        return {**fields, "source": np.asarray(self._numbers[origin.source])}
+
+    def _look_up(self, block: int) -> tuple[Indices, Indices]:
+        first = block * _BLOCK
+        sources = self._order.sources(first, first + _BLOCK)
+        before = self._order.counts(first)
+        rows = np.empty_like(sources)
+        for number in np.unique(sources):
+            found = np.flatnonzero(sources == number)
+            rows[found] = before[number] + np.arange(len(found))
+        return sources, rows
+
 
 SourceRows = StreamRows | PackedRows
 Place = StreamPlace | PackedPlace
@@ -158,3 +239,65 @@ def describe(
                 f"source {source} will be repeated {epochs:.1f} times, more than "
                 f"data.warn_epochs={warn:g}; lower its weight, shorten the run or add data"
             )
+
+
+# Validation has the same order in every run, so that runs with other seeds can be compared.
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Set:
+    """What a validation reads of one source."""
+
+    source: int  # its number in a batch
+    rows: Rows
+    used: int
+    wanted: int
+
+
+class HeldOut:
+    """Rows of several sets, numbered through."""
+
+    def __init__(self, sets: Sequence[Set]) -> None:
+        self.sets = sets
+        self._firsts = np.cumsum([0, *(one.used for one in sets)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def fill(self, row: int) -> Fields:
+        """Return the fields of a row; see `Mixture.fill`."""
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        fields = self.sets[number].rows.fill(row - int(self._firsts[number]))
+        return {**fields, "source": np.asarray(self.sets[number].source)}
+
+
+def hold_out(job: TrainJob, opened: Opened, names: Sequence[str]) -> HeldOut:
+    """Open the validation of a phase.
+
+    Args:
+        job: the run as it is in the phase.
+        opened: the sources of the validation split.
+        names: of all sources of the run, in the order of their numbers.
+
+    Raises:
+        UserError: if a source is too short for a row.
+    """
+    weights = weights_of(job.data.validation_blend, opened)
+    total = job.train.validation_batches * job.train.global_batch
+    sets = []
+    for name, weight in weights.items():
+        if not weight:
+            continue
+        rows = open_rows(name, job, opened, seed=_SEED)
+        there = rows.first_epoch()
+        if there < 1:
+            raise UserError(
+                f"the validation part of {opened.documents[name].name} holds "
+                f"{opened.documents[name].tokens} tokens, too few for one sequence of "
+                f"{job.train.sequence_length} and its last label; shorten train.sequence_length "
+                "or leave it out"
+            )
+        wanted = max(1, round(total * weight / sum(weights.values())))
+        sets.append(Set(names.index(name), rows, min(there, wanted), wanted))
+    return HeldOut(sets)

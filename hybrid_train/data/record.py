@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
-    from hybrid_train.data.build import RunData
+    from hybrid_train.data.run_data import RunData
 
 FILE_NAME = "data.json"
 

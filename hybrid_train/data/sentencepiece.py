@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from hybrid_train.data.tokenizer_folder import (
+from hybrid_train.data.any_tokenizer import (
     CONFIG,
     copy_tokenizer,
     named_tokens,

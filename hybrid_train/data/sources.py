@@ -5,11 +5,16 @@ from typing import Protocol
 
 from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.data.documents import Documents, FileDocuments
-from hybrid_train.data.synthetic import SyntheticDocuments, words_of
-from hybrid_train.data.words import WordTokenizer
-from hybrid_train.schema.data import Data, named_sources
+from hybrid_train.data.synthetic import SyntheticDocuments, WordTokenizer, words_of
+from hybrid_train.schema.data import (
+    Data,
+    Remote,
+    Source,
+    Split,
+    Synthetic,
+    named_sources,
+)
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.source import Remote, Source, Split, Synthetic
 
 
 class Vocabulary(Protocol):

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid_train.data.documents import Joined, Piece
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.order import Permutation
-from hybrid_train.data.pieces import Joined, Piece
 
 _STRIDE = 64  # documents from one kept boundary to the next
 _CHUNK = 2**20  # documents shuffled at once while the boundaries are built

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from hybrid_train.data import quickstart
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.limits import FILE
-from hybrid_train.schema.listed import listed_paths
+from hybrid_train.schema.names import listed_paths
 from hybrid_train.schema.prepare import DataJob
 
 _READ_WHOLE = 2**24  # bytes; of a larger file the size and both ends stand for the rest

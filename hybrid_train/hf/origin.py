@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
-from hybrid_train.data.tokenizer_folder import (
+from hybrid_train.data.any_tokenizer import (
+    FolderTokenizer,
     copy_tokenizer,
     has_vocabulary,
+    open_tokenizer,
     read_settings,
     same_tokenizer,
     tokenizer_files,
 )
-from hybrid_train.hf import config as hf_config
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.files import as_strict_json, write_json
 from hybrid_train.schema.problems import UserError
 

@@ -14,22 +14,26 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.checkpoint.positions import OpenFiles
-from hybrid_train.checkpoint.tensor_files import CheckpointWriter
+from hybrid_train.checkpoint.tensor_files import CheckpointWriter, OpenFiles
 from hybrid_train.config import frozen
-from hybrid_train.data.tokenizer_folder import has_vocabulary
-from hybrid_train.hf import config as hf_config
+from hybrid_train.data.any_tokenizer import has_vocabulary
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf import origin
 from hybrid_train.hf.files import new_folder
-from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
-from hybrid_train.hf.tensors import Cast, ours_from_theirs, require_shapes
+from hybrid_train.hf.tensors import (
+    Cast,
+    Move,
+    carry_out,
+    ours_from_theirs,
+    require_shapes,
+)
 from hybrid_train.schema.data import Data
 from hybrid_train.schema.model import Model
+from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.precision import Precision, ProductFormat
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.schedule import Schedule
 from hybrid_train.schema.train import Train, TrainJob
 from hybrid_train.schema.units import counted
 

@@ -14,16 +14,22 @@ from torch import Tensor
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
-from hybrid_train.data.any_tokenizer import open_tokenizer
-from hybrid_train.data.tokenizer_folder import has_vocabulary
-from hybrid_train.hf import config as hf_config
+from hybrid_train.data.any_tokenizer import has_vocabulary, open_tokenizer
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.files import new_folder, write_json
-from hybrid_train.hf.moves import Move, carry_out
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.origin import Origin
 from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import Cast, Theirs, require_shapes, theirs_from_ours, turned
+from hybrid_train.hf.tensors import (
+    Cast,
+    Move,
+    Theirs,
+    carry_out,
+    require_shapes,
+    theirs_from_ours,
+    turned,
+)
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.train import TrainJob

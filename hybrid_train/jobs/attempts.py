@@ -16,14 +16,14 @@ from typing import IO, Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.jobs import provenance
-from hybrid_train.runtime import progress, ranks
-from hybrid_train.runtime.watchdog import Standstill, Watchdog
+from hybrid_train.runtime import heartbeat, ranks
+from hybrid_train.runtime.heartbeat import Standstill, Watchdog
 from hybrid_train.schema.problems import UserError, kind_of
-from hybrid_train.tracking import history, last_words
+from hybrid_train.tracking import exit_reports, history
+from hybrid_train.tracking.exit_reports import Words
 from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
-from hybrid_train.tracking.last_words import Words
 
-ALIVE = Path(last_words.FOLDER) / "alive.json"  # of rank 0; touched while it lives
+ALIVE = Path(exit_reports.FOLDER) / "alive.json"  # of rank 0; touched while it lives
 TICK_S = 5.0  # how often
 _LOST = ("connection closed", "connection reset", "timed out", "broken pipe", "socket", "nccl")
 
@@ -40,20 +40,22 @@ class Attempt:
     def end(self, outcome: str, kind: str, cause: str, found_ranks: tuple[int, ...] = ()) -> None:
         """Note how it ended; one process does."""
         self.over = True
-        _note_end(self.run_dir, self.number, outcome, last_words.Cause(kind, cause, found_ranks, 0))
+        _note_end(
+            self.run_dir, self.number, outcome, exit_reports.Cause(kind, cause, found_ranks, 0)
+        )
 
     def leave(self, kind: str, text: str, seen: Standstill | None = None) -> None:
         """Leave the last words of this process, unless it has said something better before."""
-        if kind == last_words.TOLD and self.spoke:
+        if kind == exit_reports.TOLD and self.spoke:
             return
-        self.spoke = kind != last_words.TOLD
-        sign = progress.last()
+        self.spoke = kind != exit_reports.TOLD
+        sign = heartbeat.last()
         words = Words(
             ranks.rank(), kind, text, time.time(), sign.step, sign.part, sign.count,
             waits=seen.waits if seen else False, stack=seen.stack if seen else "",
         )  # fmt: skip
         with suppress(OSError):  # a full disk must not hide what really happened
-            last_words.leave(self.run_dir, self.number, words)
+            exit_reports.leave(self.run_dir, self.number, words)
 
     def failed(self, error: BaseException) -> None:
         """Note what this process died of; the history has it at once if all died of the same."""
@@ -61,14 +63,14 @@ class Attempt:
             return
         alone, known = ranks.world_size() == 1, isinstance(error, UserError)
         lost = not (alone or known) and any(words in str(error).lower() for words in _LOST)
-        kind = last_words.LOST if lost else kind_of(error)
+        kind = exit_reports.LOST if lost else kind_of(error)
         text = str(error) if known else f"{type(error).__name__}: {error}"
         together = getattr(error, "everywhere", False) or alone
         if together and ranks.is_main():
             self.end(history.FAILED, kind, text)
         else:  # also of what all should have died of: the others may not have
             stack = "".join(traceback.format_exception(error))
-            self.leave(kind, text, Standstill(progress.last(), 0.0, stack, waits=lost))
+            self.leave(kind, text, Standstill(heartbeat.last(), 0.0, stack, waits=lost))
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
         step: step that it goes on from.
         hang_timeout_s: silence of a process that ends it; 0: any is accepted.
     """
-    progress.begin()
+    heartbeat.begin()
     origin = provenance.gathered()
     number = ranks.said_by_main(lambda: _begin(run_dir, step, origin))
     this = Attempt(run_dir, number)
@@ -88,19 +90,19 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
 
     def hang(seen: Standstill) -> None:
         text = f"silent for {seen.seconds:.0f} s"
-        this.leave(last_words.HANG, text, seen)
+        this.leave(exit_reports.HANG, text, seen)
         sys.stderr.write(f"[rank {ranks.rank()}] {text}, ended by the watchdog:\n{seen.stack}")
         sys.stderr.flush()
 
     def told(number: signal.Signals, seen: Standstill) -> None:
-        this.leave(last_words.TOLD, f"rank {ranks.rank()} was told to end by {number.name}", seen)
+        this.leave(exit_reports.TOLD, f"rank {ranks.rank()} was told to end by {number.name}", seen)
 
     def tick() -> None:
         if ranks.is_main():
             with suppress(OSError):  # a disk that is away for a while is no reason to stop watching
                 os.utime(alive)
 
-    crash = last_words.crash_file(run_dir, number, ranks.rank())
+    crash = exit_reports.crash_file(run_dir, number, ranks.rank())
     with _crash_log(crash), Watchdog(hang_timeout_s, hang, told, tick, TICK_S):
         try:
             yield this
@@ -122,7 +124,7 @@ def _tidy(this: Attempt, crash: Path) -> None:
 
 def _begin(run_dir: Path, step: int, origin: dict[str, Any]) -> int:
     number = 1 + max((one.number for one in history.attempts(history.read(run_dir))), default=0)
-    last_words.folder(run_dir, number).mkdir(parents=True, exist_ok=True)
+    exit_reports.folder(run_dir, number).mkdir(parents=True, exist_ok=True)
     host, job = socket.gethostname(), _slurm_job()
     history.note(
         run_dir, history.ATTEMPT, attempt=number, step=step, processes=ranks.world_size(),
@@ -220,7 +222,7 @@ def conclude(run_dir: Path) -> None:
         _note_end(run_dir, number, history.FAILED, cause)
 
 
-def unexplained(run_dir: Path) -> tuple[int, last_words.Cause] | None:
+def unexplained(run_dir: Path) -> tuple[int, exit_reports.Cause] | None:
     """Return number and cause of the last attempt if it is over and nobody noted why."""
     known = history.attempts(history.read(run_dir))
     if not known or known[-1].end is not None:
@@ -228,11 +230,11 @@ def unexplained(run_dir: Path) -> tuple[int, last_words.Cause] | None:
     last = known[-1]
     signs = [run_dir / ALIVE, run_dir / METRICS]  # a step may be younger than the last tick
     seen = max([last.start, *(path.stat().st_mtime for path in signs if path.exists())])
-    words = last_words.read(run_dir, last.number)
-    return last.number, last_words.cause_of(words, last.processes, seen)
+    words = exit_reports.read(run_dir, last.number)
+    return last.number, exit_reports.cause_of(words, last.processes, seen)
 
 
-def _note_end(run_dir: Path, number: int, outcome: str, cause: last_words.Cause) -> None:
+def _note_end(run_dir: Path, number: int, outcome: str, cause: exit_reports.Cause) -> None:
     newest = layout.latest(run_dir)
     history.note(
         run_dir, history.END, at=cause.time or None, attempt=number,

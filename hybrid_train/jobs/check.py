@@ -8,22 +8,28 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
-from hybrid_train.anatomy import counts, format_table
+from hybrid_train.anatomy import counts, gemm_formats
+from hybrid_train.anatomy.gemm_formats import (
+    formats_of,
+    kept_in_words,
+    quantizes,
+)
 from hybrid_train.anatomy.layers import distinct
-from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
-from hybrid_train.config.check_files import data_is_chosen
-from hybrid_train.config.check_native import hardware_notes
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.config.rules_of_data import data_is_chosen
+from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.jobs.check_json import plan_as_data
-from hybrid_train.jobs.count import layers_in_words
-from hybrid_train.jobs.help import console, show_numbers, table
-from hybrid_train.jobs.phase_table import decay_steps, show_phases
-from hybrid_train.jobs.run_plan import RunPlan
+from hybrid_train.jobs.help import (
+    console,
+    show_numbers,
+    table,
+)
+from hybrid_train.jobs.listings import layers_in_words
+from hybrid_train.jobs.run_plan import RunPlan, decay_steps, show_phases
 from hybrid_train.planning import degrees, stages
-from hybrid_train.planning.phases import Stretch, unread_sources
-from hybrid_train.planning.ramp import ramps
+from hybrid_train.planning.phases import Stretch, ramps, unread_sources
 from hybrid_train.planning.stages import Stage
-from hybrid_train.schema.check import CheckJob
+from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.train import Train, TrainJob
@@ -100,7 +106,7 @@ def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
             f"\nFormats of the matrix products{of_phase}; all else is {precision.base.value}",
             soft_wrap=True,
         )
-        for line in format_table.lines(formats, precision.exceptions):
+        for line in gemm_formats.lines(formats, precision.exceptions):
             page.print(line, soft_wrap=True, highlight=False)
         if kept := kept_in_words(phase.job.model, precision):
             page.print(f"FP8 parameters: {kept}", soft_wrap=True, highlight=False)

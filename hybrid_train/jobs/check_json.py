@@ -4,17 +4,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hybrid_train.anatomy import counts, format_table
+from hybrid_train.anatomy import counts, gemm_formats
+from hybrid_train.anatomy.gemm_formats import (
+    formats_of,
+    kept_in_fp8,
+    quantizes,
+)
 from hybrid_train.anatomy.layers import distinct
-from hybrid_train.anatomy.product_formats import formats_of, kept_in_fp8, quantizes
-from hybrid_train.config.check_files import data_is_chosen
-from hybrid_train.config.check_native import hardware_notes
+from hybrid_train.config.rules_of_data import data_is_chosen
+from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.config.secrets import masked_data
-from hybrid_train.jobs.phase_table import decay_steps
-from hybrid_train.jobs.run_plan import RunPlan
+from hybrid_train.jobs.run_plan import RunPlan, decay_steps
 from hybrid_train.planning import degrees, stages
-from hybrid_train.planning.phases import Stretch, unread_sources
-from hybrid_train.planning.ramp import ramps
+from hybrid_train.planning.phases import Stretch, ramps, unread_sources
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
@@ -208,7 +210,7 @@ def _formats(phase: Stretch) -> dict[str, Any]:
     found: dict[tuple[str, str], list[int]] = {}
     if quantizes(model, precision):
         for linear, formats in formats_of(model, precision).items():
-            key = (linear.module, format_table.in_words(formats))
+            key = (linear.module, gemm_formats.in_words(formats))
             found.setdefault(key, []).append(linear.layer)
     return {
         "phase": phase.name,

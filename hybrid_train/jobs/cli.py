@@ -8,7 +8,6 @@ need no torch, and a command that does says what it starts before that is import
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -20,11 +19,43 @@ from typing import Any, NoReturn
 
 from hybrid_train import __version__
 from hybrid_train.config import launcher, own_conf
-from hybrid_train.config.commands import COMMANDS, root_of
+from hybrid_train.config.commands import COMMANDS, command, root_of
+from hybrid_train.config.frozen import FROZEN_NAME
 from hybrid_train.config.secrets import masked
-from hybrid_train.runtime.streams import accept_any_letter
+from hybrid_train.runtime.logs import accept_any_letter
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, UserError, explained_by_the_system
+
+_LONGEST = 300  # characters of the command, which may have a whole text as a prompt
+
+
+def first_line(name: str, words: Sequence[str], config: Any) -> str:
+    """Return the line.
+
+    Args:
+        name: of the command.
+        words: its overrides.
+        config: what they were composed to.
+    """
+    typed = command(*name.split(), *words).replace("\n", " ")
+    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
+    said = _of_folder(Path(run_dir), name) if (run_dir := getattr(config, "run_dir", None)) else ""
+    return f"Starting: {shown}{said}"
+
+
+def _of_folder(run_dir: Path, name: str) -> str:
+    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
+    with contextlib.suppress(OSError):  # of a folder that nobody may read
+        if (run_dir / FROZEN_NAME).is_file():
+            return f"\nIts run folder is {run_dir}, which has a run."
+        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
+            return f"\nIts run folder is {run_dir}, a new one."
+    return ""
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
 
 _WITH_JSON = [name for name, command in COMMANDS.items() if command.prints_json]
 FLAGS = {
@@ -274,7 +305,7 @@ def _started(
         return _help_of(name, words, in_full=options.help_all)
     launcher.require_sound()
     if not command.schema:
-        return lambda: importlib.import_module(command.module).run(list(words))
+        return lambda: command.run(list(words))
     from hybrid_train.config import describe  # Hydra takes a moment to import
 
     root = root_of(name)
@@ -315,11 +346,8 @@ def _run(name: str, words: Sequence[str], config: Any) -> int | None:
     """Run a command whose config is sound."""
     command = COMMANDS[name]
     if command.says_what_starts and launcher.rank() == 0:
-        from hybrid_train.jobs.first_line import first_line
-
         _say(first_line(name, words, config))
-    code: int | None = importlib.import_module(command.module).run(config)
-    return code
+    return command.run(config)
 
 
 def _printer(text: str) -> Callable[[], None]:

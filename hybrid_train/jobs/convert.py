@@ -1,21 +1,31 @@
-"""The job `convert`: a Hugging Face folder into a checkpoint, a checkpoint into such a folder."""
+"""The jobs `convert` and `verify`: to a Hugging Face folder or from it, a comparison with one."""
 
 import gc
 import logging
 from pathlib import Path
 
+import torch
+
+from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.files import refusals_named
-from hybrid_train.hf.read import import_folder
+from hybrid_train.hf.read import Folder, import_folder
 from hybrid_train.hf.tensors import Format
-from hybrid_train.hf.write import export_checkpoint
+from hybrid_train.hf.verify import Differences, differences
+from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
+from hybrid_train.runtime import optional
 from hybrid_train.runtime.logs import start_logging
-from hybrid_train.schema.convert import ConvertJob, WeightFormat
+from hybrid_train.runtime.start import process
+from hybrid_train.schema.job_roots import ConvertJob, VerifyJob, WeightFormat
+from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.units import counted
 
 _log = logging.getLogger(__name__)
 
 
-def run(job: ConvertJob) -> None:
+def run_convert(job: ConvertJob) -> None:
     """Convert; nothing is left behind if it fails."""
     require_alone("convert")
     start_logging()
@@ -32,3 +42,61 @@ def run(job: ConvertJob) -> None:
         with refusals_named(export=source, output=output):
             done = export_checkpoint(source, output, dtype, int(job.shard_gb * 1e9))
     _log.info("%s", done)
+
+
+def run_verify(job: VerifyJob) -> None:
+    """Print what differs.
+
+    Raises:
+        UserError: if the two are not the same model.
+    """
+    require_alone("verify")
+    if job.logits:
+        optional.require("transformers", "verify with logits=true")
+    with refusals_named(checkpoint=Path(job.checkpoint), hf=Path(job.hf)):
+        _verify(job)
+
+
+def _verify(job: VerifyJob) -> None:
+    checkpoint = open_checkpoint(Path(job.checkpoint))
+    found = _compare_tensors(checkpoint, Path(job.hf))
+    for line in (f"{counted(found.tensors, 'tensor')} compared", *found.lines()):
+        print(line)  # noqa: T201  the result of the command
+    verdict = [] if found.is_same_model else ["the tensors differ"]
+    if job.logits and (found.only_ours or found.only_theirs or found.shapes):
+        print("logits: not compared, since tensors are missing")  # noqa: T201
+    elif job.logits and not _logits_agree(job, checkpoint):
+        verdict.append("the logits differ")
+    if verdict:
+        raise UserError(f"{job.hf} is not the model of {job.checkpoint}: {' and '.join(verdict)}")
+    print(f"{job.hf} is the model of {job.checkpoint}")  # noqa: T201
+
+
+def _compare_tensors(checkpoint: Checkpoint, folder: Path) -> Differences:
+    with StoredTensors(checkpoint.found.path) as stored, Folder(folder) as theirs:
+        weights = Weights(stored, best=False)
+        checkpoint.require_model(weights)
+        return differences(checkpoint, weights, theirs)
+
+
+def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
+    folder = Path(job.hf)
+    config = hf_config.read_config(folder)
+    model = hf_config.to_model(config, folder / hf_config.FILE)
+    generator = torch.Generator().manual_seed(job.seed)
+    size = (job.sequences, job.length)
+    tokens = torch.randint(checkpoint.vocab_size, size, generator=generator)
+    with process(job.runtime, job.seed) as device:
+        from hybrid_train.hf import verify  # Megatron comes with the second
+        from hybrid_train.jobs.networks import load_model
+        from hybrid_train.megatron.data_parallel import destroy_groups
+
+        theirs = verify.logits(verify.load(folder, model).to(device), tokens).cpu()
+        try:
+            loaded = load_model(job.checkpoint, job.runtime, format=ProductFormat.fp32)
+            ours = verify.our_logits(loaded.model, tokens, checkpoint.vocab_size).cpu()
+        finally:
+            destroy_groups()
+        found = verify.compare_logits(ours, theirs, job.tolerance)
+    print(found)  # noqa: T201
+    return found.first is None

@@ -1,21 +1,41 @@
-"""The job `data show`: what a run reads at a step, row by row."""
+"""The jobs `data show` and `data index`: what a run reads at a step, and how it finds its rows."""
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from hybrid_train.config import frozen
-from hybrid_train.data.build import RunData, open_data
 from hybrid_train.data.plan import PhasePlan
 from hybrid_train.data.record import changes, read_record, record_of
+from hybrid_train.data.run_data import RunData, open_data
+from hybrid_train.jobs.data_tokenize import TextProgress
 from hybrid_train.jobs.help import console
-from hybrid_train.planning.phases import Stretch, lay_out, rows_of_step
+from hybrid_train.planning.phases import (
+    Stretch,
+    lay_out,
+    rows_of_step,
+)
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.job_roots import IndexJob, ShowJob
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.show import ShowJob
 from hybrid_train.schema.units import counted, show_tokens
 
 
-def run(job: ShowJob) -> None:
+def run_index(job: IndexJob) -> None:
+    """Build the indices, and print the table of sources and phases."""
+    start_logging()
+    start = time.perf_counter()
+    with TextProgress(terminal=sys.stderr.isatty()) as shown:
+        data = open_data(job, lay_out(job), barrier=lambda: None, is_main=True, report=shown.update)
+    for line in data.description():
+        print(line)  # noqa: T201  the result of the command
+    kept = data.train.cache.folder_of(len(one) for one in data.train.documents.values())
+    place = f"large ones are in {kept}" if kept else "none is large enough to be kept on disk"
+    print(f"all indices ready after {time.perf_counter() - start:.1f} s; {place}")  # noqa: T201
+
+
+def run_show(job: ShowJob) -> None:
     """Print sources, documents and texts of the rows of a step.
 
     Raises:

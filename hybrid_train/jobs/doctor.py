@@ -1,19 +1,67 @@
-"""The job `doctor`: says of this machine, line by line, what is fine and what to mend."""
+"""The job `doctor`: what a machine lacks, a line for each thing, with the command that mends it."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.config.pins import pinned
+from hybrid_train.config.supported import pinned
 from hybrid_train.megatron import written_for
-from hybrid_train.runtime.health import probe, speed_checks, table
-from hybrid_train.runtime.health.findings import Finding, Grade, ok, warning
-from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.runtime.health import (
+    gpus,
+    libraries,
+    probe,
+    system,
+)
+from hybrid_train.runtime.health.machine import (
+    Finding,
+    Grade,
+    Machine,
+    broken,
+    ok,
+    warning,
+)
+from hybrid_train.runtime.health.probe import REQUIRED
 from hybrid_train.runtime.replacements import to_do
-from hybrid_train.schema.doctor import DoctorJob
+from hybrid_train.schema.job_roots import DoctorJob
 from hybrid_train.schema.units import counted
+
+Checks = Mapping[str, Callable[[Machine], Finding]]
+
+MACHINE_CHECKS: Checks = {
+    "Python": libraries.python,
+    "torch": libraries.torch,
+    "CUDA": gpus.cuda,
+    "driver": gpus.driver,
+    "GPUs": gpus.gpus,
+    "megatron-core": libraries.megatron,
+    "Transformer Engine": libraries.kernels("transformer_engine"),
+    "mamba-ssm": libraries.kernels("mamba_ssm"),
+    "causal-conv1d": libraries.kernels("causal_conv1d"),
+    "apex": libraries.kernels("apex"),
+    "transformers": libraries.transformers,
+    "NCCL": gpus.nccl,
+    **system.CHECKS,
+    "SLURM": system.slurm,
+    "container": system.container,
+}
+MEASUREMENTS: Checks = {
+    "matrix product": gpus.gemm,
+    "all-reduce": gpus.all_reduce,
+}
+MODULES = (*REQUIRED, *libraries.KERNELS, "transformers")  # what the checks want imported
+
+
+def findings(machine: Machine, checks: Checks) -> Iterator[tuple[str, Finding]]:
+    """Run checks one after the other; one that fails itself is broken, and the rest go on."""
+    for name, check in checks.items():
+        try:
+            yield name, check(machine)
+        except Exception as error:  # a machine that is out of order may raise anything
+            fault = f"the check itself failed: {type(error).__name__}: {error}"
+            yield name, broken(fault, "look at this part by hand, and report the fault")
+
 
 _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
 
@@ -21,10 +69,10 @@ _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
 def run(job: DoctorJob) -> int:
     """Examine the machine; return 1 if anything is broken."""
     require_alone("doctor")
-    machine = Machine(libraries=probe.libraries(table.MODULES), pins=pinned())
-    machine = dataclasses.replace(machine, measure=speed_checks.measurement(machine))
-    checks = {**CHECKS, **(table.MEASUREMENTS if job.measure else {})}
-    found = table.findings(machine, checks)
+    machine = Machine(libraries=probe.libraries(MODULES), pins=pinned())
+    machine = dataclasses.replace(machine, measure=gpus.measurement(machine))
+    checks = {**CHECKS, **(MEASUREMENTS if job.measure else {})}
+    found = findings(machine, checks)
     return _tell_json(found) if job.json else _tell_lines(found)
 
 
@@ -39,7 +87,7 @@ def written_for_these(_: Machine) -> Finding:
     )
 
 
-CHECKS: table.Checks = {**table.CHECKS, "written for": written_for_these}
+CHECKS: Checks = {**MACHINE_CHECKS, "written for": written_for_these}
 
 
 def _tell_lines(found: Iterator[tuple[str, Finding]]) -> int:

@@ -13,8 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 
 from hybrid_train.config import overrides
-from hybrid_train.config.command_text import setting
-from hybrid_train.config.commands import ROOTS, root_of
+from hybrid_train.config.commands import ROOTS, root_of, setting
 from hybrid_train.config.compose import compose
 from hybrid_train.schema.problems import ConfigError, Problem
 from hybrid_train.schema.train import TrainJob

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_train
-from hybrid_train.config.command_text import command
+from hybrid_train.config.commands import command
 from hybrid_train.config.secrets import masked_words
 from hybrid_train.config.supported import LIBRARIES
-from hybrid_train.jobs.code_state import code_of, repository, state_of
+from hybrid_train.jobs.code_snapshot import (
+    code_of,
+    repository,
+    state_of,
+)
 from hybrid_train.runtime import hardware, ranks
 
 _OURS = (("hybrid-train",), ("hybrid_train", "__main__.py"))  # ends of the program's path

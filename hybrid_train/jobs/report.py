@@ -1,32 +1,295 @@
-"""The job `report`: one HTML file about runs that opens anywhere, without a network.
+"""The job `report`: a page with the curves of one run or several (gateway to Jinja2).
 
-What it says of one run stands here, what of several in `jobs/report_runs.py`; both fill one page.
+Scripts are the exception: ours and plotly.js, which a page may run by their hashes and no others.
+
+What it says of one run stands here, what of several in `jobs/report.py`; both fill one page.
 """
 
+import base64
 import contextlib
-from collections.abc import Iterator
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.config.secrets import masked
-from hybrid_train.jobs.report_figures import pictures, style_of
-from hybrid_train.jobs.report_page import Content, Table, Text, page, without_credentials
-from hybrid_train.jobs.report_runs import comparison
-from hybrid_train.jobs.run_list import named
-from hybrid_train.jobs.run_state import RunState
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from hybrid_train import __version__
+from hybrid_train.config.secrets import masked, masked_data
+from hybrid_train.jobs.report_figures import Picture, columns, compared, pictures, style, style_of
+from hybrid_train.jobs.run_state import RunState, failures, named, shown
 from hybrid_train.jobs.status import (
     ATTEMPT_HEADS,
     attempt_row,
     came_from,
     event_row,
     last_metrics,
+    moment,
     progress,
 )
+from hybrid_train.schema.job_roots import ReportJob
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.report import ReportJob
 from hybrid_train.schema.units import counted, show_bytes
-from hybrid_train.tracking.metrics import show_duration
-from hybrid_train.tracking.summary import summarise
+from hybrid_train.tracking import plotly
+from hybrid_train.tracking.console import summarise
+from hybrid_train.tracking.metrics import LONGEST, show_duration
+
+
+def fill(template: Path, **content: Any) -> str:
+    """Fill a template.
+
+    Args:
+        template: the file.
+        content: by the names that it uses; all but scripts and data is escaped.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(**content)
+
+
+def script(text: str) -> Markup:
+    """Mark a script of our own, or of a library, as one; it stands in the page as it is."""
+    return Markup(text)
+
+
+def script_hash(text: str) -> str:
+    """Return how a Content-Security-Policy names a script that stands in the page."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def data(value: Any) -> Markup:
+    """Write plain data as JSON that no text in it can break out of."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
+
+
+TEMPLATE = Path(__file__).with_name("report.html")
+SCRIPT = Path(__file__).with_name("report.js")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with a title; `colours` are those of the runs that the rows are about."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    colours: Sequence[str] = ()
+    numbers: bool = False  # whether all but the first column are short
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as it stands, with its title."""
+
+    title: str
+    text: str
+    folded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What stands in a page, from its head to its end; what is empty is left out."""
+
+    title: str
+    subtitle: str
+    state: str = ""
+    state_style: str = ""
+    why: str = ""
+    progress: str = ""
+    share: float | None = None
+    facts: Sequence[tuple[str, str]] = ()
+    first_tables: Sequence[Table] = ()  # before the pictures
+    pictures: Sequence[Picture] = ()
+    knows_time: bool = False  # whether it says where the time went, or that nobody knows
+    time: Sequence[Mapping[str, Any]] = ()
+    time_title: str = ""
+    tables: Sequence[Table] = ()
+    texts: Sequence[Text] = field(default_factory=tuple)
+
+
+def page(content: Content, states: Sequence[RunState]) -> str:
+    """Return a page as HTML.
+
+    Args:
+        content: what stands in it.
+        states: the runs whose curves are in it, in the order of their numbers.
+    """
+    library, own = plotly.library(), SCRIPT.read_text(encoding="utf-8")
+    return fill(
+        TEMPLATE,
+        page=content,
+        data=data(
+            {
+                "figures": [picture.figure for picture in content.pictures],
+                "runs": [positions(state.lines) for state in states],
+                "each": plotly.EACH_STEP,
+            }
+        ),
+        smoothings=plotly.SMOOTHINGS,
+        chosen=plotly.AS_REPORTED,
+        over="tokens" if len(states) > 1 else "steps",
+        library=script(library),
+        own=script(own),
+        hashes=[script_hash(library), script_hash(own)],
+        footer=_footer(len(states)),
+    )
+
+
+def positions(lines: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return tokens over steps as the corners of a line, by which a page turns one into the other.
+
+    As long as the batch stays as it is there are two.
+    """
+    corners: list[tuple[float, float]] = [(0, 0)]
+    for line in lines:
+        here = (line["step"], line.get("tokens", 0))
+        if len(corners) > 1 and _slope(corners[-2], corners[-1]) == _slope(corners[-1], here):
+            corners[-1] = here
+        else:
+            corners.append(here)
+    return {"steps": [step for step, _ in corners], "tokens": [seen for _, seen in corners]}
+
+
+def _slope(first: tuple[float, float], second: tuple[float, float]) -> float:
+    return (second[1] - first[1]) / ((second[0] - first[0]) or 1)
+
+
+def without_credentials(state: RunState) -> RunState:
+    """Mask what was written by another version, or by hand."""
+    return replace(
+        state,
+        why=masked(state.why),
+        attempts=[masked_data(one) for one in state.attempts],
+        events=masked_data(list(state.events)),
+        config=masked_data(state.config),
+        config_text=masked(state.config_text),
+    )
+
+
+def _footer(runs: int) -> str:
+    marks = (
+        " Upright lines: grey where an attempt began, red where an update was skipped, orange "
+        "other events."
+    )
+    return (
+        f"Written by hybrid-train {__version__}, {moment(time.time())} UTC. A curve of more than "
+        f"{2 * columns(runs):,} steps shows, of each of {columns(runs):,} columns, the lowest and "
+        f"the highest step, so that no spike is lost; means keep {columns(runs):,} points. The avg "
+        f"loss is the mean over a tenth of the steps so far, {LONGEST} at the most."
+        f"{marks if runs == 1 else ''} Zoom with the mouse, back with a double click; a click on a "
+        "name hides its curve."
+    )
+
+
+# What is compared first comes first: on a telephone the rest is out of sight.
+_HEADS = (
+    "run", "avg loss", "val loss", "steps", "tokens", "state", "gradient norm", "tokens/s",
+    "a step", "MFU", "time of steps", "goodput",
+)  # fmt: skip
+_NOT_COMPARED = ("run_dir",)  # differs always
+_MISSING = object()  # of a key that a config does not have
+
+
+def comparison(states: Mapping[str, RunState], left_out: Mapping[str, str], place: Path) -> str:
+    """Return the page of several runs.
+
+    Args:
+        states: by the names of the runs.
+        left_out: why others cannot be read, by their names.
+        place: the folder that has them all.
+    """
+    states = {name: without_credentials(state) for name, state in states.items()}
+    troubles = [*failures(states.items()), *((name, masked(why)) for name, why in left_out.items())]
+    tables = [_differences(states)]
+    if troubles:
+        tables.append(Table("Failed, or left out", ("run", "why"), troubles))
+    return page(
+        Content(
+            title=place.resolve().name or str(place),
+            subtitle=f"{len(states)} run{'s' * (len(states) != 1)} in {place}",
+            first_tables=[_last_values(states)],
+            pictures=list(compared(states)),
+            tables=tables,
+        ),
+        list(states.values()),
+    )
+
+
+def _last_values(states: Mapping[str, RunState]) -> Table:
+    rows = [tuple(_values(name, state)) for name, state in states.items()]
+    colours = [style(number)[0] for number in range(len(states))]
+    return Table("Last values", _HEADS, rows, colours=colours, numbers=True)
+
+
+def _values(name: str, state: RunState) -> Iterator[str]:
+    yield name
+    yield shown("smoothed_loss", state.smoothed_loss)
+    yield shown("validation_loss", state.last_of("validation_loss"))
+    yield f"{state.step:,}"
+    yield shown("tokens", state.tokens)
+    yield state.state
+    for metric in ("grad_norm", "tokens_per_s", "step_time_s", "mfu"):
+        yield shown(metric, state.last_of(metric))
+    times = (line.get("step_time_s", 0.0) for line in state.lines)
+    yield show_duration(sum(seconds for seconds in times if math.isfinite(seconds)))
+    share = state.goodput.share if state.goodput else math.nan
+    yield f"{share:.1%}" if math.isfinite(share) else "-"
+
+
+def _differences(states: Mapping[str, RunState]) -> Table:
+    """Return the table of the settings that differ; the shorter of runs and settings are across."""
+    found = differing([state.config for state in states.values()])
+    title = "Settings that differ"
+    if not found:
+        note = "None: these runs have the same config." if len(states) > 1 else "There is one run."
+        return Table(title, (), (), note)
+    colours = [style(number)[0] for number in range(len(states))]
+    if len(found) > len(states):
+        rows = [(key, *values) for key, values in found.items()]
+        return Table(title, ("setting", *states), rows, numbers=True)
+    rows = [
+        (name, *(values[number] for values in found.values())) for number, name in enumerate(states)
+    ]
+    return Table(title, ("run", *found), rows, colours=colours, numbers=True)
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all configs, with the value in each."""
+    flat = [dict(_settings(config)) for config in configs]
+    keys = sorted({key for one in flat for key in one})
+    values = {key: [one.get(key, _MISSING) for one in flat] for key in keys}
+    return {
+        key: [_written(value) for value in of_key]
+        for key, of_key in values.items()
+        if key not in _NOT_COMPARED and any(value != of_key[0] for value in of_key)
+    }
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _written(value: Any) -> str:
+    if value is _MISSING:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
 
 FILE_NAME = "report.html"
 _NAMES = {

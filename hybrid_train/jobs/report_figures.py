@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 
 from hybrid_train.jobs.run_state import SILENT, RunState
 from hybrid_train.jobs.status import attempt_row, event_row, moment
-from hybrid_train.tracking import plotly, smoothing
+from hybrid_train.tracking import metrics, plotly
 from hybrid_train.tracking.goodput import SKIPPED
 from hybrid_train.tracking.history import RUNNING
 from hybrid_train.tracking.metrics import show, show_duration
-from hybrid_train.tracking.plotly import Axes, Curve, Figure
+from hybrid_train.tracking.plotly import (
+    Axes,
+    Curve,
+    Figure,
+)
 
 _COLOURS = 8
 _DASHES = ("solid", "dash", "dot")  # for each round of the colours
@@ -180,7 +184,7 @@ def _picture(
 def _entry(line: Curve, axes: Axes) -> Entry:
     """Return the entry of a curve, with its last value."""
     finite = (value for value in reversed(line.values) if math.isfinite(value))
-    last = smoothing.smoothed_loss(line.values) if line.smooths else next(finite, math.nan)
+    last = metrics.smoothed_loss(line.values) if line.smooths else next(finite, math.nan)
     form = {".4s": lambda v: show("tokens_per_s", v), ".3e": "{:.2e}".format}.get(
         axes.form, "{:.3f}".format
     )

@@ -10,8 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 from hybrid_train.config import compose, frozen, overrides, yaml_files
 from hybrid_train.jobs import train
 from hybrid_train.jobs.run_folder import may_change
+from hybrid_train.schema.job_roots import ResumeJob
 from hybrid_train.schema.problems import ConfigError, Problem
-from hybrid_train.schema.resume import ResumeJob
 from hybrid_train.schema.train import TrainJob
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.config import frozen
-from hybrid_train.config.command_text import setting, typed
+from hybrid_train.config.commands import setting, typed
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.hf import origin
@@ -24,7 +24,7 @@ from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_tokens
-from hybrid_train.tracking import history, last_words
+from hybrid_train.tracking import exit_reports, history
 from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 
 # What may change when a run goes on; everything else makes it another run.
@@ -56,7 +56,7 @@ _KINDS = {f"model.{section}.": letter for letter, section in SECTIONS.items()}
 _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
-    *_SIGNS, formats.FILE_NAME, last_words.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
+    *_SIGNS, formats.FILE_NAME, exit_reports.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
     METRICS, RECORD, "precision.json", "tensorboard", "wandb", "wandb_run_id",
 }  # fmt: skip
 _HALVES = {

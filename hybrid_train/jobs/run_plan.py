@@ -1,22 +1,24 @@
-"""The plan of a training run: what the tables of `check`, and its JSON, are made of."""
+"""What `check` tells of a training run: its plan and its phases, laid out for its processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from rich.console import Console
+
 from hybrid_train.anatomy import counts
-from hybrid_train.config import check_cluster
-from hybrid_train.config.mending import processes_of
+from hybrid_train.config import rules_of_cluster
+from hybrid_train.config.suggestions import processes_of
+from hybrid_train.jobs.help import show_numbers
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.memory import Memory, memory
-from hybrid_train.planning.phases import Stretch, lay_out
-from hybrid_train.planning.ramp import run_length
+from hybrid_train.planning.phases import Stretch, lay_out, run_length
 from hybrid_train.planning.stages import Stage
-from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.cluster import Cluster
-from hybrid_train.schema.schedule import Wsd
+from hybrid_train.schema.job_roots import CheckJob
+from hybrid_train.schema.optimizer import Wsd
 from hybrid_train.schema.train import TrainJob
-from hybrid_train.schema.units import tokens
+from hybrid_train.schema.units import show_bytes, show_tokens, tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class RunPlan:
     def of(cls, job: CheckJob) -> "RunPlan":
         """Lay out a run that has passed the checks."""
         phases = lay_out(job)
-        rows = check_cluster.vocab_rows(job) or _rows_of_tokenizer(job)
+        rows = rules_of_cluster.vocab_rows(job) or _rows_of_tokenizer(job)
         return cls(job, processes_of(job, 1), rows, phases, stages.stages(phases[0].job, rows))
 
     @property
@@ -128,10 +130,66 @@ class RunPlan:
         cluster = self.job.cluster
         if cluster is None:
             return None
-        return cluster, check_cluster.nodes_of(self.job, self.processes)
+        return cluster, rules_of_cluster.nodes_of(self.job, self.processes)
 
 
 def _rows_of_tokenizer(job: CheckJob) -> int:
     from hybrid_train.data.sources import tokenizer_of  # few plans need it
 
     return degrees.padded_vocab_size(tokenizer_of(job.data).vocab_size, job.model.vocab_multiple)
+
+
+_HEADS = (
+    "phase", "start", "tokens", "steps", "sequence", "batch", "rate", "most kept", "layout",
+)  # fmt: skip
+
+
+def show_phases(page: Console, plan: RunPlan) -> None:
+    """Print a row for each phase."""
+    page.print()
+    show_numbers(page, list(_rows(plan)), _HEADS)
+    page.print(
+        "\nBatch: sequences of a step. Rate: constant, where a phase is not in the schedule. Most "
+        "kept: by the\nprocess that keeps most. Layout: where it is not that of the first phase.",
+        soft_wrap=True,
+    )
+
+
+def _rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
+    for one, asked in zip(plan.phases, plan.job.train.phases, strict=True):
+        train, moved = one.job.train, one.job.parallel != plan.first.parallel
+        yield (
+            one.name,
+            asked.start,
+            show_tokens(one.end - one.start),
+            f"{one.length.steps:,}",
+            f"{train.sequence_length:,}",
+            f"{train.global_batch:,}",
+            "schedule" if asked.constant_lr is None else f"{asked.constant_lr:g}",
+            show_bytes(stages.most_kept(one.job, plan.processes, plan.rows)),
+            _layout(one.job, plan.processes) if moved else "",
+        )
+
+
+def _layout(job: TrainJob, processes: int) -> str:
+    """Say the degrees in the words of the line `processes`."""
+    plan = job.parallel
+    data = degrees.data_parallel(plan, processes)
+    words = f"tensor {plan.tensor} x pipeline {plan.pipeline} x context {plan.context}"
+    words += f" x data {data:,}"
+    return f"{words}, expert {plan.expert}" if "E" in job.model.pattern else words
+
+
+def decay_steps(phases: Sequence[Stretch], decay: int) -> int:
+    """Count the steps of the last `decay` tokens of the schedule.
+
+    Phases with a rate of their own are not in it, and those that are may differ in their steps.
+    """
+    found = 0
+    for one in phases:
+        if isinstance(one.schedule, Wsd):
+            start = max(one.rate_start, one.rate_tokens - decay)
+            end = min(one.rate_start + one.end - one.start, one.rate_tokens)
+            step = one.job.train.global_batch * one.job.train.sequence_length
+            found += max(0, -(-(end - start) // step))
+    return found

@@ -9,9 +9,8 @@ from typing import Any
 
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.jobs.help import console, table
-from hybrid_train.jobs.run_list import named, show_runs
-from hybrid_train.jobs.run_state import RunState
-from hybrid_train.schema.report import StatusJob
+from hybrid_train.jobs.run_state import RunState, named, show_runs
+from hybrid_train.schema.job_roots import StatusJob
 from hybrid_train.schema.units import show_bytes, show_tokens
 from hybrid_train.tracking.goodput import Goodput
 from hybrid_train.tracking.history import RUNNING, Attempt

@@ -19,8 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_train.config import checks, compose, frozen
-from hybrid_train.config.command_text import quoted, setting
-from hybrid_train.config.commands import COMMANDS, root_of
+from hybrid_train.config.commands import COMMANDS, quoted, root_of, setting
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.data.versions import versions_of
 from hybrid_train.schema import formats

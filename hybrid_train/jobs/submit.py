@@ -1,29 +1,224 @@
-"""The command `submit`: a run is checked, frozen and queued on SLURM with a copy of the code.
+"""The job `submit`: a training run and its batch script, queued on a cluster with SLURM.
 
 It needs no torch. What is refused has written and queued nothing.
 """
 
+import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from hybrid_train.config import compose, describe, frozen, node_counts
-from hybrid_train.config.check_files import data_is_chosen
-from hybrid_train.config.command_text import command, setting
+from hybrid_train.config import (
+    compose,
+    describe,
+    frozen,
+    rules_of_cluster,
+)
+from hybrid_train.config.commands import command, setting
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.config.rules_of_data import data_is_chosen
 from hybrid_train.config.secrets import masked
-from hybrid_train.jobs import code_snapshot, multirun, slurm
-from hybrid_train.jobs.batch_script import Submission, render
+from hybrid_train.jobs import code_snapshot, multirun
 from hybrid_train.jobs.run_folder import require_same_run
-from hybrid_train.schema.cluster import Cluster, processes_per_node, seconds
+from hybrid_train.schema.cluster import PORTS, Cluster, processes_per_node, seconds
+from hybrid_train.schema.job_roots import SubmitJob, training
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
-from hybrid_train.schema.submit import SubmitJob, training
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
+
+_TIMEOUT_S = 60  # a controller that is busy answers late
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition of a cluster.
+
+    Attributes:
+        name: as in `--partition`.
+        is_default: whether jobs go there that name none.
+        nodes: that it has, whatever their state.
+        limit_s: longest time of a job in seconds; None for any.
+    """
+
+    name: str
+    is_default: bool
+    nodes: int
+    limit_s: int | None
+
+
+def is_here() -> bool:
+    """Tell whether this machine has the commands of SLURM."""
+    return shutil.which("sbatch") is not None and shutil.which("sinfo") is not None
+
+
+def partitions() -> dict[str, Partition]:
+    """Return the partitions by name.
+
+    Raises:
+        UserError: if SLURM does not answer.
+    """
+    found: dict[str, Partition] = {}
+    for line in _run(["sinfo", "--noheader", "--format=%P|%D|%l"]).splitlines():
+        marked, nodes, limit = (part.strip() for part in line.split("|"))
+        name = marked.rstrip("*")
+        before = found[name].nodes if name in found else 0  # one line for each state of its nodes
+        limit_s = None if limit == "infinite" else seconds(limit)
+        found[name] = Partition(name, marked.endswith("*"), before + int(nodes), limit_s)
+    return found
+
+
+def job_state(job: str) -> str | None:
+    """Return the state of a job that is queued or runs, None for one that is gone."""
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
+    states = done.stdout.split()  # a job that was forgotten is an error of squeue, and gone
+    return states[0] if states else None
+
+
+def require_acceptable(script: str) -> None:
+    """Ask SLURM whether a job could ever run; nothing is queued.
+
+    Raises:
+        UserError: with what sbatch says, if it could not.
+    """
+    _run(["sbatch", "--test-only"], script)
+
+
+def submit(script: Path) -> str:
+    """Hand a script to sbatch and return the id of the job.
+
+    Raises:
+        UserError: with what sbatch says, if it refuses.
+    """
+    return _run(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+
+
+def _run(command: Sequence[str], given: str | None = None) -> str:
+    """Run a command of SLURM and return what it writes."""
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{command[0]} gives no answer within {_TIMEOUT_S} s") from error
+    if done.returncode:
+        raise UserError(f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+_BLANK = re.compile(r"__([A-Z]+(?:_[A-Z]+)*)__")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What one call of sbatch starts.
+
+    Attributes:
+        jobs: one run, or the elements of an array; all on the same cluster.
+        run_dir: of the run; of an array the folder that holds a run folder 0, 1, ... for each.
+        is_array: whether it is an array.
+    """
+
+    jobs: Sequence[SubmitJob]
+    run_dir: Path
+    is_array: bool
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        """The run folder of each job."""
+        return (
+            [self.run_dir / str(n) for n in range(len(self.jobs))]
+            if self.is_array
+            else [self.run_dir]
+        )
+
+    @property
+    def legal_nodes(self) -> list[int]:
+        """The node counts on which every job can run, ascending."""
+        shared = set.intersection(*(set(rules_of_cluster.legal_nodes(job)) for job in self.jobs))
+        return sorted(shared)
+
+
+def render(submission: Submission, template: str) -> str:
+    """Fill the blanks of the template, `__NAME__`; a line that stays empty is left out."""
+    values = _values(submission)
+    lines = []
+    for line in template.splitlines():
+        filled = _BLANK.sub(lambda blank: values[blank[1]], line)
+        if filled.strip() or not line.strip():
+            lines.append(filled)
+    return "\n".join(lines) + "\n"
+
+
+def _values(submission: Submission) -> dict[str, str]:
+    cluster, run_dir = submission.jobs[0].cluster, submission.run_dir
+    legal = submission.legal_nodes
+    quoted = shlex.quote(str(run_dir))
+    element = '/"$SLURM_ARRAY_TASK_ID"' if submission.is_array else ""
+    log = f"{run_dir}/%a/logs" if submission.is_array else f"{run_dir}/logs"
+    return {
+        "JOB_NAME": run_dir.name,
+        "NODES": str(legal[0]) if len(legal) == 1 else f"{legal[0]}-{legal[-1]}",
+        "LEGAL_NODES": " ".join(map(str, legal)),
+        "TIME_LIMIT": cluster.time_limit,
+        "LIMIT_S": str(seconds(cluster.time_limit)),
+        "SIGNAL_S": str(cluster.signal_s),
+        "WORKING_FOLDER": str(Path.cwd()),
+        "LOG": f"{log}/slurm_%j.log",
+        "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(submission)),
+        "RUN_DIR": quoted + element,
+        "CODE": f"{quoted}/code",
+        "LAUNCH": f"{quoted}/launch",
+        "PROCESSES_PER_NODE": str(processes_per_node(cluster)),
+        "PYTHON": shlex.quote(_python(cluster)),
+        "CONTAINER": shlex.join(_container(cluster, run_dir)),
+        "ENVIRONMENT": "\n".join(
+            f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()
+        ),
+        "SETUP": "\n".join(cluster.setup),
+        "PORT": str(cluster.port),
+        "PORTS": str(PORTS),
+        "MAX_RESTARTS": str(cluster.max_restarts),
+        "REQUEUES": str(cluster.requeues_without_progress),
+    }
+
+
+def _options(submission: Submission) -> list[str]:
+    """Return the options of sbatch that are left out where they are not set."""
+    cluster = submission.jobs[0].cluster
+    named = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
+    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    if cluster.gpus_per_node:
+        options.append(f"--gpus-per-node={cluster.gpus_per_node}")
+    if submission.is_array:
+        options.append(f"--array=0-{len(submission.jobs) - 1}")
+    return options + cluster.sbatch
+
+
+def _python(cluster: Cluster) -> str:
+    """Return the Python of the run: the one that submits, or that of the container."""
+    return sys.executable if cluster.container.image is None else cluster.container.python
+
+
+def _container(cluster: Cluster, run_dir: Path) -> list[str]:
+    """Return the options of srun that pyxis reads."""
+    container = cluster.container
+    if container.image is None:
+        return []
+    mounts = ",".join([f"{run_dir}:{run_dir}", *container.mounts])
+    return [
+        f"--container-image={container.image}",
+        f"--container-mounts={mounts}",
+        "--no-container-mount-home",
+    ]
+
 
 _FOLDER_MODE = 0o750
 _JOBS = "jobs.txt"  # in launch/ of a run folder: an id a line, newest last
@@ -101,9 +296,9 @@ def _cluster_problems(
     if not any(line.startswith("cluster=") for line in lines):
         options = describe.descriptions("cluster")
         yield Problem("cluster", "null", f"must be one of {', '.join(options)}")
-    elif cluster is not None and slurm.is_here():
+    elif cluster is not None and is_here():
         try:
-            known = slurm.partitions()
+            known = partitions()
         except UserError as error:
             if not any(line.lower() == "dry_run=true" for line in lines):
                 raise
@@ -113,7 +308,7 @@ def _cluster_problems(
 
 
 def _partition_problems(
-    cluster: Cluster, known: dict[str, slurm.Partition], jobs: Sequence[SubmitJob]
+    cluster: Cluster, known: dict[str, Partition], jobs: Sequence[SubmitJob]
 ) -> Iterator[Problem]:
     """Yield what the partition cannot give; a job that waits for ever is refused here."""
     name = cluster.partition or next((one.name for one in known.values() if one.is_default), None)
@@ -125,7 +320,7 @@ def _partition_problems(
     if cluster.nodes is not None and (cluster.min_nodes or cluster.nodes) > partition.nodes:
         path = "cluster.nodes" if cluster.min_nodes is None else "cluster.min_nodes"
         rule = f"partition {name} has {counted(partition.nodes, 'node')}"
-        legal = node_counts.most(jobs, partition.nodes)
+        legal = rules_of_cluster.most_nodes(jobs, partition.nodes)
         if jobs and legal is None:
             rule += ", too few for the layout and the batch"
         yield Problem(path, cluster.min_nodes or cluster.nodes, rule, legal)
@@ -145,7 +340,7 @@ def _folder_problems(submission: Submission) -> Iterator[Problem]:
             yield Problem("run_dir", run_dir, str(error))
     jobs = submission.run_dir / "launch" / _JOBS
     last = jobs.read_text("utf-8").split()[-1] if jobs.exists() else None
-    state = slurm.state(last) if last and slurm.is_here() else None
+    state = job_state(last) if last and is_here() else None
     if state is not None:
         rule = f"job {last} of this folder is {state}; wait for it, or scancel {last}"
         yield Problem("run_dir", path, rule)
@@ -192,9 +387,9 @@ def _submit(submission: Submission, script: str, launch: Path) -> None:
     Raises:
         UserError: if there is no SLURM, or it refuses.
     """
-    if not slurm.is_here():
+    if not is_here():
         raise UserError("sbatch was not found; submit from a login node, or look with --dry-run")
-    slurm.require_acceptable(script)
+    require_acceptable(script)
     run_dirs = submission.run_dirs
     launch_dir = submission.run_dir / "launch"
     for folder in (submission.run_dir, launch_dir, *run_dirs, *(one / "logs" for one in run_dirs)):
@@ -203,8 +398,8 @@ def _submit(submission: Submission, script: str, launch: Path) -> None:
     path.write_text(script, encoding="utf-8")
     for job, run_dir in zip(submission.jobs, run_dirs, strict=True):
         frozen.freeze(_of_folder(job, run_dir), run_dir)
-    code_snapshot.write(submission.run_dir / "code", launch)
-    number = slurm.submit(path)
+    code_snapshot.write_snapshot(submission.run_dir / "code", launch)
+    number = submit(path)
     with (launch_dir / _JOBS).open("a", encoding="utf-8") as file:
         file.write(number + "\n")
     watched = run_dirs[0]

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from hybrid_train.config.command_text import command, setting, typed
+from hybrid_train.config.commands import (
+    command,
+    setting,
+    typed,
+)
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.multirun import SweepRun, runs, short_keys
-from hybrid_train.jobs.run_list import shown
-from hybrid_train.jobs.run_state import RunState, look
+from hybrid_train.jobs.run_state import RunState, look, shown
 from hybrid_train.schema.problems import UserError
 
 _HEADS = ("state", "step", "avg loss", "val loss")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid_train.megatron.data_parallel import Chunks
 from hybrid_train.megatron.router import routers, update_expert_biases
-from hybrid_train.runtime import progress
+from hybrid_train.runtime import heartbeat
 
 
 def run_schedule(
@@ -62,7 +62,7 @@ class Finalizer:
 
     def __call__(self, chunks: Chunks, tokens: Tensor | None, **kwargs: Any) -> None:
         """Take the place of `finalize_model_grads`; `tokens` are core's own count."""
-        progress.enter(progress.REDUCE)  # from here on processes wait for each other
+        heartbeat.enter(heartbeat.REDUCE)  # from here on processes wait for each other
         self.expert_counts, self._biases = {}, []
         counted = [(one, one.local_tokens_per_expert.clone()) for one in routers(chunks)]
         for router, tokens_of_experts in counted:  # MTP blocks of several depths share a place

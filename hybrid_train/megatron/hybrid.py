@@ -1,19 +1,173 @@
-"""The hybrid language model: Megatron-Core's, which leaves every loss to its reader.
+"""Our hybrid model and its MTP layer, what a pass of it ends in, and its context for decoding.
+
+Dimensions: S sequence, B batch, V vocabulary with its padding, H hidden.
 
 Dimensions: S sequence, B batch.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch import Tensor
 
 from hybrid_train.anatomy.kinds import possible_parameters
-from hybrid_train.megatron import packed_rows
-from hybrid_train.megatron.outputs import Head, OutputLayer, Outputs
+from hybrid_train.megatron import mamba
+from hybrid_train.megatron.mamba import MambaMixer, PackedRows
+from hybrid_train.megatron.plain import ColumnParallelLinear
 from hybrid_train.megatron.router import routers
+from hybrid_train.ops.logits import (
+    HeadPart,
+    Term,
+    weighted_sum,
+)
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Core's output layer, which can also compute a loss of its logits.
+
+    The loss is computed within `forward`, since what gathers a weight for the time of its use does
+    so around the module that has it.
+    """
+
+    num_tokens: int  # of the vocabulary without its padding
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        term: Term | None = None,
+        weights: Tensor | None = None,
+    ) -> Any:
+        """Return logits [S, B, V / tp] and no bias; with a term its sum and values."""
+        if term is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        assert weights is not None, "a term needs weights"
+        return weighted_sum(input_, self._part(weight), term, weights)
+
+    def _part(self, tied_weight: Any) -> HeadPart:
+        weight = self.weight if tied_weight is None else tied_weight
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        buffer = getattr(weight, "main_grad", None) if self.gradient_accumulation_fusion else None
+        if group is None and getattr(weight, "zero_out_wgrad", False):
+            # The embedding adds to this weight, too: their gradients meet in an ordinary one.
+            buffer = None
+        if buffer is not None and torch.is_grad_enabled():
+            weight.grad_added_to_main_grad = True
+        return HeadPart(weight, self.num_tokens, group, self.sequence_parallel, buffer)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer with the weight that it has or, where embeddings are tied, is given."""
+
+    layer: OutputLayer
+    tied_weight: Tensor | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [S / tp or S, B, H] to logits over the padded vocabulary, [B, S, V]."""
+        logits, _ = self.layer(hidden, weight=self.tied_weight)
+        return gather_from_tensor_model_parallel_region(
+            logits.transpose(0, 1), group=self.layer.tp_group
+        )
+
+    def weighted_sum(self, hidden: Tensor, term: Term, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum up a term of the logits, which are never there all at once; see `ops.logits`.
+
+        Args:
+            hidden: as the layout holds it, [S / tp or S, B, H].
+            term: of the S x B tokens, sequence before batch.
+            weights: of each token, [B, S].
+
+        Returns:
+            The sum, with gradients; the values [B, S], without.
+        """
+        by_row = weights.transpose(0, 1)
+        total, values = self.layer(hidden, self.tied_weight, term=term, weights=by_row)
+        return total, values.view(by_row.shape).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the last pipeline stage makes of a microbatch.
+
+    Attributes:
+        hidden: after the final norm, as the layout holds it, [S / tp or S, B, H].
+        mtp_hidden: of each MTP depth in the same shape; empty where they were not run.
+        head: maps each of them to logits.
+    """
+
+    hidden: Tensor
+    mtp_hidden: tuple[Tensor, ...]
+    head: Head
+
+    def logits(self) -> Tensor:
+        """Return the logits of the next token over the padded vocabulary, [B, S, V]."""
+        return self.head.logits(self.hidden)
+
+
+class MtpLayer(MultiTokenPredictionLayer):
+    """Core's layer, which looks one token ahead within documents only.
+
+    Core (0.19.2) cuts each document over the context ranks, by a kernel of Transformer Engine
+    (multi_token_prediction.py 238); and it moves the padding mask with the tokens (1104), though
+    padding is where it is at every depth: it says of places, not of the tokens ahead of them.
+    """
+
+    def _get_embeddings(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        embedding: Callable[..., Tensor],
+        hidden_states: Tensor,
+        packed_seq_params: PackedRows | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Any:
+        """Return tokens and positions one ahead, [B, S], the padding, embeddings, hidden states."""
+        if packed_seq_params is None:
+            return super()._get_embeddings(
+                input_ids, position_ids, embedding, hidden_states, padding_mask=padding_mask
+            )
+        continues = packed_seq_params.continues
+        assert continues is not None, "packed rows say where documents go on"
+
+        def within(x: Tensor) -> Tensor:
+            return x.masked_fill(~continues, 0)
+
+        def embed(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return embedding(input_ids=within(input_ids), position_ids=within(position_ids))
+
+        tokens, positions, _, embedded, hidden = super()._get_embeddings(
+            input_ids, position_ids, embed, hidden_states
+        )
+        return within(tokens), within(positions), padding_mask, embedded, hidden
+
+
+def mamba_mixers(model: torch.nn.Module) -> list[Any]:
+    """Return the Mamba mixers of a module, in order."""
+    return [part for part in model.modules() if isinstance(part, MambaMixer)]
+
+
+def static_context(num_sequences: int, max_length: int) -> Any:
+    """Return an empty cache of Megatron for sequences of equal length, decoded together."""
+    return StaticInferenceContext(num_sequences, max_length)
+
+
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """Let core's layers use the cache they are given, without gradients, for one forward pass."""
+    with torch.inference_mode(), InferenceMode.active():
+        yield
+
 
 # Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
 # last is core's own count, which no checkpoint holds.
@@ -91,7 +245,7 @@ class Hybrid(HybridModel):
             hidden.requires_grad_()
         packing: dict[str, Any] = {}
         if sequence_index is not None:
-            packing = packed_rows.arguments(
+            packing = mamba.packed_arguments(
                 sequence_index, padding, self.pg_collection, self.config
             )
         hidden = self.decoder(

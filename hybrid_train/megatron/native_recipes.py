@@ -14,8 +14,7 @@ from typing import Any
 from megatron.core.enums import Fp4Recipe, Fp8Recipe
 from megatron.core.quantization.quant_config import GlobMatcher, RecipeConfig
 
-from hybrid_train.anatomy.kinds import MTP_PROJECTION
-from hybrid_train.anatomy.product_formats import (
+from hybrid_train.anatomy.gemm_formats import (
     GATHERED_IN_FP8,
     MTP,
     UNQUANTIZED,
@@ -24,7 +23,8 @@ from hybrid_train.anatomy.product_formats import (
     formats_of,
     kept_in_fp8,
 )
-from hybrid_train.megatron.linears import PLACES
+from hybrid_train.anatomy.kinds import MTP_PROJECTION
+from hybrid_train.megatron.plain import PLACES
 from hybrid_train.precision import te
 from hybrid_train.schema.pattern import Pattern
 from hybrid_train.schema.precision import Precision, ProductFormat

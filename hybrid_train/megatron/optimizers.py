@@ -18,8 +18,8 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hybrid_train.megatron import replacements
-from hybrid_train.megatron.stand_ins import is_in_fp8
+from hybrid_train.megatron import patches
+from hybrid_train.megatron.checkpoints import is_in_fp8
 from hybrid_train.optim.groups import PATTERNS
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
@@ -48,7 +48,7 @@ def build_optimizer(
         dtype: of the parameters.
         on_bad_norm: called with a gradient norm that is not finite, before anything changes.
     """
-    with replacements.fused_adam(bool(adamw.lowered) and not torch.cuda.is_available()):
+    with patches.fused_adam(bool(adamw.lowered) and not torch.cuda.is_available()):
         config = _config(adamw, parallel, dtype)
         optimizer = get_megatron_optimizer(
             config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
@@ -66,7 +66,7 @@ def build_optimizer(
     ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
         group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
     _use_fused_kernel(optimizer)
-    replacements.fuse_clipping()
+    patches.fuse_clipping()
     _watch_norm(optimizer, on_bad_norm)
     return optimizer
 

@@ -1,4 +1,4 @@
-"""Layers in plain PyTorch with the names and the parallel split of Transformer Engine's.
+"""Plain PyTorch parts with the parameter names of Transformer Engine's, linear layers among them.
 
 Each class takes the place of the Megatron class that its docstring names, with the same
 constructor, the same parameter names and the same sharded checkpoint keys, so that one spec, one
@@ -7,7 +7,7 @@ checkpoint and one parity test serve both. They run on any device.
 Dimensions: S sequence, B batch, H hidden, T tokens routed to this rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,14 +26,41 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor
-from torch.nn import Parameter, functional
+from torch.nn import Module, Parameter, functional
 
+from hybrid_train.anatomy.gemm_formats import MTP, Linear
+from hybrid_train.anatomy.kinds import MTP_PROJECTION, possible_parameters
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
 from hybrid_train.ops.context import in_order
 from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
 from hybrid_train.ops.linear import linear
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
-from hybrid_train.precision.edited_linear import EditedLinear
+from hybrid_train.precision.emulated import EditedLinear
+
+# Where the modules of a layer are in Megatron's -> kind.
+PLACES = {
+    one.name.removesuffix(".weight"): one.linear for one in possible_parameters() if one.linear
+}
+
+
+def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
+    """Yield what `anatomy.gemm_formats.linears` lists, as far as this chunk holds it."""
+    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+        yield from _of_layer(layer, 0, int(layer.layer_number), "")
+    block = getattr(chunk, "mtp", None)
+    for depth, one in enumerate(block.layers if block is not None else (), start=1):
+        yield Linear(depth, 0, MTP_PROJECTION), one.eh_proj
+        for number, layer in enumerate(one.mtp_model_layer.layers, start=1):
+            yield from _of_layer(layer, depth, number, f"{MTP}.")
+
+
+def _of_layer(
+    layer: Module, depth: int, number: int, prefix: str
+) -> Iterator[tuple[Linear, Module]]:
+    held = dict(layer.named_modules())
+    for place, kind in PLACES.items():
+        if place in held:
+            yield Linear(depth, number, prefix + kind), held[place]
 
 
 def _norm_weight(size: int, config: TransformerConfig) -> Parameter:

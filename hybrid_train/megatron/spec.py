@@ -34,9 +34,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.megatron import packed_rows, plain
+from hybrid_train.megatron import mamba, plain
+from hybrid_train.megatron.hybrid import MtpLayer
 from hybrid_train.megatron.mamba import MambaMixer
-from hybrid_train.megatron.mtp import MtpLayer
 from hybrid_train.megatron.router import TopKRouter
 from hybrid_train.megatron.transformer_config import layer_config
 
@@ -70,7 +70,7 @@ def fused_parts() -> Parts:
         norm_column_linear=te.TELayerNormColumnParallelLinear,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
-        attention=packed_rows.attention_of_documents(),
+        attention=mamba.attention_of_documents(),
         experts=partial(
             TEGroupedMLP,
             submodules=GroupedMLPSubmodules(

@@ -1,20 +1,74 @@
-"""Our sections -> Megatron's TransformerConfig, as one table to read from top to bottom."""
+"""A job as the config of Megatron-Core, recompute included.
+
+Core (0.19.2) does it for whole layers and for the modules of most kinds; what is missing stands
+here: the Mamba layer, and a place where the second pass would need a compiler.
+"""
 
 import copy
 import math
+from functools import partial
+from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.megatron import native_recipes, recompute
+from hybrid_train.megatron import native_recipes
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
+from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
+
+
+def recompute_settings(parallel: Parallel) -> dict[str, object]:
+    """Translate to fields of TransformerConfig."""
+    if parallel.recompute is Recompute.none:
+        return {}
+    if parallel.recompute is Recompute.full:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": parallel.recompute_method.value,
+            "recompute_num_layers": parallel.recompute_layers,
+        }
+    names = [part.value for part in modules(parallel) if part is not RecomputeModule.mamba]
+    return {"recompute_granularity": "selective", "recompute_modules": names}
+
+
+def modules(parallel: Parallel) -> list[RecomputeModule]:
+    """Return the modules of `recompute=selective`; by default the two that keep most of all."""
+    if parallel.recompute_modules is None:
+        return [RecomputeModule.mamba, RecomputeModule.moe]
+    return parallel.recompute_modules
+
+
+def mamba_layer(parallel: Parallel) -> type[MambaLayer]:
+    """Return the class of M layers; core has no switch for them (transformer_config.py 1768)."""
+    selective = parallel.recompute is Recompute.selective
+    return (
+        RecomputedMamba if selective and RecomputeModule.mamba in modules(parallel) else MambaLayer
+    )
+
+
+class RecomputedMamba(MambaLayer):
+    """A Mamba layer that keeps its input and computes the rest again for the gradients."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = partial(super().forward, **kwargs)
+        if not self.training:
+            return run(hidden_states, *args)
+        if self.config.fp8 or self.config.fp4:  # whose scales only its own checkpoint restores
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te.te_checkpoint(run, False, tracker, self.tp_group, hidden_states, *args)
+        return tensor_parallel.checkpoint(run, False, hidden_states, *args)
+
 
 DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
 
@@ -49,7 +103,7 @@ def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> 
         **_experts(job, pattern),
         **_mtp(job, pattern),
         **_layout(job, dtype),
-        **recompute.settings(job.parallel),
+        **recompute_settings(job.parallel),
         **(native_recipes.settings(job) if native else {}),
         # what all models of the family share
         is_hybrid_model=True,
@@ -65,7 +119,7 @@ def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> 
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         init_method_std=init_std(job.model),
-        perform_initialization=False,  # model/init.py does it, the same under every layout
+        perform_initialization=False,  # model/build.py does it, the same under every layout
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
@@ -91,7 +145,7 @@ def _shape(model: Model) -> dict[str, object]:
 def layer_config(config: TransformerConfig, layer: Layer) -> TransformerConfig:
     """Return the config of one layer: that of the model, but for sizes that a rule gives.
 
-    Core checks a config once, as a whole; the rules of `config/check_layout.py` hold for each.
+    Core checks a config once, as a whole; the rules of `config/rules_of_layout.py` hold for each.
     """
     if not layer.given:
         return config

@@ -1,17 +1,38 @@
-"""A checked job -> the model chunks that this process holds."""
+"""A checked job -> the model chunks of this process, with the same first values on every layout.
+
+Each tensor of the whole model is drawn from a generator seeded by its name, and a process keeps
+the part it holds. Formulas: the initialisation of the released training code and configurations
+(normal with 0.9 / sqrt(hidden), residual outputs divided by sqrt(layers), Mamba-2 as in Dao and
+Gu, arXiv:2405.21060, reference code).
+"""
 
 import functools
+import hashlib
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from hybrid_train.anatomy.layers import layers
-from hybrid_train.anatomy.product_formats import formats_of, kept_in_words, quantizes
+from hybrid_train.anatomy.gemm_formats import (
+    formats_of,
+    kept_in_words,
+    quantizes,
+)
+from hybrid_train.anatomy.kinds import Draw
+from hybrid_train.anatomy.layers import layers, main_layers, stored
 from hybrid_train.config.supported import LIBRARIES
-from hybrid_train.megatron import native_recipes, plain, recompute, replacements
-from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron import (
+    native_recipes,
+    patches,
+    plain,
+)
+from hybrid_train.megatron.checkpoints import ShardedTensor, plain_weights, sharded_tensors
+from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.router import BalanceLosses, share_record
 from hybrid_train.megatron.spec import (
@@ -22,16 +43,99 @@ from hybrid_train.megatron.spec import (
     hybrid_spec,
     with_plain_linears,
 )
-from hybrid_train.megatron.transformer_config import TransformerConfig, init_std, transformer_config
-from hybrid_train.model.init import initialize
+from hybrid_train.megatron.transformer_config import (
+    TransformerConfig,
+    init_std,
+    mamba_layer,
+    transformer_config,
+)
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
-from hybrid_train.precision import hardware
+from hybrid_train.precision import te
 from hybrid_train.runtime import optional, ranks
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.precision import Backend, ProductFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Kernels
 from hybrid_train.schema.train import TrainJob
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes that softplus(dt_bias) starts from
+A_MIN, A_MAX = 1.0, 16.0  # decay rates that exp(A_log) starts from
+
+
+def initialize(chunks: Sequence[torch.nn.Module], model: Model, *, std: float, seed: int) -> None:
+    """Overwrite every parameter of the model chunks of this process.
+
+    Args:
+        chunks: of the model.
+        model: what they are built from.
+        std: standard deviation of most weights.
+        seed: of all draws, with the name of a tensor.
+    """
+    draws = {key: one.draw for key, one in stored(model)}
+    num_layers = len(main_layers(model))
+    for chunk in chunks:
+        with plain_weights(chunk) as in_fp8:
+            storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+            for shard in sharded_tensors(chunk):
+                if shard.data.untyped_storage().data_ptr() in storages:
+                    rule = _draw_of(shard.key, draws)
+                    _fill(shard, rule, std=std, num_layers=num_layers, seed=seed)
+        for weight, drawn in in_fp8:  # by Transformer Engine, as it was built
+            _take(weight, drawn)
+
+
+@torch.no_grad()
+def _take(weight: Any, drawn: Tensor) -> None:
+    """Quantize what was drawn; masters begin with it as it was (core, distrib_optimizer.py 431)."""
+    weight.copy_(drawn)
+    weight.get_high_precision_init_val().copy_(drawn)
+
+
+def _draw_of(key: str, draws: Mapping[str, Draw]) -> Draw:
+    """Return how a tensor is drawn; a part of a packed one as the whole."""
+    return draws[key] if key in draws else draws[key.rpartition(".")[0]]
+
+
+@torch.no_grad()
+def _fill(shard: ShardedTensor, rule: Draw, *, std: float, num_layers: int, seed: int) -> None:
+    # Leading axes that only number experts or stages belong to the name, not to the tensor.
+    numbered = shard.prepend_axis_num
+    name = f"{seed}/{shard.key}/{shard.global_offset[:numbered]}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator(device=shard.data.device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    whole = torch.empty(shard.global_shape[numbered:], device=shard.data.device)
+    draw(rule, whole, std=std, num_layers=num_layers, generator=generator)
+    for axis, (start, size) in enumerate(
+        zip(shard.global_offset[numbered:], shard.data.shape, strict=True)
+    ):
+        whole = whole.narrow(axis, start, size)
+    shard.data.copy_(whole)
+
+
+def draw(
+    rule: Draw, whole: Tensor, *, std: float, num_layers: int, generator: torch.Generator
+) -> None:
+    """Fill one whole tensor in place by a rule."""
+    if rule is Draw.taps:  # fan-in: the taps of one channel
+        bound = 1 / math.sqrt(whole.shape[-1])
+        whole.uniform_(-bound, bound, generator=generator)
+    elif rule is Draw.tap_biases:
+        whole.uniform_(-0.5, 0.5, generator=generator)
+    elif rule is Draw.decay_rates:
+        whole.uniform_(A_MIN, A_MAX, generator=generator).log_()
+    elif rule is Draw.step_sizes:
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = whole.uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
+        whole.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    elif rule is Draw.ones:
+        whole.fill_(1.0)
+    else:
+        assert rule in (Draw.normal, Draw.residual), f"no parameter begins as {rule}"
+        scale = std / math.sqrt(num_layers) if rule is Draw.residual else std
+        whole.normal_(0.0, scale, generator=generator)
+
 
 _DECIDES_NUMBERS = ("torch", "transformer-engine", "mamba-ssm", "causal-conv1d")  # where in use
 _log = logging.getLogger(__name__)
@@ -68,11 +172,11 @@ def build_model(
     native = backend is Backend.native
     config = transformer_config(job, on_gpu=on_gpu, native=native)
     if native:
-        replacements.for_recipes(native_recipes.recipes(job.precision))
+        patches.for_recipes(native_recipes.recipes(job.precision))
     spec = hybrid_spec(
         parts,
         mamba_chunk_size=job.model.mamba.chunk_size,
-        mamba_layer=recompute.mamba_layer(job.parallel),
+        mamba_layer=mamba_layer(job.parallel),
         layers=layers(job.model),
     )
     chunks = [
@@ -127,7 +231,7 @@ def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> B
             f"({optional.LIBRARIES['transformer_engine'].install}) and runtime.kernels=auto or "
             "fused; or precision.backend=emulated"
         )
-    hardware.require_formats(job)
+    te.require_formats(job)
     return Backend.native
 
 
@@ -180,9 +284,9 @@ def _choose_kernels(
     fused = _usable(("transformer_engine",), wanted, on_gpu=on_gpu)
     mamba = _usable(("mamba_ssm", "causal_conv1d"), wanted, on_gpu=on_gpu)
     if fused is not None:
-        replacements.for_plain_layers()
+        patches.for_plain_layers()
     if mamba is not None:
-        replacements.for_plain_mamba()
+        patches.for_plain_mamba()
     layers = f"plain PyTorch ({fused})" if fused else "Transformer Engine"
     parts = {
         "linear layers, norms, experts": layers,
@@ -193,7 +297,7 @@ def _choose_kernels(
     if fused is not None:
         return PLAIN, parts
     if emulated:
-        replacements.for_plain_latent_linears()
+        patches.for_plain_latent_linears()
         parts["linear layers, norms, experts"] = "plain PyTorch (emulated products), norms fused"
         return with_plain_linears(fused_parts()), parts
     return fused_parts(), parts

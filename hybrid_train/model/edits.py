@@ -10,11 +10,15 @@ from typing import Protocol
 
 from torch.nn import Module
 
-from hybrid_train.anatomy.product_formats import Linear
-from hybrid_train.megatron.linears import linear_modules
-from hybrid_train.precision.edited_linear import EditedLinear, OperandTransform, Stage
-from hybrid_train.precision.emulated import Emulation
-from hybrid_train.precision.native_audit import is_native
+from hybrid_train.anatomy.gemm_formats import Linear
+from hybrid_train.megatron.plain import linear_modules
+from hybrid_train.precision.audit import is_native
+from hybrid_train.precision.emulated import (
+    EditedLinear,
+    Emulation,
+    OperandTransform,
+    Stage,
+)
 from hybrid_train.schema.problems import UserError
 
 

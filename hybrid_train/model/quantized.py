@@ -1,28 +1,91 @@
-"""The edit that quantizes the products of plain layers: which multiplies how, step by step."""
+"""What plain layers multiply: the edit that quantizes their GEMMs, and notes of all others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Module, Parameter
 
-from hybrid_train.anatomy.product_formats import formats_of, kept_in_fp8
-from hybrid_train.megatron import plain, replacements
+from hybrid_train.anatomy.gemm_formats import Linear, formats_of, kept_in_fp8
+from hybrid_train.megatron import patches, plain
+from hybrid_train.megatron.plain import linear_modules
 from hybrid_train.model.edits import edits_of, emulations_of, linears_of, quantize
-from hybrid_train.precision.edited_linear import Stage
-from hybrid_train.precision.emulated import emulation_of
+from hybrid_train.precision.audit import Audit, Records, is_native, type_in_words
+from hybrid_train.precision.audit import observe as observe_native
+from hybrid_train.precision.emulated import Stage, emulation_of
 from hybrid_train.precision.fp8_weights import in_fp8
-from hybrid_train.precision.recipes import schemes
-from hybrid_train.precision.records import Records
-from hybrid_train.precision.schemes import Scheme
+from hybrid_train.precision.recipes import Scheme, schemes
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.precision import Precision, Product
 from hybrid_train.schema.problems import UserError
 
+
+def observe(chunks: Iterable[Module], audit: Audit) -> Callable[[], None]:
+    """Tell an audit of every product of layers that do not tell it themselves.
+
+    Args:
+        chunks: the model chunks of this process, in whatever they are wrapped.
+        audit: of their network.
+
+    Returns:
+        What to call when the step is over.
+    """
+    handles, native = [], []
+    for chunk in map(unwrapped, chunks):
+        # Experts hand their weights out and are multiplied where both projections are at hand.
+        homes: dict[Module, Module] = {
+            part: experts
+            for experts in chunk.modules()
+            if isinstance(experts, plain.Experts)
+            for part in (experts.linear_fc1, experts.linear_fc2)
+        }
+        for linear, module in linear_modules(chunk):
+            if is_native(module):
+                native.append((linear, module))
+            elif not emulations_of(module):
+                home = homes.get(module, module)
+                handles.append(home.register_forward_hook(_noting(linear, module, audit)))
+
+    stop_native = observe_native(native, audit) if native else None
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+        if stop_native is not None:
+            stop_native()
+
+    return stop
+
+
+def unwrapped(chunk: Module) -> Module:
+    """Return the model itself, without what data parallelism and half precision put around it."""
+    while not hasattr(chunk, "decoder"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _noting(linear: Linear, module: Module, audit: Audit) -> Callable[..., None]:
+    weight = type_in_words(next(module.parameters()).dtype)
+
+    def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
+        x = type_in_words(inputs[0].dtype)
+        audit.note(linear, Product.fprop, x, weight)
+        result = output[0] if isinstance(output, tuple) else output
+        if result.requires_grad:
+            result.register_hook(lambda grad: note_gradients(grad, x))
+
+    def note_gradients(grad: Tensor, x: str) -> None:
+        audit.note(linear, Product.dgrad, type_in_words(grad.dtype), weight)
+        audit.note(linear, Product.wgrad, type_in_words(grad.dtype), x)
+
+    return note
+
+
 if TYPE_CHECKING:
-    from hybrid_train.precision.delayed import AmaxHistory
+    from hybrid_train.precision.quantize import AmaxHistory
 
 
 class QuantizedProducts:
@@ -88,7 +151,7 @@ class QuantizedProducts:
         kept = kept_in_fp8(self._model, precision)
         if not kept:
             return
-        replacements.for_fp8_weights()
+        patches.for_fp8_weights()
         for linear, module in linears_of(self._chunks):
             if linear not in kept:
                 continue

@@ -8,7 +8,7 @@ computes the same, by the documentation of Transformer Engine 2.20:
 - bfloat16 state is rounded to nearest. float16 and FP8 (E4M3, called uint8) have a scale, a float32
   number for each tensor, that brings its largest value to half the largest float16, or to 448.
 - A float32 master of a bfloat16 weight may be kept as what the weight lacks of it
-  (`precision/remainders.py`). A float32 weight is its own master.
+  (`precision/formats.py`). A float32 weight is its own master.
 
 Where a tensor is all zero Transformer Engine divides by a scale of zero; here it stays zero.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hybrid_train.precision import remainders
+from hybrid_train.precision import formats
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master_param"
@@ -113,7 +113,7 @@ class FusedAdam(torch.optim.Optimizer):
         for name, values in zip(MOMENTS, (first, second), strict=True):
             self.set_scaled_state(parameter, name, values)
         if self._keeps_remainder(parameter):
-            weights, remainder = remainders.split(weights)
+            weights, remainder = formats.split_remainder(weights)
             self.set_scaled_state(parameter, MASTER, remainder)
         elif MASTER in self.state[parameter]:
             self.set_scaled_state(parameter, MASTER, weights)
@@ -124,7 +124,7 @@ class FusedAdam(torch.optim.Optimizer):
         if MASTER not in self.state[parameter]:
             return parameter.detach().float()
         kept = self.get_unscaled_state(parameter, MASTER)
-        return remainders.joined(parameter, kept) if kept.dtype == torch.int16 else kept
+        return formats.join_remainder(parameter, kept) if kept.dtype == torch.int16 else kept
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         name = "decoupled_grad" if self.use_decoupled_grad else "grad"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hybrid_train.anatomy.axes import Sizes, sizes_of
+from hybrid_train.anatomy.gemm_formats import kept_in_fp8
 from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, MTP_BLOCK, Parameter, parameters_of
 from hybrid_train.anatomy.layers import Layer, block_layers, main_layers, mtp_blocks
-from hybrid_train.anatomy.product_formats import kept_in_fp8
 from hybrid_train.planning.degrees import data_parallel, expert_data_parallel, expert_tensor
-from hybrid_train.planning.product_sizes import weight_sizes
+from hybrid_train.planning.gemm_sizes import weight_sizes
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
@@ -148,7 +148,7 @@ def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
     """Return what the optimizer keeps of one parameter.
 
     A float32 master is kept whole, or as the 16 bits that a bfloat16 weight lacks of it
-    (`precision/remainders.py`).
+    (`precision/formats.py`).
     """
     moments = _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
     return moments + masters * (_HALF if adamw.lowered else _FP32)

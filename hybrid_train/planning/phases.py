@@ -1,4 +1,7 @@
-"""The phases of a run, laid out in tokens and steps: pure integers, the same in every process.
+"""The phases of a run in tokens and steps, and the batch of each step: integers, equal everywhere.
+
+Pure integers. The batch of a step is that of the tokens seen before it, so there is no state to
+save: a run that goes on finds its stage by its position.
 
 A phase ends at the first step that reaches the start of the next one. So the position of a run, in
 tokens, says in which phase it is and how many of its sequences are done: there is nothing to save.
@@ -8,11 +11,66 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hybrid_train.planning.ramp import RunLength, global_batch, ramps, run_length
 from hybrid_train.schema.data import has_sources
-from hybrid_train.schema.schedule import Schedule
-from hybrid_train.schema.train import BatchRamp, Phase, TrainJob
+from hybrid_train.schema.optimizer import Schedule
+from hybrid_train.schema.train import BatchRamp, Phase, Train, TrainJob
 from hybrid_train.schema.units import position, tokens
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a run takes until it has seen its tokens."""
+
+    steps: int
+    sequences: int
+
+
+def ramps(train: Train) -> bool:
+    """Tell whether the batch grows."""
+    return tokens(train.batch_ramp.tokens) > 0
+
+
+def global_batch(train: Train, tokens_seen: int) -> int:
+    """Return the sequences of the step that starts after `tokens_seen` tokens.
+
+        start_batch + increment * floor(tokens_seen * n / ramp tokens)
+
+    up to `global_batch`, with n = (global_batch - start_batch) / increment stages of equal length.
+    Source: `--rampup-batch-size` of Megatron-LM, which counts sequences; core 0.19.2 has the stages
+    one by one (num_microbatches_calculator.py).
+    """
+    ramp, length = train.batch_ramp, tokens(train.batch_ramp.tokens)
+    if tokens_seen >= length:
+        return train.global_batch
+    stages = (train.global_batch - ramp.start_batch) // ramp.increment
+    return ramp.start_batch + ramp.increment * (tokens_seen * stages // length)
+
+
+def run_length(train: Train, start: int = 0, end: int | None = None) -> RunLength:
+    """Count steps and sequences between two positions in tokens; by default of the whole run.
+
+    The first step that reaches the end is the last.
+    """
+    end = tokens(train.tokens) if end is None else end
+    seen, steps = start, 0
+    for batch, stage_end in _stages(train):
+        step = batch * train.sequence_length
+        stop = end if stage_end is None else min(stage_end, end)
+        taken = max(0, -(-(stop - seen) // step))
+        seen, steps = seen + taken * step, steps + taken
+    return RunLength(steps, (seen - start) // train.sequence_length)
+
+
+def _stages(train: Train) -> Iterator[tuple[int, int | None]]:
+    """Yield the batch of each stage, and the tokens at which the next begins; the last has none."""
+    length = tokens(train.batch_ramp.tokens)
+    if length:
+        ramp = train.batch_ramp
+        number = (train.global_batch - ramp.start_batch) // ramp.increment
+        for stage in range(number):
+            yield ramp.start_batch + stage * ramp.increment, -(-(stage + 1) * length // number)
+    yield train.global_batch, None
+
 
 # Setting of a phase -> where it stands in a run.
 SETTINGS = {

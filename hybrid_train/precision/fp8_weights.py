@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hybrid_train.precision.formats import round_to_
-from hybrid_train.precision.quantize import block_of, in_blocks
-from hybrid_train.precision.scales import factors
-from hybrid_train.precision.schemes import Element, Scheme, Shape
+from hybrid_train.precision.quantize import block_of, factors, in_blocks
+from hybrid_train.precision.recipes import (
+    Element,
+    Scheme,
+    Shape,
+)
 
 _CODES = torch.float8_e4m3fn  # as torch calls what is kept as uint8
 _PIECE = 262144  # values that are worked on at once, as in `operands.py`

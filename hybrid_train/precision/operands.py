@@ -11,9 +11,20 @@ import torch
 from torch import Tensor
 
 from hybrid_train.precision.formats import GRIDS, round_to_
-from hybrid_train.precision.quantize import block_of, filled, given, in_blocks, turned
-from hybrid_train.precision.scales import Factors, factors
-from hybrid_train.precision.schemes import Element, Scheme, Shape
+from hybrid_train.precision.quantize import (
+    Factors,
+    block_of,
+    factors,
+    filled,
+    given,
+    in_blocks,
+    turned,
+)
+from hybrid_train.precision.recipes import (
+    Element,
+    Scheme,
+    Shape,
+)
 
 _PIECE = 262144  # values a thread; with more, scratch leaves the cache, with less, calls cost more
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}

@@ -1,17 +1,150 @@
-"""Gateway to Transformer Engine: our precision section as its recipe objects.
+"""Gateway to Transformer Engine: our precision section as its recipes; what a GPU computes.
+
+The table holds the facts of its `_compute_*_support` functions (pytorch/quantization.py 141-183),
+so that a machine without a GPU can be asked about one.
 
 Nothing is imported before it is asked for. Files and lines are those of version 2.20.2.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from hybrid_train.precision.recipes import schemes
-from hybrid_train.precision.schemes import Element, Scale
+import torch
+
+from hybrid_train.anatomy.gemm_formats import formats_of
+from hybrid_train.precision.recipes import Element, Scale, schemes
 from hybrid_train.runtime import optional
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, as far as formats depend on it."""
+
+    name: str
+    capability: Version  # compute capability
+    cuda: Version  # version that torch was built with
+
+
+@dataclass(frozen=True)
+class Support:
+    """GPUs that compute a format: capabilities in [first, end) with a CUDA version."""
+
+    first: Version
+    end: Version | None = None  # the first that does not, if there is one
+    cuda: Version = (0, 0)
+
+    def has(self, gpu: Gpu) -> bool:
+        """Tell whether a GPU is one of them."""
+        below = self.end is None or gpu.capability < self.end
+        return self.first <= gpu.capability and below and self.cuda <= gpu.cuda
+
+
+_FP8 = (Support((8, 9), (9, 0), cuda=(12, 1)), Support((9, 0)))
+SUPPORT: dict[ProductFormat, tuple[Support, ...]] = {
+    ProductFormat.fp32: (Support((0, 0)),),
+    ProductFormat.bf16: (Support((8, 0)),),
+    ProductFormat.fp8_tensorwise: _FP8,
+    ProductFormat.fp8_delayed: _FP8,
+    # From 10.0 on it is a product of MXFP8 operands of the same values (csrc/extensions/gemm.cpp
+    # 319), which takes scales that are powers of two.
+    ProductFormat.fp8_blockwise: (Support((9, 0), cuda=(12, 9)),),
+    ProductFormat.mxfp8: (Support((10, 0), (12, 0)),),
+    ProductFormat.nvfp4: (Support((10, 0)),),
+    ProductFormat.mxfp4: (),
+}
+_WITHOUT_FLOAT_SCALES = Support((10, 0))  # in blocks
+# What comes nearest to a format, best first: as many bits, then scales as fine.
+_NEAREST = {
+    ProductFormat.fp32: (),
+    ProductFormat.bf16: (ProductFormat.fp32,),
+    ProductFormat.fp8_tensorwise: (ProductFormat.bf16,),
+    ProductFormat.fp8_delayed: (ProductFormat.fp8_tensorwise, ProductFormat.bf16),
+    ProductFormat.fp8_blockwise: (
+        ProductFormat.mxfp8,
+        ProductFormat.fp8_tensorwise,
+        ProductFormat.bf16,
+    ),
+    ProductFormat.mxfp8: (
+        ProductFormat.fp8_blockwise,
+        ProductFormat.fp8_tensorwise,
+        ProductFormat.bf16,
+    ),
+    ProductFormat.nvfp4: (
+        ProductFormat.mxfp8,
+        ProductFormat.fp8_blockwise,
+        ProductFormat.fp8_tensorwise,
+        ProductFormat.bf16,
+    ),
+    ProductFormat.mxfp4: (
+        ProductFormat.nvfp4,
+        ProductFormat.mxfp8,
+        ProductFormat.fp8_blockwise,
+        ProductFormat.fp8_tensorwise,
+        ProductFormat.bf16,
+    ),
+}
+
+
+def is_native(format: ProductFormat, gpu: Gpu) -> bool:
+    """Tell whether a GPU computes products of a format itself."""
+    return any(support.has(gpu) for support in SUPPORT[format])
+
+
+def nearest_native(format: ProductFormat, gpu: Gpu) -> ProductFormat:
+    """Return the format itself where a GPU has it, else the nearest one that it has."""
+    candidates = (format, *_NEAREST[format], ProductFormat.fp32)
+    return next(one for one in candidates if is_native(one, gpu))
+
+
+def require_native(formats: Iterable[ProductFormat], gpu: Gpu) -> None:
+    """Raise a UserError that names every format that a GPU lacks, and the nearest that it has."""
+    lacking = [one for one in dict.fromkeys(formats) if not is_native(one, gpu)]
+    if lacking:
+        nearest = "; ".join(
+            f"{one.value}, nearest: {nearest_native(one, gpu).value}" for one in lacking
+        )
+        raise UserError(
+            f"{_shown(gpu)} does not compute these formats of matrix products: {nearest}\n"
+            "precision.backend=emulated runs them on any machine"
+        )
+
+
+def present_gpu() -> Gpu:
+    """Return the GPU of this process; there must be one."""
+    cuda = [int(part) for part in str(torch.version.cuda).split(".")]
+    capability = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), capability, (cuda[0], cuda[1]))
+
+
+def require_formats(job: TrainJob) -> None:
+    """Raise a UserError if the present GPU lacks a format that a job asks for."""
+    require(job, present_gpu())
+
+
+def require(job: TrainJob, gpu: Gpu) -> None:
+    """Raise a UserError if a GPU lacks a format that a job asks for, or its scales."""
+    found = formats_of(job.model, job.precision)
+    formats = [format for one in found.values() for format in one.formats.values()]
+    require_native(formats, gpu)
+    float_scales = job.precision.power_of_two_scales is False
+    if ProductFormat.fp8_blockwise in formats and float_scales and _WITHOUT_FLOAT_SCALES.has(gpu):
+        raise UserError(
+            f"{_shown(gpu)} takes fp8_blockwise with scales that are powers of two alone: "
+            "precision.power_of_two_scales=null, or precision.backend=emulated"
+        )
+
+
+def _shown(gpu: Gpu) -> str:
+    capability, cuda = (".".join(map(str, version)) for version in (gpu.capability, gpu.cuda))
+    return f"{gpu.name} (compute capability {capability}, CUDA {cuda})"
 
 
 def recipe(format: ProductFormat, precision: Precision) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from omegaconf import MISSING
 
-from hybrid_train.schema import layer_ranges
+from hybrid_train.schema.layer_ranges import RULE, is_range
 from hybrid_train.schema.limits import Factor, Range, Share, Size, Vocabulary
 from hybrid_train.schema.problems import Problem
 
@@ -128,8 +128,8 @@ class LayerRule:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        if not layer_ranges.is_range(self.layers):
-            yield Problem("layers", self.layers, layer_ranges.RULE, "all")
+        if not is_range(self.layers):
+            yield Problem("layers", self.layers, RULE, "all")
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.given.items())

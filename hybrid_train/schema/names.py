@@ -1,7 +1,13 @@
-"""The known name that a misspelt one most likely means."""
+"""Names on a command line: lists of them, and the known one that a misspelt one most likely means.
+
+Where a path is meant, one that exists as it is written wins over the split at its commas.
+"""
 
 import difflib
-from collections.abc import Iterable
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
 
 _ALIKE = 0.6  # share of letters that two names have in common
 _ALIKE_SECTION = 0.5  # of sections, where the last part is the same
@@ -33,3 +39,37 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio() if one != other else 1.0
+
+
+# A name in quotes up to a comma or the end; else all up to the next comma.
+_NAME = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')\s*(?:,|$)|([^,]*)(?:,|$)""")
+_TOKEN_FILES = ("", ".idx", ".bin")  # a prefix exists if one of its files does
+
+
+def listed(texts: Sequence[str]) -> list[str]:
+    """Return what raw texts name: ["a,b", '[c,"d,e"]'] -> a, b, c and one name, d,e."""
+    return [name for text in texts for name in _names(text)]
+
+
+def listed_paths(texts: Sequence[str]) -> list[str]:
+    """Return the files, globs, folders and prefixes that raw texts name."""
+    return [
+        path for text in texts for path in ([text] if _is_there(text) else _names(text.strip()))
+    ]
+
+
+def in_quotes(name: str) -> str:
+    """Write a name with a comma so that a shell and a list take it as one name."""
+    mark = "'" if '"' in name else '"'
+    return shlex.quote(f"{mark}{name}{mark}")
+
+
+def _names(text: str) -> list[str]:
+    text = text.strip()
+    inner = text[1:-1] if text[:1] + text[-1:] == "[]" else text
+    found = [one or other or plain.strip() for one, other, plain in _NAME.findall(inner)]
+    return [name for name in found if name]
+
+
+def _is_there(text: str) -> bool:
+    return any(text and os.path.lexists(text + suffix) for suffix in _TOKEN_FILES)

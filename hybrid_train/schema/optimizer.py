@@ -1,10 +1,12 @@
-"""The optimizer."""
+"""The optimizer, and its learning rate over the run. Lengths are in tokens."""
 
 import enum
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from hybrid_train.schema.limits import Factor, Range
+from omegaconf import MISSING
+
+from hybrid_train.schema.limits import Factor, Range, Rate, Share, TokenCountOrNone
 
 Beta = Annotated[float, Range(0, 0.999999)]  # 1 remembers all, and its correction divides by 0
 Epsilon = Annotated[float, Range(1e-30, 1)]  # 0 divides by 0 where there is no gradient
@@ -83,3 +85,38 @@ class AdamW:
         names = ("first_moment", "second_moment", "main_gradients", "master_weights")
         formats = {name: str(getattr(self, name).value) for name in names}
         return {name: value for name, value in formats.items() if value != "float32"}
+
+
+class DecayShape(enum.Enum):
+    """How the rate falls during decay."""
+
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+    minus_sqrt = "minus_sqrt"
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    """Constant rate after a linear warm-up; the base of the others."""
+
+    kind: str = "constant"
+    peak_lr: Rate = MISSING
+    warmup_tokens: TokenCountOrNone = "0"
+
+
+@dataclass(kw_only=True)
+class Cosine(Schedule):
+    """Linear warm-up, then half a cosine down to the final rate at the end of training."""
+
+    kind: str = "cosine"
+    final_lr_ratio: Share = 0.01  # final rate / peak rate
+
+
+@dataclass(kw_only=True)
+class Wsd(Cosine):
+    """Warm up, stay, decay over the last `decay_tokens` of training."""
+
+    kind: str = "wsd"
+    decay_tokens: TokenCountOrNone = MISSING
+    decay_shape: DecayShape = DecayShape.minus_sqrt

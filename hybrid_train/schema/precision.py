@@ -7,7 +7,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
-from hybrid_train.schema import layer_ranges
+from hybrid_train.schema.layer_ranges import RULE, is_range
 from hybrid_train.schema.limits import CountOrNone, Range
 from hybrid_train.schema.problems import Problem
 
@@ -75,8 +75,8 @@ class PrecisionRule:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        if not layer_ranges.is_range(self.layers):
-            yield Problem("layers", self.layers, layer_ranges.RULE, "all")
+        if not is_range(self.layers):
+            yield Problem("layers", self.layers, RULE, "all")
 
     def __str__(self) -> str:
         words = [] if self.layers.strip() == "all" else [f"layers {self.layers.strip()}"]

@@ -22,7 +22,7 @@ from hybrid_train.schema.limits import (
     TokenCount,
     Workers,
 )
-from hybrid_train.schema.listed import listed, listed_paths
+from hybrid_train.schema.names import listed, listed_paths
 from hybrid_train.schema.problems import Problem
 
 _SHARES_TOLERANCE = 1e-6

@@ -1,9 +1,11 @@
-"""What is shown and where the metrics go; `metrics.jsonl` is always written."""
+"""What is shown, where the metrics go, and what a run tells about its own time and memory."""
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hybrid_train.schema.limits import Count, Name
+from hybrid_train.schema.limits import Count, CountOrNone, Name
+from hybrid_train.schema.problems import Problem
 
 
 class WandbMode(enum.Enum):
@@ -31,3 +33,35 @@ class Tracking:
     console_interval: Count = 10  # steps between plain lines when there is no terminal
     tensorboard: bool = False
     wandb: Wandb = field(default_factory=Wandb)
+
+
+FOLDER = "profile"  # in the run folder
+TRACE_VIEWER = "ui.perfetto.dev"  # a web page that reads the file on the machine of its reader
+
+
+class Tool(enum.Enum):
+    """Who looks at the steps."""
+
+    none = "none"
+    torch = "torch"  # torch.profiler writes a trace, which Perfetto and chrome://tracing show
+    nsys = "nsys"  # cudaProfilerStart and Stop, for nsys --capture-range=cudaProfilerApi
+
+
+@dataclass(kw_only=True)
+class Profile:
+    """Which steps are traced, and whether memory is recorded; files go into RUN/profile."""
+
+    tool: Tool = Tool.none
+    start: Count = 10  # first traced step of the run; the first step of all is 1
+    steps: Count = 3  # how many are traced
+    ranks: list[CountOrNone] = field(default_factory=lambda: [0])  # processes that are traced
+    shapes: bool = False  # torch: note the shapes of all operands
+    stacks: bool = False  # torch: note the lines of Python that asked for each operation
+    memory: bool = False  # torch: note what each operation allocates
+    snapshot: bool = False  # on a GPU: record allocations, write them when memory runs out
+    snapshot_events: Count = 100_000  # allocations that are remembered, the newest
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if self.tool is not Tool.none and not self.ranks:
+            yield Problem("ranks", "[]", "must name a process to trace", "[0]")

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from hybrid_train.schema.checkpoint import Checkpoint
+from hybrid_train.schema.checkpoint import Checkpoint, Recovery
 from hybrid_train.schema.data import Data, blend_problems
 from hybrid_train.schema.limits import (
     Batch,
@@ -25,15 +25,12 @@ from hybrid_train.schema.limits import (
 )
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import NextToken, ObjectiveSettings
-from hybrid_train.schema.optimizer import AdamW
+from hybrid_train.schema.optimizer import AdamW, Schedule
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision, PrecisionRule
 from hybrid_train.schema.problems import Problem
-from hybrid_train.schema.profile import Profile
-from hybrid_train.schema.recovery import Recovery
 from hybrid_train.schema.runtime import Runtime
-from hybrid_train.schema.schedule import Schedule
-from hybrid_train.schema.tracking import Tracking
+from hybrid_train.schema.tracking import Profile, Tracking
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.gaps import TAIL, Comparison
 from hybrid_train.tracking.jsonl import read_metrics
-from hybrid_train.tracking.smoothing import curve
+from hybrid_train.tracking.metrics import curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,25 +3,133 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.runtime import progress
+from hybrid_train.megatron.forward_backward import run_schedule
+from hybrid_train.runtime import heartbeat
 from hybrid_train.schema.problems import UserError
-from hybrid_train.training import losses
-from hybrid_train.training.bad_steps import BadSteps, NoLabelsError, SpikeError
-from hybrid_train.training.losses import Losses
+from hybrid_train.training.bad_steps import (
+    BadSteps,
+    NoLabelsError,
+    NonFiniteError,
+    SpikeError,
+    first_bad_module,
+)
 from hybrid_train.training.network import Network
-from hybrid_train.training.nonfinite import NonFiniteError, first_bad_module
 from hybrid_train.training.objective import Objective, Turn
-from hybrid_train.training.report import StepReport
+
+
+@dataclass
+class StepReport:
+    """Outcome of one step, the same on every rank."""
+
+    loss: float  # first term of the objective, by what divides it; of next_token in nats
+    grad_norm: float  # before clipping
+    lr: float
+    seconds: float
+    sequences: int  # of the global batch
+    skipped: str = ""  # why the update was not made; empty: it was
+    skipped_kind: str = ""  # the same in a word: nonfinite, spike, no labels
+    source_tokens: dict[str, int] = field(default_factory=dict)  # labels, where there are several
+    metrics: dict[str, float] = field(default_factory=dict)  # by name of tracking/metrics.py
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums of the terms of the objective, then of each source that is told apart.
+
+    Attributes:
+        names: of the metrics, [terms + sources].
+        sums: of this process, [terms + sources].
+        totals: weights in all processes that divide them, [terms + sources].
+        drawn: labels of each source in all processes.
+    """
+
+    names: tuple[str, ...]
+    sums: Tensor
+    totals: Tensor
+    drawn: dict[str, int]
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """Divide sums over all processes; a term or source without any weight has no loss."""
+        pairs = zip(self.names, sums.tolist(), self.totals.tolist(), strict=True)
+        return {name: value / total for name, value, total in pairs if total}
+
+
+def run_objective(
+    network: Network,
+    objective: Objective,
+    microbatches: list[Batch],
+    *,
+    shape: tuple[int, int],
+    sources: Sequence[str] = (),
+    forward_only: bool,
+) -> Losses:
+    """Run the objective over a network; every process calls this.
+
+    Args:
+        network: what is run, and has the gradients then.
+        objective: its terms.
+        microbatches: this process's part of them.
+        shape: sequences and tokens per sequence of a microbatch, [B, S].
+        sources: names; losses of the first term are told apart where there are several.
+        forward_only: no gradients.
+    """
+    sources = sources if len(sources) > 1 else ()
+    terms = objective.count(microbatches)
+    weights, labels = _by_source(microbatches, len(sources), terms)
+    counts = torch.cat([terms, weights, labels])
+    dist.all_reduce(counts, group=network.groups.dp_cp)
+    told = len(terms) + len(sources)
+    if not forward_only:
+        network.normalise(counts[0], counts[-1])
+
+    def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+        heartbeat.enter(heartbeat.last().part)  # still there
+        return objective.forward(model, next(iterator), counts[: len(terms)])
+
+    reports = run_schedule(
+        network.chunks, forward_step, microbatches, shape=shape, forward_only=forward_only
+    )
+    sums = torch.zeros_like(counts[:told])
+    if reports and network.groups.tp.rank() == 0:  # tensor ranks hold the same losses
+        sums[: len(terms)] += torch.stack([report["sums"] for report in reports]).sum(dim=0)
+        for batch, report in zip(microbatches, reports, strict=True):
+            _add(sums[len(terms) :], batch, report["rows"])
+    names = (*objective.names, *(f"loss/{name}" for name in sources))
+    drawn = dict(zip(sources, map(int, counts[told:-1].tolist()), strict=True))
+    return Losses(names, sums, counts[:told], drawn)
+
+
+def _by_source(microbatches: Sequence[Batch], sources: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the weights of each source, [sources], and count the labels that have one.
+
+    Returns:
+        Weights, and labels of each source and of all, [sources + 1].
+    """
+    weights, labels = like.new_zeros(sources), like.new_zeros(sources + 1)
+    for batch in microbatches:
+        weighed = (batch.loss_weights != 0).sum(dim=1).to(like.dtype)
+        _add(weights, batch, batch.loss_weights.sum(dim=1))
+        _add(labels[:-1], batch, weighed)
+        labels[-1] += weighed.sum()
+    return weights, labels
+
+
+def _add(by_source: Tensor, batch: Batch, rows: Tensor) -> None:
+    """Add a figure of each row of a microbatch, [B], to that of its source."""
+    if len(by_source) and batch.source is not None:
+        by_source.index_add_(0, batch.source, rows)
+
 
 _BAD = (NonFiniteError, SpikeError, NoLabelsError)
 
@@ -65,9 +173,9 @@ class Engine:
         """
         start = time.perf_counter()
         sequences = sequences or self.sequences_per_step
-        progress.enter(progress.DATA, self.steps_done + 1)
+        heartbeat.enter(heartbeat.DATA, self.steps_done + 1)
         microbatches = self._take(batches, sequences)
-        progress.enter(progress.FORWARD_BACKWARD)
+        heartbeat.enter(heartbeat.FORWARD_BACKWARD)
         taken = self._take_turns(self.objective.prepare(microbatches), tokens_seen, bad_steps)
         skips = bad_steps is not None and bad_steps.skips_nonfinite
         if taken.kind == NonFiniteError.kind and not skips:
@@ -78,7 +186,7 @@ class Engine:
         if bad_steps is not None:
             bad_steps.skipped() if taken.skipped else bad_steps.took(loss)
         self.steps_done += 1
-        progress.enter(progress.BETWEEN)
+        heartbeat.enter(heartbeat.BETWEEN)
         seconds = time.perf_counter() - start
         return StepReport(
             *(loss, taken.norm, taken.rate, seconds, sequences, taken.skipped, taken.kind),
@@ -122,11 +230,11 @@ class Engine:
         network = self.networks[turn.network]
         found = self._run(turn, microbatches, forward_only=False)
         taken.drawn.update(found.drawn)
-        progress.enter(progress.REDUCE)
+        heartbeat.enter(heartbeat.REDUCE)
         metrics = self._reduce(network, found, len(microbatches))
         taken.metrics.update(metrics)
         self._require_sound(turn, metrics, bad_steps)
-        progress.enter(progress.OPTIMIZER)
+        heartbeat.enter(heartbeat.OPTIMIZER)
         self._note(taken, turn, "grad_norm", network.update())
 
     @contextmanager
@@ -150,7 +258,7 @@ class Engine:
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
-        progress.enter(progress.VALIDATION)
+        heartbeat.enter(heartbeat.VALIDATION)
         for network in self.networks.values():
             network.train(False)
         found: dict[str, float] = {}
@@ -163,7 +271,7 @@ class Engine:
                 found.update(one.means(_sum_over_processes(one.sums)))
         for network in self.networks.values():
             network.train()
-        progress.enter(progress.BETWEEN)
+        heartbeat.enter(heartbeat.BETWEEN)
         return found
 
     def forward_only(self, turn: Turn, microbatches: list[Batch]) -> None:
@@ -206,7 +314,7 @@ class Engine:
 
     def _run(self, turn: Turn, microbatches: list[Batch], *, forward_only: bool) -> Losses:
         """Run a turn; losses of sources are told apart in the one that is reported as the loss."""
-        return losses.run(
+        return run_objective(
             self.networks[turn.network],
             turn.objective,
             microbatches,

@@ -1,15 +1,95 @@
-"""The one training loop."""
+"""The one training loop, the state of a run, and the hooks that react to its events.
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+fit_start(run)
+    while tokens are left and nobody asked to stop:
+        step_start(run)
+        ... one step ...
+        step_end(run, report)
+    fit_end(run)
+
+When an exception ends any of this, `fit_failed(run)` is called. Hooks are called in the order of
+the list; at `step_end` the step is already counted.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import BatchSource
-from hybrid_train.schema.recovery import Recovery
+from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.training.bad_steps import BadSteps
-from hybrid_train.training.engine import Engine
-from hybrid_train.training.hook import HookList
-from hybrid_train.training.state import TrainState
+from hybrid_train.training.engine import Engine, StepReport
+
+
+@dataclass
+class TrainState:
+    """Position of a run; saved with every checkpoint.
+
+    The tokens say which data is next, where that follows from config and data; another source of
+    batches keeps plain data of its own beside them.
+    """
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens seen by all ranks
+    source_tokens: dict[str, int] = field(default_factory=dict)  # the labels of each source
+    batches: dict[str, Any] = field(default_factory=dict)  # see data.loader.BatchSource
+
+    def advance(self, *, tokens: int, source_tokens: Mapping[str, int]) -> None:
+        """Count one step."""
+        self.step += 1
+        self.tokens += tokens
+        for source, count in source_tokens.items():
+            self.source_tokens[source] = self.source_tokens.get(source, 0) + count
+
+    def position(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; a source of batches without a state takes no place."""
+        found = asdict(self)
+        if not self.batches:
+            del found["batches"]
+        return found
+
+
+class Hook:
+    """Does nothing; a hook overrides the events it cares about."""
+
+    def fit_start(self, run: "Run") -> None: ...
+
+    def step_start(self, run: "Run") -> None: ...
+
+    def step_end(self, run: "Run", report: StepReport) -> None: ...
+
+    def fit_end(self, run: "Run") -> None: ...
+
+    def fit_failed(self, run: "Run") -> None:
+        """Give back what the hook holds, such as the terminal; must not raise."""
+
+
+@dataclass
+class HookList(Hook):
+    """Hooks that are called one after the other."""
+
+    hooks: list[Hook] = field(default_factory=list)
+
+    def fit_start(self, run: "Run") -> None:
+        for hook in self.hooks:
+            hook.fit_start(run)
+
+    def step_start(self, run: "Run") -> None:
+        for hook in self.hooks:
+            hook.step_start(run)
+
+    def step_end(self, run: "Run", report: StepReport) -> None:
+        for hook in self.hooks:
+            hook.step_end(run, report)
+
+    def fit_end(self, run: "Run") -> None:
+        for hook in self.hooks:
+            hook.fit_end(run)
+
+    def fit_failed(self, run: "Run") -> None:
+        for hook in self.hooks:
+            hook.fit_failed(run)
 
 
 @dataclass

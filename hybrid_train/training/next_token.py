@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.megatron.outputs import Outputs
-from hybrid_train.megatron.packed_rows import shift
+from hybrid_train.megatron.hybrid import Outputs
+from hybrid_train.megatron.mamba import shift
 from hybrid_train.ops.context import continues
-from hybrid_train.ops.cross_entropy import CrossEntropy
+from hybrid_train.ops.logits import CrossEntropy
 from hybrid_train.schema import objective as schema
 from hybrid_train.schema.pattern import parse
 from hybrid_train.training.objective import Given, LossFunction, Objective

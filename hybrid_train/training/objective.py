@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import BatchSource
-from hybrid_train.megatron.groups import ProcessGroups
+from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.training.network import Network

@@ -41,14 +41,14 @@ def main() -> None:
 def measure(model: str, rounds: int, folder: Path) -> None:
     """Take the rounds; files go to `folder`."""
     from hybrid_train.checkpoint import save_load, store
-    from hybrid_train.checkpoint.kept_plan import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptPlan
     from hybrid_train.training.hooks.checkpointing import content_of
 
     engine, step = engine_of(model)
     content, plan = content_of(engine), KeptPlan()
     for _ in range(2):
         step()
-    gc.collect()  # as a run does (training/hooks/garbage.py)
+    gc.collect()  # as a run does (training/hooks/processes.py)
     gc.freeze()
     gc.disable()
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -105,8 +105,8 @@ def engine_of(model: str) -> tuple[Any, Callable[[], None]]:
 
     from hybrid_train.anatomy.counts import parameters
     from hybrid_train.config import compose
-    from hybrid_train.jobs.assemble import build_engine
-    from hybrid_train.megatron.groups import build_groups
+    from hybrid_train.jobs.networks import build_engine
+    from hybrid_train.megatron.data_parallel import build_groups
     from hybrid_train.model.build import build_model
 
     words = ["experiment=tiny_cpu", "run_dir=/nonexistent", f"model={model}", "precision=fp32"]

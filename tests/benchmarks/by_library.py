@@ -4,7 +4,7 @@ python tests/benchmarks/by_library.py workers [--rounds 5]
 python tests/benchmarks/by_library.py blocks [--rounds 5]
 python tests/benchmarks/by_library.py tensors [--rounds 5]
 
-workers: `data.prepare.crew` against concurrent.futures, in whole commands of `data tokenize`.
+workers: `data.prepare.worker_pool` against concurrent.futures, in commands of `data tokenize`.
 blocks: `data.prepare.journal`, which appends, against a file for each block and a merge.
 tensors: `hf.safetensors` against the library of that name: reading rows, and writing a file.
 Each way runs in a process of its own, in turn; medians of seconds, of processor time (children
@@ -175,7 +175,7 @@ class Futures:
         self._pool.shutdown(cancel_futures=True)
 
     def results(self, tasks: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        from hybrid_train.data.prepare.crew import _ENVIRONMENT, _KEPT
+        from hybrid_train.data.prepare.worker_pool import _ENVIRONMENT, _KEPT
         from hybrid_train.schema.problems import UserError
 
         os.environ.update(_ENVIRONMENT)
@@ -222,7 +222,7 @@ def parts() -> Iterator[Any]:
 def by_journal(folder: Path) -> float:
     """Append all blocks as `data tokenize` does; return the bytes on the disk."""
     from hybrid_train.data.prepare.journal import Journal
-    from hybrid_train.data.prepare.output import Output
+    from hybrid_train.data.prepare.manifest import Output
 
     output = Output(folder / "out.journal")
     with (
@@ -291,7 +291,7 @@ def make_tensors(folder: Path) -> None:
 
 
 def read_ours(folder: Path) -> None:
-    from hybrid_train.checkpoint.positions import OpenFiles
+    from hybrid_train.checkpoint.tensor_files import OpenFiles
     from hybrid_train.hf.safetensors import read_header
 
     files = OpenFiles()

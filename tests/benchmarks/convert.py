@@ -78,7 +78,7 @@ def make_source(source: Path) -> int:
     import torch
 
     from hybrid_train.config.compose import compose
-    from hybrid_train.hf import config as hf_config
+    from hybrid_train.hf import config_json as hf_config
     from hybrid_train.hf.files import write_json
     from hybrid_train.hf.names import table
     from hybrid_train.hf.read import INDEX
@@ -130,7 +130,7 @@ def measure(way: str, source: str, target: str) -> int:
     if way == "copy":
         work = partial(shutil.copytree, source, target)
     else:
-        work = partial(job.run, compose("convert", [f"{way}={source}", f"output={target}"]))
+        work = partial(job.run_convert, compose("convert", [f"{way}={source}", f"output={target}"]))
     fetch_memory(Path(source), Path(target).with_name("fetched"))
     before, processor, start = memory("VmRSS"), processor_time(), time.perf_counter()
     work()

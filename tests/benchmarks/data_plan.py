@@ -49,8 +49,7 @@ def write_source(prefix: Path, tokens: int, seed: int, *, zeros: bool) -> None:
 
 
 def job_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) -> Any:
-    from hybrid_train.schema.data import Data, Packing
-    from hybrid_train.schema.source import Source
+    from hybrid_train.schema.data import Data, Packing, Source
     from hybrid_train.schema.train import Train, TrainJob
 
     weights = np.linspace(1, 2, len(prefixes))
@@ -67,9 +66,8 @@ def job_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) -> A
 
 def plans_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) -> Any:
     """Open the sources and work out the rows, as a run does."""
-    from hybrid_train.data.documents import FileDocuments
+    from hybrid_train.data.documents import FileDocuments, Joined
     from hybrid_train.data.index_cache import IndexCache
-    from hybrid_train.data.pieces import Joined
     from hybrid_train.data.plan import Opened, plan_phases
     from hybrid_train.planning.phases import lay_out
 
@@ -150,8 +148,8 @@ def in_own_process(way: str, tokens: int, prefixes: list[str]) -> dict[str, floa
 
 def time_loader(folder: Path) -> None:
     """Compare tokens/s of the loader with those of a step of the 60M model, in turns."""
+    from hybrid_train.data.batch import RowReader
     from hybrid_train.data.loader import Loader
-    from hybrid_train.data.row import RowReader
     from hybrid_train.runtime.start import process
     from tests.benchmarks.async_save import BATCH, engine_of
     from tests.benchmarks.async_save import LENGTH as STEP_LENGTH

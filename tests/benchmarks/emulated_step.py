@@ -37,7 +37,7 @@ def main() -> None:
 
 def compare(model: str, recipes: list[str], rounds: int) -> None:
     """Let the recipes take turns."""
-    from hybrid_train.megatron.groups import build_groups
+    from hybrid_train.megatron.data_parallel import build_groups
     from hybrid_train.schema.parallel import Parallel
 
     groups = build_groups(Parallel(), 600)
@@ -67,7 +67,7 @@ def engine_of(model: str, recipe: str, groups: Any) -> Any:
     import torch
 
     from hybrid_train.config import compose
-    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
 
     sizes = [f"train.sequence_length={LENGTH}", f"train.global_batch={BATCH}"]

@@ -146,8 +146,8 @@ def step_of(job: Any) -> tuple[Any, Any]:
 
     from hybrid_train.anatomy.counts import parameters
     from hybrid_train.data.batch import Batch
-    from hybrid_train.jobs.assemble import build_engine
-    from hybrid_train.megatron.groups import build_groups
+    from hybrid_train.jobs.networks import build_engine
+    from hybrid_train.megatron.data_parallel import build_groups
     from hybrid_train.model.build import build_model
 
     groups = build_groups(job.parallel, 600)

@@ -26,8 +26,7 @@ from hybrid_train.data.batch import Batch  # noqa: E402
 from hybrid_train.data.documents import Documents  # noqa: E402
 from hybrid_train.data.sources import open_source, own_vocabulary  # noqa: E402
 from hybrid_train.data.synthetic import best_loss  # noqa: E402
-from hybrid_train.schema.schedule import Cosine  # noqa: E402
-from hybrid_train.schema.source import (  # noqa: E402
+from hybrid_train.schema.data import (  # noqa: E402
     BracketStream,
     CopyStream,
     RecallStream,
@@ -36,6 +35,7 @@ from hybrid_train.schema.source import (  # noqa: E402
     SumStream,
     Synthetic,
 )
+from hybrid_train.schema.optimizer import Cosine  # noqa: E402
 from tests.tiny import alone, batch_of, tiny_engine, tiny_job  # noqa: E402
 
 PATTERN, LENGTH, ROWS = "M*-M*-", 64, 32

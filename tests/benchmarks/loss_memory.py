@@ -74,8 +74,8 @@ def steps_of(job: Any, sequences: int) -> float:
     import torch
     from fixed_batch import fixed_batch
 
-    from hybrid_train.jobs.assemble import build_engine
-    from hybrid_train.megatron.groups import build_groups
+    from hybrid_train.jobs.networks import build_engine
+    from hybrid_train.megatron.data_parallel import build_groups
     from hybrid_train.model.build import build_model
 
     groups = build_groups(job.parallel, 600)

@@ -57,7 +57,7 @@ def step_of(lines: list[str], groups: Any) -> Callable[[], None]:
     from fixed_batch import fixed_batch
 
     from hybrid_train.config import compose
-    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
 
     job = compose.compose("train", lines)
@@ -104,8 +104,8 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("this compares products that a GPU quantizes, and there is no GPU here")
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
-    from hybrid_train.precision.hardware import is_native, present_gpu
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
+    from hybrid_train.precision.te import is_native, present_gpu
     from hybrid_train.runtime.start import process
     from hybrid_train.schema.parallel import Parallel
     from hybrid_train.schema.precision import ProductFormat

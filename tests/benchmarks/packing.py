@@ -18,8 +18,8 @@ import torch
 from hybrid_train.config import compose
 from hybrid_train.data.batch import Batch
 from hybrid_train.data.packing import best_fit, fill_row
-from hybrid_train.jobs.assemble import build_engine
-from hybrid_train.megatron.groups import build_groups
+from hybrid_train.jobs.networks import build_engine
+from hybrid_train.megatron.data_parallel import build_groups
 from hybrid_train.model.build import build_model
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.runtime import Device, Runtime

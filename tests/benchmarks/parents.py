@@ -31,7 +31,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from hybrid_train.config import frozen  # noqa: E402
 from hybrid_train.data.batch import Batch  # noqa: E402
-from hybrid_train.data.build import open_data  # noqa: E402
+from hybrid_train.data.run_data import open_data  # noqa: E402
 from hybrid_train.planning.phases import lay_out  # noqa: E402
 from hybrid_train.runtime.start import process  # noqa: E402
 from hybrid_train.schema.train import TrainJob  # noqa: E402
@@ -93,7 +93,7 @@ def before_and_after(run_dir: Path) -> tuple[float, float]:
     job = frozen.load(run_dir)
     with process(job.runtime, job.train.seed):
         from hybrid_train.jobs.networks import load_model
-        from hybrid_train.megatron.groups import destroy_groups
+        from hybrid_train.megatron.data_parallel import destroy_groups
 
         try:
             loaded = load_model(str(run_dir), job.runtime)

@@ -18,9 +18,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.noise import Noise
+from hybrid_train.precision.formats import Noise
 from hybrid_train.precision.operands import quantize_dequantize
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from hybrid_train.runtime.cpu import keep_freed_memory
 
 _POWER, _VECTOR, _SQUARE = Scale.power_of_two, Shape.vector, Shape.square

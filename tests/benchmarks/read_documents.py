@@ -29,7 +29,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402,
 
 from hybrid_train.data.documents import Documents, FileDocuments  # noqa: E402
 from hybrid_train.data.token_files import write_documents  # noqa: E402
-from hybrid_train.schema.source import Remote  # noqa: E402
+from hybrid_train.schema.data import Remote  # noqa: E402
 from tests.unit.data.http_folder import serve  # noqa: E402
 
 COUNT = 20_000

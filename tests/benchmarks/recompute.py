@@ -45,7 +45,7 @@ def main() -> None:
 
 def compare(model: str, rounds: int) -> None:
     """Let the plans take turns."""
-    from hybrid_train.megatron.groups import build_groups
+    from hybrid_train.megatron.data_parallel import build_groups
 
     jobs = {name: job_of(model, words) for name, words in PLANS.items()}
     groups = build_groups(jobs["none"].parallel, 600)
@@ -79,7 +79,7 @@ def engine_of(job: Any, groups: Any) -> Any:
     """Build the engine of a job; its first step is taken here."""
     import torch
 
-    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
 
     engine = build_engine(

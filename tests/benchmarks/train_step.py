@@ -123,8 +123,8 @@ def our_step() -> tuple[Callable[[], None], dict[str, Callable[[], Any]]]:
     from hybrid_train.anatomy.counts import flops_per_token, parameters
     from hybrid_train.config import compose
     from hybrid_train.data.batch import Batch
-    from hybrid_train.jobs.assemble import build_engine
-    from hybrid_train.megatron.groups import build_groups
+    from hybrid_train.jobs.networks import build_engine
+    from hybrid_train.megatron.data_parallel import build_groups
     from hybrid_train.model.build import build_model
     from hybrid_train.tracking.throughput import peak_flops
 

@@ -11,8 +11,8 @@ import pytest
 from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.planning.phases import Stretch, lay_out
+from hybrid_train.schema.optimizer import Schedule, Wsd
 from hybrid_train.schema.problems import ConfigError
-from hybrid_train.schema.schedule import Schedule, Wsd
 from hybrid_train.schema.train import Phase, TrainJob
 from hybrid_train.schema.units import tokens
 

@@ -275,7 +275,7 @@ def _load(folder: Path, pairs: Pairs) -> None:
 def _engines(names: set[str], seed: int | None = None) -> Iterator[tuple[str, Any]]:
     """Yield an engine for each of these layouts of as many processes as there are."""
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     for name, layout in LAYOUTS.items():
         if name in names and layout.processes == dist.get_world_size():

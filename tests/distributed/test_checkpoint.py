@@ -125,7 +125,7 @@ def _keep_the_plan(parallel: Parallel, groups: Any, run_dir: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.kept_plan import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptPlan
 
     engine, plans = engine_of(parallel, groups, seed=1), []
     content, plan, megatron_plans = content_of(engine, groups), KeptPlan(), dist_checkpointing.save
@@ -155,7 +155,7 @@ def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path, *, ask: bool) 
     With `ask` they look after each step whether it is done, as a run does.
     """
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.kept_plan import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptPlan
 
     content = content_of(engine_of(parallel, groups, seed=3), groups)
     plan = KeptPlan()
@@ -202,7 +202,7 @@ def _fail_to_load(parallel: Parallel, groups: Any, run_dir: Path) -> None:
 
 def _on_two_processes(folder: Path) -> None:
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     third = {}
     for name, parallel in LAYOUTS.items():

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from hybrid_train.data.build import RunData, open_data
 from hybrid_train.data.loader import Loader
 from hybrid_train.data.quickstart import prepare
+from hybrid_train.data.run_data import RunData, open_data
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.train import Train, TrainJob

@@ -9,7 +9,7 @@ pytestmark = MEGATRON_WARNINGS
 
 
 def _compare() -> bool:
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     parallel = Parallel(tensor=2)
     groups = build_groups(parallel, timeout_s=60)

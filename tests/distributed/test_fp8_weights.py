@@ -50,7 +50,7 @@ def batches_of(groups: Any) -> Any:
 
 
 def in_groups(parallel: Parallel, work: Any) -> Any:
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     groups = build_groups(parallel, timeout_s=60)
     try:
@@ -78,8 +78,8 @@ def train(
 ) -> Outcome:
     """Take steps from new weights or a checkpoint, and save."""
     from hybrid_train.checkpoint import layout, store
+    from hybrid_train.megatron.checkpoints import is_in_fp8
     from hybrid_train.megatron.data_parallel import complete_parameters
-    from hybrid_train.megatron.stand_ins import is_in_fp8
     from hybrid_train.training.hooks.checkpointing import content_of
 
     engine = engine_of(parallel, groups, format, gathered)
@@ -148,7 +148,7 @@ def masters_of_loaded_weights(start: Path) -> dict[str, tuple[Tensor, Tensor]]:
     def work(groups: Any) -> Any:
         from hybrid_train.checkpoint import layout
         from hybrid_train.checkpoint.save_load import read_weights
-        from hybrid_train.megatron.stand_ins import is_in_fp8
+        from hybrid_train.megatron.checkpoints import is_in_fp8
 
         engine = engine_of(Parallel(), groups, TENSORWISE, True)
         found = layout.latest(start)

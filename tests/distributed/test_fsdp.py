@@ -21,7 +21,7 @@ POISONED = "decoder.layers.2.mixer.out_proj.weight"
 
 def _engine(parallel: Parallel, number_format: ProductFormat = ProductFormat.fp32) -> Any:
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     destroy_groups()
     groups = build_groups(parallel, timeout_s=60)
@@ -36,7 +36,7 @@ def on_two_processes(function: Callable[[], Any]) -> list[Any]:
 
 def _then_tidy(function: Callable[[], Any]) -> Any:
     """Leave no groups behind: the processes serve other tests too."""
-    from hybrid_train.megatron.groups import destroy_groups
+    from hybrid_train.megatron.data_parallel import destroy_groups
 
     try:
         return function()
@@ -121,7 +121,7 @@ def test_evaluation_sees_the_updated_weights_and_leaves_them() -> None:
 
 def _gradient_goes_bad() -> tuple[str, bool]:
     """Let one element of a gradient be infinite on the rank that keeps it."""
-    from hybrid_train.training.nonfinite import NonFiniteError
+    from hybrid_train.training.bad_steps import NonFiniteError
     from tests.parity import shards
 
     engine = _engine(SPLIT)
@@ -149,12 +149,12 @@ def test_a_bad_gradient_is_named_and_nothing_is_updated() -> None:
 
 
 def _weight_goes_bad() -> str:
-    from hybrid_train.megatron import fsdp
-    from hybrid_train.training.nonfinite import NonFiniteError
+    from hybrid_train.megatron import data_parallel
+    from hybrid_train.training.bad_steps import NonFiniteError
 
     engine = _engine(SPLIT)
     names = {id(weight): name for name, weight in engine.network.chunks[0].module.raw_param.items()}
-    for part in fsdp.parts(engine.network.chunks[0]):
+    for part in data_parallel.fsdp_parts(engine.network.chunks[0]):
         if names[id(part.parameter)] == POISONED:
             part.weights[0] = math.nan
     with pytest.raises(NonFiniteError) as error:

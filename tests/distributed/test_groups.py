@@ -6,8 +6,8 @@ import torch
 
 from hybrid_train.optim.groups import decays
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.schedule import Schedule
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, tiny_engine, tiny_job
 
@@ -18,7 +18,7 @@ RATE, DECAY = 0.25, 0.5  # powers of two: 1 - rate * decay is exact
 def _decay_alone() -> None:
     """With gradients of zero, AdamW does nothing but multiply by 1 - rate * decay."""
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.megatron.optimizers import set_learning_rate
 
     for parallel in (Parallel(), Parallel(expert=2), Parallel(tensor=2)):

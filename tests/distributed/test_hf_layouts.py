@@ -48,7 +48,7 @@ def _logits_of_all_layouts(run_dir: Path) -> dict[str, list[Tensor]]:
     """Load the checkpoint under each layout in turn."""
     cpu.install()
     from hybrid_train.checkpoint.save_load import read_weights
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
 
     found = {}

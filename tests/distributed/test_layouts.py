@@ -41,7 +41,7 @@ def _fail_on_the_main_process() -> None:
 def _write_new_models(folder: Path) -> None:
     cpu.install()
     from hybrid_train.checkpoint import store
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.training.hooks.checkpointing import content_of
 
     _fail_on_the_main_process()

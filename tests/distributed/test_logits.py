@@ -7,8 +7,7 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.ops import logits as core
-from hybrid_train.ops.cross_entropy import CrossEntropy
-from hybrid_train.ops.logits import HeadPart, weighted_sum
+from hybrid_train.ops.logits import CrossEntropy, HeadPart, weighted_sum
 from tests.distributed.launch import RankFailedError, run_distributed
 from tests.unit.ops.test_logits import entropy
 

@@ -22,7 +22,7 @@ HALF_A_SPACING = {"bfloat16": 2**-8, "float16": 2**-11}
 def run(plan: Parallel, moments: str) -> list[float]:
     """Take some steps on all processes; return the losses."""
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     groups = build_groups(plan, timeout_s=60)
     job = tiny_job(parallel=plan)

@@ -53,14 +53,14 @@ def losses_of(loaded: Any) -> dict[str, float]:
     """Means of all terms over the batch, by a network without an optimizer."""
     from torch import distributed as dist
 
-    from hybrid_train.training import losses
+    from hybrid_train.training.engine import run_objective
     from hybrid_train.training.next_token import NextToken as Objective
     from hybrid_train.training.objective import Given
 
     network = loaded.network
     given = Given({}, network.groups, loaded.job.model, loaded.run_dir, load=lambda _: network)
     with torch.no_grad():
-        found = losses.run(
+        found = run_objective(
             network,
             Objective(NextToken(), given),
             batches_of(network.groups),
@@ -74,7 +74,7 @@ def losses_of(loaded: Any) -> dict[str, float]:
 def _on_two_ranks(run_dir: Path) -> dict[str, dict[str, float]]:
     cpu.install()
     from hybrid_train.jobs.networks import load_model
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     found = {}
     for name, parallel in LAYOUTS.items():

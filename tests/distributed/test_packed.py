@@ -67,7 +67,7 @@ def gathered(parts: Tensor, group: Any, axis: int) -> Tensor:
 def _logits() -> dict[str, np.ndarray]:
     """Logits of the packed rows by layout, [rows, 1 + D, S, V], where this rank makes some."""
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     whole = {}
     for name, parallel in LAYOUTS.items():

@@ -21,7 +21,7 @@ PLANS = {
 
 def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
     """What a rank saw in a step, and what it remembers of it, history by history."""
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     groups = build_groups(parallel, timeout_s=60)
     try:

@@ -38,7 +38,7 @@ def steps(parallel: Parallel, groups: Any) -> tuple[list[tuple[float, float]], l
 
 def _compare(layout: dict[str, Any]) -> None:
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     found = {}
     for recompute in Recompute:

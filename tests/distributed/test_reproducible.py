@@ -15,7 +15,7 @@ LAYOUTS = {"data": Parallel(), "tensor": Parallel(tensor=2)}
 
 def _run_twice(parallel: Parallel) -> None:
     cpu.install()
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     runs = []
     for _ in range(2):

@@ -65,7 +65,7 @@ def reports_of(engine: Any, folder: Path, groups: Any) -> list[dict[str, float]]
 def _train_under_all_layouts(folder: Path) -> Any:
     cpu.install()
 
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     found = {}
     for name, (pattern, parallel, tied) in LAYOUTS.items():

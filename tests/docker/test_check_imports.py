@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from hybrid_train.config.pins import plain_name
+from hybrid_train.config.supported import plain_name
 from tests.docker.programs import functions, setup_words
 
 CHECK = functions("check_imports.py")

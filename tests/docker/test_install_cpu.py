@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from hybrid_train.config.pins import plain_name
+from hybrid_train.config.supported import plain_name
 from tests.docker.programs import setup_words
 
 ASKED = "HYBRID_TRAIN_INSTALL"

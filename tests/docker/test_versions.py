@@ -6,7 +6,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from hybrid_train.config.pins import plain_name, read_pins
+from hybrid_train.config.supported import plain_name, read_pins
 from tests.docker.programs import DOCKER, ROOT, arguments, setup_words, versions
 
 PINS = read_pins((ROOT / "constraints.txt").read_text())

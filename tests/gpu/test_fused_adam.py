@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.optim.fused_adam import MASTER, MOMENTS, FusedAdam
-from hybrid_train.precision.remainders import joined
+from hybrid_train.precision.formats import join_remainder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,7 +97,7 @@ def test_float32_masters_are_transformer_engines(remainders: bool) -> None:
         kept, found = ours.state[one][MASTER], theirs.state[other][MASTER].cpu()
         assert kept.dtype == found.dtype
         if remainders:
-            kept, found = joined(one, kept), joined(other.detach().cpu(), found)
+            kept, found = join_remainder(one, kept), join_remainder(other.detach().cpu(), found)
         near(kept, found, 64 * SPACING[torch.float32])
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.anatomy.product_formats import formats_of
-from hybrid_train.precision.hardware import is_native, present_gpu
-from hybrid_train.precision.records import Audit
+from hybrid_train.anatomy.gemm_formats import formats_of
+from hybrid_train.precision.audit import Audit
+from hybrid_train.precision.te import is_native, present_gpu
 from hybrid_train.schema.model import Attention, Mamba, Mlp, Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import (
@@ -52,7 +52,7 @@ SHARE_OF_THE_FORMAT = 0.5
 def gpu_groups() -> Iterator[Any]:
     pytest.importorskip("transformer_engine.pytorch")
     pytest.importorskip("mamba_ssm")
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.runtime.start import process
 
     with process(Runtime(device=Device.cuda), seed=1234):
@@ -142,8 +142,8 @@ def test_native_products_are_the_emulated_ones(gpu_groups: Any, format: ProductF
 
 def audited(job: TrainJob, groups: Any) -> list[dict[str, Any]]:
     """The rows of the audit of one forward and backward pass."""
-    from hybrid_train.model.observed import observe
-    from hybrid_train.training.hooks.precision import table
+    from hybrid_train.model.quantized import observe
+    from hybrid_train.training.hooks.rounding import table
 
     model = model_of(job, groups)
     audit = Audit()
@@ -230,8 +230,8 @@ def test_weights_in_fp8_give_the_steps_of_bfloat16_weights(
 
 def steps(job: TrainJob, groups: Any) -> list[float]:
     """The losses of some steps; gradients are not clipped, since norms are summed otherwise."""
-    from hybrid_train.jobs.assemble import build_engine
-    from hybrid_train.megatron.stand_ins import is_in_fp8
+    from hybrid_train.jobs.networks import build_engine
+    from hybrid_train.megatron.checkpoints import is_in_fp8
     from hybrid_train.model.build import build_model
 
     job.optimizer.clip_grad_norm = 1e9

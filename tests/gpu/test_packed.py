@@ -25,7 +25,7 @@ LENGTH, PLACES = 256, [(70, 1, 100), (3, 130, 123)]
 
 @pytest.fixture(scope="module")
 def gpu_groups() -> Iterator[Any]:
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.runtime.start import process
 
     with process(Runtime(device=Device.cuda), seed=1234):

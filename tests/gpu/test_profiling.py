@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.schema.profile import Profile, Tool
+from hybrid_train.schema.tracking import Profile, Tool
 from hybrid_train.training.hooks.profiling import MarkSteps, SnapshotMemory, TraceSteps
 
 pytestmark = pytest.mark.gpu

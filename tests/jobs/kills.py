@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hybrid_train.data.synthetic import WordTokenizer
 from hybrid_train.data.token_files import write_documents
-from hybrid_train.data.words import WordTokenizer
 from tests.jobs.command import (
     TIMEOUT_S,
     arguments,

@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from hybrid_train.data.prepare.verification import verify_whole
+from hybrid_train.data.prepare.finished import verify_whole
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.jobs.doctor import CHECKS
-from hybrid_train.runtime.health.table import MEASUREMENTS
+from hybrid_train.jobs.doctor import CHECKS, MEASUREMENTS
 from tests.jobs.command import ROOT, finish, start
 
 NAMES = [*CHECKS, *MEASUREMENTS]

@@ -8,13 +8,13 @@ import os
 import sys
 from typing import Any
 
-from hybrid_train.data import build
-from hybrid_train.data.mixture import Mixture
+from hybrid_train.data import run_data
+from hybrid_train.data.plan import Mixture
 from hybrid_train.jobs.cli import main
 
 _FILE = os.open(os.environ["TRACE"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 _PHASES: dict[int, int] = {}  # number of the phase of each mixture
-_fill, _plan_phases = Mixture.fill, build.plan_phases
+_fill, _plan_phases = Mixture.fill, run_data.plan_phases
 
 
 def fill(self: Mixture, row: int) -> Any:
@@ -32,5 +32,5 @@ def plan_phases(*arguments: Any) -> Any:
 
 if __name__ == "__main__":
     Mixture.fill = fill  # type: ignore[method-assign]
-    build.plan_phases = plan_phases
+    run_data.plan_phases = plan_phases
     sys.exit(main())

@@ -88,7 +88,7 @@ def _balance_loss_is_of_the_own_share(_: Any, patch: pytest.MonkeyPatch) -> None
 
 def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
     """Split the rows z, x, B, C, dt of in_proj as if they were one part."""
-    from hybrid_train.megatron.inference import mamba_mixers
+    from hybrid_train.megatron.hybrid import mamba_mixers
 
     mixer = mamba_mixers(engine.network.chunks[0])[0]
     weight, tp = _parameter(engine, _IN_PROJ), engine.network.groups.tp

@@ -97,7 +97,7 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
 
 @contextlib.contextmanager
 def _engine(case: Case) -> Iterator[Any]:
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     groups = build_groups(case.job.parallel, timeout_s=60)
     try:

@@ -9,9 +9,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.checkpoint.places import places
-from hybrid_train.megatron import fsdp
-from hybrid_train.megatron.sharded import sharded_tensors
+from hybrid_train.checkpoint.shards import places
+from hybrid_train.megatron import data_parallel
+from hybrid_train.megatron.checkpoints import sharded_tensors
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Shard:
 def weights(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield every parameter and buffer that this process holds."""
     for chunk in chunks:
-        yield from _kept(chunk) if fsdp.is_split(chunk) else _shards(chunk.module)
+        yield from _kept(chunk) if data_parallel.is_split(chunk) else _shards(chunk.module)
 
 
 def gradients(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield the reduced gradient of every parameter of this process."""
     for chunk in chunks:
-        if fsdp.is_split(chunk):
+        if data_parallel.is_split(chunk):
             yield from _kept_gradients(chunk)
             continue
         _gather_gradients(chunk)

@@ -304,7 +304,6 @@ PRELOADED = (
     "hybrid_train.config.describe",
     "hybrid_train.jobs.cli",
     "hybrid_train.jobs.train",
-    "hybrid_train.jobs.pretraining",
 )
 
 

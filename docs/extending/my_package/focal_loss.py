@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.megatron.outputs import Outputs
-from hybrid_train.ops.cross_entropy import CrossEntropy
-from hybrid_train.ops.logits import HeadPart, Pullback
+from hybrid_train.megatron.hybrid import Outputs
+from hybrid_train.ops.logits import CrossEntropy, HeadPart, Pullback
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.objective import Given, LossFunction, Objective

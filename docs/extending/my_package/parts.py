@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hybrid_train.schema.extension import EditSettings, HookSettings, RowTransformSettings
+from hybrid_train.schema.extension import (
+    EditSettings,
+    HookSettings,
+    RowTransformSettings,
+)
 from hybrid_train.schema.limits import Share
 from hybrid_train.schema.problems import Problem
 

@@ -7,11 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch.nn import Module
 
-from hybrid_train.data.row import Row
+from hybrid_train.data.batch import Row
 from hybrid_train.model.edits import Stage
-from hybrid_train.training.hook import Hook
-from hybrid_train.training.loop import Run
-from hybrid_train.training.report import StepReport
+from hybrid_train.training.engine import StepReport
+from hybrid_train.training.loop import Hook, Run
 from my_package.parts import Freeze, LossAverage, SkipStart
 
 _log = logging.getLogger(f"hybrid_train.{__name__}")  # a run shows what this family says

@@ -21,9 +21,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from hybrid_train.data.prepare.documents import BadLine
-from hybrid_train.data.prepare.manifest import Counts
-from hybrid_train.data.prepare.output import Output, sync, write_whole
+from hybrid_train.data.prepare.blocks import BadLine
+from hybrid_train.data.prepare.manifest import (
+    Counts,
+    Output,
+    sync,
+    write_whole,
+)
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 

@@ -12,23 +12,27 @@ from typing import Any
 import numpy as np
 
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
-from hybrid_train.data.prepare.blocks import Block, all_blocks
-from hybrid_train.data.prepare.crew import Crew
-from hybrid_train.data.prepare.documents import read_documents
+from hybrid_train.data.prepare.blocks import Block, all_blocks, read_documents
 from hybrid_train.data.prepare.encoder import Encoder, beginning
+from hybrid_train.data.prepare.inputs import Source, find_sources
 from hybrid_train.data.prepare.journal import Journal, Part
 from hybrid_train.data.prepare.manifest import (
     Counts,
     Manifest,
+    Output,
     Progress,
     TokenizerFacts,
     read_manifest,
     versions,
+    write_whole,
 )
-from hybrid_train.data.prepare.output import Output, write_whole
-from hybrid_train.data.prepare.sources import Source, find_sources
-from hybrid_train.data.token_files import checksum, dtype_for, write_index
-from hybrid_train.schema.listed import listed_paths
+from hybrid_train.data.prepare.worker_pool import Crew
+from hybrid_train.data.token_files import (
+    checksum,
+    dtype_for,
+    write_index,
+)
+from hybrid_train.schema.names import listed_paths
 from hybrid_train.schema.prepare import TokenizeJob
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted

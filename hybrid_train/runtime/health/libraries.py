@@ -3,11 +3,15 @@
 import functools
 from collections.abc import Callable
 
-from hybrid_train.config.pins import plain_name
-from hybrid_train.config.supported import LIBRARIES
+from hybrid_train.config.supported import LIBRARIES, plain_name
 from hybrid_train.runtime import optional
-from hybrid_train.runtime.health.findings import Finding, broken, ok, warning
-from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.runtime.health.machine import (
+    Finding,
+    Machine,
+    broken,
+    ok,
+    warning,
+)
 from hybrid_train.runtime.health.probe import REQUIRED, Library
 from hybrid_train.runtime.optional import State
 

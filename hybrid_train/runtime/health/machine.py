@@ -1,5 +1,6 @@
-"""The machine as the checks see it: files, commands, limits, libraries; a test gives another."""
+"""The machine as the checks see it, a test gives another, and what a check found."""
 
+import enum
 import os
 import resource
 import shutil
@@ -13,6 +14,42 @@ from pathlib import Path
 from hybrid_train.runtime.health.probe import Library
 from hybrid_train.runtime.health.speed import DeviceSpeed
 from hybrid_train.runtime.optional import State
+
+Figures = Mapping[str, float]  # by name with its unit: "product_gflops"
+
+
+class Grade(enum.Enum):
+    """How bad it is."""
+
+    ok = "ok"
+    warning = "warning"  # a run starts, but may be slow, or fail later
+    broken = "broken"  # a run does not start
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    grade: Grade
+    found: str
+    fix: str = ""  # what to type or do; empty if all is well
+    figures: Figures = field(default_factory=dict)
+
+
+def ok(found: str, figures: Figures | None = None) -> Finding:
+    """Return that all is well."""
+    return Finding(Grade.ok, found, figures=figures or {})
+
+
+def warning(found: str, fix: str, figures: Figures | None = None) -> Finding:
+    """Return what should be mended."""
+    return Finding(Grade.warning, found, fix, figures or {})
+
+
+def broken(found: str, fix: str) -> Finding:
+    """Return what must be mended."""
+    return Finding(Grade.broken, found, fix)
+
 
 COMMAND_S = 20  # within which any command that is asked answers, or is taken for dead
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.runtime import optional
-from hybrid_train.runtime.health.ending import how_it_ended
+from hybrid_train.runtime.heartbeat import how_it_ended
 from hybrid_train.runtime.optional import State
 
 PROBE_S = 120.0  # for all; torch alone takes several seconds from a network disk

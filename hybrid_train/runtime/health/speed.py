@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_train.runtime.health.ending import how_it_ended
+from hybrid_train.runtime.heartbeat import how_it_ended
 
 CPU_PROCESSES = 2  # the least that have something to tell each other
 PRODUCT_S = 1.0  # of products, and of reductions

@@ -1,11 +1,18 @@
-"""Checks of what the system gives a process: disk, shared memory, limits."""
+"""Checks of what a run lives in: disk, memory and limits, a SLURM cluster, a container."""
 
 import os
+import re
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
 
-from hybrid_train.runtime.health.findings import Finding, broken, ok, warning
-from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.runtime.health.machine import (
+    Finding,
+    Machine,
+    broken,
+    ok,
+    warning,
+)
 from hybrid_train.schema.units import show_bytes
 
 _GB = 10**9
@@ -82,3 +89,115 @@ CHECKS: dict[str, Callable[[Machine], Finding]] = {
     "locked memory": locked_memory,
     "processes": processes,
 }
+
+
+_LITTLE_TIME_S = 600  # left to a job
+_LITTLE_MEMORY = 4 * 10**9  # bytes; what the smallest run, its tools and caches get along with
+_UNLIMITED = 1 << 60  # bytes; cgroup v1 writes a huge number where there is no limit
+_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+# How a container is told: a file of its engine, or a variable.
+_FILES = {".dockerenv": "Docker", "run/.containerenv": "Podman"}
+_VARIABLES = {
+    "APPTAINER_CONTAINER": "Apptainer",
+    "SINGULARITY_CONTAINER": "Singularity",
+    "ENROOT_ROOTFS": "enroot",
+    "KUBERNETES_SERVICE_HOST": "Kubernetes",
+}
+
+
+def slurm(machine: Machine) -> Finding:
+    """Check SLURM's commands and controller; inside a job its nodes and the time that is left."""
+    version = machine.ask(["sinfo", "--version"])
+    job = machine.environment.get("SLURM_JOB_ID")
+    if version is None:
+        return ok(f"job {job}, but no sinfo to ask" if job else "not here: no sinfo")
+    if version.code:
+        said = f"sinfo fails: {version.first_line}"
+        fix = "export SLURM_CONF=/PATH/slurm.conf, or ask the administrators"
+        return broken(said, fix) if job else warning(said, f"{fix}; runs without SLURM need none")
+    controller = machine.ask(["scontrol", "ping"])
+    if controller is None or controller.code or " UP" not in controller.text:
+        said = controller.first_line if controller else "no scontrol"
+        return warning(
+            f"{version.text}, but its controller does not answer: {said}",
+            "scontrol ping; systemctl status slurmctld on the controller's machine",
+        )
+    return _job(machine, version.text, job) if job else ok(f"{version.text}, outside a job")
+
+
+def _job(machine: Machine, version: str, job: str) -> Finding:
+    nodes = machine.environment.get("SLURM_JOB_NUM_NODES", "?")
+    answer = machine.ask(["squeue", "--noheader", "--job", job, "--format", "%L"])
+    left = answer.text if answer and not answer.code else ""
+    found = f"{version}, job {job}, nodes: {nodes}, time left: {left or 'not known'}"
+    seconds = seconds_of(left)
+    if seconds is not None and seconds < _LITTLE_TIME_S:
+        return warning(found, "ask for more: sbatch --time=..., scontrol update TimeLimit=...")
+    return ok(found)
+
+
+def seconds_of(text: str) -> int | None:
+    """Read a time of SLURM's: "1-02:03:04", "2:03:04", "03:04"; None for one without end."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def container(machine: Machine) -> Finding:
+    """Check in which container this is, and the memory and processors that it may use."""
+    names = [name for file, name in _FILES.items() if machine.exists(file)]
+    names += [name for variable, name in _VARIABLES.items() if variable in machine.environment]
+    if machine.is_nvidias_image:
+        names.append(f"NVIDIA PyTorch {machine.environment['NVIDIA_PYTORCH_VERSION']}")
+    memory, processors = memory_limit(machine), processor_limit(machine)
+    limits = [f"memory {show_bytes(memory)}"] if memory else []
+    limits += [f"processors {processors:g}"] if processors else []
+    where = ", ".join(names) or "none"
+    found = f"{where}; limits: {', '.join(limits) or 'none'}"
+    if memory and memory < _LITTLE_MEMORY:
+        return warning(found, "ask for more: docker run --memory 16g, sbatch --mem=16G")
+    if processors and processors < 1:
+        return warning(found, "ask for more: docker run --cpus 2, sbatch --cpus-per-task=2")
+    return ok(found)
+
+
+def memory_limit(machine: Machine) -> int | None:
+    """Return the bytes that the control groups of this process allow; None for no limit."""
+    found = [machine.text(f"{folder}/memory.max") for folder in _groups(machine, None)]
+    v1 = "memory.limit_in_bytes"
+    found += [machine.text(f"{folder}/{v1}") for folder in _groups(machine, "memory")]
+    limits = [int(text) for text in found if text and text.isdecimal()]
+    return min((limit for limit in limits if limit < _UNLIMITED), default=None)
+
+
+def processor_limit(machine: Machine) -> float | None:
+    """Return how many processors' time the control groups allow; None for no limit."""
+    shares = []
+    for folder in _groups(machine, None):
+        quota, _, period = (machine.text(f"{folder}/cpu.max") or "max").partition(" ")
+        if quota.isdecimal():
+            shares.append(int(quota) / int(period))
+    for folder in _groups(machine, "cpu"):
+        quota = machine.text(f"{folder}/cpu.cfs_quota_us") or "-1"
+        if quota.isdecimal():
+            shares.append(int(quota) / int(machine.text(f"{folder}/cpu.cfs_period_us") or 100_000))
+    return min(shares, default=None)
+
+
+def _groups(machine: Machine, controller: str | None) -> Iterator[str]:
+    """Yield the folders of this process's control group and of those around it.
+
+    Args:
+        machine: whose.
+        controller: of version 1; None for version 2, which has one tree.
+    """
+    base = "sys/fs/cgroup" + (f"/{controller}" if controller else "")
+    for line in (machine.text("proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if (controller or "") in controllers.split(","):
+            inner = PurePosixPath(path.lstrip("/"))
+            # Inside a container the path may be that of the host: the root is looked at too.
+            for part in (inner, *inner.parents):
+                yield f"{base}/{part}"

@@ -10,10 +10,14 @@ import torch
 
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.profile import FOLDER, TRACE_VIEWER, Profile, Tool
-from hybrid_train.training.hook import Hook
-from hybrid_train.training.loop import Run
-from hybrid_train.training.report import StepReport
+from hybrid_train.schema.tracking import (
+    FOLDER,
+    TRACE_VIEWER,
+    Profile,
+    Tool,
+)
+from hybrid_train.training.engine import StepReport
+from hybrid_train.training.loop import Hook, Run
 
 _log = logging.getLogger(__name__)
 

@@ -2,10 +2,14 @@
 
 import pytest
 
-from hybrid_train.anatomy.format_table import lines
-from hybrid_train.anatomy.product_formats import Linear, formats_of, linears
-from hybrid_train.config.check_precision import exceptions_match_something
+from hybrid_train.anatomy.gemm_formats import (
+    Linear,
+    formats_of,
+    linears,
+    lines,
+)
 from hybrid_train.config.compose import compose
+from hybrid_train.config.rules_of_precision import exceptions_match_something
 from hybrid_train.schema.model import Model, Moe, Mtp
 from hybrid_train.schema.precision import (
     Precision,

@@ -66,7 +66,7 @@ def moments_of(engine: Any) -> list[tuple[str, Tensor]]:
 def named(engine: Any, groups: Any) -> dict[tuple[Any, ...], Tensor]:
     """Weights and optimizer state by the names and offsets that a checkpoint gives them."""
     from hybrid_train.checkpoint.optimizer_state import state_parts
-    from hybrid_train.checkpoint.places import places
+    from hybrid_train.checkpoint.shards import places
 
     found = places(engine.network.chunks, groups)
     tensors = [place.weight for place in found]

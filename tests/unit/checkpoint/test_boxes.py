@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.checkpoint.boxes import Box, boxes
+from hybrid_train.checkpoint.shards import Box, boxes
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

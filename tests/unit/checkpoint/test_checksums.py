@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.checkpoint import checksums
+from hybrid_train.checkpoint import layout
 
 
 def flip(path: Path) -> None:
@@ -22,12 +22,12 @@ def cut(path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     for number in range(5):
         (tmp_path / f"__{number}_0.distcp").write_bytes(bytes(range(256)) * (number + 1))
-    checksums.write(tmp_path, {})
+    layout.write_checksums(tmp_path, {})
     return tmp_path
 
 
 def test_what_is_as_it_was_written_has_no_damage(folder: Path) -> None:
-    assert checksums.damages(folder) == []
+    assert layout.damages(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_is_as_it_was_written_has_no_damage(folder: Path) -> None:
 )
 def test_damage_is_named(folder: Path, harm: Callable[[Path], None], words: str) -> None:
     harm(folder / "__2_0.distcp")
-    (found,) = checksums.damages(folder)
+    (found,) = layout.damages(folder)
     assert found.startswith("__2_0.distcp")
     assert words in found
 
@@ -44,18 +44,18 @@ def test_damage_is_named(folder: Path, harm: Callable[[Path], None], words: str)
 def test_every_file_is_in_one_of_the_parts(folder: Path) -> None:
     for path in folder.glob("*.distcp"):
         flip(path)
-    found = [one for part in range(3) for one in checksums.damages(folder, part=part, parts=3)]
+    found = [one for part in range(3) for one in layout.damages(folder, part=part, parts=3)]
     assert len(found) == len(set(found)) == 5
 
 
 def test_checksums_that_are_known_are_not_computed_again(folder: Path) -> None:
-    checksums.write(folder, {"__0_0.distcp": (256, 1)})
-    assert checksums.damages(folder) == ["__0_0.distcp has other bytes than were written"]
+    layout.write_checksums(folder, {"__0_0.distcp": (256, 1)})
+    assert layout.damages(folder) == ["__0_0.distcp has other bytes than were written"]
 
 
 def test_damaged_checksums_are_damage_and_a_checkpoint_without_is_taken(folder: Path) -> None:
-    cut(folder / checksums.NAME)
-    cut(folder / checksums.NAME)
-    assert "cannot be read" in checksums.damages(folder)[0]
-    (folder / checksums.NAME).unlink()
-    assert checksums.damages(folder) == []
+    cut(folder / layout.CHECKSUMS)
+    cut(folder / layout.CHECKSUMS)
+    assert "cannot be read" in layout.damages(folder)[0]
+    (folder / layout.CHECKSUMS).unlink()
+    assert layout.damages(folder) == []

@@ -37,7 +37,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, groups: Any) -> list[str]:
 
 
 def kept() -> Any:
-    from hybrid_train.checkpoint.kept_plan import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptPlan
 
     return KeptPlan()
 

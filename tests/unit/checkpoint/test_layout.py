@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.checkpoint import checksums, layout, retention
+from hybrid_train.checkpoint import layout
 from hybrid_train.schema.formats import CHECKPOINT, KEY
 from hybrid_train.schema.problems import UserError
 
@@ -53,17 +53,17 @@ def test_partial_and_foreign_folders_are_never_found(tmp_path: Path) -> None:
 
 def test_partial_folders_are_dropped_and_named(tmp_path: Path) -> None:
     whole, half = checkpoint(tmp_path, 6), partial(tmp_path, 7)
-    assert retention.drop_partial(tmp_path) == [half]
+    assert layout.drop_partial(tmp_path) == [half]
     assert not half.exists()
     assert whole.exists()
-    assert retention.drop_partial(tmp_path) == []
+    assert layout.drop_partial(tmp_path) == []
 
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [3]), (2, [2, 3]), (5, [1, 2, 3])])
 def test_the_newest_are_kept(tmp_path: Path, count: int, kept: list[int]) -> None:
     for step in (2, 1, 3):
         checkpoint(tmp_path, step)
-    retention.keep_newest(tmp_path, count)
+    layout.keep_newest(tmp_path, count)
     assert [found.step for found in layout.complete(tmp_path)] == kept
 
 
@@ -126,10 +126,10 @@ def test_a_checkpoint_of_a_newer_format_is_refused_wherever_it_is_met(tmp_path: 
 
 def test_a_format_that_a_bit_changed_is_left_to_the_checksums(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 3)
-    checksums.write(folder, {})
+    layout.write_checksums(folder, {})
     say_in(folder, **{KEY: newer()})
     layout.locate(tmp_path)
-    assert checksums.damages(folder)[0].startswith(layout.POSITION)
+    assert layout.damages(folder)[0].startswith(layout.POSITION)
 
 
 def test_a_position_that_counts_sequences_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.schema.optimizer import AdamW, MasterFormat, MomentFormat
+from hybrid_train.schema.optimizer import (
+    AdamW,
+    MasterFormat,
+    MomentFormat,
+)
 from hybrid_train.schema.precision import ProductFormat
 from hybrid_train.schema.problems import UserError
 from tests.sampled import sampled
@@ -36,7 +40,7 @@ def test_every_element_of_every_weight_has_its_moments_once(
     groups: Any, split: bool, format: ProductFormat
 ) -> None:
     from hybrid_train.checkpoint.optimizer_state import state_parts
-    from hybrid_train.checkpoint.places import places
+    from hybrid_train.checkpoint.shards import places
 
     engine = engine_of(groups, seed=1, split=split, format=format)
     found = places(engine.network.chunks, groups)
@@ -105,7 +109,11 @@ def test_a_bfloat16_run_takes_the_weights_of_a_float32_run_as_its_masters(
 def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
     groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybrid_train.checkpoint import layout, save_load, store
+    from hybrid_train.checkpoint import (
+        layout,
+        save_load,
+        store,
+    )
 
     content = content_of(engine_of(groups, seed=1), groups)
     with monkeypatch.context() as patch:

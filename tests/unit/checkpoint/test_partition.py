@@ -7,8 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.checkpoint.boxes import boxes
-from hybrid_train.checkpoint.partition import is_partition
+from hybrid_train.checkpoint.shards import boxes, is_partition
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ pytestmark = MEGATRON_WARNINGS
 
 
 def test_places_cover_every_parameter_and_buffer_once_and_share_its_memory(groups: Any) -> None:
-    from hybrid_train.checkpoint.places import bare, places
+    from hybrid_train.checkpoint.shards import bare, places
 
     engine = engine_of(groups, seed=1)
     (chunk,) = engine.network.chunks
@@ -33,7 +33,7 @@ def test_places_cover_every_parameter_and_buffer_once_and_share_its_memory(group
 
 
 def test_packed_projections_of_mamba_have_a_place_for_each_part(groups: Any) -> None:
-    from hybrid_train.checkpoint.places import places
+    from hybrid_train.checkpoint.shards import places
 
     engine = engine_of(groups, seed=1, pattern="M-")
     packed = "decoder.layers.0.mixer.in_proj.weight."

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.checkpoint.plan import in_words, read_plan, write_plan
+from hybrid_train.checkpoint.store import (
+    in_words,
+    read_plan,
+    write_plan,
+)
 
 ALONE = {
     "processes": 1,

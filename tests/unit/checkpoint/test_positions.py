@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.checkpoint import positions
-from hybrid_train.checkpoint.positions import OpenFiles, Place
+from hybrid_train.checkpoint import tensor_files
+from hybrid_train.checkpoint.tensor_files import OpenFiles, Place
 
 VALUES = torch.arange(50, dtype=torch.int16)
 
@@ -44,7 +44,7 @@ def test_values_are_written_and_read_at_their_position_however_little_the_system
 def test_a_tensor_larger_than_one_write_is_written_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(positions, "_WRITTEN_AT_ONCE", 32)
+    monkeypatch.setattr(tensor_files, "_WRITTEN_AT_ONCE", 32)
     path = tmp_path / "file"
     with path.open("wb") as file:
         Place(file.fileno(), 0).write(VALUES.view(5, 10).t())

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from hybrid_train.checkpoint import items, safe_metadata
+from hybrid_train.checkpoint import safe_metadata, tensor_files
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
 from hybrid_train.schema.problems import UserError
 
@@ -73,7 +73,7 @@ def test_torchs_own_reader_refuses_it_too_once_installed(
 
 
 def test_a_common_state_with_code_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(items, "saved", lambda _: pickled(Evil(tmp_path / "made")))
+    monkeypatch.setattr(tensor_files, "saved", lambda _: pickled(Evil(tmp_path / "made")))
     writer = CheckpointWriter(tmp_path)
     writer.finish()
     with pytest.raises(UserError, match="common state is damaged or asks for code"):

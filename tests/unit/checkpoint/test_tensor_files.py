@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from hybrid_train.checkpoint import items, tensor_files
-from hybrid_train.checkpoint.positions import bytes_of
-from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
+from hybrid_train.checkpoint import tensor_files
+from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors, bytes_of
 from hybrid_train.schema.problems import UserError
 from tests.tiny import MEGATRON_WARNINGS
 
@@ -28,7 +27,7 @@ def add(writer: CheckpointWriter, name: str, values: Tensor, start: int, stop: i
     writer.place(name, tuple(values.shape), start, tuple(rows.shape), rows.dtype).write(rows)
 
 
-def read_from(content: bytes) -> items.ReadAt:
+def read_from(content: bytes) -> tensor_files.ReadAt:
     """Read the bytes as if they were those of a file."""
     return lambda number, position: content[position : position + number]
 
@@ -60,11 +59,11 @@ def test_an_item_that_torch_wrote_is_found(
     checksums: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not known:  # as if it were too large for an item of zeros to compare with
-        monkeypatch.setattr(items, "_LARGEST_MODEL", 0)
+        monkeypatch.setattr(tensor_files, "_LARGEST_MODEL", 0)
     values = some(5, 3)
-    content = b"before" + items.saved(values, checksums=checksums)
-    part = items.Part(6, len(content) - 6, values.dtype, (5, 3))
-    start = items.start_of_values(read_from(content), part)
+    content = b"before" + tensor_files.saved(values, checksums=checksums)
+    part = tensor_files.Part(6, len(content) - 6, values.dtype, (5, 3))
+    start = tensor_files.start_of_values(read_from(content), part)
     found = torch.frombuffer(bytearray(content[start : start + 60]), dtype=torch.float32)
     assert torch.equal(found.view(5, 3), values)
 
@@ -82,18 +81,18 @@ def test_an_item_that_torch_wrote_is_found(
     ids=["transposed", "narrowed", "half", "in a dictionary", "parameter", "list"],
 )
 def test_an_item_of_anything_else_is_refused(content: object) -> None:
-    written = items.saved(content)
+    written = tensor_files.saved(content)
     with pytest.raises(ValueError, match=r"it is|it has"):
-        items.start_of_values(
-            read_from(written), items.Part(0, len(written), torch.float32, (5, 3))
+        tensor_files.start_of_values(
+            read_from(written), tensor_files.Part(0, len(written), torch.float32, (5, 3))
         )
 
 
 def test_an_item_is_written_as_torch_does() -> None:
     values = some(9, 4, dtype=torch.bfloat16)
-    before, behind = items.around(values.dtype, (9, 4), checksums=False)
+    before, behind = tensor_files.around(values.dtype, (9, 4), checksums=False)
     written = before + bytes(bytes_of(values)) + behind
-    assert written == items.saved(values, checksums=False)
+    assert written == tensor_files.saved(values, checksums=False)
 
 
 def test_large_checkpoints_have_several_files(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.config.check_files import run_dir_can_be_a_folder, what_forbids
-from hybrid_train.schema.check import CheckJob
+from hybrid_train.config.rules_of_data import run_dir_can_be_a_folder, what_forbids
+from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.train import TrainJob
 from tests.unprivileged import modes_count
 

@@ -5,17 +5,17 @@ import copy
 import pytest
 import torch
 
-from hybrid_train.config.check_native import (
+from hybrid_train.config.checks import check
+from hybrid_train.config.compose import compose
+from hybrid_train.config.rules_of_precision import (
     MULTIPLES,
     NATIVE_RULES,
     hardware_notes,
     quantized_linears,
 )
-from hybrid_train.config.checks import check
-from hybrid_train.config.compose import compose
 from hybrid_train.planning import degrees
+from hybrid_train.planning.gemm_sizes import token_sizes
 from hybrid_train.planning.phases import jobs_of
-from hybrid_train.planning.product_sizes import token_sizes
 from hybrid_train.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.schema.precision import (
     Backend,

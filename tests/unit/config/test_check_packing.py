@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid_train.config.check_packing import packed_rows_run
+from hybrid_train.config.rules_of_data import packed_rows_run
 from hybrid_train.schema.data import Data, Packing
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.runtime import Device, Kernels, Runtime

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.config.check_precision import PRECISION_RULES
+from hybrid_train.config.rules_of_precision import PRECISION_RULES
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import (

@@ -5,10 +5,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from hybrid_train.config import overrides
-from hybrid_train.config.check_native import NATIVE_RULES
-from hybrid_train.config.check_precision import PRECISION_RULES
 from hybrid_train.config.checks import RULES, check
 from hybrid_train.config.compose import compose
+from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.train import TrainJob
 

@@ -4,8 +4,8 @@ import pytest
 
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.schema.cluster import Cluster, Container, seconds
+from hybrid_train.schema.job_roots import SubmitJob
 from hybrid_train.schema.problems import ConfigError, Problem, collect
-from hybrid_train.schema.submit import SubmitJob
 
 CLUSTERS = sorted(file.stem for file in (conf_dir() / "cluster").glob("*.yaml"))
 

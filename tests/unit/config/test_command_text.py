@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_train.config import overrides
-from hybrid_train.config.command_text import command, quoted, setting, typed
+from hybrid_train.config.commands import (
+    command,
+    quoted,
+    setting,
+    typed,
+)
 
 HOSTILE = [
     *("out/first", "out/my run (2)", "a=1,b", "läuft/тест/走", "it's", 'say "a"', "a\\", 'a\\"b'),

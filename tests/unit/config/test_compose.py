@@ -11,10 +11,9 @@ from hybrid_train.config import registry
 from hybrid_train.config.compose import compose, conf_dir, draft, group_names
 from hybrid_train.config.frozen import freeze, load, read_frozen, to_yaml
 from hybrid_train.schema.data import Quickstart
-from hybrid_train.schema.optimizer import AdamW
+from hybrid_train.schema.optimizer import AdamW, Cosine, Wsd
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.runtime import Device
-from hybrid_train.schema.schedule import Cosine, Wsd
 from tests.sampled import sampled
 
 EXPERIMENTS = sorted(file.stem for file in (conf_dir() / "experiment").glob("*.yaml"))

@@ -20,8 +20,8 @@ from hybrid_train.config.checks import check
 from hybrid_train.config.compose import compose
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
-from hybrid_train.schema.check import CheckJob
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.train import TrainJob
 from tests.tiny import MEGATRON_WARNINGS, VOCAB
@@ -103,7 +103,7 @@ def one_of(processes: int, rank: int) -> Iterator[None]:
 
 def first_chunk(job: TrainJob, processes: int) -> Any:
     """Build the model chunk of the first of so many processes."""
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
 
     with one_of(processes, 0):
@@ -118,7 +118,7 @@ def first_chunk(job: TrainJob, processes: int) -> Any:
 def build(job: CheckJob, rank: int) -> tuple[int, int]:
     """Build the part of a rank; return its parameters, and those that the plan says it holds."""
 
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
 
     assert isinstance(job.data, Quickstart)

@@ -2,7 +2,12 @@
 
 import pytest
 
-from hybrid_train.config.pins import is_pinned, pinned, plain_name, read_pins
+from hybrid_train.config.supported import (
+    is_pinned,
+    pinned,
+    plain_name,
+    read_pins,
+)
 
 
 def test_pins_are_read_without_comments_and_extras() -> None:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from hybrid_train.schema.problems import collect
-from hybrid_train.schema.source import (
+from hybrid_train.schema.data import (
     BracketStream,
     CopyStream,
     RecallStream,
@@ -12,6 +11,7 @@ from hybrid_train.schema.source import (
     SumStream,
     Synthetic,
 )
+from hybrid_train.schema.problems import collect
 
 EVERY = [CopyStream, RecallStream, BracketStream, SumStream]
 

@@ -4,8 +4,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from hybrid_train.config.pins import pinned, plain_name
-from hybrid_train.config.supported import LIBRARIES, Supported
+from hybrid_train.config.supported import LIBRARIES, Supported, pinned, plain_name
 from tests.docker.programs import setup_words
 
 ONE = Supported("2.3.1.post1", "2.1", "2.3.2", "everything")

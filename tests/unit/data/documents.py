@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.pieces import Joined
+from hybrid_train.data.documents import Joined
 
 WIDTH = 1000  # more than the tokens of any document here
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.data.block_cache import CacheFolder
+from hybrid_train.data.remote import CacheFolder
 from hybrid_train.schema.problems import UserError
 
 

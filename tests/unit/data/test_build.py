@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from hybrid_train.data.any_tokenizer import open_tokenizer
-from hybrid_train.data.build import RunData, check_data, open_data
+from hybrid_train.data.batch import Row
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts
 from hybrid_train.data.quickstart import prepare
-from hybrid_train.data.row import Row
+from hybrid_train.data.run_data import (
+    RunData,
+    check_data,
+    open_data,
+)
 from hybrid_train.planning.phases import lay_out
-from hybrid_train.schema.data import Data, Quickstart
+from hybrid_train.schema.data import Data, Quickstart, Source, Split
 from hybrid_train.schema.problems import ConfigError, UserError
-from hybrid_train.schema.source import Source, Split
 from hybrid_train.schema.train import Train, TrainJob
 
 
@@ -113,7 +116,7 @@ def test_a_source_that_is_repeated_often_is_warned_of(
     corpus: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(logging.getLogger("hybrid_train.data.build"), "warning", said.append)
+    monkeypatch.setattr(logging.getLogger("hybrid_train.data.run_data"), "warning", said.append)
     build(job(corpus, tokens="100k")).description()
     (warning,) = said
     assert "source data will be repeated" in warning

@@ -8,8 +8,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from hybrid_train.data.documents import FileDocuments
+from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.source import Remote
 from tests.unit.data.corpus import VOCAB, write_corpus
 
 LENGTHS = [5, 1, 7, 300, 2]

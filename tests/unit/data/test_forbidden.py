@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_train.config.check_files import token_files_exist, tokenizer_exists
+from hybrid_train.config.rules_of_data import token_files_exist, tokenizer_exists
 from hybrid_train.data.any_tokenizer import open_tokenizer
-from hybrid_train.data.build import check_data
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.quickstart import prepare
+from hybrid_train.data.run_data import check_data
 from hybrid_train.jobs import cli
 from hybrid_train.schema.data import Data, Quickstart
 from hybrid_train.schema.problems import UserError

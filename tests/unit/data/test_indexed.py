@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_train.data.indexed import spread, verify
+from hybrid_train.data.token_files import spread, verify
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import VOCAB, write_corpus
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from hybrid_train.data.batch import Batch
+from hybrid_train.data.batch import Batch, RowReader
 from hybrid_train.data.loader import Loader, Validation
-from hybrid_train.data.mixture import Fields
-from hybrid_train.data.row import RowReader
+from hybrid_train.data.plan import Fields
 
 LENGTH = 4
 

@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_train.data.documents import Piece
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.packed import PackedPlace, PackedRows, Packing
-from hybrid_train.data.pieces import Piece
+from hybrid_train.data.packing import (
+    PackedPlace,
+    PackedRows,
+    Packing,
+)
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.documents import listed, random_lengths
 

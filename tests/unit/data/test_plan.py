@@ -5,12 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from hybrid_train.data.documents import Joined, Piece
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.pieces import Joined, Piece
-from hybrid_train.data.plan import Opened, PhasePlan, describe, plan_phases
+from hybrid_train.data.plan import (
+    Opened,
+    PhasePlan,
+    describe,
+    plan_phases,
+)
 from hybrid_train.planning.phases import lay_out
-from hybrid_train.schema.data import Data, Packing
-from hybrid_train.schema.source import Source
+from hybrid_train.schema.data import Data, Packing, Source
 from hybrid_train.schema.train import Phase, Train, TrainJob
 from tests.unit.data.documents import listed, random_lengths
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from hybrid_train.data.documents import FileDocuments
-from hybrid_train.data.indexed import spread, verify
+from hybrid_train.data.token_files import spread, verify
+from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.source import Remote
 from tests.unit.data.corpus import VOCAB, write_corpus
 from tests.unit.data.http_folder import HttpFolder, serve
 
@@ -222,7 +222,7 @@ def test_threads_may_read_one_file_at_once(
 
 READ_ALL = """
 import hashlib, os, sys
-from hybrid_train.schema.source import Remote
+from hybrid_train.schema.data import Remote
 from hybrid_train.data.documents import FileDocuments
 url, cache, limit, fork = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "fork"
 remote = Remote(cache=cache, block_bytes=4096, cache_bytes=limit, read_ahead=1)

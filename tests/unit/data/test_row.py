@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_train.data.batch import Batch
+from hybrid_train.data.batch import (
+    Batch,
+    Row,
+    RowReader,
+    RowTransform,
+    stack,
+)
 from hybrid_train.data.loader import Loader, Validation
-from hybrid_train.data.mixture import Fields
-from hybrid_train.data.row import Row, RowReader, RowTransform, stack
+from hybrid_train.data.plan import Fields
+from hybrid_train.schema.data import Split
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.source import Split
 
 LENGTH, SEPARATOR, START = 8, 7, 4096
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_train.data.sources import open_source, own_vocabulary
-from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.source import (
+from hybrid_train.schema.data import (
     BracketStream,
     CopyStream,
     RecallStream,
@@ -18,6 +17,7 @@ from hybrid_train.schema.source import (
     SumStream,
     Synthetic,
 )
+from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import END, VOCAB, write_corpus
 from tests.unit.data.http_folder import serve
 

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.data.build import RunData, open_data
+from hybrid_train.data.run_data import RunData, count_tokens, open_data
 from hybrid_train.data.token_files import write_documents
-from hybrid_train.data.unigram import count_tokens
 from hybrid_train.planning.phases import lay_out
-from hybrid_train.schema.data import Data, Packing
+from hybrid_train.schema.data import Data, Packing, Remote, Source
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.source import Remote, Source
 from hybrid_train.schema.train import Train, TrainJob
 from tests.unit.data.corpus import write_stray
 from tests.unit.data.prepare.texts import TOKENIZER

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_train.data.documents import Joined
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.pieces import Joined
 from hybrid_train.data.stream import Stream, StreamPlace, StreamRows
 from tests.unit.data.documents import Listed, listed, random_lengths
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.data.run_data import unigram_cross_entropy
 from hybrid_train.data.token_files import write_documents
-from hybrid_train.data.unigram import unigram_cross_entropy
 
 
 def test_unigram_loss_equals_the_count_by_hand(tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from hybrid_train.data.versions import versions_of
-from hybrid_train.schema.data import Data, Quickstart
-from hybrid_train.schema.generate import GenerateJob
-from hybrid_train.schema.source import Source
+from hybrid_train.schema.data import Data, Quickstart, Source
+from hybrid_train.schema.job_roots import GenerateJob
 from hybrid_train.schema.train import TrainJob
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.data.synthetic import WordTokenizer
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT, Tokenizer
-from hybrid_train.data.words import WordTokenizer
 from hybrid_train.schema.problems import UserError
 
 WORDS = ["c0", "|", "(1", ")1", "7", "=", "?"]

@@ -48,7 +48,7 @@ def build() -> Iterator[Build]:
     """Builder of tiny models by pattern, in a process of one rank."""
     runtime = Runtime(kernels=Kernels.plain, threads=1)
     with process(runtime, seed=1234):
-        from hybrid_train.megatron.groups import build_groups, destroy_groups
+        from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
         from hybrid_train.model.build import build_model
 
         job = TrainJob(runtime=runtime, precision=Precision(format=ProductFormat.fp32))
@@ -103,7 +103,7 @@ def full_logits(model: "Hybrid", tokens: Tensor) -> Tensor:
 
 def cached_logits(model: "Hybrid", tokens: Tensor, prompt: int) -> Tensor:
     """Logits after the prompt and after each later token, [B, L - prompt + 1, V]."""
-    from hybrid_train.generation.cache import Cache
+    from hybrid_train.generation.decode import Cache
 
     model.train()
     model.eval()
@@ -159,7 +159,7 @@ def test_every_layer_kind_matters_to_the_logits(build: Build) -> None:
 
 
 def test_two_caches_used_in_turn_do_not_disturb_each_other(build: Build) -> None:
-    from hybrid_train.generation.cache import Cache
+    from hybrid_train.generation.decode import Cache
 
     model = build(EVERY_KIND)
     tokens = some_tokens(model, batch=3, length=10)
@@ -175,7 +175,7 @@ def test_two_caches_used_in_turn_do_not_disturb_each_other(build: Build) -> None
 def test_the_ssm_state_of_a_bfloat16_model_is_float32(build: Build) -> None:
     model = build("M*", ProductFormat.bf16)
     tokens = some_tokens(model, batch=2, length=9)
-    from hybrid_train.generation.cache import Cache
+    from hybrid_train.generation.decode import Cache
 
     memory = Cache(model.eval(), 2, 9)
     assert memory.read(tokens[:, :5]).dtype == torch.bfloat16
@@ -185,7 +185,7 @@ def test_the_ssm_state_of_a_bfloat16_model_is_float32(build: Build) -> None:
 
 
 def test_a_cache_refuses_what_it_has_no_room_for(build: Build) -> None:
-    from hybrid_train.generation.cache import Cache
+    from hybrid_train.generation.decode import Cache
 
     model = build("M*").eval()
     tokens = some_tokens(model, batch=2, length=9)
@@ -250,7 +250,11 @@ def test_padding_of_the_vocabulary_is_never_drawn(build: Build) -> None:
 
 
 def test_a_stream_gives_each_token_once_and_none_before_or_after(build: Build) -> None:
-    from hybrid_train.generation.decode import Settings, generate, stream
+    from hybrid_train.generation.decode import (
+        Settings,
+        generate,
+        stream,
+    )
 
     model, prompts = build("M*"), [[1], [1, 2, 3]]
     settings = Settings(vocab_size=VOCAB, max_new_tokens=4)
@@ -270,7 +274,11 @@ def test_no_prompt_and_an_empty_prompt_are_refused(build: Build, prompts: list[l
 
 
 def test_generation_leaves_no_trace_in_a_model_that_trains(build: Build) -> None:
-    from hybrid_train.generation.decode import Settings, generate, stream
+    from hybrid_train.generation.decode import (
+        Settings,
+        generate,
+        stream,
+    )
 
     model = build(EVERY_KIND).train()
     tokens = some_tokens(model, batch=1, length=8)

@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from hybrid_train.generation.sampling import keep_top_k, keep_top_p, sample
+from hybrid_train.generation.decode import (
+    keep_top_k,
+    keep_top_p,
+    sample,
+)
 
 
 def random_logits(rows: int = 5, vocab: int = 97, seed: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
-from hybrid_train.generation.text import GrowingText, show
+from hybrid_train.jobs.generate import GrowingText, show
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from transformers import NemotronHConfig
 
 from hybrid_train.config.compose import compose
-from hybrid_train.hf import config as hf_config
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.schema.model import LayerRule, MambaSizes, Model
 from hybrid_train.schema.problems import UserError
 

@@ -46,7 +46,7 @@ def test_the_rows_of_every_tensor_of_theirs_are_named_once() -> None:
 
 @pytest.mark.parametrize("repeated", [True, False], ids=["one MTP block", "two MTP blocks"])
 def test_the_table_has_the_names_and_shapes_that_a_run_saves(groups: Any, repeated: bool) -> None:
-    from hybrid_train.checkpoint.places import places
+    from hybrid_train.checkpoint.shards import places
 
     job = tiny_job("MEM*-/*E/*E")
     job.model.mtp.repeated_block = repeated

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybrid_train.hf import config as hf_config
+from hybrid_train.hf import config_json as hf_config
 from hybrid_train.hf.read import import_folder
-from hybrid_train.hf.transformers import load
+from hybrid_train.hf.verify import load
 from hybrid_train.hf.write import export_checkpoint, open_checkpoint
 from hybrid_train.schema.model import Model, Moe
 from hybrid_train.schema.problems import UserError

@@ -12,7 +12,7 @@ import pytest
 from hybrid_train.jobs import attempts
 from hybrid_train.jobs.attempts import Attempt
 from hybrid_train.schema.problems import UserError
-from hybrid_train.tracking import history, last_words
+from hybrid_train.tracking import exit_reports, history
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def run_dir(tmp_path: Path) -> Path:
         tmp_path, history.ATTEMPT, at=1e9, attempt=1, step=0, processes=2, nodes=1, host="a",
         job=None, restart=0,
     )  # fmt: skip
-    last_words.folder(tmp_path, 1).mkdir(parents=True)
+    exit_reports.folder(tmp_path, 1).mkdir(parents=True)
     return tmp_path
 
 
@@ -37,8 +37,8 @@ def test_a_signal_does_not_take_the_place_of_what_really_happened(
     monkeypatch.setenv("RANK", "1")
     here = Attempt(run_dir, 1)
     here.failed(ValueError("a mistake"))
-    here.leave(last_words.TOLD, "rank 1 was told to end by SIGTERM")
-    (words,) = last_words.read(run_dir, 1)
+    here.leave(exit_reports.TOLD, "rank 1 was told to end by SIGTERM")
+    (words,) = exit_reports.read(run_dir, 1)
     assert (words.kind, words.text) == ("error", "ValueError: a mistake")
 
 

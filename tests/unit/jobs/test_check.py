@@ -13,7 +13,7 @@ from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.jobs import cli
-from hybrid_train.jobs.phase_table import decay_steps
+from hybrid_train.jobs.run_plan import decay_steps
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.units import show_bytes, show_tokens
 from tests.sampled import sampled

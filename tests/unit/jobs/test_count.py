@@ -7,7 +7,7 @@ import pytest
 from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.jobs import cli
-from hybrid_train.jobs.count import layers_in_words
+from hybrid_train.jobs.listings import layers_in_words
 from hybrid_train.schema.pattern import parse
 
 NAMES = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))

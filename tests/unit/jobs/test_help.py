@@ -8,9 +8,9 @@ import pytest
 from hybrid_train.config import describe
 from hybrid_train.config.commands import COMMANDS, root_of
 from hybrid_train.config.compose import conf_dir
-from hybrid_train.config.most_used import MOST_USED
 from hybrid_train.jobs import cli
 from hybrid_train.jobs import help as help_page
+from hybrid_train.jobs.help import MOST_USED
 
 QUICKSTART = "experiment=quickstart"
 

@@ -7,7 +7,7 @@ import pytest
 
 import hybrid_train
 from hybrid_train.jobs import provenance
-from hybrid_train.jobs.code_state import code_of
+from hybrid_train.jobs.code_snapshot import code_of
 from hybrid_train.jobs.provenance import command_line
 
 

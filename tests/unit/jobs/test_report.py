@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.jobs import report
-from hybrid_train.jobs.report_page import SCRIPT, positions
+from hybrid_train.jobs.report import SCRIPT, positions, script_hash
 from hybrid_train.jobs.run_state import look
+from hybrid_train.schema.job_roots import ReportJob
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.report import ReportJob
 from hybrid_train.tracking import plotly
-from hybrid_train.tracking.page import script_hash
 from tests.unit.jobs.report_page import Page, figures
 from tests.unit.jobs.synthetic_run import NASTY, make
 from tests.unprivileged import modes_count

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from hybrid_train.jobs import report
-from hybrid_train.schema.report import ReportJob
+from hybrid_train.schema.job_roots import ReportJob
 from tests.unit.jobs import browser
 from tests.unit.jobs.synthetic_run import NASTY, make
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.jobs import report
-from hybrid_train.jobs.report_runs import differing
-from hybrid_train.schema.report import ReportJob
+from hybrid_train.jobs.report import differing
+from hybrid_train.schema.job_roots import ReportJob
 from tests.unit.jobs.report_page import Page, figures
 from tests.unit.jobs.synthetic_run import NASTY, make
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.jobs.run_list import named, natural
+from hybrid_train.jobs.run_state import named, natural
 from hybrid_train.schema.problems import UserError
 from tests.unit.jobs.synthetic_run import make
 

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from hybrid_train.jobs.run_queue import Command, run_queue
+from hybrid_train.jobs.study import Command, run_queue
 
 Ended = list[tuple[int, int]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.jobs import status
-from hybrid_train.schema.report import StatusJob
+from hybrid_train.schema.job_roots import StatusJob
 from tests.unit.jobs.synthetic_run import PROVENANCE, make
 
 START = 1_700_000_000.0

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.jobs.study_plan import StudyPlan, plan
-from hybrid_train.jobs.study_rates import choose, written
+from hybrid_train.jobs.study_plan import StudyPlan, choose, plan, written
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import RateChoice, Stage, StudyJob, Variant

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs import cli, code_snapshot, slurm, submit
+from hybrid_train.jobs import (
+    cli,
+    code_snapshot,
+    submit,
+)
 from hybrid_train.schema.problems import ConfigError
 from tests.jobs.command import ROOT
 from tests.sampled import sampled
@@ -23,7 +27,7 @@ PUBLISHED = ("nemotron_h_56b", "nemotron3_super", "nemotron3_ultra")
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine may have a SLURM; these tests see none."""
-    monkeypatch.setattr(slurm, "is_here", lambda: False)
+    monkeypatch.setattr(submit, "is_here", lambda: False)
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *lines: str) -> str:
@@ -157,9 +161,9 @@ def test_the_folder_of_another_run_is_refused(
     assert "train.seed: 1234 there, 7 here" in said
 
 
-def partition(**changes: object) -> dict[str, slurm.Partition]:
+def partition(**changes: object) -> dict[str, submit.Partition]:
     known = {"name": "batch", "is_default": True, "nodes": 4, "limit_s": 3600, **changes}
-    return {"batch": slurm.Partition(**known)}  # type: ignore[arg-type]
+    return {"batch": submit.Partition(**known)}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -173,8 +177,8 @@ def partition(**changes: object) -> dict[str, slurm.Partition]:
 def test_what_the_partition_cannot_give_is_refused(
     line: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "is_here", lambda: True)
-    monkeypatch.setattr(slurm, "partitions", partition)
+    monkeypatch.setattr(submit, "is_here", lambda: True)
+    monkeypatch.setattr(submit, "partitions", partition)
     batch = "train.global_batch=40"
     lines = [*TINY, batch, "cluster.time_limit=30", line, "dry_run=true"]
     with pytest.raises(ConfigError) as refused:
@@ -196,11 +200,11 @@ def submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Path:
     """A run folder, as it is when sbatch has taken the job."""
-    monkeypatch.setattr(slurm, "is_here", lambda: True)
-    monkeypatch.setattr(slurm, "partitions", partition)
-    monkeypatch.setattr(slurm, "require_acceptable", lambda script: None)
-    monkeypatch.setattr(slurm, "submit", lambda script: "17")
-    monkeypatch.setattr(slurm, "state", lambda job: "RUNNING" if job == "17" else None)
+    monkeypatch.setattr(submit, "is_here", lambda: True)
+    monkeypatch.setattr(submit, "partitions", partition)
+    monkeypatch.setattr(submit, "require_acceptable", lambda script: None)
+    monkeypatch.setattr(submit, "submit", lambda script: "17")
+    monkeypatch.setattr(submit, "state", lambda job: "RUNNING" if job == "17" else None)
     monkeypatch.setenv("WANDB_API_KEY", "dGhpcyBpcyBhIHNlY3JldA")
     run_dir = tmp_path / "run"
     words = [*TINY, f"run_dir={run_dir}", "cluster.time_limit=30"]
@@ -250,7 +254,7 @@ def test_the_snapshot_says_which_commit_it_is_and_what_was_changed(
     monkeypatch.setattr(code_snapshot.hybrid_train, "__file__", f"{root}/hybrid_train/__init__.py")
     (root / "hybrid_train" / "new.py").write_text("NEW = 1\n")
     (root / "hybrid_train" / "big.log").write_text("not code\n")
-    code_snapshot.write(tmp_path / "code", LAUNCH)
+    code_snapshot.write_snapshot(tmp_path / "code", LAUNCH)
     assert sorted(path.name for path in (tmp_path / "code" / "hybrid_train").iterdir()) == [
         "__init__.py",
         "new.py",
@@ -264,6 +268,6 @@ def test_a_snapshot_takes_the_place_of_an_older_one_as_a_whole(tmp_path: Path) -
     old = tmp_path / "code" / "hybrid_train" / "gone.py"
     old.parent.mkdir(parents=True)
     old.touch()
-    code_snapshot.write(tmp_path / "code", LAUNCH)
+    code_snapshot.write_snapshot(tmp_path / "code", LAUNCH)
     assert not old.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["code"]

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.anatomy.product_formats import Linear, formats_of, linears
+from hybrid_train.anatomy.gemm_formats import (
+    Linear,
+    formats_of,
+    linears,
+)
 from hybrid_train.config.compose import compose
 from hybrid_train.schema.model import Mtp
 from hybrid_train.schema.parallel import Parallel
@@ -77,7 +81,7 @@ def expected(job: TrainJob) -> dict[Linear, str | None]:
 
 def built(job: TrainJob) -> Iterator[Any]:
     """The chunks of all pipeline ranks of a job."""
-    from hybrid_train.megatron.groups import build_groups, destroy_groups
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
 
     for rank in range(job.parallel.pipeline):
@@ -91,7 +95,7 @@ def built(job: TrainJob) -> Iterator[Any]:
 
 def keys_of(job: TrainJob) -> dict[Linear, str | None]:
     """What core has told every linear layer of a model; each is held once."""
-    from hybrid_train.megatron.linears import linear_modules
+    from hybrid_train.megatron.plain import linear_modules
 
     found: dict[Linear, str | None] = {}
     for chunk in built(job):
@@ -330,7 +334,7 @@ def key_of(cut: Pattern, linear: Linear) -> str:
 def test_a_name_of_a_recipe_becomes_our_object(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import fp8_utils
 
-    from hybrid_train.megatron import native_recipes, replacements
+    from hybrid_train.megatron import native_recipes, patches
 
     made = []
 
@@ -341,6 +345,6 @@ def test_a_name_of_a_recipe_becomes_our_object(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fp8_utils, "_get_custom_recipe", fp8_utils._get_custom_recipe)
     monkeypatch.setattr(native_recipes.te, "recipe", recipe)
     precision = Precision(format=ProductFormat.nvfp4, hadamard=False)
-    replacements.for_recipes(native_recipes.recipes(precision))
+    patches.for_recipes(native_recipes.recipes(precision))
     assert fp8_utils._get_custom_recipe("nvfp4") is fp8_utils._get_custom_recipe("nvfp4")
     assert made == [(ProductFormat.nvfp4, precision)]

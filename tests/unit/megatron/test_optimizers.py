@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_train.schema.optimizer import Wsd
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.schedule import Wsd
 from tests.tiny import LENGTH, MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS

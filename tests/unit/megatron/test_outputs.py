@@ -13,7 +13,7 @@ pytestmark = MEGATRON_WARNINGS
 
 @pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)
 def test_a_loss_of_the_head_equals_that_of_its_logits(groups: Any, tied: bool) -> None:
-    from hybrid_train.ops.cross_entropy import CrossEntropy
+    from hybrid_train.ops.logits import CrossEntropy
 
     job = tiny_job("M-/*E")
     job.model.tie_embeddings = tied

@@ -219,19 +219,19 @@ class ListOfDocuments(torch.nn.Module):
 
 def fused_attention(monkeypatch: pytest.MonkeyPatch, **settings: int) -> Any:
     """What stands before Transformer Engine's attention, over one that is written out."""
-    from hybrid_train.megatron import packed_rows
+    from hybrid_train.megatron import mamba
 
-    monkeypatch.setattr(packed_rows.te, "TEDotProductAttention", ListOfDocuments)
-    return packed_rows.attention_of_documents()(**settings)
+    monkeypatch.setattr(mamba.te, "TEDotProductAttention", ListOfDocuments)
+    return mamba.attention_of_documents()(**settings)
 
 
 def test_transformer_engine_gets_rows_as_a_list_of_documents(
     groups: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybrid_train.megatron import packed_rows
+    from hybrid_train.megatron import mamba
 
     index = index_of([3, 1, 4], [8], [2, 6])
-    told = packed_rows.arguments(index, None, groups, SimpleNamespace(sequence_parallel=False))
+    told = mamba.packed_arguments(index, None, groups, SimpleNamespace(sequence_parallel=False))
     q, (k, v) = torch.randn(8, 3, 4, 8), torch.randn(2, 8, 3, 2, 8)
     found = fused_attention(monkeypatch)(
         q, k, v, None, attn_mask_type="causal", packed_seq_params=told["packed_seq_params"]

@@ -75,7 +75,7 @@ LAYERS = {
 
 def stored_keys(model: Any) -> set[str]:
     """Names under which a checkpoint stores the tensors of a model."""
-    from hybrid_train.megatron.sharded import sharded_tensors
+    from hybrid_train.megatron.checkpoints import sharded_tensors
 
     return {shard.key for shard in sharded_tensors(model)}
 

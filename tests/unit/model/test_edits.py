@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_train.anatomy.product_formats import Linear
+from hybrid_train.anatomy.gemm_formats import Linear
 from hybrid_train.schema.problems import UserError
 from tests.masking import (
     KINDS,
@@ -37,7 +37,7 @@ def test_gradients_pass_the_mask_on_their_way_into_the_buffer_of_data_parallelis
     groups: Any,
 ) -> None:
     """In a whole step, where an unmasked weight adds its gradient to the buffer directly."""
-    from hybrid_train.jobs.assemble import build_engine
+    from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
     from hybrid_train.model.edits import apply_edits
 

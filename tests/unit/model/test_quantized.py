@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.anatomy.product_formats import formats_of, linears
+from hybrid_train.anatomy.gemm_formats import formats_of, linears
+from hybrid_train.precision.audit import Audit, Seen
 from hybrid_train.precision.recipes import in_words
-from hybrid_train.precision.records import Audit, Seen
 from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.precision import (
     NumberFormat,
@@ -37,7 +37,7 @@ def step(engine: Any) -> float:
 
 
 def heard(engine: Any) -> Seen:
-    from hybrid_train.model.observed import observe
+    from hybrid_train.model.quantized import observe
 
     audit: Audit = engine.network.quantized.records.audit
     audit.start()
@@ -138,7 +138,7 @@ def test_a_model_learns_in_four_bits(groups: Any) -> None:
 
 def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: Any) -> None:
     """Neither its losses, whose rounding draws random bits, nor what is noted of it."""
-    from hybrid_train.model.observed import observe
+    from hybrid_train.model.quantized import observe
 
     four_bits = job_of(Precision(format=ProductFormat.nvfp4))
     alone = tiny_engine(four_bits, groups)

@@ -10,7 +10,7 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.hf.config import LAYER_TYPES
+from hybrid_train.hf.config_json import LAYER_TYPES
 from hybrid_train.hf.names import table
 from hybrid_train.hf.tensors import turned
 from hybrid_train.schema.model import Model
@@ -59,7 +59,7 @@ def their_model(model: Model, vocab_size: int) -> NemotronHForCausalLM:
 
 def their_weights(ours: Any, groups: Any, model: Model) -> dict[str, Tensor]:
     """Our weights under their names, by the table that conversions use."""
-    from hybrid_train.checkpoint.places import places
+    from hybrid_train.checkpoint.shards import places
 
     stored: dict[str, Tensor] = {}
     for place in places([ours], groups):

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_train.ops.cross_entropy import CrossEntropy
-from hybrid_train.ops.logits import HeadPart
+from hybrid_train.ops.logits import CrossEntropy, HeadPart
 
 
 def loss_and_gradient(

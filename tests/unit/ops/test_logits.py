@@ -11,8 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_train.ops import logits as core
-from hybrid_train.ops.cross_entropy import CrossEntropy
-from hybrid_train.ops.logits import HeadPart, Pullback, Term, weighted_sum
+from hybrid_train.ops.logits import (
+    CrossEntropy,
+    HeadPart,
+    Pullback,
+    Term,
+    weighted_sum,
+)
 
 TOKENS, WIDTH, ROWS, VOCAB = 21, 3, 12, 10
 SPREAD = 30.0  # of the logits: exp alone would overflow

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hybrid_train.ops.conv import causal_conv
-from hybrid_train.ops.mixer_step import (
+from hybrid_train.ops.mixer import (
     causal_conv1d_fn,
     causal_conv1d_update,
     selective_state_update,

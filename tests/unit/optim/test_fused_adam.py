@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.optim.fused_adam import FusedAdam
-from hybrid_train.precision.remainders import joined
+from hybrid_train.precision.formats import join_remainder
 
 SIZES = ((33, 7), (5,))
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -107,7 +107,7 @@ def test_float32_masters_of_bfloat16_weights_are_adamws_weights_to_the_bit(
     for weight, other in zip(weights, twin.weights, strict=True):
         kept = adam.state[weight]["master_param"]
         assert kept.dtype == (torch.int16 if remainders else torch.float32)
-        assert torch.equal(joined(weight, kept) if remainders else kept, other)
+        assert torch.equal(join_remainder(weight, kept) if remainders else kept, other)
         spacing = torch.finfo(torch.bfloat16).eps * other.abs()
         assert ((weight.float() - other).abs() <= spacing / 2).all()
 

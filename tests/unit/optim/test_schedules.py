@@ -7,7 +7,12 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from hybrid_train.optim.schedules import learning_rate
-from hybrid_train.schema.schedule import Cosine, DecayShape, Schedule, Wsd
+from hybrid_train.schema.optimizer import (
+    Cosine,
+    DecayShape,
+    Schedule,
+    Wsd,
+)
 
 # Megatron's scheduler logs through its own rank look-up.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank")

@@ -14,7 +14,11 @@ from hybrid_train.planning.degrees import expert_data_parallel
 from hybrid_train.planning.memory import Held, held, memory
 from hybrid_train.planning.stages import stages
 from hybrid_train.schema.model import Mtp
-from hybrid_train.schema.optimizer import AdamW, MasterFormat, MomentFormat
+from hybrid_train.schema.optimizer import (
+    AdamW,
+    MasterFormat,
+    MomentFormat,
+)
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat

@@ -7,17 +7,22 @@ import pytest
 from hybrid_train.config.checks import check
 from hybrid_train.planning.phases import (
     at,
+    global_batch,
     lay_out,
     rows_of_step,
     unread_sources,
     validation_interval,
 )
-from hybrid_train.planning.ramp import global_batch
-from hybrid_train.schema.data import Data, Packing, Quickstart
+from hybrid_train.schema.data import (
+    Data,
+    Packing,
+    Quickstart,
+    Source,
+    SumStream,
+)
+from hybrid_train.schema.optimizer import Schedule, Wsd
 from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat
 from hybrid_train.schema.problems import Problem, collect
-from hybrid_train.schema.schedule import Schedule, Wsd
-from hybrid_train.schema.source import Source, SumStream
 from hybrid_train.schema.train import BatchRamp, Phase, TrainJob
 from tests.tiny import tiny_job
 

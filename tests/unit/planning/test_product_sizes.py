@@ -3,7 +3,7 @@
 import pytest
 
 from hybrid_train.anatomy.axes import sizes_of
-from hybrid_train.planning.product_sizes import token_sizes, weight_sizes
+from hybrid_train.planning.gemm_sizes import token_sizes, weight_sizes
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.train import TrainJob
 from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, tiny_job
@@ -22,7 +22,7 @@ def on_the_cpu() -> None:
 
 def built(job: TrainJob, processes: int) -> dict[str, tuple[int, ...]]:
     """The shape of the weight of every kind of linear layer on the first process, [O, I]."""
-    from hybrid_train.megatron.linears import linear_modules
+    from hybrid_train.megatron.plain import linear_modules
 
     shapes = {}
     for linear, module in linear_modules(first_chunk(job, processes)):

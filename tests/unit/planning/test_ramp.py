@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.planning.ramp import global_batch, ramps, run_length
+from hybrid_train.planning.phases import (
+    global_batch,
+    ramps,
+    run_length,
+)
 from hybrid_train.schema.train import BatchRamp, Train
 from tests.tiny import MEGATRON_WARNINGS
 

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 
 SCHEMES = [
     *(

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from hybrid_train.precision.formats import decode, encode
 from hybrid_train.precision.quantize import quantize
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from tests.unit.precision.matrices import KINDS
 
 FP8 = {Element.e4m3: torch.float8_e4m3fn, Element.e5m2: torch.float8_e5m2}

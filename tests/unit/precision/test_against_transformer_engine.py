@@ -12,10 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.formats import encode
-from hybrid_train.precision.quantize import Quantized, in_blocks, quantize
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.quantize import (
+    AmaxHistory,
+    Quantized,
+    in_blocks,
+    quantize,
+)
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from hybrid_train.schema.precision import AmaxChoice
 from tests.unit.precision.matrices import KINDS
 from tests.unit.precision.transformer_engine_references import load

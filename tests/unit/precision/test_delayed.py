@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hybrid_train.precision.delayed import AmaxHistory
-from hybrid_train.precision.schemes import Element
+from hybrid_train.precision.quantize import AmaxHistory
+from hybrid_train.precision.recipes import Element
 from hybrid_train.schema.precision import AmaxChoice
 
 

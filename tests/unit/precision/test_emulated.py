@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.anatomy.product_formats import Formats, Linear
+from hybrid_train.anatomy.gemm_formats import Formats, Linear
+from hybrid_train.precision.audit import Records
 from hybrid_train.precision.emulated import (
     Emulation,
     emulation_of,
     quantized_grouped_linear,
     quantized_linear,
 )
-from hybrid_train.precision.noise import Noise
+from hybrid_train.precision.formats import Noise
 from hybrid_train.precision.quantize import quantize
-from hybrid_train.precision.recipes import OPERANDS, Operand, schemes
-from hybrid_train.precision.records import Records
+from hybrid_train.precision.recipes import (
+    OPERANDS,
+    Operand,
+    schemes,
+)
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 LAYER = Linear(0, 1, "mamba.in_proj")

@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.formats import GRIDS, decode, encode, round_to, round_to_
-from hybrid_train.precision.noise import UNIT, Noise
-from hybrid_train.precision.schemes import Element
+from hybrid_train.precision.formats import (
+    GRIDS,
+    UNIT,
+    Noise,
+    decode,
+    encode,
+    round_to,
+    round_to_,
+)
+from hybrid_train.precision.recipes import Element
 from tests.sampled import sampled
 
 TYPES = {Element.e4m3: torch.float8_e4m3fn, Element.e5m2: torch.float8_e5m2}

@@ -11,7 +11,12 @@ from torch.nn import Parameter
 from hybrid_train.precision import fp8_weights
 from hybrid_train.precision.fp8_weights import Float8Weight, in_fp8, replace_codes
 from hybrid_train.precision.quantize import quantize
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from tests.unit.precision.matrices import KINDS, same
 
 SCHEMES = [

@@ -3,43 +3,48 @@
 import pytest
 import torch
 
-from hybrid_train.precision import hadamard
+from hybrid_train.precision import quantize
 from hybrid_train.precision.quantize import turned
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 
 TURNED = Scheme(Element.e2m1, Scale.e4m3, Shape.vector, 16, hadamard=True)
 
 
 def test_the_matrix_is_orthogonal_with_entries_of_one_quarter() -> None:
-    t = hadamard.matrix(torch.device("cpu"), torch.float64)
+    t = quantize.hadamard_matrix(torch.device("cpu"), torch.float64)
     assert torch.equal(t @ t.T, torch.eye(16, dtype=torch.float64))
     assert (t.abs() == 0.25).all()
 
 
 def test_the_signs_are_those_of_transformer_engine() -> None:
     # 2.20, get_wgrad_sign_vector; the first column of a Hadamard matrix has ones alone.
-    column = hadamard.matrix(torch.device("cpu"))[:, 0]
+    column = quantize.hadamard_matrix(torch.device("cpu"))[:, 0]
     assert "".join("+" if value > 0 else "-" for value in column) == "+++-+------+-+--"
 
 
 def test_turning_both_operands_keeps_their_product() -> None:
     left, right = torch.randn(2, 96, 40, dtype=torch.float64)
-    product = hadamard.turn(left, 0).T @ hadamard.turn(right, 0)
+    product = quantize.rotate(left, 0).T @ quantize.rotate(right, 0)
     torch.testing.assert_close(product, left.T @ right, rtol=1e-12, atol=1e-12)
-    product = hadamard.turn(left.T.contiguous(), 1) @ hadamard.turn(right.T.contiguous(), 1).T
+    product = quantize.rotate(left.T.contiguous(), 1) @ quantize.rotate(right.T.contiguous(), 1).T
     torch.testing.assert_close(product, left.T @ right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_axes_are_turned_alike(dtype: torch.dtype) -> None:
     x = torch.randint(-8, 9, (64, 48)).to(dtype)  # sums of these are exact in any order
-    assert torch.equal(hadamard.turn(x, 0), hadamard.turn(x.t().contiguous(), 1).t())
+    assert torch.equal(quantize.rotate(x, 0), quantize.rotate(x.t().contiguous(), 1).t())
 
 
 def test_a_single_value_is_spread_over_its_sixteen() -> None:
     x = torch.zeros(1, 48)
     x[0, 20] = 8.0
-    found = hadamard.turn(x, 1)
+    found = quantize.rotate(x, 1)
     assert (found[0, 16:32].abs() == 2.0).all()
     assert not found[0, :16].any()
     assert not found[0, 32:].any()
@@ -53,4 +58,4 @@ def test_rows_that_are_missing_are_zeros_in_both_operands() -> None:
 
 @pytest.mark.parametrize(("shape", "axis"), [((0, 5), 0), ((16, 0), 0), ((0, 16), 1), ((5, 0), 1)])
 def test_nothing_turns_into_nothing(shape: tuple[int, int], axis: int) -> None:
-    assert hadamard.turn(torch.empty(shape), axis).shape == shape
+    assert quantize.rotate(torch.empty(shape), axis).shape == shape

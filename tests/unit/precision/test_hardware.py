@@ -2,7 +2,13 @@
 
 import pytest
 
-from hybrid_train.precision.hardware import Gpu, is_native, nearest_native, require, require_native
+from hybrid_train.precision.te import (
+    Gpu,
+    is_native,
+    nearest_native,
+    require,
+    require_native,
+)
 from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat
 from hybrid_train.schema.problems import UserError
 from tests.tiny import tiny_job

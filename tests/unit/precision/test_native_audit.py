@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.anatomy.product_formats import Linear
-from hybrid_train.precision.native_audit import observe_calls, words
+from hybrid_train.anatomy.gemm_formats import Linear
+from hybrid_train.precision.audit import Audit, Seen, observe_calls, words
 from hybrid_train.precision.recipes import in_words
-from hybrid_train.precision.records import Audit, Seen
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
 
 LIBRARY = ModuleType("library")

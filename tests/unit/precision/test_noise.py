@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.noise import UNIT, Noise
+from hybrid_train.precision.formats import UNIT, Noise
 
 LIKE = torch.empty(64, 63)  # no multiple of the numbers in a word
 

@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from hybrid_train.precision import operands
-from hybrid_train.precision.noise import Noise
+from hybrid_train.precision.formats import Noise
 from hybrid_train.precision.operands import OperandStatistics, quantize_dequantize
 from hybrid_train.precision.quantize import quantize
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from tests.unit.precision.matrices import KINDS, SCHEMES, same
 
 # One value, less than a block, no multiple of one, several pieces along either side.

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from hybrid_train.precision.formats import round_to
-from hybrid_train.precision.noise import UNIT, Noise
+from hybrid_train.precision.formats import UNIT, Noise, round_to
 from hybrid_train.precision.operands import quantize_dequantize
 from hybrid_train.precision.quantize import quantize
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from tests.unit.precision.matrices import KINDS, SCHEMES, same, wide
 
 PLAIN = [one for one in SCHEMES if not one.stochastic and not one.hadamard]

@@ -2,8 +2,16 @@
 
 import pytest
 
-from hybrid_train.precision.recipes import OPERANDS, Operand, in_words, schemes
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.recipes import (
+    OPERANDS,
+    Element,
+    Operand,
+    Scale,
+    Scheme,
+    Shape,
+    in_words,
+    schemes,
+)
 from hybrid_train.schema.precision import (
     GradientElement,
     Precision,

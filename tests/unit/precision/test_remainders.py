@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.remainders import joined, remainder_of, split
+from hybrid_train.precision.formats import (
+    join_remainder,
+    remainder_of,
+    split_remainder,
+)
 
 
 def numbers() -> Tensor:
@@ -23,14 +27,14 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def test_weight_and_remainder_are_the_master_to_the_bit() -> None:
     master = numbers()
-    weight, remainder = split(master)
+    weight, remainder = split_remainder(master)
     assert (weight.dtype, remainder.dtype) == (torch.bfloat16, torch.int16)
-    assert same_bits(joined(weight, remainder), master)
+    assert same_bits(join_remainder(weight, remainder), master)
 
 
 def test_the_weight_is_the_nearest_bfloat16_and_ties_go_away_from_zero() -> None:
     master = numbers()
-    weight, _ = split(master)
+    weight, _ = split_remainder(master)
     tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
     assert tie.sum() > 500
     assert torch.equal(weight[~tie], master[~tie].bfloat16())
@@ -42,13 +46,13 @@ def test_a_master_whose_tie_went_to_zero_is_moved_by_one_ulp(sign: float) -> Non
     master = torch.tensor([sign * (1 + 2**-8)])  # half way from 1 to the next bfloat16
     weight = master.bfloat16()  # torch's rule: to even, here to zero
     assert weight.item() == sign
-    found = joined(weight, remainder_of(master, weight))
+    found = join_remainder(weight, remainder_of(master, weight))
     assert found.item() == sign * (1 + 2**-8 - 2**-23)
-    assert torch.equal(split(found)[0], weight)
+    assert torch.equal(split_remainder(found)[0], weight)
 
 
 def test_a_remainder_never_leaves_what_rounds_to_the_weight() -> None:
     weight, other = torch.tensor([1.0]).bfloat16(), torch.tensor([1.5, 0.3])
     for master in other.split(1):
-        found = joined(weight, remainder_of(master, weight))
-        assert torch.equal(split(found)[0], weight)
+        found = join_remainder(weight, remainder_of(master, weight))
+        assert torch.equal(split_remainder(found)[0], weight)

@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.precision.delayed import AmaxHistory
 from hybrid_train.precision.formats import GRIDS
-from hybrid_train.precision.scales import factors
-from hybrid_train.precision.schemes import Element, Scale, Scheme, Shape
+from hybrid_train.precision.quantize import AmaxHistory, factors
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Scheme,
+    Shape,
+)
 from hybrid_train.schema.precision import AmaxChoice
 
 FP8 = [Element.e4m3, Element.e5m2]

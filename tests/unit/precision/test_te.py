@@ -5,8 +5,12 @@ from typing import Any
 import pytest
 
 from hybrid_train.precision import te
-from hybrid_train.precision.recipes import schemes
-from hybrid_train.precision.schemes import Element, Scale, Shape
+from hybrid_train.precision.recipes import (
+    Element,
+    Scale,
+    Shape,
+    schemes,
+)
 from hybrid_train.schema.precision import (
     AmaxChoice,
     GradientElement,

@@ -22,7 +22,7 @@ def draws() -> list[float]:
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_restored_generators_go_on_as_they_would_have(groups: Any, before: int) -> None:
     """Normal numbers come in pairs: after an odd count the second one waits in the state."""
-    from hybrid_train.runtime.seeds import random_state, restore_random_state
+    from hybrid_train.runtime.start import random_state, restore_random_state
 
     for _ in range(before):
         draws()
@@ -34,7 +34,7 @@ def test_restored_generators_go_on_as_they_would_have(groups: Any, before: int) 
 
 
 def test_restored_state_is_the_saved_one_to_the_bit(groups: Any) -> None:
-    from hybrid_train.runtime.seeds import random_state, restore_random_state
+    from hybrid_train.runtime.start import random_state, restore_random_state
 
     draws()
     saved = random_state()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hybrid_train.runtime.signals import StopSignals
+from hybrid_train.runtime.heartbeat import StopSignals
 
 
 @pytest.fixture

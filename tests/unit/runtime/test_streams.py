@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from hybrid_train.runtime.streams import accept_any_letter
+from hybrid_train.runtime.logs import accept_any_letter
 
 
 @pytest.mark.parametrize(

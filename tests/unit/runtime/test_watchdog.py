@@ -11,8 +11,8 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own: what hangs must not hang the tests."""
     program = textwrap.dedent("""
         import hashlib, signal, sys, threading, time
-        from hybrid_train.runtime import progress
-        from hybrid_train.runtime.watchdog import Watchdog
+        from hybrid_train.runtime import heartbeat
+        from hybrid_train.runtime.heartbeat import Watchdog
         said = []
         def hang(seen):
             sign = seen.sign
@@ -30,7 +30,7 @@ def test_silence_ends_the_process_with_its_stack() -> None:
         def read_forever():
             time.sleep(60)
         with Watchdog(0.5, hang, told, tick):
-            progress.enter("data", 12)
+            heartbeat.enter("data", 12)
             read_forever()
     """)
     assert ended.returncode == 75
@@ -42,7 +42,7 @@ def test_signs_of_life_keep_it_alive() -> None:
     ended = run("""
         with Watchdog(1.0, hang, told, tick, tick_s=0.1):
             for step in range(30):
-                progress.enter("data", step)
+                heartbeat.enter("data", step)
                 time.sleep(0.1)
         print("done", len(said) > 3)
     """)
@@ -54,7 +54,7 @@ def test_a_signal_is_heard_while_the_main_thread_is_busy_in_c() -> None:
     ended = run("""
         signal.signal(signal.SIGTERM, lambda *_: print("handler", flush=True))
         with Watchdog(0, hang, told, tick):
-            progress.enter("reduce", 3)
+            heartbeat.enter("reduce", 3)
             threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM)).start()
             hashlib.pbkdf2_hmac("sha256", b"a", b"b", 3_000_000)  # one call into C, for a second
             print("main", flush=True)

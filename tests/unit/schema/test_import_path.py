@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.schema.import_path import imported, is_path
+from hybrid_train.schema.extension import imported, is_path
 
 
 def test_a_path_names_an_object_of_a_module() -> None:
     assert imported("pathlib:Path") is Path
-    assert imported("hybrid_train.schema.import_path:imported") is imported
+    assert imported("hybrid_train.schema.extension:imported") is imported
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hybrid_train.config.compose import compose
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.schema.cluster import Cluster
-from hybrid_train.schema.generate import GenerateJob
+from hybrid_train.schema.job_roots import GenerateJob
 from hybrid_train.schema.limits import (
     MOST_TOKENS,
     FileName,

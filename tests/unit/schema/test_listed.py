@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.schema.listed import in_quotes, listed, listed_paths
+from hybrid_train.schema.names import (
+    in_quotes,
+    listed,
+    listed_paths,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,13 @@ import pytest
 
 from hybrid_train.runtime import optional
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.tracking import Tracking, Wandb, WandbMode
-from hybrid_train.tracking.build import build_trackers
+from hybrid_train.schema.tracking import (
+    Tracking,
+    Wandb,
+    WandbMode,
+)
 from hybrid_train.tracking.jsonl import JsonLines, read_metrics
+from hybrid_train.tracking.trackers import build_trackers
 
 # TensorBoard and W&B bring warnings of their own dependencies with them.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -26,7 +30,7 @@ def test_metrics_jsonl_is_always_written(tmp_path: Path) -> None:
 
 def test_tensorboard_and_wandb_are_not_imported_unless_wanted() -> None:
     code = (
-        "import sys, hybrid_train.tracking.build; "
+        "import sys, hybrid_train.tracking.trackers; "
         "sys.exit(any(name in sys.modules for name in ('tensorboard', 'wandb')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from hybrid_train.tracking.console import Console
-from hybrid_train.tracking.smoothing import smoothed_loss
+from hybrid_train.tracking.metrics import smoothed_loss
 
 
 def metrics(step: int, **more: float) -> dict[str, float]:

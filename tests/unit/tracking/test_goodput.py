@@ -7,9 +7,9 @@ import pytest
 
 from hybrid_train.schema.tracking import Tracking
 from hybrid_train.tracking import history
-from hybrid_train.tracking.build import build_trackers
 from hybrid_train.tracking.goodput import Goodput, goodput
 from hybrid_train.tracking.jsonl import JsonLines
+from hybrid_train.tracking.trackers import build_trackers
 
 START = 1_000_000.0
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hybrid_train.tracking import last_words
-from hybrid_train.tracking.last_words import Words, cause_of
+from hybrid_train.tracking import exit_reports
+from hybrid_train.tracking.exit_reports import Words, cause_of
 
 LOST = "RuntimeError: Connection closed by peer [127.0.0.1]:4242"
 TIMED_OUT = "RuntimeError: Timed out waiting 60000ms for recv operation to complete"
@@ -62,12 +62,12 @@ def test_a_signal_to_all_is_told() -> None:
 
 
 def test_words_and_crashes_are_read_from_disk(tmp_path: Path) -> None:
-    last_words.folder(tmp_path, 3).mkdir(parents=True)
-    last_words.leave(tmp_path, 3, lost(0))
+    exit_reports.folder(tmp_path, 3).mkdir(parents=True)
+    exit_reports.leave(tmp_path, 3, lost(0))
     crash = 'Fatal Python error: Bus error\n\n  File "/x/hybrid_train/data/documents.py", line 1\n'
-    last_words.crash_file(tmp_path, 3, 1).write_text(crash)
-    last_words.crash_file(tmp_path, 3, 0).write_text("")
-    words = last_words.read(tmp_path, 3)
+    exit_reports.crash_file(tmp_path, 3, 1).write_text(crash)
+    exit_reports.crash_file(tmp_path, 3, 0).write_text("")
+    words = exit_reports.read(tmp_path, 3)
     assert [(one.rank, one.kind) for one in words] == [(0, "lost"), (1, "data")]
     cause = cause_of(words, processes=2, alive=None)
     assert cause.kind == "data"

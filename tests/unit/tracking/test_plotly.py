@@ -7,7 +7,7 @@ import math
 import plotly.graph_objects as go
 import pytest
 
-from hybrid_train.tracking import plotly, smoothing
+from hybrid_train.tracking import metrics, plotly
 from hybrid_train.tracking.plotly import (
     AS_REPORTED,
     EACH_STEP,
@@ -49,7 +49,7 @@ def test_a_curve_has_a_trace_for_each_way_to_smooth_it() -> None:
     traces = by_smoothing(drawn(curve(losses, smooths=True), columns=1000))
     assert tuple(traces) == SMOOTHINGS
     assert traces[EACH_STEP]["y"] == pytest.approx(losses, rel=1e-4)
-    assert traces[AS_REPORTED]["y"] == pytest.approx(smoothing.curve(losses), rel=1e-4)
+    assert traces[AS_REPORTED]["y"] == pytest.approx(metrics.curve(losses), rel=1e-4)
     assert traces[AS_REPORTED]["x"] == list(range(1, 301))
 
 

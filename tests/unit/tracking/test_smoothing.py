@@ -4,7 +4,12 @@ import math
 
 import pytest
 
-from hybrid_train.tracking.smoothing import LONGEST, curve, smoothed_loss, window
+from hybrid_train.tracking.metrics import (
+    LONGEST,
+    curve,
+    smoothed_loss,
+    window,
+)
 
 
 def test_the_window_grows_with_the_run_up_to_a_hundred_steps() -> None:

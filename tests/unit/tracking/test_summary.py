@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from hybrid_train.tracking.console import summarise
 from hybrid_train.tracking.jsonl import JsonLines
-from hybrid_train.tracking.summary import summarise
 
 
 def run(folder: Path, validation: float = 3.0, steps: int = 40) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hybrid_train.tracking.tracker import FanOut
+from hybrid_train.tracking.trackers import FanOut
 
 
 class Recorder:

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from hybrid_train.schema.recovery import Recovery
+from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.training.bad_steps import BadSteps, SpikeError
-from hybrid_train.training.hooks.stragglers import stragglers
+from hybrid_train.training.hooks.processes import stragglers
 
 SETTINGS = Recovery(spike_sigmas=6.0, spike_window=8)
 USUAL = [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.0]  # mean 2, standard deviation 0.0756

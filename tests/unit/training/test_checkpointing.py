@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from hybrid_train.data.batch import RowReader
 from hybrid_train.data.loader import Loader
-from hybrid_train.data.mixture import Fields
-from hybrid_train.data.row import RowReader
+from hybrid_train.data.plan import Fields
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.problems import UserError
-from hybrid_train.training.hook import Hook, HookList
+from hybrid_train.training.loop import Hook, HookList
 from tests.full_disk import full_disk
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
 from tests.unit.checkpoint.content import engine_of

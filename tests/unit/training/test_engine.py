@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.schema.model import Mtp
 from hybrid_train.schema.objective import NextToken
-from hybrid_train.schema.recovery import Recovery
-from hybrid_train.schema.schedule import Schedule, Wsd
+from hybrid_train.schema.optimizer import Schedule, Wsd
 from hybrid_train.training.bad_steps import BadSteps
 from tests.packed import documents, packed_batch
 from tests.sampled import sampled

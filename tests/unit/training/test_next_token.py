@@ -15,7 +15,7 @@ from tests.packed import documents, packed_batch
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
 
 if TYPE_CHECKING:
-    from hybrid_train.megatron.outputs import Head
+    from hybrid_train.megatron.hybrid import Head
 
 pytestmark = MEGATRON_WARNINGS
 DEPTHS, SCALE = 2, 0.3
@@ -37,7 +37,7 @@ class GivenLosses(torch.nn.Module):
         self.losses = losses  # [1 + D, B, S]
 
     def forward(self, tokens: Tensor, *_: object, read: Any, **__: object) -> Any:
-        from hybrid_train.megatron.outputs import Outputs
+        from hybrid_train.megatron.hybrid import Outputs
 
         first, *others = self.losses[:, tokens[:, 0]]
         return read(Outputs(first, tuple(others), cast("Head", self)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.schema.recovery import Recovery
+from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.training.bad_steps import BadSteps
 from tests.masking import FreezeEmbedding
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
@@ -45,7 +45,7 @@ def engine_after_one_step(groups: Any, clip: float = 1.0) -> Any:
 def test_nan_in_a_weight_is_located_and_nothing_is_updated(
     groups: Any, parameter: str, module: str
 ) -> None:
-    from hybrid_train.training.nonfinite import NonFiniteError
+    from hybrid_train.training.bad_steps import NonFiniteError
 
     engine = engine_after_one_step(groups)
     engine.network.chunks[0].module.get_parameter(parameter).data.view(-1)[3] = float("nan")
@@ -59,7 +59,7 @@ def test_nan_in_a_weight_is_located_and_nothing_is_updated(
 
 @pytest.mark.parametrize("clip", [1.0, 0.0], ids="clip={}".format)
 def test_infinite_gradient_is_located_and_nothing_is_updated(groups: Any, clip: float) -> None:
-    from hybrid_train.training.nonfinite import NonFiniteError
+    from hybrid_train.training.bad_steps import NonFiniteError
 
     engine = engine_after_one_step(groups, clip)
     # No linear layer: these add to the gradient buffer themselves, where no hook looks.
@@ -77,7 +77,7 @@ def test_infinite_gradient_is_located_and_nothing_is_updated(groups: Any, clip: 
 
 
 def test_the_sound_run_raises_nothing_and_leaves_no_hooks(groups: Any) -> None:
-    from hybrid_train.training.nonfinite import first_bad_module
+    from hybrid_train.training.bad_steps import first_bad_module
 
     engine = engine_after_one_step(groups)
     batches = [next(microbatches(some_rows(), 2))]

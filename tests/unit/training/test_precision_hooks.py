@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.anatomy.product_formats import formats_of
+from hybrid_train.anatomy.gemm_formats import formats_of
 from hybrid_train.precision.emulated import emulation_of
 from hybrid_train.schema.precision import Precision, Product, ProductFormat
 from hybrid_train.schema.problems import UserError
@@ -18,10 +18,10 @@ pytestmark = MEGATRON_WARNINGS
 
 def audited(groups: Any, run_dir: Path, *, strict: bool, fault: bool) -> None:
     """One audited step; with a fault, the first in_proj multiplies in another format than asked."""
-    from hybrid_train.megatron.linears import linear_modules
+    from hybrid_train.megatron.plain import linear_modules
     from hybrid_train.model.edits import quantize
-    from hybrid_train.model.observed import unwrapped
-    from hybrid_train.training.hooks.precision import AuditPrecision
+    from hybrid_train.model.quantized import unwrapped
+    from hybrid_train.training.hooks.rounding import AuditPrecision
     from hybrid_train.training.loop import Run
 
     precision = Precision(format=ProductFormat.nvfp4, strict=strict)

@@ -11,8 +11,7 @@ from hybrid_train.data.batch import Batch
 from hybrid_train.data.loader import BatchSource, Loader
 from hybrid_train.schema.checkpoint import Checkpoint
 from hybrid_train.schema.problems import UserError
-from hybrid_train.training.hook import Hook, HookList
-from hybrid_train.training.state import TrainState
+from hybrid_train.training.loop import Hook, HookList, TrainState
 from tests.tiny import BATCH, LENGTH, MEGATRON_WARNINGS, batch_of, some_rows
 from tests.unit.checkpoint.content import engine_of
 

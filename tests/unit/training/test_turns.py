@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import NextToken
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.recovery import Recovery
 from hybrid_train.training.bad_steps import BadSteps
 from tests.tiny import (
     MEGATRON_WARNINGS,

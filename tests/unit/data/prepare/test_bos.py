@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 
 from hybrid_train.data.any_tokenizer import open_tokenizer
+from hybrid_train.data.prepare.finished import verify_whole
 from hybrid_train.data.prepare.tokenization import beginning_of_documents
-from hybrid_train.data.prepare.verification import verify_whole
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.prepare.texts import CORPUS, job, json_lines, read_ids, run

@@ -10,9 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from hybrid_train.data.prepare.blocks import all_blocks
-from hybrid_train.data.prepare.documents import Documents, read_documents, read_lines
-from hybrid_train.data.prepare.sources import Source, find_sources
+from hybrid_train.data.prepare.blocks import (
+    Documents,
+    all_blocks,
+    read_documents,
+    read_lines,
+)
+from hybrid_train.data.prepare.inputs import Source, find_sources
 from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.prepare.texts import json_lines, some_texts

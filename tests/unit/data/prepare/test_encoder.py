@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_train.data.prepare import encoder as module
-from hybrid_train.data.prepare.encoder import Encoder, stretches
-from hybrid_train.data.prepare.word_pattern import WordPattern
+from hybrid_train.data.prepare.encoder import Encoder, WordPattern, stretches
 from tests.unit.data.prepare.texts import CORPUS, TOKENIZER, ids_of, some_texts
 
 SHORT, LONG = np.dtype("<u2"), np.dtype("<i4")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.data.prepare.prefixes import find_prefixes
+from hybrid_train.data.prepare.inputs import find_prefixes
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import write_corpus
 

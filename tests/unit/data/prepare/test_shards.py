@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from hybrid_train.data.indexed import HEADER
-from hybrid_train.data.prepare import shards
-from hybrid_train.data.prepare.lengths import histogram
+from hybrid_train.data.prepare import finished
+from hybrid_train.data.prepare.finished import (
+    histogram,
+    merge,
+    split_by_shares,
+    split_by_tokens,
+    verify_whole,
+)
+from hybrid_train.data.prepare.inputs import find_prefixes
 from hybrid_train.data.prepare.manifest import TokenizerFacts, read_manifest
-from hybrid_train.data.prepare.prefixes import find_prefixes
-from hybrid_train.data.prepare.shards import merge, split_by_shares, split_by_tokens
-from hybrid_train.data.prepare.verification import verify_whole
-from hybrid_train.data.token_files import TokenReader, write_documents
+from hybrid_train.data.token_files import HEADER, TokenReader, write_documents
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import END, VOCAB, write_corpus
@@ -92,7 +95,7 @@ def write_sequences(prefix: Path, per_document: int) -> list[list[int]]:
 def test_shares_divide_the_documents_and_keep_their_order(
     tmp_path: Path, per_document: int, stretch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "_STRETCH_TOKENS", stretch)
+    monkeypatch.setattr(finished, "_SPAN_TOKENS", stretch)
     documents = write_sequences(tmp_path / "a", per_document)
     outputs = [str(tmp_path / name) for name in ("x", "y", "z")]
     found = split_by_shares(str(tmp_path / "a"), outputs, [0.5, 0.3, 0.2], seed=1, overwrite=False)

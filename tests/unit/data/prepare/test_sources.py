@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from hybrid_train.data.prepare.sources import find_sources
+from hybrid_train.data.prepare.inputs import find_sources
 from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.prepare.test_documents import sources, texts, written
@@ -24,7 +24,7 @@ LINES = [f"line {number}" for number in range(5)]
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is said beside, filled in."""
     said: list[str] = []
-    log = logging.getLogger("hybrid_train.data.prepare.sources")
+    log = logging.getLogger("hybrid_train.data.prepare.inputs")
     for level in ("info", "warning"):
         monkeypatch.setattr(log, level, lambda text, *words: said.append(text % words))
     return said

@@ -13,8 +13,8 @@ import zstandard
 
 from hybrid_train import __version__
 from hybrid_train.data.prepare import journal
+from hybrid_train.data.prepare.finished import verify_whole
 from hybrid_train.data.prepare.manifest import read_manifest
-from hybrid_train.data.prepare.verification import verify_whole
 from hybrid_train.data.sentencepiece import SentencePieceTokenizer
 from hybrid_train.data.token_files import TokenReader, checksum
 from hybrid_train.schema.formats import KEY, TOKEN_FILES, TOKENIZATION

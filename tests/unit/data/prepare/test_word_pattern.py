@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from hybrid_train.data.prepare.word_pattern import translate, word_pattern
+from hybrid_train.data.prepare.encoder import translate, word_pattern
 from tests.sampled import sampled
 
 LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"

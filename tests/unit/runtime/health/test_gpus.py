@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.runtime.health import gpus
-from hybrid_train.runtime.health.findings import Grade
-from hybrid_train.runtime.health.machine import Answer
+from hybrid_train.runtime.health.machine import Answer, Grade
 from tests.unit.runtime.health.machines import (
     H100,
     Commands,

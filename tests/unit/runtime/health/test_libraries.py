@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.jobs.doctor import MACHINE_CHECKS
 from hybrid_train.runtime.health import libraries
-from hybrid_train.runtime.health.findings import Finding, Grade
-from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.runtime.health.machine import Finding, Grade, Machine
 from hybrid_train.runtime.health.probe import Library
-from hybrid_train.runtime.health.table import CHECKS
 from hybrid_train.runtime.optional import State
 from tests.unit.runtime.health.machines import ABSENT, cpu_machine, gpu_machine, with_library
 
@@ -22,7 +21,7 @@ KERNELS = {
 
 
 def kernels(machine: Machine, module: str) -> Finding:
-    return CHECKS[KERNELS[module]](machine)
+    return MACHINE_CHECKS[KERNELS[module]](machine)
 
 
 @pytest.mark.parametrize("version", [(3, 11, 9), (3, 13, 0)])

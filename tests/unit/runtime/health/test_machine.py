@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.runtime.health import machine
-from hybrid_train.runtime.health.machine import Answer, Machine, ask
+from hybrid_train.runtime.health.machine import (
+    Answer,
+    Machine,
+    ask,
+)
 from tests.unit.runtime.health.machines import cpu_machine, gpu_machine, put
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.runtime.health import system
-from hybrid_train.runtime.health.findings import Grade
-from hybrid_train.runtime.health.machine import soft_limit, space
+from hybrid_train.runtime.health.machine import Grade, soft_limit, space
 from tests.unit.runtime.health.machines import cpu_machine, gpu_machine
 
 GB = 10**9

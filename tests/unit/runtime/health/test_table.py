@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.runtime.health.findings import Finding, Grade
-from hybrid_train.runtime.health.machine import Machine
+from hybrid_train.jobs.doctor import (
+    MACHINE_CHECKS,
+    MEASUREMENTS,
+    findings,
+)
+from hybrid_train.runtime.health.machine import Finding, Grade, Machine
 from hybrid_train.runtime.health.probe import Library
-from hybrid_train.runtime.health.table import CHECKS, MEASUREMENTS, findings
 from hybrid_train.runtime.optional import State
 from tests.unit.runtime.health.machines import cpu_machine, gpu_machine, with_library
 
-ALL = {**CHECKS, **MEASUREMENTS}
+ALL = {**MACHINE_CHECKS, **MEASUREMENTS}
 
 
 @pytest.mark.parametrize("machine", [cpu_machine, gpu_machine])
@@ -45,7 +48,9 @@ def test_a_check_that_fails_is_broken_and_the_others_are_told(tmp_path: Path) ->
     def fail(_: Machine) -> Finding:
         raise PermissionError("/proc is not yours")
 
-    found = dict(findings(cpu_machine(tmp_path), {"first": fail, "Python": CHECKS["Python"]}))
+    found = dict(
+        findings(cpu_machine(tmp_path), {"first": fail, "Python": MACHINE_CHECKS["Python"]})
+    )
     assert found["first"].grade is Grade.broken
     assert "PermissionError: /proc is not yours" in found["first"].found
     assert found["Python"].grade is Grade.ok

@@ -1,0 +1,254 @@
+"""Which linear layer multiplies in which format: the exceptions applied to every layer of a model.
+
+The first rule that matches a product of a layer decides. Embedding, head, routers, norms,
+convolutions and scans are no part of this: they are never quantized.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from hybrid_train.anatomy.kinds import MTP_PROJECTION, possible_parameters
+from hybrid_train.anatomy.layers import Shape, layers_of_shape, shape_of
+from hybrid_train.schema.layer_ranges import layers_of
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import (
+    Precision,
+    PrecisionRule,
+    Product,
+    ProductFormat,
+)
+
+MTP = "mtp"
+_MAIN_KINDS = tuple(one.linear for one in possible_parameters() if one.linear)
+KINDS = (*_MAIN_KINDS, MTP_PROJECTION, *(f"{MTP}.{kind}" for kind in _MAIN_KINDS))
+UNQUANTIZED = (ProductFormat.fp32, ProductFormat.bf16)
+# Formats whose weights have the same values in all products, and that Transformer Engine gathers:
+# MXFP8's are cut along the sum of each product, and gathered in bfloat16.
+GATHERED_IN_FP8 = (ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise)
+
+
+@dataclass(frozen=True, order=True)
+class Linear:
+    """One linear layer of a model; the experts of a layer are one.
+
+    Attributes:
+        depth: 0 for the main layers, else the MTP block, from 1.
+        layer: from 1, of the main layers or of the block; 0 for what is in no layer of a block.
+        module: its kind, "mamba.in_proj"; in an MTP block "mtp.mamba.in_proj".
+    """
+
+    depth: int
+    layer: int
+    module: str
+
+    def __str__(self) -> str:
+        place = str(self.layer) if self.depth == 0 else f"mtp {self.depth}.{self.layer}"
+        return f"{place} {self.module}"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The formats of the three products of a linear layer.
+
+    Attributes:
+        formats: of each product.
+        rules: number of the exception that decided it, from 0; None for the format of the run.
+    """
+
+    formats: dict[Product, ProductFormat]
+    rules: dict[Product, int | None]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any product has quantized operands."""
+        return any(one not in UNQUANTIZED for one in self.formats.values())
+
+
+def linears(model: Model) -> list[Linear]:
+    """Return every linear layer of a model that can be quantized, in order."""
+    return list(_linears(shape_of(model)))
+
+
+@lru_cache(maxsize=64)
+def _linears(shape: Shape) -> tuple[Linear, ...]:
+    found, depth = [], 0
+    for layer in layers_of_shape(shape):
+        if layer.depth > depth:
+            depth = layer.depth
+            found.append(Linear(depth, 0, MTP_PROJECTION))
+        before = f"{MTP}." if depth else ""
+        found += [
+            Linear(depth, layer.number, before + one.linear)
+            for one in layer.parameters
+            if one.linear
+        ]
+    return tuple(found)
+
+
+def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
+    """Return the formats of every linear layer; the exceptions must be readable."""
+    return dict(_known_formats(*_what_decides(model, precision)))
+
+
+def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozenset[ProductFormat]]:
+    """Return the formats of each kind of linear layer that has a quantized product in any layer."""
+    return _known_kinds(*_what_decides(model, precision))
+
+
+_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+
+
+def _what_decides(model: Model, precision: Precision) -> tuple[Shape, ProductFormat, _Rules]:
+    """Return all that formats depend on, to know them again."""
+    rules = tuple(
+        (one.format, one.layers, tuple(one.modules), tuple(one.products))
+        for one in precision.exceptions
+    )
+    return shape_of(model), precision.format, rules
+
+
+@lru_cache(maxsize=64)
+def _known_kinds(
+    shape: Shape, usual: ProductFormat, rules: _Rules
+) -> Mapping[str, frozenset[ProductFormat]]:
+    kinds: dict[str, frozenset[ProductFormat]] = {}
+    for linear, one in _known_formats(shape, usual, rules).items():
+        if one.quantized:
+            kinds[linear.module] = kinds.get(linear.module, frozenset()).union(one.formats.values())
+    return kinds
+
+
+@lru_cache(maxsize=64)
+def _known_formats(shape: Shape, usual: ProductFormat, rules: _Rules) -> dict[Linear, Formats]:
+    return _formats_of_all(_linears(shape), len(parse(shape.pattern).main), usual, rules)
+
+
+@lru_cache(maxsize=64)  # large models take 50 ms, and the checks try many sizes
+def _formats_of_all(
+    found: tuple[Linear, ...], num_layers: int, usual: ProductFormat, rules: _Rules
+) -> dict[Linear, Formats]:
+    """Return the formats that follow from all that they depend on.
+
+    Args:
+        found: the linear layers of the model.
+        num_layers: main layers of the model.
+        usual: format without an exception.
+        rules: format, layers, modules and products of each exception.
+    """
+    exceptions = [
+        PrecisionRule(format=format, layers=layers, modules=list(modules), products=list(products))
+        for format, layers, modules, products in rules
+    ]
+    return {one: _formats(one, usual, exceptions, num_layers) for one in found}
+
+
+def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:
+    """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
+
+    Those of MTP blocks are not: core knows a block by another name while it builds it than ever
+    after (`megatron/native_recipes.py`), and would build its weights by that name.
+    """
+    if not precision.fp8_param_gather:
+        return {}
+    found = {
+        linear: set(one.formats.values()) for linear, one in formats_of(model, precision).items()
+    }
+    return {
+        linear: next(iter(formats))
+        for linear, formats in found.items()
+        if linear.depth == 0 and len(formats) == 1 and formats <= set(GATHERED_IN_FP8)
+    }
+
+
+def kept_in_words(model: Model, precision: Precision) -> str | None:
+    """Say how many layers keep their weights in FP8; None for none."""
+    kept = kept_in_fp8(model, precision)
+    whole = len(linears(model))
+    return f"weights of {len(kept)} of {whole} linear layers, kept and gathered" if kept else None
+
+
+def quantizes(model: Model, precision: Precision) -> bool:
+    """Tell whether any product of a model has quantized operands."""
+    return any(one.quantized for one in formats_of(model, precision).values())
+
+
+def _formats(
+    linear: Linear, usual: ProductFormat, rules: Sequence[PrecisionRule], num_layers: int
+) -> Formats:
+    formats, deciding = {}, {}
+    for product in Product:
+        number = next(_matching(linear, product, rules, num_layers), None)
+        formats[product] = usual if number is None else rules[number].format
+        deciding[product] = number
+    return Formats(formats, deciding)
+
+
+def _matching(
+    linear: Linear, product: Product, rules: Sequence[PrecisionRule], num_layers: int
+) -> Iterator[int]:
+    """Yield the numbers of the rules that match a product, in order."""
+    for number, rule in enumerate(rules):
+        if matches(rule, linear, num_layers) and (not rule.products or product in rule.products):
+            yield number
+
+
+def matches(rule: PrecisionRule, linear: Linear, num_layers: int) -> bool:
+    """Tell whether a rule speaks of a layer; only "all" reaches into MTP blocks."""
+    if rule.layers.strip() != "all":
+        in_range = linear.depth == 0 and linear.layer in layers_of(rule.layers, num_layers)
+        if not in_range:
+            return False
+    return not rule.modules or any(is_named(linear.module, name) for name in rule.modules)
+
+
+def is_named(module: str, name: str) -> bool:
+    """Tell whether a name of a rule means a module: itself, what it is part of, or a glob.
+
+    A module of an MTP block also has its name without "mtp.".
+    """
+    own = module.removeprefix(f"{MTP}.")
+    return any(
+        one == name or one.startswith(f"{name}.") or fnmatchcase(one, name) for one in (module, own)
+    )
+
+
+_HEADS = ("module", "format", "layers", "why")
+
+
+def lines(formats: Mapping[Linear, Formats], rules: Sequence[PrecisionRule]) -> list[str]:
+    """Return the table as text; layers of MTP blocks count from 1 in each."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for linear, chosen in formats.items():
+        key = (linear.module, in_words(chosen), reason(chosen, rules))
+        groups.setdefault(key, []).append(linear.layer)
+    modules = list(dict.fromkeys(linear.module for linear in formats))
+    ordered = sorted(groups.items(), key=lambda item: modules.index(item[0][0]))
+    found = ((module, words, _span(layers), why) for (module, words, why), layers in ordered)
+    table = [_HEADS, *found]
+    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADS))]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Say how many layers there are, and from which to which."""
+    first, last = min(layers), max(layers)
+    if last == 0:
+        return "1"
+    return f"{len(layers)}, {first} to {last}" if first < last else f"1, {first}"
+
+
+def in_words(formats: Formats) -> str:
+    """Say the formats of the three products: one word where they are the same."""
+    by_product = {product.value: one.value for product, one in formats.formats.items()}
+    if len(set(by_product.values())) == 1:
+        return next(iter(by_product.values()))
+    return ", ".join(f"{product} {one}" for product, one in by_product.items())
+
+
+def reason(formats: Formats, rules: Sequence[PrecisionRule]) -> str:
+    """Name the exceptions that decided, or nothing where the format of the run holds."""
+    numbers = dict.fromkeys(one for one in formats.rules.values() if one is not None)
+    return "; ".join(f"exception {number}: {rules[number]}" for number in numbers)

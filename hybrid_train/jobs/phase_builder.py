@@ -1,0 +1,159 @@
+"""Brings a run into its phases: model and optimizer on the layout of each, and its data."""
+
+import dataclasses
+import gc
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.gemm_formats import kept_in_fp8
+from hybrid_train.checkpoint import layout, store
+from hybrid_train.data.loader import BatchSource
+from hybrid_train.data.run_data import RunData
+from hybrid_train.jobs.networks import build_engine
+from hybrid_train.megatron.data_parallel import (
+    ProcessGroups,
+    build_groups,
+    destroy_groups,
+)
+from hybrid_train.model.build import build_model
+from hybrid_train.planning import stages
+from hybrid_train.planning.degrees import padded_vocab_size
+from hybrid_train.planning.phases import Stretch
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import show_tokens
+from hybrid_train.training.engine import Engine
+from hybrid_train.training.hooks.checkpointing import SaveCheckpoints, content_of
+from hybrid_train.training.loop import Run, TrainState
+from hybrid_train.training.network import Rate
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class PhaseBuilder:
+    """Builds what a phase needs; every process makes the same calls.
+
+    Attributes:
+        data: what the run reads from.
+        device: of this process.
+        run_dir: the run folder, through which a run moves to another layout.
+    """
+
+    data: RunData
+    device: torch.device
+    run_dir: Path
+
+    def build(self, stretch: Stretch, state: TrainState, token_budget: int) -> Run:
+        """Build a run at a position in a phase, with new weights."""
+        groups = build_groups(stretch.job.parallel, stretch.job.runtime.timeout_s)
+        engine = _engine(stretch.job, groups, self.data, self.device)
+        engine.steps_done = state.step
+        run = Run(engine, self._batches(stretch, engine, state), token_budget, state=state)
+        self._bring_into(run, stretch)
+        return run
+
+    def enter(self, run: Run, stretch: Stretch, before: Stretch, saving: SaveCheckpoints) -> None:
+        """Bring a run from one phase into the next."""
+        _log.info("phase %s begins at %s tokens", stretch.name, show_tokens(run.state.tokens))
+        # Layers that cannot be told to multiply in another way are built anew, and so are weights
+        # that were kept in FP8 and no longer are.
+        other_formats = stretch.job.precision != before.job.precision
+        fixed = run.engine.network.quantized is None
+        kept, kept_before = (
+            kept_in_fp8(one.job.model, one.job.precision) for one in (stretch, before)
+        )
+        anew = (other_formats and fixed) or kept != kept_before
+        if stretch.job.parallel != before.job.parallel or anew:
+            self._move(run, stretch, saving)
+        self._bring_into(run, stretch)
+        state = run.batches.state_dict()
+        run.batches = self._batches(stretch, run.engine, run.state)
+        run.batches.load_state_dict(state)
+
+    def _move(self, run: Run, stretch: Stretch, saving: SaveCheckpoints) -> None:
+        """Build the run anew on another layout, from a checkpoint of this very step."""
+        saving.save_now(run)
+        found = layout.latest(self.run_dir)
+        assert found is not None, "it was just saved"
+        del run.engine
+        gc.collect()  # models are full of cycles, and two of them may not fit
+        destroy_groups()
+        groups = build_groups(stretch.job.parallel, stretch.job.runtime.timeout_s)
+        engine = _engine(stretch.job, groups, self.data, self.device)
+        store.load(found, content_of(engine))
+        engine.steps_done = run.state.step
+        run.engine = engine
+
+    def _bring_into(self, run: Run, stretch: Stretch) -> None:
+        """Set what depends on the phase but not on the layout."""
+        job, groups = stretch.job, run.engine.network.groups
+        for name, model in job.objective.models(job.model).items():
+            quantized = run.engine.networks[name].quantized
+            if quantized is not None:
+                quantized.use(model, job.precision)
+        sources = tuple(self.data.names)
+        run.engine = dataclasses.replace(in_phase(run.engine, stretch), sources=sources)
+        run.validation = self.data.validation(
+            stretch, data_rank=groups.dp.rank(), data_size=groups.dp.size()
+        )
+        length = job.train.sequence_length
+        run.flops_per_token = counts.flops_per_token(job.model, rows_of(job), length).training
+
+    def _batches(self, stretch: Stretch, engine: Engine, state: TrainState) -> BatchSource:
+        groups = engine.network.groups
+        usual = self.data.loader(
+            stretch,
+            data_rank=groups.dp.rank(),
+            data_size=groups.dp.size(),
+            tokens_seen=state.tokens,
+        )
+        return engine.objective.batches(usual)
+
+
+def in_phase(engine: Engine, stretch: Stretch) -> Engine:
+    """Return the engine with the batch and the sequence of a phase; its networks get the rate."""
+    train, offset = stretch.job.train, stretch.start - stretch.rate_start
+    for network in engine.networks.values():
+        network.rate = Rate(stretch.schedule, stretch.rate_tokens, offset)
+    return dataclasses.replace(
+        engine,
+        microbatch=train.microbatch,
+        sequences_per_step=train.global_batch,
+        sequence_length=train.sequence_length,
+    )
+
+
+def rows_of(job: TrainJob) -> int:
+    """Return the rows of the embedding, padding included."""
+    assert job.model.vocab_size is not None, "the data was opened before"
+    return padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
+
+
+def _engine(job: TrainJob, groups: ProcessGroups, data: RunData, device: torch.device) -> Engine:
+    assert job.model.vocab_size is not None
+    built = build_model(job, groups, job.model.vocab_size, on_gpu=device.type == "cuda")
+    size = counts.parameters(job.model, rows_of(job))
+    _log.info(
+        "model: %s parameters, %s active, pattern %s, %s on %s",
+        show_tokens(size.total),
+        show_tokens(size.active),
+        job.model.pattern,
+        job.precision.format.value,
+        device,
+    )
+    if job.model.moe.top_k == 1 and parse(job.model.pattern).count("E"):
+        _log.info(
+            "  routers: top_k = 1 gives the chosen expert the weight 1, whatever its score; they "
+            "learn from the balance loss alone"
+        )
+    if job.parallel.pipeline > 1:
+        for line in stages.describe(stages.stages(job, rows_of(job))):
+            _log.info("  %s", line)
+    for part, kernels in built.kernels.items():
+        _log.info("  %s: %s", part, kernels)
+    return build_engine(job, built, groups, device)

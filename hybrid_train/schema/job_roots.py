@@ -1,0 +1,195 @@
+"""The roots of jobs that take few settings: `check`, `submit`, `resume`, `count` and others."""
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated
+
+from omegaconf import MISSING
+
+from hybrid_train.schema.cluster import Cluster
+from hybrid_train.schema.limits import (
+    FILE,
+    Count,
+    CountOrNone,
+    Factor,
+    FileName,
+    Length,
+    Processes,
+    Range,
+    Seed,
+    Share,
+)
+from hybrid_train.schema.model import Model
+from hybrid_train.schema.names import listed_paths
+from hybrid_train.schema.pattern import parse, repair
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.runtime import Runtime
+from hybrid_train.schema.train import TrainJob
+
+
+@dataclass(kw_only=True)
+class CheckJob(TrainJob):
+    """A training run that is looked at before it starts."""
+
+    processes: Processes | None = None  # on all machines; None: those of the cluster's nodes, or 1
+    cluster: Cluster | None = None  # what the run is held against; None: nothing
+    json: bool = False  # print one JSON object instead of tables; also: --json
+
+
+@dataclass(kw_only=True)
+class SubmitJob(TrainJob):
+    """A training run that SLURM is to start."""
+
+    cluster: Cluster = field(default_factory=Cluster)
+    dry_run: bool = False  # print what would be submitted; data may be chosen later
+
+
+def training(job: SubmitJob) -> TrainJob:
+    """Return the run alone, as it is frozen into its folder."""
+    return TrainJob(**{one.name: getattr(job, one.name) for one in fields(TrainJob)})
+
+
+@dataclass(kw_only=True)
+class ResumeJob:
+    """A run that goes on, or begins, with the config that lies in its folder."""
+
+    run_dir: FileName = MISSING
+    overrides: list[str] = field(default_factory=list)  # settings of `train`: train.tokens=2M
+
+
+@dataclass(kw_only=True)
+class CountJob:
+    """Parameters, tensors, FLOPs and cache bytes of a model."""
+
+    model: Model = field(default_factory=Model)
+    sequence_length: Length = 8192  # tokens; attention and its cache grow with it
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if self.model.vocab_size is None:
+            rule = "must be set: the model takes that of the tokenizer, and here is none"
+            yield Problem("model.vocab_size", "null", rule, 131072)
+        try:
+            parse(self.model.pattern)
+        except ValueError as error:
+            pattern = self.model.pattern
+            yield Problem("model.pattern", pattern, str(error), repair(pattern))
+
+
+class WeightFormat(enum.Enum):
+    """Number format that weights get; `keep` leaves each as it is."""
+
+    keep = "keep"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(kw_only=True)
+class ConvertJob:
+    """A Hugging Face folder becomes a checkpoint, or the other way round."""
+
+    import_: FileName | None = None  # Hugging Face folder; on the command line import=FOLDER
+    export: FileName | None = None  # a run folder or one checkpoint of it
+    output: FileName = MISSING  # new run folder, or new Hugging Face folder
+    dtype: WeightFormat = WeightFormat.keep  # expert biases stay float32
+    shard_gb: Annotated[float, Range(0.001, 1000)] = 5.0  # files of an export, in 1e9 bytes
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if (self.import_ is None) == (self.export is None):
+            given = "neither" if self.export is None else "both"
+            yield Problem("import, export", given, "one of them names what is converted")
+
+
+@dataclass(kw_only=True)
+class VerifyJob:
+    """Names, shapes, formats and values of both sides, then logits of the same tokens."""
+
+    checkpoint: FileName = MISSING  # a run folder or one checkpoint of it
+    hf: FileName = MISSING  # Hugging Face folder
+    logits: bool = True  # needs transformers, and room for both models in float32
+    length: Length = 300  # tokens of each sequence
+    sequences: Count = 2
+    tolerance: Share = 1e-4  # of a logit, as a share of the standard deviation of all
+    seed: Seed = 1234  # of the tokens
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+COLDEST = 1e-4  # divides logits; what is much smaller divides by 0 in float32
+
+
+@dataclass(kw_only=True)
+class GenerateJob:
+    """Text from a checkpoint. Without temperature the most likely token is taken each time."""
+
+    checkpoint: FileName = MISSING  # a run folder or one checkpoint of it
+    prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
+    prompt_file: FileName | None = None  # one prompt per line
+    bos: bool | None = None  # begin as the tokenizer does; None: if the model was imported
+    special_tokens: bool = False  # <|im_start|> in a prompt is that token, not its letters
+    max_new_tokens: Annotated[int, Range(1, 2**20)] = 128
+    temperature: Factor = 0.0  # 0: greedy
+    top_k: CountOrNone = 0  # 0: all tokens
+    top_p: Share = 1.0
+    seed: Seed = 1234
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if 0 < self.temperature < COLDEST:
+            rule = f"must be 0, the most likely token, or at least {COLDEST}"
+            yield Problem("temperature", self.temperature, rule, 0)
+
+
+@dataclass(kw_only=True)
+class RunsJob:
+    """A job that looks at runs: run_dir=RUNS, repeated or with commas."""
+
+    run_dir: list[str] = MISSING  # run folders, folders of runs, globs; run_dir=runs/a,runs/sweep
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if not listed_paths(self.run_dir):
+            yield Problem("run_dir", "[]", "must name at least one run folder or folder of runs")
+        for name in listed_paths(self.run_dir):
+            if bad := FILE.broken(name):
+                yield Problem("run_dir", name, bad[0])
+
+
+@dataclass(kw_only=True)
+class StatusJob(RunsJob):
+    """How runs are, in words or as JSON."""
+
+    json: bool = False  # one JSON object, for scripts
+
+
+@dataclass(kw_only=True)
+class ReportJob(RunsJob):
+    """One HTML file about a run, or about several over each other."""
+
+    output: FileName | None = None  # None: report.html in the run folder, or the folder of the runs
+
+
+@dataclass(kw_only=True)
+class ShowJob:
+    """The rows of one step of a run: their sources, documents and texts."""
+
+    run_dir: FileName = MISSING
+    step: Count = MISSING  # the first is 1
+    rows: Count = 8  # of the step, at most
+    characters: CountOrNone = 300  # of the text of a row, at most
+
+
+@dataclass(kw_only=True)
+class IndexJob(TrainJob):
+    """A training run whose indices of the data are built ahead."""
+
+
+@dataclass(kw_only=True)
+class DoctorJob:
+    """What is examined, and how it is told."""
+
+    measure: bool = True  # time a matrix product and an all-reduce too, some seconds
+    json: bool = False  # print one JSON object instead of lines; also: --json

@@ -1,0 +1,161 @@
+"""What keeps processes together: they stop and collect garbage at the same steps; who is slow."""
+
+import gc
+import logging
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from hybrid_train.runtime import heartbeat, ranks
+from hybrid_train.runtime.heartbeat import SIGNALS, StopSignals
+from hybrid_train.schema.checkpoint import Recovery
+from hybrid_train.tracking import history
+from hybrid_train.training.engine import StepReport
+from hybrid_train.training.loop import Hook, Run
+
+if TYPE_CHECKING:
+    import signal
+
+
+class StopOnSignal(Hook):
+    """All processes agree on the signal, so that all save the same step."""
+
+    def __init__(self, time_limit_s: float | None = None) -> None:
+        """Listen from now on.
+
+        Args:
+            time_limit_s: how long from now; None: for ever. The clock of rank 0 counts.
+        """
+        self.signal: signal.Signals | None = None
+        self._rank = 0  # the last of those that got it
+        self._end = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._limit_s, self._time_is_up = time_limit_s, False
+        self._signals = StopSignals()
+
+    def fit_start(self, run: Run) -> None:
+        self._agree(run)
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        self._agree(run)
+
+    def _agree(self, run: Run) -> None:
+        received, rank, ranks = self._signals.received, dist.get_rank(), dist.get_world_size()
+        mine = -1 if received is None else SIGNALS.index(received) * ranks + rank
+        late = rank == 0 and self._end is not None and time.monotonic() > self._end
+        told = torch.tensor([mine, late], device=run.engine.network.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        theirs, time_is_up = told.tolist()
+        if time_is_up:
+            self._time_is_up = run.stop_requested = True
+        if theirs >= 0:
+            self.signal, self._rank = SIGNALS[theirs // ranks], theirs % ranks
+            run.stop_requested = True
+
+    def how_it_ended(self) -> tuple[str, str, str, tuple[int, ...]]:
+        """Return outcome, kind, cause and ranks for the history of the run."""
+        if self.signal is None and self._time_is_up:
+            text = f"stopped after a save: recovery.time_limit_s={self._limit_s:g} is over"
+            return history.STOPPED, "clock", text, ()
+        if self.signal is None:
+            return history.FINISHED, "finished", "all tokens are trained", ()
+        text = f"stopped by {self.signal.name} on rank {self._rank} after a save"
+        return history.STOPPED, "signal", text, (self._rank,)
+
+    def close(self) -> None:
+        """Let signals do what they did before; earlier, they would end a process without a word."""
+        self._signals.restore()
+
+
+class CollectGarbage(Hook):
+    """Takes over from Python's own timing while the run lasts."""
+
+    def __init__(self, interval: int = 100) -> None:
+        self._interval = interval
+
+    def fit_start(self, run: Run) -> None:
+        gc.collect()
+        gc.freeze()  # what was built so far stays until the end
+        gc.disable()
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        if run.state.step % self._interval == 0:
+            gc.collect()
+
+    def fit_end(self, run: Run) -> None:
+        gc.unfreeze()
+        gc.enable()
+
+
+# Each process does these for itself, so their time is its own. What waits for others is left out.
+_PARTS = (heartbeat.DATA, heartbeat.FORWARD_BACKWARD, heartbeat.OPTIMIZER)
+_PROBE = "matrix product"  # the same work on every process: a slow device shows under any layout
+_PROBE_OF = {"cpu": (256, torch.float32), "cuda": (4096, torch.bfloat16)}
+_LEAST_S = 0.002  # a step; below that, clocks and schedulers make the difference
+_log = logging.getLogger(__name__)
+
+
+class CompareProcesses(Hook):
+    """Compares the mean times since the last comparison."""
+
+    def __init__(self, settings: Recovery, run_dir: Path) -> None:
+        self._interval, self._ratio = settings.straggler_interval, settings.straggler_ratio
+        self._run_dir = run_dir
+        self._steps = 0
+
+    def fit_start(self, run: Run) -> None:
+        heartbeat.take_seconds()  # what building the model took is no part of a step
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        self._steps += 1
+        if run.state.step % self._interval:
+            return
+        taken, steps = heartbeat.take_seconds(), self._steps
+        self._steps = 0
+        mine = [taken.get(part, 0.0) / steps for part in _PARTS]
+        mine.append(_probe(run.engine.network.device))
+        times = torch.tensor(mine, device=run.engine.network.device)
+        everyone = [torch.empty_like(times) for _ in range(ranks.world_size())]
+        dist.all_gather(everyone, times)
+        slow = stragglers([one.tolist() for one in everyone], self._ratio)
+        if slow and ranks.is_main():
+            for line in slow[:8]:
+                _log.warning("slow: %s", line)
+            history.note(self._run_dir, "stragglers", step=run.state.step, slow=slow)
+
+
+def stragglers(times: list[list[float]], ratio: float) -> list[str]:
+    """Name the processes whose time is far above the median of all.
+
+    Args:
+        times: seconds a step of each process, for each part and the probe.
+        ratio: over the median that is told.
+    """
+    found = []
+    for part, column in zip((*_PARTS, _PROBE), zip(*times, strict=True), strict=True):
+        usual = statistics.median_low(column)
+        found += [
+            (
+                taken - usual,
+                f"rank {rank}, {part}: {taken * 1000:.1f} ms, median {usual * 1000:.1f}",
+            )
+            for rank, taken in enumerate(column)
+            if taken > ratio * usual and taken - usual > _LEAST_S
+        ]
+    return [line for _, line in sorted(found, reverse=True)]
+
+
+def _probe(device: torch.device) -> float:
+    """Time the same product on every process, the best of three."""
+    size, dtype = _PROBE_OF[device.type]
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # until a GPU has done it
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
