@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_train.schema.extension import EditSettings
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.tiny import BATCH, LENGTH, VOCAB, tiny_job, tiny_model
 
-NVFP4 = Precision(format=ProductFormat.nvfp4)
+NVFP4 = Precision(format=GemmFormat.nvfp4)
 # One of each: split by columns, by rows, whole on every rank, of experts.
 KINDS = {"mlp.fc1", "mlp.fc2", "moe.latent.down", "moe.experts.fc1"}
 
@@ -83,9 +83,9 @@ def model_with(groups: Any, edits: Sequence[Any], parallel: Any = None) -> Any:
 
 def quantized(groups: Any) -> Any:
     """The edit that quantizes every product to NVFP4, gradients by stochastic rounding."""
-    from hybrid_train.model.quantized import QuantizedProducts
+    from hybrid_train.model.quantized import QuantizedGemms
 
-    edit = QuantizedProducts(tiny_job("M*-E").model, NVFP4, 1, groups.tp_dp_cp)
+    edit = QuantizedGemms(tiny_job("M*-E").model, NVFP4, 1, groups.tp_dp_cp)
     edit.start_step(0)
     return edit
 

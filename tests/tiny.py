@@ -14,7 +14,7 @@ from hybrid_train.runtime.start import process
 from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
 from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.schema.train import Train, TrainJob
 
@@ -52,7 +52,7 @@ def tiny_job(pattern: str = EVERY_KIND, **sections: Any) -> TrainJob:
                 latent_size=16, scaling_factor=2.5,
             ),
         ),
-        precision=Precision(format=ProductFormat.fp32),
+        precision=Precision(format=GemmFormat.fp32),
         schedule=Schedule(peak_lr=1e-3),
         runtime=RUNTIME,
     )  # fmt: skip

@@ -125,8 +125,8 @@ class Dim:
             return self.words
         (part,) = self.parts
         first, *others = (axis.value for axis in part.axes)
-        product = " x ".join([first, *(name.rpartition(".")[2] for name in others)])
-        return product if part.times == 1 else f"{part.times} x {product}"
+        gemm = " x ".join([first, *(name.rpartition(".")[2] for name in others)])
+        return gemm if part.times == 1 else f"{part.times} x {gemm}"
 
 
 def dim(*axes: Axis, times: int = 1, free: Axis | None = None) -> Dim:

@@ -158,7 +158,7 @@ def active_layer_parameters(layer: Layer) -> int:
 def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> FlopCount:
     """Count the operations of one token in training, averaged over a sequence.
 
-    Counted: matrix products, convolution, attention scores and the state-space recurrence. Not
+    Counted: GEMMs, convolution, attention scores and the state-space recurrence. Not
     counted: norms, activations, softmax, embedding look-up, router sorting.
 
     Args:

@@ -1,6 +1,6 @@
 """Which linear layer multiplies in which format: the exceptions applied to every layer of a model.
 
-The first rule that matches a product of a layer decides. Embedding, head, routers, norms,
+The first rule that matches a GEMM of a layer decides. Embedding, head, routers, norms,
 convolutions and scans are no part of this: they are never quantized.
 """
 
@@ -15,19 +15,19 @@ from hybrid_train.schema.layer_ranges import layers_of
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import (
+    Gemm,
+    GemmFormat,
     Precision,
     PrecisionRule,
-    Product,
-    ProductFormat,
 )
 
 MTP = "mtp"
 _MAIN_KINDS = tuple(one.linear for one in possible_parameters() if one.linear)
 KINDS = (*_MAIN_KINDS, MTP_PROJECTION, *(f"{MTP}.{kind}" for kind in _MAIN_KINDS))
-UNQUANTIZED = (ProductFormat.fp32, ProductFormat.bf16)
-# Formats whose weights have the same values in all products, and that Transformer Engine gathers:
-# MXFP8's are cut along the sum of each product, and gathered in bfloat16.
-GATHERED_IN_FP8 = (ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise)
+UNQUANTIZED = (GemmFormat.fp32, GemmFormat.bf16)
+# Formats whose weights have the same values in all GEMMs, and that Transformer Engine gathers:
+# MXFP8's are cut along the sum of each GEMM, and gathered in bfloat16.
+GATHERED_IN_FP8 = (GemmFormat.fp8_tensorwise, GemmFormat.fp8_blockwise)
 
 
 @dataclass(frozen=True, order=True)
@@ -51,19 +51,19 @@ class Linear:
 
 @dataclass(frozen=True)
 class Formats:
-    """The formats of the three products of a linear layer.
+    """The formats of the three GEMMs of a linear layer.
 
     Attributes:
-        formats: of each product.
+        formats: of each GEMM.
         rules: number of the exception that decided it, from 0; None for the format of the run.
     """
 
-    formats: dict[Product, ProductFormat]
-    rules: dict[Product, int | None]
+    formats: dict[Gemm, GemmFormat]
+    rules: dict[Gemm, int | None]
 
     @property
     def quantized(self) -> bool:
-        """Whether any product has quantized operands."""
+        """Whether any GEMM has quantized operands."""
         return any(one not in UNQUANTIZED for one in self.formats.values())
 
 
@@ -93,18 +93,18 @@ def formats_of(model: Model, precision: Precision) -> dict[Linear, Formats]:
     return dict(_known_formats(*_what_decides(model, precision)))
 
 
-def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozenset[ProductFormat]]:
-    """Return the formats of each kind of linear layer that has a quantized product in any layer."""
+def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozenset[GemmFormat]]:
+    """Return the formats of each kind of linear layer that has a quantized GEMM in any layer."""
     return _known_kinds(*_what_decides(model, precision))
 
 
-_Rules = tuple[tuple[ProductFormat, str, tuple[str, ...], tuple[Product, ...]], ...]
+_Rules = tuple[tuple[GemmFormat, str, tuple[str, ...], tuple[Gemm, ...]], ...]
 
 
-def _what_decides(model: Model, precision: Precision) -> tuple[Shape, ProductFormat, _Rules]:
+def _what_decides(model: Model, precision: Precision) -> tuple[Shape, GemmFormat, _Rules]:
     """Return all that formats depend on, to know them again."""
     rules = tuple(
-        (one.format, one.layers, tuple(one.modules), tuple(one.products))
+        (one.format, one.layers, tuple(one.modules), tuple(one.gemms))
         for one in precision.exceptions
     )
     return shape_of(model), precision.format, rules
@@ -112,9 +112,9 @@ def _what_decides(model: Model, precision: Precision) -> tuple[Shape, ProductFor
 
 @lru_cache(maxsize=64)
 def _known_kinds(
-    shape: Shape, usual: ProductFormat, rules: _Rules
-) -> Mapping[str, frozenset[ProductFormat]]:
-    kinds: dict[str, frozenset[ProductFormat]] = {}
+    shape: Shape, usual: GemmFormat, rules: _Rules
+) -> Mapping[str, frozenset[GemmFormat]]:
+    kinds: dict[str, frozenset[GemmFormat]] = {}
     for linear, one in _known_formats(shape, usual, rules).items():
         if one.quantized:
             kinds[linear.module] = kinds.get(linear.module, frozenset()).union(one.formats.values())
@@ -122,13 +122,13 @@ def _known_kinds(
 
 
 @lru_cache(maxsize=64)
-def _known_formats(shape: Shape, usual: ProductFormat, rules: _Rules) -> dict[Linear, Formats]:
+def _known_formats(shape: Shape, usual: GemmFormat, rules: _Rules) -> dict[Linear, Formats]:
     return _formats_of_all(_linears(shape), len(parse(shape.pattern).main), usual, rules)
 
 
 @lru_cache(maxsize=64)  # large models take 50 ms, and the checks try many sizes
 def _formats_of_all(
-    found: tuple[Linear, ...], num_layers: int, usual: ProductFormat, rules: _Rules
+    found: tuple[Linear, ...], num_layers: int, usual: GemmFormat, rules: _Rules
 ) -> dict[Linear, Formats]:
     """Return the formats that follow from all that they depend on.
 
@@ -136,16 +136,16 @@ def _formats_of_all(
         found: the linear layers of the model.
         num_layers: main layers of the model.
         usual: format without an exception.
-        rules: format, layers, modules and products of each exception.
+        rules: format, layers, modules and GEMMs of each exception.
     """
     exceptions = [
-        PrecisionRule(format=format, layers=layers, modules=list(modules), products=list(products))
-        for format, layers, modules, products in rules
+        PrecisionRule(format=format, layers=layers, modules=list(modules), gemms=list(gemms))
+        for format, layers, modules, gemms in rules
     ]
     return {one: _formats(one, usual, exceptions, num_layers) for one in found}
 
 
-def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductFormat]:
+def fp8_primary_weights(model: Model, precision: Precision) -> dict[Linear, GemmFormat]:
     """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
 
     Those of MTP blocks are not: core knows a block by another name while it builds it than ever
@@ -165,33 +165,33 @@ def kept_in_fp8(model: Model, precision: Precision) -> dict[Linear, ProductForma
 
 def kept_in_words(model: Model, precision: Precision) -> str | None:
     """Say how many layers keep their weights in FP8; None for none."""
-    kept = kept_in_fp8(model, precision)
+    kept = fp8_primary_weights(model, precision)
     whole = len(linears(model))
     return f"weights of {len(kept)} of {whole} linear layers, kept and gathered" if kept else None
 
 
 def quantizes(model: Model, precision: Precision) -> bool:
-    """Tell whether any product of a model has quantized operands."""
+    """Tell whether any GEMM of a model has quantized operands."""
     return any(one.quantized for one in formats_of(model, precision).values())
 
 
 def _formats(
-    linear: Linear, usual: ProductFormat, rules: Sequence[PrecisionRule], num_layers: int
+    linear: Linear, usual: GemmFormat, rules: Sequence[PrecisionRule], num_layers: int
 ) -> Formats:
     formats, deciding = {}, {}
-    for product in Product:
-        number = next(_matching(linear, product, rules, num_layers), None)
-        formats[product] = usual if number is None else rules[number].format
-        deciding[product] = number
+    for gemm in Gemm:
+        number = next(_matching(linear, gemm, rules, num_layers), None)
+        formats[gemm] = usual if number is None else rules[number].format
+        deciding[gemm] = number
     return Formats(formats, deciding)
 
 
 def _matching(
-    linear: Linear, product: Product, rules: Sequence[PrecisionRule], num_layers: int
+    linear: Linear, gemm: Gemm, rules: Sequence[PrecisionRule], num_layers: int
 ) -> Iterator[int]:
-    """Yield the numbers of the rules that match a product, in order."""
+    """Yield the numbers of the rules that match a GEMM, in order."""
     for number, rule in enumerate(rules):
-        if matches(rule, linear, num_layers) and (not rule.products or product in rule.products):
+        if matches(rule, linear, num_layers) and (not rule.gemms or gemm in rule.gemms):
             yield number
 
 
@@ -241,11 +241,11 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def in_words(formats: Formats) -> str:
-    """Say the formats of the three products: one word where they are the same."""
-    by_product = {product.value: one.value for product, one in formats.formats.items()}
-    if len(set(by_product.values())) == 1:
-        return next(iter(by_product.values()))
-    return ", ".join(f"{product} {one}" for product, one in by_product.items())
+    """Say the formats of the three GEMMs: one word where they are the same."""
+    by_gemm = {gemm.value: one.value for gemm, one in formats.formats.items()}
+    if len(set(by_gemm.values())) == 1:
+        return next(iter(by_gemm.values()))
+    return ", ".join(f"{gemm} {one}" for gemm, one in by_gemm.items())
 
 
 def reason(formats: Formats, rules: Sequence[PrecisionRule]) -> str:

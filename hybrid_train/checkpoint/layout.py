@@ -25,7 +25,7 @@ from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
 CHECKSUMS = "checksums.json"
-_PIECE_BYTES = 16 * 2**20
+_BLOCK_BYTES = 16 * 2**20
 
 Sum = tuple[int, int]  # bytes, CRC-32
 
@@ -34,7 +34,7 @@ def sum_of_file(path: Path) -> Sum:
     """Read a file and return its size and checksum."""
     size, crc = 0, 0
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(_BLOCK_BYTES):
             size += len(piece)
             crc = zlib.crc32(piece, crc)
     return size, crc

@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_train.checkpoint.shards import (
-    Place,
+    Shard,
     box_of,
-    boxes,
     only_copy,
+    tensor_chunks,
 )
 from hybrid_train.megatron.checkpoints import ShardedTensor, Stored
 from hybrid_train.megatron.optimizers import (
@@ -56,7 +56,7 @@ def state_key(kind: str, weight_key: str) -> str:
 
 @dataclass(frozen=True)
 class StatePart:
-    """A box of one optimizer tensor of the whole model; loading into it loads the optimizer."""
+    """A chunk of one optimizer tensor of the whole model; loading into it loads the optimizer."""
 
     kind: str  # "exp_avg", "exp_avg_sq" or "master"
     weight_key: str
@@ -68,7 +68,7 @@ class StatePart:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Fragment:
     """What an optimizer of this process keeps for a range of a parameter's elements."""
 
     parameter: Tensor
@@ -88,34 +88,34 @@ class State:
     """What the optimizer of this process keeps."""
 
     parts: list[StatePart]
-    pieces: list[_Piece]
+    fragments: list[_Fragment]
 
     def put_back(self) -> None:
         """Give the optimizer what was loaded into the parts, where it keeps it in fewer bits.
 
         The weights are loaded before: remainders are what they differ by from the masters.
         """
-        for piece in self.pieces:
-            if piece.put_back is not None:
-                piece.put_back()
+        for fragment in self.fragments:
+            if fragment.put_back is not None:
+                fragment.put_back()
 
 
-def state_of(optimizer: MegatronOptimizer, places: Sequence[Place]) -> State:
+def state_of(optimizer: MegatronOptimizer, places: Sequence[Shard]) -> State:
     """List moments and master weights of this process by the places of their parameters."""
-    of_parameter: dict[int, list[Place]] = {}
+    of_parameter: dict[int, list[Shard]] = {}
     for place in places:
         of_parameter.setdefault(id(place.owner), []).append(place)
-    pieces = list(_pieces(optimizer))
+    fragments = list(_fragments(optimizer))
     parts = [
         part
-        for piece in pieces
-        for place in of_parameter[id(piece.parameter)]
-        for part in _overlap(piece, place)
+        for fragment in fragments
+        for place in of_parameter[id(fragment.parameter)]
+        for part in _overlap(fragment, place)
     ]
-    return State(parts, pieces)
+    return State(parts, fragments)
 
 
-def state_parts(optimizer: MegatronOptimizer, places: Sequence[Place]) -> list[StatePart]:
+def state_parts(optimizer: MegatronOptimizer, places: Sequence[Shard]) -> list[StatePart]:
     """List what a checkpoint stores of the optimizer; see `state_of`."""
     return state_of(optimizer, places).parts
 
@@ -133,24 +133,26 @@ def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
     return found
 
 
-def _overlap(piece: _Piece, place: Place) -> Iterator[StatePart]:
-    """Cut what a piece and a place have in common into boxes of the whole tensor."""
+def _overlap(fragment: _Fragment, place: Shard) -> Iterator[StatePart]:
+    """Cut what a fragment and a place have in common into chunks of the whole tensor."""
     weight = place.weight
-    start = max(piece.start, place.start)
-    stop = min(piece.stop, place.start + math.prod(weight.local_shape))
-    for box in boxes(weight.local_shape, start - place.start, stop - place.start):
-        for kind, values in piece.tensors.items():
-            part = values[start - piece.start :][: box.numel]
-            tensor = box_of(weight, state_key(kind, weight.key), part, box)
-            yield StatePart(kind, weight.key, only_copy(tensor) if piece.is_only_copy else tensor)
-        start += box.numel
+    start = max(fragment.start, place.start)
+    stop = min(fragment.stop, place.start + math.prod(weight.local_shape))
+    for tensor_chunk in tensor_chunks(weight.local_shape, start - place.start, stop - place.start):
+        for kind, values in fragment.tensors.items():
+            part = values[start - fragment.start :][: tensor_chunk.numel]
+            tensor = box_of(weight, state_key(kind, weight.key), part, tensor_chunk)
+            yield StatePart(
+                kind, weight.key, only_copy(tensor) if fragment.is_only_copy else tensor
+            )
+        start += tensor_chunk.numel
 
 
-def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
+def _fragments(optimizer: MegatronOptimizer) -> Iterator[_Fragment]:
     """Yield what each chained optimizer of this process keeps; moments exist from here on."""
     for part in working(optimizer):
         if keeps_reduced_precision(part):
-            yield from _lowered_pieces(part)
+            yield from _reduced_fragments(part)
             continue
         if not part.optimizer.state:
             part.init_state_fn(part.optimizer, part.config)
@@ -159,10 +161,10 @@ def _pieces(optimizer: MegatronOptimizer) -> Iterator[_Piece]:
             tensors = {kind: own_part(state[kind]).view(-1) for kind in _MOMENTS}
             if parameter.dtype != torch.float32:
                 tensors[MASTER] = own_part(master).view(-1)
-            yield _Piece(parameter, start, tensors, is_distributed_part(part))
+            yield _Fragment(parameter, start, tensors, is_distributed_part(part))
 
 
-def _lowered_pieces(part: Any) -> Iterator[_Piece]:
+def _reduced_fragments(part: Any) -> Iterator[_Fragment]:
     """Bring what FusedAdam keeps to float32, parameter by parameter, in host memory."""
     adam = part.optimizer
     for parameter, start, shard in updated_by(part):
@@ -171,7 +173,7 @@ def _lowered_pieces(part: Any) -> Iterator[_Piece]:
             adam.initialize_state(shard, halves)
         kinds = [*_MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])]
         tensors = {kind: _unscaled(adam, shard, kind) for kind in kinds}
-        yield _Piece(parameter, start, tensors, True, _returner(adam, shard, tensors))
+        yield _Fragment(parameter, start, tensors, True, _returner(adam, shard, tensors))
 
 
 def _unscaled(adam: Any, shard: Tensor, kind: str) -> Tensor:

@@ -33,12 +33,12 @@ from hybrid_train.checkpoint.optimizer_state import (
 from hybrid_train.checkpoint.shards import (
     Content,
     Held,
-    Place,
+    Shard,
     is_partition,
     places,
     settle,
 )
-from hybrid_train.checkpoint.writing import KeptPlan, Writing
+from hybrid_train.checkpoint.writing import KeptSavePlan, Writing
 from hybrid_train.megatron import checkpoints, written_for
 from hybrid_train.megatron.checkpoints import ShardedTensor, Stored, is_main_replica
 from hybrid_train.megatron.data_parallel import ProcessGroups
@@ -60,12 +60,12 @@ class Differences:
     new: frozenset[str]  # in the model, not in the checkpoint
     dropped: frozenset[str]  # in the checkpoint, not in the model
 
-    def shared(self, places: Sequence[Place]) -> list[Place]:
+    def shared(self, places: Sequence[Shard]) -> list[Shard]:
         """Return the places that the checkpoint can fill."""
         return [place for place in places if place.weight.key not in self.new]
 
 
-def compare(folder: Path, stored: Stored, places: Sequence[Place]) -> Differences:
+def compare(folder: Path, stored: Stored, places: Sequence[Shard]) -> Differences:
     """Compare a checkpoint with the model of all processes; say what differs.
 
     Raises:
@@ -81,7 +81,7 @@ def compare(folder: Path, stored: Stored, places: Sequence[Place]) -> Difference
             f"  not in the checkpoint: {_some(differences.new)}\n"
             f"  not in the model: {_some(differences.dropped)}"
         )
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
     if differences.new and ranks.is_main():
         _log.warning(
@@ -140,7 +140,7 @@ def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
     )
 
 
-def start_writing(folder: Path, content: Content, plan: KeptPlan, *, copy: bool) -> Writing:
+def start_writing(folder: Path, content: Content, plan: KeptSavePlan, *, copy: bool) -> Writing:
     """Begin to write into an empty folder; every process calls this.
 
     Args:
@@ -156,7 +156,7 @@ def start_writing(folder: Path, content: Content, plan: KeptPlan, *, copy: bool)
         *_sharded_random_state().values(),
     ]
     fits = plan.fits(tensors)
-    values = ranks.together(lambda: on_host(tensors, copy=copy))
+    values = ranks.all_or_none(lambda: on_host(tensors, copy=copy))
     if not fits:
         _make_plan(folder, tensors, values, plan)
     return Writing(folder, *plan.writer(folder, values))
@@ -166,7 +166,7 @@ def _make_plan(
     folder: Path,
     tensors: list[ShardedTensor],
     values: list[Tensor | None],
-    plan: KeptPlan,
+    plan: KeptSavePlan,
 ) -> None:
     """Let Megatron plan; what it would write is left aside."""
     written_for.WHOLE_CHECKPOINT.put(_validate_global_plan=_is_whole)
@@ -247,7 +247,7 @@ def read(folder: Path, content: Content) -> None:
         )
 
 
-def _places_of(held: Held) -> list[Place]:
+def _places_of(held: Held) -> list[Shard]:
     return places(held.chunks, held.groups, to_load=True, network=held.name)
 
 
@@ -269,7 +269,7 @@ def _require_optimizer_state(
             f"{folder} holds no optimizer state that this version reads; start from its weights: "
             "checkpoint.load_only=weights run_dir=..."
         )
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
 
 
@@ -322,7 +322,7 @@ def _reading[T](folder: Path, work: Callable[[], T]) -> T:
                 f"{folder} is damaged: {causes}; remove it, and the checkpoint before it is taken"
             ) from error
 
-    return ranks.together(explained)
+    return ranks.all_or_none(explained)
 
 
 def _best_of(weight: ShardedTensor, stored: Stored) -> ShardedTensor:

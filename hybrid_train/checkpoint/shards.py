@@ -24,7 +24,7 @@ from hybrid_train.megatron.optimizers import MegatronOptimizer
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorChunk:
     """A rectangular part of a tensor whose elements lie one after the other."""
 
     offset: tuple[int, ...]
@@ -32,12 +32,12 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Elements of the box."""
+        """Elements of the chunk."""
         return math.prod(self.size)
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut the elements [start, stop) of a row-major tensor of `shape` into boxes, in order.
+def tensor_chunks(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorChunk]:
+    """Cut the elements [start, stop) of a row-major tensor of `shape` into chunks, in order.
 
     There are at most two for each axis but the first: the rest of a row, whole rows, the beginning
     of a row.
@@ -45,10 +45,10 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     if start >= stop:
         return
     if not shape:
-        yield Box((), ())
+        yield TensorChunk((), ())
         return
     if len(shape) == 1:
-        yield Box((start,), (stop - start,))
+        yield TensorChunk((start,), (stop - start,))
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row  # whole rows are [first, last)
@@ -58,18 +58,18 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     if start < first * row:
         yield from _inside(shape, first - 1, start - (first - 1) * row, row)
     if first < last:
-        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+        yield TensorChunk((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
     if last * row < stop:
         yield from _inside(shape, last, 0, stop - last * row)
 
 
-def _inside(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
-    for box in boxes(shape[1:], start, stop):
-        yield Box((row, *box.offset), (1, *box.size))
+def _inside(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[TensorChunk]:
+    for tensor_chunk in tensor_chunks(shape[1:], start, stop):
+        yield TensorChunk((row, *tensor_chunk.offset), (1, *tensor_chunk.size))
 
 
 class Chunk(Protocol):
-    """A box of a tensor, as torch's checkpoints describe it."""
+    """A chunk of a tensor, as torch's checkpoints describe it."""
 
     @property
     def offsets(self) -> Sequence[int]: ...
@@ -79,9 +79,9 @@ class Chunk(Protocol):
 
 
 def is_partition(shape: Sequence[int], chunks: Sequence[Chunk]) -> bool:
-    """Tell whether boxes cover a tensor of `shape` and none covers an element of another.
+    """Tell whether chunks cover a tensor of `shape` and none covers an element of another.
 
-    Only boxes that share a row of the first axis are compared with each other.
+    Only chunks that share a row of the first axis are compared with each other.
     """
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
         return False
@@ -133,7 +133,7 @@ class Content:
 
 
 @dataclass(frozen=True)
-class Place:
+class Shard:
     """A range of one tensor of this process, and where it belongs in the whole model."""
 
     owner: Tensor  # parameter or buffer
@@ -148,7 +148,7 @@ def places(
     *,
     to_load: bool = False,
     network: str = "",
-) -> list[Place]:
+) -> list[Shard]:
     """List the parameters and persistent buffers of the model chunks of this process.
 
     Names are those of the whole model: layers are numbered through all stages. In front of them
@@ -158,7 +158,7 @@ def places(
     FP8 cannot be cut so: its places are those of a plain tensor, which has memory only if it is to
     take what is loaded (`settle`).
     """
-    found: list[Place] = []
+    found: list[Shard] = []
     for chunk in chunks:
         of_chunk = (
             _kept(chunk, groups)
@@ -173,7 +173,7 @@ def places(
     ]
 
 
-def _whole(chunk: Any, groups: ProcessGroups, to_load: bool) -> Iterator[Place]:
+def _whole(chunk: Any, groups: ProcessGroups, to_load: bool) -> Iterator[Shard]:
     metadata = {"dp_cp_group": groups.dp_cp}
     with plain_weights(bare(chunk), without_memory=not to_load) as pairs:
         in_fp8 = {id(stand_in): weight for weight, stand_in in pairs}
@@ -184,12 +184,12 @@ def _whole(chunk: Any, groups: ProcessGroups, to_load: bool) -> Iterator[Place]:
             assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"
             start = part.data.storage_offset() - held.storage_offset()
             if id(held) in in_fp8:
-                yield Place(in_fp8[id(held)], start, part, held)
+                yield Shard(in_fp8[id(held)], start, part, held)
             else:
-                yield Place(held, start, part)
+                yield Shard(held, start, part)
 
 
-def _kept(chunk: Any, groups: ProcessGroups) -> Iterator[Place]:
+def _kept(chunk: Any, groups: ProcessGroups) -> Iterator[Shard]:
     """Cut the places of split weights down to what this process keeps; buffers are whole."""
     kept = {id(part.parameter): part for part in data_parallel.fsdp_parts(chunk)}
     with data_parallel.whole_weights(chunk) as parameters:
@@ -203,7 +203,7 @@ def _kept(chunk: Any, groups: ProcessGroups) -> Iterator[Place]:
             yield from _cut(replace(place, owner=parameter), part.start, part.weights)
 
 
-def settle(found: Sequence[Place], *, masters_follow: bool = False) -> None:
+def settle(found: Sequence[Shard], *, masters_follow: bool = False) -> None:
     """Quantize what was loaded for weights in FP8.
 
     Args:
@@ -219,23 +219,25 @@ def settle(found: Sequence[Place], *, masters_follow: bool = False) -> None:
             owner.loaded_values = values  # type: ignore[attr-defined]
 
 
-def _cut(place: Place, first: int, values: Tensor) -> Iterator[Place]:
-    """Cut what a place has in common with a flat range of its owner into boxes."""
+def _cut(place: Shard, first: int, values: Tensor) -> Iterator[Shard]:
+    """Cut what a place has in common with a flat range of its owner into chunks."""
     shape = place.weight.local_shape
     start = max(first, place.start)
     stop = min(first + values.numel(), place.start + math.prod(shape))
-    for box in boxes(shape, start - place.start, stop - place.start):
-        part = values[start - first :][: box.numel]
-        tensor = box_of(place.weight, place.weight.key, part, box)
-        yield Place(place.owner, start, only_copy(tensor))
-        start += box.numel
+    for tensor_chunk in tensor_chunks(shape, start - place.start, stop - place.start):
+        part = values[start - first :][: tensor_chunk.numel]
+        tensor = box_of(place.weight, place.weight.key, part, tensor_chunk)
+        yield Shard(place.owner, start, only_copy(tensor))
+        start += tensor_chunk.numel
 
 
-def box_of(weight: ShardedTensor, key: str, values: Tensor, box: Box) -> ShardedTensor:
-    """Give values the place of a box of a weight."""
+def box_of(
+    weight: ShardedTensor, key: str, values: Tensor, tensor_chunk: TensorChunk
+) -> ShardedTensor:
+    """Give values the place of a chunk of a weight."""
     numbered = weight.prepend_axis_num  # leading axes that only number experts
-    size = (1,) * numbered + box.size
-    offset = (0,) * numbered + box.offset
+    size = (1,) * numbered + tensor_chunk.size
+    offset = (0,) * numbered + tensor_chunk.offset
     return replace(
         weight,
         key=key,
@@ -243,7 +245,7 @@ def box_of(weight: ShardedTensor, key: str, values: Tensor, box: Box) -> Sharded
         dtype=values.dtype,
         local_shape=size,
         global_offset=tuple(a + b for a, b in zip(weight.global_offset, offset, strict=True)),
-        axis_fragmentations=None,  # boxes make no regular grid
+        axis_fragmentations=None,  # chunks make no regular grid
         prepend_axis_num=0,
     )
 

@@ -18,7 +18,7 @@ from hybrid_train.checkpoint.layout import keep_newest
 from hybrid_train.checkpoint.shards import Content
 from hybrid_train.checkpoint.writing import (
     InThread,
-    KeptPlan,
+    KeptSavePlan,
     Part,
     Writing,
 )
@@ -27,10 +27,10 @@ from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import DISK, UserError
 
 FILE = "plan.json"
-Plan = dict[str, int]
+SavedLayout = dict[str, int]
 
 
-def plan_of(content: Content) -> Plan:
+def layout_of(content: Content) -> SavedLayout:
     """Return the degree of every parallel axis of this run."""
     held = content.networks[0]
     groups = held.groups
@@ -48,12 +48,12 @@ def plan_of(content: Content) -> Plan:
     }
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
+def write_layout(folder: Path, plan: SavedLayout) -> None:
     """Write the plan into a checkpoint."""
     (folder / FILE).write_text(json.dumps(plan) + "\n", encoding="utf-8")
 
 
-def read_plan(folder: Path) -> Plan:
+def read_layout(folder: Path) -> SavedLayout:
     """Return the plan of a checkpoint; empty if it has none."""
     try:
         return dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
@@ -61,13 +61,13 @@ def read_plan(folder: Path) -> Plan:
         return {}
 
 
-def in_words(plan: Plan) -> str:
+def in_words(plan: SavedLayout) -> str:
     """Name the axes that are split: "tensor=2 data=4"; "1 process" if none is."""
     split = [f"{axis}={degree}" for axis, degree in plan.items() if _is_worth_a_word(axis, plan)]
     return " ".join(split) or f"{plan['processes']} process"
 
 
-def _is_worth_a_word(axis: str, plan: Plan) -> bool:
+def _is_worth_a_word(axis: str, plan: SavedLayout) -> bool:
     if axis == "processes":
         return False
     if axis == "expert_tensor":
@@ -91,7 +91,7 @@ class Saving:
 
     final: Path
     position: Mapping[str, Any]
-    plan: Plan
+    plan: SavedLayout
     keep: int
     writing: Writing
     naming: InThread | None = None
@@ -103,9 +103,9 @@ class Saving:
             UserError: if a process could not write its part; see `finish`.
         """
         here = self.writing.is_done if self.naming is None else self.naming.is_done
-        everywhere = torch.tensor(int(here), device=torch.cuda.current_device())
-        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-        if not everywhere.item():
+        on_all_ranks = torch.tensor(int(here), device=torch.cuda.current_device())
+        dist.all_reduce(on_all_ranks, op=dist.ReduceOp.MIN)
+        if not on_all_ranks.item():
             return False
         if self.naming is not None:
             return True
@@ -126,7 +126,7 @@ class Saving:
         """
         naming = self.naming = self.naming or self._start_naming()
         with _removed_on_failure(self.final):
-            ranks.main_first(naming.result)
+            ranks.run_on_main_first(naming.result)
         return self.final
 
     def _start_naming(self) -> InThread:
@@ -148,7 +148,7 @@ def start(
     *,
     keep: int,
     copy: bool,
-    plan: KeptPlan | None = None,
+    plan: KeptSavePlan | None = None,
 ) -> Saving:
     """Begin to write a checkpoint of all processes; it gets its name when it is whole.
 
@@ -158,16 +158,18 @@ def start(
         position: step, tokens and tokens of each source; "step" names the folder.
         keep: newest checkpoints that stay.
         copy: write from a copy in host memory, so that training may go on until `finish`.
-        plan: of the save before, which spares much of the time that training stands still.
+        plan: of the save before, which spares much of the time that training waits.
 
     Raises:
         UserError: if the disk is full, or refuses; the older checkpoints are untouched.
     """
     final = layout.path_of(run_dir, position["step"])
     with _removed_on_failure(final):
-        ranks.main_first(lambda: _empty(_partial(final)))
-        writing = save_load.start_writing(_partial(final), content, plan or KeptPlan(), copy=copy)
-    return Saving(final, position, plan_of(content), keep, writing)
+        ranks.run_on_main_first(lambda: _empty(_partial(final)))
+        writing = save_load.start_writing(
+            _partial(final), content, plan or KeptSavePlan(), copy=copy
+        )
+    return Saving(final, position, layout_of(content), keep, writing)
 
 
 def save(run_dir: Path, content: Content, position: Mapping[str, Any], *, keep: int) -> Path:
@@ -181,7 +183,7 @@ def load(found: layout.Found, content: Content) -> dict[str, Any]:
     Raises:
         UserError: if the checkpoint is damaged, or of another model.
     """
-    before, now = read_plan(found.path), plan_of(content)
+    before, now = read_layout(found.path), layout_of(content)
     if before and before != now and ranks.is_main():
         _log.info("going on under %s, saved under %s", in_words(now), in_words(before))
     save_load.read(found.path, content)
@@ -201,16 +203,16 @@ def newest_sound(
         damaged = damages(found)
         if not damaged:
             return found
-        ranks.main_first(lambda: set_aside(found, damaged))  # noqa: B023  called at once
+        ranks.run_on_main_first(lambda: set_aside(found, damaged))  # noqa: B023  called at once
     return None
 
 
 def damages(found: layout.Found) -> str:
     """Compare a checkpoint with its checksums, each process its share; say what is wrong."""
     here = layout.damages(found.path, part=ranks.rank(), parts=ranks.world_size())
-    everywhere: list[list[str]] = [[]] * ranks.world_size()
-    dist.all_gather_object(everywhere, here)
-    return ", ".join(one for share in everywhere for one in share)
+    on_all_ranks: list[list[str]] = [[]] * ranks.world_size()
+    dist.all_gather_object(on_all_ranks, here)
+    return ", ".join(one for share in on_all_ranks for one in share)
 
 
 def _partial(final: Path) -> Path:
@@ -224,7 +226,7 @@ def _empty(folder: Path) -> None:
 
 
 def _publish(partial: Path, saving: Saving) -> None:
-    write_plan(partial, saving.plan)
+    write_layout(partial, saving.plan)
     layout.write_position(partial, saving.position)
     layout.write_checksums(partial, saving.writing.sums)
     layout.sync(partial)
@@ -246,7 +248,7 @@ def _removed_on_failure(final: Path) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         explained = _explained(error, final)
-        explained.everywhere = getattr(error, "everywhere", False)
+        explained.on_all_ranks = getattr(error, "on_all_ranks", False)
         raise explained from error
 
 

@@ -82,7 +82,7 @@ class OpenFiles:
 
 
 @dataclass(frozen=True)
-class Place:
+class FilePosition:
     """Where the values of a tensor will stand in an open file, and what stands around them."""
 
     descriptor: int
@@ -385,7 +385,7 @@ class CheckpointWriter:
     def place(
         self, name: str, shape: tuple[int, ...], start: int, sizes: tuple[int, ...],
         dtype: torch.dtype,
-    ) -> Place:  # fmt: skip
+    ) -> FilePosition:  # fmt: skip
         """Give the place of rows of a tensor.
 
         Args:
@@ -401,7 +401,7 @@ class CheckpointWriter:
         before, behind = around(dtype, sizes, checksums=False)
         values = math.prod(sizes) * dtype.itemsize
         position = self._take(MetadataIndex(name, offsets), len(before) + values + len(behind))
-        return Place(self._file.fileno(), position, before, behind)
+        return FilePosition(self._file.fileno(), position, before, behind)
 
     def _take(self, index: MetadataIndex, length: int) -> int:
         """Give the next bytes of the file to an item, and return where they begin."""

@@ -27,7 +27,7 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.optimizer_state import MASTER, StatePart, kept_tensors, state_parts
 from hybrid_train.checkpoint.shards import (
     Content,
-    Place,
+    Shard,
     bare,
     places,
 )
@@ -62,7 +62,7 @@ class _Plan:
     metadata: Metadata | None  # of the whole checkpoint; on the first process
 
 
-class KeptPlan:
+class KeptSavePlan:
     """What a run keeps from one save to the next."""
 
     def __init__(self) -> None:
@@ -84,9 +84,9 @@ class KeptPlan:
     def fits(self, tensors: Sequence[ShardedTensor]) -> bool:
         """Tell whether all processes can use the plan; every process calls this."""
         here = self._plan is not None and self._plan.described == _described(tensors)
-        everywhere = torch.tensor(int(here), device=torch.cuda.current_device())
-        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-        return bool(everywhere.item())
+        on_all_ranks = torch.tensor(int(here), device=torch.cuda.current_device())
+        dist.all_reduce(on_all_ranks, op=dist.ReduceOp.MIN)
+        return bool(on_all_ranks.item())
 
     def keep(
         self,
@@ -121,7 +121,7 @@ class KeptPlan:
         return writer, self._plan.metadata
 
 
-def _weights(found: Sequence[Place], state: Sequence[StatePart]) -> Iterator[ShardedTensor]:
+def _weights(found: Sequence[Shard], state: Sequence[StatePart]) -> Iterator[ShardedTensor]:
     """Yield the weights; those in FP8 as what they are quantized from, their masters in bfloat16.
 
     Each process has them of the masters that it keeps. So a checkpoint is that of a run that keeps
@@ -302,7 +302,7 @@ class Writing:
             part = Part(failure=f"{type(error).__name__}: {error}", errno=_errno(error))
         parts: list[Any] | None = [None] * dist.get_world_size() if ranks.is_main() else None
         dist.gather_object(part, parts)
-        ranks.main_first(lambda: _require_all(parts or []))
+        ranks.run_on_main_first(lambda: _require_all(parts or []))
         return parts or []
 
     def describe(self, parts: list[Part]) -> None:

@@ -1,7 +1,7 @@
 """The table of rules across the sections of a job, and how a whole job is held against it.
 
 Rules of one section alone stand beside its fields (`schema/`), the others in `check_*.py`. What is
-wrong gets the nearest values that are legal together (`mending.py`).
+wrong gets the nearest values that are legal together (`suggestions.py`).
 """
 
 from collections.abc import Collection, Iterator

@@ -13,8 +13,6 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 from hybrid_train.schema.job_roots import (
     CheckJob,
     ConvertJob,
@@ -54,6 +52,8 @@ def quoted(text: str) -> str:
     """Return a text as Hydra's grammar reads it, in quotes where it needs them."""
     if _PLAIN.fullmatch(text) and text.lower() != "null":
         return text
+    from hydra.core.override_parser.types import Quote, QuotedString  # takes a moment to import
+
     return str(QuotedString(text, Quote.double).with_quotes())
 
 
@@ -68,7 +68,7 @@ def command(*words: str) -> str:
     return typed("hybrid-train", *words)
 
 
-_EXPERIMENTS = "`hybrid-train recipes` lists experiments with everything set"
+_EXPERIMENTS = "`hybrid-train experiments` lists experiments with everything set"
 _MODELS = "`hybrid-train models` lists the models that have a name: model=NAME"
 _STUDIES = "name=NAME takes one that is ready: `hybrid-train study --help` lists them"
 
@@ -170,10 +170,12 @@ COMMANDS = {
         ready=_STUDIES,
         says_what_starts=True,
     ),
-    "recipes": Command("lists the experiments that are ready to run", "listings:run_experiments"),
+    "experiments": Command(
+        "lists the experiments that are ready to run", "listings:run_experiments"
+    ),
     "models": Command("lists the models that have a name", "listings:run_models"),
     "doctor": Command(
-        "examines this machine: libraries, GPUs, limits, speed; and says what to mend",
+        "examines this machine: libraries, GPUs, limits, speed; and says what to fix",
         "doctor:run",
         DoctorJob,
     ),

@@ -89,7 +89,7 @@ def load(run_dir: Path) -> TrainJob:
     """
     path = _frozen(run_dir)
     try:
-        saved = OmegaConf.create(yaml_files.text_of(path))
+        saved = _with_present_names(OmegaConf.create(yaml_files.text_of(path)))
         typed = OmegaConf.structured(TrainJob)
         for group in map(str, typed):
             if isinstance(typed._get_node(group), DictConfig):
@@ -102,6 +102,17 @@ def load(run_dir: Path) -> TrainJob:
         raise ConfigError(error.problems, f"read from {path}") from error
     except _UNREADABLE as error:
         raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
+
+
+def _with_present_names(saved: Any) -> Any:
+    """Give a setting its present name where an earlier version of the program wrote the config."""
+    phases = OmegaConf.select(saved, "train.phases") or []
+    lists = [OmegaConf.select(saved, "precision.exceptions")]
+    lists += [OmegaConf.select(phase, "precision_exceptions") for phase in phases]
+    for rule in (rule for rules in lists for rule in rules or []):
+        if "products" in rule:  # until 2026-11-29
+            rule["gemms"] = rule.pop("products")
+    return saved
 
 
 def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) -> TrainJob:

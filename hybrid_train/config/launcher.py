@@ -97,7 +97,7 @@ def require_alone(job: str) -> None:
             f"{job} runs in one process, and this is one of {world_size()} ({WORLD_SIZE}); start "
             f"it without torchrun, and unset {WORLD_SIZE} if no launcher has set it"
         )
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
 
 

@@ -348,14 +348,14 @@ def _recomputed_layers_fit_mtp(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.recompute_layers", plan.recompute_layers, rule, 1)
 
 
-def _lowered_state_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
+def _reduced_state_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
     # optimizer/optimizer_config.py 435
     if job.parallel.distributed_optimizer and not job.parallel.fsdp:
         return
     rule = "needs parallel.distributed_optimizer=true: Megatron lowers no other state"
     if job.parallel.fsdp:
         rule = "needs parallel.fsdp=false: state of distributed tensors is kept in float32 alone"
-    for name, value in job.optimizer.lowered.items():
+    for name, value in job.optimizer.reduced_state.items():
         yield Problem(f"optimizer.{name}", value, rule, "float32")
 
 
@@ -370,8 +370,8 @@ def _main_gradients_are_the_reduced_ones(job: TrainJob, _: int) -> Iterator[Prob
     elif given is GradientFormat.bfloat16 and not halved:
         rule = "needs precision.reduce_gradients_in_fp32=false: it is what was reduced"
         yield Problem(path, given.value, rule, "float32")
-    elif given is GradientFormat.float32 and halved and job.optimizer.lowered:
-        names = ", ".join(f"optimizer.{name}" for name in job.optimizer.lowered)
+    elif given is GradientFormat.float32 and halved and job.optimizer.reduced_state:
+        names = ", ".join(f"optimizer.{name}" for name in job.optimizer.reduced_state)
         rule = f"is not made of reduced bfloat16 gradients beside {names}"
         yield Problem(path, given.value, rule, "bfloat16")
 
@@ -409,7 +409,7 @@ def _falls(given: MomentFormat, beta: float) -> bool:
 MEMORY_RULES = (
     _recomputed_modules_exist,
     _recomputed_layers_fit_mtp,
-    _lowered_state_is_split,
+    _reduced_state_is_split,
     _main_gradients_are_the_reduced_ones,
     _masters_have_weights_to_differ_from,
     _moments_can_fall,

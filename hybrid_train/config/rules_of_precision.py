@@ -1,6 +1,6 @@
 """Rules about number formats: what exceptions may name, and what the libraries do not compute.
 
-The rules hold where a GPU is meant to compute quantized products itself; a CPU emulates them, as
+The rules hold where a GPU is meant to compute quantized GEMMs itself; a CPU emulates them, as
 `precision.backend=emulated` does anywhere, and takes what they refuse. With `runtime.device=auto`
 the start of a run knows, and what they say is a note before (`hardware_notes`). Which formats a GPU
 has is asked when it is there (`precision/te.py`).
@@ -20,8 +20,8 @@ from hybrid_train.anatomy.gemm_formats import (
     Formats,
     Linear,
     formats_of,
+    fp8_primary_weights,
     is_named,
-    kept_in_fp8,
     linears,
     matches,
     quantized_kinds,
@@ -40,21 +40,21 @@ from hybrid_train.schema.layer_ranges import is_range
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.precision import Backend, NumberFormat, ProductFormat
+from hybrid_train.schema.precision import Backend, GemmFormat, NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Device, Kernels
 from hybrid_train.schema.train import TrainJob
 
-# What each dimension of a product must be a multiple of, as each is summed over in one of the three
-# products: 16 for FP8 with float32 scales (TE quantization.py 982, utils.py 704), 32 for MXFP8
+# What each dimension of a GEMM must be a multiple of, as each is summed over in one of the three
+# GEMMs: 16 for FP8 with float32 scales (TE quantization.py 982, utils.py 704), 32 for MXFP8
 # (TE csrc/quantizer.cpp 1515), and for NVFP4 16 as a block (1982), but 32 along a sum: 16 bytes of
 # 4 bits (core fp4_utils.py, get_fp4_align_size).
 MULTIPLES = {
-    ProductFormat.fp8_tensorwise: 16,
-    ProductFormat.fp8_delayed: 16,
-    ProductFormat.fp8_blockwise: 16,
-    ProductFormat.mxfp8: 32,
-    ProductFormat.nvfp4: 32,
+    GemmFormat.fp8_tensorwise: 16,
+    GemmFormat.fp8_delayed: 16,
+    GemmFormat.fp8_blockwise: 16,
+    GemmFormat.mxfp8: 32,
+    GemmFormat.nvfp4: 32,
 }
 _FP8_ROWS = 16
 _EMULATE = "precision.backend=emulated runs it"
@@ -62,7 +62,7 @@ _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
 
 
 def is_native(job: TrainJob) -> bool:
-    """Tell whether a GPU is meant to compute quantized products itself."""
+    """Tell whether a GPU is meant to compute quantized GEMMs itself."""
     backend, device = job.precision.backend, job.runtime.device
     cluster = job.cluster if isinstance(job, SubmitJob | CheckJob) else None
     on_gpus = cluster is not None and cluster.gpus_per_node > 0
@@ -76,7 +76,7 @@ def on_a_gpu(job: TrainJob) -> TrainJob:
 
 
 def hardware_notes(job: TrainJob) -> list[Problem]:
-    """Return what a GPU would refuse of a job whose quantized products are emulated.
+    """Return what a GPU would refuse of a job whose quantized GEMMs are emulated.
 
     One that may find a GPU is told all of it, another the sizes alone: they are easily overlooked.
     """
@@ -97,14 +97,14 @@ def hardware_notes(job: TrainJob) -> list[Problem]:
 
 
 def quantized_linears(job: TrainJob) -> dict[Linear, Formats]:
-    """Return the linear layers with a quantized product; none where a rule cannot be read."""
+    """Return the linear layers with a quantized GEMM; none where a rule cannot be read."""
     if not all(is_range(rule.layers) for rule in job.precision.exceptions):
         return {}
     found = formats_of(job.model, job.precision)
     return {linear: one for linear, one in found.items() if one.quantized}
 
 
-def _quantized_kinds(job: TrainJob) -> Mapping[str, frozenset[ProductFormat]]:
+def _quantized_kinds(job: TrainJob) -> Mapping[str, frozenset[GemmFormat]]:
     """Return the kinds of `quantized_linears`, each with its formats."""
     if not all(is_range(rule.layers) for rule in job.precision.exceptions):
         return {}
@@ -112,12 +112,12 @@ def _quantized_kinds(job: TrainJob) -> Mapping[str, frozenset[ProductFormat]]:
 
 
 def native_needs_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
-    """A CPU has no such products, and the plain layers leave none to Transformer Engine."""
+    """A CPU has no such GEMMs, and the plain layers leave none to Transformer Engine."""
     if job.precision.backend is Backend.native and job.runtime.device is Device.cpu:
         rule = "needs a GPU; runtime.device is cpu"
         yield Problem("precision.backend", "native", rule, "emulated")
     elif job.runtime.kernels is Kernels.plain and is_native(job) and _quantized_kinds(job):
-        rule = f"leaves no quantized products to Transformer Engine; {_EMULATE}"
+        rule = f"leaves no quantized GEMMs to Transformer Engine; {_EMULATE}"
         yield Problem("runtime.kernels", "plain", rule, "auto")
 
 
@@ -127,12 +127,12 @@ def formats_have_hardware(job: TrainJob, _: int) -> Iterator[Problem]:
         return
     rule = f"has no hardware path; {_EMULATE}"
     for path, format in _chosen(job):
-        if format is ProductFormat.mxfp4:
-            yield Problem(path, format.value, rule, ProductFormat.nvfp4.value)
+        if format is GemmFormat.mxfp4:
+            yield Problem(path, format.value, rule, GemmFormat.nvfp4.value)
 
 
 def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
-    """A module takes one recipe for its three products (core extensions/transformer_engine.py 312).
+    """A module takes one recipe for its three GEMMs (core extensions/transformer_engine.py 312).
 
     Transformer Engine itself could leave both gradients unquantized (backward_override), but core's
     TEQuantizationRecipe (122) has no field for it.
@@ -140,17 +140,15 @@ def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
     if not is_native(job):
         return
     rules = job.precision.exceptions
-    if not any(one.products for one in rules):
+    if not any(one.gemms for one in rules):
         return
     mixed = [one for one in quantized_linears(job).values() if len(set(one.formats.values())) > 1]
     deciding = {number for one in mixed for number in one.rules.values()}
     for number, exception in enumerate(rules):
-        if number in deciding and exception.products:
-            shown = ", ".join(product.value for product in exception.products)
-            rule = (
-                f"Transformer Engine has one format for the three products of a layer; {_EMULATE}"
-            )
-            yield Problem(f"precision.exceptions.{number}.products", shown, rule, "[]")
+        if number in deciding and exception.gemms:
+            shown = ", ".join(gemm.value for gemm in exception.gemms)
+            rule = f"Transformer Engine has one format for the three GEMMs of a layer; {_EMULATE}"
+            yield Problem(f"precision.exceptions.{number}.gemms", shown, rule, "[]")
 
 
 def quantized_beside_bf16(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -176,11 +174,11 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     found = _quantized_kinds(job) if is_native(job) else {}
     formats = {format for kinds in found.values() for format in kinds}
     quantized = formats.difference(UNQUANTIZED)
-    if ProductFormat.fp8_delayed not in quantized:
+    if GemmFormat.fp8_delayed not in quantized:
         return
-    nearest = ProductFormat.fp8_tensorwise.value
+    nearest = GemmFormat.fp8_tensorwise.value
     for path, format in _chosen(job):
-        if format is ProductFormat.fp8_delayed and len(quantized) > 1:
+        if format is GemmFormat.fp8_delayed and len(quantized) > 1:
             others = ", ".join(sorted(one.value for one in quantized - {format}))
             yield Problem(path, format.value, f"stands beside {others}; {_EMULATE}", nearest)
     plan, path = job.parallel, "precision.format"
@@ -191,7 +189,7 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     for words, there in passes.items():
         if there and len(quantized) == 1:
             rule = f"would move its histories on too early with {words}; {_EMULATE}"
-            yield Problem(path, ProductFormat.fp8_delayed.value, rule, nearest)
+            yield Problem(path, GemmFormat.fp8_delayed.value, rule, nearest)
     if job.precision.power_of_two_scales:
         # TE quantization.py, _default_sf_compute
         rule = f"fp8_delayed has float32 scales in Transformer Engine; {_EMULATE}"
@@ -212,10 +210,10 @@ def _delayed_recompute(job: TrainJob) -> Iterator[Problem]:
 
 
 def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
-    """Every dimension of a quantized product is a multiple of what its format needs."""
+    """Every dimension of a quantized GEMM is a multiple of what its format needs."""
     if not is_native(job):
         return
-    needed: dict[str, tuple[int, ProductFormat]] = {}  # of each kind: the largest, and whose
+    needed: dict[str, tuple[int, GemmFormat]] = {}  # of each kind: the largest, and whose
     for module, formats in _quantized_kinds(job).items():
         for format in sorted(formats, key=lambda one: one.value):
             multiple = MULTIPLES.get(format, 1)
@@ -236,9 +234,9 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
         yield from _packed_rows(job, chosen)
 
 
-def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem]:
+def _packed_rows(job: TrainJob, formats: set[GemmFormat]) -> Iterator[Problem]:
     # ssm/mamba_mixer.py 251: before they are split, and whether or not they are quantized
-    fp8 = formats and ProductFormat.nvfp4 not in formats
+    fp8 = formats and GemmFormat.nvfp4 not in formats
     if not fp8:
         return
     for layer in distinct(job.model):
@@ -246,7 +244,7 @@ def _packed_rows(job: TrainJob, formats: set[ProductFormat]) -> Iterator[Problem
         if layer.letter != MambaKind.letter or not rows.value % _FP8_ROWS:
             continue
         rule = (
-            f"{rows.words} = {rows.value} must be a multiple of {_FP8_ROWS} beside FP8 products "
+            f"{rows.words} = {rows.value} must be a multiple of {_FP8_ROWS} beside FP8 GEMMs "
             "on a GPU; precision.backend=emulated takes any"
         )
         setting = layer.setting(Axis.ssm_heads)
@@ -271,7 +269,7 @@ def _value(job: TrainJob, path: str) -> object:
     return found
 
 
-def _chosen(job: TrainJob) -> Iterator[tuple[str, ProductFormat]]:
+def _chosen(job: TrainJob) -> Iterator[tuple[str, GemmFormat]]:
     """Yield every format that is written down, and where."""
     yield "precision.format", job.precision.format
     for number, rule in enumerate(job.precision.exceptions):
@@ -284,7 +282,7 @@ def fsdp_is_not_native(job: TrainJob, _: int) -> Iterator[Problem]:
     A copy is renewed in the first microbatch of a step alone (transformer/module.py 105).
     """
     if job.parallel.fsdp and is_native(job) and _quantized_kinds(job):
-        rule = f"is not joined with products that the hardware quantizes; {_EMULATE}"
+        rule = f"is not joined with GEMMs that the hardware quantizes; {_EMULATE}"
         yield Problem("parallel.fsdp", True, rule, "false")
 
 
@@ -332,7 +330,7 @@ def _names() -> list[str]:
 def formats_go_together(job: TrainJob, _: int) -> Iterator[Problem]:
     """What is not quantized has one format in the whole model."""
     base = job.precision.base
-    other = {NumberFormat.fp32: ProductFormat.bf16, NumberFormat.bf16: ProductFormat.fp32}[base]
+    other = {NumberFormat.fp32: GemmFormat.bf16, NumberFormat.bf16: GemmFormat.fp32}[base]
     for number, rule in enumerate(job.precision.exceptions):
         if rule.format is other:
             path = f"precision.exceptions.{number}.format"
@@ -340,7 +338,7 @@ def formats_go_together(job: TrainJob, _: int) -> Iterator[Problem]:
             yield Problem(path, other.value, rule_text, base.value)
 
 
-def weights_can_be_kept_in_fp8(job: TrainJob, _: int) -> Iterator[Problem]:
+def fp8_primary_weights_are_possible(job: TrainJob, _: int) -> Iterator[Problem]:
     """Megatron's distributed optimizer gathers FP8 weights, of formats that have them as such."""
     precision = job.precision
     if not precision.fp8_param_gather or not all(is_range(r.layers) for r in precision.exceptions):
@@ -355,15 +353,19 @@ def weights_can_be_kept_in_fp8(job: TrainJob, _: int) -> Iterator[Problem]:
             precision.base is NumberFormat.bf16
         ),
         f"needs main layers in {names}; weights of others are gathered in bfloat16": (
-            bool(kept_in_fp8(job.model, precision))
+            bool(fp8_primary_weights(job.model, precision))
         ),
         # core has masters of its own beside FusedAdam then (optimizer_config.py 404)
         "needs optimizer state in float32; lowered is "
-        f"{', '.join(job.optimizer.lowered)}": not job.optimizer.lowered,
+        f"{', '.join(job.optimizer.reduced_state)}": not job.optimizer.reduced_state,
     }
     for rule, holds in rules.items():
         if not holds:
             yield Problem("precision.fp8_param_gather", True, rule, "false")
 
 
-PRECISION_RULES = (exceptions_match_something, formats_go_together, weights_can_be_kept_in_fp8)
+PRECISION_RULES = (
+    exceptions_match_something,
+    formats_go_together,
+    fp8_primary_weights_are_possible,
+)

@@ -1,4 +1,4 @@
-"""The smallest change that mends a configuration: nothing is offered that is refused afterwards.
+"""The smallest change that fixes a configuration: nothing is offered that is refused afterwards.
 
 A rule knows a value that keeps it, but not what the other rules and phases say to that. So each
 value is tried on the whole job first. One wrong setting often breaks many rules; it gets one line.
@@ -69,7 +69,7 @@ def with_nearest(job: TrainJob, started: int, rules: Rules) -> list[Problem]:
         return []
     search.known = {problem.path for problem in found}
     values = search.smallest(search.solved(sound), sound)
-    # What a change brings to light is told too where nothing mends it.
+    # What a change brings to light is told too where nothing fixes it.
     found += [one for one in search.problems(values) if one.path not in search.known]
     return _lines(found, values, search)
 
@@ -94,7 +94,7 @@ class _Search:
     rules: Rules
     of_sections: list[Problem] = field(default_factory=list)
     known: set[str] = field(default_factory=set)
-    unmended: set[str] = field(default_factory=set)
+    unfixed: set[str] = field(default_factory=set)
     beside: dict[str, str] = field(default_factory=dict)
     parents: dict[str, str] = field(default_factory=dict)
     _broken: dict[str, dict[Rule, None]] = field(default_factory=dict)  # rules that named a path
@@ -120,7 +120,7 @@ class _Search:
             best = min(tried, key=lambda one: len(self._unsound(one)), default=others)
             values = best
             if any(problem.path == path for problem in self._unsound(best)):
-                self.unmended.add(path)
+                self.unfixed.add(path)
                 values = others
         for path in values:
             values = {**values, path: self._quietest(path, values)}
@@ -140,13 +140,13 @@ class _Search:
 
     def passes(self, values: Values) -> bool:
         """Tell whether these values leave nothing but what has no legal value."""
-        return not any(problem.path not in self.unmended for problem in self._look(values))
+        return not any(problem.path not in self.unfixed for problem in self._look(values))
 
     def solved(self, values: Values) -> Values:
         """Return values that leave nothing wrong, found one setting after the other."""
         last = ""
         for _ in range(_ROUNDS):
-            wrong = [one for one in self.problems(values) if one.path not in self.unmended]
+            wrong = [one for one in self.problems(values) if one.path not in self.unfixed]
             if not wrong:
                 return values
             path = wrong[0].path
@@ -154,12 +154,12 @@ class _Search:
                 self.parents.setdefault(path, last)
             chosen = self._choice(path, values, {one.path for one in wrong})
             if chosen is None:
-                self.unmended.add(path)
+                self.unfixed.add(path)
                 values = _without(values, path)
             else:
                 values, last = {**values, path: chosen}, path
-        self.unmended |= {one.path for one in self.problems(values)}
-        return {path: value for path, value in values.items() if path not in self.unmended}
+        self.unfixed |= {one.path for one in self.problems(values)}
+        return {path: value for path, value in values.items() if path not in self.unfixed}
 
     def smallest(self, values: Values, sections: Values) -> Values:
         """Return as few of the values as will do, each as near as can be; see `_alone`."""
@@ -175,7 +175,7 @@ class _Search:
         return values
 
     def _alone(self, sections: Values) -> Values:
-        """Return the one value that mends everything; none if there is no such.
+        """Return the one value that fixes everything; none if there is no such.
 
         Args:
             sections: values that keep the limits of sections; each of these settings must change.
@@ -207,7 +207,7 @@ class _Search:
             if (path, repr(sorted(tried.items(), key=str))) in self._tried:
                 continue
             nearest = value if nearest is None else nearest
-            if all(one.path in wrong | self.unmended for one in self._look(tried)):
+            if all(one.path in wrong | self.unfixed for one in self._look(tried)):
                 nearest = value
                 break
         chosen = {**others, path: nearest}
@@ -261,7 +261,7 @@ class _Search:
             self._learn(problem)
             self._broken.setdefault(problem.path, {})[rule] = None
             if not self._takes(problem):
-                self.unmended.add(problem.path)
+                self.unfixed.add(problem.path)
             yield problem
         yield from self._unsound(values)
 
@@ -292,7 +292,7 @@ class _Search:
     def _unsound(self, values: Values) -> list[Problem]:
         """Return what is wrong with sections by themselves, and learn from it."""
         found = self.rules.sections(self._with(values)[0])
-        unsound = [problem for problem in found if problem.path not in self.unmended]
+        unsound = [problem for problem in found if problem.path not in self.unfixed]
         for problem in unsound:
             self._learn(problem)
         return unsound
@@ -351,7 +351,7 @@ def _typed(section: object, name: str, value: object) -> object:
 
 
 def _lines(found: list[Problem], values: Values, search: _Search) -> list[Problem]:
-    """Return the problems that have a cause of their own, with what mends each."""
+    """Return the problems that have a cause of their own, with what fixes each."""
     shown: dict[tuple[str, str], Problem] = {}
     for problem in found:
         key = (problem.path, "" if problem.path in values else str(problem.value))
@@ -364,7 +364,7 @@ def _lines(found: list[Problem], values: Values, search: _Search) -> list[Proble
         if path not in search.known:
             owner = _owner(path, search, found)
             along[owner] = (*along.get(owner, ()), (path, value))
-    caused = {*values, *search.unmended, *along}
+    caused = {*values, *search.unfixed, *along}
     return [
         replace(one, nearest=_nearest(one, values, search), along=along.get(one.path, ()))
         for one in shown.values()

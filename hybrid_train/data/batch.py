@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_train.data.plan import Fields
-from hybrid_train.ops.context import own_pieces
+from hybrid_train.ops.context import own_chunks
 from hybrid_train.schema.data import Split
 from hybrid_train.schema.problems import UserError
 
@@ -89,7 +89,7 @@ class Batch:
         """
 
         def cut(name: str, values: Tensor) -> Tensor:
-            return values if name in _WHOLE else own_pieces(values, rank, size, dim=1)
+            return values if name in _WHOLE else own_chunks(values, rank, size, dim=1)
 
         return self._map(cut)
 

@@ -1,4 +1,4 @@
-"""Documents of tokens: what every source offers, those of token files, and pieces of them."""
+"""Documents of tokens: what every source offers, those of token files, and spans of them."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
 
 _CHUNK = 2**20  # entries of an index that a check holds in memory
-_INDEX_PIECES, _TOKEN_PIECES, _PIECE_BYTES = 32, 4, 4096  # of a fingerprint; the second by network
+_INDEX_BLOCKS, _TOKEN_BLOCKS, _BLOCK_BYTES = 32, 4, 4096  # of a fingerprint; the second by network
 
 
 class Documents(Protocol):
@@ -98,16 +98,16 @@ class FileDocuments:
         return self._read_bytes(first, last).view(self._dtype).astype(np.int64)
 
     def fingerprint(self) -> str:
-        """Name the content: sizes, pieces of the index and of the tokens, wherever they lie."""
+        """Name the content: sizes, blocks of the index and of the tokens, wherever they lie."""
         return self._fingerprint
 
     @cached_property  # what was opened does not change: a changed remote file is an error
     def _fingerprint(self) -> str:
         index, file = self._opened.idx, self._opened.bin
         digest = hashlib.sha256(f"{len(index)} {file.size}".encode())
-        for start, stop in _pieces(len(index), _INDEX_PIECES):
+        for start, stop in _spans(len(index), _INDEX_BLOCKS):
             digest.update(index[start:stop])
-        for start, stop in _pieces(file.size, _TOKEN_PIECES):
+        for start, stop in _spans(file.size, _TOKEN_BLOCKS):
             digest.update(file.peek(start, stop))
         return digest.hexdigest()[:32]
 
@@ -148,17 +148,17 @@ def _grouped(opened: Opened) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     return ends[boundaries[:-1]] * opened.facts.dtype.itemsize, lengths.astype(np.int32)
 
 
-def _pieces(size: int, count: int) -> Iterator[tuple[int, int]]:
-    """Evenly spaced pieces of a file, both ends among them; all of it if it is short."""
-    if size <= count * _PIECE_BYTES:
+def _spans(size: int, count: int) -> Iterator[tuple[int, int]]:
+    """Evenly spaced blocks of a file, both ends among them; all of it if it is short."""
+    if size <= count * _BLOCK_BYTES:
         yield 0, size
         return
     for number in range(count):
-        start = (size - _PIECE_BYTES) * number // (count - 1)
-        yield start, start + _PIECE_BYTES
+        start = (size - _BLOCK_BYTES) * number // (count - 1)
+        yield start, start + _BLOCK_BYTES
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Tokens [start, stop) of a document of a source."""
 
     document: int
@@ -189,8 +189,8 @@ class Joined:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def read(self, piece: Piece) -> NDArray[np.int64]:
-        """Return the tokens of a piece, [stop - start].
+    def read(self, span: Span) -> NDArray[np.int64]:
+        """Return the tokens of a span, [stop - start].
 
         Raises:
             UserError: if an id is beyond the vocabulary: a sample at the start may not have met it,
@@ -198,14 +198,14 @@ class Joined:
         """
         number = 0
         if len(self._parts) > 1:
-            number = int(np.searchsorted(self._firsts, piece.document, side="right")) - 1
+            number = int(np.searchsorted(self._firsts, span.document, side="right")) - 1
         part = self._parts[number]
-        document = piece.document - int(self._firsts[number])
-        tokens = part.read(document, piece.start, piece.stop)
+        document = span.document - int(self._firsts[number])
+        tokens = part.read(document, span.start, span.stop)
         size = self._vocab_size
         if size is not None and (place := place_beyond(tokens, size)) is not None:
             where = f"source {self.name}: document {document} of {part.name}"
-            token = f"token {tokens[place]} at place {piece.start + place}"
+            token = f"token {tokens[place]} at place {span.start + place}"
             raise beyond_vocabulary(where, token, size)
         return tokens
 

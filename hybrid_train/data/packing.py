@@ -1,6 +1,6 @@
 """Whole documents of a source packed into rows, so that as little as possible is padding.
 
-A piece of n tokens takes n - 1 places of a row: its last token is a label only.
+A span of n tokens takes n - 1 places of a row: its last token is a label only.
 Dimensions: L places of a row.
 
 Documents come in the shuffled order of an epoch, a window at a time; those of a window are packed
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.documents import Joined, Piece
+from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.order import Permutation
 from hybrid_train.schema.problems import UserError
@@ -30,20 +30,20 @@ Integers = NDArray[np.integer[Any]]
 
 
 def best_fit(lengths: Integers, row_length: int) -> NDArray[np.int32]:
-    """Give every piece a row: the longest first, each into the fullest row that has room for it.
+    """Give every span a row: the longest first, each into the fullest row that has room for it.
 
-    Of pieces of equal length, and of rows with equal room, the earlier comes first. No two rows
+    Of spans of equal length, and of rows with equal room, the earlier comes first. No two rows
     could be one; their number is at most 11/9 of the least possible, plus 4.
 
     Args:
-        lengths: places that each piece takes, 1 to `row_length`.
+        lengths: places that each span takes, 1 to `row_length`.
         row_length: L.
 
     Returns:
-        Number of the row of each piece, from 0, in the order of `lengths`.
+        Number of the row of each span, from 0, in the order of `lengths`.
 
     Raises:
-        ValueError: if a piece takes less than one place, or more than a row has.
+        ValueError: if a span takes less than one place, or more than a row has.
 
     Source: Johnson, Demers, Ullman, Garey and Graham, SIAM J. Comput. 3(4), 1974 (best-fit
     decreasing).
@@ -51,7 +51,7 @@ def best_fit(lengths: Integers, row_length: int) -> NDArray[np.int32]:
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= row_length:
         raise ValueError(
-            f"pieces take {lengths.min()} to {lengths.max()} places, but a row has 1 to "
+            f"spans take {lengths.min()} to {lengths.max()} places, but a row has 1 to "
             f"{row_length}; cut longer ones before"
         )
     order = np.argsort(-lengths, kind="stable")
@@ -59,23 +59,23 @@ def best_fit(lengths: Integers, row_length: int) -> NDArray[np.int32]:
     unit = max(1, lengths.size)  # a row with room is one number, places left * unit + row
     rooms: list[int] = []  # in order
     opened = 0
-    for piece, length in zip(order.tolist(), (lengths[order] * unit).tolist(), strict=True):
+    for span, length in zip(order.tolist(), (lengths[order] * unit).tolist(), strict=True):
         fullest = bisect_left(rooms, length)
         if fullest < len(rooms):
             room = rooms.pop(fullest)
         else:
             room, opened = row_length * unit + opened, opened + 1
-        rows[piece] = room % unit
+        rows[span] = room % unit
         if room - length >= unit:
             insort(rooms, room - length)
     return rows
 
 
-def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[str, NDArray[Any]]:
-    """Put pieces one behind the other into a row, and padding behind them.
+def fill_row(spans: Sequence[Integers], row_length: int, pad_id: int) -> dict[str, NDArray[Any]]:
+    """Put spans one behind the other into a row, and padding behind them.
 
     Args:
-        pieces: tokens of each, at least two.
+        spans: tokens of each, at least two.
         row_length: L.
         pad_id: token and label of the padding; neither counts.
 
@@ -85,18 +85,18 @@ def fill_row(pieces: Sequence[Integers], row_length: int, pad_id: int) -> dict[s
         more document.
 
     Raises:
-        ValueError: if a piece has no label, or all together do not fit.
+        ValueError: if a span has no label, or all together do not fit.
     """
-    places = [len(piece) - 1 for piece in pieces]
+    places = [len(span) - 1 for span in spans]
     taken = sum(places)
     if min(places, default=1) < 1 or taken > row_length:
-        raise ValueError(f"pieces of {places} places each do not make a row of {row_length}")
+        raise ValueError(f"spans of {places} places each do not make a row of {row_length}")
     runs = np.array([*places, row_length - taken])
     starts = np.cumsum(runs) - runs
     tokens, labels = np.full((2, row_length), pad_id, dtype=np.int64)
-    for piece, start, length in zip(pieces, starts.tolist(), places, strict=False):
-        tokens[start : start + length] = piece[:-1]
-        labels[start : start + length] = piece[1:]
+    for span, start, length in zip(spans, starts.tolist(), places, strict=False):
+        tokens[start : start + length] = span[:-1]
+        labels[start : start + length] = span[1:]
     padding = np.arange(row_length) >= taken
     return {
         "tokens": tokens,
@@ -112,12 +112,12 @@ _WINDOW = 4096  # documents that are packed together
 
 
 @dataclass(frozen=True)
-class PackedPlace:
-    """Where packing goes on: a window, after pieces that a phase before left over."""
+class PackedPosition:
+    """Where packing goes on: a window, after spans that a phase before left over."""
 
     epoch: int = 0
     window: int = 0
-    left_over: tuple[Piece, ...] = ()
+    left_over: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Packing:
 
     Attributes:
         length: L, inputs of a row.
-        longest: inputs of the longest piece of a document; at most L.
+        longest: inputs of the longest span of a document; at most L.
         padding: token that fills a row up; it is not trained on.
     """
 
@@ -145,7 +145,7 @@ class PackedRows:
         *,
         key: tuple[object, ...],
         cache: IndexCache,
-        begin: PackedPlace = PackedPlace(),
+        begin: PackedPosition = PackedPosition(),
     ) -> None:
         """Start at a place; `key` is what the shuffle depends on, beside the epoch."""
         self.documents = documents
@@ -176,7 +176,7 @@ class PackedRows:
             self._add_epoch()
         return self._epoch_starts[1]
 
-    def end(self, rows: int) -> PackedPlace:
+    def end(self, rows: int) -> PackedPosition:
         """Return where the next phase goes on after the first `rows` rows; nothing is lost."""
         if rows == 0:
             return self._begin
@@ -186,17 +186,17 @@ class PackedRows:
         epoch, window, number = self._locate(rows - 1)
         rest = self._window(epoch, window)[number + 1 :]
         epoch, window = divmod(epoch * self._num_windows + window + 1, self._num_windows)
-        return PackedPlace(epoch, window, _flat(rest))
+        return PackedPosition(epoch, window, _flat(rest))
 
     def epochs(self, rows: int) -> float:
         """Return how often the source has been read through after the first `rows` rows."""
         place = self.end(rows)
-        left_over = sum(piece.stop - piece.start for piece in place.left_over)
+        left_over = sum(span.stop - span.start for span in place.left_over)
         passed = place.epoch + place.window / self._num_windows
         return max(0.0, passed - left_over / self.documents.tokens)  # windows are not of equal size
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return the pieces of a row."""
+    def spans(self, row: int) -> list[Span]:
+        """Return the spans of a row."""
         if row < len(self._left_over):
             return self._left_over[row]
         epoch, window, number = self._locate(row)
@@ -204,7 +204,7 @@ class PackedRows:
 
     def fill(self, row: int) -> dict[str, NDArray[Any]]:
         """Return the fields of a row by name, each [L]; see `packing.fill_row`."""
-        parts = [self.documents.read(piece) for piece in self.pieces(row)]
+        parts = [self.documents.read(span) for span in self.spans(row)]
         return fill_row(parts, self._packing.length, self._packing.padding)
 
     def _locate(self, row: int) -> tuple[int, int, int]:
@@ -228,7 +228,7 @@ class PackedRows:
 
         def count() -> NDArray[np.int64]:
             rows = [
-                int(self._rows_taken(self._window_pieces(epoch, window)).max(initial=-1)) + 1
+                int(self._rows_taken(self._window_spans(epoch, window)).max(initial=-1)) + 1
                 for window in range(self._num_windows)
             ]
             return np.cumsum([0, *rows])
@@ -242,41 +242,41 @@ class PackedRows:
             )
         return before
 
-    def _pack_window(self, epoch: int, window: int) -> list[list[Piece]]:
-        rows = self._packed(self._window_pieces(epoch, window))
+    def _pack_window(self, epoch: int, window: int) -> list[list[Span]]:
+        rows = self._packed(self._window_spans(epoch, window))
         shuffle = Permutation(len(rows), ("rows", *self._key, epoch, window)) if rows else None
         return [rows[place] for place in shuffle(np.arange(len(rows)))] if shuffle else []
 
-    def _window_pieces(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """Return the pieces of a window, (document, start, stop), [pieces, 3]."""
+    def _window_spans(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Return the spans of a window, (document, start, stop), [spans, 3]."""
         order = Permutation(len(self.documents), (*self._key, epoch))
         first = window * _WINDOW
         numbers = order(np.arange(first, min(first + _WINDOW, len(self.documents))))
         lengths = self.documents.lengths[numbers].astype(np.int64)
         return self._cut(np.stack([numbers, np.zeros_like(numbers), lengths], axis=1))
 
-    def _cut(self, pieces: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Cut pieces (document, start, stop) [pieces, 3] into those that a row takes."""
+    def _cut(self, spans: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Cut spans (document, start, stop) [spans, 3] into those that a row takes."""
         longest = self._packing.longest
-        document, begin, end = pieces.T
+        document, begin, end = spans.T
         parts = -(-(end - begin - 1) // longest)  # none where there is nothing to predict
-        owner = np.repeat(np.arange(len(pieces)), parts)
+        owner = np.repeat(np.arange(len(spans)), parts)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
         start = begin[owner] + within * longest
         stop = np.minimum(start + longest + 1, end[owner])
         return np.stack([document[owner], start, stop], axis=1)
 
-    def _rows_taken(self, pieces: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Return the row that each piece takes before the shuffle, [pieces]."""
-        return best_fit(pieces[:, 2] - pieces[:, 1] - 1, self._packing.length)
+    def _rows_taken(self, spans: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the row that each span takes before the shuffle, [spans]."""
+        return best_fit(spans[:, 2] - spans[:, 1] - 1, self._packing.length)
 
-    def _packed(self, pieces: NDArray[np.int64]) -> list[list[Piece]]:
-        row_of = self._rows_taken(pieces)
-        rows: list[list[Piece]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
-        for row, piece in zip(row_of.tolist(), pieces.tolist(), strict=True):
-            rows[row].append(Piece(*piece))
+    def _packed(self, spans: NDArray[np.int64]) -> list[list[Span]]:
+        row_of = self._rows_taken(spans)
+        rows: list[list[Span]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
+        for row, span in zip(row_of.tolist(), spans.tolist(), strict=True):
+            rows[row].append(Span(*span))
         return rows
 
 
-def _flat(rows: list[list[Piece]]) -> tuple[Piece, ...]:
-    return tuple(piece for row in rows for piece in row)
+def _flat(rows: list[list[Span]]) -> tuple[Span, ...]:
+    return tuple(span for row in rows for span in row)

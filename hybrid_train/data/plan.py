@@ -12,16 +12,16 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.documents import Joined, Piece
+from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.order import BlendOrder, Indices
 from hybrid_train.data.packing import (
-    PackedPlace,
+    PackedPosition,
     PackedRows,
     Packing,
 )
-from hybrid_train.data.stream import Stream, StreamPlace, StreamRows
-from hybrid_train.planning.phases import Stretch
+from hybrid_train.data.stream import Stream, StreamPosition, StreamRows
+from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.schema.data import Packing as PackingMode
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
@@ -38,8 +38,8 @@ class Rows(Protocol):
     def prepare(self, rows: int) -> None:
         """Build what the first `rows` rows need and is worth keeping on disk."""
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return the pieces of documents in a row."""
+    def spans(self, row: int) -> list[Span]:
+        """Return the spans of documents in a row."""
 
     def fill(self, row: int) -> Fields:
         """Return the fields of a row by name, each [L]."""
@@ -77,10 +77,10 @@ class Mixture:
         sources, rows = self._block(row // _BLOCK)
         return Origin(int(sources[row % _BLOCK]), int(rows[row % _BLOCK]))
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return the pieces of documents in a row."""
+    def spans(self, row: int) -> list[Span]:
+        """Return the spans of documents in a row."""
         origin = self.origin(row)
-        return self._sources[origin.source].pieces(origin.row)
+        return self._sources[origin.source].spans(origin.row)
 
     def fill(self, row: int) -> Fields:
         """Return the fields of a row, each [L], and `source`, its number, []."""
@@ -100,7 +100,7 @@ class Mixture:
 
 
 SourceRows = StreamRows | PackedRows
-Place = StreamPlace | PackedPlace
+Place = StreamPosition | PackedPosition
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Draw:
 class PhasePlan:
     """The rows of one phase."""
 
-    stretch: Stretch
+    phase_span: PhaseSpan
     mixture: Mixture
     rows: list[SourceRows]
     draws: list[Draw]
@@ -141,7 +141,7 @@ class Opened:
 
     Attributes:
         documents: of each source with tokens for the split, by name.
-        longest: inputs of the longest packed piece of a source, where that is limited.
+        longest: inputs of the longest packed span of a source, where that is limited.
         padding: token that fills up packed rows.
         cache: where large indices are kept.
     """
@@ -152,21 +152,23 @@ class Opened:
     cache: IndexCache
 
 
-def plan_phases(stretches: list[Stretch], opened: Opened, names: Sequence[str]) -> list[PhasePlan]:
+def plan_phases(
+    phase_spans: list[PhaseSpan], opened: Opened, names: Sequence[str]
+) -> list[PhasePlan]:
     """Work out the rows of all phases.
 
     Args:
-        stretches: the phases.
+        phase_spans: the phases.
         opened: the sources of the train split.
         names: of all sources of the run, in the order of their numbers.
     """
     places: dict[str, Place] = {}
     plans = []
-    for stretch in stretches:
-        job = stretch.job
+    for phase_span in phase_spans:
+        job = phase_span.job
         weights = weights_of(job.data.blend, opened)
-        mixture = Mixture(list(weights.values()), seed=job.train.seed + stretch.number)
-        counts = mixture.counts(stretch.length.sequences).tolist()
+        mixture = Mixture(list(weights.values()), seed=job.train.seed + phase_span.number)
+        counts = mixture.counts(phase_span.length.sequences).tolist()
         rows: list[SourceRows] = []
         draws = []
         for (name, weight), count in zip(weights.items(), counts, strict=True):
@@ -175,7 +177,7 @@ def plan_phases(stretches: list[Stretch], opened: Opened, names: Sequence[str]) 
             rows.append(found)
             draws.append(Draw(name, weight / sum(weights.values()), count, found.epochs(count)))
         mixture.open(rows, [names.index(name) for name in weights])
-        plans.append(PhasePlan(stretch, mixture, rows, draws))
+        plans.append(PhasePlan(phase_span, mixture, rows, draws))
     return plans
 
 
@@ -200,9 +202,11 @@ def open_rows(
     key = (job.train.seed if seed is None else seed, name)
     if job.data.packing is PackingMode.none:
         stream = Stream(documents, key=key, cache=opened.cache)
-        return StreamRows(stream, length=length, begin=cast("StreamPlace", begin or StreamPlace()))
+        return StreamRows(
+            stream, length=length, begin=cast("StreamPosition", begin or StreamPosition())
+        )
     packing = Packing(length, min(length, opened.longest.get(name, length)), opened.padding)
-    place = cast("PackedPlace", begin or PackedPlace())
+    place = cast("PackedPosition", begin or PackedPosition())
     return PackedRows(documents, packing, key=key, cache=opened.cache, begin=place)
 
 
@@ -218,12 +222,12 @@ def describe(
 ) -> Iterator[str]:
     """Yield the table of sources and phases; `say` is told of sources that are repeated often."""
     for plan in plans:
-        stretch = plan.stretch
-        name = f"phase {stretch.name}: " if stretch.name else ""
-        length = stretch.job.train.sequence_length
+        phase_span = plan.phase_span
+        name = f"phase {phase_span.name}: " if phase_span.name else ""
+        length = phase_span.job.train.sequence_length
         yield (
-            f"{name}{show_tokens(stretch.end - stretch.start)} tokens, "
-            f"{stretch.length.sequences:,} rows of {length:,}"
+            f"{name}{show_tokens(phase_span.end - phase_span.start)} tokens, "
+            f"{phase_span.length.sequences:,} rows of {length:,}"
         )
         yield f"  {'source':<24} {'tokens':>8} {'share':>7} {'rows':>13} {'epochs so far':>14}"
         for draw in plan.draws:

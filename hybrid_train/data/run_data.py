@@ -37,7 +37,7 @@ from hybrid_train.data.token_files import (
     spread,
     verify,
 )
-from hybrid_train.planning.phases import Stretch, global_batch
+from hybrid_train.planning.phases import PhaseSpan, global_batch
 from hybrid_train.schema.data import (
     Data,
     Quickstart,
@@ -112,42 +112,44 @@ class RunData:
         return self.tokenizer.vocab_size
 
     def loader(
-        self, stretch: Stretch, *, data_rank: int, data_size: int, tokens_seen: int
+        self, phase_span: PhaseSpan, *, data_rank: int, data_size: int, tokens_seen: int
     ) -> Loader:
         """Return the microbatches of one data-parallel rank from a position on."""
-        train = stretch.job.train
+        train = phase_span.job.train
 
         def batch_at(consumed: int) -> int:
-            return global_batch(train, stretch.start + consumed * train.sequence_length)
+            return global_batch(train, phase_span.start + consumed * train.sequence_length)
 
         return Loader(
-            self._reader(self.plans[stretch.number].mixture, stretch, Split.train),
+            self._reader(self.plans[phase_span.number].mixture, phase_span, Split.train),
             microbatch=train.microbatch,
             global_batch=batch_at,
             data_rank=data_rank,
             data_size=data_size,
-            consumed_sequences=stretch.sequences_before(tokens_seen),
+            consumed_sequences=phase_span.sequences_before(tokens_seen),
         )
 
-    def validation(self, stretch: Stretch, *, data_rank: int, data_size: int) -> Validation | None:
+    def validation(
+        self, phase_span: PhaseSpan, *, data_rank: int, data_size: int
+    ) -> Validation | None:
         """Return the validation of a phase for one data-parallel rank; None without data."""
         if not self.held_out.documents:
             return None
-        rows = self._held_out(stretch)
+        rows = self._held_out(phase_span)
         return Validation(
-            self._reader(rows, stretch, Split.validation),
+            self._reader(rows, phase_span, Split.validation),
             num_sequences=len(rows),
-            microbatch=stretch.job.train.microbatch,
+            microbatch=phase_span.job.train.microbatch,
             data_rank=data_rank,
             data_size=data_size,
         )
 
-    def _reader(self, rows: Sequences, stretch: Stretch, split: Split) -> RowReader:
-        start = stretch.start if split is Split.train else 0
-        return RowReader(rows, self.transforms, split, stretch.job.train.seed, start)
+    def _reader(self, rows: Sequences, phase_span: PhaseSpan, split: Split) -> RowReader:
+        start = phase_span.start if split is Split.train else 0
+        return RowReader(rows, self.transforms, split, phase_span.job.train.seed, start)
 
-    def _held_out(self, stretch: Stretch) -> HeldOut:
-        return hold_out(stretch.job, self.held_out, self.names)
+    def _held_out(self, phase_span: PhaseSpan) -> HeldOut:
+        return hold_out(phase_span.job, self.held_out, self.names)
 
     def description(self) -> list[str]:
         """Say what is read, one line for the log per fact."""
@@ -158,8 +160,8 @@ class RunData:
         if not self.held_out.documents:
             return [*lines, "validation data: none (the run names no validation files)"]
         for plan in self.plans:
-            length = plan.stretch.job.train.sequence_length
-            for one in self._held_out(plan.stretch).sets:
+            length = plan.phase_span.job.train.sequence_length
+            for one in self._held_out(plan.phase_span).sets:
                 used = show_tokens(one.used * length)
                 line = f"validation data {self.names[one.source]}: {used} tokens used"
                 if one.used < one.wanted:
@@ -198,7 +200,7 @@ def check_data(data: Data) -> None:
 
 def open_data(
     job: TrainJob,
-    stretches: list[Stretch],
+    phase_spans: list[PhaseSpan],
     *,
     barrier: Callable[[], None],
     is_main: bool,
@@ -208,7 +210,7 @@ def open_data(
 
     Args:
         job: the run.
-        stretches: its phases.
+        phase_spans: its phases.
         barrier: waits for all processes.
         is_main: true in one process, which builds and writes what the others then read.
         report: is called there with how far a corpus is that is built.
@@ -223,7 +225,7 @@ def open_data(
     if not is_main:
         barrier()  # the main process builds the large indices, the others read them
     names = list(named_sources(data))
-    plans = plan_phases(stretches, train, names)
+    plans = plan_phases(phase_spans, train, names)
     for plan in plans:
         plan.prepare()
     if is_main:

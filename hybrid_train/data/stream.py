@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.documents import Joined, Piece
+from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.order import Permutation
 
@@ -41,17 +41,17 @@ class Stream:
             for epoch in range(first // size, -(-last // size)):
                 self._epoch(epoch)
 
-    def pieces(self, position: int, count: int) -> list[Piece]:
-        """Return the pieces of documents that hold tokens [position, position + count)."""
-        found: list[Piece] = []
+    def spans(self, position: int, count: int) -> list[Span]:
+        """Return the spans of documents that hold tokens [position, position + count)."""
+        found: list[Span] = []
         while count > 0:
             epoch, offset = divmod(position, self.documents.tokens)
             taken = self._from_epoch(epoch, offset, count, found)
             position, count = position + taken, count - taken
         return found
 
-    def _from_epoch(self, epoch: int, offset: int, count: int, found: list[Piece]) -> int:
-        """Add pieces up to the next kept boundary at least; return how many tokens they have."""
+    def _from_epoch(self, epoch: int, offset: int, count: int, found: list[Span]) -> int:
+        """Add spans up to the next kept boundary at least; return how many tokens they have."""
         order, starts = self._epoch(epoch)
         block = int(np.searchsorted(starts, offset, side="right")) - 1
         first = block * _STRIDE
@@ -63,7 +63,7 @@ class Stream:
             length = int(lengths[number])
             start = offset + taken - (int(ends[number]) - length)
             stop = min(length, start + count - taken)
-            found.append(Piece(int(documents[number]), start, stop))
+            found.append(Span(int(documents[number]), start, stop))
             taken += stop - start
             if taken == count:
                 break
@@ -85,7 +85,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class StreamPlace:
+class StreamPosition:
     """Where cutting goes on.
 
     Attributes:
@@ -109,7 +109,7 @@ class StreamRows:
         stream: Stream,
         *,
         length: int,
-        begin: StreamPlace = StreamPlace(),
+        begin: StreamPosition = StreamPosition(),
         window: int = _WINDOW,
     ) -> None:
         """Cut rows of `length` inputs."""
@@ -136,7 +136,7 @@ class StreamRows:
         rest = self._stream.documents.tokens - 1 - self._begin.position
         return (self._left_over + rest) // self._length
 
-    def end(self, rows: int) -> StreamPlace:
+    def end(self, rows: int) -> StreamPosition:
         """Return where the next phase goes on after the first `rows` rows; no token is lost."""
         if rows == 0:
             return self._begin
@@ -149,7 +149,7 @@ class StreamRows:
                     start, _ = ranges.pop()
                 ranges.append((start, stop))
         beyond = (first + order.size) * self._length - self._left_over
-        return StreamPlace(self._begin.position + beyond, tuple(ranges))
+        return StreamPosition(self._begin.position + beyond, tuple(ranges))
 
     def epochs(self, rows: int) -> float:
         """Return how often the source has been read through after the first `rows` rows."""
@@ -157,16 +157,14 @@ class StreamRows:
         left_over = sum(stop - start for start, stop in place.left_over)
         return (place.position - left_over) / self._stream.documents.tokens
 
-    def pieces(self, row: int) -> list[Piece]:
-        """Return the pieces of a row, in the shuffled order; together L + 1 tokens."""
+    def spans(self, row: int) -> list[Span]:
+        """Return the spans of a row, in the shuffled order; together L + 1 tokens."""
         ranges = self._ranges(self._place(row) * self._length, self._length + 1)
-        return [
-            piece for start, stop in ranges for piece in self._stream.pieces(start, stop - start)
-        ]
+        return [span for start, stop in ranges for span in self._stream.spans(start, stop - start)]
 
     def fill(self, row: int) -> dict[str, NDArray[Any]]:
         """Return tokens, labels, loss_weights and position_ids of a row, each [L]."""
-        tokens = np.concatenate([self._stream.documents.read(one) for one in self.pieces(row)])
+        tokens = np.concatenate([self._stream.documents.read(one) for one in self.spans(row)])
         mask = np.ones(self._length, dtype=np.float32)
         # The token after a range that was left over is not the one that follows in the text.
         ends = self._ends - self._place(row) * self._length - 1

@@ -6,7 +6,7 @@ Layout of an .idx (megatron-core 0.19.2, `indexed_dataset.py`), little endian:
 
 Document d consists of the sequences [boundaries[d], boundaries[d + 1]).
 
-Nothing here holds more than a stretch of a file in memory, however many documents it has.
+Nothing here holds more than a span of a file in memory, however many documents it has.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _REMEDY = "write the files anew, or copy both from where they are whole"
-_REMOTE_PIECES = 8  # that a check of a remote file reads, each by a request of its own
+_REMOTE_BLOCKS = 8  # that a check of a remote file reads, each by a request of its own
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class _Parts:
 
 
 def _check_vocabulary(facts: TokenFile, file: File, vocab_size: int) -> None:
-    pieces = _REMOTE_PIECES if is_remote(facts.prefix) else 64
+    pieces = _REMOTE_BLOCKS if is_remote(facts.prefix) else 64
     for part in _spread(facts, file, at_most=1024 * pieces, pieces=pieces):
         if (place := place_beyond(part, vocab_size)) is not None:
             raise beyond_vocabulary(file.name, f"token {part[place]}", vocab_size)
@@ -204,7 +204,7 @@ def beyond_vocabulary(where: str, token: str, vocab_size: int) -> UserError:
     return error
 
 
-_STRETCH = 2**20  # documents
+_SPAN = 2**20  # documents
 # megatron-core 0.19.2, DType.optimal_dtype: two bytes up to here, though 65536 ids would fit
 _LARGEST_SHORT_VOCABULARY = 65500
 
@@ -239,20 +239,20 @@ def write_index(
     count = len(lengths) + 1 if boundaries is None else len(boundaries)
     with path.open("wb") as file:
         file.write(HEADER.pack(MAGIC, 1, code, len(lengths), count))
-        for part in _stretches(lengths):
+        for part in _spans(lengths):
             file.write(part.astype("<i4").tobytes())
         offset = 0
-        for part in _stretches(lengths):
+        for part in _spans(lengths):
             ends = offset + np.cumsum(part, dtype=np.int64) * dtype.itemsize
             starts = ends - part.astype(np.int64) * dtype.itemsize
             file.write(starts.astype("<i8").tobytes())
             offset = int(ends[-1])
         if boundaries is not None:
-            for bounds in _stretches(boundaries):
+            for bounds in _spans(boundaries):
                 file.write(bounds.astype("<i8").tobytes())
             return
-        for start in range(0, count, _STRETCH):
-            file.write(np.arange(start, min(start + _STRETCH, count), dtype="<i8").tobytes())
+        for start in range(0, count, _SPAN):
+            file.write(np.arange(start, min(start + _SPAN, count), dtype="<i8").tobytes())
 
 
 def write_documents(
@@ -271,9 +271,9 @@ def write_documents(
     return sum(lengths)
 
 
-def _stretches[T: np.generic](array: NDArray[T]) -> Iterator[NDArray[T]]:
-    for start in range(0, len(array), _STRETCH):
-        yield array[start : start + _STRETCH]
+def _spans[T: np.generic](array: NDArray[T]) -> Iterator[NDArray[T]]:
+    for start in range(0, len(array), _SPAN):
+        yield array[start : start + _SPAN]
 
 
 class TokenReader:

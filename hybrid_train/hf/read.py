@@ -32,7 +32,7 @@ from hybrid_train.hf.tensors import (
 from hybrid_train.schema.data import Data
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.optimizer import Schedule
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import Train, TrainJob
 from hybrid_train.schema.units import counted
@@ -272,7 +272,7 @@ def _train_job(model: Model, run_dir: Path, length: int, dtype: torch.dtype) -> 
         run_dir=str(run_dir),
         train=Train(tokens="0", sequence_length=length, global_batch=1),
         model=model,
-        precision=Precision(format=ProductFormat.bf16 if half else ProductFormat.fp32),
+        precision=Precision(format=GemmFormat.bf16 if half else GemmFormat.fp32),
         data=Data(tokenizer=str(run_dir / layout.TOKENIZER)),
         schedule=Schedule(peak_lr=0.0),
     )

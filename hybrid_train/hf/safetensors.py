@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint.tensor_files import (
+    FilePosition,
     OpenFiles,
-    Place,
     write_at,
 )
 from hybrid_train.schema.problems import UserError
@@ -153,9 +153,9 @@ class Writer:
         write_at(self._file.fileno(), 0, [start])
         self._next, self._end = len(start), len(start) + at
 
-    def place(self, num_bytes: int) -> Place:
+    def place(self, num_bytes: int) -> FilePosition:
         """Give the place of the next values."""
-        place = Place(self._file.fileno(), self._next)
+        place = FilePosition(self._file.fileno(), self._next)
         self._next += num_bytes
         return place
 

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hybrid_train.checkpoint.tensor_files import Place
+from hybrid_train.checkpoint.tensor_files import FilePosition
 from hybrid_train.hf.names import Stored
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
@@ -138,7 +138,7 @@ def ours_from_theirs(stored: Stored, theirs: Rows) -> Iterator[tuple[int, Block]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """Rows of one of our tensors that are the next rows of one of theirs."""
 
     key: str
@@ -153,7 +153,7 @@ class Theirs:
     name: str
     shape: tuple[int, ...]
     keeps_float32: bool
-    pieces: dict[int, Piece]  # by first row
+    pieces: dict[int, Span]  # by first row
 
 
 def turned(table: Iterator[Stored]) -> dict[str, Theirs]:
@@ -164,7 +164,7 @@ def turned(table: Iterator[Stored]) -> dict[str, Theirs]:
             one = found.setdefault(
                 part.name, Theirs(part.name, part.shape, stored.keeps_float32, {})
             )
-            one.pieces[part.start] = Piece(stored.key, part.at, part.at + part.rows)
+            one.pieces[part.start] = Span(stored.key, part.at, part.at + part.rows)
     return found
 
 
@@ -226,7 +226,7 @@ class Move:
 
     block: Block
     dtype: torch.dtype  # that it gets
-    place: Place
+    place: FilePosition
 
 
 def carry_out(moves: Iterable[Move], side: Rows, cast: Cast) -> None:

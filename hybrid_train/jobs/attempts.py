@@ -17,10 +17,10 @@ from typing import IO, Any
 from hybrid_train.checkpoint import layout
 from hybrid_train.jobs import provenance
 from hybrid_train.runtime import heartbeat, ranks
-from hybrid_train.runtime.heartbeat import Standstill, Watchdog
+from hybrid_train.runtime.heartbeat import Hang, Watchdog
 from hybrid_train.schema.problems import UserError, kind_of
 from hybrid_train.tracking import exit_reports, history
-from hybrid_train.tracking.exit_reports import Words
+from hybrid_train.tracking.exit_reports import ExitReport
 from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 
 ALIVE = Path(exit_reports.FOLDER) / "alive.json"  # of rank 0; touched while it lives
@@ -44,14 +44,14 @@ class Attempt:
             self.run_dir, self.number, outcome, exit_reports.Cause(kind, cause, found_ranks, 0)
         )
 
-    def leave(self, kind: str, text: str, seen: Standstill | None = None) -> None:
-        """Leave the last words of this process, unless it has said something better before."""
+    def leave(self, kind: str, text: str, seen: Hang | None = None) -> None:
+        """Leave the exit report of this process, unless it has said something better before."""
         if kind == exit_reports.TOLD and self.spoke:
             return
         self.spoke = kind != exit_reports.TOLD
-        sign = heartbeat.last()
-        words = Words(
-            ranks.rank(), kind, text, time.time(), sign.step, sign.part, sign.count,
+        beat = heartbeat.last()
+        words = ExitReport(
+            ranks.rank(), kind, text, time.time(), beat.step, beat.part, beat.count,
             waits=seen.waits if seen else False, stack=seen.stack if seen else "",
         )  # fmt: skip
         with suppress(OSError):  # a full disk must not hide what really happened
@@ -65,12 +65,12 @@ class Attempt:
         lost = not (alone or known) and any(words in str(error).lower() for words in _LOST)
         kind = exit_reports.LOST if lost else kind_of(error)
         text = str(error) if known else f"{type(error).__name__}: {error}"
-        together = getattr(error, "everywhere", False) or alone
-        if together and ranks.is_main():
+        all_or_none = getattr(error, "on_all_ranks", False) or alone
+        if all_or_none and ranks.is_main():
             self.end(history.FAILED, kind, text)
         else:  # also of what all should have died of: the others may not have
             stack = "".join(traceback.format_exception(error))
-            self.leave(kind, text, Standstill(heartbeat.last(), 0.0, stack, waits=lost))
+            self.leave(kind, text, Hang(heartbeat.last(), 0.0, stack, waits=lost))
 
 
 @contextmanager
@@ -84,17 +84,17 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
     """
     heartbeat.begin()
     origin = provenance.gathered()
-    number = ranks.said_by_main(lambda: _begin(run_dir, step, origin))
+    number = ranks.broadcast_from_main(lambda: _begin(run_dir, step, origin))
     this = Attempt(run_dir, number)
     alive = run_dir / ALIVE
 
-    def hang(seen: Standstill) -> None:
+    def hang(seen: Hang) -> None:
         text = f"silent for {seen.seconds:.0f} s"
         this.leave(exit_reports.HANG, text, seen)
         sys.stderr.write(f"[rank {ranks.rank()}] {text}, ended by the watchdog:\n{seen.stack}")
         sys.stderr.flush()
 
-    def told(number: signal.Signals, seen: Standstill) -> None:
+    def told(number: signal.Signals, seen: Hang) -> None:
         this.leave(exit_reports.TOLD, f"rank {ranks.rank()} was told to end by {number.name}", seen)
 
     def tick() -> None:
@@ -228,8 +228,8 @@ def unexplained(run_dir: Path) -> tuple[int, exit_reports.Cause] | None:
     if not known or known[-1].end is not None:
         return None
     last = known[-1]
-    signs = [run_dir / ALIVE, run_dir / METRICS]  # a step may be younger than the last tick
-    seen = max([last.start, *(path.stat().st_mtime for path in signs if path.exists())])
+    beats = [run_dir / ALIVE, run_dir / METRICS]  # a step may be younger than the last tick
+    seen = max([last.start, *(path.stat().st_mtime for path in beats if path.exists())])
     words = exit_reports.read(run_dir, last.number)
     return last.number, exit_reports.cause_of(words, last.processes, seen)
 

@@ -27,7 +27,7 @@ from hybrid_train.jobs.help import (
 from hybrid_train.jobs.listings import layers_in_words
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps, show_phases
 from hybrid_train.planning import degrees, stages
-from hybrid_train.planning.phases import Stretch, ramps, unread_sources
+from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
 from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.model import Moe
@@ -77,7 +77,7 @@ def _show_remarks(page: Console, job: CheckJob) -> None:
             "read the same data."
         )
     if notes := hardware_notes(job):
-        page.print("\nEmulated this runs; a GPU that computes quantized products would refuse it:")
+        page.print("\nEmulated this runs; a GPU that computes quantized GEMMs would refuse it:")
         for note in notes:
             page.print(f"  {note}", soft_wrap=True, highlight=False, markup=False)
     unset = list(data_is_chosen(job))
@@ -86,7 +86,7 @@ def _show_remarks(page: Console, job: CheckJob) -> None:
         page.print(table((f"  {problem.path}", problem.rule) for problem in unset))
 
 
-def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
+def _show_formats(page: Console, phases: Sequence[PhaseSpan]) -> None:
     """Print which layers multiply in which format, where any phase quantizes; again if it changes.
 
     Args:
@@ -103,7 +103,7 @@ def _show_formats(page: Console, phases: Sequence[Stretch]) -> None:
         formats = formats_of(phase.job.model, precision)
         of_phase = "" if shown is None else f" from phase {phase.name} on"
         page.print(
-            f"\nFormats of the matrix products{of_phase}; all else is {precision.base.value}",
+            f"\nFormats of the GEMMs{of_phase}; all else is {precision.base.value}",
             soft_wrap=True,
         )
         for line in gemm_formats.lines(formats, precision.exceptions):

@@ -7,7 +7,7 @@ from typing import Any
 from hybrid_train.anatomy import counts, gemm_formats
 from hybrid_train.anatomy.gemm_formats import (
     formats_of,
-    kept_in_fp8,
+    fp8_primary_weights,
     quantizes,
 )
 from hybrid_train.anatomy.layers import distinct
@@ -16,7 +16,7 @@ from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps
 from hybrid_train.planning import degrees, stages
-from hybrid_train.planning.phases import Stretch, ramps, unread_sources
+from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
@@ -189,7 +189,7 @@ def _ranks(plan: RunPlan) -> Iterator[dict[str, Any]]:
         }
 
 
-def _phase(plan: RunPlan, one: Stretch) -> dict[str, Any]:
+def _phase(plan: RunPlan, one: PhaseSpan) -> dict[str, Any]:
     asked = plan.job.train.phases[one.number]
     return {
         "name": one.name,
@@ -204,7 +204,7 @@ def _phase(plan: RunPlan, one: Stretch) -> dict[str, Any]:
     }
 
 
-def _formats(phase: Stretch) -> dict[str, Any]:
+def _formats(phase: PhaseSpan) -> dict[str, Any]:
     """Return which layers multiply in which format in a phase; layers count from 1."""
     model, precision = phase.job.model, phase.job.precision
     found: dict[tuple[str, str], list[int]] = {}
@@ -219,5 +219,5 @@ def _formats(phase: Stretch) -> dict[str, Any]:
             {"module": module, "format": words, "layers": layers}
             for (module, words), layers in found.items()
         ],
-        "weights_kept_in_fp8": len(kept_in_fp8(model, precision)),
+        "weights_kept_in_fp8": len(fp8_primary_weights(model, precision)),
     }

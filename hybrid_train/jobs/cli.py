@@ -1,7 +1,7 @@
 """The command line: finds the command, composes its config, runs it, and says what went wrong.
 
 Exit codes: 0 done, 1 a fault of the program (with its traceback) or, of `doctor`, something broken,
-2 something the user can mend (one message on stderr), 130 interrupted. A command that ends with 2
+2 something the user can fix (one message on stderr), 130 interrupted. A command that ends with 2
 before its job starts has written nothing. Job modules are imported when they run: help and errors
 need no torch, and a command that does says what it starts before that is imported.
 """
@@ -20,44 +20,12 @@ from typing import Any, NoReturn
 from hybrid_train import __version__
 from hybrid_train.config import launcher, own_conf
 from hybrid_train.config.commands import COMMANDS, command, root_of
-from hybrid_train.config.frozen import FROZEN_NAME
 from hybrid_train.config.secrets import masked
 from hybrid_train.runtime.logs import accept_any_letter
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, UserError, explained_by_the_system
 
-_LONGEST = 300  # characters of the command, which may have a whole text as a prompt
-
-
-def first_line(name: str, words: Sequence[str], config: Any) -> str:
-    """Return the line.
-
-    Args:
-        name: of the command.
-        words: its overrides.
-        config: what they were composed to.
-    """
-    typed = command(*name.split(), *words).replace("\n", " ")
-    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
-    said = _of_folder(Path(run_dir), name) if (run_dir := getattr(config, "run_dir", None)) else ""
-    return f"Starting: {shown}{said}"
-
-
-def _of_folder(run_dir: Path, name: str) -> str:
-    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
-    with contextlib.suppress(OSError):  # of a folder that nobody may read
-        if (run_dir / FROZEN_NAME).is_file():
-            return f"\nIts run folder is {run_dir}, which has a run."
-        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
-            return f"\nIts run folder is {run_dir}, a new one."
-    return ""
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-_WITH_JSON = [name for name, command in COMMANDS.items() if command.prints_json]
+_WITH_JSON = [name for name, one in COMMANDS.items() if one.prints_json]
 FLAGS = {
     "--help": "explains a command: hybrid-train train --help; --help=all shows every setting",
     "--cfg job": "prints the composed config and stops; hydra or all: with Hydra's own part",
@@ -73,6 +41,7 @@ FLAGS = {
 HELP_ALL = "--help=all"
 FIRST_SPEAKS_S = 5.0
 NOT_WRITABLE = 0o002  # by others than the user and the group
+_LONGEST = 300  # characters of a command that is shown; a prompt may be a whole text
 # Options of Hydra's own programs that have another form here.
 _INSTEAD = {
     ("--config-name", "-cn"): "the command names its config; a file of your own is experiment=NAME",
@@ -101,7 +70,7 @@ def _main(given: Sequence[str]) -> int:
         with explained_by_the_system():
             start = _command(given)
     except UserError as error:
-        error.everywhere = True  # every process of a job finds the same fault
+        error.on_all_ranks = True  # every process of a job finds the same fault
         return _refuse(error)
     try:
         with explained_by_the_system():
@@ -118,14 +87,14 @@ def _main(given: Sequence[str]) -> int:
 
 
 def _refuse(error: UserError) -> int:
-    """Say what the user can mend, once; return the exit code."""
+    """Say what the user can fix, once; return the exit code."""
     rank = os.environ.get(launcher.RANK, "").strip()  # it may be what is wrong
     is_other = rank.isdecimal() and int(rank) > 0
     if launcher.by_torchrun():
         is_first = os.environ.get(launcher.LOCAL_RANK, "0") == "0"
-        if is_first if error.everywhere else not error.repeated:
+        if is_first if error.on_all_ranks else not error.repeated:
             _tell_torchrun(str(error))  # each node has a torchrun of its own
-        if is_other and (error.everywhere or error.repeated):
+        if is_other and (error.on_all_ranks or error.repeated):
             # The first process says it. The others wait, since torchrun ends all of them, the
             # first included, as soon as one is gone.
             time.sleep(FIRST_SPEAKS_S)
@@ -378,3 +347,33 @@ def _help_of(name: str, words: Sequence[str], *, in_full: bool) -> Callable[[], 
 
 def _version() -> None:
     sys.stdout.write(f"hybrid-train {__version__}\n")
+
+
+def first_line(name: str, words: Sequence[str], config: Any) -> str:
+    """Return what is said of a command before what it needs is imported.
+
+    Args:
+        name: of the command.
+        words: its overrides.
+        config: what they were composed to.
+    """
+    typed = command(*name.split(), *words).replace("\n", " ")
+    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
+    said = _of_folder(Path(run_dir), name) if (run_dir := getattr(config, "run_dir", None)) else ""
+    return f"Starting: {shown}{said}"
+
+
+def _of_folder(run_dir: Path, name: str) -> str:
+    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
+    from hybrid_train.config.frozen import FROZEN_NAME  # takes a moment to import
+
+    with contextlib.suppress(OSError):  # of a folder that nobody may read
+        if (run_dir / FROZEN_NAME).is_file():
+            return f"\nIts run folder is {run_dir}, which has a run."
+        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
+            return f"\nIts run folder is {run_dir}, a new one."
+    return ""
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())

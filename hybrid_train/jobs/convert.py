@@ -18,7 +18,7 @@ from hybrid_train.runtime import optional
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.job_roots import ConvertJob, VerifyJob, WeightFormat
-from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 
@@ -93,7 +93,7 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
 
         theirs = verify.logits(verify.load(folder, model).to(device), tokens).cpu()
         try:
-            loaded = load_model(job.checkpoint, job.runtime, format=ProductFormat.fp32)
+            loaded = load_model(job.checkpoint, job.runtime, format=GemmFormat.fp32)
             ours = verify.our_logits(loaded.model, tokens, checkpoint.vocab_size).cpu()
         finally:
             destroy_groups()

@@ -12,7 +12,7 @@ from hybrid_train.data.run_data import RunData, open_data
 from hybrid_train.jobs.data_tokenize import TextProgress
 from hybrid_train.jobs.help import console
 from hybrid_train.planning.phases import (
-    Stretch,
+    PhaseSpan,
     lay_out,
     rows_of_step,
 )
@@ -44,28 +44,28 @@ def run_show(job: ShowJob) -> None:
     start_logging()
     run_dir = Path(job.run_dir)
     trained = frozen.load(run_dir)
-    stretches = lay_out(trained)
-    found = rows_of_step(stretches, job.step)
+    phase_spans = lay_out(trained)
+    found = rows_of_step(phase_spans, job.step)
     if found is None:
-        last = sum(stretch.length.steps for stretch in stretches)
+        last = sum(phase_span.length.steps for phase_span in phase_spans)
         raise UserError(f"{run_dir} has no step {job.step}; its steps go from 1 to {last}")
-    data = open_data(trained, stretches, barrier=lambda: None, is_main=True)
+    data = open_data(trained, phase_spans, barrier=lambda: None, is_main=True)
     recorded = read_record(run_dir)
     differences = changes(recorded, record_of(data)) if recorded else []
     if differences:
         text = "\n".join(f"  {line}" for line in differences)
         raise UserError(f"the data of {run_dir} has changed since it was read:\n{text}")
-    stretch, first, last = found
+    phase_span, first, last = found
     page = console()
-    for line in _lines(job, data, stretch, range(first, last)):
+    for line in _lines(job, data, phase_span, range(first, last)):
         page.print(line, soft_wrap=True)
 
 
-def _lines(job: ShowJob, data: RunData, stretch: Stretch, rows: range) -> Iterator[str]:
-    plan = data.plans[stretch.number]
-    phase = f", phase {stretch.name}" if stretch.name else ""
-    length = stretch.job.train.sequence_length
-    seen = stretch.start + rows.start * length
+def _lines(job: ShowJob, data: RunData, phase_span: PhaseSpan, rows: range) -> Iterator[str]:
+    plan = data.plans[phase_span.number]
+    phase = f", phase {phase_span.name}" if phase_span.name else ""
+    length = phase_span.job.train.sequence_length
+    seen = phase_span.start + rows.start * length
     yield (
         f"step {job.step}{phase}: {counted(len(rows), 'row')} of {length:,} tokens, after "
         f"{show_tokens(seen)} tokens"
@@ -82,10 +82,10 @@ def _row(job: ShowJob, data: RunData, plan: PhasePlan, row: int, number: int) ->
     documents = data.train.documents[name]
     yield f"\nrow {number}: {name}"
     texts = []
-    for piece in plan.mixture.pieces(row):
-        file, document = documents.file_of(piece.document)
-        yield f"  {file} document {document}, tokens {piece.start} to {piece.stop}"
-        texts.append(data.tokenizer.decode(documents.read(piece).tolist()))
+    for span in plan.mixture.spans(row):
+        file, document = documents.file_of(span.document)
+        yield f"  {file} document {document}, tokens {span.start} to {span.stop}"
+        texts.append(data.tokenizer.decode(documents.read(span).tolist()))
     text = " ".join("".join(texts).split())
     if job.characters:
         yield f"  {text[: job.characters]}{'...' if len(text) > job.characters else ''}"

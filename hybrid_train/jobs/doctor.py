@@ -1,4 +1,4 @@
-"""The job `doctor`: what a machine lacks, a line for each thing, with the command that mends it."""
+"""The job `doctor`: what a machine lacks, a line for each thing, with the command that fixes it."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ from hybrid_train.config.supported import pinned
 from hybrid_train.megatron import written_for
 from hybrid_train.runtime.health import (
     gpus,
-    libraries,
     probe,
     system,
 )
@@ -30,27 +29,27 @@ from hybrid_train.schema.units import counted
 Checks = Mapping[str, Callable[[Machine], Finding]]
 
 MACHINE_CHECKS: Checks = {
-    "Python": libraries.python,
-    "torch": libraries.torch,
+    "Python": system.python,
+    "torch": system.torch,
     "CUDA": gpus.cuda,
     "driver": gpus.driver,
     "GPUs": gpus.gpus,
-    "megatron-core": libraries.megatron,
-    "Transformer Engine": libraries.kernels("transformer_engine"),
-    "mamba-ssm": libraries.kernels("mamba_ssm"),
-    "causal-conv1d": libraries.kernels("causal_conv1d"),
-    "apex": libraries.kernels("apex"),
-    "transformers": libraries.transformers,
+    "megatron-core": system.megatron,
+    "Transformer Engine": system.kernels("transformer_engine"),
+    "mamba-ssm": system.kernels("mamba_ssm"),
+    "causal-conv1d": system.kernels("causal_conv1d"),
+    "apex": system.kernels("apex"),
+    "transformers": system.transformers,
     "NCCL": gpus.nccl,
     **system.CHECKS,
     "SLURM": system.slurm,
     "container": system.container,
 }
 MEASUREMENTS: Checks = {
-    "matrix product": gpus.gemm,
+    "GEMM": gpus.gemm,
     "all-reduce": gpus.all_reduce,
 }
-MODULES = (*REQUIRED, *libraries.KERNELS, "transformers")  # what the checks want imported
+MODULES = (*REQUIRED, *system.KERNELS, "transformers")  # what the checks want imported
 
 
 def findings(machine: Machine, checks: Checks) -> Iterator[tuple[str, Finding]]:

@@ -86,7 +86,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "keep_checkpoints": "The checkpoints of finished runs stay if this is true.",
     },
     "doctor": {
-        "measure": "A matrix product and an all-reduce are timed, too, if this is true.",
+        "measure": "A GEMM and an all-reduce are timed, too, if this is true.",
         "json": "The answer is one JSON object if this is true; --json is short for it.",
     },
     "count": {
@@ -196,7 +196,7 @@ SCREEN_LINES, SCREEN_COLUMNS = 30, 100  # a help page takes two such screens at 
 _SHOWN_CHOICES = 8  # of a group
 _EXAMPLES = {
     "a first run": "hybrid-train train experiment=quickstart",
-    "what there is": "hybrid-train recipes",
+    "what there is": "hybrid-train experiments",
     "other values": "hybrid-train train experiment=quickstart train.tokens=2M run_dir=runs/longer",
     "two processes": "torchrun --nproc-per-node 2 -m hybrid_train train experiment=quickstart "
     "parallel.tensor=2",

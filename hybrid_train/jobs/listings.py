@@ -156,7 +156,9 @@ _EXPERIMENT_HEADS = (
 def run_experiments(arguments: Sequence[str]) -> None:
     """Print every experiment with its sizes and one line of description."""
     if arguments:
-        raise UserError("recipes takes no settings; run one: hybrid-train train experiment=NAME")
+        raise UserError(
+            "experiments takes no settings; run one: hybrid-train train experiment=NAME"
+        )
     page = console()
     rows, left_out = describe.each_choice("train", "experiment", _sizes)
     comments = describe.descriptions("experiment")

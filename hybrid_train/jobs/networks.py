@@ -22,14 +22,14 @@ from hybrid_train.megatron.optimizers import build_optimizer
 from hybrid_train.megatron.transformer_config import DTYPES
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.edits import Edit, apply_edits
-from hybrid_train.model.quantized import QuantizedProducts
+from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.schema.extension import built_from, implementation_of
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Backend, Precision, ProductFormat
+from hybrid_train.schema.precision import Backend, GemmFormat, Precision
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
@@ -43,10 +43,10 @@ TOKENIZER = layout.TOKENIZER
 _log = logging.getLogger(__name__)
 
 
-def _quantize(job: TrainJob, built: BuiltModel, groups: ProcessGroups) -> QuantizedProducts | None:
+def _quantize(job: TrainJob, built: BuiltModel, groups: ProcessGroups) -> QuantizedGemms | None:
     if built.backend is not Backend.emulated:
         return None
-    return QuantizedProducts(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
+    return QuantizedGemms(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
 
 
 # Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
@@ -68,7 +68,7 @@ def build_network(
     edits = [edit for edit in made if edit is not None]
     edits += built_from(job.edits)
     apply_edits(edits, built.chunks)
-    quantized = next((one for one in edits if isinstance(one, QuantizedProducts)), None)
+    quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
     chunks = data_parallel.wrap(formatted, built.config, job.parallel, job.precision)
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))
@@ -124,7 +124,7 @@ def load_model(
     *,
     parallel: Parallel | None = None,
     groups: ProcessGroups | None = None,
-    format: ProductFormat | None = None,
+    format: GemmFormat | None = None,
     network: str | None = None,
 ) -> LoadedModel:
     """Load the weights of a run, trained under whatever layout, into any layout.
@@ -149,7 +149,7 @@ def load_model(
     name, key, job.model = _network_of(job, network, found.path)
     job.parallel, job.runtime = parallel or Parallel(), runtime
     # Of one token a product is not what a GPU quantizes, and no gradient asks for it.
-    job.precision = Precision(format=format or ProductFormat(job.precision.base.value))
+    job.precision = Precision(format=format or GemmFormat(job.precision.base.value))
     if groups is None:
         groups = build_groups(job.parallel, runtime.timeout_s)
     assert job.model.vocab_size is not None
@@ -250,5 +250,5 @@ def build_objective(
 
 def _refused(text: str) -> UserError:
     error = UserError(text)
-    error.everywhere = True  # every process builds the same objective
+    error.on_all_ranks = True  # every process builds the same objective
     return error

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hybrid_train.anatomy import counts
-from hybrid_train.anatomy.gemm_formats import kept_in_fp8
+from hybrid_train.anatomy.gemm_formats import fp8_primary_weights
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.data.loader import BatchSource
 from hybrid_train.data.run_data import RunData
@@ -22,7 +22,7 @@ from hybrid_train.megatron.data_parallel import (
 from hybrid_train.model.build import build_model
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
-from hybrid_train.planning.phases import Stretch
+from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_tokens
@@ -48,34 +48,36 @@ class PhaseBuilder:
     device: torch.device
     run_dir: Path
 
-    def build(self, stretch: Stretch, state: TrainState, token_budget: int) -> Run:
+    def build(self, phase_span: PhaseSpan, state: TrainState, token_budget: int) -> Run:
         """Build a run at a position in a phase, with new weights."""
-        groups = build_groups(stretch.job.parallel, stretch.job.runtime.timeout_s)
-        engine = _engine(stretch.job, groups, self.data, self.device)
+        groups = build_groups(phase_span.job.parallel, phase_span.job.runtime.timeout_s)
+        engine = _engine(phase_span.job, groups, self.data, self.device)
         engine.steps_done = state.step
-        run = Run(engine, self._batches(stretch, engine, state), token_budget, state=state)
-        self._bring_into(run, stretch)
+        run = Run(engine, self._batches(phase_span, engine, state), token_budget, state=state)
+        self._bring_into(run, phase_span)
         return run
 
-    def enter(self, run: Run, stretch: Stretch, before: Stretch, saving: SaveCheckpoints) -> None:
+    def enter(
+        self, run: Run, phase_span: PhaseSpan, before: PhaseSpan, saving: SaveCheckpoints
+    ) -> None:
         """Bring a run from one phase into the next."""
-        _log.info("phase %s begins at %s tokens", stretch.name, show_tokens(run.state.tokens))
+        _log.info("phase %s begins at %s tokens", phase_span.name, show_tokens(run.state.tokens))
         # Layers that cannot be told to multiply in another way are built anew, and so are weights
         # that were kept in FP8 and no longer are.
-        other_formats = stretch.job.precision != before.job.precision
+        other_formats = phase_span.job.precision != before.job.precision
         fixed = run.engine.network.quantized is None
         kept, kept_before = (
-            kept_in_fp8(one.job.model, one.job.precision) for one in (stretch, before)
+            fp8_primary_weights(one.job.model, one.job.precision) for one in (phase_span, before)
         )
         anew = (other_formats and fixed) or kept != kept_before
-        if stretch.job.parallel != before.job.parallel or anew:
-            self._move(run, stretch, saving)
-        self._bring_into(run, stretch)
+        if phase_span.job.parallel != before.job.parallel or anew:
+            self._move(run, phase_span, saving)
+        self._bring_into(run, phase_span)
         state = run.batches.state_dict()
-        run.batches = self._batches(stretch, run.engine, run.state)
+        run.batches = self._batches(phase_span, run.engine, run.state)
         run.batches.load_state_dict(state)
 
-    def _move(self, run: Run, stretch: Stretch, saving: SaveCheckpoints) -> None:
+    def _move(self, run: Run, phase_span: PhaseSpan, saving: SaveCheckpoints) -> None:
         """Build the run anew on another layout, from a checkpoint of this very step."""
         saving.save_now(run)
         found = layout.latest(self.run_dir)
@@ -83,31 +85,31 @@ class PhaseBuilder:
         del run.engine
         gc.collect()  # models are full of cycles, and two of them may not fit
         destroy_groups()
-        groups = build_groups(stretch.job.parallel, stretch.job.runtime.timeout_s)
-        engine = _engine(stretch.job, groups, self.data, self.device)
+        groups = build_groups(phase_span.job.parallel, phase_span.job.runtime.timeout_s)
+        engine = _engine(phase_span.job, groups, self.data, self.device)
         store.load(found, content_of(engine))
         engine.steps_done = run.state.step
         run.engine = engine
 
-    def _bring_into(self, run: Run, stretch: Stretch) -> None:
+    def _bring_into(self, run: Run, phase_span: PhaseSpan) -> None:
         """Set what depends on the phase but not on the layout."""
-        job, groups = stretch.job, run.engine.network.groups
+        job, groups = phase_span.job, run.engine.network.groups
         for name, model in job.objective.models(job.model).items():
             quantized = run.engine.networks[name].quantized
             if quantized is not None:
                 quantized.use(model, job.precision)
         sources = tuple(self.data.names)
-        run.engine = dataclasses.replace(in_phase(run.engine, stretch), sources=sources)
+        run.engine = dataclasses.replace(in_phase(run.engine, phase_span), sources=sources)
         run.validation = self.data.validation(
-            stretch, data_rank=groups.dp.rank(), data_size=groups.dp.size()
+            phase_span, data_rank=groups.dp.rank(), data_size=groups.dp.size()
         )
         length = job.train.sequence_length
         run.flops_per_token = counts.flops_per_token(job.model, rows_of(job), length).training
 
-    def _batches(self, stretch: Stretch, engine: Engine, state: TrainState) -> BatchSource:
+    def _batches(self, phase_span: PhaseSpan, engine: Engine, state: TrainState) -> BatchSource:
         groups = engine.network.groups
         usual = self.data.loader(
-            stretch,
+            phase_span,
             data_rank=groups.dp.rank(),
             data_size=groups.dp.size(),
             tokens_seen=state.tokens,
@@ -115,11 +117,11 @@ class PhaseBuilder:
         return engine.objective.batches(usual)
 
 
-def in_phase(engine: Engine, stretch: Stretch) -> Engine:
+def in_phase(engine: Engine, phase_span: PhaseSpan) -> Engine:
     """Return the engine with the batch and the sequence of a phase; its networks get the rate."""
-    train, offset = stretch.job.train, stretch.start - stretch.rate_start
+    train, offset = phase_span.job.train, phase_span.start - phase_span.rate_start
     for network in engine.networks.values():
-        network.rate = Rate(stretch.schedule, stretch.rate_tokens, offset)
+        network.rate = Rate(phase_span.schedule, phase_span.rate_tokens, offset)
     return dataclasses.replace(
         engine,
         microbatch=train.microbatch,

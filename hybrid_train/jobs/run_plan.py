@@ -12,7 +12,7 @@ from hybrid_train.config.suggestions import processes_of
 from hybrid_train.jobs.help import show_numbers
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.memory import Memory, memory
-from hybrid_train.planning.phases import Stretch, lay_out, run_length
+from hybrid_train.planning.phases import PhaseSpan, lay_out, run_length
 from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.cluster import Cluster
 from hybrid_train.schema.job_roots import CheckJob
@@ -36,7 +36,7 @@ class RunPlan:
     job: CheckJob
     processes: int
     rows: int
-    phases: Sequence[Stretch]
+    phases: Sequence[PhaseSpan]
     stages: Sequence[Stage]
 
     @classmethod
@@ -180,7 +180,7 @@ def _layout(job: TrainJob, processes: int) -> str:
     return f"{words}, expert {plan.expert}" if "E" in job.model.pattern else words
 
 
-def decay_steps(phases: Sequence[Stretch], decay: int) -> int:
+def decay_steps(phases: Sequence[PhaseSpan], decay: int) -> int:
     """Count the steps of the last `decay` tokens of the schedule.
 
     Phases with a rate of their own are not in it, and those that are may differ in their steps.

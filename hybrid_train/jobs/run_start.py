@@ -14,7 +14,7 @@ from hybrid_train.data.record import changes, read_record, record_of
 from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.jobs.data_tokenize import TextProgress
-from hybrid_train.planning.phases import Stretch, unread_sources
+from hybrid_train.planning.phases import PhaseSpan, unread_sources
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import UserError
@@ -64,7 +64,7 @@ def claim(job: TrainJob) -> Start:
             _log.warning("removed %s, which an interrupted save left behind", leftover)
         attempts.conclude(run_dir)
 
-    ranks.main_first(check)
+    ranks.run_on_main_first(check)
     own = store.newest_sound(run_dir, _set_aside)
     if own is not None:
         _log.info("going on from %s", own.path)
@@ -75,7 +75,7 @@ def claim(job: TrainJob) -> Start:
     run_folder.require_same_model(job, found)
     if damaged := store.damages(found):
         error = UserError(f"{found.path} is damaged: {damaged}; take another checkpoint")
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
     weights_only = job.checkpoint.load_only is not None
     _log.info("starting from %s of %s", "the weights" if weights_only else "all", found.path)
@@ -95,7 +95,7 @@ def _asked_vocab_size(job: TrainJob) -> int:
     return job.data.vocab_size if isinstance(job.data, Quickstart) else 0
 
 
-def open_run_data(job: TrainJob, stretches: list[Stretch], start: Start) -> RunData:
+def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> RunData:
     """Open the data of a run, and give the job and its phases the vocabulary.
 
     Raises:
@@ -103,12 +103,12 @@ def open_run_data(job: TrainJob, stretches: list[Stretch], start: Start) -> RunD
     """
     with TextProgress(terminal=sys.stderr.isatty()) as shown:
         data = open_data(
-            job, stretches, barrier=ranks.barrier, is_main=ranks.is_main(), report=shown.update
+            job, phase_spans, barrier=ranks.barrier, is_main=ranks.is_main(), report=shown.update
         )
     if job.model.vocab_size is None:
         # Weights keep their vocabulary, also where another one would fit into the same padding.
         loaded = frozen.load(start.found.run_dir).model.vocab_size if start.found else None
-        for phase_job in (job, *(stretch.job for stretch in stretches)):
+        for phase_job in (job, *(phase_span.job for phase_span in phase_spans)):
             phase_job.model.vocab_size = loaded or data.vocab_size
     assert job.model.vocab_size is not None
     if unread := unread_sources(job):
@@ -144,7 +144,7 @@ def same_data(job: TrainJob, data: RunData, state: TrainState) -> dict[str, Any]
             f"the data of {run_dir} has changed since step {state.step}:\n{lines}\nBring it back, "
             "or go on with what is there: data.accept_changes=true (it is noted in the run folder)"
         )
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
     for line in found:
         _log.warning("%s; accepted", line)
@@ -174,5 +174,5 @@ def bad_steps(job: TrainJob, start: Start, phase_start: int) -> BadSteps:
         known = (line for line in lines if line["step"] <= start.own_step)
         return [line for line in known if line["tokens"] > phase_start]
 
-    lines = ranks.said_by_main(lambda: before()[-2 * job.recovery.spike_window :])
+    lines = ranks.broadcast_from_main(lambda: before()[-2 * job.recovery.spike_window :])
     return BadSteps(job.recovery, lines)

@@ -33,13 +33,13 @@ from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import losses_of, show, show_duration, smoothed_loss
 
 _RECENT_STEPS = 100  # the rate behind the time left is that of these
-# Without a sign of life for so long a run no longer counts as running: a validation or a save may
+# Without a heartbeat for so long a run no longer counts as running: a validation or a save may
 # take its time, and the first step of a large job comes minutes after its start.
 _SILENT_S = 180.0
 _SILENT_STEPS = 20  # or for as long as so many steps take, if that is longer
 _BESIDE = (history.ATTEMPT, history.END, DROPPED)  # events that stand in the table of attempts
 
-NOT_STARTED, SILENT = "not started", "no sign of life"
+NOT_STARTED, SILENT = "not started", "no heartbeat"
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class RunState:
 
     Attributes:
         run_dir: its folder.
-        state: not started, running, no sign of life, finished, stopped or failed.
+        state: not started, running, no heartbeat, finished, stopped or failed.
         why: the state in a sentence; may be empty.
         step: of the last line of its metrics.
         tokens: seen by then.
         total_tokens: of train.tokens; None if the config does not say.
         seconds_left: at the speed of the last steps; None unless it runs.
-        silent_s: since the last sign of life; None if there is none.
+        silent_s: since the last heartbeat; None if there is none.
         lines: of its metrics.
         checkpoint: the newest complete one.
         goodput: None if its history has no attempt.
@@ -121,13 +121,13 @@ def look(run_dir: Path, now: float | None = None) -> RunState:
     total = str(train.get("tokens", "")) if isinstance(train, dict) else ""
     total_tokens = tokens(total) if is_tokens(total) else None
     seen = int(lines[-1].get("tokens", 0)) if lines else 0
-    alive = _last_sign(run_dir, attempts)
+    alive = _last_heartbeat(run_dir, attempts)
     silent = None if alive is None else max(0.0, now - alive)
     done = total_tokens is not None and seen >= total_tokens
     state, why = _state(attempts, lines, silent, done=done)
     if state == history.RUNNING and is_gone(run_dir):
         state, why = _dead(run_dir)
-    # A run without a sign of life has not used its time since then.
+    # A run without a heartbeat has not used its time since then.
     until = now if state == history.RUNNING or alive is None else alive
     return RunState(
         run_dir=run_dir,
@@ -148,12 +148,12 @@ def look(run_dir: Path, now: float | None = None) -> RunState:
     )
 
 
-def _last_sign(run_dir: Path, attempts: Sequence[Attempt]) -> float | None:
+def _last_heartbeat(run_dir: Path, attempts: Sequence[Attempt]) -> float | None:
     """Return when the run was last heard of."""
     files = [run_dir / name for name in (FILE_NAME, history.FILE_NAME, ALIVE)]
-    signs = [file.stat().st_mtime for file in files if file.is_file()]
-    signs += [one.start for one in attempts[-1:]]
-    return max(signs, default=None)
+    beats = [file.stat().st_mtime for file in files if file.is_file()]
+    beats += [one.start for one in attempts[-1:]]
+    return max(beats, default=None)
 
 
 def _state(

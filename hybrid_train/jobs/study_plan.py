@@ -371,11 +371,11 @@ def are_paired(one: TrainJob, other: TrainJob) -> bool:
 
 def _batches(job: TrainJob) -> tuple[Any, ...]:
     """Return what the rows of every step follow from; each phase has an order of its own."""
-    stretches = lay_out(job)
-    trains = [stretch.job.train for stretch in stretches]
+    phase_spans = lay_out(job)
+    trains = [phase_span.job.train for phase_span in phase_spans]
     sizes = [(train.sequence_length, train.global_batch, train.batch_ramp) for train in trains]
-    ends = [(stretch.start, stretch.end) for stretch in stretches]
-    return ends, sizes, [stretch.job.data for stretch in stretches]
+    ends = [(phase_span.start, phase_span.end) for phase_span in phase_spans]
+    return ends, sizes, [phase_span.job.data for phase_span in phase_spans]
 
 
 def _by_variant(found: Mapping[str, Sequence[Problem]], variants: int) -> Iterator[Problem]:

@@ -36,7 +36,7 @@ from hybrid_train.jobs.run_start import (
     same_data,
 )
 from hybrid_train.megatron.data_parallel import destroy_groups
-from hybrid_train.planning.phases import Stretch, at, lay_out, ramps, validation_interval
+from hybrid_train.planning.phases import PhaseSpan, at, lay_out, ramps, validation_interval
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.runtime.start import process
@@ -75,7 +75,7 @@ def run(job: TrainJob) -> int:
     and, on a CPU, their redirected calls.
 
     Raises:
-        UserError: if the run cannot start, or ends for a reason that the user can mend.
+        UserError: if the run cannot start, or ends for a reason that the user can fix.
     """
     if threading.current_thread() is not threading.main_thread():
         raise UserError(
@@ -98,11 +98,11 @@ def require_hardware(job: TrainJob, device: torch.device) -> None:
     notes = hardware_notes(job)
     if notes and device.type == "cuda" and job.precision.backend is Backend.auto:
         error = ConfigError(checks.check(on_a_gpu(job), ranks.world_size()))
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
     if notes:
         words = "\n".join(f"  {note}" for note in notes)
-        _log.info("quantized products are emulated; a GPU would refuse this run:\n%s", words)
+        _log.info("quantized GEMMs are emulated; a GPU would refuse this run:\n%s", words)
 
 
 def _train(job: TrainJob, device: torch.device) -> int:
@@ -159,7 +159,7 @@ def _hooks(
     job: TrainJob,
     run: Run,
     builder: PhaseBuilder,
-    phases: list[Stretch],
+    phases: list[PhaseSpan],
     own_step: int,
     peak: Peak,
 ) -> list[Hook]:
@@ -167,7 +167,7 @@ def _hooks(
     run_dir = builder.run_dir
     saving = SaveCheckpoints(job.checkpoint, run_dir, own_step, job.recovery.max_failed_saves)
 
-    def enter(run: Run, phase: Stretch, before: Stretch) -> None:
+    def enter(run: Run, phase: PhaseSpan, before: PhaseSpan) -> None:
         builder.enter(run, phase, before, saving)
         run.bad_steps.forget()
 
@@ -197,7 +197,7 @@ def _fit(run: Run, run_dir: Path) -> None:
         say_through(None)
 
 
-def _rounding(job: TrainJob, phases: list[Stretch], own_step: int) -> list[Hook]:
+def _rounding(job: TrainJob, phases: list[PhaseSpan], own_step: int) -> list[Hook]:
     """Measure what rounding does where GEMMs of any phase are quantized and it is asked for."""
     interval = job.precision.statistics_interval
     jobs = [phase.job for phase in phases]

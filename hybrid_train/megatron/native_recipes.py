@@ -1,4 +1,4 @@
-"""Quantized products by Transformer Engine: a job -> fields of TransformerConfig, layer by layer.
+"""Quantized GEMMs by Transformer Engine: a job -> fields of TransformerConfig, layer by layer.
 
 Every linear layer has its own entry in core's `quant_recipe`, unquantized ones too, so a layer
 multiplies as its entry says whatever surrounds it. `fp8` and `fp4` of the whole model then decide
@@ -21,25 +21,25 @@ from hybrid_train.anatomy.gemm_formats import (
     Formats,
     Linear,
     formats_of,
-    kept_in_fp8,
+    fp8_primary_weights,
 )
 from hybrid_train.anatomy.kinds import MTP_PROJECTION
 from hybrid_train.megatron.plain import PLACES
 from hybrid_train.precision import te
 from hybrid_train.schema.pattern import Pattern
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.train import TrainJob
 
 _PLACE_OF = {kind: place for place, kind in PLACES.items()}
 _FP8 = {
-    ProductFormat.fp8_tensorwise: Fp8Recipe.tensorwise,
-    ProductFormat.fp8_delayed: Fp8Recipe.delayed,
-    ProductFormat.fp8_blockwise: Fp8Recipe.blockwise,
-    ProductFormat.mxfp8: Fp8Recipe.mxfp8,
+    GemmFormat.fp8_tensorwise: Fp8Recipe.tensorwise,
+    GemmFormat.fp8_delayed: Fp8Recipe.delayed,
+    GemmFormat.fp8_blockwise: Fp8Recipe.blockwise,
+    GemmFormat.mxfp8: Fp8Recipe.mxfp8,
 }
 # Tokens of an expert are padded to 128, 32 or 16 by the format of the whole model
 # (Transformer Engine, pytorch/quantization.py 262): the first of these that a layer has.
-_WIDEST = (ProductFormat.nvfp4, ProductFormat.mxfp8)
+_WIDEST = (GemmFormat.nvfp4, GemmFormat.mxfp8)
 UNQUANTIZED_KEY = "unquantized"
 KEPT = ", weights kept"  # behind the key of a format: Transformer Engine builds them in FP8 (262)
 
@@ -50,13 +50,13 @@ def settings(job: TrainJob) -> dict[str, object]:
     if not used:
         return {}
     format = next((one for one in _WIDEST if one in used), used[0])
-    if format is ProductFormat.nvfp4:
+    if format is GemmFormat.nvfp4:
         return {"fp4": "e2m1", "fp4_recipe": Fp4Recipe.nvfp4.value}
     fields: dict[str, object] = {
         "fp8": te.fp8_format(format, job.precision),
         "fp8_recipe": _FP8[format].value,
     }
-    if format is ProductFormat.fp8_delayed:  # core makes this recipe itself, of these fields
+    if format is GemmFormat.fp8_delayed:  # core makes this recipe itself, of these fields
         fields["fp8_amax_history_len"] = job.precision.amax_history
         fields["fp8_amax_compute_algo"] = job.precision.amax_choice.value
     return fields
@@ -67,12 +67,12 @@ def recipes(precision: Precision) -> Callable[[str], Any]:
 
     @functools.cache
     def make(name: str) -> Any:
-        return te.recipe(ProductFormat(name), precision)
+        return te.recipe(GemmFormat(name), precision)
 
     return make
 
 
-def quantized_formats(formats: dict[Linear, Formats]) -> list[ProductFormat]:
+def quantized_formats(formats: dict[Linear, Formats]) -> list[GemmFormat]:
     """Return the quantized formats of a model, in order of their first layer."""
     found = (format for one in formats.values() for format in one.formats.values())
     return [format for format in dict.fromkeys(found) if format not in UNQUANTIZED]
@@ -85,7 +85,7 @@ def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | N
     (hybrid_block.py 126), so each chunk has a recipe of its own.
 
     Args:
-        job: the job; the three products of a layer have one format.
+        job: the job; the three GEMMs of a layer have one format.
         cut: the pattern, cut into stages.
         chunk: number of the stage, in the order of the model.
     """
@@ -94,11 +94,11 @@ def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | N
         return None
     first = 1 + sum(map(len, cut.stages[:chunk]))
     held = range(first, first + len(cut.stages[chunk]))
-    kept = kept_in_fp8(job.model, job.precision)
+    kept = fp8_primary_weights(job.model, job.precision)
     matchers, delayed = [], False
     for linear, one in formats.items():
         (format,) = set(one.formats.values())
-        if format is ProductFormat.fp8_delayed:
+        if format is GemmFormat.fp8_delayed:
             delayed = True
         elif linear.depth or linear.layer in held:
             key = UNQUANTIZED_KEY if format in UNQUANTIZED else format.value
@@ -137,10 +137,10 @@ def _configs(precision: Precision) -> dict[str, dict[str, object]]:
     core's own have no options. Core keeps them apart as FP8 or FP4 and does the same with both.
     """
     configs: dict[str, dict[str, object]] = {UNQUANTIZED_KEY: _config({})}
-    for format in (*_FP8, ProductFormat.nvfp4):
-        if format is ProductFormat.fp8_delayed:
+    for format in (*_FP8, GemmFormat.nvfp4):
+        if format is GemmFormat.fp8_delayed:
             continue
-        bits = "fp4" if format is ProductFormat.nvfp4 else "fp8"
+        bits = "fp4" if format is GemmFormat.nvfp4 else "fp8"
         recipe: dict[str, object] = {
             f"{bits}_quantization_recipe": "custom",
             "custom_recipe_factory": format.value,

@@ -48,7 +48,7 @@ def build_optimizer(
         dtype: of the parameters.
         on_bad_norm: called with a gradient norm that is not finite, before anything changes.
     """
-    with patches.fused_adam(bool(adamw.lowered) and not torch.cuda.is_available()):
+    with patches.fused_adam(bool(adamw.reduced_state) and not torch.cuda.is_available()):
         config = _config(adamw, parallel, dtype)
         optimizer = get_megatron_optimizer(
             config, chunks, _decay_rule(adamw), use_gloo_process_groups=False
@@ -57,7 +57,7 @@ def build_optimizer(
         optimizer = ChainedOptimizer([optimizer])
     if parallel.fsdp:
         _let_masters_be_reloaded(optimizer, chunks)
-    if adamw.lowered:
+    if adamw.reduced_state:
         _let_masters_begin_with_weights(optimizer, dtype)
     if any(is_in_fp8(weight) for chunk in chunks for weight in chunk.parameters()):
         _let_masters_begin_with_loaded_values(optimizer, chunks)
@@ -84,7 +84,7 @@ def _config(adamw: AdamW, parallel: Parallel, dtype: torch.dtype) -> OptimizerCo
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather or parallel.fsdp,
-        use_precision_aware_optimizer=bool(adamw.lowered),
+        use_precision_aware_optimizer=bool(adamw.reduced_state),
         main_grads_dtype=_DTYPES[adamw.main_gradients.value],
         main_params_dtype=_DTYPES[adamw.master_weights.value],
         exp_avg_dtype=_DTYPES[adamw.first_moment.value],

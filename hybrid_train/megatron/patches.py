@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybrid_train.megatron import plain, written_for
 from hybrid_train.ops import mixer
-from hybrid_train.ops.linear import add_product
+from hybrid_train.ops.linear import add_gemm
 from hybrid_train.optim.fused_adam import FusedAdam
 from hybrid_train.precision import fp8_weights
 from hybrid_train.runtime import cpu
@@ -41,7 +41,7 @@ def for_process(*, on_gpu: bool) -> None:
 
 def _add(x: Tensor, grad: Tensor, main_grad: Tensor) -> None:
     """Add a weight gradient to its buffer, under the signature of apex's extension."""
-    add_product(main_grad, grad, x)
+    add_gemm(main_grad, grad, x)
 
 
 def for_plain_layers() -> None:
@@ -93,8 +93,8 @@ def for_fp8_weights() -> None:
 
 def gather_one_by_one(yes: bool) -> None:
     """Gather parameters one by one, as gloo needs it where they are of several types."""
-    together = torch.distributed._coalescing_manager
-    written_for.DDP_COALESCING.put(_coalescing_manager=cpu.one_by_one if yes else together)
+    all_or_none = torch.distributed._coalescing_manager
+    written_for.DDP_COALESCING.put(_coalescing_manager=cpu.one_by_one if yes else all_or_none)
 
 
 def fuse_clipping() -> None:

@@ -93,7 +93,7 @@ def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> 
     Args:
         job: the job.
         on_gpu: whether it runs on GPUs.
-        native: whether Transformer Engine computes its quantized products.
+        native: whether Transformer Engine computes its quantized GEMMs.
     """
     pattern = parse(job.model.pattern)
     dtype = DTYPES[job.precision.base]

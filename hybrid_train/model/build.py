@@ -54,7 +54,7 @@ from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.precision import te
 from hybrid_train.runtime import optional, ranks
 from hybrid_train.schema.model import Model
-from hybrid_train.schema.precision import Backend, ProductFormat
+from hybrid_train.schema.precision import Backend, GemmFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Kernels
 from hybrid_train.schema.train import TrainJob
@@ -148,7 +148,7 @@ class BuiltModel:
     chunks: list[Hybrid]
     config: TransformerConfig
     kernels: dict[str, str]  # part of the model -> whose kernels it runs on, in words
-    backend: Backend | None  # who can compute quantized products, without a new build
+    backend: Backend | None  # who can compute quantized GEMMs, without a new build
     balance_losses: BalanceLosses  # of its expert layers
 
 
@@ -166,7 +166,7 @@ def build_model(
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
     backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
-        kernels["quantized products"] = _in_words(job, backend, on_gpu=on_gpu)
+        kernels["quantized GEMMs"] = _in_words(job, backend, on_gpu=on_gpu)
     if kept := kept_in_words(job.model, job.precision):
         kernels["FP8 parameters"] = kept
     native = backend is Backend.native
@@ -213,7 +213,7 @@ def _say_untried(name: str, found: str, fault: str) -> None:
 
 
 def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:
-    """Choose who computes quantized products; None where layers can do neither.
+    """Choose who computes quantized GEMMs; None where layers can do neither.
 
     Raises:
         UserError: if the wanted one cannot.
@@ -241,7 +241,7 @@ def _in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> str:
     why = "asked for" if on_gpu else "no GPU"
     words = f"emulated ({why}): quantized operands, sums in float32"
     formats = formats_of(job.model, job.precision).values()
-    if any(ProductFormat.fp8_delayed in one.formats.values() for one in formats):
+    if any(GemmFormat.fp8_delayed in one.formats.values() for one in formats):
         words += "; what fp8_delayed remembers begins here, also in a run that goes on"
     return words
 
@@ -298,7 +298,7 @@ def _choose_kernels(
         return PLAIN, parts
     if emulated:
         patches.for_plain_latent_linears()
-        parts["linear layers, norms, experts"] = "plain PyTorch (emulated products), norms fused"
+        parts["linear layers, norms, experts"] = "plain PyTorch (emulated GEMMs), norms fused"
         return with_plain_linears(fused_parts()), parts
     return fused_parts(), parts
 

@@ -55,7 +55,7 @@ def add_transform(linear: Linear, module: Module, transform: OperandTransform) -
         raise UserError(
             f"{linear.module} of layer {linear.layer} is a linear of Transformer Engine, whose "
             "operands no edit can change: set runtime.kernels=plain (precision.backend=emulated "
-            "where products are quantized)"
+            "where GEMMs are quantized)"
         )
     edited = edits_of(module) or EditedLinear()
     edited.transforms = sorted([*edited.transforms, transform], key=lambda one: one.stage)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from hybrid_train.anatomy.gemm_formats import Linear, formats_of, kept_in_fp8
+from hybrid_train.anatomy.gemm_formats import Linear, formats_of, fp8_primary_weights
 from hybrid_train.megatron import patches, plain
 from hybrid_train.megatron.plain import linear_modules
 from hybrid_train.model.edits import edits_of, emulations_of, linears_of, quantize
@@ -19,12 +19,12 @@ from hybrid_train.precision.emulated import Stage, emulation_of
 from hybrid_train.precision.fp8_weights import in_fp8
 from hybrid_train.precision.recipes import Scheme, schemes
 from hybrid_train.schema.model import Model
-from hybrid_train.schema.precision import Precision, Product
+from hybrid_train.schema.precision import Gemm, Precision
 from hybrid_train.schema.problems import UserError
 
 
 def observe(chunks: Iterable[Module], audit: Audit) -> Callable[[], None]:
-    """Tell an audit of every product of layers that do not tell it themselves.
+    """Tell an audit of every GEMM of layers that do not tell it themselves.
 
     Args:
         chunks: the model chunks of this process, in whatever they are wrapped.
@@ -72,14 +72,14 @@ def _noting(linear: Linear, module: Module, audit: Audit) -> Callable[..., None]
 
     def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
         x = type_in_words(inputs[0].dtype)
-        audit.note(linear, Product.fprop, x, weight)
+        audit.note(linear, Gemm.fprop, x, weight)
         result = output[0] if isinstance(output, tuple) else output
         if result.requires_grad:
             result.register_hook(lambda grad: note_gradients(grad, x))
 
     def note_gradients(grad: Tensor, x: str) -> None:
-        audit.note(linear, Product.dgrad, type_in_words(grad.dtype), weight)
-        audit.note(linear, Product.wgrad, type_in_words(grad.dtype), x)
+        audit.note(linear, Gemm.dgrad, type_in_words(grad.dtype), weight)
+        audit.note(linear, Gemm.wgrad, type_in_words(grad.dtype), x)
 
     return note
 
@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     from hybrid_train.precision.quantize import AmaxHistory
 
 
-class QuantizedProducts:
-    """Emulates the quantized products of the chunks of this process, which `apply` takes.
+class QuantizedGemms:
+    """Emulates the quantized GEMMs of the chunks of this process, which `apply` takes.
 
     Every process makes the same calls. The random bits of a step depend on seed, step and rank
     alone, so a resumed run has those of a run that never stopped.
@@ -117,7 +117,7 @@ class QuantizedProducts:
         self.histories: list[AmaxHistory] = []  # in the same order on all ranks of the group
 
     def apply(self, chunks: Sequence[Module]) -> None:
-        """Quantize the products of chunks, and keep their weights in FP8 where that is asked."""
+        """Quantize the GEMMs of chunks, and keep their weights in FP8 where that is asked."""
         self._chunks = chunks
         self.use(self._model, self._precision)
         self._keep_weights_in_fp8()
@@ -148,7 +148,7 @@ class QuantizedProducts:
             UserError: if another edit has transformed the operands of one.
         """
         precision = self._precision
-        kept = kept_in_fp8(self._model, precision)
+        kept = fp8_primary_weights(self._model, precision)
         if not kept:
             return
         patches.for_fp8_weights()
@@ -161,10 +161,10 @@ class QuantizedProducts:
                     f"{linear.module} of layer {linear.layer} keeps its weights in FP8, as codes "
                     "that no mask or other edit can change: set precision.fp8_param_gather=false"
                 )
-            found = schemes(kept[linear], Product.fprop, precision)
+            found = schemes(kept[linear], Gemm.fprop, precision)
             assert found is not None, "only quantized formats are kept"
             for name, weight in module.named_parameters():
-                if name.startswith("weight"):  # of a norm in front of the product there may be one
+                if name.startswith("weight"):  # of a norm in front of the GEMM there may be one
                     module._parameters[name] = _as_fp8(weight, found[1])
 
     def start_step(self, step: int) -> None:

@@ -96,7 +96,7 @@ def split_causal_attention(
     """Attend with the queries of one context-parallel rank to the keys of the whole sequence.
 
     Args:
-        query: the two pieces of this rank, [S, B, heads, D]; see `ops.context`.
+        query: the two chunks of this rank, [S, B, heads, D]; see `ops.context`.
         key: of the whole sequence, in its order, [S * size, B, kv_heads, D].
         value: like key.
         rank: of this process.
@@ -106,9 +106,9 @@ def split_causal_attention(
     Returns:
         [S, B, heads * D].
     """
-    pieces = []
+    chunks = []
     for place, queries in zip((rank, 2 * size - 1 - rank), query.chunk(2), strict=True):
         seen = (place + 1) * len(queries)
         index = None if sequence_index is None else sequence_index[:, :seen]
-        pieces.append(causal_attention(queries, key[:seen], value[:seen], index))
-    return torch.cat(pieces)
+        chunks.append(causal_attention(queries, key[:seen], value[:seen], index))
+    return torch.cat(chunks)

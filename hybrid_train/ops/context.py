@@ -1,6 +1,6 @@
-"""How a sequence is split over the ranks of context parallelism: one early and one late piece each.
+"""How a sequence is split over the ranks of context parallelism: one early and one late chunk each.
 
-A sequence of length L is cut into 2 * P pieces; rank r of P holds the pieces r and 2P - 1 - r, so
+A sequence of length L is cut into 2 * P chunks; rank r of P holds the chunks r and 2P - 1 - r, so
 that causal attention is the same work for every rank.
 
 Documents that share a row do not change that: the row is cut, wherever they end.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-def own_pieces(whole: Tensor, rank: int, size: int, *, dim: int) -> Tensor:
-    """Return the two pieces of a rank, one behind the other: length L -> L / size along `dim`.
+def own_chunks(whole: Tensor, rank: int, size: int, *, dim: int) -> Tensor:
+    """Return the two chunks of a rank, one behind the other: length L -> L / size along `dim`.
 
     Raises:
         ValueError: if the length is no multiple of 2 * size.
@@ -22,15 +22,15 @@ def own_pieces(whole: Tensor, rank: int, size: int, *, dim: int) -> Tensor:
         return whole
     length = whole.shape[dim]
     if length % (2 * size):
-        raise ValueError(f"a sequence of {length} does not split into {2 * size} pieces")
-    pieces = whole.chunk(2 * size, dim)
-    return torch.cat([pieces[rank], pieces[-1 - rank]], dim)
+        raise ValueError(f"a sequence of {length} does not split into {2 * size} chunks")
+    chunks = whole.chunk(2 * size, dim)
+    return torch.cat([chunks[rank], chunks[-1 - rank]], dim)
 
 
 def in_order(gathered: Tensor, size: int, *, dim: int) -> Tensor:
-    """Put the pieces of all ranks, gathered rank after rank, into the order of the sequence."""
-    pieces = gathered.chunk(2 * size, dim)
-    return torch.cat([*pieces[0::2], *reversed(pieces[1::2])], dim)
+    """Put the chunks of all ranks, gathered rank after rank, into the order of the sequence."""
+    chunks = gathered.chunk(2 * size, dim)
+    return torch.cat([*chunks[0::2], *reversed(chunks[1::2])], dim)
 
 
 def continues(sequence_index: Tensor, rank: int, size: int) -> Tensor:
@@ -46,4 +46,4 @@ def continues(sequence_index: Tensor, rank: int, size: int) -> Tensor:
     """
     last = sequence_index.new_zeros(len(sequence_index), 1, dtype=torch.bool)
     same = torch.cat((sequence_index[:, 1:] == sequence_index[:, :-1], last), dim=1)
-    return own_pieces(same, rank, size, dim=1)
+    return own_chunks(same, rank, size, dim=1)

@@ -62,13 +62,13 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, *weights)
         ctx.counts = counts
-        return _products(x, [w.T for w in weights], counts)
+        return _gemms(x, [w.T for w in weights], counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        return _products(grad, weights, ctx.counts), None, *_weight_grads(grad, x, ctx.counts)
+        return _gemms(grad, weights, ctx.counts), None, *_weight_grads(grad, x, ctx.counts)
 
 
 def expert_mlp(
@@ -107,11 +107,11 @@ class _ExpertMlp(torch.autograd.Function):
         ctx: Any, x: Tensor, probs: Tensor, counts: tuple[int, ...], *weights: Tensor
     ) -> Tensor:
         ups, downs = weights[: len(counts)], weights[len(counts) :]
-        positive = _products(x, [w.T for w in ups], counts).relu_()
+        positive = _gemms(x, [w.T for w in ups], counts).relu_()
         ctx.save_for_backward(x, probs, positive, *weights)
         ctx.counts = counts
         inner = positive.square().mul_(probs[:, None])
-        return _products(inner, [w.T for w in downs], counts)
+        return _gemms(inner, [w.T for w in downs], counts)
 
     @staticmethod
     @once_differentiable
@@ -121,16 +121,16 @@ class _ExpertMlp(torch.autograd.Function):
         ups, downs = weights[: len(counts)], weights[len(counts) :]
         inner = positive.square().mul_(probs[:, None])
         grads_down = _weight_grads(grad, inner, counts)
-        grad_inner = _products(grad, downs, counts)
+        grad_inner = _gemms(grad, downs, counts)
         # sum(grad * positive^2), and 2 * grad * positive * prob, share grad * positive.
         shared = grad_inner.mul_(positive)
         grad_probs = torch.linalg.vecdot(shared, positive).to(probs.dtype)
         grad_up = shared.mul_(2 * probs[:, None])
         grads_up = _weight_grads(grad_up, x, counts)
-        return _products(grad_up, ups, counts), grad_probs, None, *grads_up, *grads_down
+        return _gemms(grad_up, ups, counts), grad_probs, None, *grads_up, *grads_down
 
 
-def _products(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+def _gemms(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """Multiply the rows of each expert by its matrix: [T, I] with E times [I, O] -> [T, O]."""
     y = x.new_empty(x.shape[0], matrices[0].shape[1])
     for rows, out, matrix in zip(x.split(counts), y.split(counts), matrices, strict=True):

@@ -1,4 +1,4 @@
-"""The product of a linear layer, with the fastest kernel for it, and with its gradients.
+"""The GEMM of a linear layer, with the fastest kernel for it, and with its gradients.
 
 Dimensions: T tokens (any leading axes), I input width, O output width.
 """
@@ -29,23 +29,23 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, gradient_buffer: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gradient_buffer = gradient_buffer
-        return product(x, weight)
+        return gemm(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_x = gemm(grad, weight.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
         rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.gradient_buffer is None:
             return grad_x, rows.t() @ inputs, None
-        add_product(ctx.gradient_buffer, rows, inputs)
+        add_gemm(ctx.gradient_buffer, rows, inputs)
         return grad_x, torch.empty_like(weight), None
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def gemm(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply without gradients; weight may be a transposed view.
 
     In float32 on a CPU by oneDNN, which torch takes for other formats only: on the processor tried
@@ -57,7 +57,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.t()
 
 
-def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
+def add_gemm(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
     """Add grad^T x to a buffer [O, I] that may have a finer format; grad [T, O], x [T, I]."""
     if grad.dtype == buffer.dtype:
         buffer.addmm_(grad.t(), x)

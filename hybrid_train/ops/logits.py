@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from hybrid_train.ops.linear import add_product, product
+from hybrid_train.ops.linear import add_gemm, gemm
 
 # Elements of the logits of a chunk, 128 MB in float32: little beside the model that has such a
 # vocabulary, and one chunk where T x V/tp is small, as 8,192 tokens over a vocabulary of 4,096.
@@ -172,7 +172,7 @@ class _WeightedSum(torch.autograd.Function):
         rows = head._gathered(hidden)
         values, of_rows, of_weight = [], None, None
         for chunk in chunks(len(rows), rows.shape[1], len(weight)):
-            value, pullback = term(product(rows[chunk], weight), chunk, head)
+            value, pullback = term(gemm(rows[chunk], weight), chunk, head)
             values.append(value)
             of_logits = pullback(weights[chunk]) if learns else None
             del pullback  # and the logits that it holds
@@ -185,10 +185,10 @@ class _WeightedSum(torch.autograd.Function):
                 continue
             if ctx.needs_input_grad[0]:
                 of_rows = torch.empty_like(rows) if of_rows is None else of_rows
-                of_rows[chunk] = product(of_logits, weight.t())
+                of_rows[chunk] = gemm(of_logits, weight.t())
             if ctx.needs_input_grad[1]:
                 of_weight = _empty_sum(weight) if of_weight is None else of_weight
-                add_product(of_weight, of_logits, rows[chunk])
+                add_gemm(of_weight, of_logits, rows[chunk])
         found = torch.cat(values)
         ctx.mark_non_differentiable(found)
         return (found * weights).sum(), found
@@ -199,7 +199,7 @@ class _WeightedSum(torch.autograd.Function):
         of_logits, rows, weight, of_rows, of_weight = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            whole = product(of_logits, weight.t())
+            whole = gemm(of_logits, weight.t())
             if of_rows is not None:
                 of_rows[ctx.chunk] = whole
                 whole = of_rows
@@ -219,7 +219,7 @@ def _of_weight(
     total = _empty_sum(weight) if buffer is None else buffer
     if before is not None:
         total.add_(before * grad)
-    add_product(total, of_logits, rows)
+    add_gemm(total, of_logits, rows)
     return total.to(weight.dtype) if buffer is None else torch.zeros_like(weight)
 
 

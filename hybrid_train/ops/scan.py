@@ -108,7 +108,7 @@ def chunked_scan(  # noqa: PLR0913 - the operands of the map
     initial_state: Tensor | None = None,
     sequence_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `sequential_scan` in matrix products over chunks of `chunk` tokens.
+    """Compute `sequential_scan` in GEMMs over chunks of `chunk` tokens.
 
     The result does not depend on `chunk` beyond rounding; any length is legal.
 

@@ -15,7 +15,7 @@ from hybrid_train.schema.train import TrainJob
 
 @dataclass(frozen=True)
 class Size:
-    """One dimension of the products of a linear layer.
+    """One dimension of the GEMMs of a linear layer.
 
     Attributes:
         value: on one process.
@@ -47,7 +47,7 @@ def weight_sizes(job: TrainJob, module: str, sizes: Sizes) -> tuple[Size, Size]:
 
 
 def token_sizes(job: TrainJob, module: str) -> Iterator[Size]:
-    """Yield T of the products of a linear layer on one process; none for experts.
+    """Yield T of the GEMMs of a linear layer on one process; none for experts.
 
     Core pads the tokens of each expert to what the format needs (transformer/moe/experts.py 304).
     Parts of a sequence that tensor ranks hold are gathered before they are multiplied, but not for

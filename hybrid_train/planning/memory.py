@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hybrid_train.anatomy.axes import Sizes, sizes_of
-from hybrid_train.anatomy.gemm_formats import kept_in_fp8
+from hybrid_train.anatomy.gemm_formats import fp8_primary_weights
 from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, MTP_BLOCK, Parameter, parameters_of
 from hybrid_train.anatomy.layers import Layer, block_layers, main_layers, mtp_blocks
 from hybrid_train.planning.degrees import data_parallel, expert_data_parallel, expert_tensor
@@ -34,7 +34,7 @@ class Held:
 
     dense: int  # repeated over data-parallel and context ranks
     expert: int = 0  # routed experts, repeated over fewer where they are split by number
-    in_fp8: int = 0  # of both, with the weights kept in FP8
+    in_fp8: int = 0  # of both, with the FP8 primary weights
 
     @property
     def total(self) -> int:
@@ -109,7 +109,7 @@ def held_in_fp8(job: TrainJob, numbers: range) -> int:
     """Count the parameters that one process keeps in FP8 of some of the main layers, from 1."""
     layers = main_layers(job.model)
     found = 0
-    for linear in kept_in_fp8(job.model, job.precision):
+    for linear in fp8_primary_weights(job.model, job.precision):
         if linear.layer in numbers:
             sizes = layers[linear.layer - 1].sizes
             inner, outer = weight_sizes(job, linear.module, sizes)
@@ -126,7 +126,7 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     (Rajbhandari et al., arXiv:1910.02054, stage 1). FSDP splits weights and gradients too (stage
     3); the layer that runs is whole meanwhile, and not counted. The scales of moments in 16 and 8
     bits and of weights in FP8, four bytes for a tensor or a block, are not counted either, nor are
-    the copies of weights, quantized or transposed, that products are taken from.
+    the copies of weights, quantized or transposed, that GEMMs are taken from.
     """
     full = job.precision.base is NumberFormat.fp32
     in_fp32 = full or job.precision.reduce_gradients_in_fp32
@@ -151,7 +151,7 @@ def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
     (`precision/formats.py`).
     """
     moments = _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
-    return moments + masters * (_HALF if adamw.lowered else _FP32)
+    return moments + masters * (_HALF if adamw.reduced_state else _FP32)
 
 
 @dataclass(frozen=True)

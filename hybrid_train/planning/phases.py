@@ -90,7 +90,7 @@ _VALIDATIONS, _VALIDATION_STEPS = 8, 100  # of a run, at least; steps between tw
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PhaseSpan:
     """One phase as it will run.
 
     Attributes:
@@ -123,7 +123,7 @@ class Stretch:
         return -(-(tokens_seen - self.start) // self.job.train.sequence_length)
 
 
-def lay_out(job: TrainJob) -> list[Stretch]:
+def lay_out(job: TrainJob) -> list[PhaseSpan]:
     """Lay out the phases of a checked run; a run without any is one phase."""
     total, seen = tokens(job.train.tokens), 0
     jobs = list(jobs_of(job))
@@ -141,7 +141,7 @@ def lay_out(job: TrainJob) -> list[Stretch]:
     counted = [0 if own else length for own, length in zip(own_rate, lengths, strict=True)]
     budget = min(total, total - seen + sum(counted))
     return [
-        Stretch(
+        PhaseSpan(
             number=number,
             name=phases[number].name,
             job=jobs[number],
@@ -156,12 +156,12 @@ def lay_out(job: TrainJob) -> list[Stretch]:
     ]
 
 
-def at(stretches: Sequence[Stretch], tokens_seen: int) -> Stretch:
+def at(phase_spans: Sequence[PhaseSpan], tokens_seen: int) -> PhaseSpan:
     """Return the phase of the step that starts after some tokens; at the end, the last one."""
-    for stretch in stretches:
-        if tokens_seen < stretch.end:
-            return stretch
-    return stretches[-1]
+    for phase_span in phase_spans:
+        if tokens_seen < phase_span.end:
+            return phase_span
+    return phase_spans[-1]
 
 
 def validation_interval(job: TrainJob) -> int:
@@ -172,27 +172,27 @@ def validation_interval(job: TrainJob) -> int:
     asked = job.train.validation_interval
     if asked is not None:
         return asked
-    steps = sum(stretch.length.steps for stretch in lay_out(job))
+    steps = sum(phase_span.length.steps for phase_span in lay_out(job))
     return max(1, min(_VALIDATION_STEPS, -(-steps // _VALIDATIONS)))
 
 
-def rows_of_step(stretches: Sequence[Stretch], step: int) -> tuple[Stretch, int, int] | None:
+def rows_of_step(phase_spans: Sequence[PhaseSpan], step: int) -> tuple[PhaseSpan, int, int] | None:
     """Return the phase of a step and the rows [first, last) of the phase that it takes.
 
     None if the run has no such step; the first is 1.
     """
-    for stretch in stretches:
-        if 0 < step <= stretch.length.steps:
-            train, row = stretch.job.train, 0
+    for phase_span in phase_spans:
+        if 0 < step <= phase_span.length.steps:
+            train, row = phase_span.job.train, 0
             for number in range(1, step + 1):
-                seen = stretch.start + row * train.sequence_length
+                seen = phase_span.start + row * train.sequence_length
                 batch = global_batch(train, seen)
                 if not ramps(train):
-                    return stretch, (step - 1) * batch, step * batch
+                    return phase_span, (step - 1) * batch, step * batch
                 if number == step:
-                    return stretch, row, row + batch
+                    return phase_span, row, row + batch
                 row += batch
-        step -= stretch.length.steps
+        step -= phase_span.length.steps
     return None
 
 

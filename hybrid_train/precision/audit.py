@@ -1,7 +1,7 @@
 """What is noted while a network multiplies, and what Transformer Engine's GEMMs really multiply.
 
-Its linear layers call one function for each product, in a layout that says which: TN is the forward
-product, NN the gradient of the input, NT that of the weight; the first operand is the weight but
+Its linear layers call one function for each GEMM, in a layout that says which: TN is the forward
+GEMM, NN the gradient of the input, NT that of the weight; the first operand is the weight but
 for the last, where it is the input (pytorch/module/linear.py 632, 1424 and 1630 of version 2.20.2).
 The operands are objects whose class and quantizer are what is multiplied, whatever was asked.
 """
@@ -27,15 +27,15 @@ from hybrid_train.precision.recipes import (
     Scheme,
     Shape,
 )
-from hybrid_train.schema.precision import Product
+from hybrid_train.schema.precision import Gemm
 
 # The formats of both operands in words; experts of one layer multiply alike, or show up twice.
-Seen = dict[tuple[Linear, Product], set[tuple[str, str]]]
-Counted = dict[tuple[Linear, Product, Operand], OperandStatistics]
+Seen = dict[tuple[Linear, Gemm], set[tuple[str, str]]]
+Counted = dict[tuple[Linear, Gemm, Operand], OperandStatistics]
 
 
 class Audit:
-    """What linear layers really multiplied, product by product.
+    """What linear layers really multiplied, GEMM by GEMM.
 
     Takes notes while it listens; costs nothing otherwise.
     """
@@ -53,10 +53,10 @@ class Audit:
         self.listening = False
         return self._seen
 
-    def note(self, linear: Linear, product: Product, left: str, right: str) -> None:
-        """Note the formats of the two operands that a product is about to multiply."""
+    def note(self, linear: Linear, gemm: Gemm, left: str, right: str) -> None:
+        """Note the formats of the two operands that a GEMM is about to multiply."""
         if self.listening:
-            self._seen.setdefault((linear, product), set()).add((left, right))
+            self._seen.setdefault((linear, gemm), set()).add((left, right))
 
 
 class Statistics:
@@ -78,11 +78,11 @@ class Statistics:
         self._listening = False
         return self._counted
 
-    def of(self, linear: Linear, product: Product, operand: Operand) -> OperandStatistics | None:
+    def of(self, linear: Linear, gemm: Gemm, operand: Operand) -> OperandStatistics | None:
         """Return where to count an operand; None where nobody listens."""
         if not self._listening:
             return None
-        return self._counted.setdefault((linear, product, operand), OperandStatistics())
+        return self._counted.setdefault((linear, gemm, operand), OperandStatistics())
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def type_in_words(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
 
 
-_PRODUCTS = {"TN": Product.fprop, "NN": Product.dgrad, "NT": Product.wgrad}
+_GEMMS = {"TN": Gemm.fprop, "NN": Gemm.dgrad, "NT": Gemm.wgrad}
 # Module of Transformer Engine -> the function that multiplies, by the name that it has there.
 _CALLS = {
     "linear": "general_gemm",
@@ -114,7 +114,7 @@ def is_native(module: Module) -> bool:
 
 
 def observe(pairs: Iterable[tuple[Linear, Module]], audit: Audit) -> Callable[[], None]:
-    """Tell an audit of every product of these layers.
+    """Tell an audit of every GEMM of these layers.
 
     Args:
         pairs: layers of Transformer Engine, and what they are in the model.
@@ -132,7 +132,7 @@ def observe_calls(
 ) -> Callable[[], None]:
     """Do the same for functions that stand in given modules.
 
-    A forward product belongs to the layer that is being called; a backward one to the layer whose
+    A forward GEMM belongs to the layer that is being called; a backward one to the layer whose
     output was the last to get its gradient, since autograd runs its backward pass right after.
     """
     running = _Running()
@@ -181,29 +181,29 @@ class _Running:
 def _telling(multiply: Callable[..., Any], running: _Running, audit: Audit) -> Callable[..., Any]:
     @functools.wraps(multiply)
     def told(first: Any, second: Any, *args: Any, **kwargs: Any) -> Any:
-        product = _PRODUCTS[kwargs.get("layout", "TN")]
-        linear = running.forward if product is Product.fprop else running.backward
+        gemm = _GEMMS[kwargs.get("layout", "TN")]
+        linear = running.forward if gemm is Gemm.fprop else running.backward
         if linear is not None:
             for one, other in zip(_listed(first), _listed(second), strict=True):
-                audit.note(linear, product, words(other, product), words(one, product))
+                audit.note(linear, gemm, words(other, gemm), words(one, gemm))
         return multiply(first, second, *args, **kwargs)
 
     return told
 
 
 def _listed(operand: Any) -> list[Any]:
-    """Return the operands of a product of several experts one by one."""
+    """Return the operands of a GEMM of several experts one by one."""
     return list(operand) if isinstance(operand, list | tuple) else [operand]
 
 
-def words(operand: Any, product: Product) -> str:
+def words(operand: Any, gemm: Gemm) -> str:
     """Say what an operand is, in the words of the recipes (`Scheme`)."""
     kind = next((name for name in _KINDS if _is_a(operand, name)), None)
     if kind is None:
         return type_in_words(operand.dtype)
     if operand._quantizer is None:
         return f"{kind}, how quantized is unknown"
-    return str(_KINDS[kind](operand, product))
+    return str(_KINDS[kind](operand, gemm))
 
 
 def _is_a(operand: Any, name: str) -> bool:
@@ -223,20 +223,20 @@ def _float_scale(operand: Any) -> Scale:
     return Scale.power_of_two if power else Scale.fp32
 
 
-def _per_tensor(operand: Any, _: Product) -> Scheme:
+def _per_tensor(operand: Any, _: Gemm) -> Scheme:
     return Scheme(_element(operand._fp8_dtype), _float_scale(operand), Shape.tensor)
 
 
-def _blockwise(operand: Any, _: Product) -> Scheme:
+def _blockwise(operand: Any, _: Gemm) -> Scheme:
     shape = Shape.square if operand._is_2D_scaled else Shape.vector
     return Scheme(_element(operand._fp8_dtype), _float_scale(operand), shape, 128)
 
 
-def _mxfp8(operand: Any, _: Product) -> Scheme:
+def _mxfp8(operand: Any, _: Gemm) -> Scheme:
     return Scheme(_element(operand._fp8_dtype), Scale.e8m0, Shape.vector, 32)
 
 
-def _nvfp4(operand: Any, product: Product) -> Scheme:
+def _nvfp4(operand: Any, gemm: Gemm) -> Scheme:
     """The transform is in the copies along tokens, which wgrad alone takes (common/recipe)."""
     quantizer = operand._quantizer
     return Scheme(
@@ -245,12 +245,12 @@ def _nvfp4(operand: Any, product: Product) -> Scheme:
         Shape.square if quantizer.with_2d_quantization else Shape.vector,
         16,
         stochastic=quantizer.stochastic_rounding,
-        hadamard=quantizer.with_rht and product is Product.wgrad,
+        hadamard=quantizer.with_rht and gemm is Gemm.wgrad,
     )
 
 
 # What the classes of pytorch/tensor/storage hold; those of pytorch/tensor are made of them.
-_KINDS: dict[str, Callable[[Any, Product], Scheme]] = {
+_KINDS: dict[str, Callable[[Any, Gemm], Scheme]] = {
     "Float8TensorStorage": _per_tensor,
     "Float8BlockwiseQTensorStorage": _blockwise,
     "MXFP8TensorStorage": _mxfp8,

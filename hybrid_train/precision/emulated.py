@@ -1,7 +1,7 @@
 """Linear layers whose operands are changed or quantized, with sums in float32, on any machine.
 
-The three products of a layer each take the operands that its recipe says, so the gradient is that
-of the recipe and not of an ideal linear layer. What hardware does inside a product (the order of
+The three GEMMs of a layer each take the operands that its recipe says, so the gradient is that
+of the recipe and not of an ideal linear layer. What hardware does inside a GEMM (the order of
 sums, the width of its accumulators) is not part of it.
 
 Dimensions: T tokens (any leading axes), I input width, O output width.
@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from hybrid_train.anatomy.gemm_formats import Formats, Linear
 from hybrid_train.ops.experts import grouped_linear
-from hybrid_train.ops.linear import add_product, linear
-from hybrid_train.ops.linear import product as linear_product
+from hybrid_train.ops.linear import add_gemm, linear
+from hybrid_train.ops.linear import gemm as linear_gemm
 from hybrid_train.precision.audit import Records, type_in_words
 from hybrid_train.precision.fp8_weights import Float8Weight
 from hybrid_train.precision.operands import quantize_dequantize
@@ -35,41 +35,41 @@ from hybrid_train.precision.recipes import (
     Shape,
     schemes,
 )
-from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 
 
 @dataclass(frozen=True)
 class Emulation:
-    """How the products of one matrix are quantized.
+    """How the GEMMs of one matrix are quantized.
 
     Attributes:
-        linear: whose products they are.
-        records: of its network, which its products are noted in, and round with.
-        schemes: of both operands of each product; None: as they come.
+        linear: whose GEMMs they are.
+        records: of its network, which its GEMMs are noted in, and round with.
+        schemes: of both operands of each GEMM; None: as they come.
         histories: of the largest values of each operand, for fp8_delayed.
         rows_vary: whether the number of tokens changes from step to step, as that of experts does:
-            then no product is taken that is compiled for its sizes.
+            then no GEMM is taken that is compiled for its sizes.
     """
 
     linear: Linear
     records: Records
-    schemes: dict[Product, tuple[Scheme, Scheme] | None]
+    schemes: dict[Gemm, tuple[Scheme, Scheme] | None]
     histories: dict[Operand, AmaxHistory] = field(default_factory=dict)
     rows_vary: bool = False
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply x [T, I] by weight [O, I]."""
-        return x @ weight.t() if self.rows_vary else linear_product(x, weight)
+        return x @ weight.t() if self.rows_vary else linear_gemm(x, weight)
 
-    def scheme(self, product: Product, operand: Operand) -> Scheme | None:
-        """Return how an operand is quantized for a product."""
-        found = self.schemes[product]
+    def scheme(self, gemm: Gemm, operand: Operand) -> Scheme | None:
+        """Return how an operand is quantized for a GEMM."""
+        found = self.schemes[gemm]
         if found is None:
             return None
-        return found[[one for one, _ in OPERANDS[product]].index(operand)]
+        return found[[one for one, _ in OPERANDS[gemm]].index(operand)]
 
-    def agree(self, operand: Operand, one: Product, other: Product) -> bool:
-        """Tell whether an operand has the same values in two products."""
+    def agree(self, operand: Operand, one: Gemm, other: Gemm) -> bool:
+        """Tell whether an operand has the same values in two GEMMs."""
         scheme = self.scheme(one, operand)
         if scheme != self.scheme(other, operand):
             return False
@@ -86,12 +86,10 @@ def emulation_of(
 ) -> Emulation:
     """Return how a linear layer of these formats is emulated; histories start empty."""
     histories = {}
-    if ProductFormat.fp8_delayed in formats.formats.values():
+    if GemmFormat.fp8_delayed in formats.formats.values():
         for operand in Operand:
             histories[operand] = AmaxHistory(precision.amax_history, precision.amax_choice)
-    found = {
-        product: schemes(format, product, precision) for product, format in formats.formats.items()
-    }
+    found = {gemm: schemes(format, gemm, precision) for gemm, format in formats.formats.items()}
     return Emulation(linear, records, found, histories, rows_vary)
 
 
@@ -129,23 +127,23 @@ def quantized_grouped_linear(
 
 
 class _Quantized(torch.autograd.Function):
-    """Keeps the quantized operand where a later product takes the same values, else the raw one."""
+    """Keeps the quantized operand where a later GEMM takes the same values, else the raw one."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, how: Emulation, gradient_buffer: Tensor | None
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        left = _taken(rows, Operand.input, Product.fprop, how)
-        right = _taken(weight, Operand.weight, Product.fprop, how)
-        ctx.kept_input = how.agree(Operand.input, Product.fprop, Product.wgrad)
-        ctx.kept_weight = how.agree(Operand.weight, Product.fprop, Product.dgrad)
+        left = _taken(rows, Operand.input, Gemm.fprop, how)
+        right = _taken(weight, Operand.weight, Gemm.fprop, how)
+        ctx.kept_input = how.agree(Operand.input, Gemm.fprop, Gemm.wgrad)
+        ctx.kept_weight = how.agree(Operand.weight, Gemm.fprop, Gemm.dgrad)
         ctx.save_for_backward(
             left if ctx.kept_input else rows, right if ctx.kept_weight else weight
         )
         ctx.how, ctx.gradient_buffer, ctx.shape = how, gradient_buffer, x.shape
         ctx.types = (x.dtype, weight.dtype)
-        _note(how, Product.fprop, left, right)
+        _note(how, Gemm.fprop, left, right)
         return how.multiply(left, right).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -156,24 +154,24 @@ class _Quantized(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         left, grad_x, grad_weight = None, None, None
         if ctx.needs_input_grad[0]:
-            left = _taken(grad, Operand.gradient, Product.dgrad, how)
+            left = _taken(grad, Operand.gradient, Gemm.dgrad, how)
             if not ctx.kept_weight:
-                weight = _taken(weight, Operand.weight, Product.dgrad, how)
-            _note(how, Product.dgrad, left, weight)
+                weight = _taken(weight, Operand.weight, Gemm.dgrad, how)
+            _note(how, Gemm.dgrad, left, weight)
             grad_x = how.multiply(left, weight.t()).to(ctx.types[0]).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            if left is None or not how.agree(Operand.gradient, Product.dgrad, Product.wgrad):
-                left = _taken(grad, Operand.gradient, Product.wgrad, how)
+            if left is None or not how.agree(Operand.gradient, Gemm.dgrad, Gemm.wgrad):
+                left = _taken(grad, Operand.gradient, Gemm.wgrad, how)
             if not ctx.kept_input:
-                rows = _taken(rows, Operand.input, Product.wgrad, how)
-            _note(how, Product.wgrad, left, rows)
+                rows = _taken(rows, Operand.input, Gemm.wgrad, how)
+            _note(how, Gemm.wgrad, left, rows)
             grad_weight = _weight_gradient(left, rows, ctx.types[1], ctx.gradient_buffer)
         return grad_x, grad_weight, None, None
 
 
-def _taken(tensor: Tensor, operand: Operand, product: Product, how: Emulation) -> Tensor:
-    """Return the values of an operand as a product multiplies them."""
-    scheme = how.scheme(product, operand)
+def _taken(tensor: Tensor, operand: Operand, gemm: Gemm, how: Emulation) -> Tensor:
+    """Return the values of an operand as a GEMM multiplies them."""
+    scheme = how.scheme(gemm, operand)
     if scheme is None:
         return tensor
     if isinstance(tensor, Float8Weight):
@@ -183,10 +181,10 @@ def _taken(tensor: Tensor, operand: Operand, product: Product, how: Emulation) -
     return quantize_dequantize(
         tensor,
         scheme,
-        dict(OPERANDS[product])[operand],
+        dict(OPERANDS[gemm])[operand],
         scale=None if history is None else history.scale(tensor, scheme.element),
         noise=how.records.noise.draw(tensor) if scheme.stochastic else None,
-        statistics=how.records.statistics.of(how.linear, product, operand),
+        statistics=how.records.statistics.of(how.linear, gemm, operand),
     )
 
 
@@ -195,21 +193,21 @@ def _weight_gradient(
 ) -> Tensor:
     if buffer is None:
         return (grad.t() @ rows).to(kind)
-    add_product(buffer, grad, rows)
+    add_gemm(buffer, grad, rows)
     return torch.empty(buffer.shape, dtype=kind, device=buffer.device)
 
 
-def _note(how: Emulation, product: Product, left: Tensor, right: Tensor) -> None:
+def _note(how: Emulation, gemm: Gemm, left: Tensor, right: Tensor) -> None:
     """Tell the audit what is about to be multiplied."""
     audit = how.records.audit
     if not audit.listening:
         return
-    (one, _), (other, _) = OPERANDS[product]
+    (one, _), (other, _) = OPERANDS[gemm]
     words = [
-        str(how.scheme(product, operand) or type_in_words(tensor.dtype))
+        str(how.scheme(gemm, operand) or type_in_words(tensor.dtype))
         for operand, tensor in ((one, left), (other, right))
     ]
-    audit.note(how.linear, product, *words)
+    audit.note(how.linear, gemm, *words)
 
 
 class Stage(enum.IntEnum):

@@ -1,9 +1,9 @@
-"""Weights kept in FP8 on a CPU: stands for Transformer Engine's Float8Tensor and its kin.
+"""FP8 primary weights on a CPU: stands for Transformer Engine's Float8Tensor and its kin.
 
-With FP8 parameter gather a process holds the codes and scales that products take, and nothing else
+With FP8 parameter gather a process holds the codes and scales that GEMMs take, and nothing else
 of a weight; masters are the optimizer's. Megatron's buffers, its gather and its optimizer see a
 bfloat16 parameter whose bytes are codes. Transformer Engine brings masters to bfloat16 before it
-quantizes them (2.20, pytorch/tensor/utils.py, `quantize_master_weights`), so that products are
+quantizes them (2.20, pytorch/tensor/utils.py, `quantize_master_weights`), so that GEMMs are
 those of a run that keeps its weights in bfloat16; so does this.
 """
 
@@ -25,7 +25,7 @@ from hybrid_train.precision.recipes import (
 )
 
 _CODES = torch.float8_e4m3fn  # as torch calls what is kept as uint8
-_PIECE = 262144  # values that are worked on at once, as in `operands.py`
+_CHUNK = 262144  # values that are worked on at once, as in `operands.py`
 _aten = torch.ops.aten
 
 
@@ -61,7 +61,7 @@ class Float8Weight(Tensor):
         return made
 
     def dequantize(self) -> Tensor:
-        """Return what the codes stand for, float32 [O, I], as products take it."""
+        """Return what the codes stand for, float32 [O, I], as GEMMs take it."""
         of_code = _values_of_codes(self.device)
         if self.scheme.shape is Shape.tensor:
             return _looked_up(of_code * self.decode.view(()), self.codes)
@@ -93,8 +93,8 @@ class Float8Weight(Tensor):
             found = part.abs().amax() if part.numel() else part.new_zeros(())
             return found.to(torch.float32).view(1, 1, 1, 1)
         found = torch.zeros_like(self.encode)
-        for piece, begin in self._pieces(part, start):
-            blocks, first, _ = self._covered(piece, begin)
+        for chunk, begin in self._chunks(part, start):
+            blocks, first, _ = self._covered(chunk, begin)
             found[first : first + len(blocks)] = blocks.abs().amax((1, 3), keepdim=True)
         return found
 
@@ -107,20 +107,20 @@ class Float8Weight(Tensor):
     def write(self, part: Tensor, start: int) -> None:
         """Quantize a range of the flat weight by the scales, and take its codes."""
         kept = self.codes.view(-1)
-        for piece, begin in self._pieces(part, start):
+        for chunk, begin in self._chunks(part, start):
             if self.scheme.shape is Shape.tensor:
-                codes = _codes(piece.to(torch.float32) * self.encode.view(()))
+                codes = _codes(chunk.to(torch.float32) * self.encode.view(()))
             else:
-                blocks, first, skipped = self._covered(piece, begin)
+                blocks, first, skipped = self._covered(chunk, begin)
                 scaled = blocks * self.encode[first : first + len(blocks)]
                 rows = _codes(scaled).flatten(2).flatten(0, 1)[:, : self.shape[1]]
-                codes = rows.reshape(-1)[skipped : skipped + piece.numel()]
-            kept[begin : begin + piece.numel()] = codes
+                codes = rows.reshape(-1)[skipped : skipped + chunk.numel()]
+            kept[begin : begin + chunk.numel()] = codes
 
-    def _pieces(self, part: Tensor, start: int) -> Iterator[tuple[Tensor, int]]:
-        """Cut a flat range between rows of blocks into pieces that stay in a core's cache."""
+    def _chunks(self, part: Tensor, start: int) -> Iterator[tuple[Tensor, int]]:
+        """Cut a flat range between rows of blocks into chunks that stay in a core's cache."""
         unit = 1 if self.scheme.shape is Shape.tensor else self._block()[0] * self.shape[1]
-        most = part.numel() if part.is_cuda else _PIECE
+        most = part.numel() if part.is_cuda else _CHUNK
         size = max(1, most // unit) * unit
         begin, stop = start, start + part.numel()
         while begin < stop:
@@ -175,7 +175,7 @@ class Float8Weight(Tensor):
 def in_fp8(weight: Tensor, scheme: Scheme) -> Float8Weight:
     """Quantize a bfloat16 weight [O, I], whose values are remembered until masters have them."""
     assert scheme.element is Element.e4m3, scheme
-    assert scheme.shape is not Shape.vector, "each product has vectors of its own"
+    assert scheme.shape is not Shape.vector, "each GEMM has vectors of its own"
     values = weight.detach()
     made = Float8Weight(torch.empty_like(values, dtype=torch.uint8), values.dtype, scheme)
     made.quantize(values)

@@ -1,6 +1,6 @@
 """Quantization of an operand for training: `quantize(...).dequantize()` in few passes over memory.
 
-The matrix is worked on in pieces that stay in a core's cache; then a pass costs a fraction of one
+The matrix is worked on in chunks that stay in a core's cache; then a pass costs a fraction of one
 over memory. Every function of torch that is used here was chosen by `tests/benchmarks/quantize.py`.
 """
 
@@ -18,7 +18,7 @@ from hybrid_train.precision.quantize import (
     filled,
     given,
     in_blocks,
-    turned,
+    rotated,
 )
 from hybrid_train.precision.recipes import (
     Element,
@@ -26,7 +26,7 @@ from hybrid_train.precision.recipes import (
     Shape,
 )
 
-_PIECE = 262144  # values a thread; with more, scratch leaves the cache, with less, calls cost more
+_CHUNK = 262144  # values a thread; with more, scratch leaves the cache, with less, calls cost more
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
@@ -49,7 +49,7 @@ class OperandStatistics:
     error_squares: float = 0.0
 
     def count(self, values: Tensor, rounded: Tensor, encode: Tensor, largest: float) -> None:
-        """Add a piece of an operand.
+        """Add a chunk of an operand.
 
         Args:
             values: before, float32.
@@ -91,19 +91,19 @@ def quantize_dequantize(
     noise: Tensor | None = None,
     statistics: OperandStatistics | None = None,
 ) -> Tensor:
-    """Return the values that an operand has in a product, float32.
+    """Return the values that an operand has in a GEMM, float32.
 
     The arguments are those of `quantize`.
 
     Args:
         x: [R, C], float32 or bfloat16.
         scheme: how it is quantized.
-        axis: the one that the product sums over.
+        axis: the one that the GEMM sums over.
         scale: factor back of the whole tensor, for delayed scaling.
-        noise: for rounding by chance.
+        noise: for stochastic rounding.
         statistics: where to count what rounding does; None: nowhere.
     """
-    values = turned(x, scheme, axis) if scheme.hadamard else x
+    values = rotated(x, scheme, axis) if scheme.hadamard else x
     if not values.numel():
         return values.to(torch.float32)
     # One block of all values needs no second axis, and is cut better without.
@@ -128,7 +128,7 @@ def quantize_dequantize(
 
 @dataclass(frozen=True)
 class _Cut:
-    """How blocks are cut into pieces.
+    """How blocks are cut into chunks.
 
     Attributes:
         rows: of blocks.
@@ -142,27 +142,27 @@ class _Cut:
     tall: int
     wide: int
 
-    def pieces(self, tensor: Tensor) -> list[Tensor]:
+    def chunks(self, tensor: Tensor) -> list[Tensor]:
         """Cut what has one entry for each row and column of blocks, or one for all of them."""
         down, across = -(-self.rows // self.tall), -(-self.columns // self.wide)
         if down * across == 1 or tensor.numel() == 1:
             return [tensor] * (down * across)
-        return [piece for rows in tensor.split(self.tall, 0) for piece in rows.split(self.wide, 2)]
+        return [chunk for rows in tensor.split(self.tall, 0) for chunk in rows.split(self.wide, 2)]
 
 
 def _cut(blocks: Tensor) -> _Cut:
-    """Return pieces of `_PIECE` values for each thread; on a GPU all is one piece."""
+    """Return chunks of `_CHUNK` values for each thread; on a GPU all is one chunk."""
     rows, height, columns, width = blocks.shape
     if blocks.device.type != "cpu":
         return _Cut(rows, columns, rows, columns)
-    room = _PIECE * torch.get_num_threads()
+    room = _CHUNK * torch.get_num_threads()
     wide = _even(columns, max(1, room // (height * width)))
     tall = _even(rows, max(1, room // (height * width * wide)))
     return _Cut(rows, columns, tall, wide)
 
 
 def _even(length: int, most: int) -> int:
-    """Return the size of pieces of a length that are as large as may be, and alike."""
+    """Return the size of chunks of a length that are as large as may be, and alike."""
     return -(-length // -(-length // most))
 
 
@@ -183,13 +183,13 @@ def _amax(blocks: Tensor) -> Tensor:
     found = bits.new_empty(rows, 1, columns, 1)
     cut = _cut(blocks)
     scratch = bits.new_empty(0)
-    for piece, own in zip(cut.pieces(bits), cut.pieces(found), strict=True):
-        if scratch.shape != piece.shape:
-            scratch = torch.empty_like(piece, memory_format=torch.contiguous_format)
-        magnitude = torch.bitwise_and(piece, mask, out=scratch)
-        if piece.shape[1] > 1:
+    for chunk, own in zip(cut.chunks(bits), cut.chunks(found), strict=True):
+        if scratch.shape != chunk.shape:
+            scratch = torch.empty_like(chunk, memory_format=torch.contiguous_format)
+        magnitude = torch.bitwise_and(chunk, mask, out=scratch)
+        if chunk.shape[1] > 1:
             magnitude = magnitude.amax(1, keepdim=True)
-        if piece.shape[3] > 1:
+        if chunk.shape[3] > 1:
             magnitude = magnitude.amax(3, keepdim=True)
         own.copy_(magnitude)
     return found.view(blocks.dtype).to(torch.float32)
@@ -206,17 +206,17 @@ def _rounded(
     out = torch.empty(blocks.shape, device=blocks.device)
     cut = _cut(blocks)
     tensors = (blocks, out, found.encode, found.decode)
-    pieces = zip(*map(cut.pieces, tensors), strict=True)
-    spread = repeat(None) if noise is None else iter(cut.pieces(noise))
+    chunks = zip(*map(cut.chunks, tensors), strict=True)
+    spread = repeat(None) if noise is None else iter(cut.chunks(noise))
     scratch = chance = out.new_empty(0)
-    for (piece, own, up, down), bits in zip(pieces, spread, strict=False):
+    for (chunk, own, up, down), bits in zip(chunks, spread, strict=False):
         if scratch.shape != own.shape:
             scratch = torch.empty_like(own, memory_format=torch.contiguous_format)
             chance = scratch if bits is None else torch.empty_like(scratch)
-        if piece.dtype == own.dtype:
-            torch.mul(piece, up, out=own)
-        else:  # a product of two types would be slower
-            own.copy_(piece).mul_(up)
+        if chunk.dtype == own.dtype:
+            torch.mul(chunk, up, out=own)
+        else:  # a GEMM of two types would be slower
+            own.copy_(chunk).mul_(up)
         if clips:
             own.clamp_(-largest, largest)
         round_to_(own, scheme.element, scratch, None if bits is None else chance.copy_(bits))

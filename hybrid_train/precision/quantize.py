@@ -12,7 +12,7 @@ two (it takes a logarithm, the instruction cvt.rp and we look at the bits), NVFP
 (it has none) and NVFP4 ties (it divides by the tensor's factor, the engine and we multiply with
 the inverse).
 
-T = diag(signs) H / 4 is orthogonal: turned on both sides, a product stays what it is.
+T = diag(signs) H / 4 is orthogonal: rotated on both sides, a product stays what it is.
 
 Source: arXiv:2509.25149, section 3; the signs are those of Transformer Engine 2.20
 (`get_wgrad_sign_vector`), the same for all layers and steps.
@@ -149,7 +149,7 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 @cache
 def hadamard_matrix(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return T, [16, 16]; a row vector is turned by x T."""
+    """Return T, [16, 16]; a row vector is rotated by x T."""
     h = torch.ones(1, 1)
     while h.shape[0] < HADAMARD_SIZE:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -166,11 +166,11 @@ def rotate(x: Tensor, axis: int) -> Tensor:
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     t = hadamard_matrix(x.device, kind)
     if axis == 1:
-        turned = (x.to(kind).reshape(-1, HADAMARD_SIZE) @ t).view(x.shape)
+        rotated = (x.to(kind).reshape(-1, HADAMARD_SIZE) @ t).view(x.shape)
     else:
         groups = x.to(kind).reshape(x.shape[0] // HADAMARD_SIZE, HADAMARD_SIZE, x.shape[1])
-        turned = torch.matmul(t.T, groups).view(x.shape)
-    return turned.to(torch.bfloat16).to(kind) if x.dtype == torch.bfloat16 else turned
+        rotated = torch.matmul(t.T, groups).view(x.shape)
+    return rotated.to(torch.bfloat16).to(kind) if x.dtype == torch.bfloat16 else rotated
 
 
 class AmaxHistory:
@@ -243,7 +243,7 @@ def quantize(
     Args:
         x: [R, C], float32 or bfloat16.
         scheme: how.
-        axis: the one that the product sums over; vectors lie along it. With `hadamard` the result
+        axis: the one that the GEMM sums over; vectors lie along it. With `hadamard` the result
             is filled up to a multiple of 16 along it: so is the other operand, with zeros.
         scale: factor back of the whole tensor, where it is not taken from the tensor itself.
         noise: of x as `Noise.draw` gives it, with `stochastic`.
@@ -251,7 +251,7 @@ def quantize(
     Returns:
         Values and scales.
     """
-    values = turned(x, scheme, axis)
+    values = rotated(x, scheme, axis)
     block = block_of(values, scheme, axis)
     blocks = in_blocks(values, block)
     amax = blocks.abs().amax((1, 3), keepdim=True)
@@ -263,8 +263,8 @@ def quantize(
     return Quantized(elements, found.scales[:, 0, :, 0], found.tensor_scale, block)
 
 
-def turned(x: Tensor, scheme: Scheme, axis: int) -> Tensor:
-    """Return the float32 values that are rounded: turned, where the scheme says so."""
+def rotated(x: Tensor, scheme: Scheme, axis: int) -> Tensor:
+    """Return the float32 values that are rounded: rotated, where the scheme says so."""
     if not scheme.hadamard:
         return x.to(torch.float32)
     missing = -x.shape[axis] % HADAMARD_SIZE

@@ -8,7 +8,7 @@ OCP Microscaling Formats specification 1.0; NVFP4, arXiv:2509.25149, sections 2 
 import enum
 from dataclasses import dataclass
 
-from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 
 
 class Element(enum.Enum):
@@ -32,7 +32,7 @@ class Shape(enum.Enum):
     """Which values share a scale."""
 
     tensor = "tensor"  # all
-    vector = "vector"  # `block` neighbours along the axis that the product sums over
+    vector = "vector"  # `block` neighbours along the axis that the GEMM sums over
     square = "square"  # `block` x `block`: the matrix and its transpose have the same values
 
 
@@ -45,10 +45,10 @@ class Scheme:
         scale: format of the scales.
         shape: which values share a scale.
         block: length of a vector, side of a square; 0 for a tensor.
-        stochastic: round up or down by chance, so that the mean is exact; else to nearest, ties to
+        stochastic: round stochastically, so that the mean is exact; else to nearest, ties to
             even.
         hadamard: turn each 16 neighbours along the axis of the sum by one fixed random Hadamard
-            transform first; both operands of a product have it, so the product stays.
+            transform first; both operands of a GEMM have it, so the GEMM stays.
     """
 
     element: Element
@@ -65,42 +65,40 @@ class Scheme:
             Shape.square: f"{self.block}x{self.block}",
         }
         words = [self.element.value, sizes[self.shape], f"{self.scale.value} scales"]
-        words += ["turned"] if self.hadamard else []
-        words += ["by chance"] if self.stochastic else []
+        words += ["rotated"] if self.hadamard else []
+        words += ["stochastic"] if self.stochastic else []
         return ", ".join(words)
 
 
 class Operand(enum.Enum):
-    """What a product multiplies."""
+    """What a GEMM multiplies."""
 
     input = "input"  # [T, I], tokens by input width
     weight = "weight"  # [O, I]
     gradient = "gradient"  # of the output, [T, O]
 
 
-# The operands of each product, and the axis of each that the product sums over.
-OPERANDS: dict[Product, tuple[tuple[Operand, int], tuple[Operand, int]]] = {
-    Product.fprop: ((Operand.input, 1), (Operand.weight, 1)),
-    Product.dgrad: ((Operand.gradient, 1), (Operand.weight, 0)),
-    Product.wgrad: ((Operand.gradient, 0), (Operand.input, 0)),
+# The operands of each GEMM, and the axis of each that the GEMM sums over.
+OPERANDS: dict[Gemm, tuple[tuple[Operand, int], tuple[Operand, int]]] = {
+    Gemm.fprop: ((Operand.input, 1), (Operand.weight, 1)),
+    Gemm.dgrad: ((Operand.gradient, 1), (Operand.weight, 0)),
+    Gemm.wgrad: ((Operand.gradient, 0), (Operand.input, 0)),
 }
-_TENSORWISE = (ProductFormat.fp8_tensorwise, ProductFormat.fp8_delayed)
-_FP4 = (ProductFormat.nvfp4, ProductFormat.mxfp4)
+_TENSORWISE = (GemmFormat.fp8_tensorwise, GemmFormat.fp8_delayed)
+_FP4 = (GemmFormat.nvfp4, GemmFormat.mxfp4)
 
 
-def schemes(
-    format: ProductFormat, product: Product, precision: Precision
-) -> tuple[Scheme, Scheme] | None:
-    """Return how both operands of a product are quantized; None where they are not."""
-    if format in (ProductFormat.fp32, ProductFormat.bf16):
+def schemes(format: GemmFormat, gemm: Gemm, precision: Precision) -> tuple[Scheme, Scheme] | None:
+    """Return how both operands of a GEMM are quantized; None where they are not."""
+    if format in (GemmFormat.fp32, GemmFormat.bf16):
         return None
-    (left, _), (right, _) = OPERANDS[product]
-    return _scheme(format, left, product, precision), _scheme(format, right, product, precision)
+    (left, _), (right, _) = OPERANDS[gemm]
+    return _scheme(format, left, gemm, precision), _scheme(format, right, gemm, precision)
 
 
-def in_words(format: ProductFormat, product: Product, precision: Precision) -> tuple[str, str]:
-    """Say what both operands of a product are, as an audit notes them."""
-    found = schemes(format, product, precision)
+def in_words(format: GemmFormat, gemm: Gemm, precision: Precision) -> tuple[str, str]:
+    """Say what both operands of a GEMM are, as an audit notes them."""
+    found = schemes(format, gemm, precision)
     if found is None:
         name = {"fp32": "float32", "bf16": "bfloat16"}[format.value]
         return name, name
@@ -108,25 +106,23 @@ def in_words(format: ProductFormat, product: Product, precision: Precision) -> t
     return str(left), str(right)
 
 
-def _scheme(
-    format: ProductFormat, operand: Operand, product: Product, precision: Precision
-) -> Scheme:
+def _scheme(format: GemmFormat, operand: Operand, gemm: Gemm, precision: Precision) -> Scheme:
     if format in _FP4:
-        return _fp4(format, operand, product, precision)
+        return _fp4(format, operand, gemm, precision)
     gradient = operand is Operand.gradient
     if format in _TENSORWISE:
         element = _fp8_element(precision, Element.e5m2) if gradient else Element.e4m3
         return Scheme(element, _float_scale(precision, by_default=False), Shape.tensor)
     element = _fp8_element(precision, Element.e4m3) if gradient else Element.e4m3
-    if format is ProductFormat.mxfp8:
+    if format is GemmFormat.mxfp8:
         return Scheme(element, Scale.e8m0, Shape.vector, 32)
     shape = Shape.square if operand is Operand.weight else Shape.vector
     return Scheme(element, _float_scale(precision, by_default=True), shape, 128)
 
 
-def _fp4(format: ProductFormat, operand: Operand, product: Product, precision: Precision) -> Scheme:
+def _fp4(format: GemmFormat, operand: Operand, gemm: Gemm, precision: Precision) -> Scheme:
     """Stochastic rounding is for gradients alone, and the transform for wgrad alone."""
-    nvfp4 = format is ProductFormat.nvfp4
+    nvfp4 = format is GemmFormat.nvfp4
     square = nvfp4 and operand is Operand.weight and precision.square_weight_blocks
     return Scheme(
         Element.e2m1,
@@ -134,7 +130,7 @@ def _fp4(format: ProductFormat, operand: Operand, product: Product, precision: P
         Shape.square if square else Shape.vector,
         16 if nvfp4 else 32,
         stochastic=precision.stochastic_rounding and operand is Operand.gradient,
-        hadamard=precision.hadamard and product is Product.wgrad,
+        hadamard=precision.hadamard and gemm is Gemm.wgrad,
     )
 
 

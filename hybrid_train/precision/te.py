@@ -17,7 +17,7 @@ import torch
 from hybrid_train.anatomy.gemm_formats import formats_of
 from hybrid_train.precision.recipes import Element, Scale, schemes
 from hybrid_train.runtime import optional
-from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 
@@ -48,63 +48,63 @@ class Support:
 
 
 _FP8 = (Support((8, 9), (9, 0), cuda=(12, 1)), Support((9, 0)))
-SUPPORT: dict[ProductFormat, tuple[Support, ...]] = {
-    ProductFormat.fp32: (Support((0, 0)),),
-    ProductFormat.bf16: (Support((8, 0)),),
-    ProductFormat.fp8_tensorwise: _FP8,
-    ProductFormat.fp8_delayed: _FP8,
-    # From 10.0 on it is a product of MXFP8 operands of the same values (csrc/extensions/gemm.cpp
+SUPPORT: dict[GemmFormat, tuple[Support, ...]] = {
+    GemmFormat.fp32: (Support((0, 0)),),
+    GemmFormat.bf16: (Support((8, 0)),),
+    GemmFormat.fp8_tensorwise: _FP8,
+    GemmFormat.fp8_delayed: _FP8,
+    # From 10.0 on it is a GEMM of MXFP8 operands of the same values (csrc/extensions/gemm.cpp
     # 319), which takes scales that are powers of two.
-    ProductFormat.fp8_blockwise: (Support((9, 0), cuda=(12, 9)),),
-    ProductFormat.mxfp8: (Support((10, 0), (12, 0)),),
-    ProductFormat.nvfp4: (Support((10, 0)),),
-    ProductFormat.mxfp4: (),
+    GemmFormat.fp8_blockwise: (Support((9, 0), cuda=(12, 9)),),
+    GemmFormat.mxfp8: (Support((10, 0), (12, 0)),),
+    GemmFormat.nvfp4: (Support((10, 0)),),
+    GemmFormat.mxfp4: (),
 }
 _WITHOUT_FLOAT_SCALES = Support((10, 0))  # in blocks
 # What comes nearest to a format, best first: as many bits, then scales as fine.
 _NEAREST = {
-    ProductFormat.fp32: (),
-    ProductFormat.bf16: (ProductFormat.fp32,),
-    ProductFormat.fp8_tensorwise: (ProductFormat.bf16,),
-    ProductFormat.fp8_delayed: (ProductFormat.fp8_tensorwise, ProductFormat.bf16),
-    ProductFormat.fp8_blockwise: (
-        ProductFormat.mxfp8,
-        ProductFormat.fp8_tensorwise,
-        ProductFormat.bf16,
+    GemmFormat.fp32: (),
+    GemmFormat.bf16: (GemmFormat.fp32,),
+    GemmFormat.fp8_tensorwise: (GemmFormat.bf16,),
+    GemmFormat.fp8_delayed: (GemmFormat.fp8_tensorwise, GemmFormat.bf16),
+    GemmFormat.fp8_blockwise: (
+        GemmFormat.mxfp8,
+        GemmFormat.fp8_tensorwise,
+        GemmFormat.bf16,
     ),
-    ProductFormat.mxfp8: (
-        ProductFormat.fp8_blockwise,
-        ProductFormat.fp8_tensorwise,
-        ProductFormat.bf16,
+    GemmFormat.mxfp8: (
+        GemmFormat.fp8_blockwise,
+        GemmFormat.fp8_tensorwise,
+        GemmFormat.bf16,
     ),
-    ProductFormat.nvfp4: (
-        ProductFormat.mxfp8,
-        ProductFormat.fp8_blockwise,
-        ProductFormat.fp8_tensorwise,
-        ProductFormat.bf16,
+    GemmFormat.nvfp4: (
+        GemmFormat.mxfp8,
+        GemmFormat.fp8_blockwise,
+        GemmFormat.fp8_tensorwise,
+        GemmFormat.bf16,
     ),
-    ProductFormat.mxfp4: (
-        ProductFormat.nvfp4,
-        ProductFormat.mxfp8,
-        ProductFormat.fp8_blockwise,
-        ProductFormat.fp8_tensorwise,
-        ProductFormat.bf16,
+    GemmFormat.mxfp4: (
+        GemmFormat.nvfp4,
+        GemmFormat.mxfp8,
+        GemmFormat.fp8_blockwise,
+        GemmFormat.fp8_tensorwise,
+        GemmFormat.bf16,
     ),
 }
 
 
-def is_native(format: ProductFormat, gpu: Gpu) -> bool:
-    """Tell whether a GPU computes products of a format itself."""
+def is_native(format: GemmFormat, gpu: Gpu) -> bool:
+    """Tell whether a GPU computes GEMMs of a format itself."""
     return any(support.has(gpu) for support in SUPPORT[format])
 
 
-def nearest_native(format: ProductFormat, gpu: Gpu) -> ProductFormat:
+def nearest_native(format: GemmFormat, gpu: Gpu) -> GemmFormat:
     """Return the format itself where a GPU has it, else the nearest one that it has."""
-    candidates = (format, *_NEAREST[format], ProductFormat.fp32)
+    candidates = (format, *_NEAREST[format], GemmFormat.fp32)
     return next(one for one in candidates if is_native(one, gpu))
 
 
-def require_native(formats: Iterable[ProductFormat], gpu: Gpu) -> None:
+def require_native(formats: Iterable[GemmFormat], gpu: Gpu) -> None:
     """Raise a UserError that names every format that a GPU lacks, and the nearest that it has."""
     lacking = [one for one in dict.fromkeys(formats) if not is_native(one, gpu)]
     if lacking:
@@ -112,7 +112,7 @@ def require_native(formats: Iterable[ProductFormat], gpu: Gpu) -> None:
             f"{one.value}, nearest: {nearest_native(one, gpu).value}" for one in lacking
         )
         raise UserError(
-            f"{_shown(gpu)} does not compute these formats of matrix products: {nearest}\n"
+            f"{_shown(gpu)} does not compute these formats of GEMMs: {nearest}\n"
             "precision.backend=emulated runs them on any machine"
         )
 
@@ -135,7 +135,7 @@ def require(job: TrainJob, gpu: Gpu) -> None:
     formats = [format for one in found.values() for format in one.formats.values()]
     require_native(formats, gpu)
     float_scales = job.precision.power_of_two_scales is False
-    if ProductFormat.fp8_blockwise in formats and float_scales and _WITHOUT_FLOAT_SCALES.has(gpu):
+    if GemmFormat.fp8_blockwise in formats and float_scales and _WITHOUT_FLOAT_SCALES.has(gpu):
         raise UserError(
             f"{_shown(gpu)} takes fp8_blockwise with scales that are powers of two alone: "
             "precision.power_of_two_scales=null, or precision.backend=emulated"
@@ -147,7 +147,7 @@ def _shown(gpu: Gpu) -> str:
     return f"{gpu.name} (compute capability {capability}, CUDA {cuda})"
 
 
-def recipe(format: ProductFormat, precision: Precision) -> Any:
+def recipe(format: GemmFormat, precision: Precision) -> Any:
     """Return the recipe object of a quantized format, every option of it set.
 
     Nothing is left to Transformer Engine's environment variables: they are read once at its import,
@@ -169,19 +169,19 @@ def linear_module(name: str) -> ModuleType:
     return importlib.import_module(f"transformer_engine.pytorch.module.{name}")
 
 
-def fp8_format(format: ProductFormat, precision: Precision) -> str:
+def fp8_format(format: GemmFormat, precision: Precision) -> str:
     """Return how core calls the elements of FP8: "hybrid" with gradients in E5M2, else "e4m3"."""
-    found = schemes(format, Product.dgrad, precision)
+    found = schemes(format, Gemm.dgrad, precision)
     assert found is not None, "asked of quantized formats only"
     return "hybrid" if found[0].element is Element.e5m2 else "e4m3"
 
 
-def _elements(te: Any, format: ProductFormat, precision: Precision) -> Any:
+def _elements(te: Any, format: GemmFormat, precision: Precision) -> Any:
     return te.Format[fp8_format(format, precision).upper()]
 
 
-def _has_power_of_two(format: ProductFormat, precision: Precision) -> bool:
-    found = schemes(format, Product.fprop, precision)
+def _has_power_of_two(format: GemmFormat, precision: Precision) -> bool:
+    found = schemes(format, Gemm.fprop, precision)
     return found is not None and found[0].scale is Scale.power_of_two
 
 
@@ -199,7 +199,7 @@ def _with_scales(te: Any, made: Any, *, power_of_two: bool) -> Any:
 
 
 def _tensorwise(te: Any, precision: Precision) -> Any:
-    format = ProductFormat.fp8_tensorwise
+    format = GemmFormat.fp8_tensorwise
     power_of_two = _has_power_of_two(format, precision)
     made = te.Float8CurrentScaling(
         use_power_2_scales=power_of_two,
@@ -212,7 +212,7 @@ def _tensorwise(te: Any, precision: Precision) -> Any:
 def _delayed(te: Any, precision: Precision) -> Any:
     return te.DelayedScaling(
         margin=0,
-        fp8_format=_elements(te, ProductFormat.fp8_delayed, precision),
+        fp8_format=_elements(te, GemmFormat.fp8_delayed, precision),
         amax_history_len=precision.amax_history,
         amax_compute_algo=precision.amax_choice.value,
         backward_override=None,
@@ -220,7 +220,7 @@ def _delayed(te: Any, precision: Precision) -> Any:
 
 
 def _blockwise(te: Any, precision: Precision) -> Any:
-    format = ProductFormat.fp8_blockwise
+    format = GemmFormat.fp8_blockwise
     power_of_two = _has_power_of_two(format, precision)
     made = te.Float8BlockScaling(
         use_f32_scales=not power_of_two,
@@ -231,7 +231,7 @@ def _blockwise(te: Any, precision: Precision) -> Any:
 
 
 def _mxfp8(te: Any, precision: Precision) -> Any:
-    elements = _elements(te, ProductFormat.mxfp8, precision)
+    elements = _elements(te, GemmFormat.mxfp8, precision)
     return te.MXFP8BlockScaling(fp8_format=elements, backward_override=None)
 
 
@@ -246,10 +246,10 @@ def _nvfp4(te: Any, precision: Precision) -> Any:
     )
 
 
-_BUILDERS: dict[ProductFormat, Callable[[Any, Precision], Any]] = {
-    ProductFormat.fp8_tensorwise: _tensorwise,
-    ProductFormat.fp8_delayed: _delayed,
-    ProductFormat.fp8_blockwise: _blockwise,
-    ProductFormat.mxfp8: _mxfp8,
-    ProductFormat.nvfp4: _nvfp4,
+_BUILDERS: dict[GemmFormat, Callable[[Any, Precision], Any]] = {
+    GemmFormat.fp8_tensorwise: _tensorwise,
+    GemmFormat.fp8_delayed: _delayed,
+    GemmFormat.fp8_blockwise: _blockwise,
+    GemmFormat.mxfp8: _mxfp8,
+    GemmFormat.nvfp4: _nvfp4,
 }

@@ -25,7 +25,7 @@ SAVE, VALIDATION, BETWEEN, START = "save", "validation", "between steps", "start
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of a process.
+    """The last heartbeat of a process.
 
     Attributes:
         count: signs so far; processes of one layout and stage give the same.
@@ -63,7 +63,7 @@ def enter(part: str, step: int | None = None) -> None:
 
 
 def last() -> Heartbeat:
-    """Return the last sign; any thread may ask."""
+    """Return the last heartbeat; any thread may ask."""
     return _last
 
 
@@ -88,17 +88,17 @@ _WAITING = ("torch/distributed/", "/c10d/", "pipeline_parallel/p2p_communication
 
 
 @dataclass(frozen=True)
-class Standstill:
+class Hang:
     """What the main thread does, as seen from outside.
 
     Attributes:
-        sign: the last thing that it said.
+        beat: the last thing that it said.
         seconds: since then.
         stack: of the main thread, innermost last.
         waits: whether it waits for other processes.
     """
 
-    sign: Heartbeat
+    beat: Heartbeat
     seconds: float
     stack: str
     waits: bool
@@ -118,8 +118,8 @@ class Watchdog:
     def __init__(
         self,
         limit_s: float,
-        on_hang: Callable[[Standstill], None],
-        on_signal: Callable[[signal.Signals, Standstill], None],
+        on_hang: Callable[[Hang], None],
+        on_signal: Callable[[signal.Signals, Hang], None],
         on_tick: Callable[[], None],
         tick_s: float = 5.0,
     ) -> None:
@@ -170,13 +170,13 @@ class Watchdog:
             # The main thread cannot be interrupted where it is; what could be saved is saved.
             os._exit(_EXIT_CODE)
 
-    def _look(self) -> Standstill:
-        sign = last()
+    def _look(self) -> Hang:
+        beat = last()
         frame = sys._current_frames().get(self._main or 0)
         frames = traceback.extract_stack(frame)[-_FRAMES:] if frame else []
         stack = "".join(traceback.format_list(frames))
         waits = bool(frames) and any(part in frames[-1].filename for part in _WAITING)
-        return Standstill(sign, time.monotonic() - sign.since, stack, waits)
+        return Hang(beat, time.monotonic() - beat.since, stack, waits)
 
 
 # The later goes before the earlier. A scheduler may send SIGTERM to every process of a job; SIGUSR1
@@ -204,7 +204,7 @@ class StopSignals:
 
 
 def how_it_ended(code: int, stderr: str) -> str:
-    """Say how a process ended: by a signal, or with a code and its last words."""
+    """Say how a process ended: by a signal, or with a code and its exit report."""
     if code < 0:
         return f"signal {signal.Signals(-code).name}"
     words = stderr.strip().splitlines()

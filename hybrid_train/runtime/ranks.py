@@ -24,7 +24,7 @@ def barrier() -> None:
     dist.barrier()
 
 
-def main_first(work: Callable[[], None]) -> None:
+def run_on_main_first(work: Callable[[], None]) -> None:
     """Do `work` on the main process while the others wait; all fail if it fails there.
 
     Raises:
@@ -38,15 +38,15 @@ def main_first(work: Callable[[], None]) -> None:
             work()
     except Exception as error:
         failure[0] = str(error), kind_of(error)
-        error.everywhere = True  # type: ignore[attr-defined]  # the others raise it too
+        error.on_all_ranks = True  # type: ignore[attr-defined]  # the others raise it too
         raise
     finally:
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise _everywhere(*failure[0])
+        raise _on_all_ranks(*failure[0])
 
 
-def said_by_main[T](work: Callable[[], T]) -> T:
+def broadcast_from_main[T](work: Callable[[], T]) -> T:
     """Do `work` on the main process and return its result everywhere; all fail if it fails there.
 
     Raises:
@@ -59,12 +59,12 @@ def said_by_main[T](work: Callable[[], T]) -> T:
     def take() -> None:
         result[0] = work()
 
-    main_first(take)
+    run_on_main_first(take)
     dist.broadcast_object_list(result, src=0)
     return result[0]  # type: ignore[return-value]  # it was set on the main process
 
 
-def together[T](work: Callable[[], T]) -> T:
+def all_or_none[T](work: Callable[[], T]) -> T:
     """Do `work` on every process; all fail if one does, so that none waits for it later.
 
     Processes may talk to each other in `work` only before its first step that can fail.
@@ -82,15 +82,15 @@ def together[T](work: Callable[[], T]) -> T:
     said: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, None if failure is None else str(failure) or repr(failure))
     if failure is not None:
-        failure.everywhere = True  # type: ignore[attr-defined]
+        failure.on_all_ranks = True  # type: ignore[attr-defined]
         raise failure
     for number, words in enumerate(said):
         if words is not None:
-            raise _everywhere(f"rank {number}: {words}")
+            raise _on_all_ranks(f"rank {number}: {words}")
     return result
 
 
-def _everywhere(words: str, kind: str = UserError.kind) -> UserError:
+def _on_all_ranks(words: str, kind: str = UserError.kind) -> UserError:
     error = UserError(words)
-    error.everywhere, error.kind = True, kind
+    error.on_all_ranks, error.kind = True, kind
     return error

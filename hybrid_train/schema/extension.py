@@ -100,6 +100,6 @@ def implementation_of(settings: Extension) -> Any:
     try:
         return imported(path)
     except ValueError as error:
-        refusal = UserError(f"{settings.kind} is carried out by {path}: {error}")
-        refusal.everywhere = True
+        refusal = UserError(f"{settings.kind} is run by {path}: {error}")
+        refusal.on_all_ranks = True
         raise refusal from error

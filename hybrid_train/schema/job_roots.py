@@ -191,5 +191,5 @@ class IndexJob(TrainJob):
 class DoctorJob:
     """What is examined, and how it is told."""
 
-    measure: bool = True  # time a matrix product and an all-reduce too, some seconds
+    measure: bool = True  # time a GEMM and an all-reduce too, some seconds
     json: bool = False  # print one JSON object instead of lines; also: --json

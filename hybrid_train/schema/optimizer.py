@@ -80,7 +80,7 @@ class AdamW:
     master_weights: MasterFormat = MasterFormat.float32
 
     @property
-    def lowered(self) -> dict[str, str]:
+    def reduced_state(self) -> dict[str, str]:
         """Fields whose format is not float32, and what they say."""
         names = ("first_moment", "second_moment", "main_gradients", "master_weights")
         formats = {name: str(getattr(self, name).value) for name in names}

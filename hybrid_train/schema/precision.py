@@ -1,4 +1,4 @@
-"""Number formats: of matrix products, by layer and module, and of everything else."""
+"""Number formats: of GEMMs, by layer and module, and of everything else."""
 
 import enum
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ class NumberFormat(enum.Enum):
     bf16 = "bf16"
 
 
-class ProductFormat(enum.Enum):
-    """Format of the matrix products of linear layers."""
+class GemmFormat(enum.Enum):
+    """Format of the GEMMs of linear layers."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -34,8 +34,8 @@ class ProductFormat(enum.Enum):
     mxfp4 = "mxfp4"  # 32 neighbours share a power of two; no hardware path, for comparison
 
 
-class Product(enum.Enum):
-    """The three matrix products of a linear layer."""
+class Gemm(enum.Enum):
+    """The three GEMMs of a linear layer."""
 
     fprop = "fprop"  # output = input x weight
     dgrad = "dgrad"  # gradient of the input
@@ -43,11 +43,11 @@ class Product(enum.Enum):
 
 
 class Backend(enum.Enum):
-    """Who computes quantized products."""
+    """Who computes quantized GEMMs."""
 
     auto = "auto"  # the hardware on a GPU, which refuses what it lacks; emulated on a CPU
     native = "native"  # Transformer Engine
-    emulated = "emulated"  # quantized operands, product in float32; any machine
+    emulated = "emulated"  # quantized operands, GEMM in float32; any machine
 
 
 class GradientElement(enum.Enum):
@@ -66,12 +66,12 @@ class AmaxChoice(enum.Enum):
 
 @dataclass(kw_only=True)
 class PrecisionRule:
-    """An exception: some layers, modules and products in another format."""
+    """An exception: some layers, modules and GEMMs in another format."""
 
-    format: ProductFormat = MISSING
+    format: GemmFormat = MISSING
     layers: str = "all"  # "first 2", "last 15%", "7", "3-9"; of the main layers, from 1
     modules: list[str] = field(default_factory=list)  # "mamba.out_proj", "attention"; empty: all
-    products: list[Product] = field(default_factory=list)  # empty: all three
+    gemms: list[Gemm] = field(default_factory=list)  # empty: all three
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
@@ -81,15 +81,15 @@ class PrecisionRule:
     def __str__(self) -> str:
         words = [] if self.layers.strip() == "all" else [f"layers {self.layers.strip()}"]
         words += [", ".join(self.modules)] if self.modules else []
-        words += [", ".join(one.value for one in self.products)] if self.products else []
+        words += [", ".join(one.value for one in self.gemms)] if self.gemms else []
         return "; ".join(words) or "everything"
 
 
 @dataclass(kw_only=True)
 class Precision:
-    """Format of the matrix products; that of master weights and moments is the optimizer's."""
+    """Format of the GEMMs; that of master weights and moments is the optimizer's."""
 
-    format: ProductFormat = ProductFormat.bf16
+    format: GemmFormat = GemmFormat.bf16
     exceptions: list[PrecisionRule] = field(default_factory=list)  # the first that matches counts
     unquantized: NumberFormat | None = None  # null: fp32 with format=fp32, else bf16
     backend: Backend = Backend.auto
@@ -97,10 +97,10 @@ class Precision:
     power_of_two_scales: bool | None = None  # of FP8 with float32 scales; null: in blocks
     amax_history: History = 16  # steps that fp8_delayed remembers; native: microbatches
     amax_choice: AmaxChoice = AmaxChoice.max
-    hadamard: bool = True  # nvfp4: turn the operands of wgrad
+    hadamard: bool = True  # nvfp4: rotate the operands of wgrad
     stochastic_rounding: bool = True  # nvfp4: of gradients
     square_weight_blocks: bool = True  # nvfp4: 16x16 for weights
-    strict: bool = True  # stop where a product did not run as asked
+    strict: bool = True  # stop where a GEMM did not run as asked
     statistics_interval: CountOrNone = 100  # steps; 0: no underflow, saturation, error
     reduce_gradients_in_fp32: bool = True
     fp8_param_gather: bool = False  # keep and gather weights of FP8 layers in FP8, not bfloat16
@@ -110,12 +110,12 @@ class Precision:
         """Format of everything that is not quantized."""
         if self.unquantized is not None:
             return self.unquantized
-        is_fp32 = self.format is ProductFormat.fp32
+        is_fp32 = self.format is GemmFormat.fp32
         return NumberFormat.fp32 if is_fp32 else NumberFormat.bf16
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        plain = {ProductFormat.fp32: NumberFormat.fp32, ProductFormat.bf16: NumberFormat.bf16}
+        plain = {GemmFormat.fp32: NumberFormat.fp32, GemmFormat.bf16: NumberFormat.bf16}
         wanted = plain.get(self.format)
         if self.unquantized is not None and wanted not in (None, self.unquantized):
             rule = f"must be null or {wanted.value} with format={self.format.value}"

@@ -47,9 +47,9 @@ DISK = "disk"  # kind of the errors of a disk that is full, or refuses
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints its text without a traceback."""
+    """Something the user can fix. The command line prints its text without a traceback."""
 
-    everywhere = False  # whether all processes of a run raise it: then the first alone says it
+    on_all_ranks = False  # whether all processes of a run raise it: then the first alone says it
     repeated = False  # whether some raise it, of which another one says it
     of_content = False  # whether data itself is wrong, so that all that read it raise it
     kind = "error"  # word for it in the history of a run
@@ -69,14 +69,14 @@ _OF_THE_SYSTEM = (
 
 
 def of_the_system(error: OSError) -> UserError | None:
-    """Return what the user can mend where the system refuses a path; None if it is not that."""
+    """Return what the user can fix where the system refuses a path; None if it is not that."""
     if error.errno not in _OF_THE_SYSTEM:
         return None
     where = "the disk" if error.filename is None else str(error.filename)
     explained = UserError(
         f"{where} cannot be used: {error.strerror}; permit it, make room, or choose another place"
     )
-    explained.everywhere = getattr(error, "everywhere", False)
+    explained.on_all_ranks = getattr(error, "on_all_ranks", False)
     explained.kind = DISK
     return explained
 
@@ -169,7 +169,7 @@ def _parts(kind: Any, value: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
 
 @contextmanager
 def explained_by_the_system() -> Iterator[None]:
-    """Turn what the system says of a path or a disk into an error that the user can mend."""
+    """Turn what the system says of a path or a disk into an error that the user can fix."""
     try:
         yield
     except OSError as error:

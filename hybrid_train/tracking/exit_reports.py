@@ -1,6 +1,6 @@
 """What each process of an attempt said as it ended, and what that tells of the cause.
 
-RUN/attempts/0003/rank_00001.json   its last words
+RUN/attempts/0003/rank_00001.json   its exit report
     RUN/attempts/0003/rank_00001.crash  where a signal such as SIGSEGV or SIGBUS met it
 
 A process that was killed says nothing: that is how it is told from the others, which lost it.
@@ -23,7 +23,7 @@ _AFTER_OTHERS = (LOST, TOLD)  # these only follow from what happened to another 
 
 
 @dataclass(frozen=True)
-class Words:
+class ExitReport:
     """What one process said.
 
     Attributes:
@@ -56,7 +56,7 @@ class Cause:
     kind: str
     text: str
     ranks: tuple[int, ...]
-    time: float | None  # of the last sign of life; None: nobody left any
+    time: float | None  # of the last heartbeat; None: nobody left any
 
 
 def folder(run_dir: Path, attempt: int) -> Path:
@@ -69,20 +69,20 @@ def crash_file(run_dir: Path, attempt: int, rank: int) -> Path:
     return folder(run_dir, attempt) / f"rank_{rank:05d}.crash"
 
 
-def leave(run_dir: Path, attempt: int, words: Words) -> None:
-    """Leave the last words of a process; later ones take the place of earlier ones."""
+def leave(run_dir: Path, attempt: int, words: ExitReport) -> None:
+    """Leave the exit report of a process; later ones take the place of earlier ones."""
     path = folder(run_dir, attempt) / f"rank_{words.rank:05d}.json"
     half = path.with_suffix(".part")
     half.write_text(json.dumps(masked_data(asdict(words))) + "\n", encoding="utf-8")
     half.replace(path)
 
 
-def read(run_dir: Path, attempt: int) -> list[Words]:
+def read(run_dir: Path, attempt: int) -> list[ExitReport]:
     """Return the words of all processes that left any, by rank; crashes count as words."""
-    found: dict[int, Words] = {}
+    found: dict[int, ExitReport] = {}
     for path in sorted(folder(run_dir, attempt).glob("rank_*.json")):
         with contextlib.suppress(ValueError, TypeError):  # damaged: it says nothing
-            words = Words(**json.loads(path.read_text(encoding="utf-8")))
+            words = ExitReport(**json.loads(path.read_text(encoding="utf-8")))
             found[words.rank] = words
     for path in sorted(folder(run_dir, attempt).glob("rank_*.crash")):
         if path.stat().st_size:
@@ -91,7 +91,7 @@ def read(run_dir: Path, attempt: int) -> list[Words]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _crashed(path: Path) -> Words:
+def _crashed(path: Path) -> ExitReport:
     """Turn what Python's fault handler wrote into words."""
     stack = path.read_text(encoding="utf-8", errors="replace")
     what = stack.partition("\n")[0].removeprefix("Fatal Python error: ")
@@ -99,10 +99,10 @@ def _crashed(path: Path) -> Words:
     why = ": a data file was cut short, or its disk is gone" if of_data else ""
     rank = int(path.stem.partition("_")[2])
     kind = DATA if of_data else CRASH
-    return Words(rank, kind, f"{what}{why}", path.stat().st_mtime, stack=stack)
+    return ExitReport(rank, kind, f"{what}{why}", path.stat().st_mtime, stack=stack)
 
 
-def cause_of(words: Sequence[Words], processes: int, alive: float | None) -> Cause:
+def cause_of(words: Sequence[ExitReport], processes: int, alive: float | None) -> Cause:
     """Say why an attempt ended that nobody ended in order.
 
     Args:
@@ -131,13 +131,13 @@ def cause_of(words: Sequence[Words], processes: int, alive: float | None) -> Cau
     return Cause(LOST, f"the processes lost each other{_at(first)}: {first.text}", (), last)
 
 
-def _hang(words: Sequence[Words], silent: tuple[int, ...], last: float | None) -> Cause:
-    """Name who kept the others waiting: who can say nothing at all, or gave fewest signs of life.
+def _hang(words: Sequence[ExitReport], silent: tuple[int, ...], last: float | None) -> Cause:
+    """Name who kept the others waiting: who can say nothing at all, or gave fewest heartbeats.
 
     A process that waits for others itself is named only if all do.
     """
     if silent:
-        text = f"{_ranks(silent)} stood still and could not even say where"
+        text = f"{_ranks(silent)} hung and could not even say where"
         return Cause(HANG, f"{text}{_where(words)}", silent, last)
     busy = [one for one in words if not one.waits] or list(words)
     fewest = min(one.signs for one in busy)
@@ -145,20 +145,20 @@ def _hang(words: Sequence[Words], silent: tuple[int, ...], last: float | None) -
     ranks = tuple(one.rank for one in late)
     place = [line.strip() for line in late[0].stack.split("\n") if line.strip().startswith("File")]
     call = f" in {place[-1]}" if place else ""
-    return Cause(HANG, f"{_ranks(ranks)} stood still{_at(late[0])}{call}", ranks, last)
+    return Cause(HANG, f"{_ranks(ranks)} hung{_at(late[0])}{call}", ranks, last)
 
 
-def _timed_out(words: Words) -> bool:
+def _timed_out(words: ExitReport) -> bool:
     return words.kind == LOST and "timed out" in words.text.lower()
 
 
-def _where(words: Sequence[Words]) -> str:
+def _where(words: Sequence[ExitReport]) -> str:
     """Say where the others were when it happened."""
     first = min(words, key=lambda one: one.time, default=None)
     return f"; the others were{_at(first)}" if first else ""
 
 
-def _at(words: Words) -> str:
+def _at(words: ExitReport) -> str:
     return f" in step {words.step} ({words.part})" if words.part else ""
 
 
@@ -170,6 +170,6 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {names}{more}"
 
 
-def now(rank: int, kind: str, text: str) -> Words:
+def now(rank: int, kind: str, text: str) -> ExitReport:
     """Return words of this moment without more."""
-    return Words(rank, kind, text, time.time())
+    return ExitReport(rank, kind, text, time.time())

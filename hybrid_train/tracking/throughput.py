@@ -16,9 +16,9 @@ _GPU_PEAKS_TFLOPS = {
     "H100": 989,
     "A100": 312,
 }
-_PRODUCT_SIZE = 1024  # rows and columns; large enough that the product is bound by arithmetic
+_GEMM_SIZE = 1024  # rows and columns; large enough that the product is bound by arithmetic
 _MEASURE_S = 0.2
-_LEAST_PRODUCTS = 5  # on a busy machine some are slowed down by others
+_LEAST_GEMMS = 5  # on a busy machine some are slowed down by others
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ def gpu_peak(name: str) -> Peak:
 
 
 def _measured_peak() -> Peak:
-    """Time a float32 matrix product; the best of as many as fit into the time, of five at least."""
+    """Time a float32 GEMM; the best of as many as fit into the time, of five at least."""
     own = torch.Generator()  # the random numbers of the run are left where a checkpoint put them
-    a = torch.rand(_PRODUCT_SIZE, _PRODUCT_SIZE, generator=own)
-    b = torch.rand(_PRODUCT_SIZE, _PRODUCT_SIZE, generator=own)
+    a = torch.rand(_GEMM_SIZE, _GEMM_SIZE, generator=own)
+    b = torch.rand(_GEMM_SIZE, _GEMM_SIZE, generator=own)
     a @ b  # the first one starts the threads
     timings: list[float] = []
-    while sum(timings) < _MEASURE_S or len(timings) < _LEAST_PRODUCTS:
+    while sum(timings) < _MEASURE_S or len(timings) < _LEAST_GEMMS:
         start = time.perf_counter()
         a @ b
         timings.append(time.perf_counter() - start)
-    flops = 2 * _PRODUCT_SIZE**3 / min(timings)
+    flops = 2 * _GEMM_SIZE**3 / min(timings)
     threads = torch.get_num_threads()
     return Peak(
         flops,
-        f"{flops / 1e9:.0f} GFLOP/s (float32 matrix product of {_PRODUCT_SIZE} x {_PRODUCT_SIZE}, "
+        f"{flops / 1e9:.0f} GFLOP/s (float32 GEMM of {_GEMM_SIZE} x {_GEMM_SIZE}, "
         f"timed at start with {threads} thread{'s' if threads > 1 else ''})",
     )
 

@@ -1,32 +1,13 @@
-"""Where metrics go: the interface of every destination, the trackers of a run, TensorBoard."""
+"""Where metrics go: the interface of every destination, and the trackers of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from hybrid_train.runtime import optional
 from hybrid_train.schema.tracking import Tracking, WandbMode
 from hybrid_train.tracking.goodput import note_dropped
 from hybrid_train.tracking.jsonl import FILE_NAME, JsonLines
-from hybrid_train.tracking.metrics import tag
-
-
-class TensorBoard:
-    """Writes scalars over steps into `folder`. A resumed run hides what came after its step."""
-
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
-        self._writer = SummaryWriter(
-            log_dir=str(folder), purge_step=resume_step + 1 if resume_step else None
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(tag(name), value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Tracker(Protocol):
@@ -88,6 +69,8 @@ def build_trackers(
 
         trackers.append(WeightsAndBiases(tracking.wandb, run_dir, config))
     if tracking.tensorboard:
+        from hybrid_train.tracking.tensorboard import TensorBoard
+
         trackers.append(TensorBoard(run_dir / "tensorboard", resume_step))
     lines = JsonLines(run_dir / FILE_NAME, resume_step)
     if lines.dropped:

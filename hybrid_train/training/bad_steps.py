@@ -19,7 +19,7 @@ from hybrid_train.schema.problems import UserError
 class NonFiniteError(UserError):
     """A loss or a gradient is NaN or infinite. Both are sums over all processes."""
 
-    everywhere = True
+    on_all_ranks = True
     kind = "nonfinite"
 
 
@@ -91,14 +91,14 @@ def _is_bad(value: Any) -> bool:
 class SpikeError(UserError):
     """A loss far above those before it; the same on all processes."""
 
-    everywhere = True
+    on_all_ranks = True
     kind = "spike"
 
 
 class NoLabelsError(UserError):
     """A step in which no label counts, so that it has neither loss nor gradient."""
 
-    everywhere = True
+    on_all_ranks = True
     kind = "no labels"
 
 

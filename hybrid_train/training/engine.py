@@ -293,7 +293,7 @@ class Engine:
             if not error.of_content:
                 raise
             groups = self.network.groups
-            error.everywhere = groups.dp.size() == 1
+            error.on_all_ranks = groups.dp.size() == 1
             error.repeated = any(one.rank() for one in (groups.tp, groups.pp, groups.cp))
             raise
 

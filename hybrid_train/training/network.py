@@ -12,7 +12,7 @@ from hybrid_train.megatron import data_parallel, forward_backward
 from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.megatron.optimizers import MegatronOptimizer, set_learning_rate
 from hybrid_train.megatron.router import BalanceLosses
-from hybrid_train.model.quantized import QuantizedProducts
+from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.schema.optimizer import Schedule
@@ -103,7 +103,7 @@ class Network:
         device: of this process.
         routing: the expert layers.
         balance_losses: the record of its routers.
-        quantized: its emulated products; None: none can be emulated.
+        quantized: its emulated GEMMs; None: none can be emulated.
         name: what a turn calls it by, and a checkpoint where it holds several.
         optimizer: None: it is not trained.
         rate: of the optimizer.
@@ -115,7 +115,7 @@ class Network:
     device: torch.device
     routing: Routing
     balance_losses: BalanceLosses
-    quantized: QuantizedProducts | None = None
+    quantized: QuantizedGemms | None = None
     name: str = MAIN
     optimizer: MegatronOptimizer | None = None
     rate: Rate | None = None

@@ -47,7 +47,7 @@ def verdict(run_dir: Path, limit: int, job: str, began: float, code: int) -> tup
     if same >= limit:
         why = f"{same} attempts in a row ended at step {step}; the last: {cause}"
         history.note(run_dir, GAVE_UP, job=job, step=step, cause=why)
-        return GIVE_UP, f"{why}; mend that, then submit the job again"
+        return GIVE_UP, f"{why}; fix that, then submit the job again"
     history.note(run_dir, QUEUED, job=job, step=step, cause=cause)
     return QUEUE_AGAIN, f"goes on from step {step}; the attempt before: {cause}"
 

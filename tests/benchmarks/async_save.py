@@ -41,11 +41,11 @@ def main() -> None:
 def measure(model: str, rounds: int, folder: Path) -> None:
     """Take the rounds; files go to `folder`."""
     from hybrid_train.checkpoint import save_load, store
-    from hybrid_train.checkpoint.writing import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptSavePlan
     from hybrid_train.training.hooks.checkpointing import content_of
 
     engine, step = engine_of(model)
-    content, plan = content_of(engine), KeptPlan()
+    content, plan = content_of(engine), KeptSavePlan()
     for _ in range(2):
         step()
     gc.collect()  # as a run does (training/hooks/processes.py)

@@ -144,7 +144,7 @@ def by_crew(folder: Path) -> None:
 def by_futures(folder: Path) -> None:
     from hybrid_train.data.prepare import tokenization
 
-    tokenization.Crew = Futures
+    tokenization.WorkerPool = Futures
     tokenize(folder, "futures")
 
 

@@ -108,7 +108,7 @@ def main() -> None:
     from hybrid_train.precision.te import is_native, present_gpu
     from hybrid_train.runtime.start import process
     from hybrid_train.schema.parallel import Parallel
-    from hybrid_train.schema.precision import ProductFormat
+    from hybrid_train.schema.precision import GemmFormat
     from hybrid_train.schema.runtime import Device, Runtime
 
     gpu = present_gpu()
@@ -116,7 +116,7 @@ def main() -> None:
     with process(Runtime(device=Device.cuda), 0):
         groups = build_groups(Parallel(), 600)
         for format in FORMATS:
-            if is_native(ProductFormat(format), gpu):
+            if is_native(GemmFormat(format), gpu):
                 print(compare(options, groups, format))
             else:
                 print(f"{format:15} not computed by this GPU")

@@ -48,7 +48,7 @@ OVERRIDES = [
 ]
 # Ops of the profile by what they are; the first word that an op's name contains decides.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "mkldnn::"),
+    "GEMMs": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "mkldnn::"),
     "attention": ("scaled_dot_product",),
     "copies and layout": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "scatter"),
     "softmax and loss": ("softmax", "logsumexp", "CrossEntropy"),
@@ -106,7 +106,7 @@ def compare(rounds: int, threads: int) -> None:
     )
     reached = workers["ours"].ask("flops") * rates["ours"]
     print(
-        f"float32 matrix products reach {max(peaks) / 1e9:.0f} GFLOP/s on {threads} threads; our "
+        f"float32 GEMMs reach {max(peaks) / 1e9:.0f} GFLOP/s on {threads} threads; our "
         f"step does {reached / 1e9:.0f} GFLOP/s of the model's: {reached / max(peaks):.0%}"
     )
     print("where our step spends its time:")

@@ -10,7 +10,7 @@ import pytest
 
 from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
-from hybrid_train.planning.phases import Stretch, lay_out
+from hybrid_train.planning.phases import PhaseSpan, lay_out
 from hybrid_train.schema.optimizer import Schedule, Wsd
 from hybrid_train.schema.problems import ConfigError
 from hybrid_train.schema.train import Phase, TrainJob
@@ -93,7 +93,9 @@ def test_a_recipe_passes_the_checks_on_its_processes(
 ) -> None:
     job = composed(name, data, monkeypatch)
     assert job.run_dir == f"runs/{name}"
-    assert not any(stretch.job.data.blend for stretch in lay_out(job))  # one source, nothing to mix
+    assert not any(
+        phase_span.job.data.blend for phase_span in lay_out(job)
+    )  # one source, nothing to mix
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,7 +103,7 @@ def test_a_recipe_mixes_the_sources_that_its_phases_name(
     name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = composed(name, with_sources(name, data), monkeypatch)
-    read = [stretch.job.data.blend for stretch in lay_out(job)]
+    read = [phase_span.job.data.blend for phase_span in lay_out(job)]
     stated = [phase.blend for phase in job.train.phases]
     if name in BLENDED:
         assert read[:3] == stated[:3]
@@ -136,8 +138,8 @@ def test_a_recipe_fits_into_its_gpus(
 ) -> None:
     # bfloat16 weight, float32 gradient; master weight and two moments over the data-parallel ranks.
     # At most 40% of the memory, so that activations have the rest.
-    for stretch in lay_out(composed(name, data, monkeypatch)):
-        assert _bytes_of_process(stretch.job, processes(name)) < 0.4 * GPU_BYTES
+    for phase_span in lay_out(composed(name, data, monkeypatch)):
+        assert _bytes_of_process(phase_span.job, processes(name)) < 0.4 * GPU_BYTES
 
 
 def _bytes_of_process(job: TrainJob, number: int) -> float:
@@ -164,8 +166,8 @@ def _expert_layers(job: TrainJob) -> int:
     return main.count("E") + (depths[0].count("E") if depths else 0)
 
 
-def step_tokens(stretch: Stretch) -> int:
-    train = stretch.job.train
+def step_tokens(phase_span: PhaseSpan) -> int:
+    train = phase_span.job.train
     return train.global_batch * train.sequence_length
 
 
@@ -174,11 +176,11 @@ def test_phases_are_as_long_as_published(
     name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = {phase: count for phase, (count, _) in LONG.get(name, {}).items()}
-    stretches = lay_out(composed(name, data, monkeypatch))
-    found = {one.name: one.end - one.start for one in stretches}
+    phase_spans = lay_out(composed(name, data, monkeypatch))
+    found = {one.name: one.end - one.start for one in phase_spans}
     assert list(found) == [*SHORT[name], *long]
     # A phase begins and ends with a step, and a share of the run is written with six digits.
-    slack = max(map(step_tokens, stretches)) + 1e-6 * 15e12 * (name == "nemotron_h_8b")
+    slack = max(map(step_tokens, phase_spans)) + 1e-6 * 15e12 * (name == "nemotron_h_8b")
     for phase, wanted in (SHORT[name] | long).items():
         assert found[phase] == pytest.approx(wanted, abs=slack)
 
@@ -187,11 +189,11 @@ def test_phases_are_as_long_as_published(
 def test_only_the_long_phases_change_the_length_of_a_sequence(
     name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stretches = lay_out(composed(name, data, monkeypatch))
+    phase_spans = lay_out(composed(name, data, monkeypatch))
     base = 2048 if name.startswith("ladder") else 8192
     lengths = {phase: length for phase, (_, length) in LONG.get(name, {}).items()}
-    assert [one.job.train.sequence_length for one in stretches] == [
-        lengths.get(one.name, base) for one in stretches
+    assert [one.job.train.sequence_length for one in phase_spans] == [
+        lengths.get(one.name, base) for one in phase_spans
     ]
 
 
@@ -201,9 +203,9 @@ def test_a_scaled_run_keeps_its_phases(
 ) -> None:
     job = composed(name, [*data, "train.tokens=100B", "schedule.warmup_tokens=1B"], monkeypatch)
     total = sum(SHORT[name].values())
-    for stretch in lay_out(job):
-        share = (stretch.end - stretch.start) / 100e9
-        assert share == pytest.approx(SHORT[name][stretch.name] / total, abs=2e-4)  # two steps
+    for phase_span in lay_out(job):
+        share = (phase_span.end - phase_span.start) / 100e9
+        assert share == pytest.approx(SHORT[name][phase_span.name] / total, abs=2e-4)  # two steps
 
 
 @pytest.mark.parametrize("name", BLENDED)
@@ -246,20 +248,20 @@ def test_the_rate_stays_and_decays_as_published(
     name: str, decay: float, peak: float, final: float, data: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    stretches = lay_out(composed(name, data, monkeypatch))
-    schedule = stretches[0].schedule
+    phase_spans = lay_out(composed(name, data, monkeypatch))
+    schedule = phase_spans[0].schedule
     assert isinstance(schedule, Wsd)
     assert tokens(schedule.decay_tokens) == decay
     assert schedule.peak_lr == peak
     assert schedule.peak_lr * schedule.final_lr_ratio == pytest.approx(final)
     # The schedule ends where the long phases begin, which go on at its last rate.
     short = sum(SHORT[name].values())
-    assert stretches[0].rate_tokens == pytest.approx(
-        short, abs=2 * max(map(step_tokens, stretches))
+    assert phase_spans[0].rate_tokens == pytest.approx(
+        short, abs=2 * max(map(step_tokens, phase_spans))
     )
-    for stretch in stretches[len(SHORT[name]) :]:
-        assert type(stretch.schedule) is Schedule
-        assert stretch.schedule.peak_lr == pytest.approx(final)
+    for phase_span in phase_spans[len(SHORT[name]) :]:
+        assert type(phase_span.schedule) is Schedule
+        assert phase_span.schedule.peak_lr == pytest.approx(final)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("ladder")])

@@ -44,7 +44,7 @@ from hybrid_train.schema.model import (
 )
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.train import TrainJob
 from tests.distributed.launch import run_distributed
 from tests.tiny import microbatches, some_rows, tiny_engine, tiny_job
@@ -64,7 +64,7 @@ class Layout:
     processes: int
     parallel: Parallel
     bf16: bool = False
-    lowered: bool = False  # moments in bfloat16
+    reduced_state: bool = False  # moments in bfloat16
     unequal: bool = False  # some layers have sizes of their own
 
 
@@ -95,8 +95,8 @@ LAYOUTS = {
     ),
     "TP2, unequal": Layout(2, Parallel(tensor=2), unequal=True),
     "PP2 x EP2, unequal": Layout(4, Parallel(pipeline=2, expert=2), unequal=True),
-    "DP2, lowered": Layout(2, Parallel(), bf16=True, lowered=True),
-    "TP2, lowered": Layout(2, Parallel(tensor=2), bf16=True, lowered=True),
+    "DP2, lowered": Layout(2, Parallel(), bf16=True, reduced_state=True),
+    "TP2, lowered": Layout(2, Parallel(tensor=2), bf16=True, reduced_state=True),
 }
 PAIRS = (
     ("EP2", ONE),
@@ -238,8 +238,8 @@ def job_of(layout: Layout) -> TrainJob:
             LayerRule(mlp=MlpSizes(intermediate_size=96)),
         ]
     if layout.bf16:
-        job.precision = Precision(format=ProductFormat.bf16)
-    if layout.lowered:
+        job.precision = Precision(format=GemmFormat.bf16)
+    if layout.reduced_state:
         half = MomentFormat.bfloat16
         job.optimizer = AdamW(first_moment=half, second_moment=half)
     return job

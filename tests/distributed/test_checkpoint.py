@@ -125,10 +125,14 @@ def _keep_the_plan(parallel: Parallel, groups: Any, run_dir: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.writing import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptSavePlan
 
     engine, plans = engine_of(parallel, groups, seed=1), []
-    content, plan, megatron_plans = content_of(engine, groups), KeptPlan(), dist_checkpointing.save
+    content, plan, megatron_plans = (
+        content_of(engine, groups),
+        KeptSavePlan(),
+        dist_checkpointing.save,
+    )
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         plans.append(args)
@@ -138,7 +142,7 @@ def _keep_the_plan(parallel: Parallel, groups: Any, run_dir: Path) -> None:
         patch.setattr(dist_checkpointing, "save", counted)
         for step, made in ((3, 1), (4, 1), (5, 2), (6, 2)):
             if step == 5 and ranks.rank() == 1:
-                plan = KeptPlan()
+                plan = KeptSavePlan()
             engine.step(batches_of(groups), tokens_seen=0)
             store.start(run_dir, content, {"step": step}, keep=1, copy=True, plan=plan).finish()
             assert len(plans) == made, step
@@ -155,10 +159,10 @@ def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path, *, ask: bool) 
     With `ask` they look after each step whether it is done, as a run does.
     """
     from hybrid_train.checkpoint import store
-    from hybrid_train.checkpoint.writing import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptSavePlan
 
     content = content_of(engine_of(parallel, groups, seed=3), groups)
-    plan = KeptPlan()
+    plan = KeptSavePlan()
 
     def save(ask: bool) -> None:
         saving = store.start(run_dir, content, {"step": 3}, keep=1, copy=True, plan=plan)
@@ -173,7 +177,7 @@ def _fail_to_save(parallel: Parallel, groups: Any, run_dir: Path, *, ask: bool) 
             words = fault.main_says if ranks.is_main() else fault.other_says
             with pytest.raises(UserError, match=words) as error:
                 save(ask)
-        assert error.value.everywhere, name
+        assert error.value.on_all_ranks, name
         ranks.barrier()
         left = [path.name for path in (run_dir / "checkpoints").iterdir()]
         assert left == ["step_00000002"], name
@@ -197,7 +201,7 @@ def _fail_to_load(parallel: Parallel, groups: Any, run_dir: Path) -> None:
         who = "rank 1: .*" if ranks.is_main() else ""
         with pytest.raises(UserError, match=f"{who}is damaged: .*Input/output error") as error:
             store.load(layout.locate(run_dir), content)
-    assert error.value.everywhere
+    assert error.value.on_all_ranks
 
 
 def _on_two_processes(folder: Path) -> None:

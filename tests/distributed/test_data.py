@@ -22,8 +22,8 @@ def _data(folder: str, *, alone: bool) -> RunData:
 
 
 def _loader(found: RunData, rank: int, size: int) -> Loader:
-    stretch = found.plans[0].stretch
-    return found.loader(stretch, data_rank=rank, data_size=size, tokens_seen=0)
+    phase_span = found.plans[0].phase_span
+    return found.loader(phase_span, data_rank=rank, data_size=size, tokens_seen=0)
 
 
 def _read_together(folder: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.distributed.launch import run_distributed
 from tests.distributed.reshard import stored_tensors
 from tests.sampled import sampled
@@ -21,7 +21,7 @@ from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, 
 
 pytestmark = MEGATRON_WARNINGS
 STEPS = 3
-TENSORWISE, BLOCKWISE = ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise
+TENSORWISE, BLOCKWISE = GemmFormat.fp8_tensorwise, GemmFormat.fp8_blockwise
 DP2, EP2 = Parallel(), Parallel(expert=2)
 CASES = {
     "DP2": (2, DP2, BLOCKWISE),
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-def engine_of(parallel: Parallel, groups: Any, format: ProductFormat, gathered: bool) -> Any:
+def engine_of(parallel: Parallel, groups: Any, format: GemmFormat, gathered: bool) -> Any:
     pattern = "MEM*|M-/*E/*E" if parallel.pipeline > 1 else "MEM*M-/*E/*E"
     job = tiny_job(pattern, parallel=parallel)
     job.precision = Precision(format=format, fp8_param_gather=gathered)
@@ -71,7 +71,7 @@ class Outcome:
 def train(
     groups: Any,
     parallel: Parallel,
-    format: ProductFormat,
+    format: GemmFormat,
     gathered: bool,
     folder: Path,
     start: Path | None,
@@ -102,7 +102,7 @@ def train(
 
 
 def train_both(
-    parallel: Parallel, format: ProductFormat, folder: Path, start: Path | None = None
+    parallel: Parallel, format: GemmFormat, folder: Path, start: Path | None = None
 ) -> tuple[Outcome, Outcome]:
     """Run with bfloat16 weights and with weights in FP8; save to "plain" and "kept"."""
 

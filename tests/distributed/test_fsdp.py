@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from hybrid_train.runtime import cpu
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.distributed.launch import run_distributed
 from tests.tiny import MEGATRON_WARNINGS, batch_of, microbatches, some_rows, tiny_engine, tiny_job
 
@@ -19,7 +19,7 @@ PLAIN, SPLIT = Parallel(), Parallel(fsdp=True)
 POISONED = "decoder.layers.2.mixer.out_proj.weight"
 
 
-def _engine(parallel: Parallel, number_format: ProductFormat = ProductFormat.fp32) -> Any:
+def _engine(parallel: Parallel, number_format: GemmFormat = GemmFormat.fp32) -> Any:
     cpu.install()
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
@@ -175,7 +175,7 @@ def test_a_bad_weight_is_found_in_the_forward_pass() -> None:
 def _gradients_in_bfloat16(parallel: Parallel) -> list[Any]:
     from tests.parity import shards
 
-    engine = _engine(parallel, ProductFormat.bf16)
+    engine = _engine(parallel, GemmFormat.bf16)
     _step(engine)
     found = list(shards.gradients(engine.network.chunks))
     assert {shard.value.dtype for shard in found} == {torch.float32}

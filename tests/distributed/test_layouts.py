@@ -32,9 +32,9 @@ def _fail_on_the_main_process() -> None:
 
     expected = ValueError if ranks.is_main() else UserError
     with pytest.raises(expected, match="the disk is on fire"):
-        ranks.main_first(work)
+        ranks.run_on_main_first(work)
     done = []
-    ranks.main_first(lambda: done.append(1))
+    ranks.run_on_main_first(lambda: done.append(1))
     assert done == ([1] if ranks.is_main() else [])
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch import distributed as dist
 
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.distributed.launch import run_distributed
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
@@ -25,9 +25,7 @@ def _remembered(parallel: Parallel) -> tuple[list[float], list[float]]:
 
     groups = build_groups(parallel, timeout_s=60)
     try:
-        job = tiny_job(
-            "M*-", parallel=parallel, precision=Precision(format=ProductFormat.fp8_delayed)
-        )
+        job = tiny_job("M*-", parallel=parallel, precision=Precision(format=GemmFormat.fp8_delayed))
         engine = tiny_engine(job, groups)
         histories = engine.network.quantized.histories
         saw: list[float] = []

@@ -193,7 +193,7 @@ def test_commands_run_in_zsh(zsh: str, source_copy: Path, environment: dict[str,
     ("shown", "run"),
     [
         ("ls conf  # the groups", "ls conf"),
-        (".venv/bin/hybrid-train recipes", "hybrid-train recipes"),
+        (".venv/bin/hybrid-train experiments", "hybrid-train experiments"),
         ("hybrid-train train --help", "hybrid-train train --help"),
         ("hybrid-train train experiment=x", "hybrid-train train experiment=x " + SHORT),
         (

@@ -17,7 +17,7 @@ def test_every_gpu_multiplies_and_adds_up() -> None:
     found = speed.measure("cuda", number, threads=1)
     assert [one.device for one in found] == [f"cuda {n}" for n in range(number)]
     for one in found:
-        assert (one.product_error, one.reduce_error) == (None, None)
+        assert (one.gemm_error, one.reduce_error) == (None, None)
         assert one.flops is not None
         assert one.flops > 0
         assert (one.bytes_per_s is None) == (number == 1)

@@ -1,4 +1,4 @@
-"""Transformer Engine's quantized products against the emulated ones, and what the audit says.
+"""Transformer Engine's quantized GEMMs against the emulated ones, and what the audit says.
 
 Written for a GPU and not yet run on one: the machine of the trunk has none. Formats that the GPU
 lacks are skipped by name.
@@ -20,10 +20,10 @@ from hybrid_train.schema.model import Attention, Mamba, Mlp, Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import (
     Backend,
+    GemmFormat,
     NumberFormat,
     Precision,
     PrecisionRule,
-    ProductFormat,
 )
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
@@ -37,11 +37,11 @@ pytestmark = [
 ]
 LENGTH, SEQUENCES, SEED = 128, 2, 7
 FORMATS = [
-    ProductFormat.fp8_tensorwise,
-    ProductFormat.fp8_delayed,
-    ProductFormat.fp8_blockwise,
-    ProductFormat.mxfp8,
-    ProductFormat.nvfp4,
+    GemmFormat.fp8_tensorwise,
+    GemmFormat.fp8_delayed,
+    GemmFormat.fp8_blockwise,
+    GemmFormat.mxfp8,
+    GemmFormat.nvfp4,
 ]
 # Sums in another order and bfloat16 in between change the last bits of what is quantized next, and
 # a few values go to the other neighbour. That must stay well below what the format itself changes.
@@ -77,25 +77,25 @@ def job_of(precision: Precision, backend: Backend, pattern: str = "MEM*M-") -> T
     return job
 
 
-def quantized(format: ProductFormat, **options: Any) -> Precision:
+def quantized(format: GemmFormat, **options: Any) -> Precision:
     if not is_native(format, present_gpu()):
         pytest.skip(f"{present_gpu().name} does not compute {format.value}")
     return Precision(format=format, **options)
 
 
 def model_of(job: TrainJob, groups: Any) -> Any:
-    """A model with the weights of the seed, its products as the job asks."""
+    """A model with the weights of the seed, its GEMMs as the job asks."""
     from hybrid_train.model.build import build_model
-    from hybrid_train.model.quantized import QuantizedProducts
+    from hybrid_train.model.quantized import QuantizedGemms
 
     built = build_model(job, groups, VOCAB, on_gpu=True)
     formats = formats_of(job.model, job.precision).values()
     if any(one.quantized for one in formats):
         assert built.backend is job.precision.backend
     if built.backend is Backend.emulated:
-        products = QuantizedProducts(job.model, job.precision, SEED, groups.tp_dp_cp)
-        products.apply(built.chunks)
-        products.start_step(0)
+        gemms = QuantizedGemms(job.model, job.precision, SEED, groups.tp_dp_cp)
+        gemms.apply(built.chunks)
+        gemms.start_step(0)
     return built.chunks[0]
 
 
@@ -116,16 +116,16 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_native_products_are_the_emulated_ones(gpu_groups: Any, format: ProductFormat) -> None:
+def test_native_products_are_the_emulated_ones(gpu_groups: Any, format: GemmFormat) -> None:
     """Without chance, which the two draw from different generators.
 
     Delayed scaling begins alike in neither: the hardware with a scale of 1, ours with the present
     largest values. Only its audit is compared.
     """
-    if format is ProductFormat.fp8_delayed:
+    if format is GemmFormat.fp8_delayed:
         pytest.skip("the first scales of fp8_delayed are others; its audit is compared below")
     precision = quantized(format, stochastic_rounding=False)
-    bf16 = Precision(format=ProductFormat.bf16)
+    bf16 = Precision(format=GemmFormat.bf16)
     native = run(model_of(job_of(precision, Backend.native), gpu_groups))
     emulated = run(model_of(job_of(precision, Backend.emulated), gpu_groups))
     exact = run(model_of(job_of(bf16, Backend.auto), gpu_groups))
@@ -156,17 +156,17 @@ def audited(job: TrainJob, groups: Any) -> list[dict[str, Any]]:
 
 def surprises(rows: list[dict[str, Any]]) -> list[str]:
     return [
-        f"{row['layer_name']} {row['product']}: {row['asked']}, not {row['operands']}"
+        f"{row['layer_name']} {row['gemm']}: {row['asked']}, not {row['operands']}"
         for row in rows
         if not row["as_asked"]
     ]
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_product_runs_as_asked(gpu_groups: Any, format: ProductFormat) -> None:
+def test_every_product_runs_as_asked(gpu_groups: Any, format: GemmFormat) -> None:
     rules = [
-        PrecisionRule(format=ProductFormat.bf16, layers="last 1"),
-        PrecisionRule(format=ProductFormat.bf16, modules=["attention"]),
+        PrecisionRule(format=GemmFormat.bf16, layers="last 1"),
+        PrecisionRule(format=GemmFormat.bf16, modules=["attention"]),
     ]
     precision = quantized(format, exceptions=rules)
     rows = audited(job_of(precision, Backend.native), gpu_groups)
@@ -177,18 +177,18 @@ def test_every_product_runs_as_asked(gpu_groups: Any, format: ProductFormat) -> 
 def test_the_published_recipe_of_super_runs_as_asked(gpu_groups: Any) -> None:
     """Three formats in one model, and an MTP block that is not quantized."""
     rules = [
-        PrecisionRule(format=ProductFormat.bf16, layers="last 15%"),
-        PrecisionRule(format=ProductFormat.bf16, modules=["attention", "moe.latent", "mtp"]),
-        PrecisionRule(format=ProductFormat.mxfp8, modules=["mamba.out_proj"]),
+        PrecisionRule(format=GemmFormat.bf16, layers="last 15%"),
+        PrecisionRule(format=GemmFormat.bf16, modules=["attention", "moe.latent", "mtp"]),
+        PrecisionRule(format=GemmFormat.mxfp8, modules=["mamba.out_proj"]),
     ]
-    quantized(ProductFormat.mxfp8)
-    precision = quantized(ProductFormat.nvfp4, exceptions=rules)
+    quantized(GemmFormat.mxfp8)
+    precision = quantized(GemmFormat.nvfp4, exceptions=rules)
     job = job_of(precision, Backend.native, "MEMEM*ME/*E/*E")
     assert surprises(audited(job, gpu_groups)) == []
 
 
-@pytest.mark.parametrize("format", [ProductFormat.mxfp8, ProductFormat.fp8_tensorwise])
-def test_an_mtp_block_is_quantized_where_asked(gpu_groups: Any, format: ProductFormat) -> None:
+@pytest.mark.parametrize("format", [GemmFormat.mxfp8, GemmFormat.fp8_tensorwise])
+def test_an_mtp_block_is_quantized_where_asked(gpu_groups: Any, format: GemmFormat) -> None:
     job = job_of(quantized(format), Backend.native, "M*/*E/*E")
     assert surprises(audited(job, gpu_groups)) == []
 
@@ -205,22 +205,22 @@ def test_an_mtp_block_is_quantized_where_asked(gpu_groups: Any, format: ProductF
 def test_the_switches_of_nvfp4_reach_the_products(
     gpu_groups: Any, options: dict[str, bool]
 ) -> None:
-    job = job_of(quantized(ProductFormat.nvfp4, **options), Backend.native)
+    job = job_of(quantized(GemmFormat.nvfp4, **options), Backend.native)
     assert surprises(audited(job, gpu_groups)) == []
 
 
 @pytest.mark.parametrize("power", [False, True])
 def test_the_scales_of_fp8_reach_the_products(gpu_groups: Any, power: bool) -> None:
-    precision = quantized(ProductFormat.fp8_tensorwise, power_of_two_scales=power)
+    precision = quantized(GemmFormat.fp8_tensorwise, power_of_two_scales=power)
     assert surprises(audited(job_of(precision, Backend.native), gpu_groups)) == []
 
 
-GATHERED = [ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise]
+GATHERED = [GemmFormat.fp8_tensorwise, GemmFormat.fp8_blockwise]
 
 
 @pytest.mark.parametrize("format", GATHERED)
 def test_weights_in_fp8_give_the_steps_of_bfloat16_weights(
-    gpu_groups: Any, format: ProductFormat
+    gpu_groups: Any, format: GemmFormat
 ) -> None:
     """As Transformer Engine means it: masters go through bfloat16 before they are quantized."""
     plain = steps(job_of(quantized(format), Backend.native), gpu_groups)

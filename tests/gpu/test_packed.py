@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from tests.packed import alone_in_a_row, documents, packed_batch
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, losses_of, tiny_job
@@ -40,7 +40,7 @@ def test_a_token_has_the_losses_that_it_has_alone(gpu_groups: Any) -> None:
     pytest.importorskip("mamba_ssm")
     from hybrid_train.model.build import build_model
 
-    job = tiny_job("M*M-/*M", precision=Precision(format=ProductFormat.bf16))
+    job = tiny_job("M*M-/*M", precision=Precision(format=GemmFormat.bf16))
     job.runtime = Runtime(device=Device.cuda, kernels=Kernels.fused)
     job.model.attention.head_dim = 64
     job.train.sequence_length = LENGTH

@@ -26,7 +26,7 @@ def test_every_check_is_a_line_and_this_machine_can_train() -> None:
     lines = [line for line in done.out.splitlines() if line and not line.startswith(" ")]
     told = {name: line for name in NAMES for line in lines if line.startswith(f"{name}  ")}
     assert list(told) == NAMES
-    assert "GFLOP/s" in told["matrix product"] or "TFLOP/s" in told["matrix product"]
+    assert "GFLOP/s" in told["GEMM"] or "TFLOP/s" in told["GEMM"]
     assert lines[-1].startswith(f"{len(NAMES)} checks: ")
     assert lines[-1].endswith("0 broken")
     assert "Traceback" not in done.said
@@ -65,7 +65,7 @@ def test_under_torchrun_it_is_refused() -> None:
     done = finish(start("doctor", processes=2, cold=True))
     assert done.code != 0
     assert "doctor runs in one process" in done.err
-    assert "matrix product" not in done.out
+    assert "GEMM" not in done.out
 
 
 def test_json_of_a_job_that_has_none_is_refused() -> None:

@@ -44,12 +44,12 @@ def statistics(run_dir: Path) -> list[dict[str, float]]:
 def test_the_first_step_says_what_every_layer_multiplied(run: tuple[Path, Finished]) -> None:
     run_dir, finished = run
     assert finished.code == 0, finished.err
-    assert "quantized products: emulated (no GPU)" in finished.said
-    assert "matrix products of this step, as asked" in finished.said
+    assert "quantized GEMMs: emulated (no GPU)" in finished.said
+    assert "GEMMs of this step, as asked" in finished.said
     assert "mamba.out_proj       mxfp8   1, 1    exception 2: mamba.out_proj" in finished.said
     (rows,) = audited(run_dir).values()
     assert all(row["as_asked"] for row in rows)
-    (row,) = (row for row in rows if (row["module"], row["product"]) == ("mamba.in_proj", "wgrad"))
+    (row,) = (row for row in rows if (row["module"], row["gemm"]) == ("mamba.in_proj", "wgrad"))
     assert row["operands"] == [
         "e2m1, 1x16, e4m3 scales, turned, by chance x e2m1, 1x16, e4m3 scales, turned"
     ]

@@ -22,7 +22,7 @@ from hybrid_train.schema.model import (
     MoeSizes,
 )
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import NumberFormat, Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, NumberFormat, Precision
 from hybrid_train.schema.train import TrainJob
 from tests.packed import packed_batch
 from tests.tiny import VOCAB, batch_of, tiny_job
@@ -81,8 +81,8 @@ def packed(case: Case) -> Case:
     return replace(case, packed=True)
 
 
-def quantized(case: Case, format: ProductFormat) -> Case:
-    """Return the same case with quantized products, for one step.
+def quantized(case: Case, format: GemmFormat) -> Case:
+    """Return the same case with quantized GEMMs, for one step.
 
     Scales are powers of two: values that are split otherwise, and so scaled otherwise, round to the
     same. In later steps the last bit of a sum may send a value to its other neighbour, and a token

@@ -1,7 +1,7 @@
 """The layouts of the parity table."""
 
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.precision import GemmFormat
 from tests.parity.case import Case, case_of, packed, quantized, unequal
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
@@ -50,12 +50,12 @@ QUANTIZED = {
     f"{format.value}, {name}": quantized(LAYOUTS[name], format)
     for format, names in {
         # One scale a tensor: any split has other scales.
-        ProductFormat.fp8_tensorwise: (
+        GemmFormat.fp8_tensorwise: (
             "TP2", "TP2, whole sequences", "PP2", "EP2", "CP2", "TP2 x CP2 x PP2", "DP2, FSDP",
         ),
         # Another share of the tokens or of a matrix is another tensor scale.
-        ProductFormat.mxfp8: ("ETP2", "DP2, overlapped", "EP2"),
-        ProductFormat.nvfp4: ("PP2", "DP2, overlapped", "VPP2 x PP2"),
+        GemmFormat.mxfp8: ("ETP2", "DP2, overlapped", "EP2"),
+        GemmFormat.nvfp4: ("PP2", "DP2, overlapped", "VPP2 x PP2"),
     }.items()
     for name in names
 }  # fmt: skip
@@ -80,10 +80,10 @@ UNEQUAL = {
     ),
     "unequal layers, fp8_tensorwise, TP2 x CP2 x PP2": quantized(
         unequal(Parallel(tensor=2, context=2, pipeline=2), _UNEQUAL_STAGES),
-        ProductFormat.fp8_tensorwise,
+        GemmFormat.fp8_tensorwise,
     ),
     "unequal layers, nvfp4, DP2": quantized(
-        unequal(Parallel(), _UNEQUAL, data=2), ProductFormat.nvfp4
+        unequal(Parallel(), _UNEQUAL, data=2), GemmFormat.nvfp4
     ),
 }
 CASES = LAYOUTS | PACKED | QUANTIZED | UNEQUAL

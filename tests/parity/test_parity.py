@@ -28,7 +28,7 @@ TESTED = [name for name in LAYOUTS if name not in LEFT_OUT]
 # What `make test` has of those.
 EACH_SPLIT = ("TP2", "VPP2 x PP2", "EP2", "ETP2", "CP2", "DP2, overlapped", "DP2, FSDP")
 # Each kind of split, and those that meet in one; `make parity` runs all on packed rows, and more
-# with quantized products.
+# with quantized GEMMs.
 EVERY_PACKED = tuple(
     f"packed, {name}" for name in ("EP2", "ETP2", "CP2", "EP2 x CP2, FSDP", "TP2 x CP2 x PP2")
 )

@@ -100,7 +100,7 @@ def _packed_lines(source: Source, index: int, block_bytes: int, skip: int) -> It
 
 
 def _line_blocks(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
-    """Cut a stream behind the last line end of each stretch of `block_bytes`."""
+    """Cut a stream behind the last line end of each span of `block_bytes`."""
     rest: list[bytes] = []
     while part := stream.read(block_bytes):
         cut = part.rfind(b"\n") + 1

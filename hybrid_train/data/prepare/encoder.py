@@ -185,7 +185,7 @@ def _ranges(belongs: Callable[[str], bool], last: int) -> str:
 
 _KEPT_WORDS = 1_000_000  # some 200 MB a process; then all are forgotten
 _LONG_WORD = 64  # characters; longer ones seldom come again
-_STRETCH = 2**20  # characters of a long text that are cut into words at once
+_CHUNK = 2**20  # characters of a long text that are cut into words at once
 _COMPARED = 2**16  # characters; a longer text would cost too much to encode twice
 # Between a letter and a space before a letter every known pattern cuts, whatever stands around.
 _SURE_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
@@ -259,9 +259,9 @@ class Encoder:
         if not pattern.fits(text):
             return np.array(self._tokenizer.encode(text), self.dtype).tobytes()
         find, look_up = pattern.words.findall, self._words.__getitem__
-        if len(text) <= _STRETCH:
+        if len(text) <= _CHUNK:
             return b"".join(map(look_up, find(text)))
-        return b"".join(b"".join(map(look_up, find(part))) for part in stretches(text))
+        return b"".join(b"".join(map(look_up, find(part))) for part in chunks(text))
 
     def _compare(self, texts: Sequence[str], parts: Sequence[bytes]) -> None:
         for text, part in zip(texts, parts, strict=True):
@@ -274,11 +274,11 @@ class Encoder:
                 return
 
 
-def stretches(text: str) -> Iterator[str]:
+def chunks(text: str) -> Iterator[str]:
     """Cut a long text where words are sure to end, so that few words exist at a time."""
     start = 0
-    while len(text) - start > _STRETCH:
-        cut = _SURE_CUT.search(text, start + _STRETCH)
+    while len(text) - start > _CHUNK:
+        cut = _SURE_CUT.search(text, start + _CHUNK)
         if cut is None:
             break
         yield text[start : cut.end()]

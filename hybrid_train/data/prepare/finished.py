@@ -43,7 +43,7 @@ def histogram(lengths: NDArray[np.integer]) -> list[str]:
 
 
 _SPAN_TOKENS = 2**23  # that are held at a time
-_STRETCH_DOCUMENTS = 2**20
+_SPAN_DOCUMENTS = 2**20
 _COPIED_BYTES = 2**23
 
 
@@ -222,7 +222,7 @@ def _split(
     # One part at a time: each reads the whole file, and few files are open.
     for number, output in enumerate(outputs):
         with _Writer(output, reader, overwrite=overwrite) as writer:
-            for first, behind in _stretches(reader):
+            for first, behind in _spans(reader):
                 _copy(reader, writer, first, labels[first:behind] == number)
             counts = {"documents": writer.documents, "tokens": writer.tokens}
             writer.finish(tokenizer, [{"path": prefix, **counts}])
@@ -230,13 +230,11 @@ def _split(
     return found
 
 
-def _stretches(reader: TokenReader) -> Iterator[tuple[int, int]]:
+def _spans(reader: TokenReader) -> Iterator[tuple[int, int]]:
     """Yield runs of documents that fit into memory together; a single one always does."""
     first = 0
     while first < len(reader):
-        ends = np.cumsum(
-            reader.document_lengths(first, min(first + _STRETCH_DOCUMENTS, len(reader)))
-        )
+        ends = np.cumsum(reader.document_lengths(first, min(first + _SPAN_DOCUMENTS, len(reader))))
         count = max(1, int(np.searchsorted(ends, _SPAN_TOKENS, side="right")))
         yield first, first + count
         first += count
@@ -256,7 +254,7 @@ def _copy(reader: TokenReader, writer: _Writer, first: int, chosen: NDArray[np.b
     writer.add_index(lengths[chosen_sequences], np.cumsum(counts) - counts)
 
 
-_STRETCH = 2**20  # sequences
+_SPAN = 2**20  # sequences
 _SPAN_TOKENS = 2**23
 
 
@@ -325,10 +323,10 @@ def _manifest_faults(prefix: str, reader: TokenReader, manifest: Manifest) -> It
 def _index_faults(reader: TokenReader) -> Iterator[str]:
     """Compare offsets with lengths, and boundaries with both."""
     size, expected = reader.facts.dtype.itemsize, 0
-    for start in range(0, len(reader.lengths), _STRETCH):
-        lengths = np.array(reader.lengths[start : start + _STRETCH], np.int64)
+    for start in range(0, len(reader.lengths), _SPAN):
+        lengths = np.array(reader.lengths[start : start + _SPAN], np.int64)
         ends = expected + np.cumsum(lengths) * size
-        wrong = np.flatnonzero(reader.offsets[start : start + _STRETCH] != ends - lengths * size)
+        wrong = np.flatnonzero(reader.offsets[start : start + _SPAN] != ends - lengths * size)
         negative = np.flatnonzero(lengths < 0)
         if len(wrong) or len(negative):
             first = start + int(min([*wrong[:1], *negative[:1]]))
@@ -353,8 +351,8 @@ def _id_faults(reader: TokenReader, facts: TokenizerFacts) -> Iterator[str]:
             )
             break
     open_ = 0
-    for first in range(0, len(reader), _STRETCH):
-        lengths = reader.document_lengths(first, min(first + _STRETCH, len(reader)))
+    for first in range(0, len(reader), _SPAN):
+        lengths = reader.document_lengths(first, min(first + _SPAN, len(reader)))
         begin = int(reader.offsets[int(reader.boundaries[first])]) // reader.facts.dtype.itemsize
         ends = begin + np.cumsum(lengths)[lengths > 0] - 1  # empty documents have none
         open_ += len(lengths) - int((reader.tokens[ends] == facts.end_of_document).sum())

@@ -26,7 +26,7 @@ from hybrid_train.data.prepare.manifest import (
     versions,
     write_whole,
 )
-from hybrid_train.data.prepare.worker_pool import Crew
+from hybrid_train.data.prepare.worker_pool import WorkerPool
 from hybrid_train.data.token_files import (
     checksum,
     dtype_for,
@@ -152,8 +152,8 @@ def _write(
     tasks = all_blocks(sources, job.text_key, job.block_kb * 1024, journal.position)
     report(_progress(journal, before[journal.position[0]], before[-1]))
     try:
-        with Crew(prepare_worker, worker, workers) as crew:
-            for block, part in crew.results(tasks):
+        with WorkerPool(prepare_worker, worker, workers) as pool:
+            for block, part in pool.results(tasks):
                 journal.append(block.source, block.number, part)
                 report(_progress(journal, before[block.source] + block.bytes_read, before[-1]))
                 _judge(job, journal, at_end=False)
@@ -204,7 +204,7 @@ def _judge(job: TokenizeJob, journal: Journal, *, at_end: bool) -> None:
         return
     first = journal.first_bad
     assert first is not None, "some are bad"
-    stands = f"All are in {journal.bad_path}. Mend the input (then overwrite=true)"
+    stands = f"All are in {journal.bad_path}. Fix the input (then overwrite=true)"
     raise UserError(
         f"{total.bad} of {total.lines} lines hold no document, more than "
         f"max_bad_share={job.max_bad_share:g} allows. The first, {first.file} line {first.line}, "

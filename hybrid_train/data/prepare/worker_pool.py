@@ -42,7 +42,7 @@ class _Failure:
     is_users: bool
 
 
-class Crew[Task, Result]:
+class WorkerPool[Task, Result]:
     """Some processes that apply one function; a context, at whose end they are gone.
 
     Args:
@@ -59,7 +59,7 @@ class Crew[Task, Result]:
         self._workers = workers
         self._processes: dict[Connection, SpawnProcess] = {}
 
-    def __enter__(self) -> "Crew[Task, Result]":
+    def __enter__(self) -> "WorkerPool[Task, Result]":
         context = multiprocessing.get_context("spawn")
         before = {name: os.environ.get(name) for name in _ENVIRONMENT}
         os.environ.update(_ENVIRONMENT)

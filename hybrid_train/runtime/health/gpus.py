@@ -23,7 +23,7 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # of the PCI bus: vendor, class of display controllers
 _BUSY_MIB = 1024  # of a GPU's memory; an idle driver takes less
 _RECOVER = "see dmesg | grep -i nvrm; load the driver (modprobe nvidia) or start the machine again"
-_NO_TORCH = broken("not known: torch does not work", "mend torch first, see its line")
+_NO_TORCH = broken("not known: torch does not work", "fix torch first, see its line")
 _BUILD = "install a torch that is built for CUDA: pip install --force-reinstall -c constraints.txt "
 
 
@@ -145,7 +145,7 @@ def nccl(machine: Machine) -> Finding:
 
 
 SLOW = 0.8  # of the median of its siblings; GPUs of one kind differ by a few percent
-_NOTHING_TO_TIME = broken("not measured: torch does not work", "mend torch first, see its line")
+_NOTHING_TO_TIME = broken("not measured: torch does not work", "fix torch first, see its line")
 
 
 def measurement(machine: Machine) -> Callable[[], Sequence[DeviceSpeed]]:
@@ -162,7 +162,7 @@ def gemm(machine: Machine) -> Finding:
     if not machine.torch_works:
         return _NOTHING_TO_TIME
     speeds = machine.measure()
-    if errors := [f"{one.device}: {one.product_error}" for one in speeds if one.product_error]:
+    if errors := [f"{one.device}: {one.gemm_error}" for one in speeds if one.gemm_error]:
         return broken("; ".join(errors), "keep these devices out of runs: CUDA_VISIBLE_DEVICES")
     rates = {one.device: one.flops or 0.0 for one in speeds}
     figures = {f"{name}_flops_per_s": rate for name, rate in rates.items()}
@@ -188,7 +188,7 @@ def all_reduce(machine: Machine) -> Finding:
         return _NOTHING_TO_TIME
     speeds = machine.measure()
     if errors := [f"{one.device}: {one.reduce_error}" for one in speeds if one.reduce_error]:
-        return broken("; ".join(errors), _how_to_mend(speeds))
+        return broken("; ".join(errors), _how_to_fix(speeds))
     rates = [one.bytes_per_s for one in speeds if one.bytes_per_s is not None]
     library = "gloo" if speeds[0].device.startswith("cpu") else "NCCL"
     if not rates:
@@ -199,7 +199,7 @@ def all_reduce(machine: Machine) -> Finding:
     return ok(found, {"all_reduce_bytes_per_s": slowest})
 
 
-def _how_to_mend(speeds: Sequence[DeviceSpeed]) -> str:
+def _how_to_fix(speeds: Sequence[DeviceSpeed]) -> str:
     if speeds[0].device.startswith("cpu"):
         return "name the network interface: export GLOO_SOCKET_IFNAME=lo (ip link lists them)"
     return "NCCL_DEBUG=INFO says more; export NCCL_SOCKET_IFNAME=..., or NCCL_P2P_DISABLE=1"

@@ -42,12 +42,12 @@ def ok(found: str, figures: Figures | None = None) -> Finding:
 
 
 def warning(found: str, fix: str, figures: Figures | None = None) -> Finding:
-    """Return what should be mended."""
+    """Return what should be fixed."""
     return Finding(Grade.warning, found, fix, figures or {})
 
 
 def broken(found: str, fix: str) -> Finding:
-    """Return what must be mended."""
+    """Return what must be fixed."""
     return Finding(Grade.broken, found, fix)
 
 

@@ -1,4 +1,4 @@
-"""Times a matrix product and an all-reduce on every device, in processes of their own.
+"""Times a GEMM and an all-reduce on every device, in processes of their own.
 
 As a program, one process of the group, it takes a folder where the processes meet, its rank, their
 number and "cuda" or "cpu", and leaves what it measured in the folder as RANK.json.
@@ -18,11 +18,11 @@ from typing import Any
 from hybrid_train.runtime.heartbeat import how_it_ended
 
 CPU_PROCESSES = 2  # the least that have something to tell each other
-PRODUCT_S = 1.0  # of products, and of reductions
+GEMM_S = 1.0  # of GEMMs, and of reductions
 START_S = 120.0  # within which processes have started, met and measured, or are taken for dead
 _MEET_S = 60  # within which the slowest has imported torch, on a busy machine too
 _MOST_ROUNDS = 200
-# Rows and columns of a product, elements of a reduction; large enough that arithmetic and wires,
+# Rows and columns of a GEMM, elements of a reduction; large enough that arithmetic and wires,
 # not the start of a kernel, are what is timed.
 _SIZES = {"cpu": (1024, 8 << 20), "cuda": (8192, 128 << 20)}
 
@@ -32,9 +32,9 @@ class DeviceSpeed:
     """What one device, or one process of the CPU, did."""
 
     device: str
-    flops: float | None = None  # a second, of matrix products
+    flops: float | None = None  # a second, of GEMMs
     bytes_per_s: float | None = None  # of the bus, in an all-reduce; None for a group of one
-    product_error: str | None = None
+    gemm_error: str | None = None
     reduce_error: str | None = None
 
 
@@ -78,7 +78,7 @@ def _read(folder: Path, kind: str, rank: int, end: str) -> DeviceSpeed:
     file = folder / f"{rank}.json"
     if file.exists():
         return DeviceSpeed(**json.loads(file.read_text()))
-    return DeviceSpeed(f"{kind} {rank}", product_error=end, reduce_error=end)
+    return DeviceSpeed(f"{kind} {rank}", gemm_error=end, reduce_error=end)
 
 
 def main(folder: str, rank: int, number: int, kind: str, threads: int) -> None:
@@ -91,7 +91,7 @@ def main(folder: str, rank: int, number: int, kind: str, threads: int) -> None:
         torch.set_num_threads(threads)
     size, elements = _SIZES[kind]
     found: dict[str, Any] = {"device": f"{kind} {rank}"}
-    found["flops"], found["product_error"] = _guarded(lambda: product(kind, size))
+    found["flops"], found["gemm_error"] = _guarded(lambda: gemm(kind, size))
     found["bytes_per_s"], found["reduce_error"] = _guarded(
         lambda: all_reduce(folder, rank, number, kind, elements)
     )
@@ -109,11 +109,11 @@ def _guarded(measured: Callable[[], float | None]) -> tuple[float | None, str | 
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
-def product(kind: str, size: int) -> float:
-    """Time products of square matrices; the best of those that fit into the time.
+def gemm(kind: str, size: int) -> float:
+    """Time GEMMs of square matrices; the best of those that fit into the time.
 
     Raises:
-        ArithmeticError: if the product of ones is not their number.
+        ArithmeticError: if the GEMM of ones is not their number.
     """
     import torch
 
@@ -121,10 +121,10 @@ def product(kind: str, size: int) -> float:
     ones = torch.ones(size, size, dtype=numbers, device=kind)
     # A power of two, so every format holds it.
     if not bool(((ones @ ones) == size).all()):
-        raise ArithmeticError(f"a product of {size} ones is not {size} everywhere")
+        raise ArithmeticError(f"a GEMM of {size} ones is not {size} everywhere")
     a, b = (torch.randn(size, size, device=kind).to(numbers) for _ in range(2))
     best = float("inf")
-    end = time.perf_counter() + PRODUCT_S
+    end = time.perf_counter() + GEMM_S
     while time.perf_counter() < end:
         best = min(best, _timed(lambda: a @ b, kind))
     return 2 * size**3 / best
@@ -159,7 +159,7 @@ def all_reduce(folder: str, rank: int, number: int, kind: str, elements: int) ->
             return None
         slowest = torch.tensor([first], device=kind)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all do as many rounds
-        rounds = min(_MOST_ROUNDS, 2 + int(PRODUCT_S / slowest.item()))
+        rounds = min(_MOST_ROUNDS, 2 + int(GEMM_S / slowest.item()))
         best = min(_timed(lambda: dist.all_reduce(ranks), kind) for _ in range(rounds))
         return 4 * elements / best * 2 * (number - 1) / number
     finally:

@@ -11,10 +11,10 @@ from pathlib import Path
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.save_load import read_weights
 from hybrid_train.checkpoint.shards import Content, Held
-from hybrid_train.checkpoint.writing import KeptPlan
+from hybrid_train.checkpoint.writing import KeptSavePlan
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.megatron import data_parallel
-from hybrid_train.planning.phases import Stretch, at
+from hybrid_train.planning.phases import PhaseSpan, at
 from hybrid_train.runtime import heartbeat, ranks
 from hybrid_train.schema.checkpoint import Checkpoint, Recovery
 from hybrid_train.schema.problems import DISK, UserError
@@ -29,11 +29,11 @@ class EnterPhases(Hook):
     """Calls `enter(run, phase, phase before)` between two steps of different phases."""
 
     def __init__(
-        self, phases: Sequence[Stretch], enter: Callable[[Run, Stretch, Stretch], None]
+        self, phases: Sequence[PhaseSpan], enter: Callable[[Run, PhaseSpan, PhaseSpan], None]
     ) -> None:
         self._phases = phases
         self._enter = enter
-        self._present: Stretch | None = None
+        self._present: PhaseSpan | None = None
 
     def fit_start(self, run: Run) -> None:
         self._present = at(self._phases, run.state.tokens)
@@ -72,7 +72,7 @@ class _InFlight:
 
     saving: store.Saving
     start: float
-    waited_s: float  # time that training stood still for it
+    waited_s: float  # time that training waited for it
 
 
 class SaveCheckpoints(Hook):
@@ -98,7 +98,7 @@ class SaveCheckpoints(Hook):
         self._run_dir = run_dir
         self._saved_step = saved_step
         self._in_flight: _InFlight | None = None
-        self._plan = KeptPlan()
+        self._plan = KeptSavePlan()
 
     def step_end(self, run: Run, report: StepReport) -> None:
         interval = self._settings.interval
@@ -151,9 +151,9 @@ class SaveCheckpoints(Hook):
         """
         if self._in_flight is None:
             return
-        everywhere = getattr(sys.exception(), "everywhere", False) or ranks.world_size() == 1
+        on_all_ranks = getattr(sys.exception(), "on_all_ranks", False) or ranks.world_size() == 1
         try:
-            if everywhere:
+            if on_all_ranks:
                 self._finish()
             else:
                 self._in_flight.saving.wait()
@@ -261,7 +261,7 @@ class Recover(Hook):
         first = last - run.bad_steps.in_a_row + 1
         self._settle()
         self._rollbacks += 1
-        target = ranks.said_by_main(lambda: self._target(first))
+        target = ranks.broadcast_from_main(lambda: self._target(first))
         if target is None or self._rollbacks > self._settings.max_rollbacks:
             given_up = f"after {self._rollbacks - 1} rollbacks in a row"
             why = given_up if target else "and no checkpoint was saved before them"
@@ -285,5 +285,5 @@ class Recover(Hook):
             f"step {step}: {report.skipped}; {self._settings.rollback_after} steps in a row were "
             f"skipped, {why}. {ways_on(self._run_dir)}"
         )
-        error.everywhere, error.kind = True, report.skipped_kind
+        error.on_all_ranks, error.kind = True, report.skipped_kind
         return error

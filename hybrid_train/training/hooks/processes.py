@@ -92,7 +92,7 @@ class CollectGarbage(Hook):
 
 # Each process does these for itself, so their time is its own. What waits for others is left out.
 _PARTS = (heartbeat.DATA, heartbeat.FORWARD_BACKWARD, heartbeat.OPTIMIZER)
-_PROBE = "matrix product"  # the same work on every process: a slow device shows under any layout
+_PROBE = "GEMM"  # the same work on every process: a slow device shows under any layout
 _PROBE_OF = {"cpu": (256, torch.float32), "cuda": (4096, torch.bfloat16)}
 _LEAST_S = 0.002  # a step; below that, clocks and schedulers make the difference
 _log = logging.getLogger(__name__)

@@ -132,7 +132,7 @@ class MarkSteps(_SomeSteps):
                 "profile.tool=nsys marks steps for Nsight Systems on a GPU, and torch sees none; "
                 "profile=torch traces a CPU too"
             )
-            error.everywhere = True
+            error.on_all_ranks = True
             raise error
 
     def step_start(self, run: Run) -> None:

@@ -26,7 +26,7 @@ from hybrid_train.precision.operands import OperandStatistics
 from hybrid_train.precision.recipes import Operand
 from hybrid_train.precision.recipes import in_words as words_of
 from hybrid_train.runtime import ranks
-from hybrid_train.schema.precision import Precision, Product
+from hybrid_train.schema.precision import Gemm, Precision
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.tracking.jsonl import drop_after
@@ -95,57 +95,57 @@ class AuditPrecision(Hook):
         precision = self._job.precision
         if not quantizes(self._job.model, precision):
             return
-        found = "as asked" if not wrong else f"{wrong} products NOT as asked"
-        _log.info("matrix products of this step, %s (%s):", found, self._run_dir / AUDIT_NAME)
+        found = "as asked" if not wrong else f"{wrong} GEMMs NOT as asked"
+        _log.info("GEMMs of this step, %s (%s):", found, self._run_dir / AUDIT_NAME)
         for line in gemm_formats.lines(formats, precision.exceptions):
             _log.info("  %s", line)
 
     def _complain(self, wrong: Sequence[Mapping[str, Any]]) -> None:
         lines = [
-            f"  {row['layer_name']} {row['product']}: {row['asked']} was asked, "
+            f"  {row['layer_name']} {row['gemm']}: {row['asked']} was asked, "
             f"{' and '.join(row['operands']) or 'nothing'} multiplied"
             for row in wrong[:_SHOWN]
         ]
         more = len(wrong) - _SHOWN
         lines += [f"  and {more} more"] if more > 0 else []
-        text = "\n".join(["products that did not run in the format that was asked:", *lines])
+        text = "\n".join(["GEMMs that did not run in the format that was asked:", *lines])
         if not self._job.precision.strict:
             _log.warning("%s", text)
             return
         error = UserError(f"{text}\nprecision.strict=false trains on")
-        error.everywhere = True
+        error.on_all_ranks = True
         raise error
 
 
 def table(
     formats: Mapping[Linear, Formats], precision: Precision, seen: Seen
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for every product: what was asked, why, and what its operands were."""
+    """Yield a row for every GEMM: what was asked, why, and what its operands were."""
     for linear, chosen in formats.items():
-        for product in Product:
-            format = chosen.formats[product]
-            number = chosen.rules[product]
-            operands = sorted(seen.get((linear, product), set()))
+        for gemm in Gemm:
+            format = chosen.formats[gemm]
+            number = chosen.rules[gemm]
+            operands = sorted(seen.get((linear, gemm), set()))
             yield {
                 "layer_name": str(linear),
                 "depth": linear.depth,
                 "layer": linear.layer,
                 "module": linear.module,
-                "product": product.value,
+                "gemm": gemm.value,
                 "asked": format.value,
                 "why": "" if number is None else f"{number}: {precision.exceptions[number]}",
                 "operands": [" x ".join(pair) for pair in operands],
-                "as_asked": operands == [words_of(format, product, precision)],
+                "as_asked": operands == [words_of(format, gemm, precision)],
             }
 
 
 def _of_all_ranks(seen: Seen) -> Seen:
     """Bring together what the ranks noted; each holds a part of the layers."""
-    together: Seen = {}
+    all_or_none: Seen = {}
     for part in _gathered(seen):
         for key, pairs in part.items():
-            together.setdefault(key, set()).update(pairs)
-    return together
+            all_or_none.setdefault(key, set()).update(pairs)
+    return all_or_none
 
 
 def _gathered(part: Any) -> list[Any]:
@@ -157,7 +157,7 @@ def _gathered(part: Any) -> list[Any]:
 class MeasureRounding(Hook):
     """Counts underflow, saturation and error of every quantized operand in one step of many.
 
-    A line a step, module, product and operand goes to `precision_statistics.jsonl`; the report of
+    A line a step, module, GEMM and operand goes to `precision_statistics.jsonl`; the report of
     the step has them over all modules, by operand.
     """
 
@@ -207,15 +207,15 @@ class MeasureRounding(Hook):
 
 
 def _added(parts: Sequence[Counted]) -> Counted:
-    together: Counted = {}
+    all_or_none: Counted = {}
     for part in parts:
         for key, found in part.items():
-            together.setdefault(key, OperandStatistics()).add(found)
-    return together
+            all_or_none.setdefault(key, OperandStatistics()).add(found)
+    return all_or_none
 
 
 def _lines(step: int, counted: Counted) -> Iterator[dict[str, Any]]:
-    for (linear, product, operand), found in sorted(
+    for (linear, gemm, operand), found in sorted(
         counted.items(), key=lambda item: (item[0][0], item[0][1].value, item[0][2].value)
     ):
         yield {
@@ -223,7 +223,7 @@ def _lines(step: int, counted: Counted) -> Iterator[dict[str, Any]]:
             "depth": linear.depth,
             "layer": linear.layer,
             "module": linear.module,
-            "product": product.value,
+            "gemm": gemm.value,
             "operand": operand.value,
             **found.rates(),
         }

@@ -12,18 +12,18 @@ from hybrid_train.config.compose import compose
 from hybrid_train.config.rules_of_precision import exceptions_match_something
 from hybrid_train.schema.model import Model, Moe, Mtp
 from hybrid_train.schema.precision import (
+    Gemm,
+    GemmFormat,
     Precision,
     PrecisionRule,
-    Product,
-    ProductFormat,
 )
 from hybrid_train.schema.train import TrainJob
 
-BF16, FP8, FP4 = ProductFormat.bf16, ProductFormat.mxfp8, ProductFormat.nvfp4
+BF16, FP8, FP4 = GemmFormat.bf16, GemmFormat.mxfp8, GemmFormat.nvfp4
 MODEL = Model(pattern="ME*-|M/*E/*E", moe=Moe(latent_size=8, shared_intermediate_size=8), mtp=Mtp())
 
 
-def job(*rules: PrecisionRule, format: ProductFormat = FP4) -> TrainJob:
+def job(*rules: PrecisionRule, format: GemmFormat = FP4) -> TrainJob:
     return TrainJob(model=MODEL, precision=Precision(format=format, exceptions=list(rules)))
 
 
@@ -108,12 +108,12 @@ def test_a_name_means_a_module_its_parts_and_globs(module: str, named: set[str])
 
 def test_products_are_decided_one_by_one() -> None:
     rules = [
-        PrecisionRule(products=[Product.fprop], format=BF16),
-        PrecisionRule(products=[Product.fprop, Product.wgrad], format=FP8),
+        PrecisionRule(gemms=[Gemm.fprop], format=BF16),
+        PrecisionRule(gemms=[Gemm.fprop, Gemm.wgrad], format=FP8),
     ]
     found = formats_of(MODEL, job(*rules).precision)[Linear(0, 1, "mamba.in_proj")]
-    assert found.formats == {Product.fprop: BF16, Product.dgrad: FP4, Product.wgrad: FP8}
-    assert found.rules == {Product.fprop: 0, Product.dgrad: None, Product.wgrad: 1}
+    assert found.formats == {Gemm.fprop: BF16, Gemm.dgrad: FP4, Gemm.wgrad: FP8}
+    assert found.rules == {Gemm.fprop: 0, Gemm.dgrad: None, Gemm.wgrad: 1}
 
 
 def test_a_kind_that_this_model_lacks_may_stand_beside_one_that_it_has() -> None:
@@ -136,11 +136,11 @@ def test_the_table_counts_layers_by_format_and_reason() -> None:
 def test_super_keeps_the_published_layers_out_of_nvfp4() -> None:
     job = compose("check", ["experiment=nemotron3_super", "processes=1024"])
     found = formats_of(job.model, job.precision)
-    in_bf16 = [one for one, chosen in found.items() if chosen.formats[Product.fprop] is BF16]
+    in_bf16 = [one for one, chosen in found.items() if chosen.formats[Gemm.fprop] is BF16]
     assert all(one.layer >= 75 for one in in_bf16 if "mamba" in one.module)
-    fp8 = {one.module for one, chosen in found.items() if chosen.formats[Product.fprop] is FP8}
+    fp8 = {one.module for one, chosen in found.items() if chosen.formats[Gemm.fprop] is FP8}
     assert fp8 == {"mamba.out_proj"}
-    fp4 = {one.module for one, chosen in found.items() if chosen.formats[Product.fprop] is FP4}
+    fp4 = {one.module for one, chosen in found.items() if chosen.formats[Gemm.fprop] is FP4}
     assert fp4 == {
         "mamba.in_proj", "moe.experts.fc1", "moe.experts.fc2", "moe.shared.fc1", "moe.shared.fc2",
     }  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.tiny import EVERY_KIND, microbatches, some_rows, tiny_engine, tiny_job
 
 
@@ -17,7 +17,7 @@ def engine_of(
     split: bool = True,
     steps: int = 0,
     pattern: str = EVERY_KIND,
-    format: ProductFormat = ProductFormat.fp32,
+    format: GemmFormat = GemmFormat.fp32,
     adamw: AdamW | None = None,
 ) -> Any:
     """An engine that has taken some steps; `split` deals the optimizer out to the processes."""

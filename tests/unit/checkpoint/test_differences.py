@@ -78,7 +78,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_names_of_both_sides(
     assert "not in the checkpoint: decoder.layers.1." in words
     assert "not in the model: decoder.layers.1.mlp." in words
     assert "more" in words
-    assert error.value.everywhere
+    assert error.value.on_all_ranks
 
 
 def test_the_same_model_needs_no_word(groups: Any, tmp_path: Path, said: Any) -> None:

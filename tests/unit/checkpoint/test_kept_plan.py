@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
-from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.precision import GemmFormat
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
@@ -37,9 +37,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, groups: Any) -> list[str]:
 
 
 def kept() -> Any:
-    from hybrid_train.checkpoint.writing import KeptPlan
+    from hybrid_train.checkpoint.writing import KeptSavePlan
 
-    return KeptPlan()
+    return KeptSavePlan()
 
 
 def save(engine: Any, groups: Any, run_dir: Path, plan: Any, step: int, *, copy: bool) -> Path:
@@ -72,12 +72,12 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     ("copy", "adamw", "format"),
     sampled(
-        product((True, False), (AdamW(), LOWERED), (ProductFormat.fp32, ProductFormat.bf16)),
-        *((True, AdamW(), ProductFormat.fp32), (False, LOWERED, ProductFormat.bf16)),
+        product((True, False), (AdamW(), LOWERED), (GemmFormat.fp32, GemmFormat.bf16)),
+        *((True, AdamW(), GemmFormat.fp32), (False, LOWERED, GemmFormat.bf16)),
     ),
 )
 def test_a_later_save_stores_what_a_first_one_would(
-    groups: Any, tmp_path: Path, planned: list[str], copy: bool, adamw: AdamW, format: ProductFormat
+    groups: Any, tmp_path: Path, planned: list[str], copy: bool, adamw: AdamW, format: GemmFormat
 ) -> None:
     engine, plan = engine_of(groups, seed=1, steps=1, adamw=adamw, format=format), kept()
     before = save(engine, groups, tmp_path, plan, 1, copy=copy)
@@ -155,7 +155,7 @@ def test_a_change_of_format_is_no_case_for_the_plan(
     groups: Any, tmp_path: Path, planned: list[str]
 ) -> None:
     plan = kept()
-    for step, format in enumerate((ProductFormat.fp32, ProductFormat.bf16)):
+    for step, format in enumerate((GemmFormat.fp32, GemmFormat.bf16)):
         engine = engine_of(groups, seed=1, steps=1, format=format)
         found = save(engine, groups, tmp_path, plan, step, copy=True)
     assert len(planned) == 2

@@ -12,14 +12,14 @@ from hybrid_train.schema.optimizer import (
     MasterFormat,
     MomentFormat,
 )
-from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import UserError
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, named, take
 
 pytestmark = MEGATRON_WARNINGS
-BF16, FP32 = ProductFormat.bf16, ProductFormat.fp32
+BF16, FP32 = GemmFormat.bf16, GemmFormat.fp32
 
 
 def through_a_file(groups: Any, run_dir: Path, saved: Any, loaded: Any) -> None:
@@ -29,7 +29,7 @@ def through_a_file(groups: Any, run_dir: Path, saved: Any, loaded: Any) -> None:
     store.load(layout.locate(folder), content_of(loaded, groups))
 
 
-def lowered(moments: str, masters: str = "float32") -> AdamW:
+def reduced_state(moments: str, masters: str = "float32") -> AdamW:
     both = MomentFormat(moments)
     return AdamW(first_moment=both, second_moment=both, master_weights=MasterFormat(masters))
 
@@ -37,7 +37,7 @@ def lowered(moments: str, masters: str = "float32") -> AdamW:
 @pytest.mark.parametrize("format", [FP32, BF16])
 @pytest.mark.parametrize("split", [True, False], ids="distributed_optimizer={}".format)
 def test_every_element_of_every_weight_has_its_moments_once(
-    groups: Any, split: bool, format: ProductFormat
+    groups: Any, split: bool, format: GemmFormat
 ) -> None:
     from hybrid_train.checkpoint.optimizer_state import state_parts
     from hybrid_train.checkpoint.shards import places
@@ -131,10 +131,10 @@ def test_a_checkpoint_without_optimizer_state_is_refused_with_the_way_out(
     ),
 )
 def test_a_run_with_lowered_moments_goes_on_as_if_it_had_not_stopped(
-    groups: Any, tmp_path: Path, moments: str, format: ProductFormat
+    groups: Any, tmp_path: Path, moments: str, format: GemmFormat
 ) -> None:
-    saved = engine_of(groups, seed=1, steps=2, format=format, adamw=lowered(moments))
-    loaded = engine_of(groups, seed=2, format=format, adamw=lowered(moments))
+    saved = engine_of(groups, seed=1, steps=2, format=format, adamw=reduced_state(moments))
+    loaded = engine_of(groups, seed=2, format=format, adamw=reduced_state(moments))
     through_a_file(groups, tmp_path, saved, loaded)
     before, after = named(saved, groups), named(loaded, groups)
     assert before.keys() == after.keys()
@@ -151,7 +151,7 @@ def test_moments_go_from_float32_to_bfloat16_and_back_and_are_rounded_once(
     groups: Any, tmp_path: Path
 ) -> None:
     whole = engine_of(groups, seed=1, steps=2)
-    halved = engine_of(groups, seed=2, adamw=lowered("bfloat16"))
+    halved = engine_of(groups, seed=2, adamw=reduced_state("bfloat16"))
     again = engine_of(groups, seed=3)
     through_a_file(groups, tmp_path / "down", whole, halved)
     through_a_file(groups, tmp_path / "up", halved, again)
@@ -177,7 +177,7 @@ def test_masters_go_from_whole_to_lowered_and_back(
     groups: Any, tmp_path: Path, masters: str
 ) -> None:
     whole = engine_of(groups, seed=1, steps=2, format=BF16)
-    lower = engine_of(groups, seed=2, format=BF16, adamw=lowered("float16", masters))
+    lower = engine_of(groups, seed=2, format=BF16, adamw=reduced_state("float16", masters))
     again = engine_of(groups, seed=3, format=BF16)
     through_a_file(groups, tmp_path / "down", whole, lower)
     through_a_file(groups, tmp_path / "up", lower, again)
@@ -200,7 +200,7 @@ def test_lowered_state_begins_with_the_weights_where_a_checkpoint_has_no_masters
     groups: Any, tmp_path: Path
 ) -> None:
     saved = engine_of(groups, seed=1, steps=2, format=FP32)
-    loaded = engine_of(groups, seed=2, format=BF16, adamw=lowered("bfloat16"))
+    loaded = engine_of(groups, seed=2, format=BF16, adamw=reduced_state("bfloat16"))
     through_a_file(groups, tmp_path, saved, loaded)
     before, after = named(saved, groups), named(loaded, groups)
     masters = [(key, value) for key, value in after.items() if "optimizer.master." in key[0]]

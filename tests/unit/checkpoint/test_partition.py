@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.checkpoint.shards import boxes, is_partition
+from hybrid_train.checkpoint.shards import is_partition, tensor_chunks
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Part]]:
     parts = [
         Part(box.offset, box.size)
         for start, stop in pairwise(sorted([0, *cuts, numel]))
-        for box in boxes(shape, start, stop)
+        for box in tensor_chunks(shape, start, stop)
     ]
     return shape, draw(st.permutations(parts))
 

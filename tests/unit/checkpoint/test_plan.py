@@ -6,8 +6,8 @@ import pytest
 
 from hybrid_train.checkpoint.store import (
     in_words,
-    read_plan,
-    write_plan,
+    read_layout,
+    write_layout,
 )
 
 ALONE = {
@@ -46,9 +46,9 @@ def test_words_name_what_is_split_and_nothing_else(split: dict[str, int], words:
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
-    write_plan(tmp_path, ALONE)
-    assert read_plan(tmp_path) == ALONE
+    write_layout(tmp_path, ALONE)
+    assert read_layout(tmp_path) == ALONE
 
 
 def test_a_checkpoint_without_a_plan_has_an_empty_one(tmp_path: Path) -> None:
-    assert read_plan(tmp_path) == {}
+    assert read_layout(tmp_path) == {}

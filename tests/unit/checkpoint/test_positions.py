@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybrid_train.checkpoint import tensor_files
-from hybrid_train.checkpoint.tensor_files import OpenFiles, Place
+from hybrid_train.checkpoint.tensor_files import FilePosition, OpenFiles
 
 VALUES = torch.arange(50, dtype=torch.int16)
 
@@ -32,7 +32,7 @@ def test_values_are_written_and_read_at_their_position_however_little_the_system
     monkeypatch.setattr(os, "preadv", at_most(7, os.preadv))
     path = tmp_path / "file"
     with path.open("wb") as file:
-        Place(file.fileno(), 3, b"before", b"behind").write(VALUES)
+        FilePosition(file.fileno(), 3, b"before", b"behind").write(VALUES)
     assert path.read_bytes() == b"\0\0\0before" + VALUES.numpy().tobytes() + b"behind"
     files, found = OpenFiles(), torch.empty_like(VALUES)
     assert files.fill(path, 9, found)
@@ -47,5 +47,5 @@ def test_a_tensor_larger_than_one_write_is_written_whole(
     monkeypatch.setattr(tensor_files, "_WRITTEN_AT_ONCE", 32)
     path = tmp_path / "file"
     with path.open("wb") as file:
-        Place(file.fileno(), 0).write(VALUES.view(5, 10).t())
+        FilePosition(file.fileno(), 0).write(VALUES.view(5, 10).t())
     assert path.read_bytes() == VALUES.view(5, 10).t().contiguous().numpy().tobytes()

@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(
     harm(folder / part)
     with pytest.raises(UserError, match=r"step_00000002 is damaged: .*remove it, and") as error:
         store.load(layout.locate(folder), content)
-    assert error.value.everywhere
+    assert error.value.on_all_ranks
 
 
 def test_random_states_of_another_kind_of_device_start_anew_with_a_word(

@@ -19,11 +19,11 @@ from hybrid_train.planning.phases import jobs_of
 from hybrid_train.schema.parallel import Recompute, RecomputeModule
 from hybrid_train.schema.precision import (
     Backend,
+    Gemm,
+    GemmFormat,
     NumberFormat,
     Precision,
     PrecisionRule,
-    Product,
-    ProductFormat,
 )
 from hybrid_train.schema.problems import ConfigError, Problem
 from hybrid_train.schema.runtime import Device, Kernels
@@ -63,64 +63,64 @@ def only(job: TrainJob) -> Problem:
 
 
 @pytest.mark.parametrize("format", MULTIPLES)
-def test_a_job_whose_sizes_fit_has_no_problem(format: ProductFormat) -> None:
+def test_a_job_whose_sizes_fit_has_no_problem(format: GemmFormat) -> None:
     assert problems(small(Precision(format=format))) == []
 
 
 def test_a_cpu_computes_nothing_natively() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8, backend=Backend.native))
+    job = small(Precision(format=GemmFormat.mxfp8, backend=Backend.native))
     job.runtime.device = Device.cpu
     found = only(job)
     assert (found.path, found.nearest) == ("precision.backend", "emulated")
 
 
 def test_plain_kernels_leave_nothing_to_the_hardware() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8))
+    job = small(Precision(format=GemmFormat.mxfp8))
     job.runtime.kernels = Kernels.plain
     assert only(job).path == "runtime.kernels"
 
 
 @pytest.mark.parametrize("in_exception", [False, True])
 def test_mxfp4_has_no_hardware(in_exception: bool) -> None:
-    rule = PrecisionRule(format=ProductFormat.mxfp4, modules=["mlp"])
-    job = small(Precision(format=ProductFormat.mxfp4))
+    rule = PrecisionRule(format=GemmFormat.mxfp4, modules=["mlp"])
+    job = small(Precision(format=GemmFormat.mxfp4))
     if in_exception:
-        job = small(Precision(format=ProductFormat.bf16, exceptions=[rule]))
+        job = small(Precision(format=GemmFormat.bf16, exceptions=[rule]))
     found = only(job)
     place = "precision.exceptions.0.format" if in_exception else "precision.format"
     assert (found.path, found.nearest) == (place, "nvfp4")
     assert "precision.backend=emulated" in found.rule
 
 
-def test_the_products_of_a_layer_have_one_format() -> None:
-    rule = PrecisionRule(format=ProductFormat.bf16, products=[Product.dgrad])
-    found = only(small(Precision(format=ProductFormat.mxfp8, exceptions=[rule])))
-    assert (found.path, found.nearest) == ("precision.exceptions.0.products", "[]")
+def test_the_gemms_of_a_layer_have_one_format() -> None:
+    rule = PrecisionRule(format=GemmFormat.bf16, gemms=[Gemm.dgrad])
+    found = only(small(Precision(format=GemmFormat.mxfp8, exceptions=[rule])))
+    assert (found.path, found.nearest) == ("precision.exceptions.0.gemms", "[]")
 
 
-def test_an_exception_that_names_all_three_products_is_one_for_the_layer() -> None:
-    rule = PrecisionRule(format=ProductFormat.bf16, products=list(Product))
-    assert problems(small(Precision(format=ProductFormat.mxfp8, exceptions=[rule]))) == []
+def test_an_exception_that_names_all_three_gemms_is_one_for_the_layer() -> None:
+    rule = PrecisionRule(format=GemmFormat.bf16, gemms=list(Gemm))
+    assert problems(small(Precision(format=GemmFormat.mxfp8, exceptions=[rule]))) == []
 
 
-def test_float32_models_have_no_quantized_products() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8, unquantized=NumberFormat.fp32))
+def test_float32_models_have_no_quantized_gemms() -> None:
+    job = small(Precision(format=GemmFormat.mxfp8, unquantized=NumberFormat.fp32))
     assert only(job).path == "precision.unquantized"
-    rule = PrecisionRule(format=ProductFormat.mxfp8, modules=["mlp"])
-    job = small(Precision(format=ProductFormat.fp32, exceptions=[rule]))
+    rule = PrecisionRule(format=GemmFormat.mxfp8, modules=["mlp"])
+    job = small(Precision(format=GemmFormat.fp32, exceptions=[rule]))
     assert (only(job).path, only(job).nearest) == ("precision.format", "bf16")
 
 
 def test_delayed_scaling_stands_beside_no_other_quantized_format() -> None:
-    rule = PrecisionRule(format=ProductFormat.mxfp8, modules=["mlp"])
-    found = only(small(Precision(format=ProductFormat.fp8_delayed, exceptions=[rule])))
+    rule = PrecisionRule(format=GemmFormat.mxfp8, modules=["mlp"])
+    found = only(small(Precision(format=GemmFormat.fp8_delayed, exceptions=[rule])))
     assert (found.path, found.nearest) == ("precision.format", "fp8_tensorwise")
-    rule.format = ProductFormat.bf16
-    assert problems(small(Precision(format=ProductFormat.fp8_delayed, exceptions=[rule]))) == []
+    rule.format = GemmFormat.bf16
+    assert problems(small(Precision(format=GemmFormat.fp8_delayed, exceptions=[rule]))) == []
 
 
 def test_delayed_scaling_has_one_pass_through_a_model() -> None:
-    job = small(Precision(format=ProductFormat.fp8_delayed))
+    job = small(Precision(format=GemmFormat.fp8_delayed))
     job.model.pattern = "MEM*M-/*E"
     assert "MTP" in only(job).rule
     job.model.pattern = "MEM*M-"
@@ -129,20 +129,20 @@ def test_delayed_scaling_has_one_pass_through_a_model() -> None:
 
 
 def test_delayed_scaling_has_float32_scales() -> None:
-    job = small(Precision(format=ProductFormat.fp8_delayed, power_of_two_scales=True))
+    job = small(Precision(format=GemmFormat.fp8_delayed, power_of_two_scales=True))
     assert only(job).path == "precision.power_of_two_scales"
 
 
 def test_delayed_scaling_recomputes_no_activation_of_experts() -> None:
-    job = small(Precision(format=ProductFormat.fp8_delayed))
+    job = small(Precision(format=GemmFormat.fp8_delayed))
     job.parallel.recompute = Recompute.selective
     job.parallel.recompute_modules = [RecomputeModule.mamba, RecomputeModule.moe_act]
     found = only(job)
     assert (found.path, found.nearest) == ("parallel.recompute_modules", "[mamba]")
 
 
-def test_fsdp_is_not_joined_with_native_products() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8))
+def test_fsdp_is_not_joined_with_native_gemms() -> None:
+    job = small(Precision(format=GemmFormat.mxfp8))
     job.parallel.fsdp = True
     assert only(job).path == "parallel.fsdp"
 
@@ -161,7 +161,7 @@ SIZES = [  # setting, what breaks mxfp8, format and value that it takes
 
 @pytest.mark.parametrize(("path", "value"), SIZES, ids=[path for path, _ in SIZES])
 def test_a_size_that_no_product_takes_is_mended_by_the_nearest_one(path: str, value: int) -> None:
-    job = small(Precision(format=ProductFormat.mxfp8))
+    job = small(Precision(format=GemmFormat.mxfp8))
     section, name = getattr(job, path.split(".")[0]), path.split(".")[1:]
     for part in name[:-1]:
         section = getattr(section, part)
@@ -175,33 +175,33 @@ def test_a_size_that_no_product_takes_is_mended_by_the_nearest_one(path: str, va
 
 
 def test_formats_need_different_multiples() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8))
+    job = small(Precision(format=GemmFormat.mxfp8))
     job.model.mlp.intermediate_size = 80  # 5 x 16
     assert only(job).path == "model.mlp.intermediate_size"
-    job.precision.format = ProductFormat.fp8_blockwise
+    job.precision.format = GemmFormat.fp8_blockwise
     assert problems(job) == []
 
 
 def test_sizes_of_unquantized_layers_do_not_matter() -> None:
-    rule = PrecisionRule(format=ProductFormat.bf16, modules=["mlp"])
-    job = small(Precision(format=ProductFormat.mxfp8, exceptions=[rule]))
+    rule = PrecisionRule(format=GemmFormat.bf16, modules=["mlp"])
+    job = small(Precision(format=GemmFormat.mxfp8, exceptions=[rule]))
     job.model.mlp.intermediate_size = 81
     assert problems(job) == []
 
 
 def test_core_wants_16_packed_rows_of_mamba_beside_any_fp8() -> None:
     """Its assertion stands in the constructor of the mixer, whatever in_proj itself is."""
-    rule = PrecisionRule(format=ProductFormat.mxfp8, modules=["mlp"])
-    job = small(Precision(format=ProductFormat.bf16, exceptions=[rule]))
+    rule = PrecisionRule(format=GemmFormat.mxfp8, modules=["mlp"])
+    job = small(Precision(format=GemmFormat.bf16, exceptions=[rule]))
     assert problems(job) == []
     job.model.mamba.heads = 30
     assert only(job).path == "model.mamba.heads"
-    rule.format = ProductFormat.nvfp4
+    rule.format = GemmFormat.nvfp4
     assert problems(job) == []
 
 
 def test_tensor_ranks_hold_parts_of_the_widths() -> None:
-    job = small(Precision(format=ProductFormat.mxfp8))
+    job = small(Precision(format=GemmFormat.mxfp8))
     job.model.mlp.intermediate_size = 96
     assert problems(job) == []
     job.parallel.tensor = 2
@@ -224,12 +224,12 @@ def test_latent_projections_see_the_tokens_of_one_tensor_rank() -> None:
 def broken_everywhere() -> list[TrainJob]:
     """Jobs that have every problem of this file, on a GPU."""
     precision = Precision(
-        format=ProductFormat.fp8_delayed,
+        format=GemmFormat.fp8_delayed,
         unquantized=NumberFormat.fp32,
         power_of_two_scales=True,
         exceptions=[
-            PrecisionRule(format=ProductFormat.bf16, modules=["mlp"], products=[Product.wgrad]),
-            PrecisionRule(format=ProductFormat.mxfp4, modules=["attention"]),
+            PrecisionRule(format=GemmFormat.bf16, modules=["mlp"], gemms=[Gemm.wgrad]),
+            PrecisionRule(format=GemmFormat.mxfp4, modules=["attention"]),
         ],
     )
     job = small(precision)
@@ -247,7 +247,7 @@ def test_every_rule_can_be_broken() -> None:
     assert unbroken == {rule.__name__ for rule in NATIVE_RULES}
 
 
-def test_emulated_products_are_free_of_all_this() -> None:
+def test_emulated_gemms_are_free_of_all_this() -> None:
     for job in broken_everywhere():
         job.precision.backend = Backend.emulated
         assert problems(job) == []
@@ -273,7 +273,7 @@ def test_a_published_recipe_runs_on_a_gpu(name: str, processes: int) -> None:
 
 def odd(device: Device, backend: Backend = Backend.auto) -> TrainJob:
     """A job in FP8 with a width that no GPU takes."""
-    job = small(Precision(format=ProductFormat.fp8_blockwise, backend=backend))
+    job = small(Precision(format=GemmFormat.fp8_blockwise, backend=backend))
     job.model.mlp.intermediate_size = 81
     job.runtime.device = device
     return job
@@ -285,7 +285,7 @@ def test_an_odd_size_is_refused_where_a_gpu_is_meant() -> None:
         assert hardware_notes(job) == []
 
 
-def test_an_odd_size_is_a_note_where_products_are_emulated() -> None:
+def test_an_odd_size_is_a_note_where_gemms_are_emulated() -> None:
     for job in (odd(Device.auto), odd(Device.cpu), odd(Device.cuda, Backend.emulated)):
         assert list(check(job, 1)) == []
         assert [one.path for one in hardware_notes(job)] == ["model.mlp.intermediate_size"]

@@ -8,19 +8,19 @@ from hybrid_train.config.rules_of_precision import PRECISION_RULES
 from hybrid_train.schema.optimizer import AdamW, MomentFormat
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import (
+    Gemm,
+    GemmFormat,
     NumberFormat,
     Precision,
     PrecisionRule,
-    Product,
-    ProductFormat,
 )
 from hybrid_train.schema.problems import Problem
 from tests.tiny import tiny_job
 
-BF16 = ProductFormat.bf16
+BF16 = GemmFormat.bf16
 
 
-def problems(*rules: PrecisionRule, format: ProductFormat = ProductFormat.mxfp8) -> list[Problem]:
+def problems(*rules: PrecisionRule, format: GemmFormat = GemmFormat.mxfp8) -> list[Problem]:
     job = tiny_job("M-*", precision=Precision(format=format, exceptions=list(rules)))
     return [found for rule in PRECISION_RULES for found in rule(job, 1)]
 
@@ -42,8 +42,8 @@ def test_an_exception_for_layers_that_this_model_lacks_is_refused() -> None:
 
 
 def test_an_exception_that_earlier_ones_cover_is_refused() -> None:
-    products = [Product.wgrad]
-    wide, narrow = PrecisionRule(format=BF16), PrecisionRule(format=BF16, products=products)
+    gemms = [Gemm.wgrad]
+    wide, narrow = PrecisionRule(format=BF16), PrecisionRule(format=BF16, gemms=gemms)
     (found,) = problems(wide, narrow)
     assert found.path == "precision.exceptions.1"
     assert "earlier exceptions" in found.rule
@@ -52,23 +52,23 @@ def test_an_exception_that_earlier_ones_cover_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("format", "other"),
-    [(ProductFormat.fp32, BF16), (ProductFormat.mxfp8, ProductFormat.fp32)],
+    [(GemmFormat.fp32, BF16), (GemmFormat.mxfp8, GemmFormat.fp32)],
 )
-def test_what_is_not_quantized_has_one_format(format: ProductFormat, other: ProductFormat) -> None:
+def test_what_is_not_quantized_has_one_format(format: GemmFormat, other: GemmFormat) -> None:
     (found,) = problems(PrecisionRule(format=other), format=format)
-    nearest = "fp32" if format is ProductFormat.fp32 else "bf16"
+    nearest = "fp32" if format is GemmFormat.fp32 else "bf16"
     assert (found.path, found.nearest) == ("precision.exceptions.0.format", nearest)
 
 
 def gather_problems(**sections: Any) -> list[str]:
-    precision = Precision(format=ProductFormat.fp8_tensorwise, fp8_param_gather=True)
+    precision = Precision(format=GemmFormat.fp8_tensorwise, fp8_param_gather=True)
     job = tiny_job("M-*", **{"precision": precision, **sections})
     found = [one for rule in PRECISION_RULES for one in rule(job, 1)]
     assert {(one.path, one.nearest) for one in found} <= {("precision.fp8_param_gather", "false")}
     return [one.rule for one in found]
 
 
-def kept(format: ProductFormat, **options: Any) -> Precision:
+def kept(format: GemmFormat, **options: Any) -> Precision:
     return Precision(format=format, fp8_param_gather=True, **options)
 
 
@@ -77,10 +77,10 @@ def kept(format: ProductFormat, **options: Any) -> Precision:
     [
         ({"parallel": Parallel(distributed_optimizer=False)}, "distributed_optimizer=true"),
         ({"parallel": Parallel(fsdp=True)}, "fsdp=false"),
-        ({"precision": kept(ProductFormat.mxfp8)}, "fp8_tensorwise or fp8_blockwise"),
+        ({"precision": kept(GemmFormat.mxfp8)}, "fp8_tensorwise or fp8_blockwise"),
         ({"precision": kept(BF16)}, "fp8_tensorwise or fp8_blockwise"),
         (
-            {"precision": kept(ProductFormat.fp8_blockwise, unquantized=NumberFormat.fp32)},
+            {"precision": kept(GemmFormat.fp8_blockwise, unquantized=NumberFormat.fp32)},
             "unquantized=bf16",
         ),
         ({"optimizer": AdamW(first_moment=MomentFormat.bfloat16)}, "lowered is first_moment"),
@@ -96,5 +96,5 @@ def test_weights_in_fp8_are_refused_where_megatron_does_not_gather_them(
 
 def test_weights_in_fp8_may_be_those_of_exceptions() -> None:
     assert gather_problems() == []
-    exceptions = [PrecisionRule(format=ProductFormat.fp8_blockwise, modules=["mlp"])]
-    assert gather_problems(precision=kept(ProductFormat.mxfp8, exceptions=exceptions)) == []
+    exceptions = [PrecisionRule(format=GemmFormat.fp8_blockwise, modules=["mlp"])]
+    assert gather_problems(precision=kept(GemmFormat.mxfp8, exceptions=exceptions)) == []

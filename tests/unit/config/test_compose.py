@@ -120,7 +120,7 @@ def test_a_setting_of_another_choice_is_named_as_such() -> None:
 
 
 def test_without_an_experiment_all_missing_values_are_listed() -> None:
-    with pytest.raises(ConfigError, match="hybrid-train recipes") as error:
+    with pytest.raises(ConfigError, match="hybrid-train experiments") as error:
         compose("train", ["parallel.expert=0"])
     found = {problem.path: problem.rule for problem in error.value.problems}
     (unset,) = (path for path, rule in found.items() if rule == "are not set")

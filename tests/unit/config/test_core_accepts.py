@@ -1,4 +1,4 @@
-"""What the checks let pass, Megatron-Core builds; what they refuse, their nearest value mends.
+"""What the checks let pass, Megatron-Core builds; what they refuse, their nearest value fixes.
 
 Each example is a run of up to some dozen processes. This process is one of them, in a group whose
 collectives do nothing (torch's own fake backend): that is enough to build the groups, the config

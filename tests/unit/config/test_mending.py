@@ -154,11 +154,11 @@ def test_all_that_is_offered_makes_a_job_pass_in_one_line_for_one_wrong_value(
     for seed in range(draws):
         job, started, told = drawn(name, f"{name}/{number}/{seed}", number)
         found = list(checks.check(job, started))
-        unmended = {one.path for one in found if one.nearest is None and not one.along}
+        unfixed = {one.path for one in found if one.nearest is None and not one.along}
         left = checks.check(*taken(job, started, found)) if found else ()
-        assert not [str(one) for one in left if one.path not in unmended], told
+        assert not [str(one) for one in left if one.path not in unfixed], told
         # A ramp that is set needs two settings more.
-        if number == 1 and not unmended and "batch_ramp.tokens" not in told[0]:
+        if number == 1 and not unfixed and "batch_ramp.tokens" not in told[0]:
             assert len(found) <= 1, (told, found)
 
 

@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_composed_is_left_out_of_the_table_and_told(
 ) -> None:
     folder = written(project / "conf", "experiment/half", "# @package _global_\nmodel: {mlp: 1}\n")
     (folder / "experiment" / "broken.yaml").write_text("- a\n")
-    assert cli.main(["recipes"]) == 0
+    assert cli.main(["experiments"]) == 0
     text = capsys.readouterr().out
     assert "\nquickstart " in text
     assert f"broken is left out: {folder}/experiment/broken.yaml" in text

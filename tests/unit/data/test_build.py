@@ -44,12 +44,12 @@ def build(run: TrainJob) -> RunData:
 
 
 def loader(found: RunData, rank: int = 0, size: int = 1, tokens_seen: int = 0) -> Loader:
-    stretch = found.plans[0].stretch
-    return found.loader(stretch, data_rank=rank, data_size=size, tokens_seen=tokens_seen)
+    phase_span = found.plans[0].phase_span
+    return found.loader(phase_span, data_rank=rank, data_size=size, tokens_seen=tokens_seen)
 
 
 def validation(found: RunData, rank: int = 0, size: int = 1) -> Validation:
-    one = found.validation(found.plans[0].stretch, data_rank=rank, data_size=size)
+    one = found.validation(found.plans[0].phase_span, data_rank=rank, data_size=size)
     assert one is not None
     return one
 
@@ -130,7 +130,7 @@ def test_the_unigram_loss_lies_between_zero_and_a_uniform_guess(corpus: Data) ->
 
 def test_a_run_may_go_without_validation(corpus: Data) -> None:
     found = build(job(Data(train=corpus.train, tokenizer=corpus.tokenizer)))
-    assert found.validation(found.plans[0].stretch, data_rank=0, data_size=1) is None
+    assert found.validation(found.plans[0].phase_span, data_rank=0, data_size=1) is None
     assert found.unigram_cross_entropy is None
     assert "none" in found.description()[-1]
 

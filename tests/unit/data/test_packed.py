@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_train.data.documents import Piece
+from hybrid_train.data.documents import Span
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.packing import (
-    PackedPlace,
+    PackedPosition,
     PackedRows,
     Packing,
 )
@@ -22,18 +22,20 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60).filter(lambda fo
 
 
 def packed(
-    lengths: list[int], length: int = 16, longest: int = 16, begin: PackedPlace | None = None
+    lengths: list[int], length: int = 16, longest: int = 16, begin: PackedPosition | None = None
 ) -> PackedRows:
     documents = listed(*lengths)
     packing = Packing(length, longest, padding=0)
-    return PackedRows(documents, packing, key=(1, "a"), cache=NOWHERE, begin=begin or PackedPlace())
+    return PackedRows(
+        documents, packing, key=(1, "a"), cache=NOWHERE, begin=begin or PackedPosition()
+    )
 
 
-def pieces(rows: PackedRows, first: int, last: int) -> list[Piece]:
-    return [piece for row in range(first, last) for piece in rows.pieces(row)]
+def spans(rows: PackedRows, first: int, last: int) -> list[Span]:
+    return [span for row in range(first, last) for span in rows.spans(row)]
 
 
-def labels(found: list[Piece]) -> Counter[tuple[int, int]]:
+def labels(found: list[Span]) -> Counter[tuple[int, int]]:
     """Each token that is a label, as document and place."""
     return Counter((one.document, t) for one in found for t in range(one.start + 1, one.stop))
 
@@ -45,14 +47,14 @@ def all_labels(lengths: list[int]) -> Counter[tuple[int, int]]:
 @given(LENGTHS)
 def test_every_label_comes_once_an_epoch(lengths: list[int]) -> None:
     rows = packed(lengths)
-    assert labels(pieces(rows, 0, rows.first_epoch())) == all_labels(lengths)
+    assert labels(spans(rows, 0, rows.first_epoch())) == all_labels(lengths)
 
 
 @given(LENGTHS)
 def test_documents_that_fit_are_whole_and_rows_are_not_overfull(lengths: list[int]) -> None:
     rows = packed(lengths)
     for row in range(rows.first_epoch()):
-        found = rows.pieces(row)
+        found = rows.spans(row)
         assert sum(one.stop - one.start - 1 for one in found) <= 16
         for one in found:
             if lengths[one.document] <= 17:
@@ -62,7 +64,7 @@ def test_documents_that_fit_are_whole_and_rows_are_not_overfull(lengths: list[in
 def test_a_row_holds_the_tokens_of_its_pieces() -> None:
     rows = packed(random_lengths(60, 20))
     for row in range(10):
-        fields, found = rows.fill(row), rows.pieces(row)
+        fields, found = rows.fill(row), rows.spans(row)
         expected = [
             1000 * one.document + t for one in found for t in range(one.start, one.stop - 1)
         ]
@@ -76,7 +78,7 @@ def test_a_row_holds_the_tokens_of_its_pieces() -> None:
 
 def test_long_documents_can_be_cut_shorter_than_a_row() -> None:
     rows = packed([200], length=64, longest=8)
-    found = pieces(rows, 0, rows.first_epoch())
+    found = spans(rows, 0, rows.first_epoch())
     assert max(one.stop - one.start - 1 for one in found) == 8
     assert labels(found) == all_labels([200])
 
@@ -89,7 +91,7 @@ def test_a_phase_with_other_rows_goes_on_without_loss(
 ) -> None:
     first = packed(lengths)
     second = packed(lengths, second_length, second_length, begin=first.end(first_rows))
-    read = labels(pieces(first, 0, first_rows)) + labels(pieces(second, 0, second_rows))
+    read = labels(spans(first, 0, first_rows)) + labels(spans(second, 0, second_rows))
     end = second.end(second_rows)
     rest = labels(list(end.left_over))
     # What was read and what is left of the window are whole windows of whole epochs.
@@ -102,21 +104,21 @@ def test_a_phase_with_other_rows_goes_on_without_loss(
 def test_windows_of_a_large_source_follow_each_other() -> None:
     lengths = random_lengths(10_000, 20)
     rows = packed(lengths)
-    assert labels(pieces(rows, 0, rows.first_epoch())) == all_labels(lengths)
+    assert labels(spans(rows, 0, rows.first_epoch())) == all_labels(lengths)
     middle = rows.end(300)
     later = packed(lengths, begin=middle)
     assert middle.window == 1
-    found = labels(pieces(rows, 0, 300)) + labels(pieces(later, 0, later.first_epoch()))
+    found = labels(spans(rows, 0, 300)) + labels(spans(later, 0, later.first_epoch()))
     assert found == all_labels(lengths)
 
 
 def test_rows_are_full_where_there_are_short_documents() -> None:
     lengths = np.random.default_rng(0).lognormal(6, 1.2, 4096).astype(int).clip(2, 100_000)
     rows = packed(lengths.tolist(), 4096, 4096)
-    taken = [sum(one.stop - one.start - 1 for one in rows.pieces(row)) for row in range(200)]
+    taken = [sum(one.stop - one.start - 1 for one in rows.spans(row)) for row in range(200)]
     assert np.mean(taken) > 0.99 * 4096
 
 
 def test_documents_without_anything_to_predict_are_refused() -> None:
     with pytest.raises(UserError, match="no document of two tokens"):
-        packed([1, 1, 1]).pieces(0)
+        packed([1, 1, 1]).spans(0)

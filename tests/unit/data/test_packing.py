@@ -18,74 +18,74 @@ def lengths(smallest: int = 1, most: int = 60) -> st.SearchStrategy[NDArray[np.i
     return sizes.map(lambda values: np.array(values, dtype=np.int64))
 
 
-def loads(pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+def loads(spans: NDArray[np.int64]) -> NDArray[np.int64]:
     """Places taken in each row."""
-    return np.bincount(best_fit(pieces, ROW), weights=pieces).astype(np.int64)
+    return np.bincount(best_fit(spans, ROW), weights=spans).astype(np.int64)
 
 
-def first_fit(pieces: NDArray[np.int64]) -> int:
+def first_fit(spans: NDArray[np.int64]) -> int:
     """Rows that first-fit decreasing uses."""
     rows: list[int] = []
-    for piece in sorted(pieces.tolist(), reverse=True):
+    for span in sorted(spans.tolist(), reverse=True):
         for number, taken in enumerate(rows):
-            if taken + piece <= ROW:
-                rows[number] += piece
+            if taken + span <= ROW:
+                rows[number] += span
                 break
         else:
-            rows.append(piece)
+            rows.append(span)
     return len(rows)
 
 
-def fewest(pieces: list[int], room: tuple[int, ...] = ()) -> int:
+def fewest(spans: list[int], room: tuple[int, ...] = ()) -> int:
     """Rows that suffice, found by trying everything."""
-    if not pieces:
+    if not spans:
         return len(room)
-    piece, rest = pieces[0], pieces[1:]
-    counts = [fewest(rest, (*room, ROW - piece))]
+    span, rest = spans[0], spans[1:]
+    counts = [fewest(rest, (*room, ROW - span))]
     for place, left in enumerate(room):
-        if piece <= left and left not in room[:place]:
-            changed = (*room[:place], left - piece, *room[place + 1 :])
+        if span <= left and left not in room[:place]:
+            changed = (*room[:place], left - span, *room[place + 1 :])
             counts.append(fewest(rest, changed))
     return min(counts)
 
 
 @given(lengths())
 def test_every_piece_is_in_one_row_and_no_row_is_overfull_or_skipped(
-    pieces: NDArray[np.int64],
+    spans: NDArray[np.int64],
 ) -> None:
-    taken = loads(pieces)
-    assert taken.sum() == pieces.sum()
-    assert len(best_fit(pieces, ROW)) == len(pieces)
+    taken = loads(spans)
+    assert taken.sum() == spans.sum()
+    assert len(best_fit(spans, ROW)) == len(spans)
     assert all(0 < load <= ROW for load in taken)
 
 
 @given(lengths())
-def test_no_two_rows_could_be_one(pieces: NDArray[np.int64]) -> None:
-    taken = np.sort(loads(pieces))
+def test_no_two_rows_could_be_one(spans: NDArray[np.int64]) -> None:
+    taken = np.sort(loads(spans))
     assert len(taken) < 2 or taken[0] + taken[1] > ROW
 
 
 @given(lengths(smallest=ROW // 6))
 def test_pieces_of_a_sixth_and_more_take_no_more_rows_than_by_first_fit(
-    pieces: NDArray[np.int64],
+    spans: NDArray[np.int64],
 ) -> None:
     """Johnson et al. 1974; smaller ones can take one more."""
-    assert len(loads(pieces)) <= first_fit(pieces)
+    assert len(loads(spans)) <= first_fit(spans)
 
 
 @given(lengths(most=8))
-def test_few_pieces_take_at_most_a_row_more_than_they_must(pieces: NDArray[np.int64]) -> None:
-    assert len(loads(pieces)) <= fewest(sorted(pieces.tolist(), reverse=True)) + 1
+def test_few_pieces_take_at_most_a_row_more_than_they_must(spans: NDArray[np.int64]) -> None:
+    assert len(loads(spans)) <= fewest(sorted(spans.tolist(), reverse=True)) + 1
 
 
 @given(lengths(), st.randoms(use_true_random=False))
 def test_the_order_of_pieces_changes_which_but_not_how_full(
-    pieces: NDArray[np.int64], random: object
+    spans: NDArray[np.int64], random: object
 ) -> None:
-    shuffled = pieces.tolist()
+    shuffled = spans.tolist()
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     other = loads(np.array(shuffled, dtype=np.int64))
-    assert Counter(loads(pieces).tolist()) == Counter(other.tolist())
+    assert Counter(loads(spans).tolist()) == Counter(other.tolist())
 
 
 def test_ties_go_to_what_came_first() -> None:
@@ -94,7 +94,7 @@ def test_ties_go_to_what_came_first() -> None:
 
 
 def test_the_fullest_row_with_room_is_taken() -> None:
-    # 5 is left beside 5 and 4 beside 6: the last piece fits either and goes where less is left.
+    # 5 is left beside 5 and 4 beside 6: the last span fits either and goes where less is left.
     assert best_fit(np.array([5, 6, 4]), 10).tolist() == [1, 0, 0]
 
 
@@ -110,7 +110,7 @@ def test_no_pieces_need_no_rows() -> None:
 
 @pytest.mark.parametrize("median", [100, 400, 1500])
 def test_rows_of_realistic_documents_are_full(median: int) -> None:
-    """Log-normal lengths, cut at the row, in windows of 4096 pieces."""
+    """Log-normal lengths, cut at the row, in windows of 4096 spans."""
     row = 4096
     sizes = np.random.default_rng(0).lognormal(np.log(median), 1.2, 4096).astype(int)
     sizes = np.clip(sizes, 1, row)
@@ -119,17 +119,17 @@ def test_rows_of_realistic_documents_are_full(median: int) -> None:
 
 @given(st.lists(st.integers(2, 9), max_size=6), st.integers(0, 5))
 def test_a_row_gives_back_its_pieces_and_counts_only_them(sizes: list[int], extra: int) -> None:
-    pieces = [np.arange(100 * number, 100 * number + n) for number, n in enumerate(sizes)]
+    spans = [np.arange(100 * number, 100 * number + n) for number, n in enumerate(sizes)]
     taken = sum(sizes) - len(sizes)
-    row = fill_row(pieces, taken + extra, pad_id=7)
+    row = fill_row(spans, taken + extra, pad_id=7)
     assert row["loss_weights"].sum() == taken
-    for number, piece in enumerate(pieces):
+    for number, span in enumerate(spans):
         own = row["sequence_index"] == number
-        assert row["tokens"][own].tolist() == piece[:-1].tolist()
-        assert row["labels"][own].tolist() == piece[1:].tolist()
-        assert row["position_ids"][own].tolist() == list(range(len(piece) - 1))
+        assert row["tokens"][own].tolist() == span[:-1].tolist()
+        assert row["labels"][own].tolist() == span[1:].tolist()
+        assert row["position_ids"][own].tolist() == list(range(len(span) - 1))
         assert row["loss_weights"][own].all()
-    padding = row["sequence_index"] == len(pieces)
+    padding = row["sequence_index"] == len(spans)
     assert (row["padding"] == padding).all()
     assert padding.sum() == extra
     assert (row["tokens"][padding] == 7).all()

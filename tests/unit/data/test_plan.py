@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hybrid_train.data.documents import Joined, Piece
+from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.plan import (
     Opened,
@@ -42,22 +42,22 @@ def plans(
     return plan_phases(lay_out(job), opened(), ["a", "b"])
 
 
-def rows(plan: PhasePlan) -> list[tuple[str, list[Piece]]]:
+def rows(plan: PhasePlan) -> list[tuple[str, list[Span]]]:
     return [
-        (plan.draws[plan.mixture.origin(row).source].source, plan.mixture.pieces(row))
-        for row in range(plan.stretch.length.sequences)
+        (plan.draws[plan.mixture.origin(row).source].source, plan.mixture.spans(row))
+        for row in range(plan.phase_span.length.sequences)
     ]
 
 
 def labels(found: list[PhasePlan], name: str) -> Counter[tuple[int, int]]:
     """How often each token of a source is a label."""
     return Counter(
-        (piece.document, t)
+        (span.document, t)
         for plan in found
-        for source, pieces in rows(plan)
+        for source, spans in rows(plan)
         if source == name
-        for piece in pieces
-        for t in range(piece.start, piece.stop)
+        for span in spans
+        for t in range(span.start, span.stop)
     )
 
 
@@ -67,13 +67,13 @@ def test_sources_without_weights_are_drawn_by_size() -> None:
     assert plan.draws[0].share == pytest.approx(share)
     drawn = [source for source, _ in rows(plan)].count("a")
     assert drawn == plan.draws[0].rows
-    assert abs(drawn - share * plan.stretch.length.sequences) < 3
+    assert abs(drawn - share * plan.phase_span.length.sequences) < 3
 
 
 def test_phases_have_their_shares() -> None:
     for plan, share in zip(plans(*PHASES), (0.7, 0.2), strict=True):
         drawn = [source for source, _ in rows(plan)].count("a")
-        assert abs(drawn - share * plan.stretch.length.sequences) < 3
+        assert abs(drawn - share * plan.phase_span.length.sequences) < 3
 
 
 @pytest.mark.parametrize("packing", Packing)
@@ -82,7 +82,7 @@ def test_no_token_is_a_label_twice_before_the_source_is_used_up(packing: Packing
     for name, draw in zip("ab", found[-1].draws, strict=True):
         counts = labels(found, name)
         # A row ends with the token with which the next one begins: once as label, once as input.
-        starts = sum(len(pieces) for plan in found for source, pieces in rows(plan))
+        starts = sum(len(spans) for plan in found for source, spans in rows(plan))
         most = int(np.ceil(draw.epochs))
         repeated = sum(count > most for count in counts.values())
         assert draw.epochs < 2
@@ -109,7 +109,7 @@ def test_epochs_add_up_over_the_phases() -> None:
     found = plans(*PHASES)
     for number, name in enumerate("ab"):
         tokens = sum(
-            plan.draws[number].rows * plan.stretch.job.train.sequence_length for plan in found
+            plan.draws[number].rows * plan.phase_span.job.train.sequence_length for plan in found
         )
         epochs = found[-1].draws[number].epochs
         assert epochs == pytest.approx(tokens / SOURCES[name].tokens, abs=0.01)

@@ -108,9 +108,9 @@ def test_a_resumed_loader_reads_the_same_transformed_rows() -> None:
 def test_several_ranks_read_the_transformed_rows_of_one(size: int, microbatch: int) -> None:
     alone, ranks = loader(), [loader(rank, size, microbatch=microbatch) for rank in range(size)]
     each = 12 // (size * microbatch)
-    together = [next(rank) for _ in range(each) for rank in ranks]
+    all_or_none = [next(rank) for _ in range(each) for rank in ranks]
     expected = rows([next(alone) for _ in range(6)])
-    assert rows(together) == expected
+    assert rows(all_or_none) == expected
     assert len({str(row[2]) for row in expected}) == 12  # no two have the same random numbers
     assert [row[-1] for row in expected] == [START + LENGTH * number for number in range(12)]
 

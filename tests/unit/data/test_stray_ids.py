@@ -37,15 +37,15 @@ def test_a_stray_id_is_named_with_source_file_document_and_place(
     prefix = write_stray(tmp_path / "a", stray, SIZE)
     for name in (prefix, f"file://{prefix}"):  # the second goes through blocks, as over a network
         data = opened(tmp_path, name, name, packing)
-        stretch = data.plans[0].stretch
-        held_out = data.validation(stretch, data_rank=0, data_size=1)
+        phase_span = data.plans[0].phase_span
+        held_out = data.validation(phase_span, data_rank=0, data_size=1)
         assert held_out is not None
         said = (
             rf"^source web: document \d+ of {name} holds token {stray} at place 40, but the "
             rf"vocabulary ends at {SIZE - 1}"
         )
         with pytest.raises(UserError, match=said):
-            list(data.loader(stretch, data_rank=0, data_size=1, tokens_seen=0))
+            list(data.loader(phase_span, data_rank=0, data_size=1, tokens_seen=0))
         with pytest.raises(UserError, match=said):
             list(held_out)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybrid_train.data.documents import Joined
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.stream import Stream, StreamPlace, StreamRows
+from hybrid_train.data.stream import Stream, StreamPosition, StreamRows
 from tests.unit.data.documents import Listed, listed, random_lengths
 
 NOWHERE = IndexCache(None)
@@ -22,8 +22,8 @@ def stream(documents: Joined, seed: int = 1, cache: IndexCache = NOWHERE) -> Str
 
 
 def tokens(source: Stream, first: int, last: int) -> list[int]:
-    pieces = source.pieces(first, last - first)
-    return np.concatenate([source.documents.read(piece) for piece in pieces]).tolist()
+    spans = source.spans(first, last - first)
+    return np.concatenate([source.documents.read(span) for span in spans]).tolist()
 
 
 def inputs(rows: StreamRows, first: int, last: int) -> list[list[int]]:
@@ -80,7 +80,7 @@ PHASES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, 
 @given(PHASES, st.integers(1, 50))
 def test_phases_with_other_rows_lose_no_token(phases: list[tuple[int, int]], window: int) -> None:
     source = stream(listed(*random_lengths(20, 9)))
-    place, read = StreamPlace(), []
+    place, read = StreamPosition(), []
     for count, length in phases:
         rows = StreamRows(source, length=length, begin=place, window=window)
         read += [t for row in inputs(rows, 0, count) for t in row]
@@ -149,7 +149,7 @@ def test_a_large_index_is_kept_on_disk_under_what_it_depends_on(tmp_path: Path) 
     assert tokens(stream(large, cache=cache), 0, 500) == tokens(stream(large), 0, 500)
     changed = listed(*random_lengths(60, 20, seed=7))
     assert tokens(stream(changed, cache=cache), 0, 500) == tokens(stream(changed), 0, 500)
-    stream(large, seed=2, cache=cache).pieces(0, 1)
+    stream(large, seed=2, cache=cache).spans(0, 1)
     assert len(list(tmp_path.iterdir())) == 3
     assert kept.exists()
 
@@ -177,6 +177,6 @@ def test_an_index_that_was_half_written_is_not_taken_for_whole(
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", killed)
         with pytest.raises(KeyboardInterrupt):
-            stream(documents, cache=cache).pieces(0, 1)
+            stream(documents, cache=cache).spans(0, 1)
     assert list(tmp_path.iterdir()) == []
     assert tokens(stream(documents, cache=cache), 0, 99) == tokens(stream(documents), 0, 99)

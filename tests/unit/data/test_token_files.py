@@ -40,11 +40,11 @@ def write_theirs(prefix: Path, written: list[np.ndarray], per_document: int = 1)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("stretch", [7, 2**20])
+@pytest.mark.parametrize("span", [7, 2**20])
 def test_megatron_reads_what_we_write(
-    tmp_path: Path, dtype: np.dtype, stretch: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: np.dtype, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_files, "_STRETCH", stretch)
+    monkeypatch.setattr(token_files, "_SPAN", span)
     written = documents(dtype)
     write_ours(tmp_path / "a", written)
     theirs = IndexedDataset(str(tmp_path / "a"))

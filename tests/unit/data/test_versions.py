@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hybrid_train.data.versions import versions_of
+from hybrid_train.jobs.study_stages import versions_of
 from hybrid_train.schema.data import Data, Quickstart, Source
 from hybrid_train.schema.job_roots import GenerateJob
 from hybrid_train.schema.train import TrainJob

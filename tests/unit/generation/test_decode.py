@@ -20,7 +20,7 @@ from hybrid_train.schema.model import (
     Model,
     Moe,
 )
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.runtime import Kernels, Runtime
 from hybrid_train.schema.train import Train, TrainJob
 from tests.sampled import sampled
@@ -51,12 +51,12 @@ def build() -> Iterator[Build]:
         from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
         from hybrid_train.model.build import build_model
 
-        job = TrainJob(runtime=runtime, precision=Precision(format=ProductFormat.fp32))
+        job = TrainJob(runtime=runtime, precision=Precision(format=GemmFormat.fp32))
         groups = build_groups(job.parallel, timeout_s=60)
 
         @cache
         def build(
-            pattern: str, number_format: ProductFormat = ProductFormat.fp32, unequal: bool = False
+            pattern: str, number_format: GemmFormat = GemmFormat.fp32, unequal: bool = False
         ) -> "Hybrid":
             job = tiny_job(pattern, number_format)
             job.model.layers = UNEQUAL if unequal else []
@@ -72,7 +72,7 @@ def build() -> Iterator[Build]:
         destroy_groups()
 
 
-def tiny_job(pattern: str, number_format: ProductFormat) -> TrainJob:
+def tiny_job(pattern: str, number_format: GemmFormat) -> TrainJob:
     return TrainJob(
         run_dir="unused",
         train=Train(tokens="1M", sequence_length=64, global_batch=1),
@@ -173,7 +173,7 @@ def test_two_caches_used_in_turn_do_not_disturb_each_other(build: Build) -> None
 
 
 def test_the_ssm_state_of_a_bfloat16_model_is_float32(build: Build) -> None:
-    model = build("M*", ProductFormat.bf16)
+    model = build("M*", GemmFormat.bf16)
     tokens = some_tokens(model, batch=2, length=9)
     from hybrid_train.generation.decode import Cache
 

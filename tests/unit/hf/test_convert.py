@@ -11,7 +11,7 @@ from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.hf.read import INDEX, Folder, import_folder
 from hybrid_train.hf.verify import differences
 from hybrid_train.hf.write import Weights, export_checkpoint, open_checkpoint
-from hybrid_train.schema.precision import ProductFormat
+from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import UserError
 from tests.hf_folders import SHAPES, VOCAB, folder_of, read_files, write_files
 
@@ -73,7 +73,7 @@ def test_a_cast_is_done_and_its_loss_is_said(
     with caplog.at_level(logging.WARNING):
         import_folder(source, tmp_path / "run", torch.bfloat16)
     assert "the cast to bfloat16 is lossy" in caplog.text
-    assert open_checkpoint(tmp_path / "run").job.precision.format is ProductFormat.bf16
+    assert open_checkpoint(tmp_path / "run").job.precision.format is GemmFormat.bf16
     caplog.clear()
     export_checkpoint(tmp_path / "run", tmp_path / "out", torch.float32, HUGE)
     assert "lossy" not in caplog.text

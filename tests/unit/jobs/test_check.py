@@ -376,15 +376,15 @@ def test_formats_are_shown_where_something_is_quantized_and_again_where_a_phase_
     phases = "[{name: a}, {name: heal, start: 50%, precision_exceptions: [{format: bf16}]}]"
     tiny = ("experiment=tiny_cpu", "processes=1")
     text = plan(capsys, *tiny, "precision=mxfp8", f"train.phases={phases}")
-    first, healed = text.split("Formats of the matrix products")[1:]
+    first, healed = text.split("Formats of the GEMMs")[1:]
     assert "mamba.in_proj" in first
     assert "mxfp8" in first
     assert "from phase heal on" in healed
     assert "exception 0: everything" in healed
-    healed, notes = healed.split("a GPU that computes quantized products would refuse it")
+    healed, notes = healed.split("a GPU that computes quantized GEMMs would refuse it")
     assert "mxfp8" not in healed
     assert "mamba.in_proj in mxfp8 on a GPU" in notes
-    assert "Formats of the matrix products" not in plan(capsys, *tiny, "precision=bf16")
+    assert "Formats of the GEMMs" not in plan(capsys, *tiny, "precision=bf16")
 
 
 def test_weights_that_are_kept_in_fp8_are_counted_in_each_phase(
@@ -394,7 +394,7 @@ def test_weights_that_are_kept_in_fp8_are_counted_in_each_phase(
     words = ("experiment=tiny_cpu", "processes=1", "precision=fp8_tensorwise")
     words += ("precision.exceptions=[]", "precision.fp8_param_gather=true")
     text = plan(capsys, *words, f"train.phases={phases}")
-    first, healed = text.split("Formats of the matrix products")[1:]
+    first, healed = text.split("Formats of the GEMMs")[1:]
     # The nine of MTP stay in bfloat16.
     assert said(first, "FP8 parameters:") == "weights of 12 of 21 linear layers, kept and gathered"
     assert "FP8 parameters" not in healed

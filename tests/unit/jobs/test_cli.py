@@ -71,8 +71,8 @@ def test_info_says_where_the_config_comes_from(capsys: pytest.CaptureFixture[str
     assert cli.main(["train", "--info", "config", QUICKSTART, "run_dir=a(1)"]) == 0
 
 
-def test_recipes_lists_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, "recipes")
+def test_experiments_lists_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "experiments")
     for file in (conf_dir() / "experiment").glob("*.yaml"):
         tokens = draft("train", [f"experiment={file.stem}"]).config.train.tokens
         assert re.search(rf"^{file.stem} +\S+ +\S+ +{tokens} ", text, re.MULTILINE)
@@ -87,7 +87,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("trian",), "there is no command 'trian'; did you mean train?"),
         (("tokenize",), "did you mean data tokenize?"),
-        (("recipe",), "did you mean recipes?"),
+        (("experiment",), "did you mean experiments?"),
         ((QUICKSTART,), "the command comes first: hybrid-train train experiment=quickstart"),
         (("train", "quickstart"), "nearest: experiment=quickstart"),
         (("train", "experiment=quikstart"), "nearest: quickstart"),
@@ -98,7 +98,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("--multirun",), "which command?"),
         (("train", "--force"), "unrecognized arguments: --force"),
         (("train", "--cfg", "jobs"), "invalid choice: 'jobs'"),
-        (("recipes", "a=1"), "recipes takes no settings"),
+        (("experiments", "a=1"), "experiments takes no settings"),
         (("train", QUICKSTART, "trian.tokens=1"), "nearest: train.tokens=1"),
         (("train", QUICKSTART, "trian.tokens=1", "--cfg", "job"), "nearest: train.tokens=1"),
         (("train", "trian.tokens=1", "--help"), "nearest: train.tokens=1"),
@@ -112,7 +112,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", "--resolve"), "--resolve belongs to --cfg"),
         (("train", "--cfg", "job", "--multirun"), "--cfg and --multirun do not go together"),
         (("train", "--json"), "train has no option --json; check, status, doctor have"),
-        (("recipes", "--cfg", "job"), "recipes has no option --cfg"),
+        (("experiments", "--cfg", "job"), "experiments has no option --cfg"),
         (("train", "--config-name", "x"), "a file of your own is experiment=NAME"),
         (("train", "-cn", "x"), "there is no option --config-name"),
         (("train", "-cp", "x"), "use --config-dir PATH"),

@@ -51,7 +51,7 @@ def test_a_run_without_an_end_runs_as_long_as_it_gives_signs_of_life(tmp_path: P
     assert running.goodput is not None
     assert running.goodput.wall_s == pytest.approx(40)
     dead = look(folder, now=START + 4000)
-    assert (dead.state, dead.seconds_left) == ("no sign of life", None)
+    assert (dead.state, dead.seconds_left) == ("no heartbeat", None)
     assert dead.why.startswith("for 1h06m; a step took 0.5 s")
     assert dead.goodput is not None
     assert dead.goodput.wall_s == pytest.approx(25)  # nobody knows of more
@@ -80,7 +80,7 @@ def test_slow_steps_give_a_run_more_time(tmp_path: Path) -> None:
     metrics.write_text(metrics.read_text().replace('"step_time_s": 0.5', '"step_time_s": 90.0'))
     silent_since(folder, START + 25)
     assert look(folder, now=START + 1500).state == "running"
-    assert look(folder, now=START + 2500).state == "no sign of life"
+    assert look(folder, now=START + 2500).state == "no heartbeat"
 
 
 def test_a_submitted_run_has_not_started(tmp_path: Path) -> None:

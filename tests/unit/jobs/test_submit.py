@@ -204,7 +204,7 @@ def submitted(
     monkeypatch.setattr(submit, "partitions", partition)
     monkeypatch.setattr(submit, "require_acceptable", lambda script: None)
     monkeypatch.setattr(submit, "submit", lambda script: "17")
-    monkeypatch.setattr(submit, "state", lambda job: "RUNNING" if job == "17" else None)
+    monkeypatch.setattr(submit, "job_state", lambda job: "RUNNING" if job == "17" else None)
     monkeypatch.setenv("WANDB_API_KEY", "dGhpcyBpcyBhIHNlY3JldA")
     run_dir = tmp_path / "run"
     words = [*TINY, f"run_dir={run_dir}", "cluster.time_limit=30"]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
@@ -20,7 +20,7 @@ pytestmark = MEGATRON_WARNINGS
 def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
     groups: Any, in_fp32: bool, kept_in: torch.dtype
 ) -> None:
-    precision = Precision(format=ProductFormat.bf16, reduce_gradients_in_fp32=in_fp32)
+    precision = Precision(format=GemmFormat.bf16, reduce_gradients_in_fp32=in_fp32)
     engine = tiny_engine(tiny_job(precision=precision), groups)
     batches = microbatches(some_rows(), 2)
     losses = [engine.step(batches, tokens_seen=0).loss for _ in range(8)]
@@ -33,7 +33,7 @@ def test_gradients_of_bf16_weights_are_reduced_in_the_asked_format(
 
 
 def test_decay_rates_and_counts_stay_in_float32(groups: Any) -> None:
-    engine = tiny_engine(tiny_job(precision=Precision(format=ProductFormat.bf16)), groups)
+    engine = tiny_engine(tiny_job(precision=Precision(format=GemmFormat.bf16)), groups)
     (wrapped,) = engine.network.chunks
     kept = {
         name.rpartition(".")[2]
@@ -46,7 +46,7 @@ def test_decay_rates_and_counts_stay_in_float32(groups: Any) -> None:
 def test_their_first_values_are_not_rounded(groups: Any) -> None:
     half, full = (
         tiny_engine(tiny_job(precision=Precision(format=format)), groups)
-        for format in (ProductFormat.bf16, ProductFormat.fp32)
+        for format in (GemmFormat.bf16, GemmFormat.fp32)
     )
     precise = dict(full.network.chunks[0].module.named_parameters())
     for name, weight in half.network.chunks[0].module.module.named_parameters():
@@ -56,7 +56,7 @@ def test_their_first_values_are_not_rounded(groups: Any) -> None:
 
 def test_a_bf16_model_counts_the_tokens_of_experts_beyond_256(groups: Any) -> None:
     # bfloat16 has 8 digits: 256 + 1 is 256 there, and 1,000 + 9 is 1,008.
-    job = tiny_job("E", precision=Precision(format=ProductFormat.bf16))
+    job = tiny_job("E", precision=Precision(format=GemmFormat.bf16))
     engine = tiny_engine(job, groups)
     sequences = 160
     engine.step(microbatches(some_rows(), 2), tokens_seen=0, sequences=sequences)

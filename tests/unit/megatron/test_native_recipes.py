@@ -20,10 +20,10 @@ from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import (
     AmaxChoice,
     Backend,
+    GemmFormat,
     GradientElement,
     Precision,
     PrecisionRule,
-    ProductFormat,
 )
 from hybrid_train.schema.train import TrainJob
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job
@@ -69,12 +69,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expected(job: TrainJob) -> dict[Linear, str | None]:
     """The key of the recipe of every linear layer, from the formats that the job asks for."""
-    plain = (ProductFormat.fp32, ProductFormat.bf16)
+    plain = (GemmFormat.fp32, GemmFormat.bf16)
     keys: dict[Linear, str | None] = {}
     for linear, formats in formats_of(job.model, job.precision).items():
         (format,) = set(formats.formats.values())
         keys[linear] = "unquantized" if format in plain else format.value
-        if format is ProductFormat.fp8_delayed:  # by the region around the whole pass
+        if format is GemmFormat.fp8_delayed:  # by the region around the whole pass
             keys[linear] = None
     return keys
 
@@ -128,11 +128,11 @@ def test_layers_by_number_are_found_on_their_stage(told: None) -> None:
     rules = [
         PrecisionRule(format=format, layers=str(layer))
         for layer, format in enumerate(
-            [ProductFormat.bf16, ProductFormat.mxfp8, ProductFormat.fp8_blockwise] * 2, start=1
+            [GemmFormat.bf16, GemmFormat.mxfp8, GemmFormat.fp8_blockwise] * 2, start=1
         )
     ]
     job = super_job(EVERYWHERE, pipeline=2, virtual=2)
-    job.precision = Precision(format=ProductFormat.nvfp4, exceptions=rules)
+    job.precision = Precision(format=GemmFormat.nvfp4, exceptions=rules)
     assert keys_of(job) == expected(job)
 
 
@@ -140,8 +140,8 @@ def test_the_depths_of_mtp_are_told_apart(told: None) -> None:
     """Core numbers them from 1 while it builds and from 0 after."""
     job = super_job("M*/*E/*E")
     job.model.mtp = Mtp(repeated_block=False)
-    rules = [PrecisionRule(format=ProductFormat.bf16, modules=["mtp.eh_proj", "mtp.moe"])]
-    job.precision = Precision(format=ProductFormat.mxfp8, exceptions=rules)
+    rules = [PrecisionRule(format=GemmFormat.bf16, modules=["mtp.eh_proj", "mtp.moe"])]
+    job.precision = Precision(format=GemmFormat.mxfp8, exceptions=rules)
     found = keys_of(job)
     assert found == expected(job)
     assert {linear.depth for linear in found} == {0, 1, 2}
@@ -149,9 +149,9 @@ def test_the_depths_of_mtp_are_told_apart(told: None) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [ProductFormat.fp8_tensorwise, ProductFormat.fp8_blockwise, ProductFormat.mxfp8],
+    [GemmFormat.fp8_tensorwise, GemmFormat.fp8_blockwise, GemmFormat.mxfp8],
 )
-def test_core_takes_fp8_for_the_whole_model(told: None, format: ProductFormat) -> None:
+def test_core_takes_fp8_for_the_whole_model(told: None, format: GemmFormat) -> None:
     job = super_job(EVERYWHERE)
     job.model.hidden_size = 32
     job.precision = Precision(format=format)
@@ -160,8 +160,8 @@ def test_core_takes_fp8_for_the_whole_model(told: None, format: ProductFormat) -
 
 def test_layers_of_delayed_scaling_are_left_to_the_region_around_them(told: None) -> None:
     job = super_job("MEM*M-E*")
-    rule = PrecisionRule(format=ProductFormat.bf16, layers="first 2")
-    job.precision = Precision(format=ProductFormat.fp8_delayed, exceptions=[rule])
+    rule = PrecisionRule(format=GemmFormat.bf16, layers="first 2")
+    job.precision = Precision(format=GemmFormat.fp8_delayed, exceptions=[rule])
     found = keys_of(job)
     assert found == expected(job)
     assert set(found.values()) == {None, "unquantized"}
@@ -189,15 +189,15 @@ def test_an_unquantized_model_has_no_recipe() -> None:
 
 
 FIELDS = [
-    (Precision(format=ProductFormat.fp8_tensorwise), ("hybrid", "tensorwise")),
+    (Precision(format=GemmFormat.fp8_tensorwise), ("hybrid", "tensorwise")),
     (
-        Precision(format=ProductFormat.fp8_tensorwise, gradient_element=GradientElement.e4m3),
+        Precision(format=GemmFormat.fp8_tensorwise, gradient_element=GradientElement.e4m3),
         ("e4m3", "tensorwise"),
     ),
-    (Precision(format=ProductFormat.fp8_blockwise), ("e4m3", "blockwise")),
-    (Precision(format=ProductFormat.mxfp8), ("e4m3", "mxfp8")),
+    (Precision(format=GemmFormat.fp8_blockwise), ("e4m3", "blockwise")),
+    (Precision(format=GemmFormat.mxfp8), ("e4m3", "mxfp8")),
     (
-        Precision(format=ProductFormat.mxfp8, gradient_element=GradientElement.e5m2),
+        Precision(format=GemmFormat.mxfp8, gradient_element=GradientElement.e5m2),
         ("hybrid", "mxfp8"),
     ),
 ]
@@ -214,7 +214,7 @@ def test_delayed_scaling_reaches_core_by_its_own_fields(told: None) -> None:
     from hybrid_train.megatron.transformer_config import transformer_config
 
     precision = Precision(
-        format=ProductFormat.fp8_delayed, amax_history=7, amax_choice=AmaxChoice.most_recent
+        format=GemmFormat.fp8_delayed, amax_history=7, amax_choice=AmaxChoice.most_recent
     )
     config = transformer_config(tiny_job("M*", precision=precision), on_gpu=False, native=True)
     assert (config.fp8, config.fp8_recipe) == ("hybrid", "delayed")
@@ -223,12 +223,12 @@ def test_delayed_scaling_reaches_core_by_its_own_fields(told: None) -> None:
 
 def test_the_whole_model_has_the_format_that_pads_tokens_of_experts_most() -> None:
     """A format that needs multiples of 128 tokens, beside one of 32 that is the usual one."""
-    rule = PrecisionRule(format=ProductFormat.nvfp4, modules=["moe.experts"])
-    precision = Precision(format=ProductFormat.mxfp8, exceptions=[rule])
+    rule = PrecisionRule(format=GemmFormat.nvfp4, modules=["moe.experts"])
+    precision = Precision(format=GemmFormat.mxfp8, exceptions=[rule])
     assert fields(tiny_job("ME", precision=precision)) == {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
-    rule.format, precision.format = ProductFormat.mxfp8, ProductFormat.fp8_tensorwise
+    rule.format, precision.format = GemmFormat.mxfp8, GemmFormat.fp8_tensorwise
     assert fields(tiny_job("ME", precision=precision))["fp8_recipe"] == "mxfp8"
-    rule.format, precision.format = ProductFormat.fp8_tensorwise, ProductFormat.bf16
+    rule.format, precision.format = GemmFormat.fp8_tensorwise, GemmFormat.bf16
     assert fields(tiny_job("ME", precision=precision))["fp8_recipe"] == "tensorwise"
 
 
@@ -267,9 +267,9 @@ def test_core_is_told_which_weights_to_build_in_fp8() -> None:
 
     from hybrid_train.megatron import native_recipes
 
-    attention = PrecisionRule(format=ProductFormat.mxfp8, modules=["attention"])
-    job = tiny_job("M*M/-", precision=Precision(format=ProductFormat.fp8_tensorwise))
-    job.precision.exceptions = [attention, PrecisionRule(format=ProductFormat.bf16, layers="3")]
+    attention = PrecisionRule(format=GemmFormat.mxfp8, modules=["attention"])
+    job = tiny_job("M*M/-", precision=Precision(format=GemmFormat.fp8_tensorwise))
+    job.precision.exceptions = [attention, PrecisionRule(format=GemmFormat.bf16, layers="3")]
     names = {
         "decoder.layers.0.mixer.in_proj": True,
         "decoder.layers.1.self_attention.linear_qkv": False,  # mxfp8
@@ -338,13 +338,13 @@ def test_a_name_of_a_recipe_becomes_our_object(monkeypatch: pytest.MonkeyPatch) 
 
     made = []
 
-    def recipe(format: ProductFormat, precision: Precision) -> object:
+    def recipe(format: GemmFormat, precision: Precision) -> object:
         made.append((format, precision))
         return object()
 
     monkeypatch.setattr(fp8_utils, "_get_custom_recipe", fp8_utils._get_custom_recipe)
     monkeypatch.setattr(native_recipes.te, "recipe", recipe)
-    precision = Precision(format=ProductFormat.nvfp4, hadamard=False)
+    precision = Precision(format=GemmFormat.nvfp4, hadamard=False)
     patches.for_recipes(native_recipes.recipes(precision))
     assert fp8_utils._get_custom_recipe("nvfp4") is fp8_utils._get_custom_recipe("nvfp4")
-    assert made == [(ProductFormat.nvfp4, precision)]
+    assert made == [(GemmFormat.nvfp4, precision)]

@@ -97,11 +97,11 @@ def test_without_the_index_documents_see_each_other(groups: Any) -> None:
     batch = packed_batch(rows(), LENGTH)
     concatenated = Batch(batch.tokens, batch.labels, batch.loss_weights, batch.position_ids)
     with torch.no_grad():
-        apart, together = (logits_of(model, one) for one in (batch, concatenated))
+        apart, all_or_none = (logits_of(model, one) for one in (batch, concatenated))
     first = slice(0, PLACES[0][0] - DEPTHS)
-    torch.testing.assert_close(apart[:, 0, first], together[:, 0, first])
+    torch.testing.assert_close(apart[:, 0, first], all_or_none[:, 0, first])
     behind = slice(PLACES[0][0], sum(PLACES[0]))
-    assert not torch.isclose(apart[0, 0, behind], together[0, 0, behind]).all(dim=1).any()
+    assert not torch.isclose(apart[0, 0, behind], all_or_none[0, 0, behind]).all(dim=1).any()
 
 
 def gradients(model: Any, total: Tensor) -> dict[str, Tensor]:

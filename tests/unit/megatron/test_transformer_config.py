@@ -9,7 +9,7 @@ import torch
 from hybrid_train.schema.model import Mtp
 from hybrid_train.schema.objective import NextToken
 from hybrid_train.schema.parallel import Parallel
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.tiny import MEGATRON_WARNINGS, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -83,7 +83,7 @@ def test_experts_are_split_as_tensors_are_unless_said(
 
 def test_number_format_decides_the_parameters(config_of: Any) -> None:
     fp32 = config_of(tiny_job("-"))
-    bf16 = config_of(tiny_job("-", precision=Precision(format=ProductFormat.bf16)))
+    bf16 = config_of(tiny_job("-", precision=Precision(format=GemmFormat.bf16)))
     assert (fp32.params_dtype, fp32.bf16) == (torch.float32, False)
     assert (bf16.params_dtype, bf16.bf16) == (torch.bfloat16, True)
 

@@ -32,7 +32,7 @@ for row in written_for.TABLE:
 
 
 def test_the_installed_libraries_are_those_that_our_code_was_written_for() -> None:
-    """Read each again that is listed here, mend ours where needed, then write the new digest."""
+    """Read each again that is listed here, fix ours where needed, then write the new digest."""
     assert to_do(written_for.TABLE) == []
 
 

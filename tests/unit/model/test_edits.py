@@ -62,11 +62,11 @@ def test_each_kind_of_layer_multiplies_the_quantized_masked_weight(groups: Any) 
     from hybrid_train.model.edits import edits_of
     from hybrid_train.precision.operands import quantize_dequantize
     from hybrid_train.precision.recipes import OPERANDS, Operand
-    from hybrid_train.schema.precision import Product
+    from hybrid_train.schema.precision import Gemm
 
     model = model_with(groups, [Masks(), quantized(groups)])
     seen = set()
-    axes = dict(OPERANDS[Product.fprop])
+    axes = dict(OPERANDS[Gemm.fprop])
     for number, kind, module in linears(model):
         if kind not in KINDS:
             continue
@@ -80,7 +80,7 @@ def test_each_kind_of_layer_multiplies_the_quantized_masked_weight(groups: Any) 
             how = edited.emulations[expert]
             masked = weight.detach() * mask_of(weight, number + 100 * expert)
             for operand, value in ((Operand.input, x), (Operand.weight, masked)):
-                scheme = how.scheme(Product.fprop, operand)
+                scheme = how.scheme(Gemm.fprop, operand)
                 assert scheme is not None
                 operands.append(quantize_dequantize(value, scheme, axes[operand]))
             counts = [0] * len(weights)

@@ -9,11 +9,11 @@ from hybrid_train.precision.audit import Audit, Seen
 from hybrid_train.precision.recipes import in_words
 from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.precision import (
+    Gemm,
+    GemmFormat,
     NumberFormat,
     Precision,
     PrecisionRule,
-    Product,
-    ProductFormat,
 )
 from hybrid_train.schema.train import TrainJob
 from tests.sampled import sampled
@@ -21,9 +21,9 @@ from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, 
 
 pytestmark = MEGATRON_WARNINGS
 MIXED = [
-    PrecisionRule(layers="last 1", format=ProductFormat.bf16),
-    PrecisionRule(modules=["mamba.out_proj"], format=ProductFormat.mxfp8),
-    PrecisionRule(modules=["moe.latent"], format=ProductFormat.bf16, products=[Product.wgrad]),
+    PrecisionRule(layers="last 1", format=GemmFormat.bf16),
+    PrecisionRule(modules=["mamba.out_proj"], format=GemmFormat.mxfp8),
+    PrecisionRule(modules=["moe.latent"], format=GemmFormat.bf16, gemms=[Gemm.wgrad]),
 ]
 
 
@@ -49,20 +49,20 @@ def heard(engine: Any) -> Seen:
 
 def asked(job: TrainJob) -> Seen:
     return {
-        (linear, product): {in_words(format, product, job.precision)}
+        (linear, gemm): {in_words(format, gemm, job.precision)}
         for linear, chosen in formats_of(job.model, job.precision).items()
-        for product, format in chosen.formats.items()
+        for gemm, format in chosen.formats.items()
     }
 
 
 @pytest.mark.parametrize(
     "precision",
     [
-        Precision(format=ProductFormat.bf16),
-        Precision(format=ProductFormat.fp32),
-        Precision(format=ProductFormat.nvfp4, exceptions=MIXED),
-        Precision(format=ProductFormat.fp8_delayed),
-        Precision(format=ProductFormat.mxfp8, unquantized=NumberFormat.fp32),
+        Precision(format=GemmFormat.bf16),
+        Precision(format=GemmFormat.fp32),
+        Precision(format=GemmFormat.nvfp4, exceptions=MIXED),
+        Precision(format=GemmFormat.fp8_delayed),
+        Precision(format=GemmFormat.mxfp8, unquantized=NumberFormat.fp32),
     ],
     ids=lambda precision: precision.format.value,
 )
@@ -77,15 +77,15 @@ def test_all_products_of_all_layers_are_heard_in_the_format_asked_for(
 
 
 def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
-    job = job_of(Precision(format=ProductFormat.nvfp4))
+    job = job_of(Precision(format=GemmFormat.nvfp4))
     healed = job_of(
-        Precision(format=ProductFormat.nvfp4, exceptions=[PrecisionRule(format=ProductFormat.bf16)])
+        Precision(format=GemmFormat.nvfp4, exceptions=[PrecisionRule(format=GemmFormat.bf16)])
     )
     engine = tiny_engine(job, groups)
     step(engine)
     engine.network.quantized.use(healed.model, healed.precision)
     assert heard(engine) == asked(healed)
-    never = tiny_engine(job_of(Precision(format=ProductFormat.bf16)), groups)
+    never = tiny_engine(job_of(Precision(format=GemmFormat.bf16)), groups)
     never.network.chunks[0].module.load_state_dict(engine.network.chunks[0].module.state_dict())
     batch = next(microbatches(some_rows(), 2))
     assert never.evaluate([batch]) == engine.evaluate([batch])
@@ -93,9 +93,9 @@ def test_another_phase_takes_the_quantization_back(groups: Any) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    sampled([ProductFormat.nvfp4, ProductFormat.fp8_delayed], ProductFormat.nvfp4),
+    sampled([GemmFormat.nvfp4, GemmFormat.fp8_delayed], GemmFormat.nvfp4),
 )
-def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> None:
+def test_steps_are_repeated_to_the_bit(groups: Any, format: GemmFormat) -> None:
     losses = []
     for _ in range(2):
         engine = tiny_engine(job_of(Precision(format=format)), groups)
@@ -106,7 +106,7 @@ def test_steps_are_repeated_to_the_bit(groups: Any, format: ProductFormat) -> No
 def test_activations_that_are_computed_again_are_quantized_alike(groups: Any) -> None:
     kept, again = (
         tiny_engine(
-            tiny_job(precision=Precision(format=ProductFormat.nvfp4), parallel=parallel), groups
+            tiny_job(precision=Precision(format=GemmFormat.nvfp4), parallel=parallel), groups
         )
         for parallel in (Parallel(), Parallel(recompute=Recompute.full))
     )
@@ -117,7 +117,7 @@ def test_activations_that_are_computed_again_are_quantized_alike(groups: Any) ->
 def test_a_validation_does_not_change_the_scales_of_later_steps(groups: Any) -> None:
     losses = []
     for validates in (False, True):
-        engine = tiny_engine(job_of(Precision(format=ProductFormat.fp8_delayed)), groups)
+        engine = tiny_engine(job_of(Precision(format=GemmFormat.fp8_delayed)), groups)
         found = []
         for _ in range(3):
             if validates:
@@ -129,7 +129,7 @@ def test_a_validation_does_not_change_the_scales_of_later_steps(groups: Any) -> 
 
 @pytest.mark.slow
 def test_a_model_learns_in_four_bits(groups: Any) -> None:
-    job = job_of(Precision(format=ProductFormat.nvfp4))
+    job = job_of(Precision(format=GemmFormat.nvfp4))
     job.schedule.peak_lr = 1e-2
     engine = tiny_engine(job, groups)
     losses = [step(engine) for _ in range(12)]
@@ -140,11 +140,11 @@ def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: An
     """Neither its losses, whose rounding draws random bits, nor what is noted of it."""
     from hybrid_train.model.quantized import observe
 
-    four_bits = job_of(Precision(format=ProductFormat.nvfp4))
+    four_bits = job_of(Precision(format=GemmFormat.nvfp4))
     alone = tiny_engine(four_bits, groups)
     losses = [step(alone) for _ in range(2)]
     first = tiny_engine(four_bits, groups)
-    mixed = job_of(Precision(format=ProductFormat.nvfp4, exceptions=MIXED))
+    mixed = job_of(Precision(format=GemmFormat.nvfp4, exceptions=MIXED))
     second = tiny_engine(mixed, groups)
     audits, statistics = (
         [getattr(one.network.quantized.records, name) for one in (first, second)]
@@ -163,10 +163,10 @@ def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: An
         steps.append(step(second))  # in the middle of a step of the first
 
     first.network.quantized.start_step = start_both
-    together = [step(first) for _ in range(2)]
+    all_or_none = [step(first) for _ in range(2)]
     for stop in stops:
         stop()
-    assert together == losses
+    assert all_or_none == losses
     assert len(steps) == 2
     assert audits[0].stop() == asked(four_bits)
     assert audits[1].stop() == asked(mixed)

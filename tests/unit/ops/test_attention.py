@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hybrid_train.ops import attention
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
-from hybrid_train.ops.context import continues, in_order, own_pieces
+from hybrid_train.ops.context import continues, in_order, own_chunks
 from tests.packed import index_of, spans
 
 
@@ -35,14 +35,14 @@ def test_attention_equals_a_naive_softmax(queries: int, keys: int, kv_heads: int
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_pieces_of_all_ranks_make_the_sequence_again(ranks: int) -> None:
     whole = torch.randn(2, 12, 3)
-    parts = [own_pieces(whole, rank, ranks, dim=1) for rank in range(ranks)]
+    parts = [own_chunks(whole, rank, ranks, dim=1) for rank in range(ranks)]
     assert {part.shape for part in parts} == {(2, 12 // ranks, 3)}
     assert torch.equal(in_order(torch.cat(parts, dim=1), ranks, dim=1), whole)
 
 
 def test_a_length_that_does_not_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="10 does not split into 4 pieces"):
-        own_pieces(torch.zeros(10), 0, 2, dim=0)
+    with pytest.raises(ValueError, match="10 does not split into 4 chunks"):
+        own_chunks(torch.zeros(10), 0, 2, dim=0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -51,7 +51,7 @@ def test_attention_of_the_parts_is_that_of_the_whole_forward_and_backward(ranks:
     k, v = (torch.randn(12, 2, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weights = torch.randn(12, 2, 32, dtype=torch.float64)
     parts = [
-        split_causal_attention(own_pieces(q, rank, ranks, dim=0), k, v, rank, ranks)
+        split_causal_attention(own_chunks(q, rank, ranks, dim=0), k, v, rank, ranks)
         for rank in range(ranks)
     ]
     found = in_order(torch.cat(parts), ranks, dim=0)
@@ -86,7 +86,7 @@ def test_documents_that_share_a_row_attend_as_if_alone(
     k, v = (torch.randn(16, 3, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     parts = [
         split_causal_attention(
-            own_pieces(q, rank, ranks, dim=0), k, v, rank, ranks, sequence_index=PACKED
+            own_chunks(q, rank, ranks, dim=0), k, v, rank, ranks, sequence_index=PACKED
         )
         for rank in range(ranks)
     ]
@@ -112,4 +112,4 @@ def test_a_row_continues_but_at_the_ends_of_its_documents() -> None:
     whole = continues(index, 0, 1)
     assert (~whole).nonzero().tolist() == [[0, 2], [0, 3], [0, 7], [1, 7]]
     for rank in range(2):
-        assert torch.equal(continues(index, rank, 2), own_pieces(whole, rank, 2, dim=1))
+        assert torch.equal(continues(index, rank, 2), own_chunks(whole, rank, 2, dim=1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrid_train.ops.linear import linear, product
+from hybrid_train.ops.linear import gemm, linear
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (5, 2, 3)], ids=str)
@@ -26,7 +26,7 @@ def test_linear_equals_torch_in_every_format(dtype: torch.dtype) -> None:
 
 def test_product_takes_a_transposed_view() -> None:
     x, weight = torch.randn(6, 17), torch.randn(17, 33)
-    torch.testing.assert_close(product(x, weight.t()), x @ weight)
+    torch.testing.assert_close(gemm(x, weight.t()), x @ weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,7 +13,7 @@ from hybrid_train.schema.optimizer import (
     MasterFormat,
     MomentFormat,
 )
-from hybrid_train.schema.precision import Precision, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
@@ -62,14 +62,14 @@ def tolerance(adamw: AdamW, drop: float) -> float:
 @pytest.fixture(scope="module")
 def whole(groups: Any) -> list[float]:
     """Losses with moments in float32."""
-    return losses(tiny_engine(job_of(Precision(format=ProductFormat.fp32)), groups))
+    return losses(tiny_engine(job_of(Precision(format=GemmFormat.fp32)), groups))
 
 
 @pytest.mark.parametrize(("first", "second"), MOMENTS)
 def test_the_loss_falls_as_with_moments_in_float32(
     groups: Any, whole: list[float], first: str, second: str
 ) -> None:
-    precision, expected = Precision(format=ProductFormat.fp32), whole
+    precision, expected = Precision(format=GemmFormat.fp32), whole
     job = job_of(precision, **moments(first, second))
     found = losses(tiny_engine(job, groups))
     assert expected[0] - expected[-1] > 2
@@ -79,7 +79,7 @@ def test_the_loss_falls_as_with_moments_in_float32(
 
 
 def test_a_bfloat16_run_keeps_what_the_plan_says(groups: Any) -> None:
-    precision = Precision(format=ProductFormat.bf16, reduce_gradients_in_fp32=False)
+    precision = Precision(format=GemmFormat.bf16, reduce_gradients_in_fp32=False)
     for formats in (
         moments("bfloat16", "float16"),
         moments("float8", "float32"),
@@ -102,14 +102,14 @@ def test_a_bfloat16_run_keeps_what_the_plan_says(groups: Any) -> None:
 
 
 def test_float32_weights_have_no_masters_beside_them(groups: Any) -> None:
-    job = job_of(Precision(format=ProductFormat.fp32), **moments("bfloat16", "bfloat16"))
+    job = job_of(Precision(format=GemmFormat.fp32), **moments("bfloat16", "bfloat16"))
     engine = tiny_engine(job, groups)
     losses(engine, 1)
     assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in adam_of(engine).state.values())
 
 
 def test_the_norm_of_bfloat16_gradients_is_summed_in_float32(groups: Any) -> None:
-    precision = Precision(format=ProductFormat.bf16, reduce_gradients_in_fp32=False)
+    precision = Precision(format=GemmFormat.bf16, reduce_gradients_in_fp32=False)
     job = job_of(precision, main_gradients=GradientFormat.bfloat16, clip_grad_norm=1e9)
     engine = tiny_engine(job, groups)
     report = engine.step(microbatches(some_rows(), 2), tokens_seen=0)
@@ -120,12 +120,12 @@ def test_the_norm_of_bfloat16_gradients_is_summed_in_float32(groups: Any) -> Non
 @pytest.mark.parametrize("masters", ["float32", "float16"])
 def test_the_first_step_of_a_bfloat16_run_is_that_of_whole_state(groups: Any, masters: str) -> None:
     """Nothing is rounded before it: the weights are equal but for ties of their rounding."""
-    precision = Precision(format=ProductFormat.bf16)
+    precision = Precision(format=GemmFormat.bf16)
     whole = tiny_engine(job_of(precision), groups)
     job = job_of(precision, **moments("bfloat16", "float16"), master_weights=MasterFormat(masters))
-    lowered = tiny_engine(job, groups)
-    assert losses(whole, 1) == losses(lowered, 1)
-    weights = dict(lowered.network.chunks[0].named_parameters())
+    reduced_state = tiny_engine(job, groups)
+    assert losses(whole, 1) == losses(reduced_state, 1)
+    weights = dict(reduced_state.network.chunks[0].named_parameters())
     differ = sum(
         int((weight != weights[name]).sum())
         for name, weight in whole.network.chunks[0].named_parameters()
@@ -135,7 +135,7 @@ def test_the_first_step_of_a_bfloat16_run_is_that_of_whole_state(groups: Any, ma
 
 
 def test_reloaded_weights_are_the_masters_of_the_next_step(groups: Any) -> None:
-    precision = Precision(format=ProductFormat.bf16)
+    precision = Precision(format=GemmFormat.bf16)
     job = job_of(precision, **moments("bfloat16", "bfloat16"))
     trained, fresh = tiny_engine(job, groups), tiny_engine(job, groups)
     begun = [p.detach().clone() for p in trained.network.chunks[0].parameters()]
@@ -160,10 +160,10 @@ def test_core_finds_the_stand_in_only_while_lowered_state_is_built(groups: Any) 
     from megatron.core import optimizer as core
 
     before = (core.Adam, core.USING_PYTORCH_OPTIMIZER, core.is_te_min_version)
-    job = job_of(Precision(format=ProductFormat.fp32), **moments("float16", "float16"))
+    job = job_of(Precision(format=GemmFormat.fp32), **moments("float16", "float16"))
     tiny_engine(job, groups)
     assert (core.Adam, core.USING_PYTORCH_OPTIMIZER, core.is_te_min_version) == before
     assert "transformer_engine" not in sys.modules
-    engine = tiny_engine(job_of(Precision(format=ProductFormat.fp32)), groups)
+    engine = tiny_engine(job_of(Precision(format=GemmFormat.fp32)), groups)
     (part,) = engine.network.optimizer.chained_optimizers
     assert isinstance(part.optimizer, torch.optim.AdamW)

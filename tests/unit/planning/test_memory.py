@@ -21,7 +21,7 @@ from hybrid_train.schema.optimizer import (
 )
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision, PrecisionRule
 from hybrid_train.schema.train import TrainJob
 from tests.tiny import tiny_job
 
@@ -96,8 +96,8 @@ def test_the_ranks_together_hold_the_model_and_copies_of_what_is_whole(
     job = job_of(pattern, tensor=tensor, expert=expert, expert_tensor=expert_tensor)
     (stage,) = stages(job, ROWS)
     copies = (tensor - 1) * whole(job, parse(pattern).main, last=True)
-    together = tensor * stage.held.dense + expert * expert_tensor * stage.held.expert
-    assert together == counts.parameters(job.model, ROWS).total + copies
+    all_or_none = tensor * stage.held.dense + expert * expert_tensor * stage.held.expert
+    assert all_or_none == counts.parameters(job.model, ROWS).total + copies
 
 
 def test_a_routed_expert_is_two_matrices_of_the_latent_width() -> None:
@@ -129,7 +129,7 @@ def formats(job: TrainJob, **changes: Any) -> TrainJob:
 
 
 def test_bf16_keeps_two_bytes_and_its_state_in_fp32() -> None:
-    job = formats(job_of("M", distributed_optimizer=False), format=ProductFormat.bf16)
+    job = formats(job_of("M", distributed_optimizer=False), format=GemmFormat.bf16)
     kept = memory(job, Held(1000), processes=1)
     # Master weights and two moments of four bytes each.
     assert (kept.weights, kept.gradients, kept.optimizer) == (2000, 4000, 12_000)
@@ -137,12 +137,12 @@ def test_bf16_keeps_two_bytes_and_its_state_in_fp32() -> None:
 
 
 def test_gradients_may_stay_in_bf16() -> None:
-    job = formats(job_of("M"), format=ProductFormat.bf16, reduce_gradients_in_fp32=False)
+    job = formats(job_of("M"), format=GemmFormat.bf16, reduce_gradients_in_fp32=False)
     assert memory(job, Held(1000), processes=1).gradients == 2000
 
 
 def test_fp32_needs_no_master_weights() -> None:
-    job = formats(job_of("M"), format=ProductFormat.fp32, reduce_gradients_in_fp32=False)
+    job = formats(job_of("M"), format=GemmFormat.fp32, reduce_gradients_in_fp32=False)
     kept = memory(job, Held(1000), processes=1)
     assert (kept.weights, kept.gradients, kept.optimizer) == (4000, 4000, 8000)
 
@@ -154,18 +154,18 @@ def test_fp32_needs_no_master_weights() -> None:
 def test_lowered_moments_take_their_bytes_and_masters_two(
     first: str, second: str, moments: int
 ) -> None:
-    job = formats(job_of("M"), format=ProductFormat.bf16)
+    job = formats(job_of("M"), format=GemmFormat.bf16)
     job.optimizer = AdamW(first_moment=MomentFormat(first), second_moment=MomentFormat(second))
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * (moments + 2)
-    job.precision.format = ProductFormat.fp32  # no masters
+    job.precision.format = GemmFormat.fp32  # no masters
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * moments
 
 
 def test_a_weight_in_fp8_takes_one_byte_and_the_rest_two() -> None:
     """Of the second stage the first layer is in bfloat16, and of experts a rank has a half."""
     job = job_of("M*-E/E", pipeline=2, expert=2)
-    job = formats(job, format=ProductFormat.fp8_blockwise, fp8_param_gather=True)
-    job.precision.exceptions = [PrecisionRule(format=ProductFormat.bf16, layers="3")]
+    job = formats(job, format=GemmFormat.fp8_blockwise, fp8_param_gather=True)
+    job.precision.exceptions = [PrecisionRule(format=GemmFormat.bf16, layers="3")]
     first, last = (stage.held for stage in stages(job, ROWS))
     sizes, moe = job.model, job.model.moe
     mamba = HIDDEN * (2 * 64 + 2 * 16 + 4) + 64 * HIDDEN  # in_proj, out_proj
@@ -181,13 +181,13 @@ def test_a_weight_in_fp8_takes_one_byte_and_the_rest_two() -> None:
 
 
 def test_masters_in_float16_take_two_bytes() -> None:
-    job = formats(job_of("M"), format=ProductFormat.bf16)
+    job = formats(job_of("M"), format=GemmFormat.bf16)
     job.optimizer = AdamW(master_weights=MasterFormat.float16)
     assert memory(job, Held(1000), processes=1).optimizer == 1000 * (8 + 2)
 
 
 def test_the_distributed_optimizer_splits_state_over_equal_processes() -> None:
-    job = formats(job_of("M", tensor=2, pipeline=2, context=2), format=ProductFormat.bf16)
+    job = formats(job_of("M", tensor=2, pipeline=2, context=2), format=GemmFormat.bf16)
     # 64 / (2 * 2 * 2) = 8 data-parallel ranks, and context ranks hold the same too.
     assert memory(job, Held(1600), processes=64).optimizer == 12 * 100
     # A part that does not divide is rounded up: the largest share.
@@ -197,7 +197,7 @@ def test_the_distributed_optimizer_splits_state_over_equal_processes() -> None:
 
 
 def test_the_state_of_experts_is_split_over_fewer() -> None:
-    job = formats(job_of("E", tensor=2, expert=8, expert_tensor=1), format=ProductFormat.bf16)
+    job = formats(job_of("E", tensor=2, expert=8, expert_tensor=1), format=GemmFormat.bf16)
     assert expert_data_parallel(job.parallel, 32) == 4
     kept = memory(job, Held(dense=1600, expert=400), processes=32)
     assert kept.optimizer == 12 * (1600 // 16 + 400 // 4)

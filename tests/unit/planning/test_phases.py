@@ -21,7 +21,7 @@ from hybrid_train.schema.data import (
     SumStream,
 )
 from hybrid_train.schema.optimizer import Schedule, Wsd
-from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision, PrecisionRule
 from hybrid_train.schema.problems import Problem, collect
 from hybrid_train.schema.train import BatchRamp, Phase, TrainJob
 from tests.tiny import tiny_job
@@ -59,14 +59,14 @@ def test_a_phase_ends_at_the_first_step_that_reaches_the_next_one() -> None:
         assert second.end == 6400
 
 
-BF16 = PrecisionRule(format=ProductFormat.bf16)
+BF16 = PrecisionRule(format=GemmFormat.bf16)
 
 
 def healed(*rules: PrecisionRule) -> TrainJob:
     """A run in NVFP4 with an exception for its attention, whose second phase has its own."""
     found = job(Phase(name="one"), Phase(name="two", start="50%", precision_exceptions=[*rules]))
-    attention = PrecisionRule(format=ProductFormat.bf16, modules=["attention"])
-    found.precision = Precision(format=ProductFormat.nvfp4, exceptions=[attention])
+    attention = PrecisionRule(format=GemmFormat.bf16, modules=["attention"])
+    found.precision = Precision(format=GemmFormat.nvfp4, exceptions=[attention])
     return found
 
 
@@ -75,14 +75,14 @@ def test_exceptions_of_a_phase_may_leave_those_of_the_run_nothing_to_decide() ->
 
 
 def test_an_exception_of_a_phase_that_decides_nothing_is_named_with_its_phase() -> None:
-    (problem,) = problems(healed(BF16, PrecisionRule(format=ProductFormat.mxfp8))).values()
+    (problem,) = problems(healed(BF16, PrecisionRule(format=GemmFormat.mxfp8))).values()
     assert problem.path == "train.phases.1.precision_exceptions.1"
     assert "decides nothing" in problem.rule
 
 
 def test_a_phase_may_keep_no_weight_in_fp8_any_more() -> None:
     found = healed(BF16)
-    found.precision = Precision(format=ProductFormat.fp8_tensorwise, fp8_param_gather=True)
+    found.precision = Precision(format=GemmFormat.fp8_tensorwise, fp8_param_gather=True)
     assert problems(found) == {}
 
 
@@ -92,7 +92,7 @@ def test_what_a_phase_leaves_out_is_as_in_the_one_before() -> None:
         Phase(name="two", start="50%", constant_lr=1e-5, context=2, **LONG),
         Phase(name="three", start="75%", blend={"b": 1.0}),
     )
-    one, two, three = (stretch.job for stretch in lay_out(job(*phases)))
+    one, two, three = (phase_span.job for phase_span in lay_out(job(*phases)))
     assert [found.data.blend for found in (one, two, three)] == [{"a": 1}, {"a": 1}, {"b": 1}]
     assert [found.train.sequence_length for found in (one, two, three)] == [16, 64, 64]
     assert [found.parallel.context for found in (one, two, three)] == [1, 2, 2]
@@ -107,8 +107,8 @@ def test_the_schedule_stands_still_in_phases_with_a_rate_of_their_own() -> None:
         Phase(name="long", start="4800", constant_lr=1e-6),
     )
     found = lay_out(job(*phases))
-    assert [stretch.rate_start for stretch in found] == [0, 1600, 1600, 3200]
-    assert {stretch.rate_tokens for stretch in found} == {3200}
+    assert [phase_span.rate_start for phase_span in found] == [0, 1600, 1600, 3200]
+    assert {phase_span.rate_tokens for phase_span in found} == {3200}
 
 
 def test_steps_have_the_rows_that_follow_each_other() -> None:
@@ -244,7 +244,7 @@ def test_a_run_without_sources_leaves_the_blends_of_its_phases_out(data: Data) -
     found.data = data
     assert not any("blend" in path for path in problems(found))
     assert unread_sources(found) == ["a", "c", "b"]
-    one, two = (stretch.job for stretch in lay_out(found))
+    one, two = (phase_span.job for phase_span in lay_out(found))
     assert one.data.blend == two.data.blend == {}
     assert two.train.global_batch == 8  # all else stays
 

@@ -26,10 +26,10 @@ SCHEMES = [
     Scheme(Element.e4m3, Scale.fp32, Shape.tensor, stochastic=True),
     Scheme(Element.e2m1, Scale.e8m0, Shape.vector, 32, hadamard=True),
     *(
-        Scheme(Element.e2m1, Scale.e4m3, shape, 16, stochastic=by_chance, hadamard=turned)
+        Scheme(Element.e2m1, Scale.e4m3, shape, 16, stochastic=stochastic, hadamard=rotated)
         for shape in (Shape.vector, Shape.square)
-        for by_chance in (False, True)
-        for turned in (False, True)
+        for stochastic in (False, True)
+        for rotated in (False, True)
     ),
 ]
 

@@ -128,7 +128,7 @@ def test_nvfp4_is_theirs_along_both_axes(
     [(torch.float32, kind) for kind in FINITE]
     + [(torch.bfloat16, kind) for kind in FINITE if kind != "subnormal"],
 )
-def test_turned_nvfp4_is_theirs_along_columns(
+def test_rotated_nvfp4_is_theirs_along_columns(
     engine: SimpleNamespace, dtype: torch.dtype, kind: str
 ) -> None:
     x = matrix(kind, dtype, 96, 160)

@@ -21,23 +21,21 @@ from hybrid_train.precision.recipes import (
     Operand,
     schemes,
 )
-from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 
 LAYER = Linear(0, 1, "mamba.in_proj")
-QUANTIZED = [one for one in ProductFormat if one not in (ProductFormat.fp32, ProductFormat.bf16)]
+QUANTIZED = [one for one in GemmFormat if one not in (GemmFormat.fp32, GemmFormat.bf16)]
 
 
-def formats(**by_product: ProductFormat) -> Formats:
-    return Formats(
-        {product: by_product[product.value] for product in Product}, dict.fromkeys(Product)
-    )
+def formats(**by_gemm: GemmFormat) -> Formats:
+    return Formats({gemm: by_gemm[gemm.value] for gemm in Gemm}, dict.fromkeys(Gemm))
 
 
-def everywhere(format: ProductFormat) -> Formats:
+def everywhere(format: GemmFormat) -> Formats:
     return formats(fprop=format, dgrad=format, wgrad=format)
 
 
-def emulation(format: ProductFormat, precision: Precision | None = None) -> Emulation:
+def emulation(format: GemmFormat, precision: Precision | None = None) -> Emulation:
     return emulation_of(LAYER, everywhere(format), precision or Precision(format=format), Records())
 
 
@@ -50,15 +48,15 @@ def problem(tokens: int = 48, inputs: int = 64, outputs: int = 40) -> tuple[Tens
     return x, weight, torch.randn(tokens, outputs, generator=generator) ** 3
 
 
-def expected(format: ProductFormat, precision: Precision) -> dict[Product, Tensor]:
-    """The three products in float64, of operands quantized by the readable reference."""
+def expected(format: GemmFormat, precision: Precision) -> dict[Gemm, Tensor]:
+    """The three GEMMs in float64, of operands quantized by the readable reference."""
     x, weight, grad = problem()
     raw = {Operand.input: x, Operand.weight: weight, Operand.gradient: grad}
     noise = Noise()
     noise.start_step(1, 2, 3)
 
-    def operands(product: Product) -> list[Tensor]:
-        found = schemes(format, product, precision)
+    def operands(gemm: Gemm) -> list[Tensor]:
+        found = schemes(format, gemm, precision)
         assert found is not None
         return [
             quantize(
@@ -66,21 +64,21 @@ def expected(format: ProductFormat, precision: Precision) -> dict[Product, Tenso
             )
             .dequantize()
             .double()
-            for (operand, axis), scheme in zip(OPERANDS[product], found, strict=True)
+            for (operand, axis), scheme in zip(OPERANDS[gemm], found, strict=True)
         ]
 
-    by_product = {product: operands(product) for product in Product}
-    left, right = by_product[Product.fprop]
-    grad_left, grad_right = by_product[Product.dgrad]
-    rows, tokens = by_product[Product.wgrad]
+    by_gemm = {gemm: operands(gemm) for gemm in Gemm}
+    left, right = by_gemm[Gemm.fprop]
+    grad_left, grad_right = by_gemm[Gemm.dgrad]
+    rows, tokens = by_gemm[Gemm.wgrad]
     return {
-        Product.fprop: left @ right.T,
-        Product.dgrad: grad_left @ grad_right,
-        Product.wgrad: rows.T @ tokens,
+        Gemm.fprop: left @ right.T,
+        Gemm.dgrad: grad_left @ grad_right,
+        Gemm.wgrad: rows.T @ tokens,
     }
 
 
-def computed(how: Emulation, buffer: Tensor | None = None) -> dict[Product, Tensor]:
+def computed(how: Emulation, buffer: Tensor | None = None) -> dict[Gemm, Tensor]:
     x, weight, grad = problem()
     x.requires_grad_()
     weight.requires_grad_()
@@ -89,39 +87,39 @@ def computed(how: Emulation, buffer: Tensor | None = None) -> dict[Product, Tens
     y.backward(grad)
     assert x.grad is not None
     assert weight.grad is not None
-    return {Product.fprop: y.detach(), Product.dgrad: x.grad, Product.wgrad: weight.grad}
+    return {Gemm.fprop: y.detach(), Gemm.dgrad: x.grad, Gemm.wgrad: weight.grad}
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_each_product_multiplies_the_operands_of_the_recipe(format: ProductFormat) -> None:
+def test_each_product_multiplies_the_operands_of_the_recipe(format: GemmFormat) -> None:
     precision = Precision(format=format)
     found = computed(emulation(format, precision))
-    for product, value in expected(format, precision).items():
+    for gemm, value in expected(format, precision).items():
         # Sums of at most 64 products in float32 instead of float64, as torch compares float32.
-        torch.testing.assert_close(found[product].double(), value, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found[gemm].double(), value, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_the_gradient_is_not_that_of_an_ideal_layer(format: ProductFormat) -> None:
+def test_the_gradient_is_not_that_of_an_ideal_layer(format: GemmFormat) -> None:
     x, weight, grad = problem()
     found = computed(emulation(format))
-    for product, ideal in ((Product.dgrad, grad @ weight), (Product.wgrad, grad.T @ x)):
-        error = (found[product] - ideal).norm() / ideal.norm()
+    for gemm, ideal in ((Gemm.dgrad, grad @ weight), (Gemm.wgrad, grad.T @ x)):
+        error = (found[gemm] - ideal).norm() / ideal.norm()
         assert 0.005 < error < 0.5  # an eighth of a binade with E5M2; more in four bits
 
 
 def test_a_product_that_is_an_exception_multiplies_what_comes() -> None:
-    chosen = formats(fprop=ProductFormat.fp32, dgrad=ProductFormat.mxfp8, wgrad=ProductFormat.fp32)
+    chosen = formats(fprop=GemmFormat.fp32, dgrad=GemmFormat.mxfp8, wgrad=GemmFormat.fp32)
     found = computed(emulation_of(LAYER, chosen, Precision(), Records()))
     x, weight, grad = problem()
-    torch.testing.assert_close(found[Product.fprop], x @ weight.T, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(found[Product.wgrad], grad.T @ x, rtol=1e-5, atol=1e-4)
-    assert not torch.allclose(found[Product.dgrad], grad @ weight, rtol=1e-3)
+    torch.testing.assert_close(found[Gemm.fprop], x @ weight.T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found[Gemm.wgrad], grad.T @ x, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(found[Gemm.dgrad], grad @ weight, rtol=1e-3)
 
 
-@pytest.mark.parametrize("format", [ProductFormat.fp8_tensorwise, ProductFormat.nvfp4])
-def test_a_gradient_buffer_takes_the_gradient_on_top_of_what_it_has(format: ProductFormat) -> None:
-    alone = computed(emulation(format))[Product.wgrad]
+@pytest.mark.parametrize("format", [GemmFormat.fp8_tensorwise, GemmFormat.nvfp4])
+def test_a_gradient_buffer_takes_the_gradient_on_top_of_what_it_has(format: GemmFormat) -> None:
+    alone = computed(emulation(format))[Gemm.wgrad]
     buffer = torch.full_like(alone, 2.0)
     computed(emulation(format), buffer)
     torch.testing.assert_close(buffer, alone + 2)
@@ -129,15 +127,15 @@ def test_a_gradient_buffer_takes_the_gradient_on_top_of_what_it_has(format: Prod
 
 def test_bfloat16_layers_give_bfloat16_and_sum_in_float32() -> None:
     x, weight, _ = (part.bfloat16() for part in problem())
-    y = quantized_linear(x, weight, emulation(ProductFormat.mxfp8))
+    y = quantized_linear(x, weight, emulation(GemmFormat.mxfp8))
     assert y.dtype == torch.bfloat16
-    precise = quantized_linear(x.float(), weight.float(), emulation(ProductFormat.mxfp8))
+    precise = quantized_linear(x.float(), weight.float(), emulation(GemmFormat.mxfp8))
     assert torch.equal(y, precise.bfloat16())
 
 
 def test_leading_axes_are_tokens() -> None:
     x, weight, _ = problem()
-    how = emulation(ProductFormat.fp8_blockwise)
+    how = emulation(GemmFormat.fp8_blockwise)
     y = quantized_linear(x.view(6, 8, -1), weight, how)
     assert torch.equal(y.view(48, -1), quantized_linear(x, weight, how))
 
@@ -145,7 +143,7 @@ def test_leading_axes_are_tokens() -> None:
 def test_every_expert_is_quantized_by_itself() -> None:
     x, weight, grad = problem()
     weights = [weight.clone().requires_grad_(), (100 * weight).requires_grad_(), weight.clone()]
-    how = [emulation(ProductFormat.fp8_tensorwise) for _ in weights]
+    how = [emulation(GemmFormat.fp8_tensorwise) for _ in weights]
     counts = [20, 28, 0]
     x.requires_grad_()
     y = quantized_grouped_linear(x, weights, counts, how)
@@ -162,18 +160,18 @@ def test_every_expert_is_quantized_by_itself() -> None:
 def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
     _, weight, _ = problem()
     weight.requires_grad_()
-    quantized_linear(torch.empty(0, 64), weight, emulation(ProductFormat.nvfp4)).sum().backward()
+    quantized_linear(torch.empty(0, 64), weight, emulation(GemmFormat.nvfp4)).sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))  # type: ignore[arg-type]
 
 
 def test_the_same_step_rounds_by_chance_in_the_same_way() -> None:
-    first, again = (computed(emulation(ProductFormat.nvfp4)) for _ in range(2))
-    assert all(torch.equal(first[product], again[product]) for product in Product)
+    first, again = (computed(emulation(GemmFormat.nvfp4)) for _ in range(2))
+    assert all(torch.equal(first[gemm], again[gemm]) for gemm in Gemm)
 
 
 def test_delayed_scaling_takes_the_largest_value_of_earlier_steps() -> None:
     x, weight, _ = problem()
-    how = emulation(ProductFormat.fp8_delayed)
+    how = emulation(GemmFormat.fp8_delayed)
     quantized_linear(x, weight, how)
     history = how.histories[Operand.input]
     history.roll(history.seen)
@@ -188,32 +186,32 @@ def test_delayed_scaling_takes_the_largest_value_of_earlier_steps() -> None:
     "change", [lambda how: how, lambda how: quantized_linear(*problem()[:2], how)]
 )
 def test_nothing_is_noted_unless_somebody_listens(change: Callable[[Emulation], object]) -> None:
-    how = emulation(ProductFormat.mxfp8)
+    how = emulation(GemmFormat.mxfp8)
     change(how)
     how.records.audit.start()
     assert how.records.audit.stop() == {}
 
 
 def test_the_audit_hears_what_is_multiplied() -> None:
-    how = emulation(ProductFormat.nvfp4)
+    how = emulation(GemmFormat.nvfp4)
     how.records.audit.start()
     computed(how)
     seen = how.records.audit.stop()
-    assert set(seen) == {(LAYER, product) for product in Product}
-    assert seen[LAYER, Product.wgrad] == {
+    assert set(seen) == {(LAYER, gemm) for gemm in Gemm}
+    assert seen[LAYER, Gemm.wgrad] == {
         (
-            "e2m1, 1x16, e4m3 scales, turned, by chance",
-            "e2m1, 1x16, e4m3 scales, turned",
+            "e2m1, 1x16, e4m3 scales, rotated, stochastic",
+            "e2m1, 1x16, e4m3 scales, rotated",
         )
     }
 
 
 def test_statistics_know_every_operand_of_every_product() -> None:
-    how = emulation(ProductFormat.mxfp8)
+    how = emulation(GemmFormat.mxfp8)
     how.records.statistics.start()
     computed(how)
     counted = how.records.statistics.stop()
-    assert {(product, operand) for _, product, operand in counted} == {
-        (product, operand) for product, pair in OPERANDS.items() for operand, _ in pair
+    assert {(gemm, operand) for _, gemm, operand in counted} == {
+        (gemm, operand) for gemm, pair in OPERANDS.items() for operand, _ in pair
     }
-    assert counted[LAYER, Product.fprop, Operand.input].values == 48 * 64
+    assert counted[LAYER, Gemm.fprop, Operand.input].values == 48 * 64

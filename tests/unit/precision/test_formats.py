@@ -1,4 +1,4 @@
-"""Small floats against torch's own types, and rounding by chance against its definition."""
+"""Small floats against torch's own types, and stochastic rounding against its definition."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Weights kept in FP8: their values are those of the quantizers, whoever has which part of them."""
+"""FP8 primary weights: their values are those of the quantizers, whoever has which part of them."""
 
 import itertools
 import random
@@ -40,18 +40,18 @@ def test_a_product_takes_the_values_that_it_would_make_of_a_bfloat16_weight(
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
         weight = KINDS[kind](*size, generator).to(torch.bfloat16)
-        for axis in (0, 1):  # of the sum of the forward product, and of that of the gradient
+        for axis in (0, 1):  # of the sum of the forward GEMM, and of that of the gradient
             expected = quantize(weight, scheme, axis).dequantize()
             assert same(in_fp8(weight, scheme).dequantize(), expected), size
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("piece", [fp8_weights._PIECE, 500])
+@pytest.mark.parametrize("chunk", [fp8_weights._CHUNK, 500])
 def test_parts_on_several_ranks_make_the_whole_weight(
-    scheme: Scheme, piece: int, monkeypatch: pytest.MonkeyPatch
+    scheme: Scheme, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a part is worked on in many pieces; matrices of training would take minutes."""
-    monkeypatch.setattr(fp8_weights, "_PIECE", piece)
+    monkeypatch.setattr(fp8_weights, "_CHUNK", chunk)
     rng = random.Random(0)
     for number, size in enumerate(SIZES * 3):
         weight = drawn(*size, seed=number)

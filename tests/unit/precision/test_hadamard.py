@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_train.precision import quantize
-from hybrid_train.precision.quantize import turned
+from hybrid_train.precision.quantize import rotated
 from hybrid_train.precision.recipes import (
     Element,
     Scale,
@@ -29,14 +29,14 @@ def test_the_signs_are_those_of_transformer_engine() -> None:
 
 def test_turning_both_operands_keeps_their_product() -> None:
     left, right = torch.randn(2, 96, 40, dtype=torch.float64)
-    product = quantize.rotate(left, 0).T @ quantize.rotate(right, 0)
-    torch.testing.assert_close(product, left.T @ right, rtol=1e-12, atol=1e-12)
-    product = quantize.rotate(left.T.contiguous(), 1) @ quantize.rotate(right.T.contiguous(), 1).T
-    torch.testing.assert_close(product, left.T @ right, rtol=1e-12, atol=1e-12)
+    gemm = quantize.rotate(left, 0).T @ quantize.rotate(right, 0)
+    torch.testing.assert_close(gemm, left.T @ right, rtol=1e-12, atol=1e-12)
+    gemm = quantize.rotate(left.T.contiguous(), 1) @ quantize.rotate(right.T.contiguous(), 1).T
+    torch.testing.assert_close(gemm, left.T @ right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_axes_are_turned_alike(dtype: torch.dtype) -> None:
+def test_both_axes_are_rotated_alike(dtype: torch.dtype) -> None:
     x = torch.randint(-8, 9, (64, 48)).to(dtype)  # sums of these are exact in any order
     assert torch.equal(quantize.rotate(x, 0), quantize.rotate(x.t().contiguous(), 1).t())
 
@@ -52,8 +52,8 @@ def test_a_single_value_is_spread_over_its_sixteen() -> None:
 
 def test_rows_that_are_missing_are_zeros_in_both_operands() -> None:
     left, right = torch.randn(2, 37, 40)
-    product = turned(left, TURNED, 0).T @ turned(right, TURNED, 0)
-    torch.testing.assert_close(product, left.T @ right, rtol=1e-4, atol=1e-4)
+    gemm = rotated(left, TURNED, 0).T @ rotated(right, TURNED, 0)
+    torch.testing.assert_close(gemm, left.T @ right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((0, 5), 0), ((16, 0), 0), ((0, 16), 1), ((5, 0), 1)])

@@ -9,11 +9,11 @@ from hybrid_train.precision.te import (
     require,
     require_native,
 )
-from hybrid_train.schema.precision import Precision, PrecisionRule, ProductFormat
+from hybrid_train.schema.precision import GemmFormat, Precision, PrecisionRule
 from hybrid_train.schema.problems import UserError
 from tests.tiny import tiny_job
 
-F = ProductFormat
+F = GemmFormat
 A100 = Gpu("A100", (8, 0), (13, 0))
 L40 = Gpu("L40", (8, 9), (12, 8))
 H100_OLD = Gpu("H100", (9, 0), (12, 8))
@@ -35,8 +35,8 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("gpu", "formats"), TABLE, ids=lambda one: getattr(one, "name", ""))
-def test_a_gpu_has_the_formats_of_its_generation(gpu: Gpu, formats: set[ProductFormat]) -> None:
-    assert {format for format in ProductFormat if is_native(format, gpu)} == formats
+def test_a_gpu_has_the_formats_of_its_generation(gpu: Gpu, formats: set[GemmFormat]) -> None:
+    assert {format for format in GemmFormat if is_native(format, gpu)} == formats
 
 
 NEAREST = [
@@ -54,7 +54,7 @@ NEAREST = [
 
 @pytest.mark.parametrize(("format", "gpu", "nearest"), NEAREST)
 def test_the_nearest_format_is_one_that_the_gpu_has(
-    format: ProductFormat, gpu: Gpu, nearest: ProductFormat
+    format: GemmFormat, gpu: Gpu, nearest: GemmFormat
 ) -> None:
     assert nearest_native(format, gpu) is nearest
 

@@ -1,4 +1,4 @@
-"""The audit of native products, on stand-ins for the two sides that it listens between.
+"""The audit of native GEMMs, on stand-ins for the two sides that it listens between.
 
 They have the classes, fields and calls of Transformer Engine 2.20.2 as far as the audit reads them.
 Whether it hears Transformer Engine itself is asked on a GPU (tests/gpu/test_native_precision.py).
@@ -16,7 +16,7 @@ from torch import Tensor
 from hybrid_train.anatomy.gemm_formats import Linear
 from hybrid_train.precision.audit import Audit, Seen, observe_calls, words
 from hybrid_train.precision.recipes import in_words
-from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 
 LIBRARY = ModuleType("library")
 
@@ -73,44 +73,42 @@ BLOCKS = (
 MX = MXFP8TensorStorage(**fp8())
 # Input, weight and gradient as the recipe of each format has them.
 OPERANDS = {
-    ProductFormat.bf16: (torch.zeros(1, dtype=torch.bfloat16),) * 3,
-    ProductFormat.fp8_tensorwise: (
+    GemmFormat.bf16: (torch.zeros(1, dtype=torch.bfloat16),) * 3,
+    GemmFormat.fp8_tensorwise: (
         Float8TensorStorage(**TENSORWISE),
         Float8Tensor(**TENSORWISE),
         Float8TensorStorage(**GRADIENT),
     ),
-    ProductFormat.fp8_blockwise: BLOCKS,
-    ProductFormat.mxfp8: (MX, MX, MX),
-    ProductFormat.nvfp4: NVFP4_PARTS,
+    GemmFormat.fp8_blockwise: BLOCKS,
+    GemmFormat.mxfp8: (MX, MX, MX),
+    GemmFormat.nvfp4: NVFP4_PARTS,
 }
 
 
 @pytest.mark.parametrize("format", OPERANDS)
-@pytest.mark.parametrize("product", Product)
-def test_operands_are_called_what_the_recipe_calls_them(
-    format: ProductFormat, product: Product
-) -> None:
+@pytest.mark.parametrize("gemm", Gemm)
+def test_operands_are_called_what_the_recipe_calls_them(format: GemmFormat, gemm: Gemm) -> None:
     x, weight, gradient = OPERANDS[format]
     pair = {
-        Product.fprop: (x, weight),
-        Product.dgrad: (gradient, weight),
-        Product.wgrad: (gradient, x),
-    }[product]
-    found = tuple(words(operand, product) for operand in pair)
-    assert found == in_words(format, product, Precision(format=format))
+        Gemm.fprop: (x, weight),
+        Gemm.dgrad: (gradient, weight),
+        Gemm.wgrad: (gradient, x),
+    }[gemm]
+    found = tuple(words(operand, gemm) for operand in pair)
+    assert found == in_words(format, gemm, Precision(format=format))
 
 
 def test_other_options_have_other_words() -> None:
     different = [
-        words(Float8TensorStorage(**fp8(force_pow_2_scales=True)), Product.fprop),
-        words(Float8TensorStorage(**TENSORWISE), Product.fprop),
-        words(blockwise(square=False, power=False), Product.fprop),
-        words(blockwise(square=False, power=True), Product.fprop),
-        words(nvfp4(), Product.wgrad),
-        words(nvfp4(rht=True), Product.wgrad),
-        words(nvfp4(by_chance=True), Product.wgrad),
-        words(nvfp4(square=True), Product.wgrad),
-        words(MXFP8TensorStorage(**{**fp8(), "_quantizer": None}), Product.fprop),
+        words(Float8TensorStorage(**fp8(force_pow_2_scales=True)), Gemm.fprop),
+        words(Float8TensorStorage(**TENSORWISE), Gemm.fprop),
+        words(blockwise(square=False, power=False), Gemm.fprop),
+        words(blockwise(square=False, power=True), Gemm.fprop),
+        words(nvfp4(), Gemm.wgrad),
+        words(nvfp4(rht=True), Gemm.wgrad),
+        words(nvfp4(by_chance=True), Gemm.wgrad),
+        words(nvfp4(square=True), Gemm.wgrad),
+        words(MXFP8TensorStorage(**{**fp8(), "_quantizer": None}), Gemm.fprop),
     ]
     assert len(set(different)) == len(different)
 
@@ -120,10 +118,10 @@ def multiply(first: Any, second: Any, layout: str = "TN") -> str:
 
 
 class Products(torch.autograd.Function):
-    """Calls the function of products as linear layers of Transformer Engine do."""
+    """Calls the function of GEMMs as linear layers of Transformer Engine do."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, format: ProductFormat) -> Tensor:
+    def forward(ctx: Any, x: Tensor, format: GemmFormat) -> Tensor:
         ctx.format = format
         inputs, weight, _ = OPERANDS[format]
         assert LIBRARY.general_gemm(weight, inputs) == "TN"
@@ -141,7 +139,7 @@ class GroupedProducts(torch.autograd.Function):
     """The same for two experts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, format: ProductFormat) -> Tensor:
+    def forward(ctx: Any, x: Tensor, format: GemmFormat) -> Tensor:
         ctx.format = format
         inputs, weight, _ = OPERANDS[format]
         LIBRARY.general_gemm([weight, weight], [inputs, inputs])
@@ -156,16 +154,16 @@ class GroupedProducts(torch.autograd.Function):
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, format: ProductFormat, products: type[torch.autograd.Function]) -> None:
+    def __init__(self, format: GemmFormat, gemms: type[torch.autograd.Function]) -> None:
         super().__init__()
-        self.format, self.products = format, products
+        self.format, self.gemms = format, gemms
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.products.apply(x, self.format), None
+        return self.gemms.apply(x, self.format), None
 
 
 AUDIT = Audit()
-FORMATS = [ProductFormat.nvfp4, ProductFormat.bf16, ProductFormat.mxfp8, ProductFormat.nvfp4]
+FORMATS = [GemmFormat.nvfp4, GemmFormat.bf16, GemmFormat.mxfp8, GemmFormat.nvfp4]
 NAMES = [Linear(0, number, "mlp.fc1") for number in range(len(FORMATS))]
 
 
@@ -183,9 +181,9 @@ def layers(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Layer
 
 def wanted() -> Seen:
     return {
-        (name, product): {in_words(format, product, Precision(format=format))}
+        (name, gemm): {in_words(format, gemm, Precision(format=format))}
         for name, format in zip(NAMES, FORMATS, strict=True)
-        for product in Product
+        for gemm in Gemm
     }
 
 

@@ -1,4 +1,4 @@
-"""The bits of rounding by chance: the same for the same place, others elsewhere, uniform."""
+"""The bits of stochastic rounding: the same for the same place, others elsewhere, uniform."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ TENSORWISE = Scheme(Element.e4m3, Scale.fp32, Shape.tensor)
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut matrices of these sizes into many pieces; the sizes of training take minutes here."""
-    monkeypatch.setattr(operands, "_PIECE", 2000)
+    monkeypatch.setattr(operands, "_CHUNK", 2000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,13 +98,13 @@ def test_underflow_saturation_and_error_are_counted_in_closed_form() -> None:
 
 def test_counts_of_two_operands_add_up() -> None:
     x, y = torch.randn(2, 40, 64)
-    apart, together, other = OperandStatistics(), OperandStatistics(), OperandStatistics()
-    quantize_dequantize(x, SCHEMES[-4], 1, noise=Noise().draw(x), statistics=together)
-    quantize_dequantize(y, SCHEMES[-4], 1, noise=Noise().draw(y), statistics=together)
+    apart, all_or_none, other = OperandStatistics(), OperandStatistics(), OperandStatistics()
+    quantize_dequantize(x, SCHEMES[-4], 1, noise=Noise().draw(x), statistics=all_or_none)
+    quantize_dequantize(y, SCHEMES[-4], 1, noise=Noise().draw(y), statistics=all_or_none)
     quantize_dequantize(x, SCHEMES[-4], 1, noise=Noise().draw(x), statistics=apart)
     quantize_dequantize(y, SCHEMES[-4], 1, noise=Noise().draw(y), statistics=other)
     apart.add(other)
-    assert apart == together
+    assert apart == all_or_none
     assert OperandStatistics().rates() == {
         "underflow": 0.0,
         "saturation": 0.0,

@@ -88,7 +88,7 @@ def test_zeros_stay_zeros(scheme: Scheme) -> None:
     assert quantize(x, scheme, 1).dequantize().count_nonzero() == 1
 
 
-def test_the_error_of_a_matrix_rounded_by_chance_has_a_mean_of_zero() -> None:
+def test_the_error_of_a_matrix_rounded_stochastically_has_a_mean_of_zero() -> None:
     scheme = Scheme(Element.e2m1, Scale.e4m3, Shape.vector, 16, stochastic=True)
     x, noise, draws = torch.randn(32, 64), Noise(), 4000
     mean = torch.zeros(32, 64, dtype=torch.float64)

@@ -13,13 +13,13 @@ from hybrid_train.precision.recipes import (
 )
 from hybrid_train.schema.precision import (
     AmaxChoice,
+    Gemm,
+    GemmFormat,
     GradientElement,
     Precision,
-    Product,
-    ProductFormat,
 )
 
-F = ProductFormat
+F = GemmFormat
 FORMATS = [F.fp8_tensorwise, F.fp8_delayed, F.fp8_blockwise, F.mxfp8, F.nvfp4]
 
 
@@ -32,13 +32,13 @@ def library() -> Any:
 @pytest.mark.parametrize("gradients", [None, GradientElement.e4m3, GradientElement.e5m2])
 @pytest.mark.parametrize("power", [None, True, False])
 def test_a_recipe_has_the_elements_and_scales_of_the_emulated_one(
-    library: Any, format: ProductFormat, gradients: GradientElement | None, power: bool | None
+    library: Any, format: GemmFormat, gradients: GradientElement | None, power: bool | None
 ) -> None:
     if format is F.nvfp4 or (format is F.fp8_delayed and power):
         pytest.skip("has no such option; the checks say so")
     precision = Precision(format=format, gradient_element=gradients, power_of_two_scales=power)
     made = te.recipe(format, precision)
-    found = schemes(format, Product.dgrad, precision)
+    found = schemes(format, Gemm.dgrad, precision)
     assert found is not None
     hybrid = found[0].element is Element.e5m2
     assert made.fp8_format is (library.Format.HYBRID if hybrid else library.Format.E4M3)
@@ -77,16 +77,16 @@ def test_nvfp4_has_every_switch(
     )
     made = te.recipe(F.nvfp4, precision)
     operands = {
-        Product.dgrad: (made.fp4_quant_bwd_grad, made.fp4_quant_fwd_weight),
-        Product.wgrad: (made.fp4_quant_bwd_grad, made.fp4_quant_fwd_inp),
+        Gemm.dgrad: (made.fp4_quant_bwd_grad, made.fp4_quant_fwd_weight),
+        Gemm.wgrad: (made.fp4_quant_bwd_grad, made.fp4_quant_fwd_inp),
     }
-    for product, pair in operands.items():
-        found = schemes(F.nvfp4, product, precision)
+    for gemm, pair in operands.items():
+        found = schemes(F.nvfp4, gemm, precision)
         assert found is not None
         for options, scheme in zip(pair, found, strict=True):
             assert options.stochastic_rounding == scheme.stochastic
             assert options.fp4_2d_quantization == (scheme.shape is Shape.square)
-            if product is Product.wgrad:
+            if gemm is Gemm.wgrad:
                 assert options.random_hadamard_transform == scheme.hadamard
     assert made.nvfp4_4over6 == "none"
 
@@ -113,6 +113,6 @@ def test_the_environment_changes_nothing(library: Any, monkeypatch: pytest.Monke
     ],
 )
 def test_core_is_told_the_elements(
-    format: ProductFormat, gradients: GradientElement | None, name: str
+    format: GemmFormat, gradients: GradientElement | None, name: str
 ) -> None:
     assert te.fp8_format(format, Precision(format=format, gradient_element=gradients)) == name

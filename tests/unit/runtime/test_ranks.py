@@ -30,4 +30,4 @@ def test_main_process_sees_its_own_error() -> None:
         raise FileNotFoundError("no such file")
 
     with process(RUNTIME, seed=1), pytest.raises(FileNotFoundError, match="no such file"):
-        ranks.main_first(work)
+        ranks.run_on_main_first(work)

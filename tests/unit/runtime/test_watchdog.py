@@ -1,4 +1,4 @@
-"""The watchdog: a process that stands still ends with its stack; signals are heard at once."""
+"""The watchdog: a process that hangs ends with its stack; signals are heard at once."""
 
 import subprocess
 import sys
@@ -15,9 +15,9 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
         from hybrid_train.runtime.heartbeat import Watchdog
         said = []
         def hang(seen):
-            sign = seen.sign
-            print("hang", sign.step, sign.part, seen.waits, seen.stack, flush=True)
-        def told(number, seen): print("told", number.name, seen.sign.part, flush=True)
+            beat = seen.beat
+            print("hang", beat.step, beat.part, seen.waits, seen.stack, flush=True)
+        def told(number, seen): print("told", number.name, seen.beat.part, flush=True)
         def tick(): said.append(1)
     """) + textwrap.dedent(body)
     return subprocess.run(

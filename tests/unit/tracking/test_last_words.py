@@ -3,24 +3,24 @@
 from pathlib import Path
 
 from hybrid_train.tracking import exit_reports
-from hybrid_train.tracking.exit_reports import Words, cause_of
+from hybrid_train.tracking.exit_reports import ExitReport, cause_of
 
 LOST = "RuntimeError: Connection closed by peer [127.0.0.1]:4242"
 TIMED_OUT = "RuntimeError: Timed out waiting 60000ms for recv operation to complete"
 
 
-def lost(rank: int, text: str = LOST, time: float = 10.0) -> Words:
-    return Words(rank, "lost", text, time, step=7, part="reduce", waits=True)
+def lost(rank: int, text: str = LOST, time: float = 10.0) -> ExitReport:
+    return ExitReport(rank, "lost", text, time, step=7, part="reduce", waits=True)
 
 
-def told(rank: int, time: float = 11.0) -> Words:
+def told(rank: int, time: float = 11.0) -> ExitReport:
     text = f"rank {rank} was told to end by SIGTERM"
-    return Words(rank, "told", text, time, step=7, part="reduce")
+    return ExitReport(rank, "told", text, time, step=7, part="reduce")
 
 
-def hung(rank: int, signs: int, *, waits: bool) -> Words:
+def hung(rank: int, signs: int, *, waits: bool) -> ExitReport:
     stack = f'  File "a.py", line 1, in main\n    go()\n  File "b{rank}.py", line {rank}, in read\n'
-    return Words(
+    return ExitReport(
         rank, "hang", "silent for 8 s", 20.0, 7, "data", signs=signs, waits=waits, stack=stack
     )
 
@@ -38,7 +38,7 @@ def test_all_are_killed_where_nobody_says_anything() -> None:
 
 
 def test_a_fault_of_ones_own_goes_before_what_follows_from_it() -> None:
-    fault = Words(2, "disk", "the disk is full: /x", 9.5, step=7, part="save")
+    fault = ExitReport(2, "disk", "the disk is full: /x", 9.5, step=7, part="save")
     cause = cause_of([lost(0), told(1), fault], processes=4, alive=None)
     assert (cause.kind, cause.ranks) == ("disk", (2,))
     assert cause.text == "rank 2 in step 7 (save): the disk is full: /x"
@@ -48,7 +48,7 @@ def test_of_a_hang_the_late_process_is_named_with_its_place() -> None:
     waiting = [hung(rank, signs=50, waits=True) for rank in (0, 2)]
     cause = cause_of([*waiting, hung(1, signs=48, waits=False)], processes=3, alive=None)
     assert (cause.kind, cause.ranks) == ("hang", (1,))
-    assert cause.text == 'rank 1 stood still in step 7 (data) in File "b1.py", line 1, in read'
+    assert cause.text == 'rank 1 hung in step 7 (data) in File "b1.py", line 1, in read'
 
 
 def test_a_process_that_is_stopped_cannot_speak_and_is_named_by_the_others() -> None:

@@ -50,5 +50,5 @@ def test_a_cpu_is_measured_and_says_so() -> None:
     peak = peak_flops(torch.device("cpu"))
     assert peak.flops is not None
     assert peak.flops > 0
-    assert "float32 matrix product" in peak.source
+    assert "float32 GEMM" in peak.source
     assert f"{torch.get_num_threads()} thread" in peak.source

@@ -117,9 +117,9 @@ def test_a_step_on_packed_rows_is_that_on_their_documents(groups: Any) -> None:
     """But for the balance loss, which is of rows."""
     short = documents(8, 8, 8, 8, 8, 8, 8, 8)
     apart = packed_step(groups, [[document] for document in short], 8, 2, aux=0.0)
-    together = packed_step(groups, [short[n : n + 2] for n in range(0, 8, 2)], 16, 2, aux=0.0)
+    all_or_none = packed_step(groups, [short[n : n + 2] for n in range(0, 8, 2)], 16, 2, aux=0.0)
     filled_up = packed_step(groups, [short[:4], short[4:7], short[7:]], 40, 3, aux=0.0)
-    for packed in (together, filled_up):
+    for packed in (all_or_none, filled_up):
         assert packed.loss == pytest.approx(apart.loss, rel=32 * EPSILON)
         assert packed.grad_norm == pytest.approx(apart.grad_norm, rel=32 * EPSILON)
         loads = [name for name in apart.metrics if name != "moe_aux_loss"]

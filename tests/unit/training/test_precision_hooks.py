@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_train.anatomy.gemm_formats import formats_of
 from hybrid_train.precision.emulated import emulation_of
-from hybrid_train.schema.precision import Precision, Product, ProductFormat
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 from hybrid_train.schema.problems import UserError
 from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
 
@@ -24,12 +24,12 @@ def audited(groups: Any, run_dir: Path, *, strict: bool, fault: bool) -> None:
     from hybrid_train.training.hooks.rounding import AuditPrecision
     from hybrid_train.training.loop import Run
 
-    precision = Precision(format=ProductFormat.nvfp4, strict=strict)
+    precision = Precision(format=GemmFormat.nvfp4, strict=strict)
     job = tiny_job("M*", precision=precision)
     engine = tiny_engine(job, groups)
     if fault:
         linear, module = next(linear_modules(unwrapped(engine.network.chunks[0])))
-        other = replace(precision, format=ProductFormat.mxfp8)
+        other = replace(precision, format=GemmFormat.mxfp8)
         formats = formats_of(job.model, other)[linear]
         quantize(module, [emulation_of(linear, formats, other, engine.network.quantized.records)])
     run = Run(engine, microbatches(some_rows(), 2), 1000)
@@ -45,7 +45,7 @@ def test_a_layer_in_another_format_stops_the_run(groups: Any, tmp_path: Path) ->
     text = str(error.value)
     assert "1 mamba.in_proj fprop: nvfp4 was asked" in text
     assert "e4m3, 1x32, e8m0 scales x e4m3, 1x32, e8m0 scales multiplied" in text
-    assert text.count("nvfp4 was asked") == len(Product)
+    assert text.count("nvfp4 was asked") == len(Gemm)
     assert "precision.strict=false" in text
 
 
@@ -59,7 +59,7 @@ def test_without_strict_it_is_named_and_the_run_goes_on(
     monkeypatch.setattr(logging.getLogger("hybrid_train"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="hybrid_train"):
         audited(groups, tmp_path, strict=False, fault=True)
-    assert "3 products NOT as asked" in caplog.text
+    assert "3 GEMMs NOT as asked" in caplog.text
     assert "1 mamba.in_proj wgrad: nvfp4 was asked" in caplog.text
 
 

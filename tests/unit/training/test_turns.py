@@ -89,10 +89,10 @@ def everything(engine: "Engine") -> list[Any]:
 
 def test_two_turns_are_two_runs_of_one_network_each(groups: Any) -> None:
     """Losses, balance losses, loads, rates and weights: nothing of one reaches the other."""
-    together, apart = two(groups), [one(groups, name) for name in PATTERNS]
+    all_or_none, apart = two(groups), [one(groups, name) for name in PATTERNS]
     both, first, second = (microbatches(some_rows(), 2) for _ in range(3))
     for _ in range(3):
-        report = together.step(both, tokens_seen=0)
+        report = all_or_none.step(both, tokens_seen=0)
         left, right = (
             e.step(b, tokens_seen=0) for e, b in zip(apart, (first, second), strict=True)
         )
@@ -102,7 +102,7 @@ def test_two_turns_are_two_runs_of_one_network_each(groups: Any) -> None:
         numbers = {"lr": right.lr, "grad_norm": right.grad_norm, **right.metrics}
         expected |= {f"{name}/second": value for name, value in numbers.items()}
         assert report.metrics == expected
-    for network, run in zip(together.networks.values(), apart, strict=True):
+    for network, run in zip(all_or_none.networks.values(), apart, strict=True):
         assert same(weights(network), weights(run.network))
         assert same(moments(network), moments(run.network))
 

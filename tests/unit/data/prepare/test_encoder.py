@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_train.data.prepare import encoder as module
-from hybrid_train.data.prepare.encoder import Encoder, WordPattern, stretches
+from hybrid_train.data.prepare.encoder import Encoder, WordPattern, chunks
 from tests.unit.data.prepare.texts import CORPUS, TOKENIZER, ids_of, some_texts
 
 SHORT, LONG = np.dtype("<u2"), np.dtype("<i4")
@@ -48,17 +48,17 @@ def test_a_full_cache_starts_anew_and_changes_nothing(monkeypatch: pytest.Monkey
 
 
 def test_a_long_text_is_cut_at_words_and_keeps_its_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STRETCH", 50)
+    monkeypatch.setattr(module, "_CHUNK", 50)
     text = "It's the man who don't say \u4e2d\u6587, and two words  \n\n more.\n" * 40
-    parts = list(stretches(text))
+    parts = list(chunks(text))
     assert "".join(parts) == text
     assert len(parts) > 20
     assert decoded(Encoder(TOKENIZER, SHORT), [text]) == ids_of([text])
 
 
 def test_a_long_text_without_words_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STRETCH", 50)
-    assert list(stretches("1" * 500)) == ["1" * 500]
+    monkeypatch.setattr(module, "_CHUNK", 50)
+    assert list(chunks("1" * 500)) == ["1" * 500]
 
 
 def test_a_difference_from_the_tokenizer_stops_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,11 +91,11 @@ def write_sequences(prefix: Path, per_document: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("per_document", [1, 3])
-@pytest.mark.parametrize("stretch", [10, 10**6])
+@pytest.mark.parametrize("span", [10, 10**6])
 def test_shares_divide_the_documents_and_keep_their_order(
-    tmp_path: Path, per_document: int, stretch: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, per_document: int, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finished, "_SPAN_TOKENS", stretch)
+    monkeypatch.setattr(finished, "_SPAN_TOKENS", span)
     documents = write_sequences(tmp_path / "a", per_document)
     outputs = [str(tmp_path / name) for name in ("x", "y", "z")]
     found = split_by_shares(str(tmp_path / "a"), outputs, [0.5, 0.3, 0.2], seed=1, overwrite=False)

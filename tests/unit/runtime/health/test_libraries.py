@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.jobs.doctor import MACHINE_CHECKS
-from hybrid_train.runtime.health import libraries
+from hybrid_train.runtime.health import system
 from hybrid_train.runtime.health.machine import Finding, Grade, Machine
 from hybrid_train.runtime.health.probe import Library
 from hybrid_train.runtime.optional import State
@@ -26,7 +26,7 @@ def kernels(machine: Machine, module: str) -> Finding:
 
 @pytest.mark.parametrize("version", [(3, 11, 9), (3, 13, 0)])
 def test_another_python_is_broken(tmp_path: Path, version: tuple[int, ...]) -> None:
-    found = libraries.python(cpu_machine(tmp_path, python=version))
+    found = system.python(cpu_machine(tmp_path, python=version))
     assert found.grade is Grade.broken
     assert "3.12" in found.fix
 
@@ -69,7 +69,7 @@ def test_a_library_that_cannot_be_imported_is_broken_wherever(tmp_path: Path, mo
 def test_what_a_run_cannot_do_without_is_broken_when_it_is_absent(
     tmp_path: Path, module: str
 ) -> None:
-    check = {"torch": libraries.torch, "megatron.core": libraries.megatron}[module]
+    check = {"torch": system.torch, "megatron.core": system.megatron}[module]
     for library in (ABSENT, BROKEN):
         found = check(with_library(cpu_machine(tmp_path), module, library))
         assert found.grade is Grade.broken
@@ -89,14 +89,14 @@ def test_another_version_than_the_tested_one_is_a_warning(
     tmp_path: Path, version: str, grade: Grade
 ) -> None:
     torch = Library(State.working, version)
-    found = libraries.torch(with_library(cpu_machine(tmp_path), "torch", torch))
+    found = system.torch(with_library(cpu_machine(tmp_path), "torch", torch))
     assert found.grade is grade
     assert ("2.11.0" in found.found, bool(found.fix)) == (True, grade is Grade.warning)
 
 
 def test_a_megatron_core_that_no_run_starts_with_is_broken(tmp_path: Path) -> None:
     newer = Library(State.working, "0.20.0")
-    found = libraries.megatron(with_library(cpu_machine(tmp_path), "megatron.core", newer))
+    found = system.megatron(with_library(cpu_machine(tmp_path), "megatron.core", newer))
     assert found.grade is Grade.broken
     assert "newer than 0.19.2" in found.found
     assert "megatron-core" in found.fix
@@ -104,21 +104,21 @@ def test_a_megatron_core_that_no_run_starts_with_is_broken(tmp_path: Path) -> No
 
 def test_transformers_may_be_missing_but_not_be_older_than_what_was_tried(tmp_path: Path) -> None:
     machine = cpu_machine(tmp_path)
-    assert libraries.transformers(machine).grade is Grade.ok
+    assert system.transformers(machine).grade is Grade.ok
     for version, grade in {"5.23.0": Grade.ok, "5.10.2": Grade.ok, "4.57.1": Grade.warning}.items():
         library = Library(State.working, version)
-        found = libraries.transformers(with_library(machine, "transformers", library))
+        found = system.transformers(with_library(machine, "transformers", library))
         assert found.grade is grade
-    broken = libraries.transformers(with_library(machine, "transformers", BROKEN))
+    broken = system.transformers(with_library(machine, "transformers", BROKEN))
     assert broken.grade is Grade.broken
 
 
 def test_nvidias_build_of_the_pinned_release_is_fine_in_its_image_alone(tmp_path: Path) -> None:
     torch = Library(State.working, "2.11.0a0+a6c236b9fd.nv26.03")
     image = cpu_machine(tmp_path, environment={"NVIDIA_PYTORCH_VERSION": "26.03"})
-    assert libraries.torch(with_library(image, "torch", torch)).grade is Grade.ok
+    assert system.torch(with_library(image, "torch", torch)).grade is Grade.ok
     newer = Library(State.working, "2.12.0a0+0291f960b6.nv26.04")
-    assert libraries.torch(with_library(image, "torch", newer)).grade is Grade.warning
+    assert system.torch(with_library(image, "torch", newer)).grade is Grade.warning
 
 
 def test_a_library_that_is_in_no_table_may_have_any_version(tmp_path: Path) -> None:

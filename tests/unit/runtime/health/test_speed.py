@@ -14,7 +14,7 @@ def test_two_processes_multiply_and_add_up() -> None:
     found = speed.measure("cpu", 2, threads=1)
     assert [one.device for one in found] == ["cpu 0", "cpu 1"]
     for one in found:
-        assert (one.product_error, one.reduce_error) == (None, None)
+        assert (one.gemm_error, one.reduce_error) == (None, None)
         assert one.flops is not None
         assert one.flops > 0
         assert one.bytes_per_s is not None
@@ -28,7 +28,7 @@ def test_a_process_alone_has_no_bus() -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_product_and_a_wrong_sum_are_told(
+def test_a_wrong_gemm_and_a_wrong_sum_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Loaded by every Python that is started: products and sums that are off by one.
@@ -42,13 +42,13 @@ def test_a_wrong_product_and_a_wrong_sum_are_told(
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[4])])
     monkeypatch.setenv("PYTHONPATH", path)
     for one in speed.measure("cpu", 2, threads=1):
-        assert one.product_error == "ArithmeticError: a product of 1024 ones is not 1024 everywhere"
+        assert one.gemm_error == "ArithmeticError: a GEMM of 1024 ones is not 1024 everywhere"
         assert one.reduce_error == "ArithmeticError: the sum over 2 processes is not 3 everywhere"
 
 
 def test_processes_that_do_not_answer_are_ended() -> None:
     found = speed.measure("cpu", 2, threads=1, limit_s=0.05)  # torch alone takes longer
-    assert [one.product_error for one in found] == ["no answer in time"] * 2
+    assert [one.gemm_error for one in found] == ["no answer in time"] * 2
     assert [one.reduce_error for one in found] == ["no answer in time"] * 2
 
 
@@ -56,11 +56,11 @@ def test_a_device_that_is_not_there_is_told() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (found,) = speed.measure("cuda", 1, threads=1)
-    assert found.product_error is not None
-    assert "NVIDIA" in found.product_error
+    assert found.gemm_error is not None
+    assert "NVIDIA" in found.gemm_error
 
 
 def test_the_rate_counts_each_multiplication_and_addition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "PRODUCT_S", 0.01)
+    monkeypatch.setattr(speed, "GEMM_S", 0.01)
     monkeypatch.setattr(speed, "_timed", lambda work, _: (work(), 0.5)[1])
-    assert speed.product("cpu", 64) == 2 * 64**3 / 0.5
+    assert speed.gemm("cpu", 64) == 2 * 64**3 / 0.5

@@ -65,7 +65,7 @@ def test_a_broken_torch_leaves_what_needs_none_alone(tmp_path: Path) -> None:
 
     found = dict(findings(dataclasses.replace(broken, measure=never), ALL))
     unwell = {name for name, finding in found.items() if finding.grade is not Grade.ok}
-    needs_torch = {"torch", "CUDA", "GPUs", "NCCL", "matrix product", "all-reduce"}
+    needs_torch = {"torch", "CUDA", "GPUs", "NCCL", "GEMM", "all-reduce"}
     assert unwell == needs_torch
     assert "OSError: libcudart" in found["torch"].found
-    assert all("mend torch first" in found[name].fix for name in needs_torch - {"torch"})
+    assert all("fix torch first" in found[name].fix for name in needs_torch - {"torch"})
