@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hybrid_train.data.quickstart import folder_of, prepare, read_manifest
-from hybrid_train.jobs.data_tokenize import TextProgress
+from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import ConfigError, UserError, collect

@@ -9,10 +9,10 @@ import torch
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf.compare import Differences, differences
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder, import_folder
 from hybrid_train.hf.tensors import Format
-from hybrid_train.hf.verify import Differences, differences
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
 from hybrid_train.runtime import optional
 from hybrid_train.runtime.logs import start_logging

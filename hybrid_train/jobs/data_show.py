@@ -9,8 +9,8 @@ from hybrid_train.config import frozen
 from hybrid_train.data.plan import PhasePlan
 from hybrid_train.data.record import changes, read_record, record_of
 from hybrid_train.data.run_data import RunData, open_data
-from hybrid_train.jobs.data_tokenize import TextProgress
 from hybrid_train.jobs.help import console
+from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
     PhaseSpan,
     lay_out,

@@ -13,7 +13,7 @@ from hybrid_train.config import frozen
 from hybrid_train.data.record import changes, read_record, record_of
 from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.jobs import attempts, run_folder
-from hybrid_train.jobs.data_tokenize import TextProgress
+from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import PhaseSpan, unread_sources
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.data import Quickstart

@@ -27,7 +27,6 @@ from hybrid_train.checkpoint.layout import FOLDER as CHECKPOINTS
 from hybrid_train.config.rules_of_data import what_forbids
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
-from hybrid_train.jobs.data_tokenize import TextProgress
 from hybrid_train.jobs.study_plan import (
     PlannedRun,
     StudyPlan,
@@ -36,6 +35,7 @@ from hybrid_train.jobs.study_plan import (
 )
 from hybrid_train.jobs.study_report import report
 from hybrid_train.jobs.study_stages import PlannedStage
+from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.runtime.heartbeat import StopSignals
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import choose_device

@@ -113,7 +113,10 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 SHOWN = list(dict.fromkeys(commands(TEXT)))  # one that is shown again is not run again
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "adding.md"], ids=lambda page: page.stem)
+OTHERS = [ROOT / "docs" / f"{name}.md" for name in ("adding", "python", "versions")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.stem)
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         assert "://" in link or (page.parent / link).exists(), link

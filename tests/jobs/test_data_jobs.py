@@ -8,7 +8,7 @@ import pytest
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.token_files import TokenReader
 from hybrid_train.jobs import cli
-from hybrid_train.jobs.data_tokenize import TextProgress
+from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.runtime.logs import start_logging
 from tests.unit.data.prepare.texts import CORPUS, Progress, json_lines
 
