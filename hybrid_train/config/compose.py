@@ -323,7 +323,7 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     """
     composed = draft(job_name, lines)
     config = composed.config
-    missing = [key for key in overrides.setting_names(config) if _is_missing(config, key)]
+    missing = list(_missing(config))
     try:
         if not missing and not composed.wrong_groups:
             job = cast("checks.Job", OmegaConf.to_object(config))
@@ -345,10 +345,15 @@ def compose(job_name: str, lines: Sequence[str]) -> checks.Job:
     return job
 
 
-def _is_missing(config: DictConfig, key: str) -> bool:
-    """Tell whether a setting has no value; what is computed from such a one does not count."""
-    parent, _, name = key.rpartition(".")
-    return OmegaConf.is_missing(OmegaConf.select(config, parent) if parent else config, name)
+def _missing(config: DictConfig) -> Iterator[str]:
+    """Yield the settings that have no value; what is computed from such a one does not count."""
+    sections: dict[str, Any] = {"": config}
+    for key in overrides.setting_names(config):
+        section, _, name = key.rpartition(".")
+        if section not in sections:
+            sections[section] = OmegaConf.select(config, section)
+        if OmegaConf.is_missing(sections[section], name):
+            yield key
 
 
 def _section_problems(config: DictConfig) -> Iterator[Problem]:

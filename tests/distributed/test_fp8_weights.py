@@ -132,6 +132,7 @@ def test_losses_and_checkpoints_are_those_of_bfloat16_weights(name: str, tmp_pat
     require_equal(*(stored_tensors(tmp_path / name) for name in ("kept", "plain")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", sampled(["kept", "plain"], "kept"))
 def test_a_checkpoint_goes_on_either_way_under_another_layout(before: str, tmp_path: Path) -> None:
     """From two data-parallel ranks to experts on two, with weights kept otherwise, or not."""

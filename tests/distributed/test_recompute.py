@@ -55,7 +55,7 @@ def _compare(layout: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    sampled(LAYOUTS, "tensor"),
+    sampled(LAYOUTS),
 )
 def test_recomputation_changes_no_bit(layout: str) -> None:
     run_distributed(_compare, 2, LAYOUTS[layout])

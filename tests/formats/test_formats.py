@@ -13,6 +13,7 @@ from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.schema.formats import FILE_NAME, KEY, RUN_FOLDER, TOKEN_FILES, Format
 from tests.formats.make import CORPUS, ROW, ROWS, RUN, STEPS, TRAINING
 from tests.jobs.command import contents, finish, metrics, start, train
+from tests.sampled import sampled
 
 HERE = Path(__file__).parent
 TWICE = f"train.tokens={2 * STEPS * ROW * ROWS}"
@@ -45,7 +46,7 @@ def test_each_version_that_is_read_has_a_small_example(name: str, format: Format
     assert all(path.stat().st_size < 100_000 for path in HERE.glob("*.tar.xz"))
 
 
-@pytest.mark.parametrize("version", examples(RUN))
+@pytest.mark.parametrize("version", sampled(examples(RUN), RUN_FOLDER.version))
 def test_a_run_goes_on_in_the_folder_of_any_version(
     version: int, whole_run: Path, tmp_path: Path
 ) -> None:

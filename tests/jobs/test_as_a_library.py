@@ -48,6 +48,7 @@ def test_every_run_of_a_process_is_what_it_is_alone(tmp_path: Path, corpus: Path
     assert untimed(tmp_path / "other") == untimed(tmp_path / "other again")
 
 
+@pytest.mark.slow
 def test_processes_meet_again_for_every_run(tmp_path: Path, corpus: Path) -> None:
     layouts = {"split": "parallel.tensor=2", "staged": "parallel.pipeline=2"}
     layouts["split again"] = layouts["split"]

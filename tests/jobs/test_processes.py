@@ -58,6 +58,7 @@ def assert_one_voice(finished: Finished, run_dir: Path) -> None:
     assert "[rank 1]" not in finished.said
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_saves_and_stops_all_processes(tmp_path: Path, corpus: Path) -> None:
     run_dir = tmp_path / "run"
     command = (f"data.folder={corpus}", "parallel.tensor=2", "train.tokens=20k")

@@ -252,6 +252,7 @@ def test_the_report_counts_the_tokens_of_stages(staged: Path, whole: Finished) -
     assert "## Stages" in (staged / "staged" / "study.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_stage_stays_and_serves_another_study(
     staged: Path, whole: Finished, tmp_path: Path
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_finished_stage_stays_and_serves_another_study(
     assert "2 runs" in again.err
 
 
+@pytest.mark.slow
 def test_the_short_form_has_a_folder_and_stages_of_its_own(staged: Path, whole: Finished) -> None:
     assert whole.code == 0
     short = study(staged, "short=true")

@@ -19,13 +19,16 @@ from tests.numbers.answers import Pair, pairs, refusals
 from tests.numbers.tried import BASES, LISTED, composer, every, fields_of, numeric_owners
 
 SHARES = 8  # of the long form, so that several workers have something to do
-SAMPLED = 47  # every so many values, so that all kinds of values come to all kinds of fields
+SAMPLED = 97  # every so many values, so that all kinds of values come to all kinds of fields
 _ONE_PROCESS = "a run of one process has one layout"
 _NOTHING_REMOTE = "no source of the tiny run is a URL"
 _HEALTHY = "the tiny run is healthy: no step is bad, and no save fails"
+# Fields that change no number but by the order of its sum, as some processors take it: padding has
+# no part in loss or gradient, and gives the GEMM of the head another shape.
+ROUNDED = {"Model.vocab_multiple"}
+_ROUNDING = 1e-5  # relative: a few float32 steps in a sum of some hundred terms, twice
 # Fields that change no metric and no file of the tiny run, and why.
 IDLE = {
-    "Model.vocab_multiple": "shapes of embedding and head; padding has no part in loss or gradient",
     "Data.warn_epochs": "when the console says that a source is repeated",
     **dict.fromkeys(
         ("Parallel.tensor", "Parallel.pipeline", "Parallel.virtual_pipeline", "Parallel.expert"),
@@ -102,15 +105,13 @@ def test_a_sample_of_accepted_numbers_trains(tmp_path: Path) -> None:
     asked = refusals(pairs(fields_of("train"))[::SAMPLED])
     assert_refused_in_words(asked)
     runs = accepted(asked)
-    assert len(runs) > 8
+    assert len(runs) > 4
     assert_trained(runs, answers.train([one.lines for one in runs], tmp_path))
 
 
-@pytest.mark.slow
 def test_every_numeric_field_of_every_schema_is_tried() -> None:
     known = set[str]().union(*(numeric_owners(schema) for schema in SCHEMAS.values()))
     assert {field.owner for field in every()} == known
-    assert len(accepted(refusals(pairs(fields_of("train"))))) > 400
 
 
 @pytest.mark.slow
@@ -126,6 +127,7 @@ def test_every_number_is_refused_or_trains(share: int, tmp_path: Path) -> None:
     asked = refusals(pairs(fields))
     assert_refused_in_words(asked)
     runs = accepted(asked)
+    assert len(runs) > 400 / SHARES / 2, "hardly any value is accepted"
     besides = list(dict.fromkeys(field.beside for field in fields))
     outcomes = answers.train([*besides, *(one.lines for one in runs)], tmp_path)
     plain = dict(zip(besides, outcomes, strict=False))
@@ -134,6 +136,15 @@ def test_every_number_is_refused_or_trains(share: int, tmp_path: Path) -> None:
     moving = {
         one.field.owner
         for one, run in zip(runs, outcomes, strict=True)
-        if run.left != plain[one.field.beside].left
+        if not same(run, plain[one.field.beside], rounded=one.field.owner in ROUNDED)
     }
-    assert {field.owner for field in fields} - moving == IDLE.keys() & {one.owner for one in fields}
+    asked_for = {field.owner for field in fields}
+    assert asked_for - moving == (IDLE.keys() | ROUNDED) & asked_for
+
+
+def same(run: answers.Outcome, plain: answers.Outcome, *, rounded: bool) -> bool:
+    """Tell whether a run left what another did; its numbers may be rounded otherwise."""
+    if not rounded:
+        return run.left == plain.left
+    (metrics, files), (expected, names) = run.left, plain.left
+    return files == names and metrics == [pytest.approx(one, rel=_ROUNDING) for one in expected]

@@ -36,6 +36,7 @@ def test_the_installed_libraries_are_those_that_our_code_was_written_for() -> No
     assert to_do(written_for.TABLE) == []
 
 
+@pytest.mark.slow
 def test_no_import_replaces_anything() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False
