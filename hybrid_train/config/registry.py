@@ -28,7 +28,7 @@ from hybrid_train.schema.extension import (
     HookSettings,
     RowTransformSettings,
     imported,
-    is_path,
+    is_import_path,
 )
 from hybrid_train.schema.limits import MOST_TOKENS
 from hybrid_train.schema.model import Model
@@ -167,7 +167,7 @@ def settings_of(kind: str, base: type[Extension]) -> type[Extension]:
 def _require_implementation(settings: type[Extension]) -> None:
     """Raise a ValueError unless the class names code that is there, as far as can be seen."""
     place = settings.implementation
-    if not is_path(place):
+    if not is_import_path(place):
         form = 'implementation: ClassVar[str] = "package.module:Class"'
         raise ValueError(f"{settings.__name__} must name the code that it is for: {form}")
     module_name = place.partition(":")[0]
@@ -191,7 +191,7 @@ def typed_section(kind: str, place: str) -> DictConfig:
         ValueError: with the rule that the kind breaks.
     """
     base, ours = SECTIONS[place]
-    if is_path(kind):
+    if is_import_path(kind):
         section: DictConfig = OmegaConf.structured(settings_of(kind, base))
         section.kind = kind
         return section
@@ -209,7 +209,7 @@ def type_lists(config: DictConfig) -> Iterator[Problem]:
             is_typed = isinstance(entry, DictConfig) and is_dataclass(OmegaConf.get_type(entry))
             if is_typed:
                 continue
-            if not isinstance(entry, DictConfig) or not is_path(entry.get("kind")):
+            if not isinstance(entry, DictConfig) or not is_import_path(entry.get("kind")):
                 yield Problem(path, entry, f"must have a kind, {_HOW}")
                 continue
             try:

@@ -33,7 +33,7 @@ from hybrid_train.schema.pattern import Pattern, parse, repair
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Device, Kernels
-from hybrid_train.schema.tracking import Tool
+from hybrid_train.schema.tracking import ProfileTool
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
@@ -293,7 +293,9 @@ def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
 
 
 def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem]:
-    for number, rank in enumerate(job.profile.ranks if job.profile.tool is not Tool.none else ()):
+    for number, rank in enumerate(
+        job.profile.ranks if job.profile.tool is not ProfileTool.none else ()
+    ):
         if rank >= processes:
             rule = f"the run has {counted(processes, 'process')}, the last is {processes - 1}"
             yield Problem(f"profile.ranks.{number}", rank, rule, processes - 1)
