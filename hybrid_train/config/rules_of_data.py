@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hybrid_train.planning import degrees
 from hybrid_train.planning.degrees import splits_sequence
-from hybrid_train.planning.phases import SETTINGS, scheduled_tokens
+from hybrid_train.planning.phases import PHASE_SETTINGS, scheduled_tokens
 from hybrid_train.schema.data import (
     Data,
     Packing,
@@ -233,7 +233,7 @@ def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | Non
 
 def _where(number: int, job: TrainJob, path: str) -> str:
     """Return where a setting of the run is set for a phase: there, or in the run."""
-    for name, of_run in SETTINGS.items():
+    for name, of_run in PHASE_SETTINGS.items():
         if path == of_run:
             for earlier in range(number, -1, -1):
                 if getattr(job.train.phases[earlier], name):
