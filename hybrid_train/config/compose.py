@@ -162,7 +162,7 @@ def _own_sections(
     """
     groups = group_names(job_name)
     sections = {}
-    for place in registry.SECTIONS:
+    for place in registry.EXTENSION_SECTIONS:
         kind = _own_kind(place, given, files) if place in groups else None
         if kind is None:
             continue
@@ -186,7 +186,7 @@ def _take_chosen_sections(config: DictConfig, job_name: str, given: overrides.Gi
     """
     for choice in given.groups:
         place = choice.key_or_group
-        if place not in registry.SECTIONS or choice.value() not in registry.kinds(place):
+        if place not in registry.EXTENSION_SECTIONS or choice.value() not in registry.kinds(place):
             continue
         if is_import_path(config[place].kind):
             config[place] = hydra_compose(job_name, [f"{place}={choice.value()}"])[place]

@@ -17,11 +17,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
-from hybrid_train.config.commands import (
-    quoted,
-    setting,
-    typed,
-)
+from hybrid_train.config.commands import quoted, setting, typed
 from hybrid_train.config.registry import kinds
 from hybrid_train.schema.extension import is_import_path
 from hybrid_train.schema.names import nearest, nearest_key
