@@ -124,7 +124,7 @@ class Source:
 
     train: list[FileName] = field(default_factory=list)  # prefixes, without .bin or .idx; or URLs
     validation: list[FileName] = field(default_factory=list)
-    longest: Length | None = None  # packed documents are cut into pieces of so many tokens
+    longest: Length | None = None  # packed documents are cut into spans of so many tokens
     copy: CopyStream | None = None
     recall: RecallStream | None = None
     brackets: BracketStream | None = None
