@@ -1,4 +1,4 @@
-"""Which linear layer multiplies in which format, and that as a table to read.
+"""Which linear layer multiplies in which format, and the table that shows it.
 
 The exceptions of a run are applied to every layer: the first one that matches a GEMM decides its
 format. Embedding, head, routers, norms, convolutions and scans are no part of this: they are never

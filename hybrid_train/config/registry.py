@@ -61,6 +61,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("profile", "base"): Profile,
     ("cluster", "base"): Cluster,
 }
+
 # Sections that may be of a user's own kind: what its settings derive from, and the kinds of ours.
 EXTENSION_SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {
     "objective": (ObjectiveSettings, OBJECTIVES)

@@ -31,7 +31,7 @@ from hybrid_train.schema.units import counted
 _DEGREES = tuple(
     f"parallel.{name}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
 )
-# Of the formats that a moment may be kept in beside float32.
+# Of the formats beside float32 that a moment may be kept in.
 _FRACTION_BITS = {MomentFormat.bfloat16: 7, MomentFormat.float16: 10, MomentFormat.float8: 3}
 
 

@@ -27,13 +27,7 @@ PHASE_SETTINGS = {
     "expert": "parallel.expert",
 }
 # What must stay in a phase that has begun; a layout and a microbatch may change at any time.
-FIXED_SETTINGS = (
-    "blend",
-    "sequence_length",
-    "global_batch",
-    "constant_lr",
-    "precision_exceptions",
-)
+FIXED_SETTINGS = ("blend", "sequence_length", "global_batch", "constant_lr", "precision_exceptions")
 
 _VALIDATIONS, _VALIDATION_STEPS = 8, 100  # of a run, at least; steps between two, at most
 
