@@ -125,8 +125,8 @@ class Dim:
             return self.words
         (part,) = self.parts
         first, *others = (axis.value for axis in part.axes)
-        gemm = " x ".join([first, *(name.rpartition(".")[2] for name in others)])
-        return gemm if part.times == 1 else f"{part.times} x {gemm}"
+        named = " x ".join([first, *(name.rpartition(".")[2] for name in others)])
+        return named if part.times == 1 else f"{part.times} x {named}"
 
 
 def dim(*axes: Axis, times: int = 1, free: Axis | None = None) -> Dim:

@@ -75,7 +75,7 @@ class FlopCount:
 
     @property
     def training(self) -> int:
-        """Forward and backward: each product needs two more, one for each of its gradients.
+        """Forward and backward: each GEMM needs two more, one for each of its gradients.
 
         Recomputed activations do not count (Chowdhery et al., arXiv:2204.02311, appendix B).
         """

@@ -1,7 +1,8 @@
-"""Which linear layer multiplies in which format: the exceptions applied to every layer of a model.
+"""Which linear layer multiplies in which format, and the table that shows it.
 
-The first rule that matches a GEMM of a layer decides. Embedding, head, routers, norms,
-convolutions and scans are no part of this: they are never quantized.
+The exceptions of a run are applied to every layer: the first one that matches a GEMM decides its
+format. Embedding, head, routers, norms, convolutions and scans are no part of this: they are never
+quantized.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,7 @@ from hybrid_train.anatomy.layers import Shape, layers_of_shape, shape_of
 from hybrid_train.schema.layer_ranges import layers_of
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.precision import (
-    Gemm,
-    GemmFormat,
-    Precision,
-    PrecisionRule,
-)
+from hybrid_train.schema.precision import Gemm, GemmFormat, Precision, PrecisionRule
 
 MTP = "mtp"
 _MAIN_KINDS = tuple(one.linear for one in possible_parameters() if one.linear)
@@ -28,6 +24,10 @@ UNQUANTIZED = (GemmFormat.fp32, GemmFormat.bf16)
 # Formats whose weights have the same values in all GEMMs, and that Transformer Engine gathers:
 # MXFP8's are cut along the sum of each GEMM, and gathered in bfloat16.
 GATHERED_IN_FP8 = (GemmFormat.fp8_tensorwise, GemmFormat.fp8_blockwise)
+_TABLE_HEADS = ("module", "format", "layers", "why")
+
+# Format, layers, modules and GEMMs of each exception, as a key of caches.
+_Rules = tuple[tuple[GemmFormat, str, tuple[str, ...], tuple[Gemm, ...]], ...]
 
 
 @dataclass(frozen=True, order=True)
@@ -98,7 +98,9 @@ def quantized_kinds(model: Model, precision: Precision) -> Mapping[str, frozense
     return _known_kinds(*_what_decides(model, precision))
 
 
-_Rules = tuple[tuple[GemmFormat, str, tuple[str, ...], tuple[Gemm, ...]], ...]
+def quantizes(model: Model, precision: Precision) -> bool:
+    """Tell whether any GEMM of a model has quantized operands."""
+    return any(one.quantized for one in formats_of(model, precision).values())
 
 
 def _what_decides(model: Model, precision: Precision) -> tuple[Shape, GemmFormat, _Rules]:
@@ -136,43 +138,13 @@ def _formats_of_all(
         found: the linear layers of the model.
         num_layers: main layers of the model.
         usual: format without an exception.
-        rules: format, layers, modules and GEMMs of each exception.
+        rules: the exceptions.
     """
     exceptions = [
         PrecisionRule(format=format, layers=layers, modules=list(modules), gemms=list(gemms))
         for format, layers, modules, gemms in rules
     ]
     return {one: _formats(one, usual, exceptions, num_layers) for one in found}
-
-
-def fp8_primary_weights(model: Model, precision: Precision) -> dict[Linear, GemmFormat]:
-    """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
-
-    Those of MTP blocks are not: core knows a block by another name while it builds it than ever
-    after (`megatron/native_recipes.py`), and would build its weights by that name.
-    """
-    if not precision.fp8_param_gather:
-        return {}
-    found = {
-        linear: set(one.formats.values()) for linear, one in formats_of(model, precision).items()
-    }
-    return {
-        linear: next(iter(formats))
-        for linear, formats in found.items()
-        if linear.depth == 0 and len(formats) == 1 and formats <= set(GATHERED_IN_FP8)
-    }
-
-
-def kept_in_words(model: Model, precision: Precision) -> str | None:
-    """Say how many layers keep their weights in FP8; None for none."""
-    kept = fp8_primary_weights(model, precision)
-    whole = len(linears(model))
-    return f"weights of {len(kept)} of {whole} linear layers, kept and gathered" if kept else None
-
-
-def quantizes(model: Model, precision: Precision) -> bool:
-    """Tell whether any GEMM of a model has quantized operands."""
-    return any(one.quantized for one in formats_of(model, precision).values())
 
 
 def _formats(
@@ -215,24 +187,48 @@ def is_named(module: str, name: str) -> bool:
     )
 
 
-_HEADS = ("module", "format", "layers", "why")
+def fp8_primary_weights(model: Model, precision: Precision) -> dict[Linear, GemmFormat]:
+    """Return the layers whose weights are kept in FP8, with `fp8_param_gather`, and the format.
+
+    Those of MTP blocks are not: core knows a block by another name while it builds it than ever
+    after (`megatron/native_recipes.py`), and would build its weights by that name.
+    """
+    if not precision.fp8_param_gather:
+        return {}
+    found = {
+        linear: set(one.formats.values()) for linear, one in formats_of(model, precision).items()
+    }
+    return {
+        linear: next(iter(formats))
+        for linear, formats in found.items()
+        if linear.depth == 0 and len(formats) == 1 and formats <= set(GATHERED_IN_FP8)
+    }
 
 
-def lines(formats: Mapping[Linear, Formats], rules: Sequence[PrecisionRule]) -> list[str]:
-    """Return the table as text; layers of MTP blocks count from 1 in each."""
+def kept_in_words(model: Model, precision: Precision) -> str | None:
+    """Say how many layers keep their weights in FP8; None for none."""
+    kept = fp8_primary_weights(model, precision)
+    whole = len(linears(model))
+    return f"weights of {len(kept)} of {whole} linear layers, kept and gathered" if kept else None
+
+
+def table_lines(formats: Mapping[Linear, Formats], rules: Sequence[PrecisionRule]) -> list[str]:
+    """Return the formats as lines of a table; layers of MTP blocks count from 1 in each."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for linear, chosen in formats.items():
-        key = (linear.module, in_words(chosen), reason(chosen, rules))
+        key = (linear.module, formats_in_words(chosen), deciding_exceptions(chosen, rules))
         groups.setdefault(key, []).append(linear.layer)
     modules = list(dict.fromkeys(linear.module for linear in formats))
     ordered = sorted(groups.items(), key=lambda item: modules.index(item[0][0]))
-    found = ((module, words, _span(layers), why) for (module, words, why), layers in ordered)
-    table = [_HEADS, *found]
-    widths = [max(len(row[column]) for row in table) for column in range(len(_HEADS))]
+    found = (
+        (module, words, _layers_in_words(layers), why) for (module, words, why), layers in ordered
+    )
+    table = [_TABLE_HEADS, *found]
+    widths = [max(len(row[column]) for row in table) for column in range(len(_TABLE_HEADS))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
 
-def _span(layers: Sequence[int]) -> str:
+def _layers_in_words(layers: Sequence[int]) -> str:
     """Say how many layers there are, and from which to which."""
     first, last = min(layers), max(layers)
     if last == 0:
@@ -240,7 +236,7 @@ def _span(layers: Sequence[int]) -> str:
     return f"{len(layers)}, {first} to {last}" if first < last else f"1, {first}"
 
 
-def in_words(formats: Formats) -> str:
+def formats_in_words(formats: Formats) -> str:
     """Say the formats of the three GEMMs: one word where they are the same."""
     by_gemm = {gemm.value: one.value for gemm, one in formats.formats.items()}
     if len(set(by_gemm.values())) == 1:
@@ -248,7 +244,7 @@ def in_words(formats: Formats) -> str:
     return ", ".join(f"{gemm} {one}" for gemm, one in by_gemm.items())
 
 
-def reason(formats: Formats, rules: Sequence[PrecisionRule]) -> str:
+def deciding_exceptions(formats: Formats, rules: Sequence[PrecisionRule]) -> str:
     """Name the exceptions that decided, or nothing where the format of the run holds."""
     numbers = dict.fromkeys(one for one in formats.rules.values() if one is not None)
     return "; ".join(f"exception {number}: {rules[number]}" for number in numbers)

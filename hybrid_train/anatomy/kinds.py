@@ -1,7 +1,7 @@
 """What each kind of layer consists of: one class a kind, with a list of its parameters.
 
 Everything that has to know the tensors of a layer is a loop over these lists: counts, FLOPs,
-memory, sizes of products, parameter groups, first values, formats, rules of divisibility, names in
+memory, sizes of GEMMs, parameter groups, first values, formats, rules of divisibility, names in
 checkpoints. A new kind of layer is a class here and a line in `KINDS`.
 """
 

@@ -1,7 +1,7 @@
 """The table of rules across the sections of a job, and how a whole job is held against it.
 
-Rules of one section alone stand beside its fields (`schema/`), the others in `check_*.py`. What is
-wrong gets the nearest values that are legal together (`suggestions.py`).
+Rules of one section alone stand beside its fields (`schema/`), the others in `rules_of_*.py`. What
+is wrong gets the nearest values that are legal together (`suggestions.py`).
 """
 
 from collections.abc import Collection, Iterator
@@ -14,8 +14,8 @@ from hybrid_train.config.rules_of_data import (
     BATCH_RULES,
     FILE_RULES,
     as_problem_of,
+    conversion_problems,
     data_is_chosen,
-    folder_problems,
     generation_problems,
     packed_rows_run,
     phases_are_in_order,
@@ -133,7 +133,7 @@ def _of_files(job: Job) -> Iterator[Problem]:
     if isinstance(job, GenerateJob):
         yield from generation_problems(job)
     elif not isinstance(job, TrainJob):  # no parallel plan; a study composes its runs one by one
-        yield from folder_problems(job)
+        yield from conversion_problems(job)
     else:
         # A plan does not depend on the tokens: `check` lists data not chosen yet, and passes.
         planned = isinstance(job, CheckJob) or (isinstance(job, SubmitJob) and job.dry_run)

@@ -1,9 +1,9 @@
 """The table of commands, each with its settings and what runs it; and commands as text to be typed.
 
+A command without groups of choices needs no file in conf/: its settings are those of its schema.
+
 Two readers take letters for their own: the shell and Hydra's grammar of overrides. Every command
 and every setting that a message proposes is written here, so that both give back what was meant.
-
-A command without groups of choices needs no file in conf/: its settings are those of its schema.
 """
 
 import dataclasses
@@ -41,33 +41,6 @@ from hybrid_train.schema.train import TrainJob
 
 # What Hydra reads as plain text. A number is read as one, but a setting of text keeps its letters.
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]+")
-
-
-def setting(key: str, value: object) -> str:
-    """Return the override that gives a setting of text this value: `run_dir="a (2)"`."""
-    return f"{key}={quoted(str(value))}"
-
-
-def quoted(text: str) -> str:
-    """Return a text as Hydra's grammar reads it, in quotes where it needs them."""
-    if _PLAIN.fullmatch(text) and text.lower() != "null":
-        return text
-    from hydra.core.override_parser.types import Quote, QuotedString  # takes a moment to import
-
-    return str(QuotedString(text, Quote.double).with_quotes())
-
-
-def typed(*words: str) -> str:
-    """Return words as they are typed into a shell, `typed(setting("run_dir", path))` for one."""
-    # What shlex leaves bare means nothing to zsh either, but for a = that begins a word.
-    return " ".join(f"'{word}'" if word.startswith("=") else shlex.quote(word) for word in words)
-
-
-def command(*words: str) -> str:
-    """Return a command of the program: `hybrid-train status run_dir=runs/first`."""
-    return typed("hybrid-train", *words)
-
-
 _EXPERIMENTS = "`hybrid-train experiments` lists experiments with everything set"
 _MODELS = "`hybrid-train models` lists the models that have a name: model=NAME"
 _STUDIES = "name=NAME takes one that is ready: `hybrid-train study --help` lists them"
@@ -97,13 +70,13 @@ class Command:
 
     @property
     def module(self) -> str:
-        """The import path of the module that carries it out."""
+        """The import path of the module that runs it."""
         return f"hybrid_train.jobs.{self.entry.partition(':')[0]}"
 
     def run(self, job: Any) -> int | None:
-        """Carry it out; its module is imported now."""
-        carry_out = getattr(importlib.import_module(self.module), self.entry.partition(":")[2])
-        code: int | None = carry_out(job)
+        """Run it; its module is imported now."""
+        entry = getattr(importlib.import_module(self.module), self.entry.partition(":")[2])
+        code: int | None = entry(job)
         return code
 
     @property
@@ -252,3 +225,28 @@ ROOTS = {name.replace(" ", "_"): command for name, command in COMMANDS.items()}
 def root_of(name: str) -> str:
     """Return the name that a command has in conf/: "data tokenize" -> "data_tokenize"."""
     return name.replace(" ", "_")
+
+
+def setting(key: str, value: object) -> str:
+    """Return the override that gives a setting of text this value: `run_dir="a (2)"`."""
+    return f"{key}={quoted(str(value))}"
+
+
+def quoted(text: str) -> str:
+    """Return a text as Hydra's grammar reads it, in quotes where it needs them."""
+    if _PLAIN.fullmatch(text) and text.lower() != "null":
+        return text
+    from hydra.core.override_parser.types import Quote, QuotedString  # takes a moment to import
+
+    return str(QuotedString(text, Quote.double).with_quotes())
+
+
+def typed(*words: str) -> str:
+    """Return words as they are typed into a shell, `typed(setting("run_dir", path))` for one."""
+    # What shlex leaves bare means nothing to zsh either, but for a = that begins a word.
+    return " ".join(f"'{word}'" if word.startswith("=") else shlex.quote(word) for word in words)
+
+
+def command(*words: str) -> str:
+    """Return a command of the program: `hybrid-train status run_dir=runs/first`."""
+    return typed("hybrid-train", *words)

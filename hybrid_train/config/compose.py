@@ -37,7 +37,7 @@ from hybrid_train.config import (
 )
 from hybrid_train.config.commands import ROOTS, setting
 from hybrid_train.config.rules_of_data import no_run
-from hybrid_train.schema.extension import is_path
+from hybrid_train.schema.extension import is_import_path
 from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, ResumeJob, SubmitJob
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, UserError, collect
@@ -162,7 +162,7 @@ def _own_sections(
     """
     groups = group_names(job_name)
     sections = {}
-    for place in registry.SECTIONS:
+    for place in registry.EXTENSION_SECTIONS:
         kind = _own_kind(place, given, files) if place in groups else None
         if kind is None:
             continue
@@ -186,9 +186,9 @@ def _take_chosen_sections(config: DictConfig, job_name: str, given: overrides.Gi
     """
     for choice in given.groups:
         place = choice.key_or_group
-        if place not in registry.SECTIONS or choice.value() not in registry.kinds(place):
+        if place not in registry.EXTENSION_SECTIONS or choice.value() not in registry.kinds(place):
             continue
-        if is_path(config[place].kind):
+        if is_import_path(config[place].kind):
             config[place] = hydra_compose(job_name, [f"{place}={choice.value()}"])[place]
 
 
@@ -196,9 +196,9 @@ def _own_kind(place: str, given: overrides.Given, files: yaml_files.Walk) -> str
     """Return the kind of a section if it is an import path: the command line's, else a file's."""
     for override in reversed(given.values):
         if override.key_or_group == f"{place}.kind":
-            return str(override.value()) if is_path(override.value()) else None
+            return str(override.value()) if is_import_path(override.value()) else None
     found = files.place(f"{place}.kind")
-    return found[1] if found and is_path(found[1]) else None
+    return found[1] if found and is_import_path(found[1]) else None
 
 
 def _as_read(choice: Override) -> str:

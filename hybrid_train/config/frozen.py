@@ -9,12 +9,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_train.config import (
-    checks,
-    launcher,
-    registry,
-    yaml_files,
-)
+from hybrid_train.config import checks, launcher, registry, yaml_files
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -46,38 +41,6 @@ def freeze(job: TrainJob, run_dir: Path) -> None:
     half = target.with_suffix(".yaml.tmp")
     half.write_text(masked(to_yaml(job)), encoding="utf-8")
     half.replace(target)
-
-
-def _frozen(run_dir: Path) -> Path:
-    """Return the config in a run folder.
-
-    Raises:
-        UserError: if there is none, or the folder is of a format that is not read.
-    """
-    path = run_dir / FROZEN_NAME
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no run folder: there is no such folder")
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
-    formats.require_readable_folder(run_dir, formats.RUN_FOLDER)
-    return path
-
-
-def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """Read the config in a run folder as text and as plain data; that of another version, too.
-
-    Raises:
-        UserError: if the folder has no config, or it is damaged.
-    """
-    path = _frozen(run_dir)
-    text = yaml_files.text_of(path)
-    try:
-        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(plain, dict):
-        raise UserError(f"{path} is damaged: it holds no settings")
-    return text, plain
 
 
 def load(run_dir: Path) -> TrainJob:
@@ -115,6 +78,23 @@ def _with_present_names(saved: Any) -> Any:
     return saved
 
 
+def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
+    """Put the schema of the saved kind in place of the general one."""
+    kind = OmegaConf.select(saved, f"{group}.kind")
+    if kind is None:
+        return
+    if group in registry.EXTENSION_SECTIONS:
+        try:
+            typed[group] = registry.typed_section(kind, group)
+        except ValueError as error:
+            raise ConfigError([Problem(f"{group}.kind", kind, str(error))]) from error
+        return
+    known = registry.kinds(group)
+    if kind not in known:
+        raise ConfigError([Problem(f"{group}.kind", kind, f"must be one of {', '.join(known)}")])
+    typed[group] = OmegaConf.structured(known[kind])
+
+
 def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) -> TrainJob:
     """Read the config of a run and check it for the processes that are here.
 
@@ -134,18 +114,33 @@ def reload(run_dir: Path, change: Callable[[TrainJob], TrainJob] | None = None) 
     return job
 
 
-def _choose_kind(typed: DictConfig, saved: Any, group: str) -> None:
-    """Put the schema of the saved kind in place of the general one."""
-    kind = OmegaConf.select(saved, f"{group}.kind")
-    if kind is None:
-        return
-    if group in registry.SECTIONS:
-        try:
-            typed[group] = registry.typed_section(kind, group)
-        except ValueError as error:
-            raise ConfigError([Problem(f"{group}.kind", kind, str(error))]) from error
-        return
-    known = registry.kinds(group)
-    if kind not in known:
-        raise ConfigError([Problem(f"{group}.kind", kind, f"must be one of {', '.join(known)}")])
-    typed[group] = OmegaConf.structured(known[kind])
+def read_frozen(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Read the config in a run folder as text and as plain data; that of another version, too.
+
+    Raises:
+        UserError: if the folder has no config, or it is damaged.
+    """
+    path = _frozen(run_dir)
+    text = yaml_files.text_of(path)
+    try:
+        plain = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} is damaged: it holds no settings")
+    return text, plain
+
+
+def _frozen(run_dir: Path) -> Path:
+    """Return the config in a run folder.
+
+    Raises:
+        UserError: if there is none, or the folder is of a format that is not read.
+    """
+    path = run_dir / FROZEN_NAME
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no run folder: there is no such folder")
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no {FROZEN_NAME}")
+    formats.require_readable_folder(run_dir, formats.RUN_FOLDER)
+    return path

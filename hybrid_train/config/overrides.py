@@ -17,13 +17,9 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, EnumNode, FloatNode, IntegerNode, StringNode
 
-from hybrid_train.config.commands import (
-    quoted,
-    setting,
-    typed,
-)
+from hybrid_train.config.commands import quoted, setting, typed
 from hybrid_train.config.registry import kinds
-from hybrid_train.schema.extension import is_path
+from hybrid_train.schema.extension import is_import_path
 from hybrid_train.schema.names import nearest, nearest_key
 from hybrid_train.schema.problems import Problem, within_limits
 
@@ -209,7 +205,7 @@ def set_value(config: DictConfig, override: Override, groups: Collection[str]) -
         return
     group, _, name = key.partition(".")
     if name == "kind" and kinds(group):
-        if is_path(override.value()):  # the composition has made the section of this kind
+        if is_import_path(override.value()):  # the composition has made the section of this kind
             return
         yield Problem(key, text, f"is set by the choice of {group}", f"{group}={text}")
         return

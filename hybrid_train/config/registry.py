@@ -1,10 +1,11 @@
-"""The table of schemas, by group and kind, those of a user's own package too, for Hydra.
+"""The table of schemas by group and kind, as Hydra knows them; those of a user's own package, too.
 
 A YAML file of a group starts from `/schema/GROUP/KIND`; a saved run finds the class of a section
 again by the `kind` it wrote. Groups with one schema only call it `base`.
 
-`objective: {kind: "my_package.focal:Focal", gamma: 2}` makes the objective a `Focal`, in a file or
-on the command line; `edits`, `hooks` and `row_transforms` are lists of such parts.
+The kind of an extension may be an import path: `objective: {kind: "my_package.focal:Focal", gamma:
+2}` makes the objective a `Focal`, in a file or on the command line. `edits`, `hooks` and
+`row_transforms` are lists of such parts.
 """
 
 import importlib.util
@@ -28,17 +29,12 @@ from hybrid_train.schema.extension import (
     HookSettings,
     RowTransformSettings,
     imported,
-    is_path,
+    is_import_path,
 )
 from hybrid_train.schema.limits import MOST_TOKENS
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import OBJECTIVES, ObjectiveSettings
-from hybrid_train.schema.optimizer import (
-    AdamW,
-    Cosine,
-    Schedule,
-    Wsd,
-)
+from hybrid_train.schema.optimizer import AdamW, Cosine, Schedule, Wsd
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision
 from hybrid_train.schema.problems import Problem
@@ -66,6 +62,18 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("cluster", "base"): Cluster,
 }
 
+# Sections that may be of a user's own kind: what its settings derive from, and the kinds of ours.
+EXTENSION_SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {
+    "objective": (ObjectiveSettings, OBJECTIVES)
+}
+# The same for lists, whose entries are all named by import path.
+EXTENSION_LISTS: dict[str, type[Extension]] = {
+    "edits": EditSettings,
+    "hooks": HookSettings,
+    "row_transforms": RowTransformSettings,
+}
+_KIND_RULE = "package.module:Class, the import path of a class of settings"
+
 
 @cache  # of all commands it would be half of the time of a composition
 def register(job_name: str) -> None:
@@ -89,6 +97,13 @@ def _register_groups() -> None:
             store.store(group=f"schema/{group}", name=kind, node=schema)
     # Hydra copies its sources twice a composition, each time with all schemas, and changes none.
     vars(store)["__deepcopy__"] = lambda _: store
+
+
+def share(part: float, total: str) -> str:
+    """Return a part of a number of tokens, so that the phases of a schedule follow its length."""
+    # A total that is no number, or beyond the limit, is reported where it stands, once.
+    is_sound = is_tokens(total) and tokens(total) <= MOST_TOKENS
+    return str(round(part * tokens(total))) if is_sound else "0"
 
 
 @contextmanager
@@ -122,31 +137,72 @@ def sections_of(job_name: str, sections: dict[str, DictConfig]) -> Iterator[None
         store.store(group="schema/job", name=job_name, node=schema)
 
 
-def share(part: float, total: str) -> str:
-    """Return a part of a number of tokens, so that the phases of a schedule follow its length."""
-    # A total that is no number, or beyond the limit, is reported where it stands, once.
-    is_sound = is_tokens(total) and tokens(total) <= MOST_TOKENS
-    return str(round(part * tokens(total))) if is_sound else "0"
-
-
 def kinds(group: str) -> dict[str, type[Any]]:
     """Return the schemas of a group by kind; empty for a group that is not in the table."""
     return {kind: schema for (owner, kind), schema in SCHEMAS.items() if owner == group}
 
 
-# What a class of settings at each place derives from, and the kinds of ours.
-SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {
-    "objective": (ObjectiveSettings, OBJECTIVES)
-}
-LISTS: dict[str, type[Extension]] = {
-    "edits": EditSettings,
-    "hooks": HookSettings,
-    "row_transforms": RowTransformSettings,
-}
-_HOW = "package.module:Class, the import path of a class of settings"
+def typed_section(kind: str, place: str) -> DictConfig:
+    """Return the settings of a section of one kind, every one at its default.
+
+    Args:
+        kind: a word of ours, or an import path.
+        place: the section.
+
+    Raises:
+        ValueError: with the rule that the kind breaks.
+    """
+    base, ours = EXTENSION_SECTIONS[place]
+    if is_import_path(kind):
+        section: DictConfig = OmegaConf.structured(settings_class(kind, base))
+        section.kind = kind
+        return section
+    if kind not in ours:
+        raise ValueError(f"must be one of {', '.join(ours)}, or {_KIND_RULE}")
+    return cast("DictConfig", OmegaConf.structured(ours[kind]))
 
 
-def settings_of(kind: str, base: type[Extension]) -> type[Extension]:
+def type_lists(config: DictConfig) -> Iterator[Problem]:
+    """Type the entries of every list of parts, in place; yield what is wrong with them."""
+    for name, base in EXTENSION_LISTS.items():
+        entries = config.get(name)
+        for number, entry in enumerate(entries if isinstance(entries, ListConfig) else ()):
+            path = f"{name}.{number}"
+            is_typed = isinstance(entry, DictConfig) and is_dataclass(OmegaConf.get_type(entry))
+            if is_typed:
+                continue
+            if not isinstance(entry, DictConfig) or not is_import_path(entry.get("kind")):
+                yield Problem(path, entry, f"must have a kind, {_KIND_RULE}")
+                continue
+            try:
+                entries[number] = _typed_entry(entry, base)
+            except OmegaConfBaseException as error:
+                key = f"{path}.{error.key}" if error.key else path
+                yield Problem(key, _value_at(entry, error.key), _misfit(error, entry.kind, base))
+            except ValueError as error:
+                yield Problem(f"{path}.kind", entry.kind, str(error))
+
+
+def _typed_entry(entry: DictConfig, base: type[Extension]) -> DictConfig:
+    section = OmegaConf.structured(settings_class(entry.kind, base))
+    return cast("DictConfig", OmegaConf.merge(section, entry))
+
+
+def _value_at(entry: DictConfig, key: Any) -> object:
+    return entry.get(key) if key in entry else OmegaConf.to_container(entry)
+
+
+def _misfit(error: OmegaConfBaseException, kind: str, base: type[Extension]) -> str:
+    """Say what does not fit; for an unknown setting, which settings there are."""
+    settings = settings_class(kind, base)
+    known = [one.name for one in fields(settings) if one.name != "kind"]
+    if error.key is not None and error.key not in known:
+        there = f"; it has {', '.join(known)}" if known else "; it has none"
+        return f"{settings.__name__} has no such setting{there}"
+    return str(error).partition("\n")[0]
+
+
+def settings_class(kind: str, base: type[Extension]) -> type[Extension]:
     """Import a class of settings.
 
     Args:
@@ -167,7 +223,7 @@ def settings_of(kind: str, base: type[Extension]) -> type[Extension]:
 def _require_implementation(settings: type[Extension]) -> None:
     """Raise a ValueError unless the class names code that is there, as far as can be seen."""
     place = settings.implementation
-    if not is_path(place):
+    if not is_import_path(place):
         form = 'implementation: ClassVar[str] = "package.module:Class"'
         raise ValueError(f"{settings.__name__} must name the code that it is for: {form}")
     module_name = place.partition(":")[0]
@@ -178,63 +234,3 @@ def _require_implementation(settings: type[Extension]) -> None:
     if not there:
         rule = f"is for {place}, and there is no module {module_name}"
         raise ValueError(f"{settings.__name__} {rule}")
-
-
-def typed_section(kind: str, place: str) -> DictConfig:
-    """Return the settings of a section of one kind, every one at its default.
-
-    Args:
-        kind: a word of ours, or an import path.
-        place: the section.
-
-    Raises:
-        ValueError: with the rule that the kind breaks.
-    """
-    base, ours = SECTIONS[place]
-    if is_path(kind):
-        section: DictConfig = OmegaConf.structured(settings_of(kind, base))
-        section.kind = kind
-        return section
-    if kind not in ours:
-        raise ValueError(f"must be one of {', '.join(ours)}, or {_HOW}")
-    return cast("DictConfig", OmegaConf.structured(ours[kind]))
-
-
-def type_lists(config: DictConfig) -> Iterator[Problem]:
-    """Type the entries of every list of parts, in place; yield what is wrong with them."""
-    for name, base in LISTS.items():
-        entries = config.get(name)
-        for number, entry in enumerate(entries if isinstance(entries, ListConfig) else ()):
-            path = f"{name}.{number}"
-            is_typed = isinstance(entry, DictConfig) and is_dataclass(OmegaConf.get_type(entry))
-            if is_typed:
-                continue
-            if not isinstance(entry, DictConfig) or not is_path(entry.get("kind")):
-                yield Problem(path, entry, f"must have a kind, {_HOW}")
-                continue
-            try:
-                entries[number] = _typed_entry(entry, base)
-            except OmegaConfBaseException as error:
-                key = f"{path}.{error.key}" if error.key else path
-                yield Problem(key, _value_at(entry, error.key), _words(error, entry.kind, base))
-            except ValueError as error:
-                yield Problem(f"{path}.kind", entry.kind, str(error))
-
-
-def _typed_entry(entry: DictConfig, base: type[Extension]) -> DictConfig:
-    section = OmegaConf.structured(settings_of(entry.kind, base))
-    return cast("DictConfig", OmegaConf.merge(section, entry))
-
-
-def _value_at(entry: DictConfig, key: Any) -> object:
-    return entry.get(key) if key in entry else OmegaConf.to_container(entry)
-
-
-def _words(error: OmegaConfBaseException, kind: str, base: type[Extension]) -> str:
-    """Say what does not fit; of a name that is not there, which are."""
-    settings = settings_of(kind, base)
-    known = [one.name for one in fields(settings) if one.name != "kind"]
-    if error.key is not None and error.key not in known:
-        there = f"; it has {', '.join(known)}" if known else "; it has none"
-        return f"{settings.__name__} has no such setting{there}"
-    return str(error).partition("\n")[0]

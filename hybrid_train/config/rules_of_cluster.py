@@ -1,4 +1,7 @@
-"""Rules about a run and its cluster, for `submit` and for `check cluster=NAME`."""
+"""Rules about a run and its cluster, and the numbers of nodes that a run can take.
+
+`submit` and `check cluster=NAME` hold a run against them.
+"""
 
 import math
 import re
@@ -7,7 +10,6 @@ from pathlib import Path
 
 from hybrid_train.config.rules_of_data import SHARE_RULES
 from hybrid_train.planning import degrees
-from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.planning.phases import views_of
 from hybrid_train.planning.stages import most_kept
 from hybrid_train.schema.cluster import Cluster, processes_per_node
@@ -17,55 +19,6 @@ from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Device
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, show_bytes
-
-
-def unit(job: TrainJob, cluster: Cluster) -> int:
-    """Return the number of nodes whose multiples the degrees of all phases can split."""
-    of_phases = [degrees.processes_unit(phase.parallel) for phase in views_of(job)]
-    own = processes_per_node(cluster)
-    return math.lcm(*of_phases, own) // own
-
-
-def nodes(job: TrainJob, cluster: Cluster) -> int:
-    """Return the number of nodes asked for: the fewest possible where the user names none."""
-    return cluster.nodes or unit(job, cluster)
-
-
-def processes(job: TrainJob, cluster: Cluster) -> int:
-    """Return the number of processes on all nodes asked for."""
-    return nodes(job, cluster) * processes_per_node(cluster)
-
-
-def legal_nodes(job: SubmitJob) -> list[int]:
-    """Return the node counts from `min_nodes` to `nodes` on which all phases can run, ascending.
-
-    Args:
-        job: a job that passes the checks on all its nodes; other rules ask for no number.
-    """
-    whole = nodes(job, job.cluster)
-    return _legal_within(job, job.cluster.min_nodes or whole, whole)
-
-
-def most_nodes(jobs: Sequence[SubmitJob], available: int) -> int | None:
-    """Return the largest number of nodes, of those available, on which each job can run."""
-    legal_nodes = [set(_legal_within(job, 1, available)) for job in jobs]
-    return max(set.intersection(*legal_nodes), default=None) if legal_nodes else None
-
-
-def _legal_within(job: SubmitJob, fewest: int, largest: int) -> list[int]:
-    own, step = processes_per_node(job.cluster), unit(job, job.cluster)
-    phases = list(views_of(job))
-    return [
-        count
-        for count in range(math.ceil(fewest / step) * step, largest + 1, step)
-        if not any(
-            problem
-            for phase in phases
-            for rule in SHARE_RULES
-            for problem in rule(phase, count * own)
-        )
-    ]
-
 
 # The path stands in lines of sbatch, which quotes nothing, and takes % and \ for its own.
 _PLAIN_PATH = re.compile(r"[\w./+=@~-]+")
@@ -138,12 +91,60 @@ def vocab_rows(job: TrainJob) -> int | None:
     size = job.model.vocab_size
     if size is None and isinstance(job.data, Quickstart):
         size = job.data.vocab_size
-    return None if size is None else padded_vocab_size(size, job.model.vocab_multiple)
+    return None if size is None else degrees.padded_vocab_size(size, job.model.vocab_multiple)
+
+
+def asked_nodes(job: TrainJob, cluster: Cluster) -> int:
+    """Return the number of nodes asked for: the fewest possible where the user names none."""
+    return cluster.nodes or node_unit(job, cluster)
+
+
+def asked_processes(job: TrainJob, cluster: Cluster) -> int:
+    """Return the number of processes on all nodes asked for."""
+    return asked_nodes(job, cluster) * processes_per_node(cluster)
 
 
 def nodes_of(job: CheckJob, processes: int) -> int:
     """Return the number of nodes that a checked run takes on its cluster."""
     assert job.cluster is not None
     if job.processes is None:
-        return nodes(job, job.cluster)
+        return asked_nodes(job, job.cluster)
     return -(-processes // processes_per_node(job.cluster))
+
+
+def node_unit(job: TrainJob, cluster: Cluster) -> int:
+    """Return the number of nodes whose multiples the degrees of all phases can split."""
+    of_phases = [degrees.processes_unit(phase.parallel) for phase in views_of(job)]
+    own = processes_per_node(cluster)
+    return math.lcm(*of_phases, own) // own
+
+
+def legal_nodes(job: SubmitJob) -> list[int]:
+    """Return the node counts from `min_nodes` to `nodes` on which all phases can run, ascending.
+
+    Args:
+        job: a job that passes the checks on all its nodes; other rules ask for no number.
+    """
+    whole = asked_nodes(job, job.cluster)
+    return _legal_within(job, job.cluster.min_nodes or whole, whole)
+
+
+def most_nodes(jobs: Sequence[SubmitJob], available: int) -> int | None:
+    """Return the largest number of nodes, of those available, on which each job can run."""
+    legal = [set(_legal_within(job, 1, available)) for job in jobs]
+    return max(set.intersection(*legal), default=None) if legal else None
+
+
+def _legal_within(job: SubmitJob, fewest: int, largest: int) -> list[int]:
+    own, step = processes_per_node(job.cluster), node_unit(job, job.cluster)
+    phases = list(views_of(job))
+    return [
+        count
+        for count in range(math.ceil(fewest / step) * step, largest + 1, step)
+        if not any(
+            problem
+            for phase in phases
+            for rule in SHARE_RULES
+            for problem in rule(phase, count * own)
+        )
+    ]

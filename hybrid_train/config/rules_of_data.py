@@ -1,6 +1,4 @@
-"""Rules about what a run reads: batches, sources and phases, packed rows, files on disk.
-
-Where a comment names a file, it is one of Megatron-Core 0.19.2.
+"""Rules about what a job reads: batches, sources and phases, packed rows, files on disk.
 
 Where a comment names a file, it is one of Megatron-Core 0.19.2.
 """
@@ -13,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hybrid_train.planning import degrees
-from hybrid_train.planning.degrees import splits_sequence
-from hybrid_train.planning.phases import SETTINGS, scheduled_tokens
+from hybrid_train.planning.phases import PHASE_SETTINGS, scheduled_tokens
 from hybrid_train.schema.data import (
     Data,
     Packing,
@@ -32,17 +29,22 @@ from hybrid_train.schema.runtime import Device, Kernels
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import is_position, is_tokens, position, show_tokens, tokens
 
+_EXCEPTION_OF_RUN = re.compile(r"precision\.exceptions\.(\d+)(.*)")
+_SUFFIXES = (".bin", ".idx")
+# About as long as the name of a file in a checkpoint that is being written.
+_LONGEST_INSIDE = "checkpoints/step_00000000.partial/__000000_000000.distcp.part"
+
 
 def _sequence_is_split_evenly(job: TrainJob, _: int) -> Iterator[Problem]:
     plan, length = job.parallel, job.train.sequence_length
-    # Each context rank takes one early and one late piece, so that causal work is equal.
-    pieces = 2 * plan.context if plan.context > 1 else 1
-    if splits_sequence(plan):
-        pieces = math.lcm(pieces, plan.context * plan.tensor)
-    if length % pieces:
-        rule = f"must be a multiple of {pieces} to split along the sequence"
-        nearest = degrees.nearest_multiple(length, pieces)
-        yield Problem("train.sequence_length", length, rule, nearest, unit=pieces)
+    # Each context rank takes one early and one late chunk, so that causal work is equal.
+    chunks = 2 * plan.context if plan.context > 1 else 1
+    if degrees.splits_sequence(plan):
+        chunks = math.lcm(chunks, plan.context * plan.tensor)
+    if length % chunks:
+        rule = f"must be a multiple of {chunks} to split along the sequence"
+        legal = degrees.nearest_multiple(length, chunks)
+        yield Problem("train.sequence_length", length, rule, legal, unit=chunks)
 
 
 def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -50,6 +52,21 @@ def _mtp_has_tokens_to_predict(job: TrainJob, _: int) -> Iterator[Problem]:
     if depths and length <= depths:
         rule = f"must be longer than the {depths} MTP depths of the pattern"
         yield Problem("train.sequence_length", length, rule)
+
+
+def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    train = job.train
+    unit, ranks = _shares_of_a_batch(job, world_size)
+    per_rank, rest = divmod(train.global_batch, unit)
+    if rest or not per_rank:
+        rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
+        whole = unit * train.microbatch
+        legal = degrees.nearest_multiple(train.global_batch, whole)
+        beside = ("train.microbatch",)
+        yield Problem("train.global_batch", train.global_batch, rule, legal, whole, beside)
+    elif per_rank % train.microbatch:
+        rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
+        yield Problem("train.microbatch", train.microbatch, rule, beside=("train.global_batch",))
 
 
 def _shares_of_a_batch(job: TrainJob, world_size: int) -> tuple[int, str]:
@@ -63,21 +80,6 @@ def _shares_of_a_batch(job: TrainJob, world_size: int) -> tuple[int, str]:
         return shares, ranks
     # pipeline_parallel/schedules.py 1145, interleaved groups
     return shares * plan.pipeline, f"{ranks} x {plan.pipeline} pipeline stages"
-
-
-def _batch_is_whole_microbatches(job: TrainJob, world_size: int) -> Iterator[Problem]:
-    train = job.train
-    unit, ranks = _shares_of_a_batch(job, world_size)
-    per_rank, rest = divmod(train.global_batch, unit)
-    if rest or not per_rank:
-        rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        whole = unit * train.microbatch
-        nearest = degrees.nearest_multiple(train.global_batch, whole)
-        beside = ("train.microbatch",)
-        yield Problem("train.global_batch", train.global_batch, rule, nearest, whole, beside)
-    elif per_rank % train.microbatch:
-        rule = f"must divide {per_rank}, the share of train.global_batch of {ranks}"
-        yield Problem("train.microbatch", train.microbatch, rule, beside=("train.global_batch",))
 
 
 def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Problem]:
@@ -98,8 +100,8 @@ def _batch_ramp_reaches_the_batch(job: TrainJob, world_size: int) -> Iterator[Pr
     for name in uneven:
         size = getattr(ramp, name)
         rule = f"must be a multiple of {train.microbatch} (train.microbatch) x {ranks}"
-        nearest = degrees.nearest_multiple(size, unit)
-        yield Problem(f"train.batch_ramp.{name}", size, rule, nearest, unit=unit)
+        legal = degrees.nearest_multiple(size, unit)
+        yield Problem(f"train.batch_ramp.{name}", size, rule, legal, unit=unit)
     room = train.global_batch - ramp.start_batch
     if uneven:
         return
@@ -146,9 +148,6 @@ BATCH_RULES = (
 )
 
 
-_RULE_OF_RUN = re.compile(r"precision\.exceptions\.(\d+)(.*)")
-
-
 def sources_are_named_once(data: Data) -> Iterator[Problem]:
     """Files stand in one of two places, and a blend speaks of sources that there are."""
     if data.sources and (data.train or data.validation):
@@ -157,14 +156,16 @@ def sources_are_named_once(data: Data) -> Iterator[Problem]:
         yield Problem(f"data.{name}", getattr(data, name), rule, "[]")
     for blend, split in (("blend", Split.train), ("validation_blend", Split.validation)):
         for name, weight in getattr(data, blend).items():
-            yield from _blended(f"data.{blend}", name, weight, data, split)
+            yield from _entry_problems(f"data.{blend}", name, weight, data, split)
     for name, source in data.sources.items():
         if source.longest is not None and data.packing is Packing.none:
             path = f"data.sources.{name}.longest"
             yield Problem(path, source.longest, "needs data.packing=best_fit", "null")
 
 
-def _blended(path: str, name: str, weight: float, data: Data, split: Split) -> Iterator[Problem]:
+def _entry_problems(
+    path: str, name: str, weight: float, data: Data, split: Split
+) -> Iterator[Problem]:
     """Yield what is wrong with one entry of a blend."""
     if not has_sources(data) or name not in data.sources:
         known = ", ".join(data.sources) or "none"
@@ -183,7 +184,7 @@ def phases_are_in_order(job: TrainJob, _: int) -> Iterator[Problem]:
         path = f"train.phases.{number}"
         # Without sources these blends are left out (`phases.unread_sources`), and that is said.
         for name, weight in phase.blend.items() if has_sources(job.data) else ():
-            yield from _blended(f"{path}.blend", name, weight, job.data, Split.train)
+            yield from _entry_problems(f"{path}.blend", name, weight, job.data, Split.train)
         if phase.name in {one.name for one in phases[:number]}:
             yield Problem(f"{path}.name", phase.name, "is the name of an earlier phase")
         start = position(phase.start, tokens(total))
@@ -212,28 +213,28 @@ def as_problem_of(number: int, job: TrainJob, problem: Problem) -> Problem | Non
     That is the setting of the latest phase up to this one which sets it, or that of the run. None
     for an exception of the run, which stands behind those of the phase: they may well leave it
     nothing to decide, and what is wrong with it otherwise is found in the run itself. None, too,
-    for weights in FP8, of which a phase may keep none any more.
+    for FP8 primary weights, of which a phase may have none any more.
     """
     if problem.path == "precision.fp8_param_gather":
         return None
-    if rule := _RULE_OF_RUN.fullmatch(problem.path):
+    if rule := _EXCEPTION_OF_RUN.fullmatch(problem.path):
         for earlier in range(number, -1, -1):
             own = job.train.phases[earlier].precision_exceptions
             if own is not None:
                 path = f"train.phases.{earlier}.precision_exceptions.{rule[1]}{rule[2]}"
                 return replace(problem, path=path) if int(rule[1]) < len(own) else None
         return None
-    beside = tuple(_where(number, job, path) for path in problem.beside)
-    place = _where(number, job, problem.path)
+    beside = tuple(_place_in_phases(number, job, path) for path in problem.beside)
+    place = _place_in_phases(number, job, problem.path)
     if place != problem.path:
         return replace(problem, path=place, beside=beside)
     phase = job.train.phases[number].name
     return replace(problem, rule=f"{problem.rule} [phase {phase}]", beside=beside)
 
 
-def _where(number: int, job: TrainJob, path: str) -> str:
+def _place_in_phases(number: int, job: TrainJob, path: str) -> str:
     """Return where a setting of the run is set for a phase: there, or in the run."""
-    for name, of_run in SETTINGS.items():
+    for name, of_run in PHASE_SETTINGS.items():
         if path == of_run:
             for earlier in range(number, -1, -1):
                 if getattr(job.train.phases[earlier], name):
@@ -252,18 +253,13 @@ def packed_rows_run(job: TrainJob, _: int) -> Iterator[Problem]:
     kernels, device = job.runtime.kernels, job.runtime.device
     fused = kernels is Kernels.fused or (kernels is Kernels.auto and device is Device.cuda)
     if fused and job.parallel.context > 1:
-        # Its attention takes 2 * context pieces of each document, all of equal length
-        # (extensions/transformer_engine.py 2012, qkv_format thd); our ranks hold pieces of rows.
+        # Its attention takes 2 * context chunks of each document, all of equal length
+        # (extensions/transformer_engine.py 2012, qkv_format thd); our ranks hold chunks of rows.
         rule = (
             "must be plain: Transformer Engine cannot keep documents of a row apart with "
             f"parallel.context={job.parallel.context}"
         )
         yield Problem("runtime.kernels", kernels.value, rule, "plain")
-
-
-_SUFFIXES = (".bin", ".idx")
-# About as long as the name of a file in a checkpoint that is being written.
-_LONGEST_INSIDE = "checkpoints/step_00000000.partial/__000000_000000.distcp.part"
 
 
 def data_is_chosen(job: TrainJob) -> Iterator[Problem]:
@@ -289,6 +285,44 @@ def vocabulary_is_known(job: TrainJob) -> Iterator[Problem]:
     if job.data.tokenizer is None and needs_tokenizer(job.data):
         rule = "must be set: the model takes that of data.tokenizer, which is not set either"
         yield Problem("model.vocab_size", "null", rule, 131072)
+
+
+def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
+    """The run folder is made where nothing stands in its way, and this user may write."""
+    # A plan may be for another machine.
+    here = not isinstance(job, CheckJob | IndexJob)
+    obstacle = what_forbids(Path(job.run_dir), writing=here)
+    if obstacle is not None:
+        yield Problem("run_dir", job.run_dir, obstacle)
+
+
+def what_forbids(folder: Path, *, writing: bool = True) -> str | None:
+    """Say why a folder cannot be there, or not be written into; None if it can."""
+    try:
+        os.lstat(folder / _LONGEST_INSIDE)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # the way there says more
+    except (OSError, ValueError) as error:
+        return f"can be no path: {getattr(error, 'strerror', None) or error}"
+    for place in (folder, *folder.parents):
+        try:
+            is_folder = place.is_dir()
+        except OSError as error:
+            return f"{place} cannot be reached: {error.strerror}"
+        if is_folder:
+            return _why_not_written(place) if writing else None
+        if os.path.lexists(place):
+            what = "a link that leads nowhere" if place.is_symlink() else "a file, not a folder"
+            return f"{place} is {what}"
+    return None
+
+
+def _why_not_written(folder: Path) -> str | None:
+    if os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+        return None
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{folder} is on a file system that is read-only"
+    return f"this user may not read and write in {folder}"
 
 
 def token_files_exist(job: TrainJob) -> Iterator[Problem]:
@@ -374,44 +408,6 @@ def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
     yield Problem(path, folder, "there is no such folder", nearest(folder, siblings))
 
 
-def run_dir_can_be_a_folder(job: TrainJob) -> Iterator[Problem]:
-    """The run folder is made where nothing stands in its way, and this user may write."""
-    # A plan may be for another machine.
-    here = not isinstance(job, CheckJob | IndexJob)
-    obstacle = what_forbids(Path(job.run_dir), writing=here)
-    if obstacle is not None:
-        yield Problem("run_dir", job.run_dir, obstacle)
-
-
-def what_forbids(folder: Path, *, writing: bool = True) -> str | None:
-    """Say why a folder cannot be there, or not be written into; None if it can."""
-    try:
-        os.lstat(folder / _LONGEST_INSIDE)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # the way there says more
-    except (OSError, ValueError) as error:
-        return f"can be no path: {getattr(error, 'strerror', None) or error}"
-    for place in (folder, *folder.parents):
-        try:
-            is_folder = place.is_dir()
-        except OSError as error:
-            return f"{place} cannot be reached: {error.strerror}"
-        if is_folder:
-            return _why_not_written(place) if writing else None
-        if os.path.lexists(place):
-            what = "a link that leads nowhere" if place.is_symlink() else "a file, not a folder"
-            return f"{place} is {what}"
-    return None
-
-
-def _why_not_written(folder: Path) -> str | None:
-    if os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
-        return None
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        return f"{folder} is on a file system that is read-only"
-    return f"this user may not read and write in {folder}"
-
-
 FILE_RULES = (
     run_dir_can_be_a_folder,
     token_files_exist,
@@ -431,7 +427,7 @@ def generation_problems(job: GenerateJob) -> Iterator[Problem]:
         yield Problem("prompt_file", job.prompt_file, "there is no such file")
 
 
-def folder_problems(job: object) -> Iterator[Problem]:
+def conversion_problems(job: object) -> Iterator[Problem]:
     """Yield the folders that a conversion or comparison reads and that are not there."""
     named: dict[str, str | None] = {}
     if isinstance(job, ConvertJob):

@@ -1,11 +1,7 @@
-"""Rules of the layout, degrees, stages and processes, and of what trades time for memory.
+"""Rules about the layout: degrees, stages and processes, and what trades time for memory.
 
 Rules of a layer kind apply only where the pattern has it. Where a comment names a file, it is one
 of Megatron-Core 0.19.2.
-
-Where a comment names a file, it is one of Megatron-Core 0.19.2.
-
-Where a comment names a file, it is one of Megatron-Core 0.19.2.
 """
 
 import math
@@ -17,54 +13,26 @@ from hybrid_train.anatomy.kinds import MTP_BLOCK, Parameter
 from hybrid_train.anatomy.layers import distinct, layers, mtp_blocks
 from hybrid_train.config import rules_of_cluster
 from hybrid_train.planning import degrees
-from hybrid_train.planning.degrees import expert_tensor
 from hybrid_train.schema.cluster import processes_per_node
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.job_roots import CheckJob, CountJob, SubmitJob
 from hybrid_train.schema.layer_ranges import layers_of
 from hybrid_train.schema.model import SECTIONS
-from hybrid_train.schema.optimizer import (
-    GradientFormat,
-    MasterFormat,
-    MomentFormat,
-)
+from hybrid_train.schema.optimizer import GradientFormat, MasterFormat, MomentFormat
 from hybrid_train.schema.parallel import Recompute, RecomputeMethod, RecomputeModule
 from hybrid_train.schema.pattern import Pattern, parse, repair
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Device, Kernels
-from hybrid_train.schema.tracking import Tool
+from hybrid_train.schema.tracking import ProfileTool
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 _DEGREES = tuple(
     f"parallel.{name}" for name in ("tensor", "pipeline", "context", "expert", "expert_tensor")
 )
-
-
-def _divides(
-    path: str, degree: int, sizes: dict[str, int], settings: dict[str, str] | None = None
-) -> Iterator[Problem]:
-    """Yield a problem that names each size that a degree does not divide.
-
-    Args:
-        path: of the degree.
-        degree: its value.
-        sizes: by name.
-        settings: whose they are, where that is not the name.
-    """
-    uneven = {name: size for name, size in sizes.items() if size % degree}
-    if uneven:
-        *others, last = (f"{name} ({size})" for name, size in uneven.items())
-        named = f"{', '.join(others)} and {last}" if others else last
-        whole = math.gcd(*sizes.values())
-        fits = [number for number in range(1, min(whole, degree) + 1) if not whole % number]
-        beside = tuple((settings or {}).get(name, name) for name in uneven)
-        yield Problem(path, degree, f"must divide {named}", fits[-1], beside=beside)
-
-
-def _pattern(job: TrainJob) -> Pattern:
-    return parse(job.model.pattern)
+# Of the formats beside float32 that a moment may be kept in.
+_FRACTION_BITS = {MomentFormat.bfloat16: 7, MomentFormat.float16: 10, MomentFormat.float8: 3}
 
 
 def pattern_is_legal(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -75,29 +43,68 @@ def pattern_is_legal(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("model.pattern", job.model.pattern, str(error), repair(job.model.pattern))
 
 
-def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Problem]:
-    plan, needed = job.parallel, degrees.processes_unit(job.parallel)
-    if world_size % needed == 0:
-        return
-    numbers = (
-        f"tensor {plan.tensor}, pipeline {plan.pipeline}, context {plan.context}; "
-        f"expert {plan.expert}, expert_tensor {expert_tensor(plan)}"
-    )
-    legal = degrees.nearest_multiple(world_size, needed)
-    if isinstance(job, CheckJob) and (job.processes or job.cluster is None):
-        rule = f"must be a multiple of {needed} for {numbers}"
-        yield Problem("processes", world_size, rule, legal, unit=needed, beside=_DEGREES)
-    elif isinstance(job, SubmitJob | CheckJob):
-        assert job.cluster is not None
-        own = processes_per_node(job.cluster)
-        unit = math.lcm(needed, own) // own
-        rule = f"makes {world_size} processes; must be a multiple of {unit} for {numbers}"
-        nodes = rules_of_cluster.nodes(job, job.cluster)
-        legal = degrees.nearest_multiple(nodes, unit)
-        yield Problem("cluster.nodes", nodes, rule, legal, unit=unit, beside=_DEGREES)
-    else:
-        rule = f"needs a multiple of {needed} processes, not {world_size}"
-        yield Problem("parallel", numbers, rule, legal, unit=needed, beside=_DEGREES)
+def layer_rules_decide(job: TrainJob | CountJob, _: int) -> Iterator[Problem]:
+    """Every rule of `model.layers` gives sizes to layers that no earlier one has sizes for."""
+    rules, found = job.model.layers, layers(job.model)
+    for number, rule in enumerate(rules):
+        path = f"model.layers.{number}"
+        if not rule.given:
+            yield Problem(path, str(rule), "gives no size")
+        elif not any(layer.rule == number for layer in found):
+            kinds = {name.partition(".")[0] for name in rule.given}
+            within = layers_of(rule.layers, len(parse(job.model.pattern).main))
+            there = any(
+                layer.number in within and SECTIONS[layer.letter] in kinds
+                for layer in found
+                if layer.depth == 0
+            )
+            words = "decides nothing: earlier rules cover all of it" if there else ""
+            yield Problem(path, str(rule), words or "matches no layer with such sizes")
+    for layer in distinct(job.model):
+        if layer.rule is not None and layer.sizes.top_k > layer.sizes.experts > 0:
+            path = f"model.layers.{layer.rule}.{Axis.experts.value}"
+            yield Problem(path, layer.sizes.experts, "must not be below model.moe.top_k")
+
+
+def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
+    # Without cuts of the user's own the layers are cut by their cost (planning/stages.py).
+    plan, pattern = job.parallel, _pattern(job)
+    stages = plan.pipeline * plan.virtual_pipeline
+    if plan.virtual_pipeline > 1 and plan.pipeline == 1:
+        rule = "needs parallel.pipeline > 1"
+        yield Problem("parallel.virtual_pipeline", plan.virtual_pipeline, rule, 1)
+    elif stages > len(pattern.main):
+        name = "pipeline" if plan.pipeline > len(pattern.main) else "virtual_pipeline"
+        rule = (
+            f"makes {stages} stages of {counted(len(pattern.main), 'main layer')}; each needs one"
+        )
+        yield Problem(f"parallel.{name}", getattr(plan, name), rule)
+    elif pattern.is_cut and len(pattern.stages) != stages:
+        rule = (
+            f"has {counted(len(pattern.stages), 'stage')}; pipeline x virtual_pipeline is {stages}"
+        )
+        uncut = pattern.cut([len(pattern.main)])
+        yield Problem("model.pattern", job.model.pattern, rule, str(uncut))
+
+
+def _pattern(job: TrainJob) -> Pattern:
+    return parse(job.model.pattern)
+
+
+def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
+    sizes, settings = {}, {}
+    for layer in distinct(job.model):
+        dense = (one for one in layer.parameters if not one.of_experts)
+        for one in _split_sizes(dense, layer.sizes):
+            setting = layer.setting(one.axis)
+            name = one.words or setting
+            if one.words and layer.rule is not None:
+                name += f" of layer {layer.number}"
+            sizes[name], settings[name] = one.size, setting
+    if mtp_blocks(job.model):
+        for one in _split_sizes(MTP_BLOCK, sizes_of(job.model)):
+            sizes[one.axis.setting] = one.size
+    yield from _divides("parallel.tensor", job.parallel.tensor, sizes, settings)
 
 
 @dataclass(frozen=True)
@@ -127,20 +134,25 @@ def _split_sizes(tensors: Iterable[Parameter], sizes: Sizes) -> Iterator[_Split]
             yield _Split(whole.words, whole.size(sizes), whole.free)
 
 
-def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
-    sizes, settings = {}, {}
-    for layer in distinct(job.model):
-        dense = (one for one in layer.parameters if not one.of_experts)
-        for one in _split_sizes(dense, layer.sizes):
-            setting = layer.setting(one.axis)
-            name = one.words or setting
-            if one.words and layer.rule is not None:
-                name += f" of layer {layer.number}"
-            sizes[name], settings[name] = one.size, setting
-    if mtp_blocks(job.model):
-        for one in _split_sizes(MTP_BLOCK, sizes_of(job.model)):
-            sizes[one.axis.setting] = one.size
-    yield from _divides("parallel.tensor", job.parallel.tensor, sizes, settings)
+def _divides(
+    path: str, degree: int, sizes: dict[str, int], settings: dict[str, str] | None = None
+) -> Iterator[Problem]:
+    """Yield a problem that names each size that a degree does not divide.
+
+    Args:
+        path: of the degree.
+        degree: its value.
+        sizes: by name.
+        settings: whose they are, where that is not the name.
+    """
+    uneven = {name: size for name, size in sizes.items() if size % degree}
+    if uneven:
+        *others, last = (f"{name} ({size})" for name, size in uneven.items())
+        named = f"{', '.join(others)} and {last}" if others else last
+        whole = math.gcd(*sizes.values())
+        fits = [number for number in range(1, min(whole, degree) + 1) if not whole % number]
+        beside = tuple((settings or {}).get(name, name) for name in uneven)
+        yield Problem(path, degree, f"must divide {named}", fits[-1], beside=beside)
 
 
 def _tensor_fits_alternating_parts(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -195,30 +207,7 @@ def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
         return
     yield from _divides("parallel.expert", plan.expert, numbers)
     path = "parallel.tensor" if plan.expert_tensor is None else "parallel.expert_tensor"
-    yield from _divides(path, expert_tensor(plan), widths)
-
-
-def layer_rules_decide(job: TrainJob | CountJob, _: int) -> Iterator[Problem]:
-    """Every rule of `model.layers` gives sizes to layers that no earlier one has sizes for."""
-    rules, found = job.model.layers, layers(job.model)
-    for number, rule in enumerate(rules):
-        path = f"model.layers.{number}"
-        if not rule.given:
-            yield Problem(path, str(rule), "gives no size")
-        elif not any(layer.rule == number for layer in found):
-            kinds = {name.partition(".")[0] for name in rule.given}
-            within = layers_of(rule.layers, len(parse(job.model.pattern).main))
-            there = any(
-                layer.number in within and SECTIONS[layer.letter] in kinds
-                for layer in found
-                if layer.depth == 0
-            )
-            words = "decides nothing: earlier rules cover all of it" if there else ""
-            yield Problem(path, str(rule), words or "matches no layer with such sizes")
-    for layer in distinct(job.model):
-        if layer.rule is not None and layer.sizes.top_k > layer.sizes.experts > 0:
-            path = f"model.layers.{layer.rule}.{Axis.experts.value}"
-            yield Problem(path, layer.sizes.experts, "must not be below model.moe.top_k")
+    yield from _divides(path, degrees.expert_tensor(plan), widths)
 
 
 def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -228,27 +217,6 @@ def _sequence_parallel_fits(job: TrainJob, _: int) -> Iterator[Problem]:
     if plan.sequence is False and plan.tensor > 1 and _pattern(job).count("E"):
         # transformer/moe/moe_layer.py refuses to train so
         yield Problem("parallel.sequence", False, "must be on: experts and tensor > 1", "true")
-
-
-def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
-    # Without cuts of the user's own the layers are cut by their cost (planning/stages.py).
-    plan, pattern = job.parallel, _pattern(job)
-    stages = plan.pipeline * plan.virtual_pipeline
-    if plan.virtual_pipeline > 1 and plan.pipeline == 1:
-        rule = "needs parallel.pipeline > 1"
-        yield Problem("parallel.virtual_pipeline", plan.virtual_pipeline, rule, 1)
-    elif stages > len(pattern.main):
-        name = "pipeline" if plan.pipeline > len(pattern.main) else "virtual_pipeline"
-        rule = (
-            f"makes {stages} stages of {counted(len(pattern.main), 'main layer')}; each needs one"
-        )
-        yield Problem(f"parallel.{name}", getattr(plan, name), rule)
-    elif pattern.is_cut and len(pattern.stages) != stages:
-        rule = (
-            f"has {counted(len(pattern.stages), 'stage')}; pipeline x virtual_pipeline is {stages}"
-        )
-        uncut = pattern.cut([len(pattern.main)])
-        yield Problem("model.pattern", job.model.pattern, rule, str(uncut))
 
 
 def _vocabulary_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -292,8 +260,34 @@ def _overlaps_build_on_each_other(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("parallel.overlap_param_gather", True, rule, "false")
 
 
+def _processes_fit_the_degrees(job: TrainJob, world_size: int) -> Iterator[Problem]:
+    plan, needed = job.parallel, degrees.processes_unit(job.parallel)
+    if world_size % needed == 0:
+        return
+    numbers = (
+        f"tensor {plan.tensor}, pipeline {plan.pipeline}, context {plan.context}; "
+        f"expert {plan.expert}, expert_tensor {degrees.expert_tensor(plan)}"
+    )
+    legal = degrees.nearest_multiple(world_size, needed)
+    if isinstance(job, CheckJob) and (job.processes or job.cluster is None):
+        rule = f"must be a multiple of {needed} for {numbers}"
+        yield Problem("processes", world_size, rule, legal, unit=needed, beside=_DEGREES)
+    elif isinstance(job, SubmitJob | CheckJob):
+        assert job.cluster is not None
+        own = processes_per_node(job.cluster)
+        unit = math.lcm(needed, own) // own
+        rule = f"makes {world_size} processes; must be a multiple of {unit} for {numbers}"
+        nodes = rules_of_cluster.asked_nodes(job, job.cluster)
+        legal = degrees.nearest_multiple(nodes, unit)
+        yield Problem("cluster.nodes", nodes, rule, legal, unit=unit, beside=_DEGREES)
+    else:
+        rule = f"needs a multiple of {needed} processes, not {world_size}"
+        yield Problem("parallel", numbers, rule, legal, unit=needed, beside=_DEGREES)
+
+
 def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem]:
-    for number, rank in enumerate(job.profile.ranks if job.profile.tool is not Tool.none else ()):
+    traced = job.profile.ranks if job.profile.tool is not ProfileTool.none else []
+    for number, rank in enumerate(traced):
         if rank >= processes:
             rule = f"the run has {counted(processes, 'process')}, the last is {processes - 1}"
             yield Problem(f"profile.ranks.{number}", rank, rule, processes - 1)
@@ -315,9 +309,6 @@ LAYOUT_RULES = (
     _processes_fit_the_degrees,
     _profiled_processes_exist,
 )
-
-
-_FRACTION_BITS = {MomentFormat.bfloat16: 7, MomentFormat.float16: 10, MomentFormat.float8: 3}
 
 
 def _recomputed_modules_exist(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -352,7 +343,7 @@ def _reduced_state_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
     # optimizer/optimizer_config.py 435
     if job.parallel.distributed_optimizer and not job.parallel.fsdp:
         return
-    rule = "needs parallel.distributed_optimizer=true: Megatron lowers no other state"
+    rule = "needs parallel.distributed_optimizer=true: Megatron keeps no other in fewer bits"
     if job.parallel.fsdp:
         rule = "needs parallel.fsdp=false: state of distributed tensors is kept in float32 alone"
     for name, value in job.optimizer.reduced_state.items():
@@ -360,8 +351,8 @@ def _reduced_state_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
 
 
 def _main_gradients_are_the_reduced_ones(job: TrainJob, _: int) -> Iterator[Problem]:
-    # Lowered state is updated from the buffer of the reduction (distrib_optimizer.py 2758);
-    # otherwise a float32 copy of it is made, whatever its format.
+    # State in reduced precision is updated from the buffer of the reduction (distrib_optimizer.py
+    # 2758); otherwise a float32 copy of it is made, whatever its format.
     precision, given = job.precision, job.optimizer.main_gradients
     path, half = "optimizer.main_gradients", precision.base is NumberFormat.bf16
     halved = half and not precision.reduce_gradients_in_fp32
@@ -397,8 +388,8 @@ def _moments_can_fall(job: TrainJob, _: int) -> Iterator[Problem]:
             continue
         rule = f"is too coarse for optimizer.{rate}={beta}, and the moment would never fall; "
         rule += f"needs 1 - {rate} > 2^-{_FRACTION_BITS[given] + 1}"
-        nearest = "float16" if _falls(MomentFormat.float16, beta) else "float32"
-        yield Problem(f"optimizer.{name}", given.value, rule, nearest)
+        finer = "float16" if _falls(MomentFormat.float16, beta) else "float32"
+        yield Problem(f"optimizer.{name}", given.value, rule, finer)
 
 
 def _falls(given: MomentFormat, beta: float) -> bool:

@@ -1,9 +1,11 @@
 """Rules about number formats: what exceptions may name, and what the libraries do not compute.
 
-The rules hold where a GPU is meant to compute quantized GEMMs itself; a CPU emulates them, as
-`precision.backend=emulated` does anywhere, and takes what they refuse. With `runtime.device=auto`
-the start of a run knows, and what they say is a note before (`hardware_notes`). Which formats a GPU
-has is asked when it is there (`precision/te.py`).
+`PRECISION_RULES` hold on any machine. `NATIVE_RULES` hold where a GPU is meant to compute quantized
+GEMMs itself; a CPU emulates them, as `precision.backend=emulated` does anywhere, and takes what
+these rules refuse. With `runtime.device=auto` the start of a run knows; what they would say is a
+note before (`hardware_notes`). Which formats a GPU has is asked when it is there
+(`precision/te.py`).
+
 Where a comment names a file, it is one of Megatron-Core 0.19.2 or, with TE in front, of
 Transformer Engine 2.20.2.
 """
@@ -28,12 +30,7 @@ from hybrid_train.anatomy.gemm_formats import (
 )
 from hybrid_train.anatomy.kinds import MTP_PROJECTION, MambaKind
 from hybrid_train.anatomy.layers import distinct
-from hybrid_train.planning.gemm_sizes import (
-    Size,
-    packed_rows,
-    token_sizes,
-    weight_sizes,
-)
+from hybrid_train.planning.gemm_sizes import Size, packed_rows, token_sizes, weight_sizes
 from hybrid_train.planning.phases import views_of
 from hybrid_train.schema.job_roots import CheckJob, SubmitJob
 from hybrid_train.schema.layer_ranges import is_range
@@ -59,6 +56,80 @@ MULTIPLES = {
 _FP8_ROWS = 16
 _EMULATE = "precision.backend=emulated runs it"
 _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
+
+
+def exceptions_match_something(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Every rule speaks of layers that there are, and decides some that no earlier one does."""
+    rules, model = job.precision.exceptions, job.model
+    if not rules or not all(is_range(rule.layers) for rule in rules):
+        return  # reported where they stand
+    found, count = linears(model), len(parse(model.pattern).main)
+    decided = formats_of(model, job.precision).values()
+    for number, rule in enumerate(rules):
+        path = f"precision.exceptions.{number}"
+        unknown = [name for name in rule.modules if not _is_known(name)]
+        for name in unknown:
+            near = nearest(name, _known_names())
+            yield Problem(f"{path}.modules", name, "names no kind of linear layer", near)
+        if unknown:
+            continue
+        if not any(matches(rule, linear, count) for linear in found):
+            yield Problem(path, str(rule), "matches no linear layer of the model")
+        elif not any(number in one.rules.values() for one in decided):
+            yield Problem(path, str(rule), "decides nothing: earlier exceptions cover all of it")
+
+
+def _is_known(name: str) -> bool:
+    return any(is_named(module, name) for module in KINDS)
+
+
+def _known_names() -> list[str]:
+    """Return what a rule may say: modules, and what they are parts of."""
+    return sorted({*KINDS, *(kind.rpartition(".")[0] for kind in KINDS)})
+
+
+def formats_go_together(job: TrainJob, _: int) -> Iterator[Problem]:
+    """What is not quantized has one format in the whole model."""
+    base = job.precision.base
+    other = {NumberFormat.fp32: GemmFormat.bf16, NumberFormat.bf16: GemmFormat.fp32}[base]
+    for number, rule in enumerate(job.precision.exceptions):
+        if rule.format is other:
+            path = f"precision.exceptions.{number}.format"
+            rule_text = f"whatever is not quantized has the format of the model, {base.value}"
+            yield Problem(path, other.value, rule_text, base.value)
+
+
+def fp8_primary_weights_are_possible(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Megatron's distributed optimizer gathers FP8 primary weights, of formats that have them."""
+    precision = job.precision
+    if not precision.fp8_param_gather or not all(is_range(r.layers) for r in precision.exceptions):
+        return
+    names = " or ".join(one.value for one in GATHERED_IN_FP8)
+    rules = {
+        "needs parallel.distributed_optimizer=true: masters are the optimizer's": (
+            job.parallel.distributed_optimizer
+        ),
+        "needs parallel.fsdp=false": not job.parallel.fsdp,
+        "needs precision.unquantized=bf16: weights are bfloat16 or FP8": (
+            precision.base is NumberFormat.bf16
+        ),
+        f"needs main layers in {names}; weights of others are gathered in bfloat16": (
+            bool(fp8_primary_weights(job.model, precision))
+        ),
+        # core has masters of its own beside FusedAdam then (optimizer_config.py 404)
+        "needs optimizer state in float32; in reduced precision is "
+        f"{', '.join(job.optimizer.reduced_state)}": not job.optimizer.reduced_state,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            yield Problem("precision.fp8_param_gather", True, rule, "false")
+
+
+PRECISION_RULES = (
+    exceptions_match_something,
+    formats_go_together,
+    fp8_primary_weights_are_possible,
+)
 
 
 def is_native(job: TrainJob) -> bool:
@@ -126,7 +197,7 @@ def formats_have_hardware(job: TrainJob, _: int) -> Iterator[Problem]:
     if not is_native(job):
         return
     rule = f"has no hardware path; {_EMULATE}"
-    for path, format in _chosen(job):
+    for path, format in _written_formats(job):
         if format is GemmFormat.mxfp4:
             yield Problem(path, format.value, rule, GemmFormat.nvfp4.value)
 
@@ -176,11 +247,11 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     quantized = formats.difference(UNQUANTIZED)
     if GemmFormat.fp8_delayed not in quantized:
         return
-    nearest = GemmFormat.fp8_tensorwise.value
-    for path, format in _chosen(job):
+    legal = GemmFormat.fp8_tensorwise.value
+    for path, format in _written_formats(job):
         if format is GemmFormat.fp8_delayed and len(quantized) > 1:
             others = ", ".join(sorted(one.value for one in quantized - {format}))
-            yield Problem(path, format.value, f"stands beside {others}; {_EMULATE}", nearest)
+            yield Problem(path, format.value, f"stands beside {others}; {_EMULATE}", legal)
     plan, path = job.parallel, "precision.format"
     passes = {
         "an MTP block": bool(parse(job.model.pattern).mtp_depths),
@@ -189,7 +260,7 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     for words, there in passes.items():
         if there and len(quantized) == 1:
             rule = f"would move its histories on too early with {words}; {_EMULATE}"
-            yield Problem(path, GemmFormat.fp8_delayed.value, rule, nearest)
+            yield Problem(path, GemmFormat.fp8_delayed.value, rule, legal)
     if job.precision.power_of_two_scales:
         # TE quantization.py, _default_sf_compute
         rule = f"fp8_delayed has float32 scales in Transformer Engine; {_EMULATE}"
@@ -205,8 +276,8 @@ def _delayed_recompute(job: TrainJob) -> Iterator[Problem]:
     if asked and len(kept) < len(asked):
         shown = f"[{','.join(one.value for one in asked)}]"
         rule = f"fp8_delayed recomputes neither moe_act nor layernorm; {_EMULATE}"
-        nearest = f"[{','.join(kept)}]" if kept else "null"
-        yield Problem("parallel.recompute_modules", shown, rule, nearest)
+        legal = f"[{','.join(kept)}]" if kept else "null"
+        yield Problem("parallel.recompute_modules", shown, rule, legal)
 
 
 def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -228,13 +299,13 @@ def sizes_fit_the_formats(job: TrainJob, _: int) -> Iterator[Problem]:
                     f"{size.words} = {size.value} must be a multiple of {multiple}: {module} in "
                     f"{format.value} on a GPU; precision.backend=emulated takes any"
                 )
-                yield Problem(size.setting, _value(job, size.setting), rule)
+                yield Problem(size.setting, _value_at(job, size.setting), rule)
     chosen = {format for _, format in needed.values()}
     if Axis.ssm_heads.setting not in reported:
-        yield from _packed_rows(job, chosen)
+        yield from _packed_rows_fit(job, chosen)
 
 
-def _packed_rows(job: TrainJob, formats: set[GemmFormat]) -> Iterator[Problem]:
+def _packed_rows_fit(job: TrainJob, formats: set[GemmFormat]) -> Iterator[Problem]:
     # ssm/mamba_mixer.py 251: before they are split, and whether or not they are quantized
     fp8 = formats and GemmFormat.nvfp4 not in formats
     if not fp8:
@@ -262,14 +333,14 @@ def _all_weight_sizes(job: TrainJob, module: str) -> Iterator[Size]:
                 )
 
 
-def _value(job: TrainJob, path: str) -> object:
+def _value_at(job: TrainJob, path: str) -> object:
     found: object = job
     for name in path.split("."):
         found = found[int(name)] if isinstance(found, list) else getattr(found, name)
     return found
 
 
-def _chosen(job: TrainJob) -> Iterator[tuple[str, GemmFormat]]:
+def _written_formats(job: TrainJob) -> Iterator[tuple[str, GemmFormat]]:
     """Yield every format that is written down, and where."""
     yield "precision.format", job.precision.format
     for number, rule in enumerate(job.precision.exceptions):
@@ -294,78 +365,4 @@ NATIVE_RULES = (
     delayed_scaling_is_alone,
     sizes_fit_the_formats,
     fsdp_is_not_native,
-)
-
-
-def exceptions_match_something(job: TrainJob, _: int) -> Iterator[Problem]:
-    """Every rule speaks of layers that there are, and decides some that no earlier one does."""
-    rules, model = job.precision.exceptions, job.model
-    if not rules or not all(is_range(rule.layers) for rule in rules):
-        return  # reported where they stand
-    found, count = linears(model), len(parse(model.pattern).main)
-    decided = formats_of(model, job.precision).values()
-    for number, rule in enumerate(rules):
-        path = f"precision.exceptions.{number}"
-        unknown = [name for name in rule.modules if not _known(name)]
-        for name in unknown:
-            near = nearest(name, _names())
-            yield Problem(f"{path}.modules", name, "names no kind of linear layer", near)
-        if unknown:
-            continue
-        if not any(matches(rule, linear, count) for linear in found):
-            yield Problem(path, str(rule), "matches no linear layer of the model")
-        elif not any(number in one.rules.values() for one in decided):
-            yield Problem(path, str(rule), "decides nothing: earlier exceptions cover all of it")
-
-
-def _known(name: str) -> bool:
-    return any(is_named(module, name) for module in KINDS)
-
-
-def _names() -> list[str]:
-    """Return what a rule may say: modules, and what they are parts of."""
-    return sorted({*KINDS, *(kind.rpartition(".")[0] for kind in KINDS)})
-
-
-def formats_go_together(job: TrainJob, _: int) -> Iterator[Problem]:
-    """What is not quantized has one format in the whole model."""
-    base = job.precision.base
-    other = {NumberFormat.fp32: GemmFormat.bf16, NumberFormat.bf16: GemmFormat.fp32}[base]
-    for number, rule in enumerate(job.precision.exceptions):
-        if rule.format is other:
-            path = f"precision.exceptions.{number}.format"
-            rule_text = f"whatever is not quantized has the format of the model, {base.value}"
-            yield Problem(path, other.value, rule_text, base.value)
-
-
-def fp8_primary_weights_are_possible(job: TrainJob, _: int) -> Iterator[Problem]:
-    """Megatron's distributed optimizer gathers FP8 weights, of formats that have them as such."""
-    precision = job.precision
-    if not precision.fp8_param_gather or not all(is_range(r.layers) for r in precision.exceptions):
-        return
-    names = " or ".join(one.value for one in GATHERED_IN_FP8)
-    rules = {
-        "needs parallel.distributed_optimizer=true: masters are the optimizer's": (
-            job.parallel.distributed_optimizer
-        ),
-        "needs parallel.fsdp=false": not job.parallel.fsdp,
-        "needs precision.unquantized=bf16: weights are bfloat16 or FP8": (
-            precision.base is NumberFormat.bf16
-        ),
-        f"needs main layers in {names}; weights of others are gathered in bfloat16": (
-            bool(fp8_primary_weights(job.model, precision))
-        ),
-        # core has masters of its own beside FusedAdam then (optimizer_config.py 404)
-        "needs optimizer state in float32; lowered is "
-        f"{', '.join(job.optimizer.reduced_state)}": not job.optimizer.reduced_state,
-    }
-    for rule, holds in rules.items():
-        if not holds:
-            yield Problem("precision.fp8_param_gather", True, rule, "false")
-
-
-PRECISION_RULES = (
-    exceptions_match_something,
-    formats_go_together,
-    fp8_primary_weights_are_possible,
 )

@@ -50,7 +50,7 @@ def processes_of(job: object, started: int) -> int:
         return job.processes or 1
     if isinstance(job, SubmitJob | CheckJob):
         assert job.cluster is not None
-        return rules_of_cluster.processes(job, job.cluster)
+        return rules_of_cluster.asked_processes(job, job.cluster)
     return started
 
 
@@ -84,7 +84,7 @@ class _Search:
         rules: what it must keep.
         of_sections: problems of its sections.
         known: paths of all problems before any value was changed.
-        unmended: paths without a legal value.
+        unfixed: paths without a legal value.
         beside: settings that rules compare the wrong ones with, and one of the latter.
         parents: for a setting that is sound by itself, the one whose change asks for its own.
     """

@@ -106,7 +106,7 @@ def _show_formats(page: Console, phases: Sequence[PhaseSpan]) -> None:
             f"\nFormats of the GEMMs{of_phase}; all else is {precision.base.value}",
             soft_wrap=True,
         )
-        for line in gemm_formats.lines(formats, precision.exceptions):
+        for line in gemm_formats.table_lines(formats, precision.exceptions):
             page.print(line, soft_wrap=True, highlight=False)
         if kept := kept_in_words(phase.job.model, precision):
             page.print(f"FP8 parameters: {kept}", soft_wrap=True, highlight=False)

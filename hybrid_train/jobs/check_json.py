@@ -210,7 +210,7 @@ def _formats(phase: PhaseSpan) -> dict[str, Any]:
     found: dict[tuple[str, str], list[int]] = {}
     if quantizes(model, precision):
         for linear, formats in formats_of(model, precision).items():
-            key = (linear.module, gemm_formats.in_words(formats))
+            key = (linear.module, gemm_formats.formats_in_words(formats))
             found.setdefault(key, []).append(linear.layer)
     return {
         "phase": phase.name,

@@ -41,7 +41,7 @@ MACHINE_CHECKS: Checks = {
     "apex": system.kernels("apex"),
     "transformers": system.transformers,
     "NCCL": gpus.nccl,
-    **system.CHECKS,
+    **system.LIMIT_CHECKS,
     "SLURM": system.slurm,
     "container": system.container,
 }

@@ -17,7 +17,7 @@ from hybrid_train.config.commands import setting, typed
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.hf import origin
-from hybrid_train.planning.phases import FIXED, lay_out
+from hybrid_train.planning.phases import FIXED_SETTINGS, lay_out
 from hybrid_train.schema import formats
 from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import parse
@@ -228,7 +228,7 @@ def _moved_phases(saved: TrainJob, job: TrainJob, run_dir: Path) -> list[Change]
         found += [
             (f"train.phases.{number}.{name}", getattr(saved.train.phases[number], name), value)
             for name, value in vars(job.train.phases[number]).items()
-            if name in FIXED and value != getattr(saved.train.phases[number], name)
+            if name in FIXED_SETTINGS and value != getattr(saved.train.phases[number], name)
         ]
     return found
 

@@ -27,7 +27,7 @@ from hybrid_train.config.secrets import masked
 from hybrid_train.jobs import code_snapshot, multirun
 from hybrid_train.jobs.run_folder import require_same_run
 from hybrid_train.schema.cluster import PORTS, Cluster, processes_per_node, seconds
-from hybrid_train.schema.job_roots import SubmitJob, training
+from hybrid_train.schema.job_roots import SubmitJob, training_job
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.train import TrainJob
@@ -348,7 +348,7 @@ def _folder_problems(submission: Submission) -> Iterator[Problem]:
 
 def _of_folder(job: SubmitJob, run_dir: Path) -> TrainJob:
     """Return the run of a job as it is frozen, with its folder named from the root."""
-    run = training(job)
+    run = training_job(job)
     run.run_dir = str(run_dir)
     return run
 

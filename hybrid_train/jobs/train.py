@@ -36,7 +36,7 @@ from hybrid_train.jobs.run_start import (
     same_data,
 )
 from hybrid_train.megatron.data_parallel import destroy_groups
-from hybrid_train.planning.phases import PhaseSpan, at, lay_out, ramps, validation_interval
+from hybrid_train.planning.phases import PhaseSpan, lay_out, phase_at, ramps, validation_interval
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
 from hybrid_train.runtime.start import process
@@ -143,9 +143,9 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
         builder = PhaseBuilder(data, device, run_dir)
-        run = builder.build(at(phases, state.tokens), state, tokens(job.train.tokens))
+        run = builder.build(phase_at(phases, state.tokens), state, tokens(job.train.tokens))
         restore(start, run)
-        run.bad_steps = bad_steps(job, start, at(phases, state.tokens).start)
+        run.bad_steps = bad_steps(job, start, phase_at(phases, state.tokens).start)
         peak = peak_flops(device, job.runtime.peak_tflops)
         run.hooks = HookList([*_hooks(job, run, builder, phases, start.own_step, peak), stop])
         _fit(run, run_dir)
@@ -175,7 +175,7 @@ def _hooks(
         *profiling_hooks(job.profile, run_dir),
         EnterPhases(phases, enter),
         # These add to the report of a step, of which the trackers are told after them.
-        AuditPrecision(run_dir, lambda seen: at(phases, seen).job),
+        AuditPrecision(run_dir, lambda seen: phase_at(phases, seen).job),
         *_rounding(job, phases, own_step),
         *_validation(job, run, builder.data),
         *built_from(job.hooks),

@@ -1,12 +1,12 @@
 """The chunked Mamba-2 scan with a backward pass of its own.
 
-Within a chunk the scan is a product with a triangular matrix, between chunks a short recurrence
+Within a chunk the scan is a GEMM with a triangular matrix, between chunks a short recurrence
 over states (Dao and Gu, arXiv:2405.21060, section 6). The backward is written out since autograd
 would keep and rewrite every temporary of the size B * L * H * Q.
 
 Dimensions: B batch, K chunks, Q tokens of a chunk, G groups, R heads of a group, P head width,
 N state. Everything inside is laid out chunks first and tokens last, [K, B, G, R, P, Q]: read as
-[K*B*G*R, P, Q] or as [K*B*G, R*P, Q] it is an operand of a batched product as it lies, the decay of
+[K*B*G*R, P, Q] or as [K*B*G, R*P, Q] it is an operand of a batched GEMM as it lies, the decay of
 a token runs along memory, and the chunks from one to another are one piece of it.
 
 Where several documents share a row, the decay from one to another is zero. Products of decays are

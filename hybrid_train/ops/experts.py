@@ -139,7 +139,7 @@ def _gemms(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> Tens
 
 
 def _weight_grads(grad: Tensor, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Gradients [O, I] of the matrices; a product over no tokens is a matrix of zeros."""
+    """Gradients [O, I] of the matrices; a GEMM over no tokens gives zeros."""
     parts = zip(grad.split(counts), x.split(counts), strict=True)
     return [rows.T @ tokens for rows, tokens in parts]
 

@@ -1,8 +1,9 @@
-"""The core of every loss on logits: chunks of tokens, a split vocabulary; cross-entropy as a term.
+"""The core of every loss on logits: chunks of tokens, a split vocabulary; and cross-entropy.
 
-A term is told the logits of one chunk and answers with a value for each token and with the
-gradient of these logits; the chunks, the products with the head and their gradients are done here,
-by hand. No collective is differentiated, and no logits of all tokens exist.
+A loss is a `Term`: it is told the logits of one chunk and answers with a value for each token and
+with the gradient of these logits. `weighted_sum` does the rest by hand: the chunks, their GEMMs
+with the head, and the gradients of these. No collective is differentiated, and no logits of all
+tokens exist.
 
 Dimensions: T tokens, N tokens of a chunk, H hidden, V rows of the head, V/tp those of one rank.
 """
@@ -148,6 +149,38 @@ def weighted_sum(
     return total, values
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The negative log-probability of each label, in nats.
+
+    Attributes:
+        labels: token ids in the whole vocabulary, [T].
+    """
+
+    labels: Tensor
+
+    def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> tuple[Tensor, Pullback]:
+        """Return the values of a chunk, [N] in float32 (float64 if the logits are), see `Term`."""
+        found = head.softmax(logits)
+        local = self.labels[rows] - head.first
+        mine = (local >= 0) & (local < head.width)
+        local = local.clamp(0, logits.shape[-1] - 1)[:, None]
+        picked = head.summed(logits.gather(-1, local).squeeze(-1).to(found.probs.dtype) * mine)
+
+        def pullback(weights: Tensor) -> Tensor:
+            width, rest = found.probs.shape[-1], logits.shape[-1] - found.probs.shape[-1]
+            factors = found.scaled(weights)[:, None]
+            if rest:
+                out = found.probs.new_zeros(logits.shape)
+                torch.mul(found.probs, factors, out=out[:, :width])
+            else:
+                out = found.probs.mul_(factors)
+            out.scatter_add_(-1, local, -(weights * mine)[:, None])
+            return out.to(logits.dtype)
+
+        return found.log_sum - picked, pullback
+
+
 def chunks(tokens: int, width: int, columns: int) -> Iterator[slice]:
     """Cut tokens into chunks whose logits are small.
 
@@ -226,35 +259,3 @@ def _of_weight(
 def _empty_sum(weight: Tensor) -> Tensor:
     """Return zeros to add gradients of a weight to, at least in float32."""
     return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """The negative log-probability of each label, in nats.
-
-    Attributes:
-        labels: token ids in the whole vocabulary, [T].
-    """
-
-    labels: Tensor
-
-    def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> tuple[Tensor, Pullback]:
-        """Return the values of a chunk, [N] in float32 (float64 if the logits are), see `Term`."""
-        found = head.softmax(logits)
-        local = self.labels[rows] - head.first
-        mine = (local >= 0) & (local < head.width)
-        local = local.clamp(0, logits.shape[-1] - 1)[:, None]
-        picked = head.summed(logits.gather(-1, local).squeeze(-1).to(found.probs.dtype) * mine)
-
-        def pullback(weights: Tensor) -> Tensor:
-            width, rest = found.probs.shape[-1], logits.shape[-1] - found.probs.shape[-1]
-            factors = found.scaled(weights)[:, None]
-            if rest:
-                out = found.probs.new_zeros(logits.shape)
-                torch.mul(found.probs, factors, out=out[:, :width])
-            else:
-                out = found.probs.mul_(factors)
-            out.scatter_add_(-1, local, -(weights * mine)[:, None])
-            return out.to(logits.dtype)
-
-        return found.log_sum - picked, pullback

@@ -1,13 +1,11 @@
 """The Mamba-2 mixer between its two projections: of whole sequences, and of cached decoding.
 
-The lower part holds the two entry points under the names and argument order that
-megatron.core.ssm.mamba_mixer 0.19.2 calls; what it never passes is refused.
-Dimensions: B batch, L sequence, H heads, P head width, G groups, N state, K taps,
-packed width = 2 * H * P + 2 * G * N + H in the order z, x, b, c, dt.
+`mixer_forward` is the map itself. The other functions have the names and the argument order that
+megatron.core.ssm.mamba_mixer 0.19.2 calls; what it never passes, as with a static cache, is
+refused. Those of one token overwrite their states in place, as the kernels do.
 
-Under the names and argument order that megatron.core.ssm.mamba_mixer 0.19.2 calls; what it never
-passes with a static cache is refused. States are overwritten in place, as the kernels do.
-Dimensions: B batch, L sequence, C channels, H heads, P head width, G groups, N state, K taps.
+Dimensions: B batch, L sequence, C channels, H heads, P head width, G groups, N state, K taps,
+packed width = 2 * H * P + 2 * G * N + H in the order z, x, b, c, dt.
 """
 
 from typing import Any
@@ -84,10 +82,8 @@ def _cpu_chunk(state: int) -> int:
     return 64 if state > WIDE_STATE else 32
 
 
-# Megatron's names from here on. mamba_ssm gates inside the first one when it is given no norm
-# weight, and the mixer then applies its own norm without a gate.
-
-
+# mamba_ssm gates inside this function where it is given no norm weight, and the mixer then applies
+# its own norm without a gate.
 def mamba_split_conv1d_scan_combined(  # noqa: PLR0913 - the signature of mamba_ssm
     zxbcdt: Tensor,
     conv1d_weight: Tensor,
@@ -109,7 +105,7 @@ def mamba_split_conv1d_scan_combined(  # noqa: PLR0913 - the signature of mamba_
     Raises:
         NotImplementedError: for an argument that is not None and that this path does not cover.
     """
-    _refuse("mamba_split_conv1d_scan_combined", others)
+    _refuse("mamba_split_conv1d_scan_combined", **others)
     _require_silu(activation)
     if headdim is None or D.dim() != 1:
         raise NotImplementedError(
@@ -120,6 +116,12 @@ def mamba_split_conv1d_scan_combined(  # noqa: PLR0913 - the signature of mamba_
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D,
         head_width=headdim, groups=ngroups, chunk=chunk_size, sequence_index=seq_idx,
     )  # fmt: skip
+
+
+def _require_silu(activation: str) -> None:
+    """Raise unless the activation of the convolution is SiLU, the only one of the family."""
+    if activation not in ("silu", "swish"):
+        raise NotImplementedError(f"activation = {activation!r}: only 'silu' is covered")
 
 
 def mamba_chunk_scan_combined(  # noqa: PLR0913 - the signature of mamba_ssm
@@ -143,7 +145,7 @@ def mamba_chunk_scan_combined(  # noqa: PLR0913 - the signature of mamba_ssm
     Raises:
         NotImplementedError: for an argument that is not None and that this path does not cover.
     """
-    _refuse("mamba_chunk_scan_combined", others)
+    _refuse("mamba_chunk_scan_combined", **others)
     if D is not None and D.dim() != 1:
         raise NotImplementedError(
             "D has one weight per channel; only one per head is covered: set D_has_hdim=False"
@@ -159,22 +161,6 @@ def mamba_chunk_scan_combined(  # noqa: PLR0913 - the signature of mamba_ssm
     return (y, last) if return_final_states else y
 
 
-def _refuse(function: str, arguments: dict[str, Any]) -> None:
-    """Raise for arguments that carry a value; a silent default would compute something else."""
-    given = sorted(name for name, value in arguments.items() if value is not None)
-    if given:
-        raise NotImplementedError(
-            f"{function}: {', '.join(given)} not covered by the PyTorch path; "
-            "leave it out, or run on a GPU with mamba-ssm"
-        )
-
-
-def _require_silu(activation: str) -> None:
-    """Raise unless the activation of the convolution is SiLU, the only one of the family."""
-    if activation not in ("silu", "swish"):
-        raise NotImplementedError(f"activation = {activation!r}: only 'silu' is covered")
-
-
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -188,7 +174,7 @@ def causal_conv1d_fn(
     Raises:
         NotImplementedError: for packed sequences.
     """
-    _refuse_states("causal_conv1d_fn", seq_idx=seq_idx)
+    _refuse("causal_conv1d_fn", seq_idx=seq_idx)
     y = causal_conv(x.transpose(1, 2), weight, bias, activation=activation is not None)
     return y.transpose(1, 2)
 
@@ -216,7 +202,7 @@ def causal_conv1d_update(
     Raises:
         NotImplementedError: for the arguments of dynamic batching.
     """
-    _refuse_states(
+    _refuse(
         "causal_conv1d_update",
         conv_state_indices=conv_state_indices,
         intermediate_conv_states=intermediate_conv_states,
@@ -261,7 +247,7 @@ def selective_state_update(  # noqa: PLR0913, PLR0917 - the signature that Megat
     Raises:
         NotImplementedError: for a gate and for the arguments of dynamic batching.
     """
-    _refuse_states(
+    _refuse(
         "selective_state_update",
         z=z,
         state_batch_indices=state_batch_indices,
@@ -277,7 +263,7 @@ def selective_state_update(  # noqa: PLR0913, PLR0917 - the signature that Megat
     return y.unsqueeze(1)
 
 
-def _refuse_states(function: str, **arguments: Tensor | None) -> None:
+def _refuse(function: str, **arguments: object) -> None:
     """Raise for arguments that carry a value; a silent default would compute something else."""
     given = sorted(name for name, value in arguments.items() if value is not None)
     if given:

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedules.
+"""Learning rates, groups of parameters, and AdamW with reduced-precision state on a CPU.
 
-Not here: when a step is taken (`training`).
+Not here: Megatron's optimizers (`megatron/optimizers.py`), when a step is taken (`training`).
 """

@@ -8,12 +8,7 @@ at 0 tokens: its rate is 0 where there is a warm-up, and the peak where there is
 import math
 from collections.abc import Callable
 
-from hybrid_train.schema.optimizer import (
-    Cosine,
-    DecayShape,
-    Schedule,
-    Wsd,
-)
+from hybrid_train.schema.optimizer import Cosine, DecayShape, Schedule, Wsd
 from hybrid_train.schema.units import tokens as read_tokens
 
 # Share of (peak - final) that is left after a share r of the decay; 1 at r = 0, 0 at r = 1.

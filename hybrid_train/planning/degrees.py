@@ -40,7 +40,7 @@ def num_microbatches(job: TrainJob, processes: int) -> int:
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Round up, so that the rows split evenly and products are fast."""
+    """Round up, so that the rows split evenly and GEMMs are fast."""
     return math.ceil(vocab_size / multiple) * multiple
 
 

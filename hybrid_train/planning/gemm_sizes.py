@@ -33,7 +33,7 @@ def weight_sizes(job: TrainJob, module: str, sizes: Sizes) -> tuple[Size, Size]:
 
     Args:
         job: the job; the splits must be even.
-        module: the kind of linear layer, as in `product_formats.KINDS`.
+        module: the kind of linear layer, as in `gemm_formats.KINDS`.
         sizes: of the layer that it is in.
     """
     one = module if module == MTP_PROJECTION else module.removeprefix(f"{MTP}.")

@@ -34,7 +34,7 @@ class Held:
 
     dense: int  # repeated over data-parallel and context ranks
     expert: int = 0  # routed experts, repeated over fewer where they are split by number
-    in_fp8: int = 0  # of both, with the FP8 primary weights
+    in_fp8: int = 0  # of both, those whose FP8 primary weights are kept
 
     @property
     def total(self) -> int:

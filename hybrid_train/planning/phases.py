@@ -1,10 +1,9 @@
-"""The phases of a run in tokens and steps, and the batch of each step: integers, equal everywhere.
+"""The phases of a run in tokens and steps, and the batch of each step, which may grow by a ramp.
 
-Pure integers. The batch of a step is that of the tokens seen before it, so there is no state to
-save: a run that goes on finds its stage by its position.
-
-A phase ends at the first step that reaches the start of the next one. So the position of a run, in
-tokens, says in which phase it is and how many of its sequences are done: there is nothing to save.
+All numbers are whole, and the same on every process. A phase ends at the first step that reaches
+the start of the next one, and the batch of a step is that of the tokens seen before it. So the
+position of a run, in tokens, says in which phase it is, how many of its sequences are done and how
+large its batch is: there is nothing else to save.
 """
 
 import copy
@@ -16,64 +15,8 @@ from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.train import BatchRamp, Phase, Train, TrainJob
 from hybrid_train.schema.units import position, tokens
 
-
-@dataclass(frozen=True)
-class RunLength:
-    """What a run takes until it has seen its tokens."""
-
-    steps: int
-    sequences: int
-
-
-def ramps(train: Train) -> bool:
-    """Tell whether the batch grows."""
-    return tokens(train.batch_ramp.tokens) > 0
-
-
-def global_batch(train: Train, tokens_seen: int) -> int:
-    """Return the sequences of the step that starts after `tokens_seen` tokens.
-
-        start_batch + increment * floor(tokens_seen * n / ramp tokens)
-
-    up to `global_batch`, with n = (global_batch - start_batch) / increment stages of equal length.
-    Source: `--rampup-batch-size` of Megatron-LM, which counts sequences; core 0.19.2 has the stages
-    one by one (num_microbatches_calculator.py).
-    """
-    ramp, length = train.batch_ramp, tokens(train.batch_ramp.tokens)
-    if tokens_seen >= length:
-        return train.global_batch
-    stages = (train.global_batch - ramp.start_batch) // ramp.increment
-    return ramp.start_batch + ramp.increment * (tokens_seen * stages // length)
-
-
-def run_length(train: Train, start: int = 0, end: int | None = None) -> RunLength:
-    """Count steps and sequences between two positions in tokens; by default of the whole run.
-
-    The first step that reaches the end is the last.
-    """
-    end = tokens(train.tokens) if end is None else end
-    seen, steps = start, 0
-    for batch, stage_end in _stages(train):
-        step = batch * train.sequence_length
-        stop = end if stage_end is None else min(stage_end, end)
-        taken = max(0, -(-(stop - seen) // step))
-        seen, steps = seen + taken * step, steps + taken
-    return RunLength(steps, (seen - start) // train.sequence_length)
-
-
-def _stages(train: Train) -> Iterator[tuple[int, int | None]]:
-    """Yield the batch of each stage, and the tokens at which the next begins; the last has none."""
-    length = tokens(train.batch_ramp.tokens)
-    if length:
-        ramp = train.batch_ramp
-        number = (train.global_batch - ramp.start_batch) // ramp.increment
-        for stage in range(number):
-            yield ramp.start_batch + stage * ramp.increment, -(-(stage + 1) * length // number)
-    yield train.global_batch, None
-
-
 # Setting of a phase -> where it stands in a run.
-SETTINGS = {
+PHASE_SETTINGS = {
     "blend": "data.blend",
     "sequence_length": "train.sequence_length",
     "microbatch": "train.microbatch",
@@ -84,9 +27,17 @@ SETTINGS = {
     "expert": "parallel.expert",
 }
 # What must stay in a phase that has begun; a layout and a microbatch may change at any time.
-FIXED = ("blend", "sequence_length", "global_batch", "constant_lr", "precision_exceptions")
+FIXED_SETTINGS = ("blend", "sequence_length", "global_batch", "constant_lr", "precision_exceptions")
 
 _VALIDATIONS, _VALIDATION_STEPS = 8, 100  # of a run, at least; steps between two, at most
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a run, or a part of it, takes until it has seen its tokens."""
+
+    steps: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -156,24 +107,12 @@ def lay_out(job: TrainJob) -> list[PhaseSpan]:
     ]
 
 
-def at(phase_spans: Sequence[PhaseSpan], tokens_seen: int) -> PhaseSpan:
+def phase_at(phase_spans: Sequence[PhaseSpan], tokens_seen: int) -> PhaseSpan:
     """Return the phase of the step that starts after some tokens; at the end, the last one."""
     for phase_span in phase_spans:
         if tokens_seen < phase_span.end:
             return phase_span
     return phase_spans[-1]
-
-
-def validation_interval(job: TrainJob) -> int:
-    """Return the steps between validations; 0: there is one at the end only.
-
-    Where nothing is asked for, a run has at least five: every eighth of it, or every 100 steps.
-    """
-    asked = job.train.validation_interval
-    if asked is not None:
-        return asked
-    steps = sum(phase_span.length.steps for phase_span in lay_out(job))
-    return max(1, min(_VALIDATION_STEPS, -(-steps // _VALIDATIONS)))
 
 
 def rows_of_step(phase_spans: Sequence[PhaseSpan], step: int) -> tuple[PhaseSpan, int, int] | None:
@@ -194,6 +133,30 @@ def rows_of_step(phase_spans: Sequence[PhaseSpan], step: int) -> tuple[PhaseSpan
                 row += batch
         step -= phase_span.length.steps
     return None
+
+
+def validation_interval(job: TrainJob) -> int:
+    """Return the steps between validations; 0: there is one at the end only.
+
+    Where nothing is asked for, a run has at least five: every eighth of it, or every 100 steps.
+    """
+    asked = job.train.validation_interval
+    if asked is not None:
+        return asked
+    steps = sum(phase_span.length.steps for phase_span in lay_out(job))
+    return max(1, min(_VALIDATION_STEPS, -(-steps // _VALIDATIONS)))
+
+
+def scheduled_tokens(job: TrainJob) -> int:
+    """Return the tokens of a run outside of phases with a rate of their own, as they are asked."""
+    total = tokens(job.train.tokens)
+    starts = [position(phase.start, total) for phase in job.train.phases] + [total]
+    own = sum(
+        max(0, end - start)
+        for phase, start, end in zip(job.train.phases, starts[:-1], starts[1:], strict=True)
+        if phase.constant_lr is not None
+    )
+    return total - own
 
 
 def jobs_of(job: TrainJob) -> Iterator[TrainJob]:
@@ -219,7 +182,7 @@ def views_of(job: TrainJob) -> Iterator[TrainJob]:
             setattr(current, section, copy.copy(getattr(current, section)))
         if number:  # the checks see to it that the batch has grown by then
             current.train.batch_ramp = BatchRamp()
-        for name, path in SETTINGS.items():
+        for name, path in PHASE_SETTINGS.items():
             value = getattr(phase, name)
             if name == "blend" and not has_sources(job.data):
                 continue
@@ -244,13 +207,51 @@ def unread_sources(job: TrainJob) -> list[str]:
     return list(dict.fromkeys(name for phase in job.train.phases for name in phase.blend))
 
 
-def scheduled_tokens(job: TrainJob) -> int:
-    """Return the tokens of a run outside of phases with a rate of their own, as they are asked."""
-    total = tokens(job.train.tokens)
-    starts = [position(phase.start, total) for phase in job.train.phases] + [total]
-    own = sum(
-        max(0, end - start)
-        for phase, start, end in zip(job.train.phases, starts[:-1], starts[1:], strict=True)
-        if phase.constant_lr is not None
-    )
-    return total - own
+def run_length(train: Train, start: int = 0, end: int | None = None) -> RunLength:
+    """Count steps and sequences between two positions in tokens; by default of the whole run.
+
+    The first step that reaches the end is the last.
+    """
+    end = tokens(train.tokens) if end is None else end
+    seen, steps = start, 0
+    for batch, stage_end in _ramp_stages(train):
+        step = batch * train.sequence_length
+        stop = end if stage_end is None else min(stage_end, end)
+        taken = max(0, -(-(stop - seen) // step))
+        seen, steps = seen + taken * step, steps + taken
+    return RunLength(steps, (seen - start) // train.sequence_length)
+
+
+def global_batch(train: Train, tokens_seen: int) -> int:
+    """Return the sequences of the step that starts after `tokens_seen` tokens.
+
+        start_batch + increment * floor(tokens_seen * n / ramp tokens)
+
+    up to `global_batch`, with n = (global_batch - start_batch) / increment stages of equal length.
+    Source: `--rampup-batch-size` of Megatron-LM, which counts sequences; core 0.19.2 has the stages
+    one by one (num_microbatches_calculator.py).
+    """
+    ramp, length = train.batch_ramp, tokens(train.batch_ramp.tokens)
+    if tokens_seen >= length:
+        return train.global_batch
+    stages = (train.global_batch - ramp.start_batch) // ramp.increment
+    return ramp.start_batch + ramp.increment * (tokens_seen * stages // length)
+
+
+def ramps(train: Train) -> bool:
+    """Tell whether the batch grows by a ramp."""
+    return tokens(train.batch_ramp.tokens) > 0
+
+
+def _ramp_stages(train: Train) -> Iterator[tuple[int, int | None]]:
+    """Yield the batch of each stage of the ramp, and the tokens at which the next one begins.
+
+    None begins after the last.
+    """
+    length = tokens(train.batch_ramp.tokens)
+    if length:
+        ramp = train.batch_ramp
+        number = (train.global_batch - ramp.start_batch) // ramp.increment
+        for stage in range(number):
+            yield ramp.start_batch + stage * ramp.increment, -(-(stage + 1) * length // number)
+    yield train.global_batch, None

@@ -1,4 +1,4 @@
-"""A process and its machine: device, ranks, seeds, logs, signals, optional libraries.
+"""A process and its machine: device, ranks, seeds, logs, heartbeat, signals, optional libraries.
 
-Not here: who talks to whom (`parallel`), the model (`model`).
+Not here: which ranks talk to each other (`megatron/data_parallel.py`), the model (`model`).
 """

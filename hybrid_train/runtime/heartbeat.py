@@ -1,11 +1,12 @@
-"""The heartbeat of a process: where it is in its step, who watches that, and requests to stop.
+"""The heartbeat of a process, the watchdog that ends one that hangs, and requests to stop.
 
-Who trains says `enter("data")`; the watchdog reads it when nothing is said for too long, and the
-report of slow processes takes the times. A process trains one run at a time, so there is one of it.
+The training code says in which part of a step it is: `enter("data")`. The watchdog reads that when
+nothing is said for too long, and the report of slow processes takes the times. A process trains one
+run at a time, so there is one heartbeat.
 
 Python runs signal handlers between two bytecodes of the main thread, so a process that waits in a
 collective never hears a SIGTERM. The C part of Python writes its number to a pipe at once, though,
-and that is where this thread hears of it.
+and there the thread of the watchdog hears of it.
 """
 
 import os
@@ -21,6 +22,16 @@ from dataclasses import dataclass
 
 DATA, FORWARD_BACKWARD, REDUCE, OPTIMIZER = "data", "forward_backward", "reduce", "optimizer"
 SAVE, VALIDATION, BETWEEN, START = "save", "validation", "between steps", "start"
+# Signals that ask to stop; the later in this list goes before the earlier. A scheduler may send
+# SIGTERM to every process of a job; SIGUSR1 comes from whoever looks after the run, and means to go
+# on with it later.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+_HANG_EXIT_CODE = 75  # EX_TEMPFAIL: worth another attempt
+_MOST_FRAMES = 25  # of a stack that is kept
+# A process that waits for the others gives the one they wait for the time to speak first.
+_PATIENCE_S = 5.0
+_WAITING = ("torch/distributed/", "/c10d/", "pipeline_parallel/p2p_communication")
 
 
 @dataclass(frozen=True)
@@ -28,10 +39,10 @@ class Heartbeat:
     """The last heartbeat of a process.
 
     Attributes:
-        count: signs so far; processes of one layout and stage give the same.
+        count: heartbeats so far; processes of one layout and stage give the same.
         step: optimizer step that it is in.
         part: of the step.
-        since: when it said so, of time.monotonic().
+        since: when it was given, of time.monotonic().
     """
 
     count: int
@@ -80,19 +91,12 @@ def take_seconds() -> dict[str, float]:
     return taken
 
 
-_EXIT_CODE = 75  # EX_TEMPFAIL: worth another attempt
-_FRAMES = 25  # of a stack that is kept
-# A process that waits for the others gives the one they wait for the time to speak first.
-_PATIENCE_S = 5.0
-_WAITING = ("torch/distributed/", "/c10d/", "pipeline_parallel/p2p_communication")
-
-
 @dataclass(frozen=True)
 class Hang:
-    """What the main thread does, as seen from outside.
+    """What the main thread was last seen at, as the thread of the watchdog sees it.
 
     Attributes:
-        beat: the last thing that it said.
+        beat: its last heartbeat.
         seconds: since then.
         stack: of the main thread, innermost last.
         waits: whether it waits for other processes.
@@ -105,14 +109,14 @@ class Hang:
 
 
 class Watchdog:
-    """Watches as long as the block lasts.
+    """Watches the main thread as long as the block lasts, and ends a process that hangs.
 
     Args:
         limit_s: longest silence; 0: any.
         on_hang: called before this process is ended for its silence.
         on_signal: called when a signal has arrived, whether or not the main thread can hear it.
         on_tick: called every `tick_s` while all is well.
-        tick_s: how often this looks.
+        tick_s: how often it looks.
     """
 
     def __init__(
@@ -168,24 +172,19 @@ class Watchdog:
             self._on_hang(seen)
         finally:
             # The main thread cannot be interrupted where it is; what could be saved is saved.
-            os._exit(_EXIT_CODE)
+            os._exit(_HANG_EXIT_CODE)
 
     def _look(self) -> Hang:
         beat = last()
         frame = sys._current_frames().get(self._main or 0)
-        frames = traceback.extract_stack(frame)[-_FRAMES:] if frame else []
+        frames = traceback.extract_stack(frame)[-_MOST_FRAMES:] if frame else []
         stack = "".join(traceback.format_list(frames))
         waits = bool(frames) and any(part in frames[-1].filename for part in _WAITING)
         return Hang(beat, time.monotonic() - beat.since, stack, waits)
 
 
-# The later goes before the earlier. A scheduler may send SIGTERM to every process of a job; SIGUSR1
-# comes from whoever looks after the run, and means to go on with it later.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 class StopSignals:
-    """Notes a signal; a Ctrl-C after it interrupts at once."""
+    """Notes a signal that asks to stop; a Ctrl-C after it interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -204,7 +203,7 @@ class StopSignals:
 
 
 def how_it_ended(code: int, stderr: str) -> str:
-    """Say how a process ended: by a signal, or with a code and its exit report."""
+    """Say how a process ended: by a signal, or with a code and the last line that it wrote."""
     if code < 0:
         return f"signal {signal.Signals(-code).name}"
     words = stderr.strip().splitlines()

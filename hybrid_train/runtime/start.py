@@ -1,4 +1,4 @@
-"""Starts and stops a process of a run: device, threads, process group, random numbers."""
+"""Starts and ends a process of a run: device, threads, process group; and its random numbers."""
 
 import contextlib
 import datetime
@@ -22,54 +22,9 @@ from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Device, Runtime
 from hybrid_train.schema.units import counted
 
-
-def random_state() -> dict[str, torch.Tensor]:
-    """Return the state of every generator of this process as tensors."""
-    version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "numpy": torch.tensor(keys.astype(np.int64)),
-        "numbers": torch.tensor([version, position, has_gauss], dtype=torch.int64),
-        "gauss": torch.tensor([gauss or 0.0, cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-    }
-
-
-def restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Put every generator back to where `random_state` found it."""
-    version, position, has_gauss = (int(number) for number in state["numbers"])
-    gauss, cached = (float(number) for number in state["gauss"])
-    random.setstate((version, tuple(state["python"].tolist()), gauss or None))
-    keys = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-
-
+_log = logging.getLogger(__name__)
 _TRY_S = 1.0  # between two tries to reach rank 0
 _starts = itertools.count()  # of this process; all processes of a run start as often
-_log = logging.getLogger(__name__)
-
-
-def choose_device(runtime: Runtime) -> torch.device:
-    """Return the device that the section asks for; `auto` is a GPU where there is one."""
-    gpu = torch.cuda.is_available()
-    if runtime.device is Device.cuda and not gpu:
-        raise UserError(
-            "runtime.device=cuda, but torch sees no GPU; use runtime.device=cpu, "
-            "or check the driver (nvidia-smi) and that torch is a CUDA build"
-        )
-    if runtime.device is Device.cpu or not gpu:
-        return torch.device("cpu")
-    if ranks.local_rank() >= torch.cuda.device_count():
-        number = counted(torch.cuda.device_count(), "GPU")
-        raise UserError(
-            f"LOCAL_RANK = {ranks.local_rank()}: torch sees {number} on this machine, and "
-            "each process needs one of its own; start fewer processes on it"
-        )
-    return torch.device("cuda", ranks.local_rank())
 
 
 @contextlib.contextmanager
@@ -97,8 +52,33 @@ def process(runtime: Runtime, seed: int) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def choose_device(runtime: Runtime) -> torch.device:
+    """Return the device that the section asks for; `auto` is a GPU where there is one."""
+    gpu = torch.cuda.is_available()
+    if runtime.device is Device.cuda and not gpu:
+        raise UserError(
+            "runtime.device=cuda, but torch sees no GPU; use runtime.device=cpu, "
+            "or check the driver (nvidia-smi) and that torch is a CUDA build"
+        )
+    if runtime.device is Device.cpu or not gpu:
+        return torch.device("cpu")
+    if ranks.local_rank() >= torch.cuda.device_count():
+        number = counted(torch.cuda.device_count(), "GPU")
+        raise UserError(
+            f"LOCAL_RANK = {ranks.local_rank()}: torch sees {number} on this machine, and "
+            "each process needs one of its own; start fewer processes on it"
+        )
+    return torch.device("cuda", ranks.local_rank())
+
+
 def _share_of_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size())
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _join_group(device: torch.device, timeout_s: float) -> None:
@@ -180,7 +160,26 @@ def _name_of_start() -> str:
     return f"restart {restarts}, start {next(_starts)}"
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def random_state() -> dict[str, torch.Tensor]:
+    """Return the state of every generator of this process as tensors."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "numpy": torch.tensor(keys.astype(np.int64)),
+        "numbers": torch.tensor([version, position, has_gauss], dtype=torch.int64),
+        "gauss": torch.tensor([gauss or 0.0, cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+    }
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Put every generator back to where `random_state` found it."""
+    version, position, has_gauss = (int(number) for number in state["numbers"])
+    gauss, cached = (float(number) for number in state["gauss"])
+    random.setstate((version, tuple(state["python"].tolist()), gauss or None))
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])

@@ -1,4 +1,4 @@
-"""Where tokens come from: sources, and the blend of them that a run reads."""
+"""Where tokens come from: sources, the blend of them that a run reads, and how rows are made."""
 
 import enum
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ FirstWait = Annotated[float, Range(0, 60)]
 Documents = Annotated[int, Range(1, 10**9)]  # their lengths lie in memory, four bytes each
 DocumentsOrNone = Annotated[int, Range(0, 10**9)]
 Items = Annotated[int, Range(1, 2**20)]  # each is at least a token, and its kind an id
+
+STREAMS = ("copy", "recall", "brackets", "sums")  # fields of a source
 
 
 class Split(enum.Enum):
@@ -116,16 +118,13 @@ class SumStream(Synthetic):
     terms: Items = 2  # numbers that one sum adds
 
 
-STREAMS = ("copy", "recall", "brackets", "sums")
-
-
 @dataclass(kw_only=True)
 class Source:
     """Tokens under one name: those of files, or one of the synthetic streams."""
 
     train: list[FileName] = field(default_factory=list)  # prefixes, without .bin or .idx; or URLs
     validation: list[FileName] = field(default_factory=list)
-    longest: Length | None = None  # packed documents are cut into pieces of so many tokens
+    longest: Length | None = None  # packed documents are cut into spans of so many tokens
     copy: CopyStream | None = None
     recall: RecallStream | None = None
     brackets: BracketStream | None = None
@@ -187,6 +186,16 @@ class Data:
             yield from blend_problems(name, getattr(self, name))
 
 
+@dataclass(kw_only=True)
+class Quickstart(Data):
+    """The source code of Python's own standard library; built on first use, nothing to download."""
+
+    kind: str = "quickstart"
+    folder: FileName = MISSING  # corpus, tokenizer and token files go here
+    vocab_size: Annotated[int, Range(300, 2**24)] = 4096
+    packages: list[Name] = field(default_factory=list)  # installed ones, whose source is added
+
+
 def named_sources(data: Data) -> dict[str, Source]:
     """Return the sources by name; files without a source of their own make one called `data`."""
     return data.sources or {"data": Source(train=data.train, validation=data.validation)}
@@ -206,13 +215,3 @@ def blend_problems(path: str, blend: dict[str, float]) -> Iterator[Problem]:
     """Check that a blend takes something; an empty one is no choice at all."""
     if blend and all(weight == 0 for weight in blend.values()):
         yield Problem(path, "all zero", "needs a weight above 0")
-
-
-@dataclass(kw_only=True)
-class Quickstart(Data):
-    """The source code of Python's own standard library; built on first use, nothing to download."""
-
-    kind: str = "quickstart"
-    folder: FileName = MISSING  # corpus, tokenizer and token files go here
-    vocab_size: Annotated[int, Range(300, 2**24)] = 4096
-    packages: list[Name] = field(default_factory=list)  # installed ones, whose source is added

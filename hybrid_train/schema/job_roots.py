@@ -1,4 +1,7 @@
-"""The roots of jobs that take few settings: `check`, `submit`, `resume`, `count` and others."""
+"""The roots of the jobs beside training: `check`, `submit`, `count`, `generate` and others.
+
+Not here: jobs that prepare data (`schema/prepare.py`), and the study (`schema/study.py`).
+"""
 
 import enum
 from collections.abc import Iterator
@@ -27,6 +30,8 @@ from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 
+COLDEST = 1e-4  # lowest temperature that divides logits; a much lower one is 0 in float32
+
 
 @dataclass(kw_only=True)
 class CheckJob(TrainJob):
@@ -45,7 +50,7 @@ class SubmitJob(TrainJob):
     dry_run: bool = False  # print what would be submitted; data may be chosen later
 
 
-def training(job: SubmitJob) -> TrainJob:
+def training_job(job: SubmitJob) -> TrainJob:
     """Return the run alone, as it is frozen into its folder."""
     return TrainJob(**{one.name: getattr(job, one.name) for one in fields(TrainJob)})
 
@@ -115,9 +120,6 @@ class VerifyJob:
     tolerance: Share = 1e-4  # of a logit, as a share of the standard deviation of all
     seed: Seed = 1234  # of the tokens
     runtime: Runtime = field(default_factory=Runtime)
-
-
-COLDEST = 1e-4  # divides logits; what is much smaller divides by 0 in float32
 
 
 @dataclass(kw_only=True)

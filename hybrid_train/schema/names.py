@@ -1,6 +1,6 @@
-"""Names on a command line: lists of them, and the known one that a misspelt one most likely means.
+"""Names on a command line: what a misspelt one most likely means, and how a list of them is read.
 
-Where a path is meant, one that exists as it is written wins over the split at its commas.
+A list is names between commas. Where it is of paths, one that exists as it is written is not split.
 """
 
 import difflib
@@ -12,6 +12,10 @@ from collections.abc import Iterable, Sequence
 _ALIKE = 0.6  # share of letters that two names have in common
 _ALIKE_SECTION = 0.5  # of sections, where the last part is the same
 _ALIKE_PART = 0.7  # of two parts of dotted names, which are short
+
+# A name in quotes up to a comma or the end; else all up to the next comma.
+_NAME = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')\s*(?:,|$)|([^,]*)(?:,|$)""")
+_TOKEN_FILES = ("", ".idx", ".bin")  # a prefix exists if one of its files does
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -39,11 +43,6 @@ def nearest_key(key: str, known: Iterable[str]) -> str | None:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio() if one != other else 1.0
-
-
-# A name in quotes up to a comma or the end; else all up to the next comma.
-_NAME = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')\s*(?:,|$)|([^,]*)(?:,|$)""")
-_TOKEN_FILES = ("", ".idx", ".bin")  # a prefix exists if one of its files does
 
 
 def listed(texts: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The optimizer, and its learning rate over the run. Lengths are in tokens."""
+"""The optimizer, and its learning rate over the run; lengths of a schedule are in tokens."""
 
 import enum
 from dataclasses import dataclass, field
@@ -54,8 +54,8 @@ class MasterFormat(enum.Enum):
 class AdamW:
     """AdamW with decoupled weight decay, on all parameters but those of `no_decay`.
 
-    As soon as one of the formats is not float32 ("lowered"), float32 master weights take two bytes:
-    they are kept as what they differ by from the bfloat16 weights.
+    As soon as one of the formats is not float32 (reduced-precision optimizer state), float32 master
+    weights take two bytes: they are kept as what they differ by from the bfloat16 weights.
     """
 
     kind: str = "adamw"

@@ -13,7 +13,13 @@ from omegaconf import MISSING
 
 from hybrid_train.schema.units import counted
 
+DISK = "disk"  # kind of the errors of a disk that is full, or refuses
 _LONGEST = 300  # letters of a value that a message repeats
+# What the system says of a path or a disk; no mistake of the program makes it say so.
+_OF_THE_SYSTEM = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,6 @@ class Problem:
         return f"{self.path} = {value}: {self.rule}{hint}"
 
 
-DISK = "disk"  # kind of the errors of a disk that is full, or refuses
-
-
 class UserError(Exception):
     """Something the user can fix. The command line prints its text without a traceback."""
 
@@ -55,17 +58,21 @@ class UserError(Exception):
     kind = "error"  # word for it in the history of a run
 
 
+class ConfigError(UserError):
+    """The configuration cannot run; the text lists every problem, then the advice."""
+
+    def __init__(self, problems: Iterable[Problem], advice: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        count = counted(len(self.problems), "problem")
+        text = f"{count} in the configuration; nothing was started:\n{lines}"
+        super().__init__(f"{text}\n{advice}" if advice else text)
+
+
 def kind_of(error: BaseException) -> str:
     """Return the word for an error in the history of a run."""
     of_disk = isinstance(error, OSError) and not isinstance(error, ConnectionError)
     return str(getattr(error, "kind", DISK if of_disk else UserError.kind))
-
-
-# What the system says of a path or a disk; no mistake of the program makes it say so.
-_OF_THE_SYSTEM = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
-)  # fmt: skip
 
 
 def of_the_system(error: OSError) -> UserError | None:
@@ -81,15 +88,16 @@ def of_the_system(error: OSError) -> UserError | None:
     return explained
 
 
-class ConfigError(UserError):
-    """The configuration cannot run; the text lists every problem, then the advice."""
-
-    def __init__(self, problems: Iterable[Problem], advice: str = "") -> None:
-        self.problems = tuple(problems)
-        lines = "\n".join(f"  {problem}" for problem in self.problems)
-        count = counted(len(self.problems), "problem")
-        text = f"{count} in the configuration; nothing was started:\n{lines}"
-        super().__init__(f"{text}\n{advice}" if advice else text)
+@contextmanager
+def explained_by_the_system() -> Iterator[None]:
+    """Turn what the system says of a path or a disk into an error that the user can fix."""
+    try:
+        yield
+    except OSError as error:
+        explained = of_the_system(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 class Limit(Protocol):
@@ -165,15 +173,3 @@ def _parts(kind: Any, value: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
         for name, part in value.items():
             yield inner[0], name, f"{path}.{name}"
             yield inner[1], part, f"{path}.{name}"
-
-
-@contextmanager
-def explained_by_the_system() -> Iterator[None]:
-    """Turn what the system says of a path or a disk into an error that the user can fix."""
-    try:
-        yield
-    except OSError as error:
-        explained = of_the_system(error)
-        if explained is None:
-            raise
-        raise explained from error

@@ -168,11 +168,11 @@ class StudyJob:
                 yield Problem(f"{path}.overrides", "[]", "is empty; the base is of variants alone")
             yield from self._references(f"{path}.overrides", stage.overrides, above)
             above.append(name)
-        on_all_ranks = {"base": self.base, "overrides": self.overrides}
-        on_all_ranks |= {
+        of_variants = {"base": self.base, "overrides": self.overrides}
+        of_variants |= {
             f"variants.{name}.overrides": v.overrides for name, v in self.variants.items()
         }
-        for path, lines in on_all_ranks.items():
+        for path, lines in of_variants.items():
             yield from self._references(path, lines, above)
 
     def _references(self, path: str, lines: list[str], above: list[str]) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""What is shown, where the metrics go, and what a run tells about its own time and memory."""
+"""What is shown, where the metrics go, and which steps are profiled."""
 
 import enum
 from collections.abc import Iterator
@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from hybrid_train.schema.limits import Count, CountOrNone, Name
 from hybrid_train.schema.problems import Problem
+
+PROFILE_FOLDER = "profile"  # in the run folder, of traces and snapshots
+TRACE_VIEWER = "ui.perfetto.dev"  # a web page that reads the file on the machine of its reader
 
 
 class WandbMode(enum.Enum):
@@ -35,12 +38,8 @@ class Tracking:
     wandb: Wandb = field(default_factory=Wandb)
 
 
-FOLDER = "profile"  # in the run folder
-TRACE_VIEWER = "ui.perfetto.dev"  # a web page that reads the file on the machine of its reader
-
-
-class Tool(enum.Enum):
-    """Who looks at the steps."""
+class ProfileTool(enum.Enum):
+    """Who traces the steps."""
 
     none = "none"
     torch = "torch"  # torch.profiler writes a trace, which Perfetto and chrome://tracing show
@@ -51,7 +50,7 @@ class Tool(enum.Enum):
 class Profile:
     """Which steps are traced, and whether memory is recorded; files go into RUN/profile."""
 
-    tool: Tool = Tool.none
+    tool: ProfileTool = ProfileTool.none
     start: Count = 10  # first traced step of the run; the first step of all is 1
     steps: Count = 3  # how many are traced
     ranks: list[CountOrNone] = field(default_factory=lambda: [0])  # processes that are traced
@@ -63,5 +62,5 @@ class Profile:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        if self.tool is not Tool.none and not self.ranks:
+        if self.tool is not ProfileTool.none and not self.ranks:
             yield Problem("ranks", "[]", "must name a process to trace", "[0]")

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from hybrid_train.config.commands import command, setting
-from hybrid_train.schema.tracking import FOLDER as PROFILE
-from hybrid_train.schema.tracking import TRACE_VIEWER
+from hybrid_train.schema.tracking import PROFILE_FOLDER, TRACE_VIEWER
 from hybrid_train.schema.units import counted, show_tokens
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import (
@@ -114,7 +113,7 @@ def _places(run_dir: Path) -> list[str]:
     }
     there = {place: name for place, name in places.items() if (run_dir / place).exists()}
     lines = [f"  {name:<16} {run_dir / place}" for place, name in there.items()]
-    traces = sorted((run_dir / PROFILE).glob(f"*{_ENDING}"))
+    traces = sorted((run_dir / PROFILE_FOLDER).glob(f"*{_ENDING}"))
     lines += [f"  {'trace of steps':<16} {path}" for path in traces[-_MOST_TRACES:]]
     if traces:
         lines.append(f"  {'':<16} (open it at https://{TRACE_VIEWER}: Open trace file)")

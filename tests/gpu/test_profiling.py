@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.schema.tracking import Profile, Tool
+from hybrid_train.schema.tracking import Profile, ProfileTool
 from hybrid_train.training.hooks.profiling import MarkSteps, SnapshotMemory, TraceSteps
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_steps_are_marked_between_start_and_stop(
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
-    hook: Any = MarkSteps(Profile(tool=Tool.nsys, start=2, steps=2), tmp_path)
+    hook: Any = MarkSteps(Profile(tool=ProfileTool.nsys, start=2, steps=2), tmp_path)
     hook.fit_start(run_at(0))
     for step in range(5):
         hook.step_start(run_at(step))
@@ -69,7 +69,7 @@ def test_steps_are_marked_between_start_and_stop(
 
 
 def test_a_trace_has_the_kernels_of_the_gpu(tmp_path: Path) -> None:
-    hook: Any = TraceSteps(Profile(tool=Tool.torch, start=2, steps=1), tmp_path)
+    hook: Any = TraceSteps(Profile(tool=ProfileTool.torch, start=2, steps=1), tmp_path)
     hook.fit_start(run_at(0))
     for step in range(3):
         hook.step_start(run_at(step))

@@ -1,4 +1,4 @@
-"""Checks of what makes GPUs usable, driver, CUDA of torch, NCCL, and of how fast a device is."""
+"""Checks of GPUs, driver, CUDA of torch and NCCL, and of how fast devices are."""
 
 import functools
 import re
@@ -7,13 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from hybrid_train.config.supported import is_pinned
 from hybrid_train.runtime.health import speed
-from hybrid_train.runtime.health.machine import (
-    Finding,
-    Machine,
-    broken,
-    ok,
-    warning,
-)
+from hybrid_train.runtime.health.machine import Finding, Machine, broken, ok, warning
 from hybrid_train.runtime.health.speed import DeviceSpeed
 from hybrid_train.schema.units import show_bytes
 
@@ -25,6 +19,8 @@ _BUSY_MIB = 1024  # of a GPU's memory; an idle driver takes less
 _RECOVER = "see dmesg | grep -i nvrm; load the driver (modprobe nvidia) or start the machine again"
 _NO_TORCH = broken("not known: torch does not work", "fix torch first, see its line")
 _BUILD = "install a torch that is built for CUDA: pip install --force-reinstall -c constraints.txt "
+SLOW = 0.8  # of the median of its siblings; GPUs of one kind differ by a few percent
+_NOTHING_TO_TIME = broken("not measured: torch does not work", "fix torch first, see its line")
 
 
 def cuda(machine: Machine) -> Finding:
@@ -142,10 +138,6 @@ def nccl(machine: Machine) -> Finding:
         fix = "pip install -c constraints.txt nvidia-nccl-cu13"
         return warning(f"{version}; the project is developed with {pin}", fix)
     return ok(version)
-
-
-SLOW = 0.8  # of the median of its siblings; GPUs of one kind differ by a few percent
-_NOTHING_TO_TIME = broken("not measured: torch does not work", "fix torch first, see its line")
 
 
 def measurement(machine: Machine) -> Callable[[], Sequence[DeviceSpeed]]:

@@ -1,4 +1,4 @@
-"""The machine as the checks see it, a test gives another, and what a check found."""
+"""A machine as the checks see it, and what a check finds; a test brings a machine of its own."""
 
 import enum
 import os
@@ -15,7 +15,8 @@ from hybrid_train.runtime.health.probe import Library
 from hybrid_train.runtime.health.speed import DeviceSpeed
 from hybrid_train.runtime.optional import State
 
-Figures = Mapping[str, float]  # by name with its unit: "product_gflops"
+Figures = Mapping[str, float]  # by name with its unit: "cpu_flops_per_s"
+COMMAND_S = 20  # within which any command that is asked answers, or is taken for dead
 
 
 class Grade(enum.Enum):
@@ -49,9 +50,6 @@ def warning(found: str, fix: str, figures: Figures | None = None) -> Finding:
 def broken(found: str, fix: str) -> Finding:
     """Return what must be fixed."""
     return Finding(Grade.broken, found, fix)
-
-
-COMMAND_S = 20  # within which any command that is asked answers, or is taken for dead
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from hybrid_train.runtime.heartbeat import how_it_ended
 
 CPU_PROCESSES = 2  # the least that have something to tell each other
-GEMM_S = 1.0  # of GEMMs, and of reductions
+TIMED_S = 1.0  # of GEMMs, and of reductions
 START_S = 120.0  # within which processes have started, met and measured, or are taken for dead
 _MEET_S = 60  # within which the slowest has imported torch, on a busy machine too
 _MOST_ROUNDS = 200
@@ -113,7 +113,7 @@ def gemm(kind: str, size: int) -> float:
     """Time GEMMs of square matrices; the best of those that fit into the time.
 
     Raises:
-        ArithmeticError: if the GEMM of ones is not their number.
+        ArithmeticError: if a GEMM of matrices of ones does not give their width.
     """
     import torch
 
@@ -121,10 +121,10 @@ def gemm(kind: str, size: int) -> float:
     ones = torch.ones(size, size, dtype=numbers, device=kind)
     # A power of two, so every format holds it.
     if not bool(((ones @ ones) == size).all()):
-        raise ArithmeticError(f"a GEMM of {size} ones is not {size} everywhere")
+        raise ArithmeticError(f"a GEMM of matrices of ones gives other numbers than {size}")
     a, b = (torch.randn(size, size, device=kind).to(numbers) for _ in range(2))
     best = float("inf")
-    end = time.perf_counter() + GEMM_S
+    end = time.perf_counter() + TIMED_S
     while time.perf_counter() < end:
         best = min(best, _timed(lambda: a @ b, kind))
     return 2 * size**3 / best
@@ -159,7 +159,7 @@ def all_reduce(folder: str, rank: int, number: int, kind: str, elements: int) ->
             return None
         slowest = torch.tensor([first], device=kind)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all do as many rounds
-        rounds = min(_MOST_ROUNDS, 2 + int(GEMM_S / slowest.item()))
+        rounds = min(_MOST_ROUNDS, 2 + int(TIMED_S / slowest.item()))
         best = min(_timed(lambda: dist.all_reduce(ranks), kind) for _ in range(rounds))
         return 4 * elements / best * 2 * (number - 1) / number
     finally:

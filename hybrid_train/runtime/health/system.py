@@ -1,4 +1,4 @@
-"""Checks of what a run lives in: Python, libraries, disk, memory, a SLURM cluster, a container."""
+"""Checks of the system around a run: Python, libraries, disk, limits, SLURM, a container."""
 
 import functools
 import os
@@ -9,13 +9,7 @@ from pathlib import PurePosixPath
 
 from hybrid_train.config.supported import LIBRARIES, plain_name
 from hybrid_train.runtime import optional
-from hybrid_train.runtime.health.machine import (
-    Finding,
-    Machine,
-    broken,
-    ok,
-    warning,
-)
+from hybrid_train.runtime.health.machine import Finding, Machine, broken, ok, warning
 from hybrid_train.runtime.health.probe import REQUIRED, Library
 from hybrid_train.runtime.optional import State
 from hybrid_train.schema.units import show_bytes
@@ -26,6 +20,27 @@ INSTALL = "make setup, or: pip install -c constraints.txt -e ."
 KERNELS = ("transformer_engine", "mamba_ssm", "causal_conv1d", "apex")
 _TRANSFORMERS = "transformers"
 _NOT_HERE = "not needed here: no GPU"
+
+_GB = 10**9
+_LEAST_FREE, _GOOD_FREE = _GB, 20 * _GB  # a small run; a few checkpoints of a small model
+_GOOD_SHARED = _GB  # containers get 64 MB unless asked, and NCCL and loaders of data want more
+# Each process holds a socket to its neighbours and the files of its data open.
+_GOOD_FILES = {False: 1024, True: 4096}  # on GPUs
+_GOOD_PROCESSES = 4096
+_FOR_GOOD = "or set it for good in /etc/security/limits.conf; under SLURM, in the unit of slurmd"
+
+_LITTLE_TIME_S = 600  # left to a job
+_LITTLE_MEMORY = 4 * 10**9  # bytes; what the smallest run, its tools and caches get along with
+_UNLIMITED = 1 << 60  # bytes; cgroup v1 writes a huge number where there is no limit
+_SLURM_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+# How a container is told: a file of its engine, or a variable.
+_CONTAINER_FILES = {".dockerenv": "Docker", "run/.containerenv": "Podman"}
+_CONTAINER_VARIABLES = {
+    "APPTAINER_CONTAINER": "Apptainer",
+    "SINGULARITY_CONTAINER": "Singularity",
+    "ENROOT_ROOTFS": "enroot",
+    "KUBERNETES_SERVICE_HOST": "Kubernetes",
+}
 
 
 def python(machine: Machine) -> Finding:
@@ -42,30 +57,15 @@ def python(machine: Machine) -> Finding:
 
 def torch(machine: Machine) -> Finding:
     """Check PyTorch."""
-    return _required(machine, "torch")
+    return _required_library(machine, "torch")
 
 
 def megatron(machine: Machine) -> Finding:
     """Check Megatron-Core."""
-    return _required(machine, "megatron.core")
+    return _required_library(machine, "megatron.core")
 
 
-def transformers(machine: Machine) -> Finding:
-    """Check transformers, which tests and users of exports compare with."""
-    library, known = machine.libraries[_TRANSFORMERS], optional.LIBRARIES[_TRANSFORMERS]
-    if library.state is State.absent:
-        return ok("not installed, needed for comparisons with Hugging Face alone")
-    if library.state is State.broken:
-        return _broken(library, known)
-    return _version(library, _TRANSFORMERS)
-
-
-def kernels(module: str) -> Callable[[Machine], Finding]:
-    """Return the check of a library of GPU kernels."""
-    return functools.partial(_kernels, module=module)
-
-
-def _required(machine: Machine, module: str) -> Finding:
+def _required_library(machine: Machine, module: str) -> Finding:
     library, distribution = machine.libraries[module], REQUIRED[module]
     if library.state is State.absent:
         return broken("not installed", INSTALL)
@@ -73,10 +73,10 @@ def _required(machine: Machine, module: str) -> Finding:
         again = f"pip install --force-reinstall -c constraints.txt {distribution}"
         return broken(f"installed, but cannot be imported: {library.error}", again)
     rebuilt = module == "torch" and machine.is_nvidias_image
-    return _version(library, distribution, rebuilt=rebuilt)
+    return _tried_version(library, distribution, rebuilt=rebuilt)
 
 
-def _version(library: Library, distribution: str, *, rebuilt: bool = False) -> Finding:
+def _tried_version(library: Library, distribution: str, *, rebuilt: bool = False) -> Finding:
     """Hold the version of a library that works against the table of those that were tried."""
     version = library.version or "of unknown version"
     known = LIBRARIES.get(distribution)
@@ -89,39 +89,45 @@ def _version(library: Library, distribution: str, *, rebuilt: bool = False) -> F
     return broken(found, fix) if known.others_refused else warning(found, fix)
 
 
-def _broken(library: Library, known: optional.OptionalLibrary) -> Finding:
-    install = _pinned(known)
+def transformers(machine: Machine) -> Finding:
+    """Check transformers, which tests and users of exports compare with."""
+    library, known = machine.libraries[_TRANSFORMERS], optional.LIBRARIES[_TRANSFORMERS]
+    if library.state is State.absent:
+        return ok("not installed, needed for comparisons with Hugging Face alone")
+    if library.state is State.broken:
+        return _broken_library(library, known)
+    return _tried_version(library, _TRANSFORMERS)
+
+
+def _broken_library(library: Library, known: optional.OptionalLibrary) -> Finding:
+    install = _pinned_install(known)
     return broken(
         f"installed, but cannot be imported: {library.error}",
         f"{install} --force-reinstall --no-deps; or: pip uninstall {known.distribution}",
     )
 
 
-def _pinned(known: optional.OptionalLibrary) -> str:
+def _pinned_install(known: optional.OptionalLibrary) -> str:
     """Return the command that installs a library in the version of constraints.txt."""
     return known.install.replace("pip install", "pip install -c constraints.txt")
 
 
-def _kernels(machine: Machine, module: str) -> Finding:
+def kernels(module: str) -> Callable[[Machine], Finding]:
+    """Return the check of a library of GPU kernels."""
+    return functools.partial(_kernel_library, module=module)
+
+
+def _kernel_library(machine: Machine, module: str) -> Finding:
     library, known = machine.libraries[module], optional.LIBRARIES[module]
     if library.state is State.broken:
-        return _broken(library, known)
+        return _broken_library(library, known)
     if library.state is State.working:
-        return _version(library, plain_name(known.distribution))
+        return _tried_version(library, plain_name(known.distribution))
     if not machine.uses_gpus:
         return ok(f"not installed, {_NOT_HERE}")
     if module == "apex" and machine.libraries["transformer_engine"].state is State.working:
         return ok("not installed, not needed: Transformer Engine has what it would be used for")
-    return warning("not installed; slower parts of PyTorch take its place", _pinned(known))
-
-
-_GB = 10**9
-_LEAST_FREE, _GOOD_FREE = _GB, 20 * _GB  # a small run; a few checkpoints of a small model
-_GOOD_SHARED = _GB  # containers get 64 MB unless asked, and NCCL and loaders of data want more
-# Each process holds a socket to its neighbours and the files of its data open.
-_GOOD_FILES = {False: 1024, True: 4096}  # on GPUs
-_GOOD_PROCESSES = 4096
-_LIMITS = "or set it for good in /etc/security/limits.conf; under SLURM, in the unit of slurmd"
+    return warning("not installed; slower parts of PyTorch take its place", _pinned_install(known))
 
 
 def disk(machine: Machine) -> Finding:
@@ -165,7 +171,7 @@ def processes(machine: Machine) -> Finding:
 def _at_least(machine: Machine, which: int, wanted: int, option: str) -> Finding:
     limit = machine.soft_limit(which)
     if limit < wanted:
-        return warning(f"{limit:g}; {wanted} are wanted", f"ulimit -{option} {wanted}, {_LIMITS}")
+        return warning(f"{limit:g}; {wanted} are wanted", f"ulimit -{option} {wanted}, {_FOR_GOOD}")
     return ok("no limit" if limit == float("inf") else f"{limit:.0f}")
 
 
@@ -177,31 +183,17 @@ def locked_memory(machine: Machine) -> Finding:
     if machine.uses_gpus and machine.exists("sys/class/infiniband"):
         return warning(
             f"{show_bytes(limit)}, and InfiniBand needs it without limit",
-            f"docker run --ulimit memlock=-1; elsewhere: ulimit -l unlimited, {_LIMITS}",
+            f"docker run --ulimit memlock=-1; elsewhere: ulimit -l unlimited, {_FOR_GOOD}",
         )
     return ok(f"{show_bytes(limit)}, enough here: no GPU beside InfiniBand")
 
 
-CHECKS: dict[str, Callable[[Machine], Finding]] = {
+LIMIT_CHECKS: dict[str, Callable[[Machine], Finding]] = {
     "disk": disk,
     "shared memory": shared_memory,
     "open files": open_files,
     "locked memory": locked_memory,
     "processes": processes,
-}
-
-
-_LITTLE_TIME_S = 600  # left to a job
-_LITTLE_MEMORY = 4 * 10**9  # bytes; what the smallest run, its tools and caches get along with
-_UNLIMITED = 1 << 60  # bytes; cgroup v1 writes a huge number where there is no limit
-_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
-# How a container is told: a file of its engine, or a variable.
-_FILES = {".dockerenv": "Docker", "run/.containerenv": "Podman"}
-_VARIABLES = {
-    "APPTAINER_CONTAINER": "Apptainer",
-    "SINGULARITY_CONTAINER": "Singularity",
-    "ENROOT_ROOTFS": "enroot",
-    "KUBERNETES_SERVICE_HOST": "Kubernetes",
 }
 
 
@@ -222,23 +214,23 @@ def slurm(machine: Machine) -> Finding:
             f"{version.text}, but its controller does not answer: {said}",
             "scontrol ping; systemctl status slurmctld on the controller's machine",
         )
-    return _job(machine, version.text, job) if job else ok(f"{version.text}, outside a job")
+    return _slurm_job(machine, version.text, job) if job else ok(f"{version.text}, outside a job")
 
 
-def _job(machine: Machine, version: str, job: str) -> Finding:
+def _slurm_job(machine: Machine, version: str, job: str) -> Finding:
     nodes = machine.environment.get("SLURM_JOB_NUM_NODES", "?")
     answer = machine.ask(["squeue", "--noheader", "--job", job, "--format", "%L"])
     left = answer.text if answer and not answer.code else ""
     found = f"{version}, job {job}, nodes: {nodes}, time left: {left or 'not known'}"
-    seconds = seconds_of(left)
+    seconds = slurm_seconds(left)
     if seconds is not None and seconds < _LITTLE_TIME_S:
         return warning(found, "ask for more: sbatch --time=..., scontrol update TimeLimit=...")
     return ok(found)
 
 
-def seconds_of(text: str) -> int | None:
+def slurm_seconds(text: str) -> int | None:
     """Read a time of SLURM's: "1-02:03:04", "2:03:04", "03:04"; None for one without end."""
-    match = _TIME.fullmatch(text.strip())
+    match = _SLURM_TIME.fullmatch(text.strip())
     if match is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -247,8 +239,10 @@ def seconds_of(text: str) -> int | None:
 
 def container(machine: Machine) -> Finding:
     """Check in which container this is, and the memory and processors that it may use."""
-    names = [name for file, name in _FILES.items() if machine.exists(file)]
-    names += [name for variable, name in _VARIABLES.items() if variable in machine.environment]
+    names = [name for file, name in _CONTAINER_FILES.items() if machine.exists(file)]
+    names += [
+        name for variable, name in _CONTAINER_VARIABLES.items() if variable in machine.environment
+    ]
     if machine.is_nvidias_image:
         names.append(f"NVIDIA PyTorch {machine.environment['NVIDIA_PYTORCH_VERSION']}")
     memory, processors = memory_limit(machine), processor_limit(machine)
@@ -265,9 +259,9 @@ def container(machine: Machine) -> Finding:
 
 def memory_limit(machine: Machine) -> int | None:
     """Return the bytes that the control groups of this process allow; None for no limit."""
-    found = [machine.text(f"{folder}/memory.max") for folder in _groups(machine, None)]
+    found = [machine.text(f"{folder}/memory.max") for folder in _control_groups(machine, None)]
     v1 = "memory.limit_in_bytes"
-    found += [machine.text(f"{folder}/{v1}") for folder in _groups(machine, "memory")]
+    found += [machine.text(f"{folder}/{v1}") for folder in _control_groups(machine, "memory")]
     limits = [int(text) for text in found if text and text.isdecimal()]
     return min((limit for limit in limits if limit < _UNLIMITED), default=None)
 
@@ -275,18 +269,18 @@ def memory_limit(machine: Machine) -> int | None:
 def processor_limit(machine: Machine) -> float | None:
     """Return how many processors' time the control groups allow; None for no limit."""
     shares = []
-    for folder in _groups(machine, None):
+    for folder in _control_groups(machine, None):
         quota, _, period = (machine.text(f"{folder}/cpu.max") or "max").partition(" ")
         if quota.isdecimal():
             shares.append(int(quota) / int(period))
-    for folder in _groups(machine, "cpu"):
+    for folder in _control_groups(machine, "cpu"):
         quota = machine.text(f"{folder}/cpu.cfs_quota_us") or "-1"
         if quota.isdecimal():
             shares.append(int(quota) / int(machine.text(f"{folder}/cpu.cfs_period_us") or 100_000))
     return min(shares, default=None)
 
 
-def _groups(machine: Machine, controller: str | None) -> Iterator[str]:
+def _control_groups(machine: Machine, controller: str | None) -> Iterator[str]:
     """Yield the folders of this process's control group and of those around it.
 
     Args:

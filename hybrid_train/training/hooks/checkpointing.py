@@ -14,7 +14,7 @@ from hybrid_train.checkpoint.shards import Content, Held
 from hybrid_train.checkpoint.writing import KeptSavePlan
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.megatron import data_parallel
-from hybrid_train.planning.phases import PhaseSpan, at
+from hybrid_train.planning.phases import PhaseSpan, phase_at
 from hybrid_train.runtime import heartbeat, ranks
 from hybrid_train.schema.checkpoint import Checkpoint, Recovery
 from hybrid_train.schema.problems import DISK, UserError
@@ -36,10 +36,10 @@ class EnterPhases(Hook):
         self._present: PhaseSpan | None = None
 
     def fit_start(self, run: Run) -> None:
-        self._present = at(self._phases, run.state.tokens)
+        self._present = phase_at(self._phases, run.state.tokens)
 
     def step_start(self, run: Run) -> None:
-        phase = at(self._phases, run.state.tokens)
+        phase = phase_at(self._phases, run.state.tokens)
         if phase is not self._present and self._present is not None:
             self._enter(run, phase, self._present)
             self._present = phase

@@ -11,10 +11,10 @@ import torch
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.tracking import (
-    FOLDER,
+    PROFILE_FOLDER,
     TRACE_VIEWER,
     Profile,
-    Tool,
+    ProfileTool,
 )
 from hybrid_train.training.engine import StepReport
 from hybrid_train.training.loop import Hook, Run
@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 def profiling_hooks(settings: Profile, run_dir: Path) -> list[Hook]:
     """List the hooks that the section asks of this process."""
     hooks: list[Hook] = []
-    if settings.tool is not Tool.none and ranks.rank() in settings.ranks:
-        tool = TraceSteps if settings.tool is Tool.torch else MarkSteps
-        hooks.append(tool(settings, run_dir / FOLDER))
+    if settings.tool is not ProfileTool.none and ranks.rank() in settings.ranks:
+        tool = TraceSteps if settings.tool is ProfileTool.torch else MarkSteps
+        hooks.append(tool(settings, run_dir / PROFILE_FOLDER))
     if settings.snapshot:
-        hooks.append(SnapshotMemory(settings, run_dir / FOLDER))
+        hooks.append(SnapshotMemory(settings, run_dir / PROFILE_FOLDER))
     return hooks
 
 

@@ -97,7 +97,7 @@ class AuditPrecision(Hook):
             return
         found = "as asked" if not wrong else f"{wrong} GEMMs NOT as asked"
         _log.info("GEMMs of this step, %s (%s):", found, self._run_dir / AUDIT_NAME)
-        for line in gemm_formats.lines(formats, precision.exceptions):
+        for line in gemm_formats.table_lines(formats, precision.exceptions):
             _log.info("  %s", line)
 
     def _complain(self, wrong: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from hybrid_train.anatomy.gemm_formats import (
     Linear,
     formats_of,
     linears,
-    lines,
+    table_lines,
 )
 from hybrid_train.config.compose import compose
 from hybrid_train.config.rules_of_precision import exceptions_match_something
@@ -128,7 +128,7 @@ def test_a_kind_that_this_model_lacks_may_stand_beside_one_that_it_has() -> None
 
 def test_the_table_counts_layers_by_format_and_reason() -> None:
     rules = [PrecisionRule(layers="last 1", format=BF16)]
-    text = "\n".join(lines(formats_of(MODEL, job(*rules).precision), rules))
+    text = "\n".join(table_lines(formats_of(MODEL, job(*rules).precision), rules))
     assert "mamba.in_proj        nvfp4   1, 1\n" in text
     assert "mamba.in_proj        bf16    1, 5    exception 0: layers last 1" in text
 

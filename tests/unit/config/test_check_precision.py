@@ -83,7 +83,10 @@ def kept(format: GemmFormat, **options: Any) -> Precision:
             {"precision": kept(GemmFormat.fp8_blockwise, unquantized=NumberFormat.fp32)},
             "unquantized=bf16",
         ),
-        ({"optimizer": AdamW(first_moment=MomentFormat.bfloat16)}, "lowered is first_moment"),
+        (
+            {"optimizer": AdamW(first_moment=MomentFormat.bfloat16)},
+            "in reduced precision is first_moment",
+        ),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ def job(*lines: str) -> SubmitJob:
 
 def nodes(*lines: str) -> int:
     found = job(*lines)
-    return rules_of_cluster.nodes(found, found.cluster)
+    return rules_of_cluster.asked_nodes(found, found.cluster)
 
 
 LARGE = "experiment=nemotron_h_56b"  # tensor 8 x pipeline 2, batches of 768
@@ -23,7 +23,7 @@ LARGE = "experiment=nemotron_h_56b"  # tensor 8 x pipeline 2, batches of 768
 def test_a_plan_of_16_processes_takes_two_nodes_of_8_unless_more_are_named() -> None:
     assert nodes(LARGE) == 2
     six = job(LARGE, "cluster.nodes=6")
-    assert rules_of_cluster.processes(six, six.cluster) == 48
+    assert rules_of_cluster.asked_processes(six, six.cluster) == 48
 
 
 def test_a_plan_of_16_processes_takes_four_trays_of_4() -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from hybrid_train.config.checks import check
 from hybrid_train.planning.phases import (
-    at,
     global_batch,
     lay_out,
+    phase_at,
     rows_of_step,
     unread_sources,
     validation_interval,
@@ -134,9 +134,9 @@ def test_steps_of_a_batch_that_grows_have_the_rows_that_follow_each_other() -> N
 
 def test_a_position_says_the_phase_and_the_rows_that_are_done() -> None:
     found = lay_out(job(Phase(name="one"), Phase(name="two", start="50%", **LONG)))
-    assert at(found, 3199) is found[0]
-    assert at(found, 3200) is found[1]
-    assert at(found, 10**6) is found[1]
+    assert phase_at(found, 3199) is found[0]
+    assert phase_at(found, 3200) is found[1]
+    assert phase_at(found, 10**6) is found[1]
     assert found[1].sequences_before(3200 + 3 * 64) == 3
 
 

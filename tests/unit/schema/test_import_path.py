@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.schema.extension import imported, is_path
+from hybrid_train.schema.extension import imported, is_import_path
 
 
 def test_a_path_names_an_object_of_a_module() -> None:
@@ -17,9 +17,9 @@ def test_a_path_names_an_object_of_a_module() -> None:
     "text", ["pathlib.Path", "pathlib:", ":Path", "a b:Path", "a.:B", "1a:B", "a:B.c", 7, None]
 )
 def test_what_is_no_path_is_told_from_one(text: object) -> None:
-    assert not is_path(text)
-    assert is_path("pathlib:Path")
-    assert is_path("my_package.focal:Focal")
+    assert not is_import_path(text)
+    assert is_import_path("pathlib:Path")
+    assert is_import_path("my_package.focal:Focal")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_slurm_that_is_not_set_up_is_broken_inside_a_job_alone(tmp_path: Path) -
     ],
 )
 def test_times_of_slurm_are_read(text: str, seconds: int | None) -> None:
-    assert system.seconds_of(text) == seconds
+    assert system.slurm_seconds(text) == seconds
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_a_process_alone_has_no_bus() -> None:
 def test_a_wrong_gemm_and_a_wrong_sum_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Loaded by every Python that is started: products and sums that are off by one.
+    # Loaded by every Python that is started: GEMMs and sums that are off by one.
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\n"
         "import torch.distributed as dist\n"
@@ -42,7 +42,9 @@ def test_a_wrong_gemm_and_a_wrong_sum_are_told(
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[4])])
     monkeypatch.setenv("PYTHONPATH", path)
     for one in speed.measure("cpu", 2, threads=1):
-        assert one.gemm_error == "ArithmeticError: a GEMM of 1024 ones is not 1024 everywhere"
+        assert one.gemm_error == (
+            "ArithmeticError: a GEMM of matrices of ones gives other numbers than 1024"
+        )
         assert one.reduce_error == "ArithmeticError: the sum over 2 processes is not 3 everywhere"
 
 
@@ -61,6 +63,6 @@ def test_a_device_that_is_not_there_is_told() -> None:
 
 
 def test_the_rate_counts_each_multiplication_and_addition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "GEMM_S", 0.01)
+    monkeypatch.setattr(speed, "TIMED_S", 0.01)
     monkeypatch.setattr(speed, "_timed", lambda work, _: (work(), 0.5)[1])
     assert speed.gemm("cpu", 64) == 2 * 64**3 / 0.5
