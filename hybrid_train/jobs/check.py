@@ -24,7 +24,6 @@ from hybrid_train.jobs.help import (
     show_numbers,
     table,
 )
-from hybrid_train.jobs.listings import layers_in_words
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps, show_phases
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
@@ -126,7 +125,7 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield (
         "model",
         f"{show_tokens(size.total)} parameters, {show_tokens(size.active)} active; layers "
-        f"{layers_in_words(parse(job.model.pattern))}; vocabulary {plan.rows:,}; "
+        f"{parse(job.model.pattern).in_words()}; vocabulary {plan.rows:,}; "
         f"{job.precision.format.value}",
     )
     yield (

@@ -16,7 +16,7 @@ from hybrid_train.jobs.help import (
 )
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.job_roots import CountJob
-from hybrid_train.schema.pattern import KINDS, Pattern, parse
+from hybrid_train.schema.pattern import KINDS, parse
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import show_tokens
 
@@ -50,13 +50,6 @@ def run_count(job: CountJob) -> None:
         soft_wrap=True,
     )
     show_numbers(page, list(_cache(job)), _CACHE_HEADS)
-
-
-def layers_in_words(pattern: Pattern) -> str:
-    """Say how many layers of each kind there are: "23M 6* 23E", with "+ 2 x *E" for MTP."""
-    number = Counter(pattern.main)
-    main = " ".join(f"{number[letter]}{letter}" for letter in KINDS if number[letter])
-    return f"{main} + {pattern.mtp_depths} x {pattern.mtp}" if pattern.mtp else main
 
 
 def _parts(job: CountJob, vocab_size: int) -> Iterator[tuple[str, ...]]:
@@ -120,7 +113,7 @@ def _cells(config: DictConfig) -> tuple[int, tuple[str, ...]]:
     job = cast("CountJob", OmegaConf.to_object(config))
     model, cache = job.model, counts.cache_size(job.model)
     return counts.parameters(model, model.vocab_size or 0).total, (
-        layers_in_words(parse(model.pattern)),
+        parse(model.pattern).in_words(),
         str(model.hidden_size),
         f"{counts.tensors(model).total:,}",
         *_with_vocabulary(job),

@@ -62,6 +62,12 @@ class Pattern:
         stages = tuple(self.main[start:end] for start, end in pairwise([0, *ends]))
         return Pattern(stages, self.mtp, self.mtp_depths)
 
+    def in_words(self) -> str:
+        """Say how many layers of each kind there are: "23M 6* 23E", with "+ 2 x *E" for MTP."""
+        counts = {letter: self.main.count(letter) for letter in KINDS}
+        main = " ".join(f"{count}{letter}" for letter, count in counts.items() if count)
+        return f"{main} + {self.mtp_depths} x {self.mtp}" if self.mtp else main
+
     def __str__(self) -> str:
         """Write the pattern the way Megatron-Core reads it."""
         return _CUT.join(self.stages) + (_MTP + self.mtp) * self.mtp_depths

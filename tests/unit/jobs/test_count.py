@@ -7,7 +7,6 @@ import pytest
 from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.jobs import cli
-from hybrid_train.jobs.listings import layers_in_words
 from hybrid_train.schema.pattern import parse
 
 NAMES = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
@@ -87,8 +86,8 @@ def test_a_count_that_cannot_be_made_is_refused(
 
 
 def test_layers_in_words_count_the_main_part_and_the_mtp_depths() -> None:
-    assert layers_in_words(parse("MEM*|E-/*E/*E")) == "2M 1* 1- 2E + 2 x *E"
-    assert layers_in_words(parse("M-")) == "1M 1-"
+    assert parse("MEM*|E-/*E/*E").in_words() == "2M 1* 1- 2E + 2 x *E"
+    assert parse("M-").in_words() == "1M 1-"
 
 
 def test_every_named_model_is_listed_small_ones_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,9 +98,7 @@ def test_every_named_model_is_listed_small_ones_first(capsys: pytest.CaptureFixt
     for name in (row[0] for row in rows):
         model = compose("count", [f"model={name}", "model.vocab_size=131072"]).model
         sizes.append(counts.parameters(model, 0).total)
-        assert re.search(
-            rf"^{name} +{re.escape(layers_in_words(parse(model.pattern)))} ", text, re.M
-        )
+        assert re.search(rf"^{name} +{re.escape(parse(model.pattern).in_words())} ", text, re.M)
     # Ladder models have vocabularies of their own, so neighbours of like size may swap.
     assert sizes[0] == min(sizes)
     assert sizes[-1] == max(sizes)
