@@ -13,8 +13,13 @@ from hybrid_train.anatomy.gemm_formats import Linear, formats_of, fp8_primary_we
 from hybrid_train.megatron import patches, plain
 from hybrid_train.megatron.plain import linear_modules
 from hybrid_train.model.edits import edits_of, emulations_of, linears_of, quantize
-from hybrid_train.precision.audit import Audit, Records, is_native, type_in_words
-from hybrid_train.precision.audit import observe as observe_native
+from hybrid_train.precision.audit import (
+    Audit,
+    Records,
+    is_te_linear,
+    observe_te_linears,
+    type_in_words,
+)
 from hybrid_train.precision.emulated import Stage, emulation_of
 from hybrid_train.precision.fp8_weights import in_fp8
 from hybrid_train.precision.recipes import Scheme, schemes
@@ -43,13 +48,13 @@ def observe(chunks: Iterable[Module], audit: Audit) -> Callable[[], None]:
             for part in (experts.linear_fc1, experts.linear_fc2)
         }
         for linear, module in linear_modules(chunk):
-            if is_native(module):
+            if is_te_linear(module):
                 native.append((linear, module))
             elif not emulations_of(module):
                 home = homes.get(module, module)
                 handles.append(home.register_forward_hook(_noting(linear, module, audit)))
 
-    stop_native = observe_native(native, audit) if native else None
+    stop_native = observe_te_linears(native, audit) if native else None
 
     def stop() -> None:
         for handle in handles:

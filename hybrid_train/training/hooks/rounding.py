@@ -23,8 +23,7 @@ from hybrid_train.precision.audit import (
     Statistics,
 )
 from hybrid_train.precision.operands import OperandStatistics
-from hybrid_train.precision.recipes import Operand
-from hybrid_train.precision.recipes import in_words as words_of
+from hybrid_train.precision.recipes import Operand, operands_as_asked
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.precision import Gemm, Precision
 from hybrid_train.schema.problems import UserError
@@ -135,7 +134,7 @@ def table(
                 "asked": format.value,
                 "why": "" if number is None else f"{number}: {precision.exceptions[number]}",
                 "operands": [" x ".join(pair) for pair in operands],
-                "as_asked": operands == [words_of(format, gemm, precision)],
+                "as_asked": operands == [operands_as_asked(format, gemm, precision)],
             }
 
 

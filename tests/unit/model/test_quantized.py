@@ -6,7 +6,7 @@ import pytest
 
 from hybrid_train.anatomy.gemm_formats import formats_of, linears
 from hybrid_train.precision.audit import Audit, Seen
-from hybrid_train.precision.recipes import in_words
+from hybrid_train.precision.recipes import operands_as_asked
 from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.precision import (
     Gemm,
@@ -49,7 +49,7 @@ def heard(engine: Any) -> Seen:
 
 def asked(job: TrainJob) -> Seen:
     return {
-        (linear, gemm): {in_words(format, gemm, job.precision)}
+        (linear, gemm): {operands_as_asked(format, gemm, job.precision)}
         for linear, chosen in formats_of(job.model, job.precision).items()
         for gemm, format in chosen.formats.items()
     }
