@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.checkpoint.shards import places
+from hybrid_train.checkpoint.shards import shards_of
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.checkpoints import sharded_tensors
 
@@ -75,8 +75,8 @@ def _shards(model: Any) -> Iterator[Shard]:
 
 def _kept(chunk: Any) -> Iterator[Shard]:
     """Yield what Megatron-FSDP leaves to this process: boxes of the whole tensors."""
-    for place in places([chunk], ProcessGroupCollection.use_mpu_process_groups()):
-        tensor = place.weight
+    for shard in shards_of([chunk], ProcessGroupCollection.use_mpu_process_groups()):
+        tensor = shard.weight
         numbered = tensor.prepend_axis_num
         size = (1,) * numbered + tuple(tensor.data.shape)
         axes = zip(tensor.global_offset, size, strict=True)

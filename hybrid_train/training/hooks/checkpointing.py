@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.save_load import read_weights
-from hybrid_train.checkpoint.shards import Content, Held
+from hybrid_train.checkpoint.shards import Content, HeldNetwork
 from hybrid_train.checkpoint.writing import KeptSavePlan
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.megatron import data_parallel
@@ -55,7 +55,7 @@ def content_of(engine: Engine) -> Content:
         data_parallel.complete_parameters(network.chunks)
         assert network.optimizer is not None, f"{name} is not trained"
         name_in_keys = name if len(engine.networks) > 1 else ""
-        held.append(Held(network.chunks, network.optimizer, network.groups, name_in_keys))
+        held.append(HeldNetwork(network.chunks, network.optimizer, network.groups, name_in_keys))
     return Content(tuple(held))
 
 
