@@ -38,7 +38,7 @@ from hybrid_train.megatron.optimizers import (
     keeps_reduced_precision,
     own_part,
     updated_by,
-    working,
+    working_parts,
 )
 from hybrid_train.precision import formats
 
@@ -123,7 +123,7 @@ def state_parts(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> list[S
 def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
     """List the memory that `state_parts` shares with the optimizer; None if it has its own."""
     found: list[Tensor] = []
-    for part in working(optimizer):
+    for part in working_parts(optimizer):
         if keeps_reduced_precision(part):
             return None
         for group in part.optimizer.param_groups:
@@ -150,7 +150,7 @@ def _overlap(fragment: _Fragment, shard: Shard) -> Iterator[StatePart]:
 
 def _fragments(optimizer: MegatronOptimizer) -> Iterator[_Fragment]:
     """Yield what each chained optimizer of this process keeps; moments exist from here on."""
-    for part in working(optimizer):
+    for part in working_parts(optimizer):
         if keeps_reduced_precision(part):
             yield from _reduced_fragments(part)
             continue
@@ -218,6 +218,6 @@ def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
 
 def _step_holders(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
     """Yield what counts steps: torch's AdamW by parameter, Transformer Engine's by group."""
-    for part in working(optimizer):
+    for part in working_parts(optimizer):
         by_parameter = isinstance(part.optimizer, torch.optim.AdamW)
         yield from part.optimizer.state.values() if by_parameter else part.optimizer.param_groups

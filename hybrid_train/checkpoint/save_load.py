@@ -54,7 +54,7 @@ _NAMED = 3  # tensors named in an error
 _DAMAGE_ERRORS = (
     safe_metadata.UnreadableError,
     CheckpointException,
-    checkpoints.DAMAGED,
+    checkpoints.DAMAGE_ERROR,
     OSError,
     EOFError,
     json.JSONDecodeError,
@@ -97,7 +97,7 @@ def _make_plan(
         tensor if value is None else replace(tensor, data=value)
         for tensor, value in zip(tensors, values, strict=True)
     ]
-    plan.keep(tensors, *checkpoints.plan(folder, hosted))
+    plan.keep(tensors, *checkpoints.plan_save(folder, hosted))
 
 
 def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
@@ -240,7 +240,7 @@ def _require_optimizer_state(
 
 def _load(folder: Path, tensors: list[ShardedTensor]) -> None:
     """Load into the memory of the tensors; every process calls this."""
-    _reading(folder, lambda: checkpoints.load(folder, tensors))
+    _reading(folder, lambda: checkpoints.load_into(folder, tensors))
 
 
 def _stored_in(folder: Path) -> Stored:

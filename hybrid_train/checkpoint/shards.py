@@ -16,9 +16,9 @@ from torch import Tensor
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.checkpoints import (
     ShardedTensor,
-    entries,
-    parts,
     plain_weights,
+    sharded_entries,
+    tensors_of_entry,
 )
 from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.megatron.optimizers import MegatronOptimizer
@@ -77,9 +77,7 @@ def shards_of(
     found: list[Shard] = []
     for chunk in chunks:
         of_chunk = (
-            _kept(chunk, groups)
-            if data_parallel.is_split(chunk)
-            else _whole(chunk, groups, to_load)
+            _kept(chunk, groups) if data_parallel.is_fsdp(chunk) else _whole(chunk, groups, to_load)
         )
         found += of_chunk
     if not network:
@@ -93,10 +91,10 @@ def _whole(chunk: Any, groups: ProcessGroups, to_load: bool) -> Iterator[Shard]:
     metadata = {"dp_cp_group": groups.dp_cp}
     with plain_weights(bare(chunk), without_memory=not to_load) as pairs:
         in_fp8 = {id(stand_in): weight for weight, stand_in in pairs}
-        sharded = entries(bare(chunk), metadata)
+        sharded = sharded_entries(bare(chunk), metadata)
     for whole in sharded.values():
         held = whole.data
-        for part in parts(whole):
+        for part in tensors_of_entry(whole):
             assert part.data.is_contiguous(), f"{part.key} is no range of its tensor"
             start = part.data.storage_offset() - held.storage_offset()
             if id(held) in in_fp8:

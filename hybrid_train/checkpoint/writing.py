@@ -191,7 +191,7 @@ def _memory_of(chunks: list[Any], optimizer: Any) -> list[_Address] | None:
     found = list(kept)
     for chunk in chunks:
         found += bare(chunk).buffers()
-        if data_parallel.is_split(chunk):
+        if data_parallel.is_fsdp(chunk):
             found += [
                 one
                 for part in data_parallel.fsdp_parts(chunk)

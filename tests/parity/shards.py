@@ -27,13 +27,13 @@ class Shard:
 def weights(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield every parameter and buffer that this process holds."""
     for chunk in chunks:
-        yield from _kept(chunk) if data_parallel.is_split(chunk) else _shards(chunk.module)
+        yield from _kept(chunk) if data_parallel.is_fsdp(chunk) else _shards(chunk.module)
 
 
 def gradients(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield the reduced gradient of every parameter of this process."""
     for chunk in chunks:
-        if data_parallel.is_split(chunk):
+        if data_parallel.is_fsdp(chunk):
             yield from _kept_gradients(chunk)
             continue
         _gather_gradients(chunk)

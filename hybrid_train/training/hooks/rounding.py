@@ -15,7 +15,7 @@ from hybrid_train.anatomy.gemm_formats import (
     formats_of,
     quantizes,
 )
-from hybrid_train.model.quantized import observe
+from hybrid_train.model.quantized import observe_gemms
 from hybrid_train.precision.audit import (
     Audit,
     Counted,
@@ -66,7 +66,7 @@ class AuditPrecision(Hook):
         quantized = run.engine.network.quantized
         self._audit = Audit() if quantized is None else quantized.records.audit
         self._audit.start()
-        self._observed = observe(run.engine.network.chunks, self._audit)
+        self._observed = observe_gemms(run.engine.network.chunks, self._audit)
 
     def step_end(self, run: Run, report: StepReport) -> None:
         if self._observed is None:

@@ -37,11 +37,11 @@ def step(engine: Any) -> float:
 
 
 def heard(engine: Any) -> Seen:
-    from hybrid_train.model.quantized import observe
+    from hybrid_train.model.quantized import observe_gemms
 
     audit: Audit = engine.network.quantized.records.audit
     audit.start()
-    stop = observe(engine.network.chunks, audit)
+    stop = observe_gemms(engine.network.chunks, audit)
     step(engine)
     stop()
     return audit.stop()
@@ -138,7 +138,7 @@ def test_a_model_learns_in_four_bits(groups: Any) -> None:
 
 def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: Any) -> None:
     """Neither its losses, whose rounding draws random bits, nor what is noted of it."""
-    from hybrid_train.model.quantized import observe
+    from hybrid_train.model.quantized import observe_gemms
 
     four_bits = job_of(Precision(format=GemmFormat.nvfp4))
     alone = tiny_engine(four_bits, groups)
@@ -151,7 +151,7 @@ def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: An
         for name in ("audit", "statistics")
     )
     stops = [
-        observe(one.network.chunks, audit)
+        observe_gemms(one.network.chunks, audit)
         for one, audit in zip((first, second), audits, strict=True)
     ]
     for record in (*audits, statistics[0]):
