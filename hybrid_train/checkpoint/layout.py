@@ -188,9 +188,9 @@ def sum_of_file(path: Path) -> Sum:
     """Read a file and return its size and checksum."""
     size, crc = 0, 0
     with path.open("rb") as file:
-        while piece := file.read(_BLOCK_BYTES):
-            size += len(piece)
-            crc = zlib.crc32(piece, crc)
+        while block := file.read(_BLOCK_BYTES):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
     return size, crc
 
 

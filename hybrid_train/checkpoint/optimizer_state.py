@@ -84,7 +84,7 @@ class _Fragment:
 
 
 @dataclass(frozen=True)
-class State:
+class OptimizerState:
     """What the optimizer of this process keeps."""
 
     parts: list[StatePart]
@@ -100,7 +100,7 @@ class State:
                 fragment.put_back()
 
 
-def state_of(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> State:
+def state_of(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> OptimizerState:
     """List moments and master weights of this process by the shards of their parameters."""
     of_parameter: dict[int, list[Shard]] = {}
     for shard in shards:
@@ -112,7 +112,7 @@ def state_of(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> State:
         for shard in of_parameter[id(fragment.parameter)]
         for part in _overlap(fragment, shard)
     ]
-    return State(parts, fragments)
+    return OptimizerState(parts, fragments)
 
 
 def state_parts(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> list[StatePart]:

@@ -105,7 +105,7 @@ class MambaMixer(CoreMixer):
         With a static cache core passes one token of each of B sequences on as B tokens of a single
         one: the first state takes them all, without a word (mamba_mixer.py 700-714).
         """
-        if kwargs.get("batch_indices") is not None:  # dynamic batching has turned it already
+        if kwargs.get("batch_indices") is not None:  # dynamic batching has transposed it already
             return super()._ssm_decode(packed, *args, **kwargs)
         return super()._ssm_decode(packed.transpose(0, 1), *args, **kwargs).transpose(0, 1)
 

@@ -51,9 +51,9 @@ def fp8(element: DType = DType.kFloat8E4M3, **quantizer: Any) -> dict[str, Any]:
     return {"_fp8_dtype": element, "_quantizer": SimpleNamespace(**quantizer)}
 
 
-def nvfp4(*, square: bool = False, rht: bool = False, by_chance: bool = False) -> Storage:
+def nvfp4(*, square: bool = False, rht: bool = False, stochastic: bool = False) -> Storage:
     quantizer = SimpleNamespace(
-        with_2d_quantization=square, with_rht=rht, stochastic_rounding=by_chance
+        with_2d_quantization=square, with_rht=rht, stochastic_rounding=stochastic
     )
     return NVFP4TensorStorage(_fp4_dtype=DType.kFloat4E2M1, _quantizer=quantizer)
 
@@ -64,7 +64,7 @@ def blockwise(*, square: bool, power: bool) -> Storage:
 
 
 TENSORWISE, GRADIENT = fp8(force_pow_2_scales=False), fp8(DType.kFloat8E5M2)
-NVFP4_PARTS = nvfp4(rht=True), nvfp4(square=True), nvfp4(rht=True, by_chance=True)
+NVFP4_PARTS = nvfp4(rht=True), nvfp4(square=True), nvfp4(rht=True, stochastic=True)
 BLOCKS = (
     blockwise(square=False, power=True),
     blockwise(square=True, power=True),
@@ -106,7 +106,7 @@ def test_other_options_have_other_words() -> None:
         operand_in_words(blockwise(square=False, power=True), Gemm.fprop),
         operand_in_words(nvfp4(), Gemm.wgrad),
         operand_in_words(nvfp4(rht=True), Gemm.wgrad),
-        operand_in_words(nvfp4(by_chance=True), Gemm.wgrad),
+        operand_in_words(nvfp4(stochastic=True), Gemm.wgrad),
         operand_in_words(nvfp4(square=True), Gemm.wgrad),
         operand_in_words(MXFP8TensorStorage(**{**fp8(), "_quantizer": None}), Gemm.fprop),
     ]
