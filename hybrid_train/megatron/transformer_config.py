@@ -158,36 +158,8 @@ def _layout(job: TrainJob, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def layer_config(config: TransformerConfig, layer: Layer) -> TransformerConfig:
-    """Return the config of one layer: that of the model, but for sizes that a rule gives.
-
-    Core checks a config once, as a whole; the rules of `config/rules_of_layout.py` hold for each.
-    """
-    if not layer.given:
-        return config
-    own, sizes = copy.copy(config), layer.sizes
-    for axis, field in _FIELDS_OF_AXES.items():
-        if axis.value in layer.given:
-            setattr(own, field, sizes.along(axis))
-    return own
-
-
-def init_std(model: Model) -> float:
-    """Return the standard deviation of new weights: 0.9 / sqrt(hidden) as in the released models.
-
-    Source: the init_method_std of the published training configurations.
-    """
-    return model.init_std if model.init_std is not None else 0.9 / math.sqrt(model.hidden_size)
-
-
-def sequence_parallel(job: TrainJob) -> bool:
-    """Tell whether norms are split along the sequence: on with tensor parallelism unless said."""
-    chosen = job.parallel.sequence
-    return job.parallel.tensor > 1 if chosen is None else chosen and job.parallel.tensor > 1
-
-
 def _recompute(parallel: Parallel) -> dict[str, object]:
-    """Translate what is recomputed."""
+    """Return the fields that say what core recomputes; M layers have a class of their own."""
     if parallel.recompute is Recompute.none:
         return {}
     if parallel.recompute is Recompute.full:
@@ -230,3 +202,31 @@ class RecomputedMamba(MambaLayer):
             tracker = tensor_parallel.random.get_cuda_rng_tracker
             return te.te_checkpoint(run, False, tracker, self.tp_group, hidden_states, *args)
         return tensor_parallel.checkpoint(run, False, hidden_states, *args)
+
+
+def layer_config(config: TransformerConfig, layer: Layer) -> TransformerConfig:
+    """Return the config of one layer: that of the model, but for sizes that a rule gives.
+
+    Core checks a config once, as a whole; the rules of `config/rules_of_layout.py` hold for each.
+    """
+    if not layer.given:
+        return config
+    own, sizes = copy.copy(config), layer.sizes
+    for axis, field in _FIELDS_OF_AXES.items():
+        if axis.value in layer.given:
+            setattr(own, field, sizes.along(axis))
+    return own
+
+
+def init_std(model: Model) -> float:
+    """Return the standard deviation of new weights: 0.9 / sqrt(hidden) as in the released models.
+
+    Source: the init_method_std of the published training configurations.
+    """
+    return model.init_std if model.init_std is not None else 0.9 / math.sqrt(model.hidden_size)
+
+
+def sequence_parallel(job: TrainJob) -> bool:
+    """Tell whether norms are split along the sequence: on with tensor parallelism unless said."""
+    chosen = job.parallel.sequence
+    return job.parallel.tensor > 1 if chosen is None else chosen and job.parallel.tensor > 1
