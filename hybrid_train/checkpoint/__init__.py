@@ -1,4 +1,5 @@
-"""Save, find, load and delete checkpoints.
+"""Save, find, load, check and delete checkpoints; read and write their tensors without a model.
 
-Not here: when to save (`training/hooks`).
+Not here: when to save and when to go back (`training/hooks/checkpointing.py`), the calls into
+Megatron (`megatron/checkpoints.py`), Hugging Face folders (`hf`).
 """

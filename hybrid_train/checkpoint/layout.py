@@ -1,12 +1,11 @@
-"""Where checkpoints stand in a run folder, which are whole and sound, and which are to go.
+"""Where the checkpoints of a run stand, which of them are whole and sound, and which are to go.
 
-A disk or a network that loses or turns bits says nothing; this is how a run finds out before it
-trains on from what they left.
-
-RUN/config.yaml  RUN/tokenizer/  RUN/checkpoints/step_00000500/{position.json, ...}
+    RUN/config.yaml  RUN/tokenizer/  RUN/checkpoints/step_00000500/{position.json, ...}
 
 A checkpoint is written under a name that ends in `.partial` and renamed when it is whole, so a
-folder with a final name is always complete.
+folder with a final name is always complete. checksums.json in it has size and CRC-32 of each of its
+files: a disk or a network that loses or turns bits says nothing, and this is how a run finds out
+before it trains on from what they left.
 """
 
 import contextlib
@@ -24,95 +23,17 @@ from typing import Any
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
-CHECKSUMS = "checksums.json"
-_BLOCK_BYTES = 16 * 2**20
-
-Sum = tuple[int, int]  # bytes, CRC-32
-
-
-def sum_of_file(path: Path) -> Sum:
-    """Read a file and return its size and checksum."""
-    size, crc = 0, 0
-    with path.open("rb") as file:
-        while piece := file.read(_BLOCK_BYTES):
-            size += len(piece)
-            crc = zlib.crc32(piece, crc)
-    return size, crc
-
-
-def write_checksums(folder: Path, known: Mapping[str, Sum]) -> None:
-    """Write the checksums of all files of a checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        known: checksums that whoever wrote a file has found already, by name.
-    """
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS
-    )
-    sums = {name: known.get(name) or sum_of_file(folder / name) for name in names}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=0) + "\n", encoding="utf-8")
-
-
-def damages(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
-    """Say what is wrong with one part of the files; nothing in a checkpoint without checksums.
-
-    Args:
-        folder: of the checkpoint.
-        part: which part is looked at; parts have about the same size.
-        parts: how many there are.
-    """
-    path = folder / CHECKSUMS
-    if not path.exists():
-        return []
-    try:
-        sums = {name: (int(size), int(crc)) for name, (size, crc) in _entries(path)}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return [f"{CHECKSUMS} cannot be read: {error}"]
-    largest_first = sorted(sums, key=lambda name: -sums[name][0])
-    return [
-        found
-        for name in largest_first[part::parts]
-        if (found := _damage(folder / name, *sums[name]))
-    ]
-
-
-def is_as_written(folder: Path, name: str) -> bool:
-    """Tell whether one file of a checkpoint agrees with its checksum; yes where there is none."""
-    try:
-        sums = dict(_entries(folder / CHECKSUMS))
-        return name not in sums or not _damage(folder / name, *sums[name])
-    except (OSError, ValueError, TypeError, AttributeError):
-        return not (folder / CHECKSUMS).exists()
-
-
-def _entries(path: Path) -> list[tuple[str, list[int]]]:
-    return list(json.loads(path.read_text(encoding="utf-8")).items())
-
-
-def _damage(path: Path, size: int, crc: int) -> str:
-    """Say what is wrong with a file; nothing if it is whole."""
-    try:
-        actual = path.stat().st_size
-        if actual != size:
-            return f"{path.name} has {actual:,} bytes, not {size:,}"
-        return (
-            f"{path.name} has other bytes than were written" if sum_of_file(path)[1] != crc else ""
-        )
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
-
-
 FOLDER = "checkpoints"
 POSITION = "position.json"
 BATCHES = "batches"  # plain data in the position
-_KNOWN = ("step", "tokens", "source_tokens", BATCHES)
+_POSITION_KEYS = ("step", "tokens", "source_tokens", BATCHES)
 TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
+CHECKSUMS = "checksums.json"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 _NAME = re.compile(r"step_(\d{8,})")
+_BLOCK_BYTES = 16 * 2**20
+Sum = tuple[int, int]  # bytes, CRC-32
 
 
 @dataclass(frozen=True)
@@ -139,7 +60,7 @@ class Found:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             formats.CHECKPOINT.require_readable(found.pop(formats.KEY, None), self.path)
-            if strange := sorted(found.keys() - set(_KNOWN)):
+            if strange := sorted(found.keys() - set(_POSITION_KEYS)):
                 raise UserError(
                     f"{path} holds {', '.join(strange)}, as before 25 November 2026: checkpoints "
                     f"of then are not read; {formats.CHECKPOINT.too_old}"
@@ -182,34 +103,10 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:08d}"
 
 
-def write_position(folder: Path, position: Mapping[str, Any]) -> None:
-    """Write the position of the run into a checkpoint, with the format that it has."""
-    whole = {formats.KEY: formats.CHECKPOINT.stamp(), **position}
-    (folder / POSITION).write_text(json.dumps(whole) + "\n", encoding="utf-8")
-
-
-def sync(folder: Path) -> None:
-    """Have the disk hold the files of a folder and their names, before anything relies on them."""
-    for path in (*(one for one in folder.iterdir() if one.is_file()), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def complete(run_dir: Path) -> list[Found]:
     """List the complete checkpoints of a run, oldest first."""
-    found = [_found(path) for path in (run_dir / FOLDER).glob("step_*")]
+    found = [_complete_at(path) for path in (run_dir / FOLDER).glob("step_*")]
     return sorted((one for one in found if one is not None), key=lambda one: one.step)
-
-
-def set_aside(found: Found) -> Path:
-    """Give a damaged checkpoint a name under which no run takes it for one; return its place."""
-    place = found.path.with_name(found.path.name + DAMAGED)
-    if place.exists():
-        shutil.rmtree(place)
-    return found.path.rename(place)
 
 
 def latest(run_dir: Path) -> Found | None:
@@ -223,7 +120,7 @@ def locate(path: Path) -> Found:
     Raises:
         UserError: if there is none, or one of a format that is not read; says what stands there.
     """
-    one = _found(path.absolute())
+    one = _complete_at(path.absolute())
     newest = one or latest(path.absolute())
     if newest is not None:
         newest.require_readable()
@@ -241,11 +138,19 @@ def locate(path: Path) -> Found:
     )
 
 
-def _found(path: Path) -> Found | None:
+def _complete_at(path: Path) -> Found | None:
     match = _NAME.fullmatch(path.name)
     if match is None or not (path / POSITION).is_file():
         return None
     return Found(path, int(match[1]))
+
+
+def set_aside(found: Found) -> Path:
+    """Give a damaged checkpoint a name under which no run takes it for one; return its place."""
+    place = found.path.with_name(found.path.name + DAMAGED)
+    if place.exists():
+        shutil.rmtree(place)
+    return found.path.rename(place)
 
 
 def keep_newest(run_dir: Path, count: int) -> None:
@@ -261,3 +166,94 @@ def drop_partial(run_dir: Path) -> list[Path]:
     for folder in leftovers:
         shutil.rmtree(folder)
     return leftovers
+
+
+def write_position(folder: Path, position: Mapping[str, Any]) -> None:
+    """Write the position of the run into a checkpoint, with the format that it has."""
+    whole = {formats.KEY: formats.CHECKPOINT.stamp(), **position}
+    (folder / POSITION).write_text(json.dumps(whole) + "\n", encoding="utf-8")
+
+
+def sync(folder: Path) -> None:
+    """Have the disk hold the files of a folder and their names, before anything relies on them."""
+    for path in (*(one for one in folder.iterdir() if one.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sum_of_file(path: Path) -> Sum:
+    """Read a file and return its size and checksum."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return size, crc
+
+
+def write_checksums(folder: Path, known: Mapping[str, Sum]) -> None:
+    """Write the checksums of all files of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        known: checksums that whoever wrote a file has found already, by name.
+    """
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS
+    )
+    sums = {name: known.get(name) or sum_of_file(folder / name) for name in names}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=0) + "\n", encoding="utf-8")
+
+
+def damages(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Say what is wrong with one part of the files; nothing in a checkpoint without checksums.
+
+    Args:
+        folder: of the checkpoint.
+        part: which part is looked at; parts have about the same size.
+        parts: how many there are.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return []
+    try:
+        sums = {name: (int(size), int(crc)) for name, (size, crc) in _checksums_in(path)}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return [f"{CHECKSUMS} cannot be read: {error}"]
+    largest_first = sorted(sums, key=lambda name: -sums[name][0])
+    return [
+        found
+        for name in largest_first[part::parts]
+        if (found := _damage(folder / name, *sums[name]))
+    ]
+
+
+def is_as_written(folder: Path, name: str) -> bool:
+    """Tell whether one file of a checkpoint agrees with its checksum; yes where there is none."""
+    try:
+        sums = dict(_checksums_in(folder / CHECKSUMS))
+        return name not in sums or not _damage(folder / name, *sums[name])
+    except (OSError, ValueError, TypeError, AttributeError):
+        return not (folder / CHECKSUMS).exists()
+
+
+def _checksums_in(path: Path) -> list[tuple[str, list[int]]]:
+    return list(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+def _damage(path: Path, size: int, crc: int) -> str:
+    """Say what is wrong with a file; nothing if it is whole."""
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"{path.name} has {actual:,} bytes, not {size:,}"
+        return (
+            f"{path.name} has other bytes than were written" if sum_of_file(path)[1] != crc else ""
+        )
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"

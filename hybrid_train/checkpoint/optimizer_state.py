@@ -1,4 +1,4 @@
-"""The optimizer's tensors under the names and places of the parameters they belong to.
+"""The optimizer's tensors under the names of the parameters they belong to, cut like their shards.
 
     optimizer.exp_avg.KEY  optimizer.exp_avg_sq.KEY  optimizer.master.KEY  optimizer.step
 
@@ -12,8 +12,8 @@ Core 0.19.2 has a format of its own for this, "fully_reshardable" (distrib_optim
 not used: its tree mirrors the chain of optimizers (optimizer.py 1556), so a checkpoint with split
 experts cannot be read without, and on saving every data-parallel rank gathers the whole state.
 
-What the optimizer keeps in fewer bits is stored in float32, so that it is read by a run of any
-precision. It is brought to float32 in host memory, and put back behind a load.
+Reduced-precision state is stored in float32, so that it is read by a run of any precision. It is
+brought to float32 in host memory, and put back behind a load.
 """
 
 import math
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hybrid_train.checkpoint.shards import (
     Shard,
-    box_of,
+    chunk_of,
     only_copy,
     tensor_chunks,
 )
@@ -38,7 +38,7 @@ from hybrid_train.megatron.optimizers import (
     keeps_reduced_precision,
     own_part,
     updated_by,
-    working,
+    working_parts,
 )
 from hybrid_train.precision import formats
 
@@ -84,7 +84,7 @@ class _Fragment:
 
 
 @dataclass(frozen=True)
-class State:
+class OptimizerState:
     """What the optimizer of this process keeps."""
 
     parts: list[StatePart]
@@ -100,30 +100,30 @@ class State:
                 fragment.put_back()
 
 
-def state_of(optimizer: MegatronOptimizer, places: Sequence[Shard]) -> State:
-    """List moments and master weights of this process by the places of their parameters."""
+def state_of(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> OptimizerState:
+    """List moments and master weights of this process by the shards of their parameters."""
     of_parameter: dict[int, list[Shard]] = {}
-    for place in places:
-        of_parameter.setdefault(id(place.owner), []).append(place)
+    for shard in shards:
+        of_parameter.setdefault(id(shard.owner), []).append(shard)
     fragments = list(_fragments(optimizer))
     parts = [
         part
         for fragment in fragments
-        for place in of_parameter[id(fragment.parameter)]
-        for part in _overlap(fragment, place)
+        for shard in of_parameter[id(fragment.parameter)]
+        for part in _overlap(fragment, shard)
     ]
-    return State(parts, fragments)
+    return OptimizerState(parts, fragments)
 
 
-def state_parts(optimizer: MegatronOptimizer, places: Sequence[Shard]) -> list[StatePart]:
+def state_parts(optimizer: MegatronOptimizer, shards: Sequence[Shard]) -> list[StatePart]:
     """List what a checkpoint stores of the optimizer; see `state_of`."""
-    return state_of(optimizer, places).parts
+    return state_of(optimizer, shards).parts
 
 
 def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
     """List the memory that `state_parts` shares with the optimizer; None if it has its own."""
     found: list[Tensor] = []
-    for part in working(optimizer):
+    for part in working_parts(optimizer):
         if keeps_reduced_precision(part):
             return None
         for group in part.optimizer.param_groups:
@@ -133,15 +133,15 @@ def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
     return found
 
 
-def _overlap(fragment: _Fragment, place: Shard) -> Iterator[StatePart]:
-    """Cut what a fragment and a place have in common into chunks of the whole tensor."""
-    weight = place.weight
-    start = max(fragment.start, place.start)
-    stop = min(fragment.stop, place.start + math.prod(weight.local_shape))
-    for tensor_chunk in tensor_chunks(weight.local_shape, start - place.start, stop - place.start):
+def _overlap(fragment: _Fragment, shard: Shard) -> Iterator[StatePart]:
+    """Cut what a fragment and a shard have in common into chunks of the whole tensor."""
+    weight = shard.weight
+    start = max(fragment.start, shard.start)
+    stop = min(fragment.stop, shard.start + math.prod(weight.local_shape))
+    for tensor_chunk in tensor_chunks(weight.local_shape, start - shard.start, stop - shard.start):
         for kind, values in fragment.tensors.items():
             part = values[start - fragment.start :][: tensor_chunk.numel]
-            tensor = box_of(weight, state_key(kind, weight.key), part, tensor_chunk)
+            tensor = chunk_of(weight, state_key(kind, weight.key), part, tensor_chunk)
             yield StatePart(
                 kind, weight.key, only_copy(tensor) if fragment.is_only_copy else tensor
             )
@@ -150,7 +150,7 @@ def _overlap(fragment: _Fragment, place: Shard) -> Iterator[StatePart]:
 
 def _fragments(optimizer: MegatronOptimizer) -> Iterator[_Fragment]:
     """Yield what each chained optimizer of this process keeps; moments exist from here on."""
-    for part in working(optimizer):
+    for part in working_parts(optimizer):
         if keeps_reduced_precision(part):
             yield from _reduced_fragments(part)
             continue
@@ -218,6 +218,6 @@ def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
 
 def _step_holders(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
     """Yield what counts steps: torch's AdamW by parameter, Transformer Engine's by group."""
-    for part in working(optimizer):
+    for part in working_parts(optimizer):
         by_parameter = isinstance(part.optimizer, torch.optim.AdamW)
         yield from part.optimizer.state.values() if by_parameter else part.optimizer.param_groups

@@ -1,7 +1,7 @@
-"""What is saved of networks, under which names, and how it comes back into any layout.
+"""Networks into a checkpoint, and a checkpoint into networks of any layout.
 
-Only the layers of multi-token prediction (MTP) may differ: they serve training, and a run may begin
-or end with them.
+A model and a checkpoint may differ in the layers of multi-token prediction (MTP) alone: they serve
+training, and a run may begin or end with them.
 """
 
 import json
@@ -32,11 +32,11 @@ from hybrid_train.checkpoint.optimizer_state import (
 )
 from hybrid_train.checkpoint.shards import (
     Content,
-    Held,
+    HeldNetwork,
     Shard,
     is_partition,
-    places,
-    settle,
+    quantize_loaded,
+    shards_of,
 )
 from hybrid_train.checkpoint.writing import KeptSavePlan, Writing
 from hybrid_train.megatron import checkpoints, written_for
@@ -50,94 +50,17 @@ from hybrid_train.schema.units import counted
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
 _MTP = "mtp."
 _NAMED = 3  # tensors named in an error
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Names of weights that one side alone has."""
-
-    new: frozenset[str]  # in the model, not in the checkpoint
-    dropped: frozenset[str]  # in the checkpoint, not in the model
-
-    def shared(self, places: Sequence[Shard]) -> list[Shard]:
-        """Return the places that the checkpoint can fill."""
-        return [place for place in places if place.weight.key not in self.new]
-
-
-def compare(folder: Path, stored: Stored, places: Sequence[Shard]) -> Differences:
-    """Compare a checkpoint with the model of all processes; say what differs.
-
-    Raises:
-        UserError: if more than MTP differs.
-    """
-    wanted = _of_all_processes(place.weight.key for place in places)
-    saved = {key for key in stored if not key.startswith(_BESIDE_WEIGHTS)}
-    differences = Differences(frozenset(wanted - saved), frozenset(saved - wanted))
-    foreign = [key for key in differences.new | differences.dropped if not _is_of_mtp(key)]
-    if foreign:
-        error = UserError(
-            f"{folder} is of another model; only MTP may be added or dropped\n"
-            f"  not in the checkpoint: {_some(differences.new)}\n"
-            f"  not in the model: {_some(differences.dropped)}"
-        )
-        error.on_all_ranks = True
-        raise error
-    if differences.new and ranks.is_main():
-        _log.warning(
-            "not in the checkpoint, newly initialised with moments 0: %s", _count(differences.new)
-        )
-    if differences.dropped and ranks.is_main():
-        _log.warning(
-            "not in the model, dropped with their moments: %s", _count(differences.dropped)
-        )
-    return differences
-
-
-def _is_of_mtp(key: str) -> bool:
-    return key.rpartition("/")[2].startswith(_MTP)  # behind the name of the network, if it has one
-
-
-def _of_all_processes(keys: Iterable[str]) -> set[str]:
-    everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, set(keys))
-    return set().union(*everyone)
-
-
-def _count(keys: Iterable[str]) -> str:
-    """Count the tensors of each MTP block: "mtp.layers.0 (12 tensors)"."""
-    blocks = Counter(".".join(key.split(".")[:3]) for key in keys)
-    return ", ".join(
-        f"{block} ({counted(number, 'tensor')})" for block, number in sorted(blocks.items())
-    )
-
-
-def _some(keys: Iterable[str]) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more if names else "nothing"
-
-
 # What reading damaged files raises; CheckpointException is no Exception.
-_DAMAGED = (
+_DAMAGE_ERRORS = (
     safe_metadata.UnreadableError,
     CheckpointException,
-    checkpoints.DAMAGED,
+    checkpoints.DAMAGE_ERROR,
     OSError,
     EOFError,
     json.JSONDecodeError,
     pickle.UnpicklingError,
 )
-
-
-def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
-    """Tell whether a checkpoint that is planned holds every element of every tensor once."""
-    tensors = metadata.state_dict_metadata.values()
-    return all(
-        is_partition(tensor.size, tensor.chunks)
-        for tensor in tensors
-        if isinstance(tensor, TensorStorageMetadata)
-    )
+_log = logging.getLogger(__name__)
 
 
 def start_writing(folder: Path, content: Content, plan: KeptSavePlan, *, copy: bool) -> Writing:
@@ -146,7 +69,7 @@ def start_writing(folder: Path, content: Content, plan: KeptSavePlan, *, copy: b
     Args:
         folder: where to.
         content: models and optimizers.
-        plan: of the last save of this run, which is used again, or made anew.
+        plan: of the last save of this run; it is used again, or made anew.
         copy: write from a copy in host memory, so that training may go on meanwhile.
     """
     steps = [torch.tensor([step_count(held.optimizer)]) for held in content.networks]
@@ -174,7 +97,17 @@ def _make_plan(
         tensor if value is None else replace(tensor, data=value)
         for tensor, value in zip(tensors, values, strict=True)
     ]
-    plan.keep(tensors, *checkpoints.plan(folder, hosted))
+    plan.keep(tensors, *checkpoints.plan_save(folder, hosted))
+
+
+def _is_whole(global_plan: list[SavePlan], metadata: Metadata) -> bool:
+    """Tell whether a checkpoint that is planned holds every element of every tensor once."""
+    tensors = metadata.state_dict_metadata.values()
+    return all(
+        is_partition(tensor.size, tensor.chunks)
+        for tensor in tensors
+        if isinstance(tensor, TensorStorageMetadata)
+    )
 
 
 def on_host(tensors: Iterable[ShardedTensor], *, copy: bool) -> list[Tensor | None]:
@@ -201,16 +134,16 @@ def on_host(tensors: Iterable[ShardedTensor], *, copy: bool) -> list[Tensor | No
     return values
 
 
-def read(folder: Path, content: Content) -> None:
+def read_content(folder: Path, content: Content) -> None:
     """Load models, optimizers and, on as many processes as before, random states.
 
     Raises:
         UserError: if the checkpoint is of another model; MTP alone may be more or less.
     """
     stored = _stored_in(folder)
-    by_network = [_places_of(held) for held in content.networks]
-    found = [place for places_of_one in by_network for place in places_of_one]
-    differences = compare(folder, stored, found)
+    by_network = [_shards_of(held) for held in content.networks]
+    found = [shard for of_one in by_network for shard in of_one]
+    differences = compare_weights(folder, stored, found)
     steps = [torch.zeros(1, dtype=torch.int64) for _ in content.networks]
     counters = _sharded_steps(content, steps)
     _require_optimizer_state(folder, stored, counters)
@@ -228,14 +161,14 @@ def read(folder: Path, content: Content) -> None:
     _load(
         folder,
         [
-            *(_best_of(place.weight, stored) for place in differences.shared(found)),
+            *(_best_of(shard.weight, stored) for shard in differences.shared(found)),
             *(part.tensor for part in parts if part.is_stored(stored)),
             *counters,
             *(random.values() if same_random else ()),
         ],
     )
-    settle(found)
-    _begin(folder, [part for part in parts if not part.is_stored(stored)], stored)
+    quantize_loaded(found)
+    _begin_new_state(folder, [part for part in parts if not part.is_stored(stored)], stored)
     for held, state, count in zip(content.networks, states, steps, strict=True):
         state.put_back()
         set_step_count(held.optimizer, int(count.item()))
@@ -245,32 +178,6 @@ def read(folder: Path, content: Content) -> None:
         _log.warning(
             "another number of processes or kind of device than before: random states start anew"
         )
-
-
-def _places_of(held: Held) -> list[Shard]:
-    return places(held.chunks, held.groups, to_load=True, network=held.name)
-
-
-def _sharded_steps(content: Content, steps: Sequence[Tensor]) -> list[ShardedTensor]:
-    """Give the step count of each optimizer its name."""
-    return [
-        ShardedTensor.from_rank_offsets(
-            f"{STEP}.{held.name}" if held.name else STEP, count, replica_id=dist.get_rank()
-        )
-        for held, count in zip(content.networks, steps, strict=True)
-    ]
-
-
-def _require_optimizer_state(
-    folder: Path, stored: Stored, counters: Sequence[ShardedTensor]
-) -> None:
-    if any(one.key not in stored for one in counters):
-        error = UserError(
-            f"{folder} holds no optimizer state that this version reads; start from its weights: "
-            "checkpoint.load_only=weights run_dir=..."
-        )
-        error.on_all_ranks = True
-        raise error
 
 
 def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroups, network: str = "") -> None:
@@ -285,18 +192,55 @@ def read_weights(folder: Path, chunks: list[Any], groups: ProcessGroups, network
     Raises:
         UserError: if the checkpoint is of another model; MTP alone may be more or less.
     """
-    found = places(chunks, groups, to_load=True, network=network)
+    found = shards_of(chunks, groups, to_load=True, network=network)
     stored = _stored_in(folder)
     if network:
         stored = {key: one for key, one in stored.items() if key.startswith(f"{network}/")}
-    shared = compare(folder, stored, found).shared(found)
-    _load(folder, [place.weight for place in shared])
-    settle(found, masters_follow=True)
+    shared = compare_weights(folder, stored, found).shared(found)
+    _load(folder, [shard.weight for shard in shared])
+    quantize_loaded(found, masters_follow=True)
+
+
+def _shards_of(held: HeldNetwork) -> list[Shard]:
+    return shards_of(held.chunks, held.groups, to_load=True, network=held.name)
+
+
+def _sharded_steps(content: Content, steps: Sequence[Tensor]) -> list[ShardedTensor]:
+    """Give the step count of each optimizer its name."""
+    return [
+        ShardedTensor.from_rank_offsets(
+            f"{STEP}.{held.name}" if held.name else STEP, count, replica_id=dist.get_rank()
+        )
+        for held, count in zip(content.networks, steps, strict=True)
+    ]
+
+
+def _sharded_random_state() -> dict[str, ShardedTensor]:
+    """Give the states of this process its row of a table over all processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"random.{name}", state.unsqueeze(0), (0, rank, world)
+        )
+        for name, state in random_state().items()
+    }
+
+
+def _require_optimizer_state(
+    folder: Path, stored: Stored, counters: Sequence[ShardedTensor]
+) -> None:
+    if any(one.key not in stored for one in counters):
+        error = UserError(
+            f"{folder} holds no optimizer state that this version reads; start from its weights: "
+            "checkpoint.load_only=weights run_dir=..."
+        )
+        error.on_all_ranks = True
+        raise error
 
 
 def _load(folder: Path, tensors: list[ShardedTensor]) -> None:
     """Load into the memory of the tensors; every process calls this."""
-    _reading(folder, lambda: checkpoints.load(folder, tensors))
+    _reading(folder, lambda: checkpoints.load_into(folder, tensors))
 
 
 def _stored_in(folder: Path) -> Stored:
@@ -315,7 +259,7 @@ def _reading[T](folder: Path, work: Callable[[], T]) -> T:
     def explained() -> T:
         try:
             return work()
-        except _DAMAGED as error:
+        except _DAMAGE_ERRORS as error:
             failures = getattr(error, "failures", {}).values()
             causes = ", ".join(str(failure[0]) for failure in failures) or error
             raise UserError(
@@ -333,7 +277,7 @@ def _best_of(weight: ShardedTensor, stored: Stored) -> ShardedTensor:
     return weight
 
 
-def _begin(folder: Path, new: list[StatePart], stored: Stored) -> None:
+def _begin_new_state(folder: Path, new: list[StatePart], stored: Stored) -> None:
     """Begin state that is not in the checkpoint: moments at zero, masters with their weights."""
     for part in new:
         if part.kind != MASTER:
@@ -342,12 +286,67 @@ def _begin(folder: Path, new: list[StatePart], stored: Stored) -> None:
     _load(folder, [replace(part.tensor, key=part.weight_key) for part in masters])
 
 
-def _sharded_random_state() -> dict[str, ShardedTensor]:
-    """Give the states of this process its row of a table over all processes."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return {
-        name: ShardedTensor.from_rank_offsets(
-            f"random.{name}", state.unsqueeze(0), (0, rank, world)
+@dataclass(frozen=True)
+class Differences:
+    """Names of weights that one side alone has."""
+
+    new: frozenset[str]  # in the model, not in the checkpoint
+    dropped: frozenset[str]  # in the checkpoint, not in the model
+
+    def shared(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards that the checkpoint can fill."""
+        return [shard for shard in shards if shard.weight.key not in self.new]
+
+
+def compare_weights(folder: Path, stored: Stored, shards: Sequence[Shard]) -> Differences:
+    """Compare a checkpoint with the model of all processes; say what differs.
+
+    Raises:
+        UserError: if more than MTP differs.
+    """
+    wanted = _of_all_processes(shard.weight.key for shard in shards)
+    saved = {key for key in stored if not key.startswith(_BESIDE_WEIGHTS)}
+    differences = Differences(frozenset(wanted - saved), frozenset(saved - wanted))
+    foreign = [key for key in differences.new | differences.dropped if not _is_of_mtp(key)]
+    if foreign:
+        error = UserError(
+            f"{folder} is of another model; only MTP may be added or dropped\n"
+            f"  not in the checkpoint: {_some_of(differences.new)}\n"
+            f"  not in the model: {_some_of(differences.dropped)}"
         )
-        for name, state in random_state().items()
-    }
+        error.on_all_ranks = True
+        raise error
+    if differences.new and ranks.is_main():
+        _log.warning(
+            "not in the checkpoint, newly initialised with moments 0: %s",
+            _count_by_block(differences.new),
+        )
+    if differences.dropped and ranks.is_main():
+        _log.warning(
+            "not in the model, dropped with their moments: %s", _count_by_block(differences.dropped)
+        )
+    return differences
+
+
+def _is_of_mtp(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(_MTP)  # behind the name of the network, if it has one
+
+
+def _of_all_processes(keys: Iterable[str]) -> set[str]:
+    everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, set(keys))
+    return set().union(*everyone)
+
+
+def _count_by_block(keys: Iterable[str]) -> str:
+    """Count the tensors of each MTP block: "mtp.layers.0 (12 tensors)"."""
+    blocks = Counter(".".join(key.split(".")[:3]) for key in keys)
+    return ", ".join(
+        f"{block} ({counted(number, 'tensor')})" for block, number in sorted(blocks.items())
+    )
+
+
+def _some_of(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more if names else "nothing"

@@ -1,4 +1,7 @@
-"""Saves and loads whole checkpoints: atomically, with the position of the run."""
+"""Saves and loads whole checkpoints: atomically, with the position and the layout of the run.
+
+The layout that a checkpoint was saved under is for the log; nothing depends on it.
+"""
 
 import contextlib
 import errno
@@ -14,69 +17,19 @@ import torch
 import torch.distributed as dist
 
 from hybrid_train.checkpoint import layout, save_load
-from hybrid_train.checkpoint.layout import keep_newest
 from hybrid_train.checkpoint.shards import Content
 from hybrid_train.checkpoint.writing import (
     InThread,
     KeptSavePlan,
-    Part,
     Writing,
+    WrittenPart,
 )
 from hybrid_train.megatron.optimizers import is_distributed
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import DISK, UserError
 
-FILE = "plan.json"
-SavedLayout = dict[str, int]
-
-
-def layout_of(content: Content) -> SavedLayout:
-    """Return the degree of every parallel axis of this run."""
-    held = content.networks[0]
-    groups = held.groups
-    split = is_distributed(held.optimizer)
-    return {
-        "processes": dist.get_world_size(),
-        "tensor": groups.tp.size(),
-        "pipeline": groups.pp.size(),
-        "virtual_pipeline": len(held.chunks),
-        "context": groups.cp.size(),
-        "expert": groups.ep.size(),
-        "expert_tensor": groups.expt_tp.size(),
-        "data": groups.dp.size(),
-        "distributed_optimizer": int(split),
-    }
-
-
-def write_layout(folder: Path, plan: SavedLayout) -> None:
-    """Write the plan into a checkpoint."""
-    (folder / FILE).write_text(json.dumps(plan) + "\n", encoding="utf-8")
-
-
-def read_layout(folder: Path) -> SavedLayout:
-    """Return the plan of a checkpoint; empty if it has none."""
-    try:
-        return dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-
-
-def in_words(plan: SavedLayout) -> str:
-    """Name the axes that are split: "tensor=2 data=4"; "1 process" if none is."""
-    split = [f"{axis}={degree}" for axis, degree in plan.items() if _is_worth_a_word(axis, plan)]
-    return " ".join(split) or f"{plan['processes']} process"
-
-
-def _is_worth_a_word(axis: str, plan: SavedLayout) -> bool:
-    if axis == "processes":
-        return False
-    if axis == "expert_tensor":
-        return plan[axis] != plan["tensor"]
-    if axis == "distributed_optimizer":
-        return not plan[axis]
-    return plan[axis] > 1
-
-
+_LAYOUT_FILE = "plan.json"
+SavedLayout = dict[str, int]  # parallel axis -> degree
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
@@ -91,7 +44,7 @@ class Saving:
 
     final: Path
     position: Mapping[str, Any]
-    plan: SavedLayout
+    saved_layout: SavedLayout
     keep: int
     writing: Writing
     naming: InThread | None = None
@@ -134,7 +87,7 @@ class Saving:
             parts = self.writing.collect()
         return InThread(lambda: self._name(parts))
 
-    def _name(self, parts: list[Part]) -> None:
+    def _name(self, parts: list[WrittenPart]) -> None:
         if ranks.is_main():
             partial = _partial(self.final)
             self.writing.describe(parts)
@@ -165,7 +118,7 @@ def start(
     """
     final = layout.path_of(run_dir, position["step"])
     with _removed_on_failure(final):
-        ranks.run_on_main_first(lambda: _empty(_partial(final)))
+        ranks.run_on_main_first(lambda: _make_empty(_partial(final)))
         writing = save_load.start_writing(
             _partial(final), content, plan or KeptSavePlan(), copy=copy
         )
@@ -185,8 +138,10 @@ def load(found: layout.Found, content: Content) -> dict[str, Any]:
     """
     before, now = read_layout(found.path), layout_of(content)
     if before and before != now and ranks.is_main():
-        _log.info("going on under %s, saved under %s", in_words(now), in_words(before))
-    save_load.read(found.path, content)
+        _log.info(
+            "going on under %s, saved under %s", layout_in_words(now), layout_in_words(before)
+        )
+    save_load.read_content(found.path, content)
     return found.position()
 
 
@@ -219,14 +174,14 @@ def _partial(final: Path) -> Path:
     return final.with_name(final.name + layout.PARTIAL)
 
 
-def _empty(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
 def _publish(partial: Path, saving: Saving) -> None:
-    write_layout(partial, saving.plan)
+    write_layout(partial, saving.saved_layout)
     layout.write_position(partial, saving.position)
     layout.write_checksums(partial, saving.writing.sums)
     layout.sync(partial)
@@ -234,7 +189,7 @@ def _publish(partial: Path, saving: Saving) -> None:
         shutil.rmtree(saving.final)
     partial.rename(saving.final)
     layout.sync(saving.final.parent)
-    keep_newest(saving.final.parent.parent, saving.keep)
+    layout.keep_newest(saving.final.parent.parent, saving.keep)
 
 
 @contextlib.contextmanager
@@ -266,3 +221,54 @@ def _explained(error: OSError, final: Path) -> UserError:
         )
     explained.kind = DISK
     return explained
+
+
+def layout_of(content: Content) -> SavedLayout:
+    """Return the degree of every parallel axis of this run."""
+    held = content.networks[0]
+    groups = held.groups
+    split = is_distributed(held.optimizer)
+    return {
+        "processes": dist.get_world_size(),
+        "tensor": groups.tp.size(),
+        "pipeline": groups.pp.size(),
+        "virtual_pipeline": len(held.chunks),
+        "context": groups.cp.size(),
+        "expert": groups.ep.size(),
+        "expert_tensor": groups.expt_tp.size(),
+        "data": groups.dp.size(),
+        "distributed_optimizer": int(split),
+    }
+
+
+def write_layout(folder: Path, saved_layout: SavedLayout) -> None:
+    """Write the layout of the run into a checkpoint."""
+    (folder / _LAYOUT_FILE).write_text(json.dumps(saved_layout) + "\n", encoding="utf-8")
+
+
+def read_layout(folder: Path) -> SavedLayout:
+    """Return the layout that a checkpoint was saved under; empty if it does not say."""
+    try:
+        return dict(json.loads((folder / _LAYOUT_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+
+
+def layout_in_words(saved_layout: SavedLayout) -> str:
+    """Name the axes that are split: "tensor=2 data=4"; "1 process" if none is."""
+    split = [
+        f"{axis}={degree}"
+        for axis, degree in saved_layout.items()
+        if _is_worth_a_word(axis, saved_layout)
+    ]
+    return " ".join(split) or f"{saved_layout['processes']} process"
+
+
+def _is_worth_a_word(axis: str, saved_layout: SavedLayout) -> bool:
+    if axis == "processes":
+        return False
+    if axis == "expert_tensor":
+        return saved_layout[axis] != saved_layout["tensor"]
+    if axis == "distributed_optimizer":
+        return not saved_layout[axis]
+    return saved_layout[axis] > 1

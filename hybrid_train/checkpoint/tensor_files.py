@@ -1,10 +1,9 @@
 """Tensors of a checkpoint one part at a time, without a model and without reading the whole.
 
-The pickle in an archive is never run. It is compared with the only one that a plain tensor of that
-format and shape has; then the values are read where they lie.
-
-A checkpoint is torch's distributed format as Megatron writes it: an index
-(`checkpoint/safe_metadata.py`) and files of items (`checkpoint/tensor_files.py`).
+A checkpoint is torch's distributed format as Megatron writes it: an index (`safe_metadata.py`) and
+files of items, tensors as `torch.save` writes them, each a small zip archive. The pickle in an
+archive is never run. It is compared with the only one that a plain tensor of that format and shape
+has; then the values are read where they lie.
 """
 
 import functools
@@ -40,10 +39,24 @@ from torch.distributed.checkpoint.metadata import (
 from hybrid_train.checkpoint import safe_metadata
 from hybrid_train.schema.problems import UserError
 
+FILE_BYTES = 4 * 2**30  # of a file that is written; a new one begins behind so many
+_FORMAT, _BACKEND = "metadata.json", "torch_dist"  # Megatron's words
+_SMALL_PICKLE = 4096  # bytes; that of a plain tensor has some 160
+_LARGEST_COMPARED = 64 * 2**20  # bytes of an item for which one of zeros is made, to compare with
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry, up to the lengths of name and extra
+_STORAGES = {
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.float64: "DoubleStorage",
+}
 # Linux keeps what is written at once in one piece of memory if it can. A virtual machine gives its
 # large pieces back while they are free; 2 GB in pieces of 1 MB and more took 5 times as long as in
 # these, which a copy by the system uses too.
 _WRITTEN_AT_ONCE = 2**18
+_saving = threading.Lock()  # torch.save takes its checksum option from a global of torch
+# Reads so many bytes from a position of a file on: os.pread, its file given.
+type ReadAt = Callable[[int, int], bytes]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -103,154 +116,6 @@ def write_at(descriptor: int, position: int, parts: Iterable[bytes | memoryview]
         while len(left):
             done = os.pwrite(descriptor, left[:_WRITTEN_AT_ONCE], position)
             left, position = left[done:], position + done
-
-
-_SMALL_PICKLE = 4096  # bytes; that of a plain tensor has some 160
-_LARGEST_MODEL = 64 * 2**20  # bytes of an item for which one of zeros is made, to compare with
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry, up to the lengths of name and extra
-_saving = threading.Lock()  # torch.save takes its checksum option from a global of torch
-_STORAGES = {
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.float64: "DoubleStorage",
-}
-
-
-# Reads so many bytes from a position of a file on: os.pread, its file given.
-type ReadAt = Callable[[int, int], bytes]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where an item lies in its file, and what the index says that it is."""
-
-    offset: int
-    length: int
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the values."""
-        return math.prod(self.sizes) * self.dtype.itemsize
-
-
-def saved(content: object, *, checksums: bool = True) -> bytes:
-    """Return what torch.save writes; without checksums it does not depend on a tensor's values."""
-    buffer = io.BytesIO()
-    with _saving:
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(checksums)
-        try:
-            torch.save(content, buffer)
-        finally:
-            torch.serialization.set_crc32_options(before)
-    return buffer.getvalue()
-
-
-@functools.lru_cache(maxsize=256)
-def around(dtype: torch.dtype, sizes: tuple[int, ...], *, checksums: bool) -> tuple[bytes, bytes]:
-    """Return what torch.save writes before and behind the values of a tensor."""
-    content = saved(torch.zeros(sizes, dtype=dtype), checksums=checksums)
-    part = Part(0, len(content), dtype, sizes)
-    start = _parsed_start(lambda number, at: content[at : at + number], part)
-    return content[:start], content[start + part.num_bytes :]
-
-
-def start_of_values(read: ReadAt, part: Part) -> int:
-    """Find the byte of the file at which the values of an item begin.
-
-    Raises:
-        ValueError: if the item is anything but one plain tensor of that format and shape.
-    """
-    if part.dtype not in _STORAGES:
-        raise ValueError(f"weights are not of the format {part.dtype}")
-    if part.num_bytes <= min(part.length, _LARGEST_MODEL):
-        for checksums in (False, True):
-            before, _ = around(part.dtype, part.sizes, checksums=checksums)
-            whole = len(before) + part.num_bytes <= part.length
-            if whole and read(len(before), part.offset) == before:
-                return part.offset + len(before)
-    try:
-        return _parsed_start(read, part)
-    except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
-        raise ValueError(str(error)) from error
-
-
-def _parsed_start(read: ReadAt, part: Part) -> int:
-    """Find the values by the directory of the archive."""
-    dtype, sizes = part.dtype, part.sizes
-    view = _View(read, part.offset, part.length)
-    with zipfile.ZipFile(view) as archive:
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-    values, pickled = entries.get("data/0"), entries.get("data.pkl")
-    if values is None or pickled is None:
-        raise ValueError("it is no tensor that torch.save wrote")
-    if values.compress_type or values.file_size != math.prod(sizes) * dtype.itemsize:
-        raise ValueError(f"it has {values.file_size} bytes, which is no {dtype} {tuple(sizes)}")
-    if pickled.compress_type or pickled.file_size > _SMALL_PICKLE:
-        raise ValueError("it is more than a tensor")
-    view.seek(_start_of_entry(view, pickled))
-    _require_plain_tensor(view.read(pickled.file_size), dtype, sizes)
-    start = _start_of_entry(view, values)
-    if start + values.file_size > part.length:
-        raise ValueError("its values end behind it")
-    return part.offset + start
-
-
-def _start_of_entry(view: "_View", entry: zipfile.ZipInfo) -> int:
-    view.seek(entry.header_offset)
-    name, extra = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))
-    return entry.header_offset + _LOCAL_HEADER.size + name + extra
-
-
-def _require_plain_tensor(pickled: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> None:
-    """Compare what a pickle says, opcode by opcode, with a contiguous tensor in its own storage."""
-    said = [
-        argument for opcode, argument, _ in pickletools.genops(pickled)
-        if argument is not None and opcode.name not in ("PROTO", "BINPUT", "LONG_BINPUT", "BINGET")
-    ]  # fmt: skip
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    expected = [
-        "torch._utils _rebuild_tensor_v2", "storage", f"torch {_STORAGES.get(dtype)}", "0", "cpu",
-        math.prod(sizes), 0, *sizes, *strides, "collections OrderedDict",
-    ]  # fmt: skip
-    if said != expected:
-        raise ValueError(f"it is no plain contiguous {dtype} tensor of shape {tuple(sizes)}")
-
-
-class _View(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, read: ReadAt, start: int, length: int) -> None:
-        self._read, self._start, self._length, self._at = read, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("it points before its own beginning")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        number = max(0, min(len(buffer), self._length - self._at))
-        data = self._read(number, self._start + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-FILE_BYTES = 4 * 2**30  # a new file begins behind so many
 
 
 class StoredTensors:
@@ -338,10 +203,10 @@ class StoredTensors:
         info, dtype = self._info(index), place.dtype
         path = self.folder / info.relative_path
         if index not in self._starts:
-            part = Part(info.offset, info.length, dtype, tuple(chunk.sizes))
+            item = StoredItem(info.offset, info.length, dtype, tuple(chunk.sizes))
             read = functools.partial(os.pread, self._files[path])
             try:
-                self._starts[index] = start_of_values(read, part)
+                self._starts[index] = start_of_values(read, item)
             except ValueError as error:
                 raise UserError(f"{self.where(name)} is damaged: {error}") from error
         row_bytes = math.prod(chunk.sizes[1:]) * dtype.itemsize
@@ -352,13 +217,14 @@ class StoredTensors:
             place.copy_(target)
 
 
-@dataclass
-class _Growing:
-    """What the index will say of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: list[ChunkStorageMetadata]
+def _require_format(folder: Path) -> None:
+    path = folder / _FORMAT
+    try:
+        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say which format the checkpoint has: {error}") from error
+    if backend != _BACKEND:
+        raise UserError(f"{path}: the format {backend!r} is not read, only {_BACKEND}")
 
 
 class CheckpointWriter:
@@ -398,7 +264,7 @@ class CheckpointWriter:
         growing = self._tensors.setdefault(name, _Growing(dtype, shape, []))
         offsets = torch.Size((start, *(0 for _ in shape[1:])))
         growing.chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(sizes)))
-        before, behind = around(dtype, sizes, checksums=False)
+        before, behind = bytes_around(dtype, sizes, checksums=False)
         values = math.prod(sizes) * dtype.itemsize
         position = self._take(MetadataIndex(name, offsets), len(before) + values + len(behind))
         return FilePosition(self._file.fileno(), position, before, behind)
@@ -414,7 +280,7 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Write the index; the checkpoint is whole then, if all parts were written."""
-        common = saved([{}])
+        common = torch_saved([{}])
         position = self._take(MetadataIndex(safe_metadata.COMMON), len(common))
         write_at(self._file.fileno(), position, [common])
         entries: dict[str, Any] = {safe_metadata.COMMON: BytesStorageMetadata()}
@@ -437,14 +303,141 @@ class CheckpointWriter:
             file.close()
 
 
-_FORMAT, _BACKEND = "metadata.json", "torch_dist"  # Megatron's words
+@dataclass
+class _Growing:
+    """What the index will say of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[ChunkStorageMetadata]
 
 
-def _require_format(folder: Path) -> None:
-    path = folder / _FORMAT
+@dataclass(frozen=True)
+class StoredItem:
+    """Where an item lies in its file, and what the index says that it is."""
+
+    offset: int
+    length: int
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def torch_saved(content: object, *, checksums: bool = True) -> bytes:
+    """Return what torch.save writes; without checksums it does not depend on a tensor's values."""
+    buffer = io.BytesIO()
+    with _saving:
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(checksums)
+        try:
+            torch.save(content, buffer)
+        finally:
+            torch.serialization.set_crc32_options(before)
+    return buffer.getvalue()
+
+
+@functools.lru_cache(maxsize=256)
+def bytes_around(
+    dtype: torch.dtype, sizes: tuple[int, ...], *, checksums: bool
+) -> tuple[bytes, bytes]:
+    """Return what torch.save writes before and behind the values of a tensor."""
+    content = torch_saved(torch.zeros(sizes, dtype=dtype), checksums=checksums)
+    item = StoredItem(0, len(content), dtype, sizes)
+    start = _parsed_start(lambda number, at: content[at : at + number], item)
+    return content[:start], content[start + item.num_bytes :]
+
+
+def start_of_values(read: ReadAt, item: StoredItem) -> int:
+    """Find the byte of the file at which the values of an item begin.
+
+    Raises:
+        ValueError: if the item is anything but one plain tensor of that format and shape.
+    """
+    if item.dtype not in _STORAGES:
+        raise ValueError(f"weights are not of the format {item.dtype}")
+    if item.num_bytes <= min(item.length, _LARGEST_COMPARED):
+        for checksums in (False, True):
+            before, _ = bytes_around(item.dtype, item.sizes, checksums=checksums)
+            whole = len(before) + item.num_bytes <= item.length
+            if whole and read(len(before), item.offset) == before:
+                return item.offset + len(before)
     try:
-        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say which format the checkpoint has: {error}") from error
-    if backend != _BACKEND:
-        raise UserError(f"{path}: the format {backend!r} is not read, only {_BACKEND}")
+        return _parsed_start(read, item)
+    except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _parsed_start(read: ReadAt, item: StoredItem) -> int:
+    """Find the values by the directory of the archive."""
+    dtype, sizes = item.dtype, item.sizes
+    view = _View(read, item.offset, item.length)
+    with zipfile.ZipFile(view) as archive:
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+    values, pickled = entries.get("data/0"), entries.get("data.pkl")
+    if values is None or pickled is None:
+        raise ValueError("it is no tensor that torch.save wrote")
+    if values.compress_type or values.file_size != math.prod(sizes) * dtype.itemsize:
+        raise ValueError(f"it has {values.file_size} bytes, which is no {dtype} {tuple(sizes)}")
+    if pickled.compress_type or pickled.file_size > _SMALL_PICKLE:
+        raise ValueError("it is more than a tensor")
+    view.seek(_start_of_entry(view, pickled))
+    _require_plain_tensor(view.read(pickled.file_size), dtype, sizes)
+    start = _start_of_entry(view, values)
+    if start + values.file_size > item.length:
+        raise ValueError("its values end behind it")
+    return item.offset + start
+
+
+def _start_of_entry(view: "_View", entry: zipfile.ZipInfo) -> int:
+    view.seek(entry.header_offset)
+    name, extra = _LOCAL_HEADER.unpack(view.read(_LOCAL_HEADER.size))
+    return entry.header_offset + _LOCAL_HEADER.size + name + extra
+
+
+def _require_plain_tensor(pickled: bytes, dtype: torch.dtype, sizes: Sequence[int]) -> None:
+    """Compare what a pickle says, opcode by opcode, with a contiguous tensor in its own storage."""
+    said = [
+        argument for opcode, argument, _ in pickletools.genops(pickled)
+        if argument is not None and opcode.name not in ("PROTO", "BINPUT", "LONG_BINPUT", "BINGET")
+    ]  # fmt: skip
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    expected = [
+        "torch._utils _rebuild_tensor_v2", "storage", f"torch {_STORAGES.get(dtype)}", "0", "cpu",
+        math.prod(sizes), 0, *sizes, *strides, "collections OrderedDict",
+    ]  # fmt: skip
+    if said != expected:
+        raise ValueError(f"it is no plain contiguous {dtype} tensor of shape {tuple(sizes)}")
+
+
+class _View(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, read: ReadAt, start: int, length: int) -> None:
+        self._read, self._start, self._length, self._at = read, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError("it points before its own beginning")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        number = max(0, min(len(buffer), self._length - self._at))
+        data = self._read(number, self._start + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -1,8 +1,8 @@
-"""Writes a checkpoint in threads beside training, by a plan that is kept for the next save.
+"""A checkpoint is written by a thread beside training, and its plan kept for the next save.
 
 A plan says under which name, and where in which file, each of some thousand tensors is written; to
 make one takes several times as long as to copy the tensors. It is used again as long as all
-processes find what it was made for: tensors of the same names, sizes and places.
+processes find what it was made for: tensors of the same names, sizes and places in the whole model.
 
 Which tensors there are is found out again, too, only when weights or optimizer state lie elsewhere
 in memory. What a plan was made for stays alive with it, so that its memory is nobody else's.
@@ -29,7 +29,7 @@ from hybrid_train.checkpoint.shards import (
     Content,
     Shard,
     bare,
-    places,
+    shards_of,
 )
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.checkpoints import (
@@ -44,26 +44,8 @@ from hybrid_train.runtime import ranks
 _Address = tuple[int, torch.Size, torch.dtype]
 
 
-@dataclass(frozen=True)
-class _File:
-    """What one file of this process holds."""
-
-    name: str
-    objects: list[Any]  # with their bytes
-    items: list[tuple[WriteItem, int]]  # with the number of the tensor in the list
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Where everything goes, and the tensors that it is for."""
-
-    described: list[Any]
-    files: list[_File]
-    metadata: Metadata | None  # of the whole checkpoint; on the first process
-
-
 class KeptSavePlan:
-    """What a run keeps from one save to the next."""
+    """The plan of a save, and what it was made for: kept from one save of a run to the next."""
 
     def __init__(self) -> None:
         self._memory: list[_Address] | None = None
@@ -75,7 +57,7 @@ class KeptSavePlan:
         if self._memory is None or self._memory != _memory(content):
             self._tensors = []
             for held in content.networks:
-                found = places(held.chunks, held.groups, network=held.name)
+                found = shards_of(held.chunks, held.groups, network=held.name)
                 state = state_parts(held.optimizer, found)
                 self._tensors += [*_weights(found, state), *(part.tensor for part in state)]
             self._memory = _memory(content)
@@ -101,7 +83,7 @@ class KeptSavePlan:
             if is_main_replica(tensor.replica_id)
         }
         files = [
-            _File(name, objects, [(item, numbers[_place(item)]) for item, _ in values])
+            _PlannedFile(name, objects, [(item, numbers[_key_of(item)]) for item, _ in values])
             for _, name, (objects, values) in writer.write_buckets or ()
         ]
         if metadata is not None:
@@ -121,6 +103,24 @@ class KeptSavePlan:
         return writer, self._plan.metadata
 
 
+@dataclass(frozen=True)
+class _PlannedFile:
+    """What one file of this process holds."""
+
+    name: str
+    objects: list[Any]  # with their bytes
+    items: list[tuple[WriteItem, int]]  # with the number of the tensor in the list
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where everything goes, and the tensors that it is for."""
+
+    described: list[Any]
+    files: list[_PlannedFile]
+    metadata: Metadata | None  # of the whole checkpoint; on the first process
+
+
 def _weights(found: Sequence[Shard], state: Sequence[StatePart]) -> Iterator[ShardedTensor]:
     """Yield the weights; those in FP8 as what they are quantized from, their masters in bfloat16.
 
@@ -128,18 +128,18 @@ def _weights(found: Sequence[Shard], state: Sequence[StatePart]) -> Iterator[Sha
     its weights in bfloat16.
     """
     in_fp8 = set()
-    for place in found:
-        if place.stand_in is None:
-            yield place.weight
+    for shard in found:
+        if shard.stand_in is None:
+            yield shard.weight
         else:
-            in_fp8.add(place.weight.key)
+            in_fp8.add(shard.weight.key)
     for part in state:
         if part.kind == MASTER and part.weight_key in in_fp8:
             values = part.tensor.data.to(torch.bfloat16)
             yield replace(part.tensor, key=part.weight_key, data=values, dtype=values.dtype)
 
 
-def _place(item: WriteItem) -> tuple[str, tuple[int, ...]]:
+def _key_of(item: WriteItem) -> tuple[str, tuple[int, ...]]:
     return item.index.fqn, tuple(item.index.offset or ())
 
 
@@ -191,7 +191,7 @@ def _memory_of(chunks: list[Any], optimizer: Any) -> list[_Address] | None:
     found = list(kept)
     for chunk in chunks:
         found += bare(chunk).buffers()
-        if data_parallel.is_split(chunk):
+        if data_parallel.is_fsdp(chunk):
             found += [
                 one
                 for part in data_parallel.fsdp_parts(chunk)
@@ -207,39 +207,8 @@ def _address(tensor: Tensor) -> _Address:
     return local.data_ptr(), local.shape, local.dtype
 
 
-class InThread:
-    """Work that a thread of this process does."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._do, args=(work,), name="checkpoint")
-        self._thread.start()
-
-    def _do(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # raised by `result`
-            self.failure = error
-            _let_go(error)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Wait for its end."""
-        self._thread.join()
-
-    def result(self) -> None:
-        """Wait for its end; raise what it raised."""
-        self.wait()
-        if self.failure is not None:
-            raise self.failure
-
-
 @dataclass
-class Part:
+class WrittenPart:
     """What came of the part of one process."""
 
     results: bytes = b""  # torch's description of what was written, pickled beside training
@@ -287,7 +256,7 @@ class Writing:
         """Wait for this process alone."""
         self._thread.wait()
 
-    def collect(self) -> list[Part]:
+    def collect(self) -> list[WrittenPart]:
         """Wait for all processes; return on the first what they wrote; every process calls this.
 
         Raises:
@@ -297,15 +266,15 @@ class Writing:
         """
         self.wait()
         error = self._thread.failure
-        part = Part(self._results, self._sums)
+        part = WrittenPart(self._results, self._sums)
         if error is not None:
-            part = Part(failure=f"{type(error).__name__}: {error}", errno=_errno(error))
+            part = WrittenPart(failure=f"{type(error).__name__}: {error}", errno=_errno(error))
         parts: list[Any] | None = [None] * dist.get_world_size() if ranks.is_main() else None
         dist.gather_object(part, parts)
         ranks.run_on_main_first(lambda: _require_all(parts or []))
         return parts or []
 
-    def describe(self, parts: list[Part]) -> None:
+    def describe(self, parts: list[WrittenPart]) -> None:
         """Write the description of the whole; the first process does, in whichever thread."""
         assert self._metadata is not None, "the first process has it"
         results = [pickle.loads(part.results) for part in parts]
@@ -314,7 +283,38 @@ class Writing:
         self.sums = {name: one for part in parts for name, one in part.sums.items()}
 
 
-def _require_all(parts: list[Part]) -> None:
+class InThread:
+    """Work that a thread of this process does."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._do, args=(work,), name="checkpoint")
+        self._thread.start()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # raised by `result`
+            self.failure = error
+            _let_go(error)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._thread.join()
+
+    def result(self) -> None:
+        """Wait for its end; raise what it raised."""
+        self.wait()
+        if self.failure is not None:
+            raise self.failure
+
+
+def _require_all(parts: list[WrittenPart]) -> None:
     failed = [(rank, part) for rank, part in enumerate(parts) if part.failure]
     if failed:
         words = ", ".join(f"{part.failure} (rank {rank})" for rank, part in failed)

@@ -1,4 +1,5 @@
-"""Text from a model: cache, sampling, decoding.
+"""Text from a model: decoding, sampling, and the cache of its layers (`decode.py`).
 
-Not here: reading checkpoints (`checkpoint`).
+Not here: reading checkpoints (`checkpoint`), tokenizers (`data/any_tokenizer.py`), the command
+(`jobs/generate.py`).
 """

@@ -1,8 +1,10 @@
 """The wall around Megatron-Core: nothing else imports it.
 
-Our classes that its specs name, its process groups, data parallelism, schedules, optimizers and
-checkpoint calls; and `replacements`, the checked table of what is put in its place.
+Here are our classes that its specs name, its process groups, data parallelism, schedules,
+optimizers and checkpoint calls; the table of what our code was written for and what it replaces
+(`written_for.py`), and what puts the replacements in place (`patches.py`).
 
-Not here: how a model of ours is built and changed (`model`), what is trained (`training`), what a
-checkpoint means (`checkpoint`).
+Not here: how a model is built and changed (`model`), what is trained (`training`), what a
+checkpoint holds and means (`checkpoint`), how a row of the table is checked
+(`runtime/replacements.py`).
 """

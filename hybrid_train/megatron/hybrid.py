@@ -1,8 +1,6 @@
 """Our hybrid model and its MTP layer, what a pass of it ends in, and its context for decoding.
 
 Dimensions: S sequence, B batch, V vocabulary with its padding, H hidden.
-
-Dimensions: S sequence, B batch.
 """
 
 import contextlib
@@ -27,6 +25,13 @@ from hybrid_train.ops.logits import (
     HeadPart,
     Term,
     weighted_sum,
+)
+
+# Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
+# last is core's own count, which no checkpoint holds.
+FLOAT32 = (
+    *(one.name.rpartition(".")[2] for one in possible_parameters() if one.float32),
+    "local_tokens_per_expert",
 )
 
 
@@ -113,68 +118,6 @@ class Outputs:
     def logits(self) -> Tensor:
         """Return the logits of the next token over the padded vocabulary, [B, S, V]."""
         return self.head.logits(self.hidden)
-
-
-class MtpLayer(MultiTokenPredictionLayer):
-    """Core's layer, which looks one token ahead within documents only.
-
-    Core (0.19.2) cuts each document over the context ranks, by a kernel of Transformer Engine
-    (multi_token_prediction.py 238); and it moves the padding mask with the tokens (1104), though
-    padding is where it is at every depth: it says of places, not of the tokens ahead of them.
-    """
-
-    def _get_embeddings(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        embedding: Callable[..., Tensor],
-        hidden_states: Tensor,
-        packed_seq_params: PackedRows | None = None,
-        padding_mask: Tensor | None = None,
-    ) -> Any:
-        """Return tokens and positions one ahead, [B, S], the padding, embeddings, hidden states."""
-        if packed_seq_params is None:
-            return super()._get_embeddings(
-                input_ids, position_ids, embedding, hidden_states, padding_mask=padding_mask
-            )
-        continues = packed_seq_params.continues
-        assert continues is not None, "packed rows say where documents go on"
-
-        def within(x: Tensor) -> Tensor:
-            return x.masked_fill(~continues, 0)
-
-        def embed(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-            return embedding(input_ids=within(input_ids), position_ids=within(position_ids))
-
-        tokens, positions, _, embedded, hidden = super()._get_embeddings(
-            input_ids, position_ids, embed, hidden_states
-        )
-        return within(tokens), within(positions), padding_mask, embedded, hidden
-
-
-def mamba_mixers(model: torch.nn.Module) -> list[Any]:
-    """Return the Mamba mixers of a module, in order."""
-    return [part for part in model.modules() if isinstance(part, MambaMixer)]
-
-
-def static_context(num_sequences: int, max_length: int) -> Any:
-    """Return an empty cache of Megatron for sequences of equal length, decoded together."""
-    return StaticInferenceContext(num_sequences, max_length)
-
-
-@contextlib.contextmanager
-def inference() -> Iterator[None]:
-    """Let core's layers use the cache they are given, without gradients, for one forward pass."""
-    with torch.inference_mode(), InferenceMode.active():
-        yield
-
-
-# Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
-# last is core's own count, which no checkpoint holds.
-FLOAT32 = (
-    *(one.name.rpartition(".")[2] for one in possible_parameters() if one.float32),
-    "local_tokens_per_expert",
-)
 
 
 class Hybrid(HybridModel):
@@ -271,3 +214,57 @@ class Hybrid(HybridModel):
         weight = self.shared_embedding_or_output_weight() if tied else None
         outputs = Outputs(hidden, tuple(depths), Head(self.output_layer, weight))
         return outputs if read is None else read(outputs)
+
+
+class MtpLayer(MultiTokenPredictionLayer):
+    """Core's layer, which looks one token ahead within documents only.
+
+    Core (0.19.2) cuts each document over the context ranks, by a kernel of Transformer Engine
+    (multi_token_prediction.py 238); and it moves the padding mask with the tokens (1104), though
+    padding is where it is at every depth: it says of places, not of the tokens ahead of them.
+    """
+
+    def _get_embeddings(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        embedding: Callable[..., Tensor],
+        hidden_states: Tensor,
+        packed_seq_params: PackedRows | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Any:
+        """Return tokens and positions one ahead, [B, S], the padding, embeddings, hidden states."""
+        if packed_seq_params is None:
+            return super()._get_embeddings(
+                input_ids, position_ids, embedding, hidden_states, padding_mask=padding_mask
+            )
+        continues = packed_seq_params.continues
+        assert continues is not None, "packed rows say where documents go on"
+
+        def within(x: Tensor) -> Tensor:
+            return x.masked_fill(~continues, 0)
+
+        def embed(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return embedding(input_ids=within(input_ids), position_ids=within(position_ids))
+
+        tokens, positions, _, embedded, hidden = super()._get_embeddings(
+            input_ids, position_ids, embed, hidden_states
+        )
+        return within(tokens), within(positions), padding_mask, embedded, hidden
+
+
+def mamba_mixers(model: torch.nn.Module) -> list[Any]:
+    """Return the Mamba mixers of a module, in order."""
+    return [part for part in model.modules() if isinstance(part, MambaMixer)]
+
+
+def static_context(num_sequences: int, max_length: int) -> Any:
+    """Return an empty cache of Megatron for sequences of equal length, decoded together."""
+    return StaticInferenceContext(num_sequences, max_length)
+
+
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """Let core's layers use the cache they are given, without gradients, for one forward pass."""
+    with torch.inference_mode(), InferenceMode.active():
+        yield

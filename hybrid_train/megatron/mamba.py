@@ -1,9 +1,10 @@
-"""Our mixer layer, and how it runs on rows of several documents.
+"""Our Mamba mixer, and how it and the other layers run on rows of several documents.
 
-The boundaries travel as core's `packed_seq_params`, through every pipeline stage and recomputed
-layer, but rows stay rows: [S, B, H], cut for context parallelism wherever documents end. Core
-(0.19.2) wants a single row in which every document is cut and padded for itself instead; what reads
-it so is overridden in the layers that do (`mamba.py`, `mtp.py`, `router.py`).
+The boundaries of documents travel as core's `packed_seq_params`, through every pipeline stage and
+recomputed layer, but rows stay rows: [S, B, H], cut for context parallelism wherever documents end.
+Core (0.19.2) wants a single row in which every document is cut and padded for itself instead; what
+reads it so is overridden in our classes: mixer and attention here, the MTP layer in `hybrid.py`,
+the router in `router.py`, plain attention in `plain.py`.
 
 Dimensions: B rows, L tokens of a row, S of them on this context-parallel rank.
 """
@@ -89,6 +90,40 @@ def shift(x: Tensor, context_group: Any, continued: Tensor | None) -> Tensor:
     return shifted if continued is None else shifted.masked_fill(~continued, 0)
 
 
+class MambaMixer(CoreMixer):
+    """Core's mixer, but for three of its faults (core 0.19.2)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # Core gives the gated norm 1e-5 whatever the config says (mamba_mixer.py 419).
+        self.norm.eps = config.layernorm_epsilon
+        self.cp.__class__ = _WholeRows  # whose class core names itself
+
+    def _ssm_decode(self, packed: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Advance the states by one token: packed [1, B, width] -> [1, B, inner].
+
+        With a static cache core passes one token of each of B sequences on as B tokens of a single
+        one: the first state takes them all, without a word (mamba_mixer.py 700-714).
+        """
+        if kwargs.get("batch_indices") is not None:  # dynamic batching has transposed it already
+            return super()._ssm_decode(packed, *args, **kwargs)
+        return super()._ssm_decode(packed.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+
+
+class _WholeRows(MambaContextParallel):
+    """Cuts rows over context ranks wherever their documents end.
+
+    Core cuts every document for itself, by a kernel of Transformer Engine
+    (mamba_context_parallel.py 380).
+    """
+
+    def pre_conv_ssm(self, input_: Tensor, packed_seq_params: PackedRows | None = None) -> Tensor:
+        return super().pre_conv_ssm(input_)
+
+    def post_conv_ssm(self, input_: Tensor, packed_seq_params: PackedRows | None = None) -> Tensor:
+        return super().post_conv_ssm(input_)
+
+
 def attention_of_documents() -> type:
     """Return Transformer Engine's attention, which sees packed rows as a list of documents.
 
@@ -124,37 +159,3 @@ def attention_of_documents() -> type:
             return out.reshape(rows, length, -1).transpose(0, 1).contiguous()
 
     return Attention
-
-
-class MambaMixer(CoreMixer):
-    """Core's mixer, but for three of its faults (core 0.19.2)."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        # Core gives the gated norm 1e-5 whatever the config says (mamba_mixer.py 419).
-        self.norm.eps = config.layernorm_epsilon
-        self.cp.__class__ = _WholeRows  # whose class core names itself
-
-    def _ssm_decode(self, packed: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Advance the states by one token: packed [1, B, width] -> [1, B, inner].
-
-        With a static cache core passes one token of each of B sequences on as B tokens of a single
-        one: the first state takes them all, without a word (mamba_mixer.py 700-714).
-        """
-        if kwargs.get("batch_indices") is not None:  # dynamic batching has turned it already
-            return super()._ssm_decode(packed, *args, **kwargs)
-        return super()._ssm_decode(packed.transpose(0, 1), *args, **kwargs).transpose(0, 1)
-
-
-class _WholeRows(MambaContextParallel):
-    """Cuts rows over context ranks wherever their documents end.
-
-    Core cuts every document for itself, by a kernel of Transformer Engine
-    (mamba_context_parallel.py 380).
-    """
-
-    def pre_conv_ssm(self, input_: Tensor, packed_seq_params: PackedRows | None = None) -> Tensor:
-        return super().pre_conv_ssm(input_)
-
-    def post_conv_ssm(self, input_: Tensor, packed_seq_params: PackedRows | None = None) -> Tensor:
-        return super().post_conv_ssm(input_)

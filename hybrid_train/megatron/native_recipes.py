@@ -44,7 +44,7 @@ UNQUANTIZED_KEY = "unquantized"
 KEPT = ", weights kept"  # behind the key of a format: Transformer Engine builds them in FP8 (262)
 
 
-def settings(job: TrainJob) -> dict[str, object]:
+def config_fields(job: TrainJob) -> dict[str, object]:
     """Return the fields of TransformerConfig; none where nothing is quantized."""
     used = quantized_formats(formats_of(job.model, job.precision))
     if not used:
@@ -62,7 +62,7 @@ def settings(job: TrainJob) -> dict[str, object]:
     return fields
 
 
-def recipes(precision: Precision) -> Callable[[str], Any]:
+def recipe_maker(precision: Precision) -> Callable[[str], Any]:
     """Return what makes the recipe object of a format by its name, each once."""
 
     @functools.cache
@@ -103,13 +103,13 @@ def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | N
         elif linear.depth or linear.layer in held:
             key = UNQUANTIZED_KEY if format in UNQUANTIZED else format.value
             key += KEPT if linear in kept else ""
-            matchers += [GlobMatcher(path, key) for path in paths(linear, first)]
+            matchers += [GlobMatcher(path, key) for path in paths_in_core(linear, first)]
     if not delayed:  # whatever else could be quantized: nothing is by accident
         matchers.append(GlobMatcher("*", UNQUANTIZED_KEY))
-    return RecipeConfig(matchers, _configs(job.precision))
+    return RecipeConfig(matchers, _config_of_keys(job.precision))
 
 
-def paths(linear: Linear, first: int) -> Iterator[str]:
+def paths_in_core(linear: Linear, first: int) -> Iterator[str]:
     """Yield the names that core knows a linear layer by.
 
     An MTP depth is numbered from 1 while it is built and from 0 ever after
@@ -130,10 +130,10 @@ def paths(linear: Linear, first: int) -> Iterator[str]:
     yield f"{block}.mtp_model_layer.layers.{linear.layer - 1}.{place}"
 
 
-def _configs(precision: Precision) -> dict[str, dict[str, object]]:
+def _config_of_keys(precision: Precision) -> dict[str, dict[str, object]]:
     """Return what each key of a recipe means to core's modules (transformer_engine.py 165).
 
-    Formats come as custom recipes by name, which `replacements.for_recipes` turns into objects:
+    Formats come as custom recipes by name, which `patches.for_recipes` turns into objects:
     core's own have no options. Core keeps them apart as FP8 or FP4 and does the same with both.
     """
     configs: dict[str, dict[str, object]] = {UNQUANTIZED_KEY: _config({})}

@@ -61,9 +61,8 @@ def build_optimizer(
         _let_masters_begin_with_weights(optimizer, dtype)
     if any(is_in_fp8(weight) for chunk in chunks for weight in chunk.parameters()):
         _let_masters_begin_with_loaded_values(optimizer, chunks)
-    for (
-        group
-    ) in optimizer.param_groups:  # core leaves this to its own scheduler, which we do not use
+    for group in optimizer.param_groups:
+        # Core leaves this to its own scheduler, which we do not use.
         group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
     _use_fused_kernel(optimizer)
     patches.fuse_clipping()
@@ -93,15 +92,9 @@ def _config(adamw: AdamW, parallel: Parallel, dtype: torch.dtype) -> OptimizerCo
 
 
 def _decay_rule(adamw: AdamW) -> dict[ParamKey, ParamGroupOverride]:
-    """Say it for all parameters: core's own rule, by the number of axes, does not apply then."""
+    """Say which parameters do not decay; core's own rule, by the number of axes, is off then."""
     names = tuple(pattern for kind in adamw.no_decay for pattern in PATTERNS[kind])
     return {ParamKey(name=names): ParamGroupOverride(wd_mult=0.0)} if names else {}
-
-
-def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
-    """Set the rate of the next step for all parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_mult", 1.0)
 
 
 def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
@@ -198,7 +191,13 @@ def _watch_norm(optimizer: MegatronOptimizer, on_bad_norm: Callable[[float], Non
     optimizer.get_grad_norm = checked
 
 
-def working(optimizer: MegatronOptimizer) -> Iterator[Any]:
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Set the rate of the next step for all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+
+
+def working_parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
     """Yield the chained optimizers that have parameters; a stage may lack those of a kind."""
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
@@ -216,7 +215,7 @@ def is_distributed_part(part: Any) -> bool:
 
 
 def keeps_reduced_precision(part: Any) -> bool:
-    """Tell whether FusedAdam keeps the state of a chained optimizer, in fewer bits."""
+    """Tell whether FusedAdam keeps the state of a chained optimizer in reduced precision."""
     return bool(part.config.use_precision_aware_optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Puts ours in the place of Megatron-Core's names, when a run starts: the rows of `written_for`.
+"""Puts ours in place of names of Megatron-Core when a run starts: the rows of `written_for`.
 
 Nothing is replaced at import. A replacement holds for the process, whatever runs in it: it must not
 depend on a job, but for `fused_adam`, which holds while an optimizer is built.
@@ -93,8 +93,8 @@ def for_fp8_weights() -> None:
 
 def gather_one_by_one(yes: bool) -> None:
     """Gather parameters one by one, as gloo needs it where they are of several types."""
-    all_or_none = torch.distributed._coalescing_manager
-    written_for.DDP_COALESCING.put(_coalescing_manager=cpu.one_by_one if yes else all_or_none)
+    coalesced = torch.distributed._coalescing_manager
+    written_for.DDP_COALESCING.put(_coalescing_manager=cpu.one_by_one if yes else coalesced)
 
 
 def fuse_clipping() -> None:
@@ -153,6 +153,8 @@ def _prefixes(name: str) -> list[str]:
 
 
 class _WithoutOutput(tensor_parallel.random.CheckpointWithoutOutput):
+    """Core's checkpoint, which does not ask Transformer Engine for the state of FP8."""
+
     def __init__(self) -> None:
         super().__init__()
         self.fp8 = False

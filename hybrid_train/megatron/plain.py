@@ -1,4 +1,4 @@
-"""Plain PyTorch parts with the parameter names of Transformer Engine's, linear layers among them.
+"""Plain PyTorch parts with the parameter names of Transformer Engine's, and the list of linears.
 
 Each class takes the place of the Megatron class that its docstring names, with the same
 constructor, the same parameter names and the same sharded checkpoint keys, so that one spec, one
@@ -37,40 +37,10 @@ from hybrid_train.ops.linear import linear
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
 from hybrid_train.precision.emulated import EditedLinear
 
-# Where the modules of a layer are in Megatron's -> kind.
+# Path of a linear layer within a layer of Megatron's -> kind, as `anatomy` calls it.
 PLACES = {
     one.name.removesuffix(".weight"): one.linear for one in possible_parameters() if one.linear
 }
-
-
-def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
-    """Yield what `anatomy.gemm_formats.linears` lists, as far as this chunk holds it."""
-    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-        yield from _of_layer(layer, 0, int(layer.layer_number), "")
-    block = getattr(chunk, "mtp", None)
-    for depth, one in enumerate(block.layers if block is not None else (), start=1):
-        yield Linear(depth, 0, MTP_PROJECTION), one.eh_proj
-        for number, layer in enumerate(one.mtp_model_layer.layers, start=1):
-            yield from _of_layer(layer, depth, number, f"{MTP}.")
-
-
-def _of_layer(
-    layer: Module, depth: int, number: int, prefix: str
-) -> Iterator[tuple[Linear, Module]]:
-    held = dict(layer.named_modules())
-    for place, kind in PLACES.items():
-        if place in held:
-            yield Linear(depth, number, prefix + kind), held[place]
-
-
-def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
-    """Make the weight of a norm over the hidden axis, whole on every tensor-parallel rank."""
-    weight = Parameter(
-        torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
-    )
-    # Under sequence parallelism each rank sees a part of the tokens: Megatron sums the parts.
-    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return weight
 
 
 class Norm(torch.nn.Module):
@@ -89,6 +59,16 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
+    """Make the weight of a norm over the hidden axis, whole on every tensor-parallel rank."""
+    weight = Parameter(
+        torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
+    )
+    # Under sequence parallelism each rank sees a part of the tokens: Megatron sums the parts.
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
 
 
 class GatedNorm(torch.nn.Module):
@@ -131,7 +111,7 @@ class _SplitLinear:
         """Multiply; what core wraps around that is left out where no other rank takes part.
 
         It serves tensor parallelism (layers.py 755), and costs a small model on a CPU a sixth of
-        each decoding step; the product itself is the fastest one we know.
+        each decoding step; the GEMM itself is the fastest one we know.
         """
         if self.edited is not None:
             return _edited(self.edited, input, weight, **kwargs)
@@ -178,14 +158,14 @@ def _edited(  # noqa: PLR0913 - the arguments of core's
 
 
 class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
-    """Core's linear split by columns; it has core's name, by which Megatron-FSDP knows its split.
+    """Core's linear split by columns.
 
-    (mcore_fsdp_adapter.py 70.)
+    It has core's name, by which Megatron-FSDP knows its split (mcore_fsdp_adapter.py 70).
     """
 
 
 class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
-    """Core's linear split by rows, likewise."""
+    """Core's linear split by rows, with core's name for the same reason."""
 
 
 class NormColumnLinear(ColumnParallelLinear):
@@ -415,3 +395,23 @@ def _sharded(
         tp_group=tp_group,
         dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
     )
+
+
+def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
+    """Yield what `anatomy.gemm_formats.linears` lists, as far as this chunk holds it."""
+    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+        yield from _of_layer(layer, 0, int(layer.layer_number), "")
+    block = getattr(chunk, "mtp", None)
+    for depth, one in enumerate(block.layers if block is not None else (), start=1):
+        yield Linear(depth, 0, MTP_PROJECTION), one.eh_proj
+        for number, layer in enumerate(one.mtp_model_layer.layers, start=1):
+            yield from _of_layer(layer, depth, number, f"{MTP}.")
+
+
+def _of_layer(
+    layer: Module, depth: int, number: int, prefix: str
+) -> Iterator[tuple[Linear, Module]]:
+    held = dict(layer.named_modules())
+    for place, kind in PLACES.items():
+        if place in held:
+            yield Linear(depth, number, prefix + kind), held[place]

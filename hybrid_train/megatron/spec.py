@@ -82,7 +82,7 @@ def fused_parts() -> Parts:
 
 
 def with_plain_linears(parts: Parts) -> Parts:
-    """Return the parts with linear layers whose products can be emulated."""
+    """Return the parts with linear layers whose GEMMs can be emulated."""
     return replace(PLAIN, norm=parts.norm, attention=parts.attention)
 
 

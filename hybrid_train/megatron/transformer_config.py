@@ -1,7 +1,7 @@
-"""A job as the config of Megatron-Core, recompute included.
+"""A job as the config of Megatron-Core, and the layers that it recomputes.
 
-Core (0.19.2) does it for whole layers and for the modules of most kinds; what is missing stands
-here: the Mamba layer, and a place where the second pass would need a compiler.
+Core (0.19.2) recomputes whole layers and the modules of most kinds; what it lacks stands here: a
+Mamba layer that is recomputed.
 """
 
 import copy
@@ -27,64 +27,17 @@ from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
 
-
-def recompute_settings(parallel: Parallel) -> dict[str, object]:
-    """Translate to fields of TransformerConfig."""
-    if parallel.recompute is Recompute.none:
-        return {}
-    if parallel.recompute is Recompute.full:
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": parallel.recompute_method.value,
-            "recompute_num_layers": parallel.recompute_layers,
-        }
-    names = [part.value for part in modules(parallel) if part is not RecomputeModule.mamba]
-    return {"recompute_granularity": "selective", "recompute_modules": names}
-
-
-def modules(parallel: Parallel) -> list[RecomputeModule]:
-    """Return the modules of `recompute=selective`; by default the two that keep most of all."""
-    if parallel.recompute_modules is None:
-        return [RecomputeModule.mamba, RecomputeModule.moe]
-    return parallel.recompute_modules
-
-
-def mamba_layer(parallel: Parallel) -> type[MambaLayer]:
-    """Return the class of M layers; core has no switch for them (transformer_config.py 1768)."""
-    selective = parallel.recompute is Recompute.selective
-    return (
-        RecomputedMamba if selective and RecomputeModule.mamba in modules(parallel) else MambaLayer
-    )
-
-
-class RecomputedMamba(MambaLayer):
-    """A Mamba layer that keeps its input and computes the rest again for the gradients."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        run = partial(super().forward, **kwargs)
-        if not self.training:
-            return run(hidden_states, *args)
-        if self.config.fp8 or self.config.fp4:  # whose scales only its own checkpoint restores
-            tracker = tensor_parallel.random.get_cuda_rng_tracker
-            return te.te_checkpoint(run, False, tracker, self.tp_group, hidden_states, *args)
-        return tensor_parallel.checkpoint(run, False, hidden_states, *args)
-
-
 DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
-
-
-def init_std(model: Model) -> float:
-    """Return the standard deviation of new weights: 0.9 / sqrt(hidden) as in the released models.
-
-    Source: the init_method_std of the published training configurations.
-    """
-    return model.init_std if model.init_std is not None else 0.9 / math.sqrt(model.hidden_size)
-
-
-def sequence_parallel(job: TrainJob) -> bool:
-    """Tell whether norms are split along the sequence: on with tensor parallelism unless said."""
-    chosen = job.parallel.sequence
-    return job.parallel.tensor > 1 if chosen is None else chosen and job.parallel.tensor > 1
+_FIELDS_OF_AXES = {  # sizes that may differ from layer to layer -> fields of TransformerConfig
+    Axis.heads: "num_attention_heads",
+    Axis.kv_groups: "num_query_groups",
+    Axis.ssm_heads: "mamba_num_heads",
+    Axis.ssm_head_dim: "mamba_head_dim",
+    Axis.ffn: "ffn_hidden_size",
+    Axis.experts: "num_moe_experts",
+    Axis.expert_ffn: "moe_ffn_hidden_size",
+    Axis.shared_ffn: "moe_shared_expert_intermediate_size",
+}
 
 
 def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> TransformerConfig:
@@ -103,8 +56,8 @@ def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> 
         **_experts(job, pattern),
         **_mtp(job, pattern),
         **_layout(job, dtype),
-        **recompute_settings(job.parallel),
-        **(native_recipes.settings(job) if native else {}),
+        **_recompute(job.parallel),
+        **(native_recipes.config_fields(job) if native else {}),
         # what all models of the family share
         is_hybrid_model=True,
         normalization="RMSNorm",
@@ -140,32 +93,6 @@ def _shape(model: Model) -> dict[str, object]:
         "mamba_num_groups": model.mamba.groups,
         "mamba_state_dim": model.mamba.state_size,
     }
-
-
-def layer_config(config: TransformerConfig, layer: Layer) -> TransformerConfig:
-    """Return the config of one layer: that of the model, but for sizes that a rule gives.
-
-    Core checks a config once, as a whole; the rules of `config/rules_of_layout.py` hold for each.
-    """
-    if not layer.given:
-        return config
-    own, sizes = copy.copy(config), layer.sizes
-    for axis, field in _FIELDS.items():
-        if axis.value in layer.given:
-            setattr(own, field, sizes.along(axis))
-    return own
-
-
-_FIELDS = {  # sizes that may differ from layer to layer -> fields of TransformerConfig
-    Axis.heads: "num_attention_heads",
-    Axis.kv_groups: "num_query_groups",
-    Axis.ssm_heads: "mamba_num_heads",
-    Axis.ssm_head_dim: "mamba_head_dim",
-    Axis.ffn: "ffn_hidden_size",
-    Axis.experts: "num_moe_experts",
-    Axis.expert_ffn: "moe_ffn_hidden_size",
-    Axis.shared_ffn: "moe_shared_expert_intermediate_size",
-}
 
 
 def _attention(job: TrainJob, pattern: Pattern) -> dict[str, object]:
@@ -229,3 +156,77 @@ def _layout(job: TrainJob, dtype: torch.dtype) -> dict[str, object]:
         "sequence_parallel": sequence_parallel(job),
         "pipeline_dtype": dtype,
     }
+
+
+def _recompute(parallel: Parallel) -> dict[str, object]:
+    """Return the fields that say what core recomputes; M layers have a class of their own."""
+    if parallel.recompute is Recompute.none:
+        return {}
+    if parallel.recompute is Recompute.full:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": parallel.recompute_method.value,
+            "recompute_num_layers": parallel.recompute_layers,
+        }
+    names = [
+        part.value for part in _recomputed_modules(parallel) if part is not RecomputeModule.mamba
+    ]
+    return {"recompute_granularity": "selective", "recompute_modules": names}
+
+
+def _recomputed_modules(parallel: Parallel) -> list[RecomputeModule]:
+    """Return the modules of `recompute=selective`; by default the two that keep most of all."""
+    if parallel.recompute_modules is None:
+        return [RecomputeModule.mamba, RecomputeModule.moe]
+    return parallel.recompute_modules
+
+
+def mamba_layer_class(parallel: Parallel) -> type[MambaLayer]:
+    """Return the class of M layers; core has no switch for them (transformer_config.py 1768)."""
+    selective = parallel.recompute is Recompute.selective
+    return (
+        RecomputedMamba
+        if selective and RecomputeModule.mamba in _recomputed_modules(parallel)
+        else MambaLayer
+    )
+
+
+class RecomputedMamba(MambaLayer):
+    """A Mamba layer that keeps its input and computes the rest again for the gradients."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run = partial(super().forward, **kwargs)
+        if not self.training:
+            return run(hidden_states, *args)
+        if self.config.fp8 or self.config.fp4:  # whose scales only its own checkpoint restores
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te.te_checkpoint(run, False, tracker, self.tp_group, hidden_states, *args)
+        return tensor_parallel.checkpoint(run, False, hidden_states, *args)
+
+
+def layer_config(config: TransformerConfig, layer: Layer) -> TransformerConfig:
+    """Return the config of one layer: that of the model, but for sizes that a rule gives.
+
+    Core checks a config once, as a whole; the rules of `config/rules_of_layout.py` hold for each.
+    """
+    if not layer.given:
+        return config
+    own, sizes = copy.copy(config), layer.sizes
+    for axis, field in _FIELDS_OF_AXES.items():
+        if axis.value in layer.given:
+            setattr(own, field, sizes.along(axis))
+    return own
+
+
+def init_std(model: Model) -> float:
+    """Return the standard deviation of new weights: 0.9 / sqrt(hidden) as in the released models.
+
+    Source: the init_method_std of the published training configurations.
+    """
+    return model.init_std if model.init_std is not None else 0.9 / math.sqrt(model.hidden_size)
+
+
+def sequence_parallel(job: TrainJob) -> bool:
+    """Tell whether norms are split along the sequence: on with tensor parallelism unless said."""
+    chosen = job.parallel.sequence
+    return job.parallel.tensor > 1 if chosen is None else chosen and job.parallel.tensor > 1

@@ -1,6 +1,6 @@
 """What of Megatron-Core and torch our parts were written for: one table, checked without importing.
 
-Rows with names are replaced (`replacements.py`); the others are classes and functions that ours
+Rows with names are replaced (`patches.py`); the others are classes and functions that ours
 derive from or reach into. When the pinned version changes, `hybrid-train doctor` and a test list
 the rows whose source did: read them again, then write the new digest.
 """
@@ -45,7 +45,7 @@ GRADIENT_ACCUMULATION = Replacement(
     "megatron.core.tensor_parallel.layers",
     ("fused_weight_gradient_mlp_cuda", "_grad_accum_fusion_available"),
     "core asks apex's extension to add a weight gradient to its buffer as it multiplies; without "
-    "one the product is stored, then added",
+    "one the result of the GEMM is stored, then added",
     {
         "LinearWithGradAccumulationAndAsyncCommunication.backward": "637c37267646",
         "ColumnParallelLinear.__init__": "ba749cf4afd3",

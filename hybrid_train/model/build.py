@@ -1,9 +1,9 @@
 """A checked job -> the model chunks of this process, with the same first values on every layout.
 
 Each tensor of the whole model is drawn from a generator seeded by its name, and a process keeps
-the part it holds. Formulas: the initialisation of the released training code and configurations
-(normal with 0.9 / sqrt(hidden), residual outputs divided by sqrt(layers), Mamba-2 as in Dao and
-Gu, arXiv:2405.21060, reference code).
+the part that it holds. Formulas: the initialisation of the released training code and
+configurations (normal with 0.9 / sqrt(hidden), residual outputs divided by sqrt(layers), Mamba-2 as
+in Dao and Gu, arXiv:2405.21060, reference code).
 """
 
 import functools
@@ -46,7 +46,7 @@ from hybrid_train.megatron.spec import (
 from hybrid_train.megatron.transformer_config import (
     TransformerConfig,
     init_std,
-    mamba_layer,
+    mamba_layer_class,
     transformer_config,
 )
 from hybrid_train.planning import stages
@@ -61,82 +61,6 @@ from hybrid_train.schema.train import TrainJob
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step sizes that softplus(dt_bias) starts from
 A_MIN, A_MAX = 1.0, 16.0  # decay rates that exp(A_log) starts from
-
-
-def initialize(chunks: Sequence[torch.nn.Module], model: Model, *, std: float, seed: int) -> None:
-    """Overwrite every parameter of the model chunks of this process.
-
-    Args:
-        chunks: of the model.
-        model: what they are built from.
-        std: standard deviation of most weights.
-        seed: of all draws, with the name of a tensor.
-    """
-    draws = {key: one.draw for key, one in stored(model)}
-    num_layers = len(main_layers(model))
-    for chunk in chunks:
-        with plain_weights(chunk) as in_fp8:
-            storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-            for shard in sharded_tensors(chunk):
-                if shard.data.untyped_storage().data_ptr() in storages:
-                    rule = _draw_of(shard.key, draws)
-                    _fill(shard, rule, std=std, num_layers=num_layers, seed=seed)
-        for weight, drawn in in_fp8:  # by Transformer Engine, as it was built
-            _take(weight, drawn)
-
-
-@torch.no_grad()
-def _take(weight: Any, drawn: Tensor) -> None:
-    """Quantize what was drawn; masters begin with it as it was (core, distrib_optimizer.py 431)."""
-    weight.copy_(drawn)
-    weight.get_high_precision_init_val().copy_(drawn)
-
-
-def _draw_of(key: str, draws: Mapping[str, Draw]) -> Draw:
-    """Return how a tensor is drawn; a part of a packed one as the whole."""
-    return draws[key] if key in draws else draws[key.rpartition(".")[0]]
-
-
-@torch.no_grad()
-def _fill(shard: ShardedTensor, rule: Draw, *, std: float, num_layers: int, seed: int) -> None:
-    # Leading axes that only number experts or stages belong to the name, not to the tensor.
-    numbered = shard.prepend_axis_num
-    name = f"{seed}/{shard.key}/{shard.global_offset[:numbered]}"
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    generator = torch.Generator(device=shard.data.device)
-    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-    whole = torch.empty(shard.global_shape[numbered:], device=shard.data.device)
-    draw(rule, whole, std=std, num_layers=num_layers, generator=generator)
-    for axis, (start, size) in enumerate(
-        zip(shard.global_offset[numbered:], shard.data.shape, strict=True)
-    ):
-        whole = whole.narrow(axis, start, size)
-    shard.data.copy_(whole)
-
-
-def draw(
-    rule: Draw, whole: Tensor, *, std: float, num_layers: int, generator: torch.Generator
-) -> None:
-    """Fill one whole tensor in place by a rule."""
-    if rule is Draw.taps:  # fan-in: the taps of one channel
-        bound = 1 / math.sqrt(whole.shape[-1])
-        whole.uniform_(-bound, bound, generator=generator)
-    elif rule is Draw.tap_biases:
-        whole.uniform_(-0.5, 0.5, generator=generator)
-    elif rule is Draw.decay_rates:
-        whole.uniform_(A_MIN, A_MAX, generator=generator).log_()
-    elif rule is Draw.step_sizes:
-        low, high = math.log(DT_MIN), math.log(DT_MAX)
-        dt = whole.uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
-        whole.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-    elif rule is Draw.ones:
-        whole.fill_(1.0)
-    else:
-        assert rule in (Draw.normal, Draw.residual), f"no parameter begins as {rule}"
-        scale = std / math.sqrt(num_layers) if rule is Draw.residual else std
-        whole.normal_(0.0, scale, generator=generator)
-
-
 _DECIDES_NUMBERS = ("torch", "transformer-engine", "mamba-ssm", "causal-conv1d")  # where in use
 _log = logging.getLogger(__name__)
 
@@ -164,19 +88,19 @@ def build_model(
     quantized = quantizes(job.model, job.precision)
     emulated = quantized and (not on_gpu or job.precision.backend is Backend.emulated)
     parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
-    backend = _backend(job, parts, quantized=quantized, on_gpu=on_gpu)
+    backend = _choose_backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
-        kernels["quantized GEMMs"] = _in_words(job, backend, on_gpu=on_gpu)
+        kernels["quantized GEMMs"] = _gemms_in_words(job, backend, on_gpu=on_gpu)
     if kept := kept_in_words(job.model, job.precision):
         kernels["FP8 parameters"] = kept
     native = backend is Backend.native
     config = transformer_config(job, on_gpu=on_gpu, native=native)
     if native:
-        patches.for_recipes(native_recipes.recipes(job.precision))
+        patches.for_recipes(native_recipes.recipe_maker(job.precision))
     spec = hybrid_spec(
         parts,
         mamba_chunk_size=job.model.mamba.chunk_size,
-        mamba_layer=mamba_layer(job.parallel),
+        mamba_layer=mamba_layer_class(job.parallel),
         layers=layers(job.model),
     )
     chunks = [
@@ -210,71 +134,6 @@ def require_versions() -> None:
 @functools.cache  # said once, though each phase on another layout builds anew
 def _say_untried(name: str, found: str, fault: str) -> None:
     _log.warning("%s %s: %s", name, found, fault)
-
-
-def _backend(job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool) -> Backend | None:
-    """Choose who computes quantized GEMMs; None where layers can do neither.
-
-    Raises:
-        UserError: if the wanted one cannot.
-    """
-    wanted, has_plain_linears = job.precision.backend, parts.experts is plain.Experts
-    if not on_gpu and wanted is Backend.native:
-        raise UserError("precision.backend=native needs a GPU; use auto or emulated")
-    if not quantized:
-        return Backend.emulated if has_plain_linears else None
-    if not on_gpu or wanted is Backend.emulated:
-        return Backend.emulated
-    if has_plain_linears:
-        raise UserError(
-            f"precision.format={job.precision.format.value} on a GPU needs Transformer Engine "
-            f"({optional.LIBRARIES['transformer_engine'].install}) and runtime.kernels=auto or "
-            "fused; or precision.backend=emulated"
-        )
-    te.require_formats(job)
-    return Backend.native
-
-
-def _in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> str:
-    if backend is Backend.native:
-        return "Transformer Engine, in the formats of the hardware"
-    why = "asked for" if on_gpu else "no GPU"
-    words = f"emulated ({why}): quantized operands, sums in float32"
-    formats = formats_of(job.model, job.precision).values()
-    if any(GemmFormat.fp8_delayed in one.formats.values() for one in formats):
-        words += "; what fp8_delayed remembers begins here, also in a run that goes on"
-    return words
-
-
-def _build_chunk(
-    job: TrainJob,
-    config: TransformerConfig,
-    spec: ModuleSpec,
-    groups: ProcessGroups,
-    vocab_size: int,
-    chunk: int,
-) -> Hybrid:
-    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
-    virtual = job.parallel.virtual_pipeline
-    stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
-    pattern = stages.cut(job, rows)
-    if config.fp8 or config.fp4:
-        number = chunk * groups.pp.size() + stage
-        # Read while a chunk is built, and never after.
-        config.quant_recipe = native_recipes.recipe_of_chunk(job, pattern, number)
-    return Hybrid(
-        config=config,
-        hybrid_stack_spec=spec,
-        vocab_size=rows,
-        num_tokens=vocab_size,
-        max_sequence_length=job.train.sequence_length,
-        hybrid_layer_pattern=str(pattern),
-        pre_process=stage == 0 and chunk == 0,
-        post_process=stage == last_stage and chunk == virtual - 1,
-        share_embeddings_and_output_weights=job.model.tie_embeddings,
-        pg_collection=groups,
-        vp_stage=chunk if virtual > 1 else None,
-    ).to(torch.cuda.current_device())
 
 
 def _choose_kernels(
@@ -317,3 +176,146 @@ def _usable(libraries: tuple[str, ...], wanted: Kernels, *, on_gpu: bool) -> str
         return "no GPU"
     missing = [library for library in libraries if not optional.available(library)]
     return f"{' and '.join(missing)} not installed" if missing else None
+
+
+def _choose_backend(
+    job: TrainJob, parts: Parts, *, quantized: bool, on_gpu: bool
+) -> Backend | None:
+    """Choose who computes quantized GEMMs; None where layers can do neither.
+
+    Raises:
+        UserError: if the wanted one cannot.
+    """
+    wanted, has_plain_linears = job.precision.backend, parts.experts is plain.Experts
+    if not on_gpu and wanted is Backend.native:
+        raise UserError("precision.backend=native needs a GPU; use auto or emulated")
+    if not quantized:
+        return Backend.emulated if has_plain_linears else None
+    if not on_gpu or wanted is Backend.emulated:
+        return Backend.emulated
+    if has_plain_linears:
+        raise UserError(
+            f"precision.format={job.precision.format.value} on a GPU needs Transformer Engine "
+            f"({optional.LIBRARIES['transformer_engine'].install}) and runtime.kernels=auto or "
+            "fused; or precision.backend=emulated"
+        )
+    te.require_formats(job)
+    return Backend.native
+
+
+def _gemms_in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> str:
+    if backend is Backend.native:
+        return "Transformer Engine, in the formats of the hardware"
+    why = "asked for" if on_gpu else "no GPU"
+    words = f"emulated ({why}): quantized operands, sums in float32"
+    formats = formats_of(job.model, job.precision).values()
+    if any(GemmFormat.fp8_delayed in one.formats.values() for one in formats):
+        words += "; what fp8_delayed remembers begins here, also in a run that goes on"
+    return words
+
+
+def _build_chunk(
+    job: TrainJob,
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    groups: ProcessGroups,
+    vocab_size: int,
+    chunk: int,
+) -> Hybrid:
+    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
+    virtual = job.parallel.virtual_pipeline
+    stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
+    pattern = stages.cut(job, rows)
+    if config.fp8 or config.fp4:
+        number = chunk * groups.pp.size() + stage
+        # Read while a chunk is built, and never after.
+        config.quant_recipe = native_recipes.recipe_of_chunk(job, pattern, number)
+    return Hybrid(
+        config=config,
+        hybrid_stack_spec=spec,
+        vocab_size=rows,
+        num_tokens=vocab_size,
+        max_sequence_length=job.train.sequence_length,
+        hybrid_layer_pattern=str(pattern),
+        pre_process=stage == 0 and chunk == 0,
+        post_process=stage == last_stage and chunk == virtual - 1,
+        share_embeddings_and_output_weights=job.model.tie_embeddings,
+        pg_collection=groups,
+        vp_stage=chunk if virtual > 1 else None,
+    ).to(torch.cuda.current_device())
+
+
+def initialize(chunks: Sequence[torch.nn.Module], model: Model, *, std: float, seed: int) -> None:
+    """Overwrite every parameter of the model chunks of this process.
+
+    Args:
+        chunks: of the model.
+        model: what they are built from.
+        std: standard deviation of most weights.
+        seed: of all draws, with the name of a tensor.
+    """
+    draws = {key: one.draw for key, one in stored(model)}
+    num_layers = len(main_layers(model))
+    for chunk in chunks:
+        with plain_weights(chunk) as in_fp8:
+            storages = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+            for shard in sharded_tensors(chunk):
+                if shard.data.untyped_storage().data_ptr() in storages:
+                    rule = _draw_of(shard.key, draws)
+                    _fill_shard(shard, rule, std=std, num_layers=num_layers, seed=seed)
+        for weight, drawn in in_fp8:  # by Transformer Engine, as it was built
+            _quantize_drawn(weight, drawn)
+
+
+@torch.no_grad()
+def _quantize_drawn(weight: Any, drawn: Tensor) -> None:
+    """Quantize what was drawn; masters begin with it as drawn (core, distrib_optimizer.py 431)."""
+    weight.copy_(drawn)
+    weight.get_high_precision_init_val().copy_(drawn)
+
+
+def _draw_of(key: str, draws: Mapping[str, Draw]) -> Draw:
+    """Return how a tensor is drawn; a part of a packed one as the whole."""
+    return draws[key] if key in draws else draws[key.rpartition(".")[0]]
+
+
+@torch.no_grad()
+def _fill_shard(
+    shard: ShardedTensor, rule: Draw, *, std: float, num_layers: int, seed: int
+) -> None:
+    # Leading axes that only number experts or stages belong to the name, not to the tensor.
+    numbered = shard.prepend_axis_num
+    name = f"{seed}/{shard.key}/{shard.global_offset[:numbered]}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator(device=shard.data.device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+    whole = torch.empty(shard.global_shape[numbered:], device=shard.data.device)
+    fill_by_rule(rule, whole, std=std, num_layers=num_layers, generator=generator)
+    for axis, (start, size) in enumerate(
+        zip(shard.global_offset[numbered:], shard.data.shape, strict=True)
+    ):
+        whole = whole.narrow(axis, start, size)
+    shard.data.copy_(whole)
+
+
+def fill_by_rule(
+    rule: Draw, whole: Tensor, *, std: float, num_layers: int, generator: torch.Generator
+) -> None:
+    """Fill one whole tensor in place by a rule."""
+    if rule is Draw.taps:  # fan-in: the taps of one channel
+        bound = 1 / math.sqrt(whole.shape[-1])
+        whole.uniform_(-bound, bound, generator=generator)
+    elif rule is Draw.tap_biases:
+        whole.uniform_(-0.5, 0.5, generator=generator)
+    elif rule is Draw.decay_rates:
+        whole.uniform_(A_MIN, A_MAX, generator=generator).log_()
+    elif rule is Draw.step_sizes:
+        low, high = math.log(DT_MIN), math.log(DT_MAX)
+        dt = whole.uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
+        whole.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    elif rule is Draw.ones:
+        whole.fill_(1.0)
+    else:
+        assert rule in (Draw.normal, Draw.residual), f"no parameter begins as {rule}"
+        scale = std / math.sqrt(num_layers) if rule is Draw.residual else std
+        whole.normal_(0.0, scale, generator=generator)

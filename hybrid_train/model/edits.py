@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from hybrid_train.anatomy.gemm_formats import Linear
 from hybrid_train.megatron.plain import linear_modules
-from hybrid_train.precision.audit import is_native
+from hybrid_train.precision.audit import is_te_linear
 from hybrid_train.precision.emulated import (
     EditedLinear,
     Emulation,
@@ -51,7 +51,7 @@ def add_transform(linear: Linear, module: Module, transform: OperandTransform) -
     Raises:
         UserError: if the layer is one of Transformer Engine.
     """
-    if is_native(module):
+    if is_te_linear(module):
         raise UserError(
             f"{linear.module} of layer {linear.layer} is a linear of Transformer Engine, whose "
             "operands no edit can change: set runtime.kernels=plain (precision.backend=emulated "

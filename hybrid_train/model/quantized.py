@@ -1,4 +1,4 @@
-"""What plain layers multiply: the edit that quantizes their GEMMs, and notes of all others."""
+"""What linear layers multiply: the edit that quantizes GEMMs, and notes of what the rest does."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,76 +13,19 @@ from hybrid_train.anatomy.gemm_formats import Linear, formats_of, fp8_primary_we
 from hybrid_train.megatron import patches, plain
 from hybrid_train.megatron.plain import linear_modules
 from hybrid_train.model.edits import edits_of, emulations_of, linears_of, quantize
-from hybrid_train.precision.audit import Audit, Records, is_native, type_in_words
-from hybrid_train.precision.audit import observe as observe_native
+from hybrid_train.precision.audit import (
+    Audit,
+    Records,
+    is_te_linear,
+    observe_te_linears,
+    type_in_words,
+)
 from hybrid_train.precision.emulated import Stage, emulation_of
 from hybrid_train.precision.fp8_weights import in_fp8
 from hybrid_train.precision.recipes import Scheme, schemes
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.precision import Gemm, Precision
 from hybrid_train.schema.problems import UserError
-
-
-def observe(chunks: Iterable[Module], audit: Audit) -> Callable[[], None]:
-    """Tell an audit of every GEMM of layers that do not tell it themselves.
-
-    Args:
-        chunks: the model chunks of this process, in whatever they are wrapped.
-        audit: of their network.
-
-    Returns:
-        What to call when the step is over.
-    """
-    handles, native = [], []
-    for chunk in map(unwrapped, chunks):
-        # Experts hand their weights out and are multiplied where both projections are at hand.
-        homes: dict[Module, Module] = {
-            part: experts
-            for experts in chunk.modules()
-            if isinstance(experts, plain.Experts)
-            for part in (experts.linear_fc1, experts.linear_fc2)
-        }
-        for linear, module in linear_modules(chunk):
-            if is_native(module):
-                native.append((linear, module))
-            elif not emulations_of(module):
-                home = homes.get(module, module)
-                handles.append(home.register_forward_hook(_noting(linear, module, audit)))
-
-    stop_native = observe_native(native, audit) if native else None
-
-    def stop() -> None:
-        for handle in handles:
-            handle.remove()
-        if stop_native is not None:
-            stop_native()
-
-    return stop
-
-
-def unwrapped(chunk: Module) -> Module:
-    """Return the model itself, without what data parallelism and half precision put around it."""
-    while not hasattr(chunk, "decoder"):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
-
-
-def _noting(linear: Linear, module: Module, audit: Audit) -> Callable[..., None]:
-    weight = type_in_words(next(module.parameters()).dtype)
-
-    def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
-        x = type_in_words(inputs[0].dtype)
-        audit.note(linear, Gemm.fprop, x, weight)
-        result = output[0] if isinstance(output, tuple) else output
-        if result.requires_grad:
-            result.register_hook(lambda grad: note_gradients(grad, x))
-
-    def note_gradients(grad: Tensor, x: str) -> None:
-        audit.note(linear, Gemm.dgrad, type_in_words(grad.dtype), weight)
-        audit.note(linear, Gemm.wgrad, type_in_words(grad.dtype), x)
-
-    return note
-
 
 if TYPE_CHECKING:
     from hybrid_train.precision.quantize import AmaxHistory
@@ -187,3 +130,64 @@ def _as_fp8(weight: Parameter, scheme: Scheme) -> Parameter:
     kept = Parameter(in_fp8(weight, scheme))
     vars(kept).update(vars(weight))  # by which Megatron knows how it is split
     return kept
+
+
+def observe_gemms(chunks: Iterable[Module], audit: Audit) -> Callable[[], None]:
+    """Tell an audit of every GEMM of layers that do not tell it themselves.
+
+    Args:
+        chunks: the model chunks of this process, in whatever they are wrapped.
+        audit: of their network.
+
+    Returns:
+        What to call when the step is over.
+    """
+    handles, native = [], []
+    for chunk in map(unwrapped, chunks):
+        # Experts hand their weights out and are multiplied where both projections are at hand.
+        homes: dict[Module, Module] = {
+            part: experts
+            for experts in chunk.modules()
+            if isinstance(experts, plain.Experts)
+            for part in (experts.linear_fc1, experts.linear_fc2)
+        }
+        for linear, module in linear_modules(chunk):
+            if is_te_linear(module):
+                native.append((linear, module))
+            elif not emulations_of(module):
+                home = homes.get(module, module)
+                handles.append(home.register_forward_hook(_noting(linear, module, audit)))
+
+    stop_native = observe_te_linears(native, audit) if native else None
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+        if stop_native is not None:
+            stop_native()
+
+    return stop
+
+
+def _noting(linear: Linear, module: Module, audit: Audit) -> Callable[..., None]:
+    weight = type_in_words(next(module.parameters()).dtype)
+
+    def note(_: Module, inputs: tuple[Any, ...], output: Any) -> None:
+        x = type_in_words(inputs[0].dtype)
+        audit.note(linear, Gemm.fprop, x, weight)
+        result = output[0] if isinstance(output, tuple) else output
+        if result.requires_grad:
+            result.register_hook(lambda grad: note_gradients(grad, x))
+
+    def note_gradients(grad: Tensor, x: str) -> None:
+        audit.note(linear, Gemm.dgrad, type_in_words(grad.dtype), weight)
+        audit.note(linear, Gemm.wgrad, type_in_words(grad.dtype), x)
+
+    return note
+
+
+def unwrapped(chunk: Module) -> Module:
+    """Return the model itself, without what data parallelism and half precision put around it."""
+    while not hasattr(chunk, "decoder"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk

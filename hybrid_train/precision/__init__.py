@@ -1,4 +1,5 @@
-"""Number formats: quantizers, recipes, emulated GEMMs, what hardware has, and what really ran.
+"""Number formats: schemes, quantizers, emulated GEMMs, what GPUs compute, and what really ran.
 
-Not here: which layers a model has (`model`), which format each gets (`anatomy.gemm_formats`).
+Not here: which format each layer gets (`anatomy/gemm_formats.py`), which layers of a built model
+are quantized (`model/quantized.py`), what is said of it in a run (`training/hooks/rounding.py`).
 """

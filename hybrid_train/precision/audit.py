@@ -1,8 +1,9 @@
-"""What is noted while a network multiplies, and what Transformer Engine's GEMMs really multiply.
+"""What a network's GEMMs really multiply: notes, rounding statistics, and what tells them.
 
-Its linear layers call one function for each GEMM, in a layout that says which: TN is the forward
-GEMM, NN the gradient of the input, NT that of the weight; the first operand is the weight but
-for the last, where it is the input (pytorch/module/linear.py 632, 1424 and 1630 of version 2.20.2).
+Plain layers tell the audit of their network themselves; the layers of Transformer Engine are
+listened to. These call one function for each GEMM, in a layout that says which: TN is the forward
+GEMM, NN the gradient of the input, NT that of the weight; the first operand is the weight but for
+the last, where it is the input (pytorch/module/linear.py 632, 1424 and 1630 of version 2.20.2).
 The operands are objects whose class and quantizer are what is multiplied, whatever was asked.
 """
 
@@ -32,6 +33,14 @@ from hybrid_train.schema.precision import Gemm
 # The formats of both operands in words; experts of one layer multiply alike, or show up twice.
 Seen = dict[tuple[Linear, Gemm], set[tuple[str, str]]]
 Counted = dict[tuple[Linear, Gemm, Operand], OperandStatistics]
+# Layout of a call of Transformer Engine -> the GEMM that it asks for.
+_GEMMS = {"TN": Gemm.fprop, "NN": Gemm.dgrad, "NT": Gemm.wgrad}
+# Module of Transformer Engine -> the function that multiplies, by the name that it has there.
+_CALLS = {
+    "linear": "general_gemm",
+    "layernorm_linear": "general_gemm",
+    "grouped_linear": "general_grouped_gemm",
+}
 
 
 class Audit:
@@ -87,7 +96,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Records:
-    """Those of one network: two networks in a process share none of them."""
+    """What is noted of one network's GEMMs, and the noise that rounds them; no other shares it."""
 
     audit: Audit = field(default_factory=Audit)
     statistics: Statistics = field(default_factory=Statistics)
@@ -99,21 +108,12 @@ def type_in_words(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
 
 
-_GEMMS = {"TN": Gemm.fprop, "NN": Gemm.dgrad, "NT": Gemm.wgrad}
-# Module of Transformer Engine -> the function that multiplies, by the name that it has there.
-_CALLS = {
-    "linear": "general_gemm",
-    "layernorm_linear": "general_gemm",
-    "grouped_linear": "general_grouped_gemm",
-}
-
-
-def is_native(module: Module) -> bool:
+def is_te_linear(module: Module) -> bool:
     """Tell whether a linear layer of a model is core's around Transformer Engine's."""
     return hasattr(module, "te_quant_params")  # extensions/transformer_engine.py 1017
 
 
-def observe(pairs: Iterable[tuple[Linear, Module]], audit: Audit) -> Callable[[], None]:
+def observe_te_linears(pairs: Iterable[tuple[Linear, Module]], audit: Audit) -> Callable[[], None]:
     """Tell an audit of every GEMM of these layers.
 
     Args:
@@ -130,7 +130,7 @@ def observe(pairs: Iterable[tuple[Linear, Module]], audit: Audit) -> Callable[[]
 def observe_calls(
     pairs: Iterable[tuple[Linear, Module]], calls: Iterable[tuple[ModuleType, str]], audit: Audit
 ) -> Callable[[], None]:
-    """Do the same for functions that stand in given modules.
+    """Do what `observe_te_linears` does, for functions that stand in given modules.
 
     A forward GEMM belongs to the layer that is being called; a backward one to the layer whose
     output was the last to get its gradient, since autograd runs its backward pass right after.
@@ -185,7 +185,7 @@ def _telling(multiply: Callable[..., Any], running: _Running, audit: Audit) -> C
         linear = running.forward if gemm is Gemm.fprop else running.backward
         if linear is not None:
             for one, other in zip(_listed(first), _listed(second), strict=True):
-                audit.note(linear, gemm, words(other, gemm), words(one, gemm))
+                audit.note(linear, gemm, operand_in_words(other, gemm), operand_in_words(one, gemm))
         return multiply(first, second, *args, **kwargs)
 
     return told
@@ -196,7 +196,7 @@ def _listed(operand: Any) -> list[Any]:
     return list(operand) if isinstance(operand, list | tuple) else [operand]
 
 
-def words(operand: Any, gemm: Gemm) -> str:
+def operand_in_words(operand: Any, gemm: Gemm) -> str:
     """Say what an operand is, in the words of the recipes (`Scheme`)."""
     kind = next((name for name in _KINDS if _is_a(operand, name)), None)
     if kind is None:

@@ -1,14 +1,13 @@
 """Linear layers whose operands are changed or quantized, with sums in float32, on any machine.
 
-The three GEMMs of a layer each take the operands that its recipe says, so the gradient is that
-of the recipe and not of an ideal linear layer. What hardware does inside a GEMM (the order of
-sums, the width of its accumulators) is not part of it.
+    y = gemm(input_n(... input_1(x)), weight_n(... weight_1(W)))
+
+The transforms of edits act in the order of their stages, and the GEMM comes last; autograd passes
+through all of it. Each of the three GEMMs takes the operands that its recipe says, so the gradient
+is that of the recipe and not of an ideal linear layer. What hardware does inside a GEMM (the order
+of sums, the width of its accumulators) is not emulated.
 
 Dimensions: T tokens (any leading axes), I input width, O output width.
-
-y = gemm(input_n(... input_1(x)), weight_n(... weight_1(W)))
-
-Transforms act in the order of their stages. The GEMM comes last. Autograd passes through all of it.
 """
 
 import enum
@@ -44,11 +43,11 @@ class Emulation:
 
     Attributes:
         linear: whose GEMMs they are.
-        records: of its network, which its GEMMs are noted in, and round with.
+        records: of its network: where its GEMMs are noted, and the noise that rounds them.
         schemes: of both operands of each GEMM; None: as they come.
         histories: of the largest values of each operand, for fp8_delayed.
         rows_vary: whether the number of tokens changes from step to step, as that of experts does:
-            then no GEMM is taken that is compiled for its sizes.
+            then no GEMM is called that is compiled for its sizes.
     """
 
     linear: Linear

@@ -1,15 +1,16 @@
-"""The values of small float formats, and rounding to them: to nearest even, or stochastic.
+"""Small float formats: their values, rounding to them, its noise, and remainders of bfloat16.
 
-The n-th tensor of a step gets what seed, step, rank and n say, so that a resumed run rounds like
-one that never stopped.
+Rounding is to nearest even or stochastic. The noise of the n-th tensor of a step follows from seed,
+step, rank and n, so that a resumed run rounds like one that never stopped.
+
+A remainder is the 16 bits by which a float32 number differs from the bfloat16 next to it. Numbers
+of one sign lie in the order of their bits, so the bits of the float32 number are those of the
+bfloat16 one, 16 places higher, plus the signed remainder. Together they take as much as the float32
+number, and the bfloat16 part is what the forward pass needs anyway: a master weight costs two bytes
+more than its weight. So Transformer Engine keeps it (`store_param_remainders`).
 
 Sources: E4M3 and E5M2, Micikevicius et al., arXiv:2209.05433, table 1 (E4M3 without infinities);
 E2M1 and E8M0, the OCP Microscaling Formats specification 1.0, sections 5.3 and 5.4.
-
-Numbers of one sign lie in the order of their bits, so the bits of the float32 number are those of
-the bfloat16 one, 16 places higher, plus a signed remainder. Together they take as much as the
-float32 number, and the bfloat16 part is what the forward pass needs anyway: a master weight costs
-two bytes more than its weight. So Transformer Engine keeps it (`store_param_remainders`).
 """
 
 import hashlib
@@ -22,60 +23,14 @@ from torch import Tensor
 from hybrid_train.precision.recipes import Element
 
 UNIT = 2.0**-16  # what a drawn number counts
-_PER_WORD = 4  # numbers in 64 bits
-_ODD = 0x0001_0001_0001_0001
+_NUMBERS_PER_WORD = 4  # of 16 bits each, in 64
+_ODD_NUMBERS = 0x0001_0001_0001_0001  # the lowest bit of each number of a word
 _SEED_BYTES = 24  # three words of state; the fourth is a counter
-
-
-class Noise:
-    """Draws the noise of one tensor after the other."""
-
-    def __init__(self) -> None:
-        self._place = (0, 0, 0)
-        self._drawn = 0
-        # Twice as fast as the generator of torch; NumPy promises that its stream never changes.
-        self._words = np.random.SFC64(0)
-
-    def start_step(self, seed: int, step: int, rank: int) -> None:
-        """Begin the stream of a step."""
-        self._place, self._drawn = (seed, step, rank), 0
-
-    def draw(self, like: Tensor) -> Tensor:
-        """Return random odd numbers, int16, of the shape and on the device of `like`.
-
-        They count `UNIT`: -0.5 to 0.5, without both, as far apart as 2^-15, with a mean of zero. A
-        probability is off by at most 2^-16. CPU and GPU have streams of their own.
-        """
-        place = ",".join(map(str, (*self._place, self._drawn)))
-        self._drawn += 1
-        key = hashlib.blake2b(place.encode(), digest_size=_SEED_BYTES).digest()
-        count = max(1, -(-like.numel() // _PER_WORD))
-        words = self._on_cpu(key, count) if like.device.type == "cpu" else _on_gpu(key, count, like)
-        words.bitwise_or_(_ODD)
-        return words.view(torch.int16)[: like.numel()].view(like.shape)
-
-    def _on_cpu(self, key: bytes, count: int) -> Tensor:
-        """Draw words after a state that a hash has mixed."""
-        state = np.append(np.frombuffer(key, dtype="<u8"), np.uint64(1))
-        self._words.state = {
-            "bit_generator": "SFC64",
-            "state": {"state": state},
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
-        return torch.from_numpy(self._words.random_raw(count).view(np.int64))
-
-
-def _on_gpu(key: bytes, count: int, like: Tensor) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(int.from_bytes(key[:8]) >> 1)
-    words = torch.empty(count, dtype=torch.int64, device=like.device)
-    return words.random_(-(2**63), None, generator=generator)
-
-
 _MANTISSA = 23  # bits of float32
 _EXPONENT_MASK = 0x7F800000
 # Added and taken away again, it leaves float32 no room for more than whole steps.
 _ROUNDER = 1.5 * 2.0**_MANTISSA
+_MIN_REMAINDER, _MAX_REMAINDER = -(2**15), 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -133,7 +88,7 @@ def round_to(x: Tensor, element: Element, noise: Tensor | None = None) -> Tensor
 def round_to_(x: Tensor, element: Element, scratch: Tensor, noise: Tensor | None = None) -> Tensor:
     """Round in place like `round_to`, with passes over memory counted; values must be in range.
 
-    Zeros may lose their sign. `scratch` is like x; noise is as whole multiples of `noise.UNIT`.
+    Zeros may lose their sign. `scratch` is like x; noise is as whole multiples of `UNIT`.
     """
     grid = GRIDS[element]
     torch.bitwise_and(x.view(torch.int32), _EXPONENT_MASK, out=scratch.view(torch.int32))
@@ -184,7 +139,49 @@ def decode(codes: Tensor, element: Element) -> Tensor:
     return torch.where(value.abs() > grid.largest, torch.nan, value)
 
 
-_LEAST, _MOST = -(2**15), 2**15 - 1
+class Noise:
+    """Draws the noise of one tensor after the other."""
+
+    def __init__(self) -> None:
+        self._place = (0, 0, 0)
+        self._drawn = 0
+        # Twice as fast as the generator of torch; NumPy promises that its stream never changes.
+        self._words = np.random.SFC64(0)
+
+    def start_step(self, seed: int, step: int, rank: int) -> None:
+        """Begin the stream of a step."""
+        self._place, self._drawn = (seed, step, rank), 0
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Return random odd numbers, int16, of the shape and on the device of `like`.
+
+        They count `UNIT`: -0.5 to 0.5, without both, as far apart as 2^-15, with a mean of zero. A
+        probability is off by at most 2^-16. CPU and GPU have streams of their own.
+        """
+        place = ",".join(map(str, (*self._place, self._drawn)))
+        self._drawn += 1
+        key = hashlib.blake2b(place.encode(), digest_size=_SEED_BYTES).digest()
+        count = max(1, -(-like.numel() // _NUMBERS_PER_WORD))
+        words = self._on_cpu(key, count) if like.device.type == "cpu" else _on_gpu(key, count, like)
+        words.bitwise_or_(_ODD_NUMBERS)
+        return words.view(torch.int16)[: like.numel()].view(like.shape)
+
+    def _on_cpu(self, key: bytes, count: int) -> Tensor:
+        """Draw words after a state that a hash has mixed."""
+        state = np.append(np.frombuffer(key, dtype="<u8"), np.uint64(1))
+        self._words.state = {
+            "bit_generator": "SFC64",
+            "state": {"state": state},
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return torch.from_numpy(self._words.random_raw(count).view(np.int64))
+
+
+def _on_gpu(key: bytes, count: int, like: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(key[:8]) >> 1)
+    words = torch.empty(count, dtype=torch.int64, device=like.device)
+    return words.random_(-(2**63), None, generator=generator)
 
 
 def split_remainder(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +203,7 @@ def remainder_of(master: Tensor, weight: Tensor) -> Tensor:
     this one rounds to the weight: one ulp from the master if it was a tie.
     """
     distance = master.view(torch.int32) - _raised(weight)
-    return distance.clamp_(_LEAST, _MOST).to(torch.int16)
+    return distance.clamp_(_MIN_REMAINDER, _MAX_REMAINDER).to(torch.int16)
 
 
 def _raised(weight: Tensor) -> Tensor:

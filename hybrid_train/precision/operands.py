@@ -15,10 +15,10 @@ from hybrid_train.precision.quantize import (
     Factors,
     block_of,
     factors,
-    filled,
-    given,
+    factors_of_scale,
     in_blocks,
-    rotated,
+    pad_noise,
+    rotated_by_scheme,
 )
 from hybrid_train.precision.recipes import (
     Element,
@@ -103,15 +103,15 @@ def quantize_dequantize(
         noise: for stochastic rounding.
         statistics: where to count what rounding does; None: nowhere.
     """
-    values = rotated(x, scheme, axis) if scheme.hadamard else x
+    values = rotated_by_scheme(x, scheme, axis) if scheme.hadamard else x
     if not values.numel():
         return values.to(torch.float32)
     # One block of all values needs no second axis, and is cut better without.
     block = (1, 1) if scheme.shape is Shape.tensor else block_of(values, scheme, axis)
     blocks = in_blocks(values.contiguous(), block)
-    noise = None if noise is None else in_blocks(filled(noise, values.shape), block)
+    noise = None if noise is None else in_blocks(pad_noise(noise, values.shape), block)
     if scale is not None:
-        found = given(scale)
+        found = factors_of_scale(scale)
     elif scheme.shape is Shape.tensor:
         found = factors(_tensor_amax(blocks), scheme, x.dtype)
     else:
@@ -215,7 +215,7 @@ def _rounded(
             chance = scratch if bits is None else torch.empty_like(scratch)
         if chunk.dtype == own.dtype:
             torch.mul(chunk, up, out=own)
-        else:  # a GEMM of two types would be slower
+        else:  # multiplying two types would be slower
             own.copy_(chunk).mul_(up)
         if clips:
             own.clamp_(-largest, largest)

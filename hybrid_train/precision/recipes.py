@@ -1,4 +1,4 @@
-"""How operands are quantized, as data, and the recipes: which format does so with which operand.
+"""How operands are quantized, as data, and how each format quantizes each operand of a GEMM.
 
 Sources: per-tensor scaling, Micikevicius et al., arXiv:2209.05433, and Nemotron-H,
 arXiv:2504.03624, section 2.4; blocks of 128, DeepSeek-V3, arXiv:2412.19437, section 3.3; MX, the
@@ -47,8 +47,8 @@ class Scheme:
         block: length of a vector, side of a square; 0 for a tensor.
         stochastic: round stochastically, so that the mean is exact; else to nearest, ties to
             even.
-        hadamard: turn each 16 neighbours along the axis of the sum by one fixed random Hadamard
-            transform first; both operands of a GEMM have it, so the GEMM stays.
+        hadamard: rotate each 16 neighbours along the axis of the sum by one fixed random Hadamard
+            transform first; both operands of a GEMM have it, so its result stays the same.
     """
 
     element: Element
@@ -96,8 +96,8 @@ def schemes(format: GemmFormat, gemm: Gemm, precision: Precision) -> tuple[Schem
     return _scheme(format, left, gemm, precision), _scheme(format, right, gemm, precision)
 
 
-def in_words(format: GemmFormat, gemm: Gemm, precision: Precision) -> tuple[str, str]:
-    """Say what both operands of a GEMM are, as an audit notes them."""
+def operands_as_asked(format: GemmFormat, gemm: Gemm, precision: Precision) -> tuple[str, str]:
+    """Say what both operands of a GEMM should be, in the words of an audit."""
     found = schemes(format, gemm, precision)
     if found is None:
         name = {"fp32": "float32", "bf16": "bfloat16"}[format.value]

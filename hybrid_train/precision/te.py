@@ -1,9 +1,8 @@
-"""Gateway to Transformer Engine: our precision section as its recipes; what a GPU computes.
+"""Gateway to Transformer Engine: which GPU computes which format, and our settings as its recipes.
 
-The table holds the facts of its `_compute_*_support` functions (pytorch/quantization.py 141-183),
-so that a machine without a GPU can be asked about one.
-
-Nothing is imported before it is asked for. Files and lines are those of version 2.20.2.
+`SUPPORT` holds the facts of its `_compute_*_support` functions (pytorch/quantization.py 141-183),
+so that a machine without a GPU can be asked about one. The library is imported only where a recipe
+or a module of it is asked for. Files and lines are those of version 2.20.2.
 """
 
 import importlib
@@ -126,10 +125,10 @@ def present_gpu() -> Gpu:
 
 def require_formats(job: TrainJob) -> None:
     """Raise a UserError if the present GPU lacks a format that a job asks for."""
-    require(job, present_gpu())
+    require_formats_on(job, present_gpu())
 
 
-def require(job: TrainJob, gpu: Gpu) -> None:
+def require_formats_on(job: TrainJob, gpu: Gpu) -> None:
     """Raise a UserError if a GPU lacks a format that a job asks for, or its scales."""
     found = formats_of(job.model, job.precision)
     formats = [format for one in found.values() for format in one.formats.values()]

@@ -1,4 +1,5 @@
-"""The one loop, the step, objectives and hooks.
+"""The one loop, the step, objectives, networks with their optimizers, and hooks.
 
-Not here: the wiring of a run (`jobs`).
+Not here: how a run is put together (`jobs/train.py`), how networks and objectives are built
+(`jobs/networks.py`), forward and backward passes (`megatron/forward_backward.py`).
 """

@@ -27,6 +27,8 @@ from hybrid_train.training.bad_steps import (
 from hybrid_train.training.network import Network
 from hybrid_train.training.objective import Objective, Turn
 
+_BAD_STEP_ERRORS = (NonFiniteError, SpikeError, NoLabelsError)
+
 
 @dataclass
 class StepReport:
@@ -104,7 +106,7 @@ def run_objective(
     if reports and network.groups.tp.rank() == 0:  # tensor ranks hold the same losses
         sums[: len(terms)] += torch.stack([report["sums"] for report in reports]).sum(dim=0)
         for batch, report in zip(microbatches, reports, strict=True):
-            _add(sums[len(terms) :], batch, report["rows"])
+            _add_by_source(sums[len(terms) :], batch, report["rows"])
     names = (*objective.names, *(f"loss/{name}" for name in sources))
     drawn = dict(zip(sources, map(int, counts[told:-1].tolist()), strict=True))
     return Losses(names, sums, counts[:told], drawn)
@@ -119,19 +121,16 @@ def _by_source(microbatches: Sequence[Batch], sources: int, like: Tensor) -> tup
     weights, labels = like.new_zeros(sources), like.new_zeros(sources + 1)
     for batch in microbatches:
         weighed = (batch.loss_weights != 0).sum(dim=1).to(like.dtype)
-        _add(weights, batch, batch.loss_weights.sum(dim=1))
-        _add(labels[:-1], batch, weighed)
+        _add_by_source(weights, batch, batch.loss_weights.sum(dim=1))
+        _add_by_source(labels[:-1], batch, weighed)
         labels[-1] += weighed.sum()
     return weights, labels
 
 
-def _add(by_source: Tensor, batch: Batch, rows: Tensor) -> None:
+def _add_by_source(by_source: Tensor, batch: Batch, rows: Tensor) -> None:
     """Add a figure of each row of a microbatch, [B], to that of its source."""
     if len(by_source) and batch.source is not None:
         by_source.index_add_(0, batch.source, rows)
-
-
-_BAD = (NonFiniteError, SpikeError, NoLabelsError)
 
 
 @dataclass
@@ -180,7 +179,7 @@ class Engine:
         skips = bad_steps is not None and bad_steps.skips_nonfinite
         if taken.kind == NonFiniteError.kind and not skips:
             end = tokens_seen + sequences * self.sequence_length
-            where = f"tokens {tokens_seen} to {end}{_in_words(taken.drawn)}"
+            where = f"tokens {tokens_seen} to {end}{_sources_in_words(taken.drawn)}"
             raise NonFiniteError(f"step {self.steps_done + 1}: {taken.skipped}; {where}")
         loss = taken.metrics.pop(self.objective.names[0], math.nan)
         if bad_steps is not None:
@@ -208,7 +207,7 @@ class Engine:
             try:
                 with self._alone(network):
                     self._take_turn(turn, microbatches, taken, bad_steps)
-            except _BAD as error:
+            except _BAD_STEP_ERRORS as error:
                 assert network.finalizer is not None
                 network.finalizer.restore_expert_biases()
                 taken.skipped = self._located(error, turn, microbatches, rate)
@@ -380,7 +379,7 @@ class _Taken:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def _in_words(drawn: Mapping[str, int]) -> str:
+def _sources_in_words(drawn: Mapping[str, int]) -> str:
     """Say which sources a step read: ", of web 300, code 20"."""
     named = [f"{name} {count}" for name, count in drawn.items() if count]
     return f", of {', '.join(named)}" if named else ""

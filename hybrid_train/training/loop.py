@@ -1,6 +1,6 @@
 """The one training loop, the state of a run, and the hooks that react to its events.
 
-fit_start(run)
+    fit_start(run)
     while tokens are left and nobody asked to stop:
         step_start(run)
         ... one step ...

@@ -1,4 +1,4 @@
-"""A model on this process, with all that belongs to it alone: optimizer, rate, records."""
+"""A model on this process, with all that belongs to it alone: optimizer, rate, loads of experts."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class Routing:
-    """The expert layers of a network.
+    """The expert layers of a network, and the message of what their routers did in a step.
 
     Attributes:
         layers: all of them, also those of other pipeline stages.

@@ -93,7 +93,7 @@ def _no_folder(patch: pytest.MonkeyPatch) -> None:
     def no_space(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    patch.setattr(store, "_empty", no_space)
+    patch.setattr(store, "_make_empty", no_space)
 
 
 def _no_memory(patch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train import __version__
-from hybrid_train.checkpoint import checksums, layout
+from hybrid_train.checkpoint import layout
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.schema.formats import FILE_NAME, KEY, RUN_FOLDER, TOKEN_FILES, Format
 from tests.formats.make import CORPUS, ROW, ROWS, RUN, STEPS, TRAINING
@@ -91,7 +91,7 @@ def make_newer(run_dir: Path, what: str) -> None:
     stamp |= {"version": stamp["version"] + 1, "written_by": "9.9.9"}
     path.write_text(json.dumps(said))
     if what == "checkpoint":
-        checksums.write(path.parent, {})
+        layout.write_checksums(path.parent, {})
 
 
 @pytest.mark.parametrize("what", ["run folder", "checkpoint"])

@@ -142,16 +142,16 @@ def test_native_products_are_the_emulated_ones(gpu_groups: Any, format: GemmForm
 
 def audited(job: TrainJob, groups: Any) -> list[dict[str, Any]]:
     """The rows of the audit of one forward and backward pass."""
-    from hybrid_train.model.quantized import observe
-    from hybrid_train.training.hooks.rounding import table
+    from hybrid_train.model.quantized import observe_gemms
+    from hybrid_train.training.hooks.rounding import audit_rows
 
     model = model_of(job, groups)
     audit = Audit()
-    stop = observe([model], audit)
+    stop = observe_gemms([model], audit)
     audit.start()
     run(model)
     stop()
-    return list(table(formats_of(job.model, job.precision), job.precision, audit.stop()))
+    return list(audit_rows(formats_of(job.model, job.precision), job.precision, audit.stop()))
 
 
 def surprises(rows: list[dict[str, Any]]) -> list[str]:

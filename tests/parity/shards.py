@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.checkpoint.shards import places
+from hybrid_train.checkpoint.shards import shards_of
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.checkpoints import sharded_tensors
 
@@ -27,13 +27,13 @@ class Shard:
 def weights(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield every parameter and buffer that this process holds."""
     for chunk in chunks:
-        yield from _kept(chunk) if data_parallel.is_split(chunk) else _shards(chunk.module)
+        yield from _kept(chunk) if data_parallel.is_fsdp(chunk) else _shards(chunk.module)
 
 
 def gradients(chunks: Sequence[Any]) -> Iterator[Shard]:
     """Yield the reduced gradient of every parameter of this process."""
     for chunk in chunks:
-        if data_parallel.is_split(chunk):
+        if data_parallel.is_fsdp(chunk):
             yield from _kept_gradients(chunk)
             continue
         _gather_gradients(chunk)
@@ -75,8 +75,8 @@ def _shards(model: Any) -> Iterator[Shard]:
 
 def _kept(chunk: Any) -> Iterator[Shard]:
     """Yield what Megatron-FSDP leaves to this process: boxes of the whole tensors."""
-    for place in places([chunk], ProcessGroupCollection.use_mpu_process_groups()):
-        tensor = place.weight
+    for shard in shards_of([chunk], ProcessGroupCollection.use_mpu_process_groups()):
+        tensor = shard.weight
         numbered = tensor.prepend_axis_num
         size = (1,) * numbered + tuple(tensor.data.shape)
         axes = zip(tensor.global_offset, size, strict=True)

@@ -1,4 +1,5 @@
-"""Reactions to events of the loop, one concern a file.
+"""Reactions to events of the loop: checkpoints, reports, rounding, profiles, and the processes.
 
-Not here: the loop itself (`training/loop.py`).
+Not here: the loop and the base class of hooks (`training/loop.py`), where they are put together
+(`jobs/train.py`).
 """

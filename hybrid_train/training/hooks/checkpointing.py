@@ -1,4 +1,4 @@
-"""Saves a run at an interval, at its end, on a stop; goes back where steps fail; enters phases."""
+"""Hooks that save a run, go back to a checkpoint where steps fail, and enter the next phase."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.save_load import read_weights
-from hybrid_train.checkpoint.shards import Content, Held
+from hybrid_train.checkpoint.shards import Content, HeldNetwork
 from hybrid_train.checkpoint.writing import KeptSavePlan
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.megatron import data_parallel
@@ -24,51 +24,12 @@ from hybrid_train.training.bad_steps import NoLabelsError
 from hybrid_train.training.engine import Engine, StepReport
 from hybrid_train.training.loop import Hook, Run
 
-
-class EnterPhases(Hook):
-    """Calls `enter(run, phase, phase before)` between two steps of different phases."""
-
-    def __init__(
-        self, phases: Sequence[PhaseSpan], enter: Callable[[Run, PhaseSpan, PhaseSpan], None]
-    ) -> None:
-        self._phases = phases
-        self._enter = enter
-        self._present: PhaseSpan | None = None
-
-    def fit_start(self, run: Run) -> None:
-        self._present = phase_at(self._phases, run.state.tokens)
-
-    def step_start(self, run: Run) -> None:
-        phase = phase_at(self._phases, run.state.tokens)
-        if phase is not self._present and self._present is not None:
-            self._enter(run, phase, self._present)
-            self._present = phase
-
-
 _log = logging.getLogger(__name__)
-
-
-def content_of(engine: Engine) -> Content:
-    """Name what a checkpoint of this run holds, and complete it; every process calls this."""
-    held = []
-    for name, network in engine.networks.items():
-        data_parallel.complete_parameters(network.chunks)
-        assert network.optimizer is not None, f"{name} is not trained"
-        name_in_keys = name if len(engine.networks) > 1 else ""
-        held.append(Held(network.chunks, network.optimizer, network.groups, name_in_keys))
-    return Content(tuple(held))
-
-
-def load_weights(folder: Path, engine: Engine) -> None:
-    """Begin with the weights of a checkpoint, and with new moments; every process calls this."""
-    for held in content_of(engine).networks:
-        read_weights(folder, held.chunks, held.groups, held.name)
-        held.optimizer.reload_model_params()
 
 
 @dataclasses.dataclass
 class _InFlight:
-    """The save that is being written."""
+    """A save that is being written."""
 
     saving: store.Saving
     start: float
@@ -76,7 +37,7 @@ class _InFlight:
 
 
 class SaveCheckpoints(Hook):
-    """Writes a checkpoint; the newest `keep` stay.
+    """Saves at an interval, at the end and on a stop; the newest `keep` checkpoints stay.
 
     With `async_save` training goes on while it is written, from a copy in host memory. A thread
     gives it its name when a step finds it written by all processes; the next save waits for that.
@@ -191,25 +152,28 @@ class SaveCheckpoints(Hook):
         _log.info("saved %s in %.1f s, training waited %.1f s", path, end - done.start, waited_s)
 
 
-def ways_on(run_dir: Path) -> str:
-    """Say how to go on after a step that was not taken and ended the run."""
-    newest = layout.latest(run_dir)
-    if newest is None:
-        return (
-            "There is no checkpoint to go on from: start in another folder with a lower learning "
-            "rate or other data (run_dir=... schedule.peak_lr=... train.seed=...), and save "
-            "earlier (checkpoint.interval=...)"
-        )
-    return (
-        "Nothing was updated, so the checkpoints are as they were: go on in another folder, from "
-        "the newest, or an older one if that fails alike, with a lower learning rate or other "
-        f"data: run_dir=... {typed(setting('checkpoint.load', newest.path))} "
-        "schedule.peak_lr=... train.seed=..."
-    )
+def content_of(engine: Engine) -> Content:
+    """Name what a checkpoint of this run holds, and complete it; every process calls this."""
+    held = []
+    for name, network in engine.networks.items():
+        data_parallel.complete_parameters(network.chunks)
+        assert network.optimizer is not None, f"{name} is not trained"
+        name_in_keys = name if len(engine.networks) > 1 else ""
+        held.append(HeldNetwork(network.chunks, network.optimizer, network.groups, name_in_keys))
+    return Content(tuple(held))
+
+
+def load_weights(folder: Path, engine: Engine) -> None:
+    """Begin with the weights of a checkpoint, and with new moments; every process calls this."""
+    for held in content_of(engine).networks:
+        read_weights(folder, held.chunks, held.groups, held.name)
+        held.optimizer.reload_model_params()
 
 
 class Recover(Hook):
-    """Comes after the metrics and before the save.
+    """Notes steps that were not taken; goes back to a checkpoint where they come in a row.
+
+    It comes after the metrics and before the save.
 
     A run that goes back takes weights and optimizer from the checkpoint, not the position: the
     batches that did the harm are not read again.
@@ -287,3 +251,40 @@ class Recover(Hook):
         )
         error.on_all_ranks, error.kind = True, report.skipped_kind
         return error
+
+
+def ways_on(run_dir: Path) -> str:
+    """Say how to go on after a step that was not taken and ended the run."""
+    newest = layout.latest(run_dir)
+    if newest is None:
+        return (
+            "There is no checkpoint to go on from: start in another folder with a lower learning "
+            "rate or other data (run_dir=... schedule.peak_lr=... train.seed=...), and save "
+            "earlier (checkpoint.interval=...)"
+        )
+    return (
+        "Nothing was updated, so the checkpoints are as they were: go on in another folder, from "
+        "the newest, or an older one if that fails alike, with a lower learning rate or other "
+        f"data: run_dir=... {typed(setting('checkpoint.load', newest.path))} "
+        "schedule.peak_lr=... train.seed=..."
+    )
+
+
+class EnterPhases(Hook):
+    """Calls `enter(run, phase, phase before)` between two steps of different phases."""
+
+    def __init__(
+        self, phases: Sequence[PhaseSpan], enter: Callable[[Run, PhaseSpan, PhaseSpan], None]
+    ) -> None:
+        self._phases = phases
+        self._enter = enter
+        self._present: PhaseSpan | None = None
+
+    def fit_start(self, run: Run) -> None:
+        self._present = phase_at(self._phases, run.state.tokens)
+
+    def step_start(self, run: Run) -> None:
+        phase = phase_at(self._phases, run.state.tokens)
+        if phase is not self._present and self._present is not None:
+            self._enter(run, phase, self._present)
+            self._present = phase

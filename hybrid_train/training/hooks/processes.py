@@ -1,4 +1,4 @@
-"""What keeps processes together: they stop and collect garbage at the same steps; who is slow."""
+"""Hooks over all processes: they stop and collect garbage at the same steps, and name slow ones."""
 
 import gc
 import logging
@@ -21,8 +21,20 @@ if TYPE_CHECKING:
     import signal
 
 
+# Parts of a step that are compared. Each process does these for itself, so their time is its own;
+# what waits for others is left out.
+_PARTS = (heartbeat.DATA, heartbeat.FORWARD_BACKWARD, heartbeat.OPTIMIZER)
+_PROBE = "GEMM"  # the same work on every process: a slow device shows under any layout
+_PROBE_OF = {"cpu": (256, torch.float32), "cuda": (4096, torch.bfloat16)}
+_LEAST_S = 0.002  # a step; below that, clocks and schedulers make the difference
+_log = logging.getLogger(__name__)
+
+
 class StopOnSignal(Hook):
-    """All processes agree on the signal, so that all save the same step."""
+    """Stops the run between two steps when any process got a signal, or time is up.
+
+    All processes agree on it, so that all save the same step.
+    """
 
     def __init__(self, time_limit_s: float | None = None) -> None:
         """Listen from now on.
@@ -43,8 +55,8 @@ class StopOnSignal(Hook):
         self._agree(run)
 
     def _agree(self, run: Run) -> None:
-        received, rank, ranks = self._signals.received, dist.get_rank(), dist.get_world_size()
-        mine = -1 if received is None else SIGNALS.index(received) * ranks + rank
+        received, rank, world = self._signals.received, dist.get_rank(), dist.get_world_size()
+        mine = -1 if received is None else SIGNALS.index(received) * world + rank
         late = rank == 0 and self._end is not None and time.monotonic() > self._end
         told = torch.tensor([mine, late], device=run.engine.network.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
@@ -52,7 +64,7 @@ class StopOnSignal(Hook):
         if time_is_up:
             self._time_is_up = run.stop_requested = True
         if theirs >= 0:
-            self.signal, self._rank = SIGNALS[theirs // ranks], theirs % ranks
+            self.signal, self._rank = SIGNALS[theirs // world], theirs % world
             run.stop_requested = True
 
     def how_it_ended(self) -> tuple[str, str, str, tuple[int, ...]]:
@@ -71,7 +83,10 @@ class StopOnSignal(Hook):
 
 
 class CollectGarbage(Hook):
-    """Takes over from Python's own timing while the run lasts."""
+    """Collects garbage at the same steps on all processes, so that none makes the others wait.
+
+    It takes over from Python's own timing while the run lasts.
+    """
 
     def __init__(self, interval: int = 100) -> None:
         self._interval = interval
@@ -90,16 +105,8 @@ class CollectGarbage(Hook):
         gc.enable()
 
 
-# Each process does these for itself, so their time is its own. What waits for others is left out.
-_PARTS = (heartbeat.DATA, heartbeat.FORWARD_BACKWARD, heartbeat.OPTIMIZER)
-_PROBE = "GEMM"  # the same work on every process: a slow device shows under any layout
-_PROBE_OF = {"cpu": (256, torch.float32), "cuda": (4096, torch.bfloat16)}
-_LEAST_S = 0.002  # a step; below that, clocks and schedulers make the difference
-_log = logging.getLogger(__name__)
-
-
 class CompareProcesses(Hook):
-    """Compares the mean times since the last comparison."""
+    """Tells which processes are slower than the others, by mean times since the last comparison."""
 
     def __init__(self, settings: Recovery, run_dir: Path) -> None:
         self._interval, self._ratio = settings.straggler_interval, settings.straggler_ratio
@@ -149,13 +156,13 @@ def stragglers(times: list[list[float]], ratio: float) -> list[str]:
 
 
 def _probe(device: torch.device) -> float:
-    """Time the same product on every process, the best of three."""
+    """Time the same GEMM on every process, the best of three."""
     size, dtype = _PROBE_OF[device.type]
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()  # until a GPU has done it
+        result = a @ a
+        result[0, 0].item()  # until a GPU has done it
         seconds.append(time.perf_counter() - start)
     return min(seconds)

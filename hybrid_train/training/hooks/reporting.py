@@ -1,4 +1,4 @@
-"""Measures the validation loss at an interval, and tells the trackers what each step did."""
+"""Hooks that tell the trackers what each step did, and measure the validation loss."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,30 +9,14 @@ from hybrid_train.tracking.trackers import Tracker
 from hybrid_train.training.engine import StepReport
 from hybrid_train.training.loop import Hook, Run
 
-
-class Validate(Hook):
-    """Adds the losses on held-out text to the report of the step."""
-
-    def __init__(self, interval: int, baseline: Callable[[], float | None]) -> None:
-        self._interval = interval
-        self._baseline = baseline  # loss of the unigram distribution; known to the main process
-
-    def step_end(self, run: Run, report: StepReport) -> None:
-        due = self._interval and run.state.step % self._interval == 0
-        if run.validation is None or not (due or run.is_complete):
-            return
-        for name, value in run.engine.evaluate(run.validation).items():
-            report.metrics[f"validation_{name}"] = value
-        baseline = self._baseline()
-        if baseline is not None:
-            report.metrics["unigram_loss"] = baseline
-
-
 _PAUSES = {heartbeat.SAVE: "save_time_s", heartbeat.VALIDATION: "validation_time_s"}
 
 
 class LogMetrics(Hook):
-    """One record a step, on the main process; comes after the hooks that add to the report."""
+    """Tells the trackers one record a step, on the main process.
+
+    It comes after the hooks that add to the report.
+    """
 
     def __init__(
         self,
@@ -98,3 +82,21 @@ class LogMetrics(Hook):
 
     def fit_failed(self, run: Run) -> None:
         self._tracker.close()
+
+
+class Validate(Hook):
+    """Measures losses on held-out text at an interval and at the end; the report gets them."""
+
+    def __init__(self, interval: int, baseline: Callable[[], float | None]) -> None:
+        self._interval = interval
+        self._baseline = baseline  # loss of the unigram distribution; known to the main process
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        due = self._interval and run.state.step % self._interval == 0
+        if run.validation is None or not (due or run.is_complete):
+            return
+        for name, value in run.engine.evaluate(run.validation).items():
+            report.metrics[f"validation_{name}"] = value
+        baseline = self._baseline()
+        if baseline is not None:
+            report.metrics["unigram_loss"] = baseline

@@ -1,4 +1,4 @@
-"""Compares what every linear layer multiplied with what was asked; measures what rounding does."""
+"""Hooks that compare what linear layers multiply with what was asked, and measure rounding."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from hybrid_train.anatomy.gemm_formats import (
     formats_of,
     quantizes,
 )
-from hybrid_train.model.quantized import observe
+from hybrid_train.model.quantized import observe_gemms
 from hybrid_train.precision.audit import (
     Audit,
     Counted,
@@ -23,8 +23,7 @@ from hybrid_train.precision.audit import (
     Statistics,
 )
 from hybrid_train.precision.operands import OperandStatistics
-from hybrid_train.precision.recipes import Operand
-from hybrid_train.precision.recipes import in_words as words_of
+from hybrid_train.precision.recipes import Operand, operands_as_asked
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.precision import Gemm, Precision
 from hybrid_train.schema.problems import UserError
@@ -33,8 +32,8 @@ from hybrid_train.tracking.jsonl import drop_after
 from hybrid_train.training.engine import StepReport
 from hybrid_train.training.loop import Hook, Run
 
-AUDIT_NAME = "precision.json"
-STATISTICS_NAME = "precision_statistics.jsonl"
+AUDIT_FILE = "precision.json"
+STATISTICS_FILE = "precision_statistics.jsonl"
 _SHOWN = 12  # differences in an error
 _log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class AuditPrecision(Hook):
         quantized = run.engine.network.quantized
         self._audit = Audit() if quantized is None else quantized.records.audit
         self._audit.start()
-        self._observed = observe(run.engine.network.chunks, self._audit)
+        self._observed = observe_gemms(run.engine.network.chunks, self._audit)
 
     def step_end(self, run: Run, report: StepReport) -> None:
         if self._observed is None:
@@ -75,7 +74,7 @@ class AuditPrecision(Hook):
         self._observed()
         self._observed = None
         formats = formats_of(self._job.model, self._job.precision)
-        rows = list(table(formats, self._job.precision, _of_all_ranks(self._audit.stop())))
+        rows = list(audit_rows(formats, self._job.precision, _of_all_ranks(self._audit.stop())))
         wrong = [row for row in rows if not row["as_asked"]]
         if ranks.is_main():
             self._write(run.state.step, rows)
@@ -84,7 +83,7 @@ class AuditPrecision(Hook):
             self._complain(wrong)
 
     def _write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        path = self._run_dir / AUDIT_NAME
+        path = self._run_dir / AUDIT_FILE
         steps = json.loads(path.read_text()) if path.is_file() else {}
         steps[str(step)] = rows
         half = path.with_suffix(".tmp")
@@ -96,7 +95,7 @@ class AuditPrecision(Hook):
         if not quantizes(self._job.model, precision):
             return
         found = "as asked" if not wrong else f"{wrong} GEMMs NOT as asked"
-        _log.info("GEMMs of this step, %s (%s):", found, self._run_dir / AUDIT_NAME)
+        _log.info("GEMMs of this step, %s (%s):", found, self._run_dir / AUDIT_FILE)
         for line in gemm_formats.table_lines(formats, precision.exceptions):
             _log.info("  %s", line)
 
@@ -117,7 +116,7 @@ class AuditPrecision(Hook):
         raise error
 
 
-def table(
+def audit_rows(
     formats: Mapping[Linear, Formats], precision: Precision, seen: Seen
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every GEMM: what was asked, why, and what its operands were."""
@@ -135,17 +134,17 @@ def table(
                 "asked": format.value,
                 "why": "" if number is None else f"{number}: {precision.exceptions[number]}",
                 "operands": [" x ".join(pair) for pair in operands],
-                "as_asked": operands == [words_of(format, gemm, precision)],
+                "as_asked": operands == [operands_as_asked(format, gemm, precision)],
             }
 
 
 def _of_all_ranks(seen: Seen) -> Seen:
     """Bring together what the ranks noted; each holds a part of the layers."""
-    all_or_none: Seen = {}
+    merged: Seen = {}
     for part in _gathered(seen):
         for key, pairs in part.items():
-            all_or_none.setdefault(key, set()).update(pairs)
-    return all_or_none
+            merged.setdefault(key, set()).update(pairs)
+    return merged
 
 
 def _gathered(part: Any) -> list[Any]:
@@ -169,7 +168,7 @@ class MeasureRounding(Hook):
             interval: steps from one measurement to the next.
             resume_step: step of the checkpoint that the run goes on from; lines after it go.
         """
-        self._path = run_dir / STATISTICS_NAME
+        self._path = run_dir / STATISTICS_FILE
         self._interval = interval
         self._resume_step = resume_step
         self._statistics: Statistics | None = None  # that listen to the present step
@@ -190,7 +189,7 @@ class MeasureRounding(Hook):
     def step_end(self, run: Run, report: StepReport) -> None:
         if self._statistics is None:
             return
-        counted = _added(_gathered(self._statistics.stop()))
+        counted = _merged_counts(_gathered(self._statistics.stop()))
         if not counted:
             return
         for operand in Operand:
@@ -203,18 +202,20 @@ class MeasureRounding(Hook):
             )
         if ranks.is_main():
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in _lines(run.state.step, counted))
+                file.writelines(
+                    f"{json.dumps(line)}\n" for line in _statistics_lines(run.state.step, counted)
+                )
 
 
-def _added(parts: Sequence[Counted]) -> Counted:
-    all_or_none: Counted = {}
+def _merged_counts(parts: Sequence[Counted]) -> Counted:
+    merged: Counted = {}
     for part in parts:
         for key, found in part.items():
-            all_or_none.setdefault(key, OperandStatistics()).add(found)
-    return all_or_none
+            merged.setdefault(key, OperandStatistics()).add(found)
+    return merged
 
 
-def _lines(step: int, counted: Counted) -> Iterator[dict[str, Any]]:
+def _statistics_lines(step: int, counted: Counted) -> Iterator[dict[str, Any]]:
     for (linear, gemm, operand), found in sorted(
         counted.items(), key=lambda item: (item[0][0], item[0][1].value, item[0][2].value)
     ):

@@ -66,10 +66,10 @@ def moments_of(engine: Any) -> list[tuple[str, Tensor]]:
 def named(engine: Any, groups: Any) -> dict[tuple[Any, ...], Tensor]:
     """Weights and optimizer state by the names and offsets that a checkpoint gives them."""
     from hybrid_train.checkpoint.optimizer_state import state_parts
-    from hybrid_train.checkpoint.shards import places
+    from hybrid_train.checkpoint.shards import shards_of
 
-    found = places(engine.network.chunks, groups)
-    tensors = [place.weight for place in found]
+    found = shards_of(engine.network.chunks, groups)
+    tensors = [shard.weight for shard in found]
     tensors += [part.tensor for part in state_parts(engine.network.optimizer, found)]
     # A weight of an expert has one axis less than its moments: that of the experts.
     return {

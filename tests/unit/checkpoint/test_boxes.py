@@ -1,4 +1,4 @@
-"""Boxes of a range of elements: all of it, in order, in few pieces."""
+"""Chunks of a range of elements: all of it, in order, in few parts."""
 
 import math
 

@@ -40,20 +40,20 @@ def test_every_element_of_every_weight_has_its_moments_once(
     groups: Any, split: bool, format: GemmFormat
 ) -> None:
     from hybrid_train.checkpoint.optimizer_state import state_parts
-    from hybrid_train.checkpoint.shards import places
+    from hybrid_train.checkpoint.shards import shards_of
 
     engine = engine_of(groups, seed=1, split=split, format=format)
-    found = places(engine.network.chunks, groups)
+    found = shards_of(engine.network.chunks, groups)
     parts = state_parts(engine.network.optimizer, found)
     trained = {id(p) for chunk in engine.network.chunks for p in chunk.parameters()}
     sizes = {"exp_avg": 0, "exp_avg_sq": 0, "master": 0}
     for part in parts:
         sizes[part.kind] += part.tensor.data.numel()
-    numel = sum(place.weight.data.numel() for place in found if id(place.owner) in trained)
+    numel = sum(shard.weight.data.numel() for shard in found if id(shard.owner) in trained)
     half = sum(
-        place.weight.data.numel()
-        for place in found
-        if id(place.owner) in trained and place.weight.dtype == torch.bfloat16
+        shard.weight.data.numel()
+        for shard in found
+        if id(shard.owner) in trained and shard.weight.dtype == torch.bfloat16
     )
     assert sizes == {"exp_avg": numel, "exp_avg_sq": numel, "master": half}
     assert bool(half) == (format is BF16)

@@ -18,14 +18,14 @@ class Part:
 
 @st.composite
 def cut_tensors(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Part]]:
-    """A shape, and boxes of ranges that follow each other, in any order."""
+    """A shape, and chunks of ranges that follow each other, in any order."""
     shape = tuple(draw(st.lists(st.integers(1, 4), max_size=3)))
     numel = math.prod(shape)
     cuts = draw(st.lists(st.integers(0, numel), max_size=4))
     parts = [
-        Part(box.offset, box.size)
+        Part(chunk.offset, chunk.size)
         for start, stop in pairwise(sorted([0, *cuts, numel]))
-        for box in tensor_chunks(shape, start, stop)
+        for chunk in tensor_chunks(shape, start, stop)
     ]
     return shape, draw(st.permutations(parts))
 

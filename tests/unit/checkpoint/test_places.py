@@ -11,20 +11,20 @@ pytestmark = MEGATRON_WARNINGS
 
 
 def test_places_cover_every_parameter_and_buffer_once_and_share_its_memory(groups: Any) -> None:
-    from hybrid_train.checkpoint.shards import bare, places
+    from hybrid_train.checkpoint.shards import bare, shards_of
 
     engine = engine_of(groups, seed=1)
     (chunk,) = engine.network.chunks
-    found = places([chunk], groups)
+    found = shards_of([chunk], groups)
     state = bare(chunk).state_dict(keep_vars=True)
     tensors = {v.data_ptr(): v for v in state.values() if isinstance(v, torch.Tensor)}
     ranges: dict[int, list[tuple[int, int]]] = {}
-    for place in found:
-        assert place.weight.data.data_ptr() == (
-            place.owner.data_ptr() + place.start * place.owner.element_size()
+    for shard in found:
+        assert shard.weight.data.data_ptr() == (
+            shard.owner.data_ptr() + shard.start * shard.owner.element_size()
         )
-        stop = place.start + place.weight.data.numel()
-        ranges.setdefault(place.owner.data_ptr(), []).append((place.start, stop))
+        stop = shard.start + shard.weight.data.numel()
+        ranges.setdefault(shard.owner.data_ptr(), []).append((shard.start, stop))
     assert ranges.keys() == tensors.keys()
     for pointer, parts in ranges.items():
         parts.sort()
@@ -33,12 +33,12 @@ def test_places_cover_every_parameter_and_buffer_once_and_share_its_memory(group
 
 
 def test_packed_projections_of_mamba_have_a_place_for_each_part(groups: Any) -> None:
-    from hybrid_train.checkpoint.shards import places
+    from hybrid_train.checkpoint.shards import shards_of
 
     engine = engine_of(groups, seed=1, pattern="M-")
     packed = "decoder.layers.0.mixer.in_proj.weight."
-    found = places(engine.network.chunks, groups)
-    parts = [place.weight.key for place in found if place.weight.key.startswith(packed)]
+    found = shards_of(engine.network.chunks, groups)
+    parts = [shard.weight.key for shard in found if shard.weight.key.startswith(packed)]
     assert [part.removeprefix(packed) for part in parts] == ["z", "x", "B", "C", "dt"]
-    keys = [place.weight.key for place in found]
+    keys = [shard.weight.key for shard in found]
     assert len(set(keys)) == len(keys)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.checkpoint.store import (
-    in_words,
+    layout_in_words,
     read_layout,
     write_layout,
 )
@@ -42,13 +42,13 @@ ALONE = {
     ],
 )
 def test_words_name_what_is_split_and_nothing_else(split: dict[str, int], words: str) -> None:
-    assert in_words(ALONE | split) == words
+    assert layout_in_words(ALONE | split) == words
 
 
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_layout_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_layout(tmp_path, ALONE)
     assert read_layout(tmp_path) == ALONE
 
 
-def test_a_checkpoint_without_a_plan_has_an_empty_one(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_layout_has_an_empty_one(tmp_path: Path) -> None:
     assert read_layout(tmp_path) == {}

@@ -73,7 +73,7 @@ def test_torchs_own_reader_refuses_it_too_once_installed(
 
 
 def test_a_common_state_with_code_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(tensor_files, "saved", lambda _: pickled(Evil(tmp_path / "made")))
+    monkeypatch.setattr(tensor_files, "torch_saved", lambda _: pickled(Evil(tmp_path / "made")))
     writer = CheckpointWriter(tmp_path)
     writer.finish()
     with pytest.raises(UserError, match="common state is damaged or asks for code"):

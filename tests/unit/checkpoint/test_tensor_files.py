@@ -59,10 +59,10 @@ def test_an_item_that_torch_wrote_is_found(
     checksums: bool, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not known:  # as if it were too large for an item of zeros to compare with
-        monkeypatch.setattr(tensor_files, "_LARGEST_MODEL", 0)
+        monkeypatch.setattr(tensor_files, "_LARGEST_COMPARED", 0)
     values = some(5, 3)
-    content = b"before" + tensor_files.saved(values, checksums=checksums)
-    part = tensor_files.Part(6, len(content) - 6, values.dtype, (5, 3))
+    content = b"before" + tensor_files.torch_saved(values, checksums=checksums)
+    part = tensor_files.StoredItem(6, len(content) - 6, values.dtype, (5, 3))
     start = tensor_files.start_of_values(read_from(content), part)
     found = torch.frombuffer(bytearray(content[start : start + 60]), dtype=torch.float32)
     assert torch.equal(found.view(5, 3), values)
@@ -81,18 +81,18 @@ def test_an_item_that_torch_wrote_is_found(
     ids=["transposed", "narrowed", "half", "in a dictionary", "parameter", "list"],
 )
 def test_an_item_of_anything_else_is_refused(content: object) -> None:
-    written = tensor_files.saved(content)
+    written = tensor_files.torch_saved(content)
     with pytest.raises(ValueError, match=r"it is|it has"):
         tensor_files.start_of_values(
-            read_from(written), tensor_files.Part(0, len(written), torch.float32, (5, 3))
+            read_from(written), tensor_files.StoredItem(0, len(written), torch.float32, (5, 3))
         )
 
 
 def test_an_item_is_written_as_torch_does() -> None:
     values = some(9, 4, dtype=torch.bfloat16)
-    before, behind = tensor_files.around(values.dtype, (9, 4), checksums=False)
+    before, behind = tensor_files.bytes_around(values.dtype, (9, 4), checksums=False)
     written = before + bytes(bytes_of(values)) + behind
-    assert written == tensor_files.saved(values, checksums=False)
+    assert written == tensor_files.torch_saved(values, checksums=False)
 
 
 def test_large_checkpoints_have_several_files(

@@ -46,12 +46,12 @@ def test_the_rows_of_every_tensor_of_theirs_are_named_once() -> None:
 
 @pytest.mark.parametrize("repeated", [True, False], ids=["one MTP block", "two MTP blocks"])
 def test_the_table_has_the_names_and_shapes_that_a_run_saves(groups: Any, repeated: bool) -> None:
-    from hybrid_train.checkpoint.shards import places
+    from hybrid_train.checkpoint.shards import shards_of
 
     job = tiny_job("MEM*-/*E/*E")
     job.model.mtp.repeated_block = repeated
     saved = {
-        place.weight.key: tuple(place.weight.global_shape)
-        for place in places([tiny_model(job, groups)], groups)
+        shard.weight.key: tuple(shard.weight.global_shape)
+        for shard in shards_of([tiny_model(job, groups)], groups)
     }
     assert {stored.key: stored.shape for stored in table(job.model, VOCAB)} == saved

@@ -64,7 +64,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in (*linears, plain.DuplicatedLinear, plain.GroupedLinear):
         monkeypatch.setattr(one, "finish_init", remember, raising=False)
     monkeypatch.setattr(transformer_config, "is_te_min_version", lambda _: True)
-    monkeypatch.setattr(build, "_backend", lambda *_, **__: Backend.native)
+    monkeypatch.setattr(build, "_choose_backend", lambda *_, **__: Backend.native)
 
 
 def expected(job: TrainJob) -> dict[Linear, str | None]:
@@ -177,7 +177,7 @@ def test_embedding_and_head_are_told_nothing_else(told: None) -> None:
 def fields(job: TrainJob) -> dict[str, object]:
     from hybrid_train.megatron import native_recipes
 
-    return native_recipes.settings(job)
+    return native_recipes.config_fields(job)
 
 
 def test_an_unquantized_model_has_no_recipe() -> None:
@@ -307,7 +307,7 @@ def test_the_recipe_of_super_is_the_published_one() -> None:
             published = "mxfp8"
         assert key == published, linear
     assert keys == {"nvfp4", "mxfp8", "unquantized"}
-    assert native_recipes.settings(SUPER) == {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
+    assert native_recipes.config_fields(SUPER) == {"fp4": "e2m1", "fp4_recipe": "nvfp4"}
 
 
 def key_of(cut: Pattern, linear: Linear) -> str:
@@ -325,7 +325,7 @@ def key_of(cut: Pattern, linear: Linear) -> str:
         before += len(layers)
     recipe = native_recipes.recipe_of_chunk(SUPER, cut, chunk)
     assert recipe is not None
-    (name,) = native_recipes.paths(linear, before + 1)
+    (name,) = native_recipes.paths_in_core(linear, before + 1)
     key = recipe.match_to_config_key(MatchContext(name, None))
     assert key is not None
     return key
@@ -345,6 +345,6 @@ def test_a_name_of_a_recipe_becomes_our_object(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fp8_utils, "_get_custom_recipe", fp8_utils._get_custom_recipe)
     monkeypatch.setattr(native_recipes.te, "recipe", recipe)
     precision = Precision(format=GemmFormat.nvfp4, hadamard=False)
-    patches.for_recipes(native_recipes.recipes(precision))
+    patches.for_recipes(native_recipes.recipe_maker(precision))
     assert fp8_utils._get_custom_recipe("nvfp4") is fp8_utils._get_custom_recipe("nvfp4")
     assert made == [(GemmFormat.nvfp4, precision)]

@@ -6,7 +6,7 @@ import pytest
 
 from hybrid_train.anatomy.gemm_formats import formats_of, linears
 from hybrid_train.precision.audit import Audit, Seen
-from hybrid_train.precision.recipes import in_words
+from hybrid_train.precision.recipes import operands_as_asked
 from hybrid_train.schema.parallel import Parallel, Recompute
 from hybrid_train.schema.precision import (
     Gemm,
@@ -37,11 +37,11 @@ def step(engine: Any) -> float:
 
 
 def heard(engine: Any) -> Seen:
-    from hybrid_train.model.quantized import observe
+    from hybrid_train.model.quantized import observe_gemms
 
     audit: Audit = engine.network.quantized.records.audit
     audit.start()
-    stop = observe(engine.network.chunks, audit)
+    stop = observe_gemms(engine.network.chunks, audit)
     step(engine)
     stop()
     return audit.stop()
@@ -49,7 +49,7 @@ def heard(engine: Any) -> Seen:
 
 def asked(job: TrainJob) -> Seen:
     return {
-        (linear, gemm): {in_words(format, gemm, job.precision)}
+        (linear, gemm): {operands_as_asked(format, gemm, job.precision)}
         for linear, chosen in formats_of(job.model, job.precision).items()
         for gemm, format in chosen.formats.items()
     }
@@ -138,7 +138,7 @@ def test_a_model_learns_in_four_bits(groups: Any) -> None:
 
 def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: Any) -> None:
     """Neither its losses, whose rounding draws random bits, nor what is noted of it."""
-    from hybrid_train.model.quantized import observe
+    from hybrid_train.model.quantized import observe_gemms
 
     four_bits = job_of(Precision(format=GemmFormat.nvfp4))
     alone = tiny_engine(four_bits, groups)
@@ -151,7 +151,7 @@ def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: An
         for name in ("audit", "statistics")
     )
     stops = [
-        observe(one.network.chunks, audit)
+        observe_gemms(one.network.chunks, audit)
         for one, audit in zip((first, second), audits, strict=True)
     ]
     for record in (*audits, statistics[0]):

@@ -59,11 +59,11 @@ def their_model(model: Model, vocab_size: int) -> NemotronHForCausalLM:
 
 def their_weights(ours: Any, groups: Any, model: Model) -> dict[str, Tensor]:
     """Our weights under their names, by the table that conversions use."""
-    from hybrid_train.checkpoint.shards import places
+    from hybrid_train.checkpoint.shards import shards_of
 
     stored: dict[str, Tensor] = {}
-    for place in places([ours], groups):
-        weight = place.weight
+    for shard in shards_of([ours], groups):
+        weight = shard.weight
         whole = stored.setdefault(weight.key, torch.empty(weight.global_shape))
         numbered = weight.prepend_axis_num  # the place of an expert on the first axis
         whole[weight.global_offset[:numbered]] = weight.data.detach()

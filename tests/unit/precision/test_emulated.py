@@ -164,7 +164,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
     assert torch.equal(weight.grad, torch.zeros_like(weight))  # type: ignore[arg-type]
 
 
-def test_the_same_step_rounds_by_chance_in_the_same_way() -> None:
+def test_the_same_step_rounds_stochastically_in_the_same_way() -> None:
     first, again = (computed(emulation(GemmFormat.nvfp4)) for _ in range(2))
     assert all(torch.equal(first[gemm], again[gemm]) for gemm in Gemm)
 

@@ -97,10 +97,10 @@ def test_rounding_twice_changes_nothing(element: Element) -> None:
     )
 
 
-@pytest.mark.parametrize(("element", "by_chance"), itertools.product(Element, (False, True)))
-def test_rounding_in_place_has_the_same_values(element: Element, by_chance: bool) -> None:
+@pytest.mark.parametrize(("element", "stochastic"), itertools.product(Element, (False, True)))
+def test_rounding_in_place_has_the_same_values(element: Element, stochastic: bool) -> None:
     x = in_range(element)
-    noise = Noise().draw(x).to(torch.float32) if by_chance else None
+    noise = Noise().draw(x).to(torch.float32) if stochastic else None
     expected = round_to(x, element, None if noise is None else noise * UNIT)
     assert torch.equal(round_to_(x.clone(), element, torch.empty_like(x), noise), expected)
 

@@ -50,7 +50,7 @@ def test_a_product_takes_the_values_that_it_would_make_of_a_bfloat16_weight(
 def test_parts_on_several_ranks_make_the_whole_weight(
     scheme: Scheme, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a part is worked on in many pieces; matrices of training would take minutes."""
+    """Also where a part is worked on in many chunks; matrices of training would take minutes."""
     monkeypatch.setattr(fp8_weights, "_CHUNK", chunk)
     rng = random.Random(0)
     for number, size in enumerate(SIZES * 3):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_train.precision import quantize
-from hybrid_train.precision.quantize import rotated
+from hybrid_train.precision.quantize import rotated_by_scheme
 from hybrid_train.precision.recipes import (
     Element,
     Scale,
@@ -12,7 +12,7 @@ from hybrid_train.precision.recipes import (
     Shape,
 )
 
-TURNED = Scheme(Element.e2m1, Scale.e4m3, Shape.vector, 16, hadamard=True)
+ROTATED = Scheme(Element.e2m1, Scale.e4m3, Shape.vector, 16, hadamard=True)
 
 
 def test_the_matrix_is_orthogonal_with_entries_of_one_quarter() -> None:
@@ -52,7 +52,7 @@ def test_a_single_value_is_spread_over_its_sixteen() -> None:
 
 def test_rows_that_are_missing_are_zeros_in_both_operands() -> None:
     left, right = torch.randn(2, 37, 40)
-    gemm = rotated(left, TURNED, 0).T @ rotated(right, TURNED, 0)
+    gemm = rotated_by_scheme(left, ROTATED, 0).T @ rotated_by_scheme(right, ROTATED, 0)
     torch.testing.assert_close(gemm, left.T @ right, rtol=1e-4, atol=1e-4)
 
 

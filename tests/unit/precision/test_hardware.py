@@ -6,7 +6,7 @@ from hybrid_train.precision.te import (
     Gpu,
     is_native,
     nearest_native,
-    require,
+    require_formats_on,
     require_native,
 )
 from hybrid_train.schema.precision import GemmFormat, Precision, PrecisionRule
@@ -72,17 +72,17 @@ def test_what_a_gpu_lacks_is_named_with_what_is_nearest() -> None:
 def test_formats_of_exceptions_are_asked_for_too() -> None:
     rule = PrecisionRule(format=F.mxfp8, modules=["mlp"])
     job = tiny_job("M-", precision=Precision(format=F.fp8_tensorwise, exceptions=[rule]))
-    require(job, B200)
+    require_formats_on(job, B200)
     with pytest.raises(UserError, match="mxfp8"):
-        require(job, H100)
+        require_formats_on(job, H100)
     job.model.pattern = "M"  # without the layer that the exception means
-    require(job, H100)
+    require_formats_on(job, H100)
 
 
 def test_float32_scales_of_blocks_are_refused_where_products_take_powers_of_two() -> None:
     job = tiny_job("M", precision=Precision(format=F.fp8_blockwise, power_of_two_scales=False))
-    require(job, H100)
+    require_formats_on(job, H100)
     with pytest.raises(UserError, match="power_of_two_scales"):
-        require(job, B200)
+        require_formats_on(job, B200)
     job.precision.power_of_two_scales = None
-    require(job, B200)
+    require_formats_on(job, B200)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.gemm_formats import Linear
-from hybrid_train.precision.audit import Audit, Seen, observe_calls, words
-from hybrid_train.precision.recipes import in_words
+from hybrid_train.precision.audit import Audit, Seen, observe_calls, operand_in_words
+from hybrid_train.precision.recipes import operands_as_asked
 from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
 
 LIBRARY = ModuleType("library")
@@ -51,9 +51,9 @@ def fp8(element: DType = DType.kFloat8E4M3, **quantizer: Any) -> dict[str, Any]:
     return {"_fp8_dtype": element, "_quantizer": SimpleNamespace(**quantizer)}
 
 
-def nvfp4(*, square: bool = False, rht: bool = False, by_chance: bool = False) -> Storage:
+def nvfp4(*, square: bool = False, rht: bool = False, stochastic: bool = False) -> Storage:
     quantizer = SimpleNamespace(
-        with_2d_quantization=square, with_rht=rht, stochastic_rounding=by_chance
+        with_2d_quantization=square, with_rht=rht, stochastic_rounding=stochastic
     )
     return NVFP4TensorStorage(_fp4_dtype=DType.kFloat4E2M1, _quantizer=quantizer)
 
@@ -64,7 +64,7 @@ def blockwise(*, square: bool, power: bool) -> Storage:
 
 
 TENSORWISE, GRADIENT = fp8(force_pow_2_scales=False), fp8(DType.kFloat8E5M2)
-NVFP4_PARTS = nvfp4(rht=True), nvfp4(square=True), nvfp4(rht=True, by_chance=True)
+NVFP4_PARTS = nvfp4(rht=True), nvfp4(square=True), nvfp4(rht=True, stochastic=True)
 BLOCKS = (
     blockwise(square=False, power=True),
     blockwise(square=True, power=True),
@@ -94,21 +94,21 @@ def test_operands_are_called_what_the_recipe_calls_them(format: GemmFormat, gemm
         Gemm.dgrad: (gradient, weight),
         Gemm.wgrad: (gradient, x),
     }[gemm]
-    found = tuple(words(operand, gemm) for operand in pair)
-    assert found == in_words(format, gemm, Precision(format=format))
+    found = tuple(operand_in_words(operand, gemm) for operand in pair)
+    assert found == operands_as_asked(format, gemm, Precision(format=format))
 
 
 def test_other_options_have_other_words() -> None:
     different = [
-        words(Float8TensorStorage(**fp8(force_pow_2_scales=True)), Gemm.fprop),
-        words(Float8TensorStorage(**TENSORWISE), Gemm.fprop),
-        words(blockwise(square=False, power=False), Gemm.fprop),
-        words(blockwise(square=False, power=True), Gemm.fprop),
-        words(nvfp4(), Gemm.wgrad),
-        words(nvfp4(rht=True), Gemm.wgrad),
-        words(nvfp4(by_chance=True), Gemm.wgrad),
-        words(nvfp4(square=True), Gemm.wgrad),
-        words(MXFP8TensorStorage(**{**fp8(), "_quantizer": None}), Gemm.fprop),
+        operand_in_words(Float8TensorStorage(**fp8(force_pow_2_scales=True)), Gemm.fprop),
+        operand_in_words(Float8TensorStorage(**TENSORWISE), Gemm.fprop),
+        operand_in_words(blockwise(square=False, power=False), Gemm.fprop),
+        operand_in_words(blockwise(square=False, power=True), Gemm.fprop),
+        operand_in_words(nvfp4(), Gemm.wgrad),
+        operand_in_words(nvfp4(rht=True), Gemm.wgrad),
+        operand_in_words(nvfp4(stochastic=True), Gemm.wgrad),
+        operand_in_words(nvfp4(square=True), Gemm.wgrad),
+        operand_in_words(MXFP8TensorStorage(**{**fp8(), "_quantizer": None}), Gemm.fprop),
     ]
     assert len(set(different)) == len(different)
 
@@ -181,7 +181,7 @@ def layers(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Layer
 
 def wanted() -> Seen:
     return {
-        (name, gemm): {in_words(format, gemm, Precision(format=format))}
+        (name, gemm): {operands_as_asked(format, gemm, Precision(format=format))}
         for name, format in zip(NAMES, FORMATS, strict=True)
         for gemm in Gemm
     }

@@ -15,14 +15,14 @@ from hybrid_train.precision.recipes import (
 )
 from tests.unit.precision.matrices import KINDS, SCHEMES, same
 
-# One value, less than a block, no multiple of one, several pieces along either side.
+# One value, less than a block, no multiple of one, several chunks along either side.
 SIZES = [(1, 1), (37, 53), (64, 96), (129, 5), (40, 300), (0, 16), (16, 0)]
 TENSORWISE = Scheme(Element.e4m3, Scale.fp32, Shape.tensor)
 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut matrices of these sizes into many pieces; the sizes of training take minutes here."""
+    """Cut matrices of these sizes into many chunks; the sizes of training take minutes here."""
     monkeypatch.setattr(operands, "_CHUNK", 2000)
 
 

@@ -9,7 +9,7 @@ from hybrid_train.precision.recipes import (
     Scale,
     Scheme,
     Shape,
-    in_words,
+    operands_as_asked,
     schemes,
 )
 from hybrid_train.schema.precision import (
@@ -42,7 +42,7 @@ def test_plain_formats_are_not_quantized(format: GemmFormat) -> None:
     for gemm in Gemm:
         assert schemes(format, gemm, Precision(format=format)) is None
         name = {"fp32": "float32", "bf16": "bfloat16"}[format.value]
-        assert in_words(format, gemm, Precision(format=format)) == (name, name)
+        assert operands_as_asked(format, gemm, Precision(format=format)) == (name, name)
 
 
 @pytest.mark.parametrize("format", [GemmFormat.fp8_tensorwise, GemmFormat.fp8_delayed])
@@ -123,7 +123,7 @@ def test_float_scales_can_be_powers_of_two_or_not(powers: bool) -> None:
 
 
 def test_the_words_of_an_audit_name_all_that_differs() -> None:
-    found = in_words(GemmFormat.nvfp4, Gemm.wgrad, Precision(format=GemmFormat.nvfp4))
+    found = operands_as_asked(GemmFormat.nvfp4, Gemm.wgrad, Precision(format=GemmFormat.nvfp4))
     assert found == (
         "e2m1, 1x16, e4m3 scales, rotated, stochastic",
         "e2m1, 1x16, e4m3 scales, rotated",
