@@ -319,6 +319,40 @@ def _run(name: str, words: Sequence[str], config: Any) -> int | None:
     return command.run(config)
 
 
+def first_line(name: str, words: Sequence[str], config: Any) -> str:
+    """Return what is said of a command before what it needs is imported.
+
+    Args:
+        name: of the command.
+        words: its overrides.
+        config: what they were composed to.
+    """
+    typed = command(*name.split(), *words).replace("\n", " ")
+    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
+    said = (
+        _folder_in_words(Path(run_dir), name)
+        if (run_dir := getattr(config, "run_dir", None))
+        else ""
+    )
+    return f"Starting: {shown}{said}"
+
+
+def _folder_in_words(run_dir: Path, name: str) -> str:
+    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
+    from hybrid_train.config.frozen import FROZEN_NAME  # takes a moment to import
+
+    with contextlib.suppress(OSError):  # of a folder that nobody may read
+        if (run_dir / FROZEN_NAME).is_file():
+            return f"\nIts run folder is {run_dir}, which has a run."
+        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
+            return f"\nIts run folder is {run_dir}, a new one."
+    return ""
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 def _printer(text: str) -> Callable[[], None]:
     def write() -> None:
         sys.stdout.write(text)
@@ -347,33 +381,3 @@ def _help_of(name: str, words: Sequence[str], *, in_full: bool) -> Callable[[], 
 
 def _version() -> None:
     sys.stdout.write(f"hybrid-train {__version__}\n")
-
-
-def first_line(name: str, words: Sequence[str], config: Any) -> str:
-    """Return what is said of a command before what it needs is imported.
-
-    Args:
-        name: of the command.
-        words: its overrides.
-        config: what they were composed to.
-    """
-    typed = command(*name.split(), *words).replace("\n", " ")
-    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
-    said = _of_folder(Path(run_dir), name) if (run_dir := getattr(config, "run_dir", None)) else ""
-    return f"Starting: {shown}{said}"
-
-
-def _of_folder(run_dir: Path, name: str) -> str:
-    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
-    from hybrid_train.config.frozen import FROZEN_NAME  # takes a moment to import
-
-    with contextlib.suppress(OSError):  # of a folder that nobody may read
-        if (run_dir / FROZEN_NAME).is_file():
-            return f"\nIts run folder is {run_dir}, which has a run."
-        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
-            return f"\nIts run folder is {run_dir}, a new one."
-    return ""
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

@@ -1,4 +1,4 @@
-"""The jobs `convert` and `verify`: to a Hugging Face folder or from it, a comparison with one."""
+"""The jobs `convert` and `verify`: import or export of a Hugging Face folder, and a comparison."""
 
 import gc
 import logging

@@ -9,7 +9,7 @@ from hybrid_train.config import compose, frozen
 from hybrid_train.jobs.study_plan import (
     PlannedRun,
     are_paired,
-    plan,
+    plan_study,
 )
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import StudyJob, Variant
@@ -35,12 +35,12 @@ def study(run_dir: Path, *, seeds: tuple[int, ...] = (1, 2), **more: Any) -> Stu
 
 
 def runs_of(job: StudyJob) -> list[PlannedRun]:
-    return list(plan(job).runs)
+    return list(plan_study(job).runs)
 
 
 def refusal(job: StudyJob) -> str:
     with pytest.raises(UserError) as refused:
-        plan(job)
+        plan_study(job)
     return str(refused.value)
 
 
