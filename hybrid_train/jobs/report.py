@@ -36,7 +36,7 @@ from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted, show_bytes
 from hybrid_train.tracking import plotly
 from hybrid_train.tracking.console import summarise
-from hybrid_train.tracking.metrics import LONGEST, show_duration
+from hybrid_train.tracking.metrics import LONGEST_WINDOW, show_duration
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SCRIPT = Path(__file__).with_name("report.js")
@@ -393,7 +393,7 @@ def _footer(runs: int) -> str:
         f"Written by hybrid-train {__version__}, {moment(time.time())} UTC. A curve of more than "
         f"{2 * columns(runs):,} steps shows, of each of {columns(runs):,} columns, the lowest and "
         f"the highest step, so that no spike is lost; means keep {columns(runs):,} points. The avg "
-        f"loss is the mean over a tenth of the steps so far, {LONGEST} at the most."
+        f"loss is the mean over a tenth of the steps so far, {LONGEST_WINDOW} at the most."
         f"{marks if runs == 1 else ''} Zoom with the mouse, back with a double click; a click on a "
         "name hides its curve."
     )
