@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from hybrid_train.data.prepare.blocks import (
-    Documents,
+    BlockDocuments,
     all_blocks,
     read_documents,
     read_lines,
@@ -28,7 +28,7 @@ def sources(*inputs: Path | str, asked: Format = Format.auto, suffixes: tuple = 
     return find_sources([str(one) for one in inputs], asked, suffixes)
 
 
-def parts(found: list[Source], *, key: str = "text", size: int = 500) -> list[Documents]:
+def parts(found: list[Source], *, key: str = "text", size: int = 500) -> list[BlockDocuments]:
     return [read_documents(found[one.source], one, key) for one in all_blocks(found, key, size)]
 
 
