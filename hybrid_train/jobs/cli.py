@@ -127,6 +127,37 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
+def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
+    """Check a command line and return what it starts.
+
+    Raises:
+        UserError: if it cannot run.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working folder is gone; cd to one that is there") from error
+    options = _parser().parse_intermixed_args(arguments)
+    options.help = options.help or options.help_all
+    if options.version:
+        return _version
+    if not options.words:
+        return _help_of_all("") if options.help or not arguments else _no_command()
+    name, words = _command_name(options.words)
+    _require_useful(name, options)
+    words, folders = own_conf.taken_out(words)
+    own_conf.name([*own_conf.checked(options.folders), *folders])
+    words += ["json=true"] if options.json else []
+    words += ["dry_run=true"] if options.dry_run else []
+    if name in _families():
+        if options.help:
+            return _help_of_all(f"{name} ")
+        raise UserError(
+            f"{name} what? There are {', '.join(_family(name))}; see hybrid-train {name} --help"
+        )
+    return _started(name, words, options)
+
+
 class _Parser(argparse.ArgumentParser):
     """Options between the overrides; what is wrong becomes a UserError."""
 
@@ -161,37 +192,6 @@ def _parser() -> _Parser:
     for names, instead in _INSTEAD.items():
         parser.add_argument(*names, nargs="?", action=_Refused, help=instead)
     return parser
-
-
-def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
-    """Check a command line and return what it starts.
-
-    Raises:
-        UserError: if it cannot run.
-    """
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise UserError("the working folder is gone; cd to one that is there") from error
-    options = _parser().parse_intermixed_args(arguments)
-    options.help = options.help or options.help_all
-    if options.version:
-        return _version
-    if not options.words:
-        return _help_of_all("") if options.help or not arguments else _no_command()
-    name, words = _command_name(options.words)
-    _require_useful(name, options)
-    words, folders = own_conf.taken_out(words)
-    own_conf.name([*own_conf.checked(options.folders), *folders])
-    words += ["json=true"] if options.json else []
-    words += ["dry_run=true"] if options.dry_run else []
-    if name in _families():
-        if options.help:
-            return _help_of_all(f"{name} ")
-        raise UserError(
-            f"{name} what? There are {', '.join(_family(name))}; see hybrid-train {name} --help"
-        )
-    return _started(name, words, options)
 
 
 def _command_name(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The job `doctor`: checks the machine; a line for each check, with the command that mends it."""
+"""The job `doctor`: checks the machine; a line for each check, with the command that fixes it."""
 
 import dataclasses
 import json

@@ -7,12 +7,7 @@ import pytest
 
 from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.plan import (
-    OpenSources,
-    PhasePlan,
-    describe_phases,
-    plan_phases,
-)
+from hybrid_train.data.plan import OpenSources, PhasePlan, describe_phases, plan_phases
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.data import Data, Packing, Source
 from hybrid_train.schema.train import Phase, Train, TrainJob

@@ -7,11 +7,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from hybrid_train.data import token_files
-from hybrid_train.data.token_files import (
-    TokenReader,
-    dtype_for,
-    write_index,
-)
+from hybrid_train.data.token_files import TokenReader, dtype_for, write_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank")
 

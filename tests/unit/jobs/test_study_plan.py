@@ -6,11 +6,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs.study_plan import (
-    PlannedRun,
-    are_paired,
-    plan_study,
-)
+from hybrid_train.jobs.study_plan import PlannedRun, are_paired, plan_study
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import StudyJob, Variant
 from hybrid_train.tracking.jsonl import JsonLines

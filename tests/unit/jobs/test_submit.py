@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs import (
-    cli,
-    code_snapshot,
-    submit,
-)
+from hybrid_train.jobs import cli, code_snapshot, submit
 from hybrid_train.schema.problems import ConfigError
 from tests.jobs.command import ROOT
 from tests.sampled import sampled

@@ -10,12 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from hybrid_train.data.prepare.blocks import (
-    BlockDocuments,
-    all_blocks,
-    read_documents,
-    read_lines,
-)
+from hybrid_train.data.prepare.blocks import BlockDocuments, all_blocks, read_documents, read_lines
 from hybrid_train.data.prepare.inputs import Source, find_sources
 from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
