@@ -16,7 +16,6 @@ import orjson
 
 from hybrid_train.data.prepare.file_kinds import BYTE_ORDER_MARK, Compression, opened
 from hybrid_train.data.prepare.inputs import Source
-from hybrid_train.data.prepare.parquet import column_blocks, unpack
 from hybrid_train.schema.prepare import Format
 
 # The longer mark first: that of UTF-32 begins with that of UTF-16.
@@ -85,6 +84,8 @@ def source_blocks(
 
 
 def _parquet(source: Source, index: int, key: str, block_bytes: int, skip: int) -> Iterator[Block]:
+    from hybrid_train.data.prepare.parquet import column_blocks  # pyarrow starts a thread
+
     packed = column_blocks(source.path, key, block_bytes, skip)
     for number, (rows, share) in enumerate(packed, skip):
         yield Block(index, number, round(share * source.size), rows=rows)
@@ -161,6 +162,8 @@ def read_documents(source: Source, block: Block, key: str) -> BlockDocuments:
     if block.files:
         return _whole_files(source, block.files)
     if block.rows is not None:
+        from hybrid_train.data.prepare.parquet import unpack  # pyarrow starts a thread
+
         return _rows(source.path, unpack(block.rows))
     data = read_lines(source.path, *block.span) if block.span else block.lines or b""
     lines = data.split(b"\n")
