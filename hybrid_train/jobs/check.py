@@ -69,7 +69,7 @@ def _show_remarks(page: Console, job: CheckJob) -> None:
             "read the same data."
         )
     if notes := hardware_notes(job):
-        page.print("\nEmulated this runs; a GPU that computes quantized GEMMs would refuse it:")
+        page.print("\nThis runs emulated; a GPU that computes quantized GEMMs would refuse it:")
         for note in notes:
             page.print(f"  {note}", soft_wrap=True, highlight=False, markup=False)
     unset = list(data_is_chosen(job))

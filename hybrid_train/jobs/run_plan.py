@@ -1,4 +1,4 @@
-"""What `check` tells of a training run: its plan and its phases, laid out for its processes."""
+"""The plan of a training run as `check` shows it: laid out for its processes, phase by phase."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
