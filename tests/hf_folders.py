@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.names import table
 from hybrid_train.hf.read import INDEX, SINGLE
 
 VOCAB = 61  # ours is padded to 128 rows
-_WORDS = hf_config.LAYER_TYPES
+_WORDS = config_json.LAYER_TYPES
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -93,7 +93,7 @@ def folder_of(shape: str, folder: Path, *, stacked: bool = False, shards: int = 
 
 def mtp_tensors(folder: Path) -> dict[str, Tensor]:
     """Random weights of the MTP layers, which transformers ignores."""
-    model = hf_config.to_model(hf_config.read_config(folder), folder / hf_config.FILE)
+    model = config_json.to_model(config_json.read_config(folder), folder / config_json.FILE)
     assert model.vocab_size is not None
     generator = torch.Generator().manual_seed(4)
     return {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerFast
 
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.read import SINGLE
 from tests.hf_folders import mtp_tensors, scatter, write_files
 
@@ -77,7 +77,7 @@ def _model(draw: random.Random, seed: int, vocab_size: int) -> NemotronHForCausa
 def _sizes(draw: random.Random) -> dict[str, Any]:
     heads, mamba_heads, experts = (draw.choice((1, 2, 3, 4, 6)) for _ in range(3))
     experts = max(experts, 2)  # transformers 5.23 cannot run one
-    words = hf_config.LAYER_TYPES
+    words = config_json.LAYER_TYPES
     letters = [draw.choice("M*-E") for _ in range(draw.randint(1, 6))]
     inner = draw.choice((["*", "E"], ["*"], ["E"], ["-", "*"], ["*", "E", "-"]))
     mtp = {
@@ -140,21 +140,21 @@ def _write_settings(draw: random.Random, folder: Path) -> None:
         "eos_token_id": draw.choice((2, [2], [2, 5], [5, 2, 7])),
         "pad_token_id": draw.choice((3, 2, None)),
     }
-    config = json.loads((folder / hf_config.FILE).read_text()) | ids
+    config = json.loads((folder / config_json.FILE).read_text()) | ids
     limit = draw.choice(("absent", "tagged", "bare"))
     values = {"tagged": [0.0, {"__float__": "Infinity"}], "bare": [0.0, math.inf]}
     config.pop("time_step_limit", None)
     config |= {"time_step_limit": values[limit]} if limit in values else {}
     if draw.random() < 0.5:  # as the released files have it
         words = config.pop("layers_block_type")
-        letters = {word: letter for letter, word in hf_config.LAYER_TYPES.items()}
+        letters = {word: letter for letter, word in config_json.LAYER_TYPES.items()}
         config["hybrid_override_pattern"] = "".join(letters[word] for word in words)
         config["num_hidden_layers"] = len(words)
         config["rms_norm_eps"] = config.pop("layer_norm_epsilon")
     if draw.random() < 0.5:
         config |= {"auth": {"by": "a lab", "numbers": [1, 2.5]}, "notes": "é, 水"}
-    (folder / hf_config.FILE).write_text(json.dumps(config, indent=2))
-    path = folder / hf_config.GENERATION_FILE
+    (folder / config_json.FILE).write_text(json.dumps(config, indent=2))
+    path = folder / config_json.GENERATION_FILE
     if draw.random() < 0.2:
         path.unlink(missing_ok=True)
         return

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.token_files import write_documents
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.names import table
-from hybrid_train.hf.verify import load
+from hybrid_train.hf.verify import load_theirs
 from hybrid_train.hf.write import Checkpoint, open_checkpoint
 from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.train import Train
@@ -95,8 +95,8 @@ def _fault(outcome: Outcome, what: str) -> Iterator[None]:
 
 
 def _in_words(folder: Path) -> str:
-    config = hf_config.read_config(folder)
-    model = hf_config.to_model(config, folder / hf_config.FILE)
+    config = config_json.read_config(folder)
+    model = config_json.to_model(config, folder / config_json.FILE)
     moe = f"{model.moe.top_k}/{model.moe.experts}" if "E" in model.pattern else "-"
     return f"{model.pattern} vocabulary {model.vocab_size}, experts {moe}" + (
         ", tied" if model.tie_embeddings else ""
@@ -144,14 +144,16 @@ def file_differences(source: Path, export: Path) -> list[str]:
     """Name every file but tensors that an export has not as it was, and what is no strict JSON."""
     names = {_name(path, folder) for folder in (source, export) for path in _files(folder)}
     found = []
-    for name in sorted(names - {hf_config.FILE}):
+    for name in sorted(names - {config_json.FILE}):
         before, after = (
             (folder / name).read_bytes() if (folder / name).is_file() else None
             for folder in (source, export)
         )
         if before != after:
             found.append(f"{name} {'is gone' if after is None else 'differs'} in {export.name}")
-    said, kept = (json.loads((folder / hf_config.FILE).read_text()) for folder in (source, export))
+    said, kept = (
+        json.loads((folder / config_json.FILE).read_text()) for folder in (source, export)
+    )
     if said.get("time_step_limit") == [0.0, math.inf]:
         del said["time_step_limit"]  # no JSON; it is the default
     for key in said.keys() | kept.keys():
@@ -179,7 +181,7 @@ def _compare_gradients(outcome: Outcome, folder: Path, imported: Path) -> None:
         checkpoint.vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(7)
     )
     loss, ours = _our_gradients(checkpoint, rows)
-    model = load(folder, checkpoint.model)
+    model = load_theirs(folder, checkpoint.model)
     logits = model(rows[:, :-1], use_cache=False).logits
     theirs_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     theirs_loss.backward()  # type: ignore[no-untyped-call]

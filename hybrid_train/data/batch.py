@@ -23,6 +23,7 @@ from hybrid_train.schema.data import Split
 from hybrid_train.schema.problems import UserError
 
 _WHOLE = ("sequence_index", "source", "row_extras")  # on every context-parallel rank
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,8 @@ class Batch:
         return Batch(**{name: changed(name, getattr(self, name)) for name in names})
 
 
-Array = NDArray[Any]
-
-
 @dataclass(frozen=True)
-class Identity:
+class RowIdentity:
     """Which row of a run it is.
 
     Attributes:
@@ -140,7 +138,7 @@ class Row:
     source: Array | None = None
     token_extras: Mapping[str, Array] = field(default_factory=dict)
     row_extras: Mapping[str, Array] = field(default_factory=dict)
-    identity: Identity = Identity(0)
+    identity: RowIdentity = RowIdentity(0)
 
     def generator(self, purpose: str) -> np.random.Generator:
         """Return random numbers that depend on seed, split, row and purpose alone."""
@@ -198,12 +196,40 @@ class RowReader:
         if not self.transforms:
             return row
         position = self.start + number * len(row.tokens)
-        row = replace(row, identity=Identity(number, position, self.split, self.seed))
+        row = replace(row, identity=RowIdentity(number, position, self.split, self.seed))
         for transform in self.transforms:
             changed = transform(row)
             _require_same_form(row, changed, transform)
             row = replace(changed, identity=row.identity)
         return row
+
+
+def _require_same_form(before: Row, after: object, transform: RowTransform) -> None:
+    """Refuse what cannot stand for a row."""
+    name = getattr(transform, "__name__", type(transform).__name__)
+    if not isinstance(after, Row):
+        raise _wrong(f"row transform {name} returned {type(after).__name__}; it must return a Row")
+    for one in fields(Batch):
+        was, now = getattr(before, one.name), getattr(after, one.name)
+        if isinstance(now, Mapping):
+            continue
+        if (was is None) != (now is None) and one.name not in ("padding", "sequence_index"):
+            raise _wrong(f"row transform {name} returned a row whose {one.name} is {_form(now)}")
+        if was is not None and now is not None and _form(was) != _form(now):
+            raise _wrong(
+                f"row transform {name} returned {one.name} as {_form(now)}, and it got {_form(was)}"
+            )
+    length = len(after.tokens)
+    for extra, values in after.token_extras.items():
+        if values.shape[:1] != (length,):
+            raise _wrong(
+                f"row transform {name} returned token_extras {extra} of shape {values.shape}, but "
+                f"the row has {length} tokens; what is not one of each token is of row_extras"
+            )
+
+
+def _form(values: Array | None) -> str:
+    return "None" if values is None else f"{values.dtype} {list(values.shape)}"
 
 
 def stack(rows: Sequence[Row]) -> Batch:
@@ -237,34 +263,6 @@ def _stack_extras(rows: Sequence[Mapping[str, Array]]) -> dict[str, Tensor]:
             )
         found[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
     return found
-
-
-def _require_same_form(before: Row, after: object, transform: RowTransform) -> None:
-    """Refuse what cannot stand for a row."""
-    name = getattr(transform, "__name__", type(transform).__name__)
-    if not isinstance(after, Row):
-        raise _wrong(f"row transform {name} returned {type(after).__name__}; it must return a Row")
-    for one in fields(Batch):
-        was, now = getattr(before, one.name), getattr(after, one.name)
-        if isinstance(now, Mapping):
-            continue
-        if (was is None) != (now is None) and one.name not in ("padding", "sequence_index"):
-            raise _wrong(f"row transform {name} returned a row whose {one.name} is {_form(now)}")
-        if was is not None and now is not None and _form(was) != _form(now):
-            raise _wrong(
-                f"row transform {name} returned {one.name} as {_form(now)}, and it got {_form(was)}"
-            )
-    length = len(after.tokens)
-    for extra, values in after.token_extras.items():
-        if values.shape[:1] != (length,):
-            raise _wrong(
-                f"row transform {name} returned token_extras {extra} of shape {values.shape}, but "
-                f"the row has {length} tokens; what is not one of each token is of row_extras"
-            )
-
-
-def _form(values: Array | None) -> str:
-    return "None" if values is None else f"{values.dtype} {list(values.shape)}"
 
 
 def _wrong(text: str) -> UserError:

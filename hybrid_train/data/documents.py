@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_train.data.token_files import Opened, beyond_vocabulary, open_files, place_beyond
+from hybrid_train.data.token_files import OpenPair, beyond_vocabulary, open_files, place_beyond
 from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
 
@@ -30,6 +30,67 @@ class Documents(Protocol):
 
     def fingerprint(self) -> str:
         """Changes when the content may have changed: sizes, index, a sample; no times of files."""
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of a document of a source."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class Joined:
+    """The documents of several files as those of one source, numbered through.
+
+    Args:
+        name: of the source.
+        parts: the files.
+        vocab_size: what is read must be below it; None: nobody knows.
+    """
+
+    def __init__(
+        self, name: str, parts: Sequence[Documents], vocab_size: int | None = None
+    ) -> None:
+        self.name = name
+        self._vocab_size = vocab_size
+        self._parts = parts
+        self._firsts = np.cumsum([0, *(len(part.lengths) for part in parts)])
+        lengths = [part.lengths for part in parts]
+        self.lengths: NDArray[np.int32] = lengths[0] if len(parts) == 1 else np.concatenate(lengths)
+        self.tokens = int(self.lengths.sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, span: Span) -> NDArray[np.int64]:
+        """Return the tokens of a span, [stop - start].
+
+        Raises:
+            UserError: if an id is beyond the vocabulary: a sample at the start may not have met it,
+                and a model may compute with it in silence, in the padding or on other processes.
+        """
+        number = 0
+        if len(self._parts) > 1:
+            number = int(np.searchsorted(self._firsts, span.document, side="right")) - 1
+        part = self._parts[number]
+        document = span.document - int(self._firsts[number])
+        tokens = part.read(document, span.start, span.stop)
+        size = self._vocab_size
+        if size is not None and (place := place_beyond(tokens, size)) is not None:
+            where = f"source {self.name}: document {document} of {part.name}"
+            token = f"token {tokens[place]} at place {span.start + place}"
+            raise beyond_vocabulary(where, token, size)
+        return tokens
+
+    def file_of(self, document: int) -> tuple[str, int]:
+        """Return the name of the file that holds a document, and the document's number there."""
+        number = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        return self._parts[number].name, document - int(self._firsts[number])
+
+    def fingerprint(self) -> str:
+        """Return what changes with the content of any part."""
+        return " ".join(part.fingerprint() for part in self._parts)
 
 
 class FileDocuments:
@@ -105,9 +166,9 @@ class FileDocuments:
     def _fingerprint(self) -> str:
         index, file = self._opened.idx, self._opened.bin
         digest = hashlib.sha256(f"{len(index)} {file.size}".encode())
-        for start, stop in _spans(len(index), _INDEX_BLOCKS):
+        for start, stop in _sampled_blocks(len(index), _INDEX_BLOCKS):
             digest.update(index[start:stop])
-        for start, stop in _spans(file.size, _TOKEN_BLOCKS):
+        for start, stop in _sampled_blocks(file.size, _TOKEN_BLOCKS):
             digest.update(file.peek(start, stop))
         return digest.hexdigest()[:32]
 
@@ -116,7 +177,7 @@ def _reopen(prefix: str, vocab_size: int | None, remote: Remote | None) -> FileD
     return FileDocuments(prefix, vocab_size, remote=remote)
 
 
-def _one_sequence_each(opened: Opened) -> bool:
+def _one_sequence_each(opened: OpenPair) -> bool:
     """Whether document d is sequence d, for all d."""
     boundaries = opened.boundaries
     if len(boundaries) != len(opened.lengths) + 1:
@@ -128,7 +189,7 @@ def _one_sequence_each(opened: Opened) -> bool:
     )
 
 
-def _grouped(opened: Opened) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _grouped(opened: OpenPair) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Where documents of any number of sequences start, in bytes [D], and their lengths [D]."""
     index, boundaries = f"{opened.facts.prefix}.idx", opened.boundaries
     if boundaries[0] != 0 or (np.diff(boundaries) < 0).any():
@@ -148,7 +209,7 @@ def _grouped(opened: Opened) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     return ends[boundaries[:-1]] * opened.facts.dtype.itemsize, lengths.astype(np.int32)
 
 
-def _spans(size: int, count: int) -> Iterator[tuple[int, int]]:
+def _sampled_blocks(size: int, count: int) -> Iterator[tuple[int, int]]:
     """Evenly spaced blocks of a file, both ends among them; all of it if it is short."""
     if size <= count * _BLOCK_BYTES:
         yield 0, size
@@ -156,64 +217,3 @@ def _spans(size: int, count: int) -> Iterator[tuple[int, int]]:
     for number in range(count):
         start = (size - _BLOCK_BYTES) * number // (count - 1)
         yield start, start + _BLOCK_BYTES
-
-
-class Span(NamedTuple):
-    """Tokens [start, stop) of a document of a source."""
-
-    document: int
-    start: int
-    stop: int
-
-
-class Joined:
-    """The documents of several files as those of one source, numbered through.
-
-    Args:
-        name: of the source.
-        parts: the files.
-        vocab_size: what is read must be below it; None: nobody knows.
-    """
-
-    def __init__(
-        self, name: str, parts: Sequence[Documents], vocab_size: int | None = None
-    ) -> None:
-        self.name = name
-        self._vocab_size = vocab_size
-        self._parts = parts
-        self._firsts = np.cumsum([0, *(len(part.lengths) for part in parts)])
-        lengths = [part.lengths for part in parts]
-        self.lengths: NDArray[np.int32] = lengths[0] if len(parts) == 1 else np.concatenate(lengths)
-        self.tokens = int(self.lengths.sum(dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def read(self, span: Span) -> NDArray[np.int64]:
-        """Return the tokens of a span, [stop - start].
-
-        Raises:
-            UserError: if an id is beyond the vocabulary: a sample at the start may not have met it,
-                and a model may compute with it in silence, in the padding or on other processes.
-        """
-        number = 0
-        if len(self._parts) > 1:
-            number = int(np.searchsorted(self._firsts, span.document, side="right")) - 1
-        part = self._parts[number]
-        document = span.document - int(self._firsts[number])
-        tokens = part.read(document, span.start, span.stop)
-        size = self._vocab_size
-        if size is not None and (place := place_beyond(tokens, size)) is not None:
-            where = f"source {self.name}: document {document} of {part.name}"
-            token = f"token {tokens[place]} at place {span.start + place}"
-            raise beyond_vocabulary(where, token, size)
-        return tokens
-
-    def file_of(self, document: int) -> tuple[str, int]:
-        """Return the name of the file that holds a document, and the document's number there."""
-        number = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        return self._parts[number].name, document - int(self._firsts[number])
-
-    def fingerprint(self) -> str:
-        """Return what changes with the content of any part."""
-        return " ".join(part.fingerprint() for part in self._parts)

@@ -1,11 +1,10 @@
 """Whole documents of a source packed into rows, so that as little as possible is padding.
 
-A span of n tokens takes n - 1 places of a row: its last token is a label only.
-Dimensions: L places of a row.
+Dimensions: L places of a row. A span of n tokens takes n - 1: its last token is a label only.
 
 Documents come in the shuffled order of an epoch, a window at a time; those of a window are packed
 together by best fit, and its rows are shuffled. A document that is longer than a row is cut into
-full rows and a rest. A document of n tokens takes n - 1 positions: its last token is only a label.
+full rows and a rest.
 
 Source of best-fit packing: Ding et al., Fewer Truncations Improve Language Modeling,
 arXiv:2404.10830.
@@ -27,87 +26,6 @@ from hybrid_train.data.order import Permutation
 from hybrid_train.schema.problems import UserError
 
 Integers = NDArray[np.integer[Any]]
-
-
-def best_fit(lengths: Integers, row_length: int) -> NDArray[np.int32]:
-    """Give every span a row: the longest first, each into the fullest row that has room for it.
-
-    Of spans of equal length, and of rows with equal room, the earlier comes first. No two rows
-    could be one; their number is at most 11/9 of the least possible, plus 4.
-
-    Args:
-        lengths: places that each span takes, 1 to `row_length`.
-        row_length: L.
-
-    Returns:
-        Number of the row of each span, from 0, in the order of `lengths`.
-
-    Raises:
-        ValueError: if a span takes less than one place, or more than a row has.
-
-    Source: Johnson, Demers, Ullman, Garey and Graham, SIAM J. Comput. 3(4), 1974 (best-fit
-    decreasing).
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= row_length:
-        raise ValueError(
-            f"spans take {lengths.min()} to {lengths.max()} places, but a row has 1 to "
-            f"{row_length}; cut longer ones before"
-        )
-    order = np.argsort(-lengths, kind="stable")
-    rows = np.empty(lengths.shape, dtype=np.int32)
-    unit = max(1, lengths.size)  # a row with room is one number, places left * unit + row
-    rooms: list[int] = []  # in order
-    opened = 0
-    for span, length in zip(order.tolist(), (lengths[order] * unit).tolist(), strict=True):
-        fullest = bisect_left(rooms, length)
-        if fullest < len(rooms):
-            room = rooms.pop(fullest)
-        else:
-            room, opened = row_length * unit + opened, opened + 1
-        rows[span] = room % unit
-        if room - length >= unit:
-            insort(rooms, room - length)
-    return rows
-
-
-def fill_row(spans: Sequence[Integers], row_length: int, pad_id: int) -> dict[str, NDArray[Any]]:
-    """Put spans one behind the other into a row, and padding behind them.
-
-    Args:
-        spans: tokens of each, at least two.
-        row_length: L.
-        pad_id: token and label of the padding; neither counts.
-
-    Returns:
-        What a batch holds of the row, each [L]: tokens, labels and position_ids in int64,
-        loss_weights in float32, padding in bool, and in int32 sequence_index, where padding is one
-        more document.
-
-    Raises:
-        ValueError: if a span has no label, or all together do not fit.
-    """
-    places = [len(span) - 1 for span in spans]
-    taken = sum(places)
-    if min(places, default=1) < 1 or taken > row_length:
-        raise ValueError(f"spans of {places} places each do not make a row of {row_length}")
-    runs = np.array([*places, row_length - taken])
-    starts = np.cumsum(runs) - runs
-    tokens, labels = np.full((2, row_length), pad_id, dtype=np.int64)
-    for span, start, length in zip(spans, starts.tolist(), places, strict=False):
-        tokens[start : start + length] = span[:-1]
-        labels[start : start + length] = span[1:]
-    padding = np.arange(row_length) >= taken
-    return {
-        "tokens": tokens,
-        "labels": labels,
-        "loss_weights": (~padding).astype(np.float32),
-        "padding": padding,
-        "position_ids": np.arange(row_length) - np.repeat(starts, runs),
-        "sequence_index": np.repeat(np.arange(len(runs), dtype=np.int32), runs),
-    }
-
-
 _WINDOW = 4096  # documents that are packed together
 
 
@@ -203,7 +121,7 @@ class PackedRows:
         return self._window(epoch, window)[number]
 
     def fill(self, row: int) -> dict[str, NDArray[Any]]:
-        """Return the fields of a row by name, each [L]; see `packing.fill_row`."""
+        """Return the fields of a row by name, each [L]; see `fill_row`."""
         parts = [self.documents.read(span) for span in self.spans(row)]
         return fill_row(parts, self._packing.length, self._packing.padding)
 
@@ -280,3 +198,82 @@ class PackedRows:
 
 def _flat(rows: list[list[Span]]) -> tuple[Span, ...]:
     return tuple(span for row in rows for span in row)
+
+
+def best_fit(lengths: Integers, row_length: int) -> NDArray[np.int32]:
+    """Give every span a row: the longest first, each into the fullest row that has room for it.
+
+    Of spans of equal length, and of rows with equal room, the earlier comes first. No two rows
+    could be one; their number is at most 11/9 of the least possible, plus 4.
+
+    Args:
+        lengths: places that each span takes, 1 to `row_length`.
+        row_length: L.
+
+    Returns:
+        Number of the row of each span, from 0, in the order of `lengths`.
+
+    Raises:
+        ValueError: if a span takes less than one place, or more than a row has.
+
+    Source: Johnson, Demers, Ullman, Garey and Graham, SIAM J. Comput. 3(4), 1974 (best-fit
+    decreasing).
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= row_length:
+        raise ValueError(
+            f"spans take {lengths.min()} to {lengths.max()} places, but a row has 1 to "
+            f"{row_length}; cut longer ones before"
+        )
+    order = np.argsort(-lengths, kind="stable")
+    rows = np.empty(lengths.shape, dtype=np.int32)
+    unit = max(1, lengths.size)  # a row with room is one number, places left * unit + row
+    rooms: list[int] = []  # in order
+    opened = 0
+    for span, length in zip(order.tolist(), (lengths[order] * unit).tolist(), strict=True):
+        fullest = bisect_left(rooms, length)
+        if fullest < len(rooms):
+            room = rooms.pop(fullest)
+        else:
+            room, opened = row_length * unit + opened, opened + 1
+        rows[span] = room % unit
+        if room - length >= unit:
+            insort(rooms, room - length)
+    return rows
+
+
+def fill_row(spans: Sequence[Integers], row_length: int, pad_id: int) -> dict[str, NDArray[Any]]:
+    """Put spans one behind the other into a row, and padding behind them.
+
+    Args:
+        spans: tokens of each, at least two.
+        row_length: L.
+        pad_id: token and label of the padding; neither counts.
+
+    Returns:
+        What a batch holds of the row, each [L]: tokens, labels and position_ids in int64,
+        loss_weights in float32, padding in bool, and in int32 sequence_index, where padding is one
+        more document.
+
+    Raises:
+        ValueError: if a span has no label, or all together do not fit.
+    """
+    places = [len(span) - 1 for span in spans]
+    taken = sum(places)
+    if min(places, default=1) < 1 or taken > row_length:
+        raise ValueError(f"spans of {places} places each do not make a row of {row_length}")
+    runs = np.array([*places, row_length - taken])
+    starts = np.cumsum(runs) - runs
+    tokens, labels = np.full((2, row_length), pad_id, dtype=np.int64)
+    for span, start, length in zip(spans, starts.tolist(), places, strict=False):
+        tokens[start : start + length] = span[:-1]
+        labels[start : start + length] = span[1:]
+    padding = np.arange(row_length) >= taken
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_weights": (~padding).astype(np.float32),
+        "padding": padding,
+        "position_ids": np.arange(row_length) - np.repeat(starts, runs),
+        "sequence_index": np.repeat(np.arange(len(runs), dtype=np.int32), runs),
+    }

@@ -15,11 +15,7 @@ from numpy.typing import NDArray
 from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.order import BlendOrder, Indices
-from hybrid_train.data.packing import (
-    PackedPosition,
-    PackedRows,
-    Packing,
-)
+from hybrid_train.data.packing import PackedPosition, PackedRows, Packing
 from hybrid_train.data.stream import Stream, StreamPosition, StreamRows
 from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.schema.data import Packing as PackingMode
@@ -30,10 +26,14 @@ from hybrid_train.schema.units import show_tokens
 _BLOCK = 1024  # rows that are looked up at once
 
 Fields = dict[str, NDArray[Any]]  # a row, by the name of a field of `Batch`
+SourceRows = StreamRows | PackedRows
+Position = StreamPosition | PackedPosition
+# Validation has the same order in every run, so that runs with other seeds can be compared.
+_VALIDATION_SEED = 0
 
 
 class Rows(Protocol):
-    """The rows of one source in one phase; see `stream.StreamRows`, `packed.PackedRows`."""
+    """The rows of one source in one phase; see `stream.StreamRows`, `packing.PackedRows`."""
 
     def prepare(self, rows: int) -> None:
         """Build what the first `rows` rows need and is worth keeping on disk."""
@@ -46,7 +46,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Origin:
+class RowOrigin:
     """Where a row of a phase comes from."""
 
     source: int  # place among those that are mixed
@@ -72,10 +72,10 @@ class Mixture:
         """Return how many of the first `rows` rows are from each source, [sources]."""
         return self._order.counts(rows)
 
-    def origin(self, row: int) -> Origin:
+    def origin(self, row: int) -> RowOrigin:
         """Say where a row comes from."""
         sources, rows = self._block(row // _BLOCK)
-        return Origin(int(sources[row % _BLOCK]), int(rows[row % _BLOCK]))
+        return RowOrigin(int(sources[row % _BLOCK]), int(rows[row % _BLOCK]))
 
     def spans(self, row: int) -> list[Span]:
         """Return the spans of documents in a row."""
@@ -97,10 +97,6 @@ class Mixture:
             found = np.flatnonzero(sources == number)
             rows[found] = before[number] + np.arange(len(found))
         return sources, rows
-
-
-SourceRows = StreamRows | PackedRows
-Place = StreamPosition | PackedPosition
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenSources:
     """The sources of a run.
 
     Attributes:
@@ -153,7 +149,7 @@ class Opened:
 
 
 def plan_phases(
-    phase_spans: list[PhaseSpan], opened: Opened, names: Sequence[str]
+    phase_spans: list[PhaseSpan], opened: OpenSources, names: Sequence[str]
 ) -> list[PhasePlan]:
     """Work out the rows of all phases.
 
@@ -162,7 +158,7 @@ def plan_phases(
         opened: the sources of the train split.
         names: of all sources of the run, in the order of their numbers.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, Position] = {}
     plans = []
     for phase_span in phase_spans:
         job = phase_span.job
@@ -184,9 +180,9 @@ def plan_phases(
 def open_rows(
     name: str,
     job: TrainJob,
-    opened: Opened,
+    opened: OpenSources,
     *,
-    begin: Place | None = None,
+    begin: Position | None = None,
     seed: int | None = None,
 ) -> SourceRows:
     """Cut or pack the rows of one source.
@@ -210,15 +206,15 @@ def open_rows(
     return PackedRows(documents, packing, key=key, cache=opened.cache, begin=place)
 
 
-def weights_of(blend: Mapping[str, float], opened: Opened) -> dict[str, float]:
+def weights_of(blend: Mapping[str, float], opened: OpenSources) -> dict[str, float]:
     """Return the weight of every source, in the order of the sources; by size without a blend."""
     if not blend:
         return {name: float(one.tokens) for name, one in opened.documents.items()}
     return {name: blend.get(name, 0.0) for name in opened.documents}
 
 
-def describe(
-    plans: list[PhasePlan], opened: Opened, warn: float, say: Callable[[str], None]
+def describe_phases(
+    plans: list[PhasePlan], opened: OpenSources, warn: float, say: Callable[[str], None]
 ) -> Iterator[str]:
     """Yield the table of sources and phases; `say` is told of sources that are repeated often."""
     for plan in plans:
@@ -245,12 +241,8 @@ def describe(
             )
 
 
-# Validation has the same order in every run, so that runs with other seeds can be compared.
-_SEED = 0
-
-
 @dataclass(frozen=True)
-class Set:
+class ValidationSet:
     """What a validation reads of one source."""
 
     source: int  # its number in a batch
@@ -262,7 +254,7 @@ class Set:
 class HeldOut:
     """Rows of several sets, numbered through."""
 
-    def __init__(self, sets: Sequence[Set]) -> None:
+    def __init__(self, sets: Sequence[ValidationSet]) -> None:
         self.sets = sets
         self._firsts = np.cumsum([0, *(one.used for one in sets)])
 
@@ -276,7 +268,7 @@ class HeldOut:
         return {**fields, "source": np.asarray(self.sets[number].source)}
 
 
-def hold_out(job: TrainJob, opened: Opened, names: Sequence[str]) -> HeldOut:
+def hold_out(job: TrainJob, opened: OpenSources, names: Sequence[str]) -> HeldOut:
     """Open the validation of a phase.
 
     Args:
@@ -293,7 +285,7 @@ def hold_out(job: TrainJob, opened: Opened, names: Sequence[str]) -> HeldOut:
     for name, weight in weights.items():
         if not weight:
             continue
-        rows = open_rows(name, job, opened, seed=_SEED)
+        rows = open_rows(name, job, opened, seed=_VALIDATION_SEED)
         there = rows.first_epoch()
         if there < 1:
             raise UserError(
@@ -303,5 +295,5 @@ def hold_out(job: TrainJob, opened: Opened, names: Sequence[str]) -> HeldOut:
                 "or leave it out"
             )
         wanted = max(1, round(total * weight / sum(weights.values())))
-        sets.append(Set(names.index(name), rows, min(there, wanted), wanted))
+        sets.append(ValidationSet(names.index(name), rows, min(there, wanted), wanted))
     return HeldOut(sets)

@@ -1,4 +1,4 @@
-"""From the data section of a run to its batches."""
+"""The data of a run: from its section to the batches of each phase; the loss of a unigram model."""
 
 import logging
 import os
@@ -11,19 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_train.data.any_tokenizer import AnyTokenizer
-from hybrid_train.data.batch import (
-    RowReader,
-    RowTransform,
-    Sequences,
-)
+from hybrid_train.data.batch import RowReader, RowTransform, Sequences
 from hybrid_train.data.documents import Documents, Joined
 from hybrid_train.data.index_cache import IndexCache
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.plan import (
     HeldOut,
-    Opened,
+    OpenSources,
     PhasePlan,
-    describe,
+    describe_phases,
     hold_out,
     plan_phases,
 )
@@ -31,56 +27,15 @@ from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.quickstart import Report, folder_of, prepare
 from hybrid_train.data.quickstart import read_manifest as read_quickstart
 from hybrid_train.data.sources import open_source, tokenizer_of
-from hybrid_train.data.token_files import (
-    beyond_vocabulary,
-    place_beyond,
-    spread,
-    verify,
-)
+from hybrid_train.data.token_files import beyond_vocabulary, place_beyond, spaced_parts, verify
 from hybrid_train.planning.phases import PhaseSpan, global_batch
-from hybrid_train.schema.data import (
-    Data,
-    Quickstart,
-    Split,
-    named_sources,
-    needs_tokenizer,
-)
+from hybrid_train.schema.data import Data, Quickstart, Split, named_sources, needs_tokenizer
 from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, show_tokens
 
 _AT_MOST_TOKENS = 100_000_000  # of each file; counts of a longer one come from evenly spaced parts
-
-
-def unigram_cross_entropy(
-    train_prefixes: Sequence[str], validation_prefixes: Sequence[str], vocab_size: int
-) -> float:
-    """Cross-entropy of the train unigram distribution on the validation part, nats per token.
-
-        p(v)   = (n_train(v) + 1) / (n_train + vocab_size)         add-one smoothing
-        result = - sum_v n_validation(v) * log p(v) / n_validation
-
-    Raises:
-        UserError: if a prefix cannot be read or holds tokens beyond the vocabulary.
-    """
-    train = count_tokens(train_prefixes, vocab_size) + 1
-    validation = count_tokens(validation_prefixes, vocab_size)
-    log_p = np.log(train / train.sum())
-    return float(-(validation * log_p).sum() / validation.sum())
-
-
-def count_tokens(prefixes: Sequence[str], vocab_size: int) -> NDArray[np.int64]:
-    """Count how often each token occurs: [vocab_size]."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for prefix in prefixes:
-        for part in spread(verify(prefix, vocab_size), _AT_MOST_TOKENS):
-            if (place := place_beyond(part, vocab_size)) is not None:
-                raise beyond_vocabulary(f"{prefix}.bin", f"token {part[place]}", vocab_size)
-            counts += np.bincount(part, minlength=vocab_size)
-    return counts
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -102,8 +57,8 @@ class RunData:
     names: list[str]
     plans: list[PhasePlan]
     data: Data
-    train: Opened
-    held_out: Opened
+    train: OpenSources
+    held_out: OpenSources
     transforms: tuple[RowTransform, ...] = ()
 
     @property
@@ -155,7 +110,7 @@ class RunData:
         """Say what is read, one line for the log per fact."""
         lines = [
             f"train data: {_size(self.train)}, vocabulary {self.vocab_size}",
-            *describe(self.plans, self.train, self.data.warn_epochs, _log.warning),
+            *describe_phases(self.plans, self.train, self.data.warn_epochs, _log.warning),
         ]
         if not self.held_out.documents:
             return [*lines, "validation data: none (the run names no validation files)"]
@@ -234,7 +189,7 @@ def open_data(
     return RunData(tokenizer, names, plans, data, train, held_out, transforms)
 
 
-def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
+def _open(data: Data) -> tuple[AnyTokenizer, OpenSources, OpenSources]:
     problems = []
     sources = named_sources(data)
     if not any(source.has(Split.train) for source in sources.values()):
@@ -249,7 +204,7 @@ def _open(data: Data) -> tuple[AnyTokenizer, Opened, Opened]:
     size = tokenizer.vocab_size
     longest = {name: one.longest for name, one in sources.items() if one.longest is not None}
     train, held_out = (
-        Opened(
+        OpenSources(
             {
                 name: _joined(name, open_source(source, split, tokenizer, data.remote), split, size)
                 for name, source in sources.items()
@@ -322,7 +277,35 @@ def _cache_folder(data: Data) -> Path | None:
     return Path(local[0]).parent / "index_cache" if local else None
 
 
-def _size(opened: Opened) -> str:
+def _size(opened: OpenSources) -> str:
     total = sum(one.tokens for one in opened.documents.values())
     documents = sum(len(one) for one in opened.documents.values())
     return f"{show_tokens(total)} tokens in {counted(documents, 'document')}"
+
+
+def unigram_cross_entropy(
+    train_prefixes: Sequence[str], validation_prefixes: Sequence[str], vocab_size: int
+) -> float:
+    """Cross-entropy of the train unigram distribution on the validation part, nats per token.
+
+        p(v)   = (n_train(v) + 1) / (n_train + vocab_size)         add-one smoothing
+        result = - sum_v n_validation(v) * log p(v) / n_validation
+
+    Raises:
+        UserError: if a prefix cannot be read or holds tokens beyond the vocabulary.
+    """
+    train = count_tokens(train_prefixes, vocab_size) + 1
+    validation = count_tokens(validation_prefixes, vocab_size)
+    log_p = np.log(train / train.sum())
+    return float(-(validation * log_p).sum() / validation.sum())
+
+
+def count_tokens(prefixes: Sequence[str], vocab_size: int) -> NDArray[np.int64]:
+    """Count how often each token occurs: [vocab_size]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for prefix in prefixes:
+        for part in spaced_parts(verify(prefix, vocab_size), _AT_MOST_TOKENS):
+            if (place := place_beyond(part, vocab_size)) is not None:
+                raise beyond_vocabulary(f"{prefix}.bin", f"token {part[place]}", vocab_size)
+            counts += np.bincount(part, minlength=vocab_size)
+    return counts

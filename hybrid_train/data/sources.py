@@ -6,14 +6,7 @@ from typing import Protocol
 from hybrid_train.data.any_tokenizer import AnyTokenizer, open_tokenizer
 from hybrid_train.data.documents import Documents, FileDocuments
 from hybrid_train.data.synthetic import SyntheticDocuments, WordTokenizer, words_of
-from hybrid_train.schema.data import (
-    Data,
-    Remote,
-    Source,
-    Split,
-    Synthetic,
-    named_sources,
-)
+from hybrid_train.schema.data import Data, Remote, Source, Split, Synthetic, named_sources
 from hybrid_train.schema.problems import UserError
 
 

@@ -1,8 +1,9 @@
-"""Endlessly many documents drawn from grammars, their words, and the lowest loss there can be.
+"""Synthetic streams: documents drawn from grammars, their words, the lowest loss there can be.
 
-Document k of a split is drawn from a generator of its own: Philox with the key (seed; kind, split,
-k). So each can be made alone, in any order and in any process. With n items, n drawn evenly from
-`min_items` to `max_items`, all documents of a grammar below are equally likely:
+A stream has any number of documents. Document k of a split is drawn from a generator of its own:
+Philox with the key (seed; kind, split, k). So each can be made alone, in any order and in any
+process. With n items, n drawn evenly from `min_items` to `max_items`, all documents of a grammar
+below are equally likely:
 
     copy      w1 .. wn | w1 .. wn END           each w one of `symbols`
     recall    k1 v1 .. kn vn ? q1 a1 .. qn an END
@@ -39,6 +40,101 @@ from hybrid_train.schema.data import (
     Synthetic,
 )
 from hybrid_train.schema.problems import UserError
+
+type Symbols = NDArray[np.int64]
+
+
+class SyntheticDocuments:
+    """The documents of one split of a stream.
+
+    Args:
+        config: the stream; its `problems` are none.
+        split: which documents.
+        ids: token id of each symbol of `words_of(config)`, [symbols].
+        end_of_document: id of the token that closes each document; not among `ids`.
+    """
+
+    def __init__(
+        self, config: Synthetic, split: Split, ids: Sequence[int], end_of_document: int
+    ) -> None:
+        self.name = f"synthetic {config.kind} ({split.value}, seed {config.seed})"
+        self._config = config
+        self._grammar = _grammar(config)
+        self._end = end_of_document
+        self._ids = np.asarray(ids, dtype=np.int64)
+        if len(self._ids) != len(self._grammar.words()) or end_of_document in self._ids:
+            raise ValueError(f"{self.name}: one id for each symbol, none of them the end's")
+        self._part = 2 * (split is Split.validation)
+        is_train = split is Split.train
+        count = config.documents if is_train else config.validation_documents
+        # From one generator, since lengths are wanted of all documents at once; the first ones are
+        # the same for every number of documents.
+        self._items = self._generator(self._part + 1, 0).integers(
+            config.min_items, config.max_items, size=count, dtype=np.int32, endpoint=True
+        )
+        self._latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document, [D]."""
+        return (self._grammar.length(self._items.astype(np.int64)) + 1).astype(np.int32)
+
+    def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of a document.
+
+        Raises:
+            IndexError: if there are no such tokens.
+        """
+        number, tokens = self._latest  # a document is often read in parts
+        if number != document:
+            tokens = self._draw(document)
+            self._latest = (document, tokens)
+        if not 0 <= start <= stop <= len(tokens):
+            raise IndexError(f"tokens {start} to {stop} of a document of {len(tokens)}")
+        return tokens[start:stop].copy()
+
+    def fingerprint(self) -> str:
+        """Name the parameters, the ids and some documents, so that another generator is noticed."""
+        digest = hashlib.sha256(f"{self.name} {self._config} {self._end}".encode())
+        digest.update(self._ids.tobytes())
+        for document in range(min(4, len(self._items))):
+            digest.update(self._draw(document).tobytes())
+        return digest.hexdigest()[:32]
+
+    def best_loss(self) -> float:
+        """Entropy of the stream in nats per token: no model reaches less, on average.
+
+            (log M + mean_n log(documents with n items)) / mean_n(tokens with n items)
+
+        M is the number of lengths; both means are over them. It counts every token of a document,
+        the first and END among them, each predicted from all those before it.
+        """
+        return best_loss(self._config)
+
+    def _draw(self, document: int) -> NDArray[np.int64]:
+        if not 0 <= document < len(self._items):
+            raise IndexError(f"document {document} of {len(self._items)}, {self.name}")
+        items = int(self._items[document])
+        symbols = self._grammar.draw(items, self._generator(self._part, document))
+        return np.append(self._ids[symbols], self._end)
+
+    def _generator(self, part: int, document: int) -> np.random.Generator:
+        place = (self._grammar.number << 8 | part) << 48 | document
+        key = np.array([self._config.seed, place], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
+
+
+def best_loss(config: Synthetic) -> float:
+    """As `SyntheticDocuments.best_loss`, from the parameters alone."""
+    grammar = _grammar(config)
+    items = range(config.min_items, config.max_items + 1)
+    entropy = log(len(items)) + fmean(grammar.log_count(n) for n in items)
+    return entropy / float(np.mean(grammar.length(np.array(items)) + 1))
+
+
+def words_of(config: Synthetic) -> list[str]:
+    """A word for each symbol of a stream, in their order."""
+    return _grammar(config).words()
 
 
 class WordTokenizer:
@@ -132,9 +228,6 @@ class WordTokenizer:
             "decoder": None,
             "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": END_OF_DOCUMENT},
         }
-
-
-type Symbols = NDArray[np.int64]
 
 
 class Grammar(ABC):
@@ -253,99 +346,6 @@ class _Sums(Grammar):
 
     def log_count(self, items: int) -> float:
         return items * self._terms * log(self._modulus)
-
-
-class SyntheticDocuments:
-    """The documents of one split of a stream.
-
-    Args:
-        config: the stream; its `problems` are none.
-        split: which documents.
-        ids: token id of each symbol of `words_of(config)`, [symbols].
-        end_of_document: id of the token that closes each document; not among `ids`.
-    """
-
-    def __init__(
-        self, config: Synthetic, split: Split, ids: Sequence[int], end_of_document: int
-    ) -> None:
-        self.name = f"synthetic {config.kind} ({split.value}, seed {config.seed})"
-        self._config = config
-        self._grammar = _grammar(config)
-        self._end = end_of_document
-        self._ids = np.asarray(ids, dtype=np.int64)
-        if len(self._ids) != len(self._grammar.words()) or end_of_document in self._ids:
-            raise ValueError(f"{self.name}: one id for each symbol, none of them the end's")
-        self._part = 2 * (split is Split.validation)
-        is_train = split is Split.train
-        count = config.documents if is_train else config.validation_documents
-        # From one generator, since lengths are wanted of all documents at once; the first ones are
-        # the same for every number of documents.
-        self._items = self._generator(self._part + 1, 0).integers(
-            config.min_items, config.max_items, size=count, dtype=np.int32, endpoint=True
-        )
-        self._latest: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, dtype=np.int64))
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document, [D]."""
-        return (self._grammar.length(self._items.astype(np.int64)) + 1).astype(np.int32)
-
-    def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of a document.
-
-        Raises:
-            IndexError: if there are no such tokens.
-        """
-        number, tokens = self._latest  # a document is often read in parts
-        if number != document:
-            tokens = self._draw(document)
-            self._latest = (document, tokens)
-        if not 0 <= start <= stop <= len(tokens):
-            raise IndexError(f"tokens {start} to {stop} of a document of {len(tokens)}")
-        return tokens[start:stop].copy()
-
-    def fingerprint(self) -> str:
-        """Name the parameters, the ids and some documents, so that another generator is noticed."""
-        digest = hashlib.sha256(f"{self.name} {self._config} {self._end}".encode())
-        digest.update(self._ids.tobytes())
-        for document in range(min(4, len(self._items))):
-            digest.update(self._draw(document).tobytes())
-        return digest.hexdigest()[:32]
-
-    def best_loss(self) -> float:
-        """Entropy of the stream in nats per token: no model reaches less, on average.
-
-            (log M + mean_n log(documents with n items)) / mean_n(tokens with n items)
-
-        M is the number of lengths; both means are over them. It counts every token of a document,
-        the first and END among them, each predicted from all those before it.
-        """
-        return best_loss(self._config)
-
-    def _draw(self, document: int) -> NDArray[np.int64]:
-        if not 0 <= document < len(self._items):
-            raise IndexError(f"document {document} of {len(self._items)}, {self.name}")
-        items = int(self._items[document])
-        symbols = self._grammar.draw(items, self._generator(self._part, document))
-        return np.append(self._ids[symbols], self._end)
-
-    def _generator(self, part: int, document: int) -> np.random.Generator:
-        place = (self._grammar.number << 8 | part) << 48 | document
-        key = np.array([self._config.seed, place], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key))
-
-
-def best_loss(config: Synthetic) -> float:
-    """As `SyntheticDocuments.best_loss`, from the parameters alone."""
-    grammar = _grammar(config)
-    items = range(config.min_items, config.max_items + 1)
-    entropy = log(len(items)) + fmean(grammar.log_count(n) for n in items)
-    return entropy / float(np.mean(grammar.length(np.array(items)) + 1))
-
-
-def words_of(config: Synthetic) -> list[str]:
-    """A word for each symbol of a stream, in their order."""
-    return _grammar(config).words()
 
 
 def _grammar(config: Synthetic) -> Grammar:

@@ -6,7 +6,7 @@ Layout of an .idx (megatron-core 0.19.2, `indexed_dataset.py`), little endian:
 
 Document d consists of the sequences [boundaries[d], boundaries[d + 1]).
 
-Nothing here holds more than a span of a file in memory, however many documents it has.
+Nothing here holds more than a chunk of a file in memory, however many documents it has.
 """
 
 import hashlib
@@ -28,6 +28,9 @@ HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _REMEDY = "write the files anew, or copy both from where they are whole"
 _REMOTE_BLOCKS = 8  # that a check of a remote file reads, each by a request of its own
+_CHUNK = 2**20  # documents
+# megatron-core 0.19.2, DType.optimal_dtype: two bytes up to here, though 65536 ids would fit
+_LARGEST_SHORT_VOCABULARY = 65500
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class TokenFile:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenPair:
     """A pair of files that belong together, open.
 
     Attributes:
@@ -81,7 +84,7 @@ def verify(
 
 def open_files(
     prefix: str, vocab_size: int | None = None, *, remote: Remote | None = None
-) -> Opened:
+) -> OpenPair:
     """Check as `verify` does, and keep both files open."""
     index_file, tokens_file = (_open(prefix, suffix, remote) for suffix in (".idx", ".bin"))
     opened = _parse(prefix, index_file, tokens_file)
@@ -96,26 +99,6 @@ def open_files(
     if vocab_size is not None:
         _check_vocabulary(found, tokens_file, vocab_size)
     return opened
-
-
-def spread(
-    file: TokenFile, at_most: int, pieces: int = 64, *, remote: Remote | None = None
-) -> Iterator[NDArray[np.int64]]:
-    """Yield all tokens of a verified file or, of a longer one, evenly spaced parts of it."""
-    return _spread(file, open_file(f"{file.prefix}.bin", remote), at_most, pieces)
-
-
-def _spread(facts: TokenFile, file: File, at_most: int, pieces: int) -> Iterator[NDArray[np.int64]]:
-    if facts.tokens <= at_most:
-        size = 2**20  # bounds the memory
-        starts = list(range(0, facts.tokens, size))
-    else:
-        size = max(1, at_most // pieces)
-        starts = [(facts.tokens - size) * piece // (pieces - 1) for piece in range(pieces)]
-    width = facts.dtype.itemsize
-    for start in starts:
-        stop = min(facts.tokens, start + size)
-        yield file.peek(start * width, stop * width).view(facts.dtype).astype(np.int64)
 
 
 def _open(prefix: str, suffix: str, remote: Remote | None) -> File:
@@ -136,7 +119,7 @@ def _open(prefix: str, suffix: str, remote: Remote | None) -> File:
         ) from error
 
 
-def _parse(prefix: str, file: File, tokens_file: File) -> Opened:
+def _parse(prefix: str, file: File, tokens_file: File) -> OpenPair:
     if file.size < HEADER.size:
         raise UserError(f"{file.name} is truncated: it ends within its header; {_REMEDY}")
     index = file.whole()
@@ -164,7 +147,7 @@ def _parse(prefix: str, file: File, tokens_file: File) -> Opened:
     dtype: np.dtype[np.generic] = np.dtype(TOKEN_TYPES[code])
     tokens = int(offsets[-1]) // dtype.itemsize + int(lengths[-1])
     facts = TokenFile(prefix, int(boundaries) - 1, tokens, dtype)
-    return Opened(facts, tokens_file, index, lengths, offsets, ends)
+    return OpenPair(facts, tokens_file, index, lengths, offsets, ends)
 
 
 class _Parts:
@@ -182,9 +165,31 @@ class _Parts:
 
 def _check_vocabulary(facts: TokenFile, file: File, vocab_size: int) -> None:
     pieces = _REMOTE_BLOCKS if is_remote(facts.prefix) else 64
-    for part in _spread(facts, file, at_most=1024 * pieces, pieces=pieces):
+    for part in _spaced_parts(facts, file, at_most=1024 * pieces, pieces=pieces):
         if (place := place_beyond(part, vocab_size)) is not None:
             raise beyond_vocabulary(file.name, f"token {part[place]}", vocab_size)
+
+
+def spaced_parts(
+    file: TokenFile, at_most: int, pieces: int = 64, *, remote: Remote | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield all tokens of a verified file or, of a longer one, evenly spaced parts of it."""
+    return _spaced_parts(file, open_file(f"{file.prefix}.bin", remote), at_most, pieces)
+
+
+def _spaced_parts(
+    facts: TokenFile, file: File, at_most: int, pieces: int
+) -> Iterator[NDArray[np.int64]]:
+    if facts.tokens <= at_most:
+        size = 2**20  # bounds the memory
+        starts = list(range(0, facts.tokens, size))
+    else:
+        size = max(1, at_most // pieces)
+        starts = [(facts.tokens - size) * piece // (pieces - 1) for piece in range(pieces)]
+    width = facts.dtype.itemsize
+    for start in starts:
+        stop = min(facts.tokens, start + size)
+        yield file.peek(start * width, stop * width).view(facts.dtype).astype(np.int64)
 
 
 def place_beyond(ids: NDArray[np.int64], vocab_size: int) -> int | None:
@@ -202,78 +207,6 @@ def beyond_vocabulary(where: str, token: str, vocab_size: int) -> UserError:
     )
     error.of_content = True
     return error
-
-
-_SPAN = 2**20  # documents
-# megatron-core 0.19.2, DType.optimal_dtype: two bytes up to here, though 65536 ids would fit
-_LARGEST_SHORT_VOCABULARY = 65500
-
-
-def dtype_for(vocab_size: int) -> np.dtype[np.generic]:
-    """Return the type of ids: two bytes where the vocabulary allows, else four."""
-    return np.dtype("<u2") if vocab_size < _LARGEST_SHORT_VOCABULARY else np.dtype("<i4")
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; as fast as the disk with SHA instructions."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_index(
-    path: Path,
-    dtype: np.dtype[np.generic],
-    lengths: NDArray[np.int32],
-    boundaries: NDArray[np.int64] | None = None,
-) -> None:
-    """Write an .idx.
-
-    Args:
-        path: of the .idx.
-        dtype: of the ids.
-        lengths: tokens in each sequence; may be mapped from a file.
-        boundaries: first sequence of each document, and the number of sequences at the end; None
-            if each document is one sequence.
-    """
-    code = next(code for code, known in TOKEN_TYPES.items() if np.dtype(known) == dtype)
-    count = len(lengths) + 1 if boundaries is None else len(boundaries)
-    with path.open("wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), count))
-        for part in _spans(lengths):
-            file.write(part.astype("<i4").tobytes())
-        offset = 0
-        for part in _spans(lengths):
-            ends = offset + np.cumsum(part, dtype=np.int64) * dtype.itemsize
-            starts = ends - part.astype(np.int64) * dtype.itemsize
-            file.write(starts.astype("<i8").tobytes())
-            offset = int(ends[-1])
-        if boundaries is not None:
-            for bounds in _spans(boundaries):
-                file.write(bounds.astype("<i8").tobytes())
-            return
-        for start in range(0, count, _SPAN):
-            file.write(np.arange(start, min(start + _SPAN, count), dtype="<i8").tobytes())
-
-
-def write_documents(
-    prefix: str | Path, documents: Iterable[Sequence[int]], *, vocab_size: int
-) -> int:
-    """Write documents of token ids to PREFIX.bin and PREFIX.idx; return the number of tokens.
-
-    Each document must already end with the end-of-document token.
-    """
-    dtype, lengths = dtype_for(vocab_size), []
-    with Path(f"{prefix}.bin").open("wb") as file:
-        for document in documents:
-            file.write(np.asarray(document).astype(dtype).tobytes())
-            lengths.append(len(document))
-    write_index(Path(f"{prefix}.idx"), dtype, np.array(lengths, dtype=np.int32))
-    return sum(lengths)
-
-
-def _spans[T: np.generic](array: NDArray[T]) -> Iterator[NDArray[T]]:
-    for start in range(0, len(array), _SPAN):
-        yield array[start : start + _SPAN]
 
 
 class TokenReader:
@@ -315,3 +248,70 @@ class TokenReader:
         lengths = self.lengths[int(bounds[0]) : int(bounds[-1])].astype(np.int64)
         total = np.concatenate([[0], np.cumsum(lengths)])
         return np.diff(total[bounds - bounds[0]])
+
+
+def write_documents(
+    prefix: str | Path, documents: Iterable[Sequence[int]], *, vocab_size: int
+) -> int:
+    """Write documents of token ids to PREFIX.bin and PREFIX.idx; return the number of tokens.
+
+    Each document must already end with the end-of-document token.
+    """
+    dtype, lengths = dtype_for(vocab_size), []
+    with Path(f"{prefix}.bin").open("wb") as file:
+        for document in documents:
+            file.write(np.asarray(document).astype(dtype).tobytes())
+            lengths.append(len(document))
+    write_index(Path(f"{prefix}.idx"), dtype, np.array(lengths, dtype=np.int32))
+    return sum(lengths)
+
+
+def write_index(
+    path: Path,
+    dtype: np.dtype[np.generic],
+    lengths: NDArray[np.int32],
+    boundaries: NDArray[np.int64] | None = None,
+) -> None:
+    """Write an .idx.
+
+    Args:
+        path: of the .idx.
+        dtype: of the ids.
+        lengths: tokens in each sequence; may be mapped from a file.
+        boundaries: first sequence of each document, and the number of sequences at the end; None
+            if each document is one sequence.
+    """
+    code = next(code for code, known in TOKEN_TYPES.items() if np.dtype(known) == dtype)
+    count = len(lengths) + 1 if boundaries is None else len(boundaries)
+    with path.open("wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), count))
+        for part in _chunks(lengths):
+            file.write(part.astype("<i4").tobytes())
+        offset = 0
+        for part in _chunks(lengths):
+            ends = offset + np.cumsum(part, dtype=np.int64) * dtype.itemsize
+            starts = ends - part.astype(np.int64) * dtype.itemsize
+            file.write(starts.astype("<i8").tobytes())
+            offset = int(ends[-1])
+        if boundaries is not None:
+            for bounds in _chunks(boundaries):
+                file.write(bounds.astype("<i8").tobytes())
+            return
+        for start in range(0, count, _CHUNK):
+            file.write(np.arange(start, min(start + _CHUNK, count), dtype="<i8").tobytes())
+
+
+def _chunks[T: np.generic](array: NDArray[T]) -> Iterator[NDArray[T]]:
+    for start in range(0, len(array), _CHUNK):
+        yield array[start : start + _CHUNK]
+
+
+def dtype_for(vocab_size: int) -> np.dtype[np.generic]:
+    """Return the type of ids: two bytes where the vocabulary allows, else four."""
+    return np.dtype("<u2") if vocab_size < _LARGEST_SHORT_VOCABULARY else np.dtype("<i4")
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; as fast as the disk with SHA instructions."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,12 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hybrid_train.data.any_tokenizer import (
-    CONFIG,
-    copy_tokenizer,
-    named_tokens,
-    settings_of,
-)
+from hybrid_train.data.any_tokenizer import CONFIG, copy_tokenizer, named_tokens, settings_of
 from hybrid_train.schema.problems import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"

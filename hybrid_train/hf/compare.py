@@ -1,4 +1,4 @@
-"""What differs between a checkpoint and a Hugging Face folder: names, shapes, formats, values."""
+"""Differences between a checkpoint and a Hugging Face folder: names, shapes, formats, values."""
 
 from dataclasses import dataclass, field
 

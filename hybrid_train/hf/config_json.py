@@ -1,4 +1,4 @@
-"""Our model section <-> config.json of the family, the old spellings of its keys included.
+"""config.json of the family, read as our model section and written from it; old spellings included.
 
 What the family fixes (no bias, squared ReLU, no routing groups, ...) is written out and, in a
 config that is read, demanded: a model that differs there is another model.
@@ -46,8 +46,43 @@ _LAYER_KEYS = (
 )
 LAYER_TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _OLDER_TYPES = {"mamba": "M", "mamba2": "M", "attention": "*"}
-_log = logging.getLogger(__name__)
 _LARGEST = 2**24  # no size of the family is near; a larger one is a mistake, or meant to hurt
+# What every model of the family has, whatever its size.
+_FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "conv_kernel": CONV_WIDTH,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "n_shared_experts": 1,
+    "sliding_window": None,
+}
+_OLDER_FIXED = {"conv_kernel": ("mamba_d_conv",), "use_conv_bias": ("mamba_conv_bias",)}
+_SAID = {  # no part of the computation, but asked for by some readers
+    "attention_dropout": 0.0,
+    "expand": 2,
+    "hidden_dropout": 0.0,
+    "mamba_ssm_cache_dtype": "float32",
+    "moe_shared_expert_overlap": True,
+    "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True,
+    "residual_in_fp32": False,
+    "time_step_floor": 1e-4,
+    "time_step_max": 0.1,
+    # Steps of the family have no limit, which is the default of time_step_limit; transformers 5.23
+    # takes this key for one (modeling_nemotron_h.py 414). 0 would break its initialisation, a
+    # logarithm.
+    "time_step_min": 1e-30,
+    "use_cache": True,
+    "use_mamba_kernels": True,
+}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,41 +124,6 @@ _FIELDS = (
     _Field("moe.scaling_factor", "routed_scaling_factor", 1.0),
     _Field("mtp.repeated_block", "mtp_use_repeated_layer", True),
 )
-# What every model of the family has, whatever its size.
-_FIXED: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_bias": False,
-    "mamba_proj_bias": False,
-    "use_conv_bias": True,
-    "conv_kernel": CONV_WIDTH,
-    "mlp_hidden_act": "relu2",
-    "mamba_hidden_act": "silu",
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-    "n_shared_experts": 1,
-    "sliding_window": None,
-}
-_OLDER_FIXED = {"conv_kernel": ("mamba_d_conv",), "use_conv_bias": ("mamba_conv_bias",)}
-_SAID = {  # no part of the computation, but asked for by some readers
-    "attention_dropout": 0.0,
-    "expand": 2,
-    "hidden_dropout": 0.0,
-    "mamba_ssm_cache_dtype": "float32",
-    "moe_shared_expert_overlap": True,
-    "num_logits_to_keep": 1,
-    "rescale_prenorm_residual": True,
-    "residual_in_fp32": False,
-    "time_step_floor": 1e-4,
-    "time_step_max": 0.1,
-    # Steps of the family have no limit, which is the default of time_step_limit; transformers 5.23
-    # takes this key for one (modeling_nemotron_h.py 414). 0 would break its initialisation, a
-    # logarithm.
-    "time_step_min": 1e-30,
-    "use_cache": True,
-    "use_mamba_kernels": True,
-}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,37 @@ from hybrid_train.schema.model import Model
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 EMBEDDING = "backbone.embeddings.weight"
+# Ours below a layer -> theirs; parts that alternate are tensors of their own on that side.
+_THEIRS = {
+    "mixer.in_proj.layer_norm_weight": "norm.weight",
+    **{
+        same: same
+        for same in (
+            "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.A_log",
+            "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "mixer.out_proj.weight",
+        )
+    },
+    "self_attention.linear_qkv.layer_norm_weight": "norm.weight",
+    "self_attention.linear_qkv.weight": "mixer.{part}_proj.weight",
+    "self_attention.linear_proj.weight": "mixer.o_proj.weight",
+    "mlp.linear_fc1.layer_norm_weight": "norm.weight",
+    "mlp.linear_fc1.weight": "mixer.up_proj.weight",
+    "mlp.linear_fc2.weight": "mixer.down_proj.weight",
+    "pre_mlp_layernorm.weight": "norm.weight",
+    "mlp.router.weight": "mixer.gate.weight",
+    "mlp.router.expert_bias": "mixer.gate.e_score_correction_bias",
+    "mlp.fc1_latent_proj.weight": "mixer.fc1_latent_proj.weight",
+    "mlp.fc2_latent_proj.weight": "mixer.fc2_latent_proj.weight",
+    "mlp.shared_experts.linear_fc1.weight": "mixer.shared_experts.up_proj.weight",
+    "mlp.shared_experts.linear_fc2.weight": "mixer.shared_experts.down_proj.weight",
+    "mlp.experts.experts.linear_fc1.weight": "mixer.experts.{expert}.up_proj.weight",
+    "mlp.experts.experts.linear_fc2.weight": "mixer.experts.{expert}.down_proj.weight",
+    "decoder.final_norm.weight": "backbone.norm_f.weight",
+    **{
+        same: same
+        for same in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,39 +90,6 @@ class Names:
         return Stored(
             self.ours + ours, (stop - start, *shape[1:]), (part,), keeps_float32=keeps_float32
         )
-
-
-# Ours below a layer -> theirs; parts that alternate are tensors of their own on that side.
-_THEIRS = {
-    "mixer.in_proj.layer_norm_weight": "norm.weight",
-    **{
-        same: same
-        for same in (
-            "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.A_log",
-            "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "mixer.out_proj.weight",
-        )
-    },
-    "self_attention.linear_qkv.layer_norm_weight": "norm.weight",
-    "self_attention.linear_qkv.weight": "mixer.{part}_proj.weight",
-    "self_attention.linear_proj.weight": "mixer.o_proj.weight",
-    "mlp.linear_fc1.layer_norm_weight": "norm.weight",
-    "mlp.linear_fc1.weight": "mixer.up_proj.weight",
-    "mlp.linear_fc2.weight": "mixer.down_proj.weight",
-    "pre_mlp_layernorm.weight": "norm.weight",
-    "mlp.router.weight": "mixer.gate.weight",
-    "mlp.router.expert_bias": "mixer.gate.e_score_correction_bias",
-    "mlp.fc1_latent_proj.weight": "mixer.fc1_latent_proj.weight",
-    "mlp.fc2_latent_proj.weight": "mixer.fc2_latent_proj.weight",
-    "mlp.shared_experts.linear_fc1.weight": "mixer.shared_experts.up_proj.weight",
-    "mlp.shared_experts.linear_fc2.weight": "mixer.shared_experts.down_proj.weight",
-    "mlp.experts.experts.linear_fc1.weight": "mixer.experts.{expert}.up_proj.weight",
-    "mlp.experts.experts.linear_fc2.weight": "mixer.experts.{expert}.down_proj.weight",
-    "decoder.final_norm.weight": "backbone.norm_f.weight",
-    **{
-        same: same
-        for same in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
-    },
-}  # fmt: skip
 
 
 def table(model: Model, vocab_size: int) -> Iterator[Stored]:

@@ -23,12 +23,12 @@ from hybrid_train.data.any_tokenizer import (
     same_tokenizer,
     tokenizer_files,
 )
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.files import as_strict_json, write_json
 from hybrid_train.schema.problems import UserError
 
 FOLDER = "hf"
-_SETTINGS = (hf_config.FILE, hf_config.GENERATION_FILE)
+_SETTINGS = (config_json.FILE, config_json.GENERATION_FILE)
 _log = logging.getLogger(__name__)
 
 
@@ -101,7 +101,7 @@ class Origin:
             UserError: if a file is damaged.
         """
         kept = run_dir / FOLDER
-        folder = kept if (kept / hf_config.FILE).is_file() else None
+        folder = kept if (kept / config_json.FILE).is_file() else None
         same = folder is not None and same_tokenizer(kept, run_dir / layout.TOKENIZER)
         return cls(run_dir, folder, same)
 
@@ -152,11 +152,11 @@ class Origin:
             output: the folder of the export.
             config: its config.json.
         """
-        target = output / hf_config.GENERATION_FILE
+        target = output / config_json.GENERATION_FILE
         if self.folder is None:
-            write_json(target, hf_config.generation_config(config))
+            write_json(target, config_json.generation_config(config))
             return
-        source = self.folder / hf_config.GENERATION_FILE
+        source = self.folder / config_json.GENERATION_FILE
         if not source.is_file():
             return
         if self.is_same_tokenizer:
@@ -169,7 +169,7 @@ class Origin:
     def with_own_ids(self, said: Mapping[str, Any], path: Path) -> dict[str, Any]:
         """Put the token ids of the run's tokenizer in place of those in a file; say what goes."""
         ids = self.token_ids()
-        gone = [key for key in said if hf_config.names_tokens(key) and key not in ids]
+        gone = [key for key in said if config_json.names_tokens(key) and key not in ids]
         _log.warning(
             "%s: the run was trained with another tokenizer than the folder it began with; token "
             "ids are of the new one: %s%s",

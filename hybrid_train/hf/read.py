@@ -17,18 +17,11 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, OpenFiles
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary
-from hybrid_train.hf import config_json as hf_config
-from hybrid_train.hf import origin
+from hybrid_train.hf import config_json, origin
 from hybrid_train.hf.files import new_folder
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
-from hybrid_train.hf.tensors import (
-    Cast,
-    Move,
-    carry_out,
-    ours_from_theirs,
-    require_shapes,
-)
+from hybrid_train.hf.tensors import Cast, Move, move_all, ours_from_theirs, require_shapes
 from hybrid_train.schema.data import Data
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.optimizer import Schedule
@@ -192,8 +185,8 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
     Raises:
         UserError: if the folder is damaged or no model of the family; nothing is left behind.
     """
-    config = hf_config.read_config(source)
-    model = hf_config.to_model(config, source / hf_config.FILE)
+    config = config_json.read_config(source)
+    model = config_json.to_model(config, source / config_json.FILE)
     assert model.vocab_size is not None
     with Folder(source) as folder:
         tensors = list(table(model, model.vocab_size))
@@ -205,7 +198,7 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             _write_tensors(weights, tensors, folder, cast)
             layout.write_position(weights, {"step": 0, "tokens": 0})
             origin.keep(source, partial)
-            length = int(config.get(hf_config.LENGTH) or 4096)
+            length = int(config.get(config_json.LENGTH) or 4096)
             main = dtype or folder.main_dtype()
             frozen.freeze(_train_job(model, output, length, main), partial)
     if not has_vocabulary(source):
@@ -245,7 +238,7 @@ def _require_tied(folder: Folder) -> None:
 def _write_tensors(weights: Path, tensors: list[Stored], folder: Folder, cast: Cast) -> None:
     writer = CheckpointWriter(weights)
     try:
-        carry_out(_moves(tensors, folder, cast, writer), folder, cast)
+        move_all(_moves(tensors, folder, cast, writer), folder, cast)
         writer.finish()
     finally:
         writer.close()

@@ -17,11 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_train.checkpoint.tensor_files import (
-    FilePosition,
-    OpenFiles,
-    write_at,
-)
+from hybrid_train.checkpoint.tensor_files import FilePosition, OpenFiles, write_at
 from hybrid_train.schema.problems import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

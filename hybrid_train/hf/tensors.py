@@ -1,12 +1,10 @@
-"""Rows on their way from one side to the other: read, checked for NaN, cast, written by threads.
+"""Tensors on their way from one side to the other: cut into blocks, checked for NaN, cast, written.
 
-A tensor is never in memory as a whole if it is large: it travels in blocks of rows.
-
-The threads are those of concurrent.futures; the library safetensors has nothing for it, and
-`safetensors.py` says why its reader and writer do not serve.
-
-Every block has its place before the first is read, so what is written, and which error is said,
-does not depend on the number of threads.
+A tensor is never in memory as a whole if it is large: it travels in blocks of rows, which several
+threads move at once. Every block has its place before the first is read, so what is written, and
+which error is said, does not depend on the number of threads. The threads are those of
+concurrent.futures; the library safetensors has nothing for it, and `hf/safetensors.py` says why its
+reader and writer do not serve.
 """
 
 import contextlib
@@ -30,6 +28,9 @@ from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 
 BLOCK_BYTES = 4 * 2**20  # of a large tensor; it is read, checked and written within the cache
+_MOST_THREADS = 8  # more of them wait for each other: one at a time writes to a file
+_WAITING = 16  # loads that are planned ahead of the one that must be done next
+_SWITCH_S = 1e-4  # of Python's threads; the usual 5 ms are longer than it takes to read a block
 
 
 class Rows(Protocol):
@@ -58,6 +59,121 @@ class Block:
     def num_bytes(self) -> int:
         """Bytes of the rows as they are."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one of our tensors that are the next rows of one of theirs."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Theirs:
+    """One of their tensors, and what of ours it is made of, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    keeps_float32: bool
+    pieces: dict[int, Piece]  # by first row
+
+
+def turn_round(table: Iterator[Stored]) -> dict[str, Theirs]:
+    """Turn the table round: what each of their tensors is made of."""
+    found: dict[str, Theirs] = {}
+    for stored in table:
+        for part in stored.parts:
+            one = found.setdefault(
+                part.name, Theirs(part.name, part.shape, stored.keeps_float32, {})
+            )
+            one.pieces[part.start] = Piece(stored.key, part.at, part.at + part.rows)
+    return found
+
+
+def ours_from_theirs(stored: Stored, theirs: Rows) -> Iterator[tuple[int, Block]]:
+    """Yield the blocks that one of our tensors is made of, in order, each with its first row.
+
+    What their side does not have (the padding of the vocabulary) is not among them.
+    """
+    rest = stored.shape[1:]
+    for part in stored.parts:
+        dtype = theirs.dtype(part.name)
+        if part.rows != part.stop - part.start:  # an expert
+            yield part.at, Block(part.name, part.start, part.stop, (1, *rest), dtype)
+            continue
+        for first, last in blocks(part.start, part.stop, math.prod(rest) * dtype.itemsize):
+            block = Block(part.name, first, last, (last - first, *rest), dtype)
+            yield part.at + first - part.start, block
+
+
+def theirs_from_ours(one: Theirs, ours: Rows) -> Iterator[Block]:
+    """Yield the blocks that one of their tensors is made of, in order."""
+    for _, piece in sorted(one.pieces.items()):
+        shape, dtype = ours.shape(piece.key), ours.dtype(piece.key)
+        row = math.prod(shape[1:])
+        for first, last in blocks(piece.start, piece.stop, row * dtype.itemsize):
+            rows = (last - first) * row // math.prod(one.shape[1:])
+            yield Block(piece.key, first, last, (rows, *one.shape[1:]), dtype)
+
+
+def blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [start, stop) into ranges of a few megabytes."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: set[str]) -> None:
+    """Refuse tensors that are missing, of another shape, or of no use.
+
+    Raises:
+        UserError: naming the first of each kind, and how many there are.
+    """
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise UserError(
+            f"{_first(missing)} missing; the config asks for {'them' if len(missing) > 1 else 'it'}"
+        )
+    for name, shape in names.items():
+        if side.shape(name) != shape:
+            raise UserError(
+                f"{side.where(name)} has shape {side.shape(name)}; the config asks for {shape}"
+            )
+    foreign = sorted(present - names.keys())
+    if foreign:
+        raise UserError(
+            f"{side.where(foreign[0])} has no place in the model; {_first(foreign)} left over"
+        )
+
+
+def _first(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{names[0]} and {counted(len(names) - 1, 'other tensor')} are"
+
+
+def require_finite(side: Rows, name: str, rows: Tensor, start: int) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: naming file, tensor and row.
+    """
+    low, high = rows.aminmax()
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        flat = rows.view(-1)
+        number = int((~flat.isfinite()).nonzero()[0, 0])
+        row = start + number // max(1, math.prod(rows.shape[1:]))
+        raise UserError(f"{side.where(name)} holds {flat[number].item()} in row {row}")
+
+
+class Format(enum.Enum):
+    """A number format by its name in a config.json."""
+
+    float32 = torch.float32
+    bfloat16 = torch.bfloat16
+    float16 = torch.float16
 
 
 @dataclass
@@ -100,126 +216,6 @@ class Cast:
         )
 
 
-def require_finite(side: Rows, name: str, rows: Tensor, start: int) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        UserError: naming file, tensor and row.
-    """
-    low, high = rows.aminmax()
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        flat = rows.view(-1)
-        number = int((~flat.isfinite()).nonzero()[0, 0])
-        row = start + number // max(1, math.prod(rows.shape[1:]))
-        raise UserError(f"{side.where(name)} holds {flat[number].item()} in row {row}")
-
-
-def blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut rows [start, stop) into ranges of a few megabytes."""
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    for first in range(start, stop, step):
-        yield first, min(first + step, stop)
-
-
-def ours_from_theirs(stored: Stored, theirs: Rows) -> Iterator[tuple[int, Block]]:
-    """Yield the blocks that one of our tensors is made of, in order, each with its first row.
-
-    What their side does not have (the padding of the vocabulary) is not among them.
-    """
-    rest = stored.shape[1:]
-    for part in stored.parts:
-        dtype = theirs.dtype(part.name)
-        if part.rows != part.stop - part.start:  # an expert
-            yield part.at, Block(part.name, part.start, part.stop, (1, *rest), dtype)
-            continue
-        for first, last in blocks(part.start, part.stop, math.prod(rest) * dtype.itemsize):
-            block = Block(part.name, first, last, (last - first, *rest), dtype)
-            yield part.at + first - part.start, block
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows of one of our tensors that are the next rows of one of theirs."""
-
-    key: str
-    start: int
-    stop: int
-
-
-@dataclass
-class Theirs:
-    """One of their tensors, and what of ours it is made of, in order."""
-
-    name: str
-    shape: tuple[int, ...]
-    keeps_float32: bool
-    pieces: dict[int, Span]  # by first row
-
-
-def turned(table: Iterator[Stored]) -> dict[str, Theirs]:
-    """Turn the table round: what each of their tensors is made of."""
-    found: dict[str, Theirs] = {}
-    for stored in table:
-        for part in stored.parts:
-            one = found.setdefault(
-                part.name, Theirs(part.name, part.shape, stored.keeps_float32, {})
-            )
-            one.pieces[part.start] = Span(stored.key, part.at, part.at + part.rows)
-    return found
-
-
-def theirs_from_ours(one: Theirs, ours: Rows) -> Iterator[Block]:
-    """Yield the blocks that one of their tensors is made of, in order."""
-    for _, piece in sorted(one.pieces.items()):
-        shape, dtype = ours.shape(piece.key), ours.dtype(piece.key)
-        row = math.prod(shape[1:])
-        for first, last in blocks(piece.start, piece.stop, row * dtype.itemsize):
-            rows = (last - first) * row // math.prod(one.shape[1:])
-            yield Block(piece.key, first, last, (rows, *one.shape[1:]), dtype)
-
-
-def require_shapes(side: Rows, names: Mapping[str, tuple[int, ...]], present: set[str]) -> None:
-    """Refuse tensors that are missing, of another shape, or of no use.
-
-    Raises:
-        UserError: naming the first of each kind, and how many there are.
-    """
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise UserError(
-            f"{_first(missing)} missing; the config asks for {'them' if len(missing) > 1 else 'it'}"
-        )
-    for name, shape in names.items():
-        if side.shape(name) != shape:
-            raise UserError(
-                f"{side.where(name)} has shape {side.shape(name)}; the config asks for {shape}"
-            )
-    foreign = sorted(present - names.keys())
-    if foreign:
-        raise UserError(
-            f"{side.where(foreign[0])} has no place in the model; {_first(foreign)} left over"
-        )
-
-
-def _first(names: list[str]) -> str:
-    if len(names) == 1:
-        return f"{names[0]} is"
-    return f"{names[0]} and {counted(len(names) - 1, 'other tensor')} are"
-
-
-class Format(enum.Enum):
-    """A number format by its name in a config.json."""
-
-    float32 = torch.float32
-    bfloat16 = torch.bfloat16
-    float16 = torch.float16
-
-
-_MOST_THREADS = 8  # more of them wait for each other: one at a time writes to a file
-_WAITING = 16  # loads that are planned ahead of the one that must be done next
-_SWITCH_S = 1e-4  # of Python's threads; the usual 5 ms are longer than it takes to read a block
-
-
 @dataclass(frozen=True)
 class Move:
     """A block of one side, and where it goes."""
@@ -229,7 +225,7 @@ class Move:
     place: FilePosition
 
 
-def carry_out(moves: Iterable[Move], side: Rows, cast: Cast) -> None:
+def move_all(moves: Iterable[Move], side: Rows, cast: Cast) -> None:
     """Move all blocks.
 
     Raises:

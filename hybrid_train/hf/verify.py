@@ -1,6 +1,7 @@
-"""Compares logits position by position: ours by Megatron, theirs by transformers (its gateway).
+"""Compares logits position by position: ours and those of transformers (its gateway).
 
-Imports Megatron, so the process must have been started before (`runtime/start.py`).
+Our logits are computed by Megatron, which is imported here, so the process must have been started
+before (`runtime/start.py`); theirs by the class NemotronH of transformers.
 """
 
 import logging
@@ -18,54 +19,6 @@ from hybrid_train.schema.problems import UserError
 
 _NO_LIMIT = 1e-30  # its logarithm exists
 _log = logging.getLogger(__name__)
-
-
-def load(folder: Path, model: Model) -> NemotronHForCausalLM:
-    """Load a folder in float32, from its files alone and without any code of its own.
-
-    Args:
-        folder: with config.json and safetensors files; checked before (`hf/read.py`).
-        model: what its config.json says, the former spellings of keys included.
-
-    Raises:
-        UserError: if it cannot run the model.
-    """
-    if "E" in parse(model.pattern).main and model.moe.experts == 1:
-        raise UserError(
-            "transformers 5.23 cannot run a single expert (n_routed_experts is 1; "
-            "modeling_nemotron_h.py 777): verify with logits=false compares the tensors"
-        )
-    config = NemotronHConfig.from_pretrained(folder, local_files_only=True)
-    _mend(config, model)
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    loaded = NemotronHForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, local_files_only=True,
-        trust_remote_code=False, use_safetensors=True, weights_only=True,
-    )  # fmt: skip
-    return loaded.eval()
-
-
-def _mend(config: NemotronHConfig, model: Model) -> None:
-    """Set what transformers 5.23 takes from a config otherwise than the released models' code.
-
-    It limits Mamba's steps from below by time_step_min, which is a value of the initialisation
-    (modeling_nemotron_h.py 414), and does not know attention_head_dim and rms_norm_eps.
-    """
-    if config.time_step_min > _NO_LIMIT:
-        _log.info(
-            "transformers limits Mamba's steps from below by time_step_min=%g; the released models "
-            "do not, so the comparison is made without",
-            config.time_step_min,
-        )
-        config.time_step_min = _NO_LIMIT
-    config.head_dim, config.layer_norm_epsilon = model.attention.head_dim, model.norm_eps
-
-
-@torch.no_grad()
-def logits(loaded: NemotronHForCausalLM, tokens: Tensor) -> Tensor:
-    """Return the logits of tokens [B, S]: [B, S, V] in float32."""
-    return loaded(tokens.to(loaded.device), use_cache=False).logits.float()
 
 
 @dataclass(frozen=True)
@@ -112,3 +65,51 @@ def our_logits(model: Hybrid, tokens: Tensor, vocab_size: int) -> Tensor:
     """Return our logits of tokens [B, S] without the padding of the vocabulary: [B, S, V]."""
     outputs = model(tokens.to(torch.cuda.current_device()))
     return outputs.logits()[..., :vocab_size].float()
+
+
+@torch.no_grad()
+def their_logits(loaded: NemotronHForCausalLM, tokens: Tensor) -> Tensor:
+    """Return the logits of tokens [B, S]: [B, S, V] in float32."""
+    return loaded(tokens.to(loaded.device), use_cache=False).logits.float()
+
+
+def load_theirs(folder: Path, model: Model) -> NemotronHForCausalLM:
+    """Load a folder in float32, from its files alone and without any code of its own.
+
+    Args:
+        folder: with config.json and safetensors files; checked before (`hf/read.py`).
+        model: what its config.json says, the former spellings of keys included.
+
+    Raises:
+        UserError: if it cannot run the model.
+    """
+    if "E" in parse(model.pattern).main and model.moe.experts == 1:
+        raise UserError(
+            "transformers 5.23 cannot run a single expert (n_routed_experts is 1; "
+            "modeling_nemotron_h.py 777): verify with logits=false compares the tensors"
+        )
+    config = NemotronHConfig.from_pretrained(folder, local_files_only=True)
+    _mend(config, model)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    loaded = NemotronHForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True,
+        trust_remote_code=False, use_safetensors=True, weights_only=True,
+    )  # fmt: skip
+    return loaded.eval()
+
+
+def _mend(config: NemotronHConfig, model: Model) -> None:
+    """Set what transformers 5.23 takes from a config otherwise than the released models' code.
+
+    It limits Mamba's steps from below by time_step_min, which is a value of the initialisation
+    (modeling_nemotron_h.py 414), and does not know attention_head_dim and rms_norm_eps.
+    """
+    if config.time_step_min > _NO_LIMIT:
+        _log.info(
+            "transformers limits Mamba's steps from below by time_step_min=%g; the released models "
+            "do not, so the comparison is made without",
+            config.time_step_min,
+        )
+        config.time_step_min = _NO_LIMIT
+    config.head_dim, config.layer_norm_epsilon = model.attention.head_dim, model.norm_eps

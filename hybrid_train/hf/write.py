@@ -15,7 +15,7 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary, open_tokenizer
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.files import new_folder, write_json
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.origin import Origin
@@ -25,10 +25,10 @@ from hybrid_train.hf.tensors import (
     Cast,
     Move,
     Theirs,
-    carry_out,
+    move_all,
     require_shapes,
     theirs_from_ours,
-    turned,
+    turn_round,
 )
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
@@ -87,7 +87,7 @@ class Checkpoint:
 
     def theirs(self) -> dict[str, Theirs]:
         """Return what the tensors of the other side are made of."""
-        made = turned(table(self.model, self.vocab_size))
+        made = turn_round(table(self.model, self.vocab_size))
         if self.model.tie_embeddings:  # transformers 5.23 ties nothing: it reads a head of its own
             one = made[EMBEDDING]
             made[HEAD] = Theirs(HEAD, one.shape, one.keeps_float32, one.pieces)
@@ -144,7 +144,7 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
         config = _config(checkpoint, origin, _main(theirs, formats))
         with new_folder(output) as partial:
             shards = _write_shards(partial, theirs, formats, (weights, cast), shard_bytes)
-            write_json(partial / hf_config.FILE, config)
+            write_json(partial / config_json.FILE, config)
             origin.write_generation_config(partial, config)
             origin.copy_tokenizer(partial)
             has_tokenizer = has_vocabulary(partial)
@@ -173,7 +173,7 @@ def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any
     """Return the config.json: that of the folder it began with, where there was one, else new."""
     length = _trained_length(checkpoint)
     make = functools.partial(
-        hf_config.to_config,
+        config_json.to_config,
         checkpoint.model,
         vocab_size=checkpoint.vocab_size,
         length=length,
@@ -181,12 +181,12 @@ def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any
     )
     if origin.folder is None:
         return make(token_ids=origin.token_ids())
-    path = origin.folder / hf_config.FILE
-    config = hf_config.read_config(origin.folder)
-    if changes := hf_config.changes(hf_config.to_model(config, path), checkpoint.model):
+    path = origin.folder / config_json.FILE
+    config = config_json.read_config(origin.folder)
+    if changes := config_json.changes(config_json.to_model(config, path), checkpoint.model):
         _log.info("%s is written anew, since these changed: %s", path.name, ", ".join(changes))
-        config = hf_config.renewed(config, make(token_ids={}))
-    config = hf_config.as_trained(config, length=length, dtype=dtype)
+        config = config_json.renewed(config, make(token_ids={}))
+    config = config_json.as_trained(config, length=length, dtype=dtype)
     return config if origin.is_same_tokenizer else origin.with_own_ids(config, path)
 
 
@@ -225,7 +225,7 @@ def _write_shard(
     writer = Writer(path, {one.name: (formats[one.name], one.shape) for one in theirs})
     whole = False
     try:
-        carry_out(_moves(theirs, formats, weights, writer), weights, cast)
+        move_all(_moves(theirs, formats, weights, writer), weights, cast)
         whole = True
     finally:
         writer.close(whole=whole)

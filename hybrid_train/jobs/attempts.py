@@ -35,7 +35,7 @@ class Attempt:
     run_dir: Path
     number: int
     over: bool = False  # whether its end is in the history
-    spoke: bool = False  # whether this process has left words that count more than a signal
+    spoke: bool = False  # whether its exit report counts more than a signal
 
     def end(self, outcome: str, kind: str, cause: str, found_ranks: tuple[int, ...] = ()) -> None:
         """Note how it ended; one process does."""
@@ -45,17 +45,17 @@ class Attempt:
         )
 
     def leave(self, kind: str, text: str, seen: Hang | None = None) -> None:
-        """Leave the exit report of this process, unless it has said something better before."""
+        """Leave the exit report of this process, unless it has left a better one before."""
         if kind == exit_reports.TOLD and self.spoke:
             return
         self.spoke = kind != exit_reports.TOLD
         beat = heartbeat.last()
-        words = ExitReport(
+        report = ExitReport(
             ranks.rank(), kind, text, time.time(), beat.step, beat.part, beat.count,
             waits=seen.waits if seen else False, stack=seen.stack if seen else "",
         )  # fmt: skip
         with suppress(OSError):  # a full disk must not hide what really happened
-            exit_reports.leave(self.run_dir, self.number, words)
+            exit_reports.leave(self.run_dir, self.number, report)
 
     def failed(self, error: BaseException) -> None:
         """Note what this process died of; the history has it at once if all died of the same."""
@@ -88,13 +88,13 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
     this = Attempt(run_dir, number)
     alive = run_dir / ALIVE
 
-    def hang(seen: Hang) -> None:
+    def on_hang(seen: Hang) -> None:
         text = f"silent for {seen.seconds:.0f} s"
         this.leave(exit_reports.HANG, text, seen)
         sys.stderr.write(f"[rank {ranks.rank()}] {text}, ended by the watchdog:\n{seen.stack}")
         sys.stderr.flush()
 
-    def told(number: signal.Signals, seen: Hang) -> None:
+    def on_signal(number: signal.Signals, seen: Hang) -> None:
         this.leave(exit_reports.TOLD, f"rank {ranks.rank()} was told to end by {number.name}", seen)
 
     def tick() -> None:
@@ -103,7 +103,7 @@ def attempt(run_dir: Path, step: int, hang_timeout_s: float) -> Iterator[Attempt
                 os.utime(alive)
 
     crash = exit_reports.crash_file(run_dir, number, ranks.rank())
-    with _crash_log(crash), Watchdog(hang_timeout_s, hang, told, tick, TICK_S):
+    with _crash_log(crash), Watchdog(hang_timeout_s, on_hang, on_signal, tick, TICK_S):
         try:
             yield this
         except BaseException as error:
@@ -230,8 +230,8 @@ def unexplained(run_dir: Path) -> tuple[int, exit_reports.Cause] | None:
     last = known[-1]
     beats = [run_dir / ALIVE, run_dir / METRICS]  # a step may be younger than the last tick
     seen = max([last.start, *(path.stat().st_mtime for path in beats if path.exists())])
-    words = exit_reports.read(run_dir, last.number)
-    return last.number, exit_reports.cause_of(words, last.processes, seen)
+    reports = exit_reports.read(run_dir, last.number)
+    return last.number, exit_reports.cause_of(reports, last.processes, seen)
 
 
 def _note_end(run_dir: Path, number: int, outcome: str, cause: exit_reports.Cause) -> None:

@@ -9,21 +9,13 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from hybrid_train.anatomy import counts, gemm_formats
-from hybrid_train.anatomy.gemm_formats import (
-    formats_of,
-    kept_in_words,
-    quantizes,
-)
+from hybrid_train.anatomy.gemm_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.anatomy.layers import distinct
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.rules_of_data import data_is_chosen
 from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.jobs.check_json import plan_as_data
-from hybrid_train.jobs.help import (
-    console,
-    show_numbers,
-    table,
-)
+from hybrid_train.jobs.help import console, show_numbers, table
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps, show_phases
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
@@ -76,7 +68,7 @@ def _show_remarks(page: Console, job: CheckJob) -> None:
             "read the same data."
         )
     if notes := hardware_notes(job):
-        page.print("\nEmulated this runs; a GPU that computes quantized GEMMs would refuse it:")
+        page.print("\nThis runs emulated; a GPU that computes quantized GEMMs would refuse it:")
         for note in notes:
             page.print(f"  {note}", soft_wrap=True, highlight=False, markup=False)
     unset = list(data_is_chosen(job))

@@ -5,11 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hybrid_train.anatomy import counts, gemm_formats
-from hybrid_train.anatomy.gemm_formats import (
-    formats_of,
-    fp8_primary_weights,
-    quantizes,
-)
+from hybrid_train.anatomy.gemm_formats import formats_of, fp8_primary_weights, quantizes
 from hybrid_train.anatomy.layers import distinct
 from hybrid_train.config.rules_of_data import data_is_chosen
 from hybrid_train.config.rules_of_precision import hardware_notes

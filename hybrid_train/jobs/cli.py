@@ -127,6 +127,37 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
+def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
+    """Check a command line and return what it starts.
+
+    Raises:
+        UserError: if it cannot run.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working folder is gone; cd to one that is there") from error
+    options = _parser().parse_intermixed_args(arguments)
+    options.help = options.help or options.help_all
+    if options.version:
+        return _version
+    if not options.words:
+        return _help_of_all("") if options.help or not arguments else _no_command()
+    name, words = _command_name(options.words)
+    _require_useful(name, options)
+    words, folders = own_conf.taken_out(words)
+    own_conf.name([*own_conf.checked(options.folders), *folders])
+    words += ["json=true"] if options.json else []
+    words += ["dry_run=true"] if options.dry_run else []
+    if name in _families():
+        if options.help:
+            return _help_of_all(f"{name} ")
+        raise UserError(
+            f"{name} what? There are {', '.join(_family(name))}; see hybrid-train {name} --help"
+        )
+    return _started(name, words, options)
+
+
 class _Parser(argparse.ArgumentParser):
     """Options between the overrides; what is wrong becomes a UserError."""
 
@@ -161,37 +192,6 @@ def _parser() -> _Parser:
     for names, instead in _INSTEAD.items():
         parser.add_argument(*names, nargs="?", action=_Refused, help=instead)
     return parser
-
-
-def _command(arguments: Sequence[str]) -> Callable[[], int | None]:
-    """Check a command line and return what it starts.
-
-    Raises:
-        UserError: if it cannot run.
-    """
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise UserError("the working folder is gone; cd to one that is there") from error
-    options = _parser().parse_intermixed_args(arguments)
-    options.help = options.help or options.help_all
-    if options.version:
-        return _version
-    if not options.words:
-        return _help_of_all("") if options.help or not arguments else _no_command()
-    name, words = _command_name(options.words)
-    _require_useful(name, options)
-    words, folders = own_conf.taken_out(words)
-    own_conf.name([*own_conf.checked(options.folders), *folders])
-    words += ["json=true"] if options.json else []
-    words += ["dry_run=true"] if options.dry_run else []
-    if name in _families():
-        if options.help:
-            return _help_of_all(f"{name} ")
-        raise UserError(
-            f"{name} what? There are {', '.join(_family(name))}; see hybrid-train {name} --help"
-        )
-    return _started(name, words, options)
 
 
 def _command_name(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -319,6 +319,40 @@ def _run(name: str, words: Sequence[str], config: Any) -> int | None:
     return command.run(config)
 
 
+def first_line(name: str, words: Sequence[str], config: Any) -> str:
+    """Return what is said of a command before what it needs is imported.
+
+    Args:
+        name: of the command.
+        words: its overrides.
+        config: what they were composed to.
+    """
+    typed = command(*name.split(), *words).replace("\n", " ")
+    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
+    said = (
+        _folder_in_words(Path(run_dir), name)
+        if (run_dir := getattr(config, "run_dir", None))
+        else ""
+    )
+    return f"Starting: {shown}{said}"
+
+
+def _folder_in_words(run_dir: Path, name: str) -> str:
+    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
+    from hybrid_train.config.frozen import FROZEN_NAME  # takes a moment to import
+
+    with contextlib.suppress(OSError):  # of a folder that nobody may read
+        if (run_dir / FROZEN_NAME).is_file():
+            return f"\nIts run folder is {run_dir}, which has a run."
+        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
+            return f"\nIts run folder is {run_dir}, a new one."
+    return ""
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 def _printer(text: str) -> Callable[[], None]:
     def write() -> None:
         sys.stdout.write(text)
@@ -347,33 +381,3 @@ def _help_of(name: str, words: Sequence[str], *, in_full: bool) -> Callable[[], 
 
 def _version() -> None:
     sys.stdout.write(f"hybrid-train {__version__}\n")
-
-
-def first_line(name: str, words: Sequence[str], config: Any) -> str:
-    """Return what is said of a command before what it needs is imported.
-
-    Args:
-        name: of the command.
-        words: its overrides.
-        config: what they were composed to.
-    """
-    typed = command(*name.split(), *words).replace("\n", " ")
-    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
-    said = _of_folder(Path(run_dir), name) if (run_dir := getattr(config, "run_dir", None)) else ""
-    return f"Starting: {shown}{said}"
-
-
-def _of_folder(run_dir: Path, name: str) -> str:
-    """Say whether a run goes on or begins; if it does neither, the command itself will say it."""
-    from hybrid_train.config.frozen import FROZEN_NAME  # takes a moment to import
-
-    with contextlib.suppress(OSError):  # of a folder that nobody may read
-        if (run_dir / FROZEN_NAME).is_file():
-            return f"\nIts run folder is {run_dir}, which has a run."
-        if name == "train" and (not run_dir.exists() or _is_empty(run_dir)):
-            return f"\nIts run folder is {run_dir}, a new one."
-    return ""
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

@@ -1,4 +1,4 @@
-"""Which code runs, and a copy of it beside a run, so that what was submitted is what runs."""
+"""The code that runs: which commit it is, and a copy of it beside a run that was submitted."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ PARTS = ("hybrid_train", "conf", "launch")  # of a checkout, which decide what a
 SNAPSHOT = "VERSION"  # in a copy of the code beside a run: which code it is
 _UNCHANGED = "nothing changed since"
 _GIT_S = 60.0  # a repository on a slow disk must not keep a run from starting
+_NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def code_of(root: Path) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def code_of(root: Path) -> dict[str, Any]:
         root: the folder that the package is in.
     """
     if (root / ".git").exists():
-        return state_of(root, "--", *PARTS)
+        return checkout_state(root, "--", *PARTS)
     copied = root / SNAPSHOT
     lines = copied.read_text(encoding="utf-8").splitlines() if copied.is_file() else []
     commit = next((line.split()[1] for line in lines if line.startswith("commit ")), None)
@@ -54,7 +55,7 @@ def git(root: Path, *words: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def state_of(root: Path, *which: str) -> dict[str, Any]:
+def checkout_state(root: Path, *which: str) -> dict[str, Any]:
     """Return the commit of a checkout and whether files differ from it; null: git does not say."""
     commit, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain", *which)
     return {
@@ -67,9 +68,6 @@ def repository(folder: Path) -> Path | None:
     """Return the top of the repository that a folder is in; None if it is in none."""
     top = git(folder, "rev-parse", "--show-toplevel")
     return Path(top.rstrip("\n")).resolve() if top else None
-
-
-_NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def launch_dir() -> Path:

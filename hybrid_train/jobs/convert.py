@@ -1,4 +1,4 @@
-"""The jobs `convert` and `verify`: to a Hugging Face folder or from it, a comparison with one."""
+"""The jobs `convert` and `verify`: import or export of a Hugging Face folder, and a comparison."""
 
 import gc
 import logging
@@ -8,7 +8,7 @@ import torch
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.compare import Differences, differences
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder, import_folder
@@ -81,8 +81,8 @@ def _compare_tensors(checkpoint: Checkpoint, folder: Path) -> Differences:
 
 def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
     folder = Path(job.hf)
-    config = hf_config.read_config(folder)
-    model = hf_config.to_model(config, folder / hf_config.FILE)
+    config = config_json.read_config(folder)
+    model = config_json.to_model(config, folder / config_json.FILE)
     generator = torch.Generator().manual_seed(job.seed)
     size = (job.sequences, job.length)
     tokens = torch.randint(checkpoint.vocab_size, size, generator=generator)
@@ -91,7 +91,7 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.megatron.data_parallel import destroy_groups
 
-        theirs = verify.logits(verify.load(folder, model).to(device), tokens).cpu()
+        theirs = verify.their_logits(verify.load_theirs(folder, model).to(device), tokens).cpu()
         try:
             loaded = load_model(job.checkpoint, job.runtime, format=GemmFormat.fp32)
             ours = verify.our_logits(loaded.model, tokens, checkpoint.vocab_size).cpu()

@@ -26,7 +26,7 @@ from hybrid_train.schema.prepare import (
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted, show_bytes, show_tokens, tokens
 
-_HEADS = ("prefix", "documents", "tokens", "size", "ids", "tokenizer")
+_COUNT_HEADS = ("prefix", "documents", "tokens", "size", "ids", "tokenizer")
 _FINGERPRINT = 12  # characters; enough to tell tokenizers apart
 
 
@@ -37,7 +37,7 @@ def run_count(job: CountTokensJob) -> None:
     documents, tokens = sum(one.documents for one in found), sum(one.tokens for one in found)
     size = sum(one.tokens * one.dtype.itemsize for one in found)
     total = ("total", f"{documents:,}", f"{tokens:,}", show_bytes(size), "", "")
-    show_numbers(console(), [*rows, total] if len(rows) > 1 else rows, _HEADS)
+    show_numbers(console(), [*rows, total] if len(rows) > 1 else rows, _COUNT_HEADS)
 
 
 def _count_row(one: TokenFile) -> tuple[str, ...]:
@@ -57,10 +57,10 @@ def run_inspect(job: InspectJob) -> None:
         UserError: if they are broken, or have no document of this number.
     """
     for prefix in find_prefixes(listed_paths(job.input)):
-        _show(prefix, job.tokenizer, job.document)
+        _inspect(prefix, job.tokenizer, job.document)
 
 
-def _show(prefix: str, folder: str | None, number: int | None) -> None:
+def _inspect(prefix: str, folder: str | None, number: int | None) -> None:
     tokenizer = _tokenizer(prefix, folder)
     found = verify(prefix, tokenizer.vocab_size if tokenizer else None)
     reader = TokenReader(prefix)

@@ -11,11 +11,7 @@ from hybrid_train.data.record import changes, read_record, record_of
 from hybrid_train.data.run_data import RunData, open_data
 from hybrid_train.jobs.help import console
 from hybrid_train.jobs.text_progress import TextProgress
-from hybrid_train.planning.phases import (
-    PhaseSpan,
-    lay_out,
-    rows_of_step,
-)
+from hybrid_train.planning.phases import PhaseSpan, lay_out, rows_of_step
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.job_roots import IndexJob, ShowJob
 from hybrid_train.schema.problems import UserError

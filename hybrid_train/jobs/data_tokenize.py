@@ -19,9 +19,9 @@ from hybrid_train.schema.prepare import TokenizeJob, TrainTokenizerJob
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted, show_bytes, show_tokens
 
-_log = logging.getLogger(__name__)
-_HEADS = ("source", "documents", "tokens", "text", "bad", "empty", "binary")
+_SOURCE_HEADS = ("source", "documents", "tokens", "text", "bad", "empty", "binary")
 _SHOWN_SOURCES = 20
+_log = logging.getLogger(__name__)
 
 
 def run_tokenize(job: TokenizeJob) -> None:
@@ -31,7 +31,7 @@ def run_tokenize(job: TokenizeJob) -> None:
     with TextProgress(terminal=sys.stderr.isatty()) as shown:
         finished = tokenize(job, workers, shown.update)
     page = console()
-    show_numbers(page, list(_rows(finished)), _HEADS)
+    show_numbers(page, list(_source_rows(finished)), _SOURCE_HEADS)
     page.print(f"\n{shown.speed()}", soft_wrap=True)
     manifest = finished.manifest
     page.print(f"{job.output}.bin, .idx: {manifest.dtype} ids; {job.output}.json: the manifest")
@@ -40,18 +40,18 @@ def run_tokenize(job: TokenizeJob) -> None:
         page.print(f"{job.output}.bad.jsonl: {bad} lines without a document, with their reasons")
 
 
-def _rows(finished: Finished) -> list[tuple[str, ...]]:
+def _source_rows(finished: Finished) -> list[tuple[str, ...]]:
     listed = list(finished.counts.items())
-    rows = [_row(path, counts) for path, counts in listed[:_SHOWN_SOURCES]]
+    rows = [_source_row(path, counts) for path, counts in listed[:_SHOWN_SOURCES]]
     if len(listed) > _SHOWN_SOURCES:
         rows.append((f"... {len(listed) - _SHOWN_SOURCES} more, in the manifest", *[""] * 6))
     total = Counts()
     for _, counts in listed:
         total.add(counts)
-    return [*rows, _row("total", total)]
+    return [*rows, _source_row("total", total)]
 
 
-def _row(name: str, counts: Counts) -> tuple[str, ...]:
+def _source_row(name: str, counts: Counts) -> tuple[str, ...]:
     figures = (counts.bad, counts.empty, counts.binary)
     return (
         name, f"{counts.documents:,}", show_tokens(counts.tokens), show_bytes(counts.text_bytes),
@@ -70,10 +70,10 @@ def run_train_tokenizer(job: TrainTokenizerJob) -> None:
     if os.path.lexists(output):
         raise UserError(f"{output} exists; choose another output=, or remove it")
     sources = find_sources(listed_paths(job.input), job.format, job.suffixes)
-    partial = _begin(output)
+    partial = _begin_folder(output)
     try:
         sample = Sample(sources, job.text_key, job.block_kb * 1024, job.sample_share, job.seed)
-        tokenizer = _trained(job, sample)
+        tokenizer = _trained_tokenizer(job, sample)
         tokenizer.save(partial)
         partial.rename(output)
     except OSError as error:
@@ -87,7 +87,7 @@ def run_train_tokenizer(job: TrainTokenizerJob) -> None:
     )  # fmt: skip
 
 
-def _begin(output: Path) -> Path:
+def _begin_folder(output: Path) -> Path:
     """Make the folder that becomes the output: now, since training may take hours."""
     partial = output.with_name(f"{output.name}.partial")
     try:
@@ -101,7 +101,7 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
     return UserError(f"output={output} cannot be written: {error.strerror or error}")
 
 
-def _trained(job: TrainTokenizerJob, sample: Sample) -> Tokenizer:
+def _trained_tokenizer(job: TrainTokenizerJob, sample: Sample) -> Tokenizer:
     tokenizer = train_byte_level_bpe(sample, job.vocab_size, listed(job.special_tokens))
     if not sample.documents:
         raise UserError(

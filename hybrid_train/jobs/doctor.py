@@ -1,4 +1,4 @@
-"""The job `doctor`: what a machine lacks, a line for each thing, with the command that fixes it."""
+"""The job `doctor`: checks the machine; a line for each check, with the command that fixes it."""
 
 import dataclasses
 import json
@@ -8,19 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.supported import pinned
 from hybrid_train.megatron import written_for
-from hybrid_train.runtime.health import (
-    gpus,
-    probe,
-    system,
-)
-from hybrid_train.runtime.health.machine import (
-    Finding,
-    Grade,
-    Machine,
-    broken,
-    ok,
-    warning,
-)
+from hybrid_train.runtime.health import gpus, probe, system
+from hybrid_train.runtime.health.machine import Finding, Grade, Machine, broken, ok, warning
 from hybrid_train.runtime.health.probe import REQUIRED
 from hybrid_train.runtime.replacements import to_do
 from hybrid_train.schema.job_roots import DoctorJob
@@ -50,18 +39,6 @@ MEASUREMENTS: Checks = {
     "all-reduce": gpus.all_reduce,
 }
 MODULES = (*REQUIRED, *system.KERNELS, "transformers")  # what the checks want imported
-
-
-def findings(machine: Machine, checks: Checks) -> Iterator[tuple[str, Finding]]:
-    """Run checks one after the other; one that fails itself is broken, and the rest go on."""
-    for name, check in checks.items():
-        try:
-            yield name, check(machine)
-        except Exception as error:  # a machine that is out of order may raise anything
-            fault = f"the check itself failed: {type(error).__name__}: {error}"
-            yield name, broken(fault, "look at this part by hand, and report the fault")
-
-
 _NAME_WIDTH, _GRADE_WIDTH = 20, 9  # columns
 
 
@@ -73,6 +50,16 @@ def run(job: DoctorJob) -> int:
     checks = {**CHECKS, **(MEASUREMENTS if job.measure else {})}
     found = findings(machine, checks)
     return _tell_json(found) if job.json else _tell_lines(found)
+
+
+def findings(machine: Machine, checks: Checks) -> Iterator[tuple[str, Finding]]:
+    """Run checks one after the other; one that fails itself is broken, and the rest go on."""
+    for name, check in checks.items():
+        try:
+            yield name, check(machine)
+        except Exception as error:  # a machine that is out of order may raise anything
+            fault = f"the check itself failed: {type(error).__name__}: {error}"
+            yield name, broken(fault, "look at this part by hand, and report the fault")
 
 
 def written_for_these(_: Machine) -> Finding:

@@ -1,4 +1,4 @@
-"""The job `generate`: text that grows token by token, and how it is shown."""
+"""The job `generate`: continues prompts, and shows each text as it grows."""
 
 import logging
 import sys
@@ -19,7 +19,11 @@ from hybrid_train.schema.job_roots import GenerateJob
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 
+if TYPE_CHECKING:
+    from hybrid_train.jobs.networks import LoadedModel
+
 _INCOMPLETE = "\ufffd"  # what the bytes of a character read like before its last one is there
+_log = logging.getLogger(__name__)
 
 
 class GrowingText:
@@ -57,50 +61,6 @@ class GrowingText:
         return piece
 
 
-def show(
-    prompts: Sequence[str], texts: Sequence[GrowingText], steps: Iterable[Sequence[int | None]]
-) -> None:
-    """Write prompts with their continuations to stdout, and the speed to stderr.
-
-    On a terminal prompts are bold, and a single text is written as it grows.
-
-    Args:
-        prompts: what the texts continue.
-        texts: one for each prompt; they take the tokens.
-        steps: a token, or None, for each prompt, as `decode.stream` yields them.
-    """
-    bold = Style(bold=Console().is_terminal)
-    live = Console().is_terminal and len(texts) == 1
-    if live:
-        _put(bold.render(prompts[0]))
-    start, count = time.perf_counter(), 0
-    for step in steps:
-        for text, token in zip(texts, step, strict=True):
-            text.add(token)
-            count += token is not None
-        if live:
-            _put(texts[0].fresh())
-    seconds = time.perf_counter() - start
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
-        if len(texts) > 1:
-            _put(f"--- prompt {number} of {len(texts)} ---\n")
-        _put(("" if live else bold.render(prompt)) + text.fresh(last=True) + "\n")
-    sys.stderr.write(
-        f"{counted(count, 'token')} in {seconds:.1f} s: {count / seconds:.0f} tokens/s\n"
-    )
-
-
-def _put(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-if TYPE_CHECKING:
-    from hybrid_train.jobs.networks import LoadedModel
-
-_log = logging.getLogger(__name__)
-
-
 def run(job: GenerateJob) -> None:
     """Write each prompt with its continuation to stdout, and the speed to stderr."""
     texts = _prompts(job)
@@ -121,15 +81,23 @@ def run(job: GenerateJob) -> None:
                 max_new_tokens=job.max_new_tokens, vocab_size=_known_tokens(loaded), ends=ends,
             )  # fmt: skip
             growing = [GrowingText(loaded.tokenizer, prompt) for prompt in prompts]
-            show(texts, growing, stream(loaded.model, prompts, settings))
+            write_continuations(texts, growing, stream(loaded.model, prompts, settings))
         finally:
             destroy_groups()
 
 
-def _known_tokens(loaded: "LoadedModel") -> int:
-    """Return the number of ids that model and tokenizer both know."""
-    rows = loaded.job.model.vocab_size or loaded.tokenizer.vocab_size
-    return min(rows, loaded.tokenizer.vocab_size)
+def _prompts(job: GenerateJob) -> list[str]:
+    """Return the prompts of the command line, then those of the file."""
+    if job.prompt_file is None:
+        return job.prompt
+    try:
+        lines = Path(job.prompt_file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file = {job.prompt_file}: cannot be read: {error}") from error
+    prompts = job.prompt + [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompt_file = {job.prompt_file}: needs one prompt per line; it is empty")
+    return prompts
 
 
 def _encoded(
@@ -188,15 +156,45 @@ def _check_tokens(prompt: str, ids: Sequence[int], loaded: "LoadedModel") -> Non
         )
 
 
-def _prompts(job: GenerateJob) -> list[str]:
-    """Return the prompts of the command line, then those of the file."""
-    if job.prompt_file is None:
-        return job.prompt
-    try:
-        lines = Path(job.prompt_file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file = {job.prompt_file}: cannot be read: {error}") from error
-    prompts = job.prompt + [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"prompt_file = {job.prompt_file}: needs one prompt per line; it is empty")
-    return prompts
+def _known_tokens(loaded: "LoadedModel") -> int:
+    """Return the number of ids that model and tokenizer both know."""
+    rows = loaded.job.model.vocab_size or loaded.tokenizer.vocab_size
+    return min(rows, loaded.tokenizer.vocab_size)
+
+
+def write_continuations(
+    prompts: Sequence[str], texts: Sequence[GrowingText], steps: Iterable[Sequence[int | None]]
+) -> None:
+    """Write prompts with their continuations to stdout, and the speed to stderr.
+
+    On a terminal prompts are bold, and a single text is written as it grows.
+
+    Args:
+        prompts: what the texts continue.
+        texts: one for each prompt; they take the tokens.
+        steps: a token, or None, for each prompt, as `generation.decode.stream` yields them.
+    """
+    bold = Style(bold=Console().is_terminal)
+    live = Console().is_terminal and len(texts) == 1
+    if live:
+        _put(bold.render(prompts[0]))
+    start, count = time.perf_counter(), 0
+    for step in steps:
+        for text, token in zip(texts, step, strict=True):
+            text.add(token)
+            count += token is not None
+        if live:
+            _put(texts[0].fresh())
+    seconds = time.perf_counter() - start
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
+        if len(texts) > 1:
+            _put(f"--- prompt {number} of {len(texts)} ---\n")
+        _put(("" if live else bold.render(prompt)) + text.fresh(last=True) + "\n")
+    sys.stderr.write(
+        f"{counted(count, 'token')} in {seconds:.1f} s: {count / seconds:.0f} tokens/s\n"
+    )
+
+
+def _put(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,8 +1,7 @@
-"""The help pages, with the settings of each command that are used most, in a sentence each.
+"""The help pages, and the tables of every page that is printed.
 
-What a setting means in detail stands beside its field in `schema/`; `--help=all` shows that.
-
-The page of a command fits on two screens; `--help=all` shows every choice and every setting.
+A page tells the most used settings of a command in a sentence each, on two screens. What a setting
+means in detail stands beside its field in `schema/`; `--help=all` shows that, and every choice.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -190,7 +189,6 @@ MOST_USED: dict[str, dict[str, str]] = {
         },
     },
 }
-
 
 SCREEN_LINES, SCREEN_COLUMNS = 30, 100  # a help page takes two such screens at the most
 _SHOWN_CHOICES = 8  # of a group

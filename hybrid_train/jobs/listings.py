@@ -8,17 +8,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from hybrid_train.anatomy import counts
 from hybrid_train.config import describe
-from hybrid_train.jobs.help import (
-    console,
-    show_left_out,
-    show_numbers,
-    table,
-)
+from hybrid_train.jobs.help import console, show_left_out, show_numbers, table
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.job_roots import CountJob
 from hybrid_train.schema.pattern import KINDS, parse
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import show_tokens
+
+if TYPE_CHECKING:
+    from hybrid_train.schema.model import Model
 
 _COUNT_HEADS = (
     "part",
@@ -30,8 +28,21 @@ _COUNT_HEADS = (
     "training FLOPs",
 )
 _CACHE_HEADS = ("kept by generation", "for", "bytes")
-_NAMES = {letter: f"{kind} ({letter})" for letter, kind in KINDS.items()}
-_NAMES |= {"mtp": "MTP", "embedding": "embedding", "head": "head", "final_norm": "final norm"}
+_PART_NAMES = {letter: f"{kind} ({letter})" for letter, kind in KINDS.items()}
+_PART_NAMES |= {"mtp": "MTP", "embedding": "embedding", "head": "head", "final_norm": "final norm"}
+_MODEL_HEADS = (
+    "model", "layers", "hidden", "tensors", "parameters", "active", "GFLOP/token", "KV/token",
+    "state/sequence",
+)  # fmt: skip
+_EXPERIMENT_HEADS = (
+    "experiment",
+    "parameters",
+    "active",
+    "tokens",
+    "sequence",
+    "batch",
+    "description",
+)
 
 
 def run_count(job: CountJob) -> None:
@@ -41,7 +52,7 @@ def run_count(job: CountJob) -> None:
     parameters = counts.parameters(job.model, vocab_size)
     page = console()
     page.print(f"{job.model.pattern}\n", soft_wrap=True)
-    show_numbers(page, list(_parts(job, vocab_size)), _COUNT_HEADS)
+    show_numbers(page, list(_part_rows(job, vocab_size)), _COUNT_HEADS)
     page.print(
         f"\nActive: what one token meets; {parameters.active_without_embedding:,} without the "
         f"embedding,\n{parameters.active - parameters.active_by_kind.get('mtp', 0):,} without MTP. "
@@ -49,17 +60,17 @@ def run_count(job: CountJob) -> None:
         f"vocabulary {vocab_size:,}.\n",
         soft_wrap=True,
     )
-    show_numbers(page, list(_cache(job)), _CACHE_HEADS)
+    show_numbers(page, list(_cache_rows(job)), _CACHE_HEADS)
 
 
-def _parts(job: CountJob, vocab_size: int) -> Iterator[tuple[str, ...]]:
+def _part_rows(job: CountJob, vocab_size: int) -> Iterator[tuple[str, ...]]:
     """Yield a row for each part of the model, then their sums."""
     pattern = parse(job.model.pattern)
     number = Counter(pattern.main)
     parameters = counts.parameters(job.model, vocab_size)
     tensors = counts.tensors(job.model)
     flops = counts.flops_per_token(job.model, vocab_size, job.sequence_length)
-    for part, name in _NAMES.items():
+    for part, name in _PART_NAMES.items():
         if part not in parameters.by_kind:
             continue
         layers = f"{pattern.mtp_depths} x {pattern.mtp}" if part == "mtp" else number[part] or ""
@@ -75,7 +86,7 @@ def _parts(job: CountJob, vocab_size: int) -> Iterator[tuple[str, ...]]:
     yield ("total", str(len(pattern.main)), *(f"{figure:,}" for figure in sums))
 
 
-def _cache(job: CountJob) -> Iterator[tuple[str, str, str]]:
+def _cache_rows(job: CountJob) -> Iterator[tuple[str, str, str]]:
     """Yield a row for each thing that generation keeps, then a sequence as a whole."""
     cache = counts.cache_size(job.model)
     yield "keys and values (bf16)", "a token", f"{cache.kv_per_token:,}"
@@ -85,18 +96,12 @@ def _cache(job: CountJob) -> Iterator[tuple[str, str, str]]:
     yield "all of it", f"{job.sequence_length:,} tokens", f"{whole:,}"
 
 
-_MODEL_HEADS = (
-    "model", "layers", "hidden", "tensors", "parameters", "active", "GFLOP/token", "KV/token",
-    "state/sequence",
-)  # fmt: skip
-
-
 def run_models(arguments: Sequence[str]) -> None:
     """Print every named model with its sizes."""
     if arguments:
         raise UserError("models takes no settings; hybrid-train count model=NAME does")
     page = console()
-    found, left_out = describe.each_choice("count", "model", _cells)
+    found, left_out = describe.each_choice("count", "model", _model_cells)
     by_size = sorted(found.items(), key=lambda item: item[1][0])
     show_numbers(page, [(name, *cells) for name, (_, cells) in by_size], _MODEL_HEADS)
     show_left_out(page, left_out)
@@ -108,7 +113,7 @@ def run_models(arguments: Sequence[str]) -> None:
     )
 
 
-def _cells(config: DictConfig) -> tuple[int, tuple[str, ...]]:
+def _model_cells(config: DictConfig) -> tuple[int, tuple[str, ...]]:
     """Return the number of parameters of a model, and its cells."""
     job = cast("CountJob", OmegaConf.to_object(config))
     model, cache = job.model, counts.cache_size(job.model)
@@ -132,20 +137,6 @@ def _with_vocabulary(job: CountJob) -> tuple[str, str, str]:
     return f"{parameters.total:,}", show_tokens(parameters.active), f"{flops / 1e9:,.3g}"
 
 
-if TYPE_CHECKING:
-    from hybrid_train.schema.model import Model
-
-_EXPERIMENT_HEADS = (
-    "experiment",
-    "parameters",
-    "active",
-    "tokens",
-    "sequence",
-    "batch",
-    "description",
-)
-
-
 def run_experiments(arguments: Sequence[str]) -> None:
     """Print every experiment with its sizes and one line of description."""
     if arguments:
@@ -153,7 +144,7 @@ def run_experiments(arguments: Sequence[str]) -> None:
             "experiments takes no settings; run one: hybrid-train train experiment=NAME"
         )
     page = console()
-    rows, left_out = describe.each_choice("train", "experiment", _sizes)
+    rows, left_out = describe.each_choice("train", "experiment", _experiment_cells)
     comments = describe.descriptions("experiment")
     page.print(
         table(((name, *row, comments[name]) for name, row in rows.items()), _EXPERIMENT_HEADS)
@@ -162,7 +153,7 @@ def run_experiments(arguments: Sequence[str]) -> None:
     page.print("\nRun one: hybrid-train train experiment=NAME")
 
 
-def _sizes(config: DictConfig) -> tuple[str, ...]:
+def _experiment_cells(config: DictConfig) -> tuple[str, ...]:
     """Return the sizes of an experiment, as cells."""
     model = cast("Model", OmegaConf.to_object(config.model))
     rows = model.vocab_size or OmegaConf.select(config, "data.vocab_size") or 0

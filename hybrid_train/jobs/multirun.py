@@ -1,6 +1,7 @@
-"""Several runs from one command line: their commands, one for every combination of the values.
+"""The runs of one command line: a command for every combination of the values.
 
-`jobs/sweep.py` runs them; an array of SLURM does, too, on a machine without torch.
+`jobs/sweep.py` runs these commands one after the other; `jobs/submit.py` queues them as an array of
+SLURM, on a machine without torch.
 """
 
 import re

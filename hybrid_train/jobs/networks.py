@@ -39,154 +39,7 @@ from hybrid_train.training.engine import Engine
 from hybrid_train.training.network import ExpertLayer, Network, Rate, Routing
 from hybrid_train.training.objective import Given, Objective
 
-TOKENIZER = layout.TOKENIZER
 _log = logging.getLogger(__name__)
-
-
-def _quantize(job: TrainJob, built: BuiltModel, groups: ProcessGroups) -> QuantizedGemms | None:
-    if built.backend is not Backend.emulated:
-        return None
-    return QuantizedGemms(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
-
-
-# Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
-EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] = {
-    "quantize": _quantize,
-}
-
-
-def build_network(
-    job: TrainJob,
-    built: BuiltModel,
-    groups: ProcessGroups,
-    device: torch.device,
-    name: str = MAIN,
-) -> Network:
-    """Wrap a model and give it an optimizer, a learning rate and records of its own."""
-    formatted = data_parallel.in_model_format(built.chunks, built.config)
-    made = (make(job, built, groups) for make in EDITS.values())
-    edits = [edit for edit in made if edit is not None]
-    edits += built_from(job.edits)
-    apply_edits(edits, built.chunks)
-    quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
-    chunks = data_parallel.wrap(formatted, built.config, job.parallel, job.precision)
-    held = [pair for chunk in chunks for pair in chunk.named_parameters()]
-    _log.info("%s", describe_decay(job.optimizer, held))
-    dtype = DTYPES[job.precision.base]
-    return Network(
-        chunks=chunks,
-        groups=groups,
-        device=device,
-        routing=_routing(job.model),
-        balance_losses=built.balance_losses,
-        quantized=quantized,
-        name=name,
-        optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
-        rate=Rate(job.schedule, tokens(job.train.tokens)),
-        finalizer=Finalizer(built.config),
-    )
-
-
-def _routing(model: Model) -> Routing:
-    routed = [one for one in layers(model) if any(p.of_experts for p in one.parameters)]
-    expert_layers = tuple(
-        ExpertLayer(one.depth > 0, one.number, one.sizes.experts)
-        for one in routed
-        if one.depth <= 1  # blocks are alike, and share their records
-    )
-    return Routing(expert_layers, len(routed))
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A trained model on some layout, frozen, and the run that it is of."""
-
-    network: Network
-    job: TrainJob
-    run_dir: Path
-
-    @property
-    def model(self) -> Hybrid:
-        """The model itself, where one process holds all of it."""
-        (chunk,) = self.network.chunks
-        assert isinstance(chunk, Hybrid)
-        return chunk
-
-    @functools.cached_property
-    def tokenizer(self) -> FolderTokenizer:
-        """That of the run."""
-        return open_tokenizer(self.run_dir / TOKENIZER)
-
-
-def load_model(
-    checkpoint: str,
-    runtime: Runtime,
-    *,
-    parallel: Parallel | None = None,
-    groups: ProcessGroups | None = None,
-    format: GemmFormat | None = None,
-    network: str | None = None,
-) -> LoadedModel:
-    """Load the weights of a run, trained under whatever layout, into any layout.
-
-    Every process calls this; they must be started.
-
-    Args:
-        checkpoint: a run folder or one checkpoint of it.
-        runtime: device and kernels.
-        parallel: the layout; None: all of the model in one process.
-        groups: of that layout, in a run that has built them; None: they are built.
-        format: of weights and activations; None: that of the run's weights.
-        network: which one of a run that trained several; None: its first.
-
-    Raises:
-        UserError: if there is no complete checkpoint, or no such network in it.
-    """
-    found = layout.locate(Path(checkpoint))
-    job = frozen.load(found.run_dir)
-    if job.model.vocab_size is None:
-        job.model.vocab_size = open_tokenizer(found.run_dir / TOKENIZER).vocab_size
-    name, key, job.model = _network_of(job, network, found.path)
-    job.parallel, job.runtime = parallel or Parallel(), runtime
-    # Of one token a product is not what a GPU quantizes, and no gradient asks for it.
-    job.precision = Precision(format=format or GemmFormat(job.precision.base.value))
-    if groups is None:
-        groups = build_groups(job.parallel, runtime.timeout_s)
-    assert job.model.vocab_size is not None
-    built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
-    read_weights(found.path, built.chunks, groups, key)
-    # What an edit makes of weights is not in them: without it this would be another model.
-    apply_edits(built_from(job.edits), built.chunks)
-    _log.info("loaded %s, trained for %s", found.path, counted(found.step, "step"))
-    device = torch.device(torch.cuda.current_device())
-    loaded = Network(
-        list(built.chunks), groups, device, _routing(job.model), built.balance_losses, name=name
-    )
-    loaded.freeze()
-    return LoadedModel(loaded, job, found.run_dir)
-
-
-def _network_of(job: TrainJob, wanted: str | None, checkpoint: Path) -> tuple[str, str, Model]:
-    """Return name, name in the keys of the checkpoint, and model of a network, without cuts."""
-    models = job.objective.models(job.model)
-    name = next(iter(models)) if wanted is None else wanted
-    if name not in models:
-        hint = nearest(name, models)
-        raise UserError(
-            f"{checkpoint} has no network {name!r}; it has {', '.join(models)}"
-            + (f"; nearest: {hint}" if hint else "")
-        )
-    pattern = models[name].pattern.replace("|", "")
-    return name, name if len(models) > 1 else "", dataclasses.replace(models[name], pattern=pattern)
-
-
-def teacher_loader(job: TrainJob, groups: ProcessGroups) -> Callable[[str], Network]:
-    """Return what loads a network from a run onto the layout of a job."""
-
-    def load(checkpoint: str) -> Network:
-        return load_model(checkpoint, job.runtime, parallel=job.parallel, groups=groups).network
-
-    return load
 
 
 def build_engine(
@@ -252,3 +105,149 @@ def _refused(text: str) -> UserError:
     error = UserError(text)
     error.on_all_ranks = True  # every process builds the same objective
     return error
+
+
+def build_network(
+    job: TrainJob,
+    built: BuiltModel,
+    groups: ProcessGroups,
+    device: torch.device,
+    name: str = MAIN,
+) -> Network:
+    """Wrap a model and give it an optimizer, a learning rate and records of its own."""
+    formatted = data_parallel.in_model_format(built.chunks, built.config)
+    made = (make(job, built, groups) for make in EDITS.values())
+    edits = [edit for edit in made if edit is not None]
+    edits += built_from(job.edits)
+    apply_edits(edits, built.chunks)
+    quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
+    chunks = data_parallel.wrap(formatted, built.config, job.parallel, job.precision)
+    held = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    _log.info("%s", describe_decay(job.optimizer, held))
+    dtype = DTYPES[job.precision.base]
+    return Network(
+        chunks=chunks,
+        groups=groups,
+        device=device,
+        routing=_routing(job.model),
+        balance_losses=built.balance_losses,
+        quantized=quantized,
+        name=name,
+        optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
+        rate=Rate(job.schedule, tokens(job.train.tokens)),
+        finalizer=Finalizer(built.config),
+    )
+
+
+def _quantize(job: TrainJob, built: BuiltModel, groups: ProcessGroups) -> QuantizedGemms | None:
+    if built.backend is not Backend.emulated:
+        return None
+    return QuantizedGemms(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
+
+
+# Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
+EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] = {
+    "quantize": _quantize,
+}
+
+
+def _routing(model: Model) -> Routing:
+    routed = [one for one in layers(model) if any(p.of_experts for p in one.parameters)]
+    expert_layers = tuple(
+        ExpertLayer(one.depth > 0, one.number, one.sizes.experts)
+        for one in routed
+        if one.depth <= 1  # blocks are alike, and share their records
+    )
+    return Routing(expert_layers, len(routed))
+
+
+def teacher_loader(job: TrainJob, groups: ProcessGroups) -> Callable[[str], Network]:
+    """Return what loads a network from a run onto the layout of a job."""
+
+    def load(checkpoint: str) -> Network:
+        return load_model(checkpoint, job.runtime, parallel=job.parallel, groups=groups).network
+
+    return load
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model on some layout, frozen, and the run that it is of."""
+
+    network: Network
+    job: TrainJob
+    run_dir: Path
+
+    @property
+    def model(self) -> Hybrid:
+        """The model itself, where one process holds all of it."""
+        (chunk,) = self.network.chunks
+        assert isinstance(chunk, Hybrid)
+        return chunk
+
+    @functools.cached_property
+    def tokenizer(self) -> FolderTokenizer:
+        """That of the run."""
+        return open_tokenizer(self.run_dir / layout.TOKENIZER)
+
+
+def load_model(
+    checkpoint: str,
+    runtime: Runtime,
+    *,
+    parallel: Parallel | None = None,
+    groups: ProcessGroups | None = None,
+    format: GemmFormat | None = None,
+    network: str | None = None,
+) -> LoadedModel:
+    """Load the weights of a run, trained under whatever layout, into any layout.
+
+    Every process calls this; they must be started.
+
+    Args:
+        checkpoint: a run folder or one checkpoint of it.
+        runtime: device and kernels.
+        parallel: the layout; None: all of the model in one process.
+        groups: of that layout, in a run that has built them; None: they are built.
+        format: of weights and activations; None: that of the run's weights.
+        network: which one of a run that trained several; None: its first.
+
+    Raises:
+        UserError: if there is no complete checkpoint, or no such network in it.
+    """
+    found = layout.locate(Path(checkpoint))
+    job = frozen.load(found.run_dir)
+    if job.model.vocab_size is None:
+        job.model.vocab_size = open_tokenizer(found.run_dir / layout.TOKENIZER).vocab_size
+    name, key, job.model = _network_of(job, network, found.path)
+    job.parallel, job.runtime = parallel or Parallel(), runtime
+    # A GPU does not quantize the GEMMs of a single token, and no gradient asks for them.
+    job.precision = Precision(format=format or GemmFormat(job.precision.base.value))
+    if groups is None:
+        groups = build_groups(job.parallel, runtime.timeout_s)
+    assert job.model.vocab_size is not None
+    built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
+    read_weights(found.path, built.chunks, groups, key)
+    # What an edit makes of weights is not in them: without it this would be another model.
+    apply_edits(built_from(job.edits), built.chunks)
+    _log.info("loaded %s, trained for %s", found.path, counted(found.step, "step"))
+    device = torch.device(torch.cuda.current_device())
+    loaded = Network(
+        list(built.chunks), groups, device, _routing(job.model), built.balance_losses, name=name
+    )
+    loaded.freeze()
+    return LoadedModel(loaded, job, found.run_dir)
+
+
+def _network_of(job: TrainJob, wanted: str | None, checkpoint: Path) -> tuple[str, str, Model]:
+    """Return name, name in the keys of the checkpoint, and model of a network, without cuts."""
+    models = job.objective.models(job.model)
+    name = next(iter(models)) if wanted is None else wanted
+    if name not in models:
+        hint = nearest(name, models)
+        raise UserError(
+            f"{checkpoint} has no network {name!r}; it has {', '.join(models)}"
+            + (f"; nearest: {hint}" if hint else "")
+        )
+    pattern = models[name].pattern.replace("|", "")
+    return name, name if len(models) > 1 else "", dataclasses.replace(models[name], pattern=pattern)

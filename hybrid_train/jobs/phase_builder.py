@@ -1,4 +1,4 @@
-"""Brings a run into its phases: model and optimizer on the layout of each, and its data."""
+"""The builder of phases: model and optimizer on the layout of each phase, and its data."""
 
 import dataclasses
 import gc
@@ -14,11 +14,7 @@ from hybrid_train.checkpoint import layout, store
 from hybrid_train.data.loader import BatchSource
 from hybrid_train.data.run_data import RunData
 from hybrid_train.jobs.networks import build_engine
-from hybrid_train.megatron.data_parallel import (
-    ProcessGroups,
-    build_groups,
-    destroy_groups,
-)
+from hybrid_train.megatron.data_parallel import ProcessGroups, build_groups, destroy_groups
 from hybrid_train.model.build import build_model
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size

@@ -13,11 +13,7 @@ import hybrid_train
 from hybrid_train.config.commands import command
 from hybrid_train.config.secrets import masked_words
 from hybrid_train.config.supported import LIBRARIES
-from hybrid_train.jobs.code_snapshot import (
-    code_of,
-    repository,
-    state_of,
-)
+from hybrid_train.jobs.code_snapshot import checkout_state, code_of, repository
 from hybrid_train.runtime import hardware, ranks
 
 _OURS = (("hybrid-train",), ("hybrid_train", "__main__.py"))  # ends of the program's path
@@ -44,7 +40,7 @@ def gathered() -> dict[str, Any]:
     }
     here = repository(Path.cwd())
     if here is not None and here != root.resolve():
-        found["working_folder"] = state_of(here, "--untracked-files=no")
+        found["working_folder"] = checkout_state(here, "--untracked-files=no")
     return found
 
 

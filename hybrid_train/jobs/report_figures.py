@@ -11,11 +11,7 @@ from hybrid_train.tracking import metrics, plotly
 from hybrid_train.tracking.goodput import SKIPPED
 from hybrid_train.tracking.history import RUNNING
 from hybrid_train.tracking.metrics import show, show_duration
-from hybrid_train.tracking.plotly import (
-    Axes,
-    Curve,
-    Figure,
-)
+from hybrid_train.tracking.plotly import Axes, Curve, Figure
 
 _COLOURS = 8
 _DASHES = ("solid", "dash", "dot")  # for each round of the colours
@@ -26,6 +22,13 @@ _FEW = 120  # values that still have a mark each
 _STYLES = {SILENT: "silent"}  # of states whose name is no colour
 _COLUMNS, _ALL_COLUMNS, _FEWEST_COLUMNS = 1000, 6000, 150  # of a curve; of all; at the least
 _LOSS, _LOG_LOSS = Axes(".4f"), Axes(".4f", log=True)
+_SHORT = {"tokens_per_s": "tokens/s", "grad_norm": "norm", "lr": "rate"}  # under the pointer
+METRICS = (
+    ("tokens_per_s", "Throughput, tokens/s", Axes(".4s", from_zero=True)),
+    ("grad_norm", "Gradient norm, before clipping", Axes(".3f", log=True)),
+    ("lr", "Learning rate", Axes(".3e", from_zero=True, log=True)),
+)
+_COLOUR_OF = {"finished": "good", "failed": "bad", "stopped": "warn", "silent": "warn"}
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,14 @@ class Series:
         return [line["step"] for line in having], values
 
 
-def columns(runs: int) -> int:
-    """Return the columns of a curve: fewer in a page of many runs, so that it opens."""
-    return max(_FEWEST_COLUMNS, min(_COLUMNS, _ALL_COLUMNS // max(1, runs)))
-
-
 def _number(name: str) -> int:
     last = name.rpartition("_")[2]
     return int(last) if last.isdecimal() else 0
+
+
+def columns(runs: int) -> int:
+    """Return the columns of a curve: fewer in a page of many runs, so that it opens."""
+    return max(_FEWEST_COLUMNS, min(_COLUMNS, _ALL_COLUMNS // max(1, runs)))
 
 
 def style(number: int) -> tuple[str, str]:
@@ -116,14 +119,6 @@ def pictures(state: RunState) -> Iterator[Picture]:
         yield from _expert_loads(series)
     if state.attempts:
         yield _attempts(state)
-
-
-_SHORT = {"tokens_per_s": "tokens/s", "grad_norm": "norm", "lr": "rate"}  # under the pointer
-METRICS = (
-    ("tokens_per_s", "Throughput, tokens/s", Axes(".4s", from_zero=True)),
-    ("grad_norm", "Gradient norm, before clipping", Axes(".3f", log=True)),
-    ("lr", "Learning rate", Axes(".3e", from_zero=True, log=True)),
-)
 
 
 def compared(states: Mapping[str, RunState]) -> Iterator[Picture]:
@@ -275,9 +270,6 @@ def _marks(state: RunState) -> Sequence[tuple[float, str, str]]:
 def style_of(state: str) -> str:
     """Return the class of a state or an outcome."""
     return _STYLES.get(state, state.replace(" ", "-"))
-
-
-_COLOUR_OF = {"finished": "good", "failed": "bad", "stopped": "warn", "silent": "warn"}
 
 
 def _attempts(state: RunState) -> Picture:

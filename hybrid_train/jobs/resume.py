@@ -20,7 +20,7 @@ def run(job: ResumeJob) -> int:
 
     Raises:
         UserError: if the folder has no config, or something is given that cannot change when a run
-            goes on (`run_folder`).
+            goes on (`jobs/run_folder.py`).
         ConfigError: if it does not fit this version, or these processes.
     """
     return train.run(frozen.reload(Path(job.run_dir), lambda run: changed(run, job.overrides)))

@@ -1,4 +1,4 @@
-"""Claims the folder of a run: new, or that of the same run."""
+"""The folder of a run: who may train in it, which run it belongs to, what may change in that."""
 
 import contextlib
 import dataclasses
@@ -65,6 +65,7 @@ _HALVES = {
 # What a run leaves behind before its first step, and what its submission does.
 _OF_A_START = _WRITTEN | _HALVES | {"launch", "logs", "code"}
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
+Change = tuple[str, object, object]  # a setting, its value there, its value here
 _log = logging.getLogger(__name__)
 
 
@@ -190,9 +191,6 @@ def require_same_run(job: TrainJob) -> None:
         )
     for key, old, new in changes:
         _log.info("%s: %s before, %s from here on", key, old, new)
-
-
-Change = tuple[str, object, object]  # a setting, its value there, its value here
 
 
 def _foreign(saved: TrainJob, job: TrainJob, changes: Sequence[Change]) -> list[Change]:

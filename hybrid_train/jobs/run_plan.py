@@ -1,4 +1,4 @@
-"""What `check` tells of a training run: its plan and its phases, laid out for its processes."""
+"""The plan of a training run as `check` shows it: laid out for its processes, phase by phase."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,10 @@ from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.optimizer import Wsd
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_bytes, show_tokens, tokens
+
+_PHASE_HEADS = (
+    "phase", "start", "tokens", "steps", "sequence", "batch", "rate", "most kept", "layout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,15 +143,10 @@ def _rows_of_tokenizer(job: CheckJob) -> int:
     return degrees.padded_vocab_size(tokenizer_of(job.data).vocab_size, job.model.vocab_multiple)
 
 
-_HEADS = (
-    "phase", "start", "tokens", "steps", "sequence", "batch", "rate", "most kept", "layout",
-)  # fmt: skip
-
-
 def show_phases(page: Console, plan: RunPlan) -> None:
     """Print a row for each phase."""
     page.print()
-    show_numbers(page, list(_rows(plan)), _HEADS)
+    show_numbers(page, list(_phase_rows(plan)), _PHASE_HEADS)
     page.print(
         "\nBatch: sequences of a step. Rate: constant, where a phase is not in the schedule. Most "
         "kept: by the\nprocess that keeps most. Layout: where it is not that of the first phase.",
@@ -155,7 +154,7 @@ def show_phases(page: Console, plan: RunPlan) -> None:
     )
 
 
-def _rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
+def _phase_rows(plan: RunPlan) -> Iterator[tuple[str, ...]]:
     for one, asked in zip(plan.phases, plan.job.train.phases, strict=True):
         train, moved = one.job.train, one.job.parallel != plan.first.parallel
         yield (

@@ -1,4 +1,4 @@
-"""Where a run begins, with what was left there: claimed, its data opened, its state restored."""
+"""The start of a run: its folder is claimed, its data opened, its state restored."""
 
 import logging
 import sys

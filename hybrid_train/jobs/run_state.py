@@ -1,8 +1,6 @@
-"""How runs are: what their folders tell, of one, or of a list of them.
+"""The state of runs, from the files in their folders: of one run, or of all that a command names.
 
 Nothing here needs torch, and nothing is written.
-
-Nothing here needs torch.
 """
 
 import glob
@@ -40,6 +38,9 @@ _SILENT_STEPS = 20  # or for as long as so many steps take, if that is longer
 _BESIDE = (history.ATTEMPT, history.END, DROPPED)  # events that stand in the table of attempts
 
 NOT_STARTED, SILENT = "not started", "no heartbeat"
+_DEEPEST = 3  # folders between the one that is named and a run; a study has one
+RUN_HEADS = ("run", "state", "step", "tokens", "avg loss", "val loss", "tok/s", "left")
+_WORD_COLUMNS = 2  # of these columns hold words
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,6 @@ def _seconds_left(lines: Sequence[dict[str, float]], total: int | None) -> float
     return max(0.0, total - recent[-1]["tokens"]) * taken / seen if seen > 0 else None
 
 
-DEEPEST = 3  # folders between the one that is named and a run; a study has one
-HEADS = ("run", "state", "step", "tokens", "avg loss", "val loss", "tok/s", "left")
-_WORDS = 2  # of these columns hold words
-
-
 @dataclass(frozen=True)
 class RunList:
     """The runs that a command names.
@@ -239,7 +235,7 @@ class RunList:
         return states, left_out
 
 
-def named(texts: Sequence[str]) -> RunList:
+def runs_named(texts: Sequence[str]) -> RunList:
     """Find the runs that a command line names: run folders, folders of runs, globs.
 
     Raises:
@@ -253,7 +249,9 @@ def named(texts: Sequence[str]) -> RunList:
     if len(paths) == 1 and not alone:
         place = paths[0]
     names = {os.path.relpath(folder.absolute(), place.absolute()): folder for folder in folders}
-    return RunList({name: names[name] for name in sorted(names, key=natural)}, place, alone)
+    return RunList(
+        {name: names[name] for name in sorted(names, key=in_natural_order)}, place, alone
+    )
 
 
 def _expanded(text: str) -> list[str]:
@@ -276,7 +274,7 @@ def _runs_of(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} is no run folder: there is no such folder")
-    found = list(_below(path, DEEPEST))
+    found = list(_below(path, _DEEPEST))
     if not found:
         raise UserError(
             f"{path} is not a run folder: it has no {FROZEN_NAME}, nor has a folder in it"
@@ -294,7 +292,7 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
             yield from _below(one, depth - 1)
 
 
-def natural(name: str) -> list[tuple[bool, float, str]]:
+def in_natural_order(name: str) -> list[tuple[bool, float, str]]:
     """Return what sorts names as people do, 2 before 10."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name)
     return [(n % 2 == 0, float(part) if n % 2 else 0.0, part) for n, part in enumerate(parts)]
@@ -302,7 +300,9 @@ def natural(name: str) -> list[tuple[bool, float, str]]:
 
 def show_runs(page: Console, states: Mapping[str, RunState], left_out: Mapping[str, str]) -> None:
     """Print a line a run, and a sentence for each that failed or cannot be read."""
-    show_numbers(page, [_line(name, one) for name, one in states.items()], HEADS, words=_WORDS)
+    show_numbers(
+        page, [_run_line(name, one) for name, one in states.items()], RUN_HEADS, words=_WORD_COLUMNS
+    )
     for name, why in failures(states.items()):
         page.print(f"\n{name} failed: {why}", soft_wrap=True)
     show_left_out(page, left_out)
@@ -315,20 +315,20 @@ def failures(states: Iterable[tuple[str, RunState]]) -> Iterator[tuple[str, str]
             yield name, state.why or "nobody knows why"
 
 
-def _line(name: str, state: RunState) -> tuple[str, ...]:
+def _run_line(name: str, state: RunState) -> tuple[str, ...]:
     left = state.seconds_left
     return (
         name,
         state.state,
         f"{state.step:,}",
         show("tokens", state.tokens),
-        shown("smoothed_loss", state.smoothed_loss),
-        shown("validation_loss", state.last_of("validation_loss")),
-        shown("tokens_per_s", state.last_of("tokens_per_s")),
+        show_or_dash("smoothed_loss", state.smoothed_loss),
+        show_or_dash("validation_loss", state.last_of("validation_loss")),
+        show_or_dash("tokens_per_s", state.last_of("tokens_per_s")),
         "-" if left is None else show_duration(left),
     )
 
 
-def shown(name: str, value: float | None) -> str:
+def show_or_dash(name: str, value: float | None) -> str:
     """Write a metric that a run may not have."""
     return show(name, value) if value is not None and math.isfinite(value) else "-"

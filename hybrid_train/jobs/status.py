@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.jobs.help import console, table
-from hybrid_train.jobs.run_state import RunState, named, show_runs
+from hybrid_train.jobs.run_state import RunState, runs_named, show_runs
 from hybrid_train.schema.job_roots import StatusJob
 from hybrid_train.schema.units import show_bytes, show_tokens
 from hybrid_train.tracking.goodput import Goodput
@@ -38,7 +38,7 @@ def run(job: StatusJob) -> None:
     Raises:
         UserError: if there is no run in a folder, or a file of the only run is damaged.
     """
-    runs = named(job.run_dir)
+    runs = runs_named(job.run_dir)
     states, left_out = runs.look()
     if job.json:
         listed = [as_data(state) for state in states.values()]

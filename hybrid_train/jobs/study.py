@@ -1,11 +1,12 @@
-"""The job `study`: variants of one run, and the queue of its commands.
-
-A command may wait for others; if one of these fails, it is not started. A signal to this process is
-passed on: every running command may save and end; none is started after it.
+"""The job `study`: trains every variant with every seed, and compares the variants.
 
 Each stage and run is an ordinary `hybrid-train` command in a process of its own; what chooses the
 learning rates comes first. A study that was stopped goes on with the same command: what is finished
 stays, a run in the middle resumes.
+
+`run_queue` runs the commands, several at once. A command may wait for others; if one of these
+fails, it is not started. A signal to this process is passed on, so that every running command may
+save and end; none is started after it.
 """
 
 import contextlib
@@ -27,12 +28,7 @@ from hybrid_train.checkpoint.layout import FOLDER as CHECKPOINTS
 from hybrid_train.config.rules_of_data import what_forbids
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
-from hybrid_train.jobs.study_plan import (
-    PlannedRun,
-    StudyPlan,
-    choose,
-    plan,
-)
+from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, choose_rates, plan_study
 from hybrid_train.jobs.study_report import report
 from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.jobs.text_progress import TextProgress
@@ -49,6 +45,9 @@ from hybrid_train.tracking.metrics import show, show_duration
 
 _POLL_S = 0.2
 Running = dict[int, tuple["subprocess.Popen[bytes]", float]]  # by number: process, start
+_LAST_LINES = 15  # of the log of a run that failed
+Task = PlannedStage | PlannedRun
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,86 +67,6 @@ class Command:
     threads: int | None = None
 
 
-def run_queue(
-    commands: Sequence[Command],
-    at_once: int,
-    threads: int,
-    ended: Callable[[int, int, float], None],
-) -> signal.Signals | None:
-    """Run commands in their order, at most `at_once` of them at a time.
-
-    Args:
-        commands: what to run.
-        at_once: processes at a time.
-        threads: of each process, by OMP_NUM_THREADS.
-        ended: called with the number of a command, its exit code and its seconds as it ends,
-            unless a signal has stopped the queue.
-
-    Returns:
-        The signal that stopped the queue; None if it came to its end.
-    """
-    waiting = list(range(len(commands)))
-    running: Running = {}
-    well: set[int] = set()
-    stop, passed_on = StopSignals(), False
-    try:
-        while running or (waiting and stop.received is None):
-            ready = [n for n in waiting if well.issuperset(commands[n].after)]
-            for number in ready[: at_once - len(running)] if stop.received is None else ():
-                waiting.remove(number)
-                running[number] = (_start(commands[number], threads), time.monotonic())
-            if not running:
-                break  # all that wait, wait for one that failed
-            if stop.received is not None and not passed_on:
-                passed_on = True
-                for process, _ in running.values():
-                    process.send_signal(signal.SIGTERM)
-            for number, code, seconds in _taken_ended(running):
-                if stop.received is None:
-                    ended(number, code, seconds)
-                if code == 0:
-                    well.add(number)
-            time.sleep(_POLL_S)
-    finally:
-        for process, _ in running.values():
-            process.kill()
-            process.wait()
-        stop.restore()
-    return stop.received
-
-
-def _taken_ended(running: Running) -> list[tuple[int, int, float]]:
-    """Take out what has ended; return number, exit code and seconds of each."""
-    found = []
-    for number, (process, started) in list(running.items()):
-        code = process.poll()
-        if code is not None:
-            del running[number]
-            found.append((number, code, time.monotonic() - started))
-    return found
-
-
-def _start(command: Command, threads: int) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "OMP_NUM_THREADS": str(command.threads or threads)}
-    command.log.parent.mkdir(parents=True, exist_ok=True)
-    with command.log.open("ab") as log:
-        # A session of its own: Ctrl-C on the terminal reaches it through this process alone, once.
-        return subprocess.Popen(
-            command.words,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-_LAST_LINES = 15  # of the log of a run that failed
-_log = logging.getLogger(__name__)
-
-Task = PlannedStage | PlannedRun
-
-
 def run(job: StudyJob) -> int:
     """Run what is not finished, then compare; return 0, 128 + signal, or the code of a failed run.
 
@@ -156,17 +75,17 @@ def run(job: StudyJob) -> int:
     """
     start_logging()
     study = job.as_asked()
-    planned = plan(study)
+    planned = plan_study(study)
     if planned.trials:
         first = planned.of_trials()
         stages, _ = first.todo()
         tried, to_run = counted(len(planned.trials), "rate"), counted(len(stages), "stage")
         _log.info("%s to try; %s to run for them", tried, to_run)
-        stopped, _ = _run(study, first, stages, [])
+        stopped, _ = _run_tasks(study, first, stages, [])
         if stopped is not None:
             return 128 + stopped
-        choose(study, planned.trials)
-        planned = plan(study)
+        choose_rates(study, planned.trials)
+        planned = plan_study(study)
     stages, runs = planned.todo()
     if planned.stages:
         _log.info("%s; %d to run", counted(len(planned.stages), "stage"), len(stages))
@@ -178,15 +97,15 @@ def run(job: StudyJob) -> int:
         counted(len(study.seeds), "seed"),
         finished,
     )
-    stopped, codes = _run(study, planned, stages, runs)
+    stopped, codes = _run_tasks(study, planned, stages, runs)
     if stopped is not None:
         return 128 + stopped
     # What depended on a stage is known by now.
-    report(study, plan(study) if stages else planned)
+    report(study, plan_study(study) if stages else planned)
     return next(iter(codes.values()), 0)
 
 
-def _run(
+def _run_tasks(
     study: StudyJob, planned: StudyPlan, stages: Sequence[PlannedStage], runs: Sequence[PlannedRun]
 ) -> tuple[signal.Signals | None, dict[str, int]]:
     """Run stages and runs; return the signal that stopped them, and exit codes of what failed.
@@ -301,7 +220,7 @@ class _Progress:
         if code or not (task.is_finished() or task.job is None):
             self.codes[task.name] = code or 1
             _log.error(
-                "%s failed with exit code %d; %s ends:\n%s", place, code, task.log, _end(task)
+                "%s failed with exit code %d; %s ends:\n%s", place, code, task.log, _log_end(task)
             )
             return
         took = f"in {show_duration(seconds)}  left {show_duration(self._seconds_left())}"
@@ -337,7 +256,81 @@ def _kind(task: Task) -> str:
     return task.variant if isinstance(task, PlannedRun) else task.name
 
 
-def _end(task: Task) -> str:
+def _log_end(task: Task) -> str:
     """Return the last lines of the log of a command."""
     lines = task.log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
+
+
+def run_queue(
+    commands: Sequence[Command],
+    at_once: int,
+    threads: int,
+    ended: Callable[[int, int, float], None],
+) -> signal.Signals | None:
+    """Run commands in their order, at most `at_once` of them at a time.
+
+    Args:
+        commands: what to run.
+        at_once: processes at a time.
+        threads: of each process, by OMP_NUM_THREADS.
+        ended: called with the number of a command, its exit code and its seconds as it ends,
+            unless a signal has stopped the queue.
+
+    Returns:
+        The signal that stopped the queue; None if it came to its end.
+    """
+    waiting = list(range(len(commands)))
+    running: Running = {}
+    well: set[int] = set()
+    stop, passed_on = StopSignals(), False
+    try:
+        while running or (waiting and stop.received is None):
+            ready = [n for n in waiting if well.issuperset(commands[n].after)]
+            for number in ready[: at_once - len(running)] if stop.received is None else ():
+                waiting.remove(number)
+                running[number] = (_start_process(commands[number], threads), time.monotonic())
+            if not running:
+                break  # all that wait, wait for one that failed
+            if stop.received is not None and not passed_on:
+                passed_on = True
+                for process, _ in running.values():
+                    process.send_signal(signal.SIGTERM)
+            for number, code, seconds in _taken_ended(running):
+                if stop.received is None:
+                    ended(number, code, seconds)
+                if code == 0:
+                    well.add(number)
+            time.sleep(_POLL_S)
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.wait()
+        stop.restore()
+    return stop.received
+
+
+def _taken_ended(running: Running) -> list[tuple[int, int, float]]:
+    """Take out what has ended; return number, exit code and seconds of each."""
+    found = []
+    for number, (process, started) in list(running.items()):
+        code = process.poll()
+        if code is not None:
+            del running[number]
+            found.append((number, code, time.monotonic() - started))
+    return found
+
+
+def _start_process(command: Command, threads: int) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": str(command.threads or threads)}
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    with command.log.open("ab") as log:
+        # A session of its own: Ctrl-C on the terminal reaches it through this process alone, once.
+        return subprocess.Popen(
+            command.words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )

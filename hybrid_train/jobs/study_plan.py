@@ -1,9 +1,9 @@
-"""Which runs a study consists of, and the learning rate that each kind of objective gets.
+"""The plan of a study: its stages and runs, and the learning rate of each kind of objective.
 
-The first variant of a kind trains with every candidate, each on the same share of the tokens and
-with a seed that is not reported; the lowest loss wins. These trials are stages like others: equal
-ones run once for all studies. What was chosen is written into the folder of the study, which keeps
-to it.
+A rate is chosen by trials. The first variant of a kind of objective trains with every candidate,
+each on the same share of the tokens and with a seed that is not reported; the lowest loss wins.
+Trials are stages like others: equal ones run once for all studies. What was chosen is written into
+the folder of the study, which keeps to it.
 """
 
 import copy
@@ -32,7 +32,13 @@ from hybrid_train.tracking.gaps import TAIL, WINDOWS, curve
 from hybrid_train.tracking.jsonl import FILE_NAME, read_metrics
 from hybrid_train.tracking.metrics import show
 
-KEY = "schedule.peak_lr"
+RATE_KEY = "schedule.peak_lr"
+# What changes no loss, or is the study's own; any other difference makes it another run. Unlike a
+# run that goes on, a run of a study may not become longer: its schedule would be that of neither.
+_MAY_DIFFER = (
+    *("run_dir", "runtime.", "tracking.", "data.cache", "data.remote."),
+    *("checkpoint.interval", "checkpoint.keep", "checkpoint.async_save"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -99,7 +105,7 @@ class Rates:
         self.choices: dict[str, Choice] = {}
         self.trials: list[Trial] = []
         self._study, self._stages = study, stages
-        self._written = written(Path(study.run_dir))
+        self._written = written_rates(Path(study.run_dir))
         self._asked: set[str] = set()
 
     def of(self, kind: str, lines: Sequence[str], run_tokens: int) -> float | None:
@@ -125,12 +131,12 @@ class Rates:
             return
         for rate in asked.candidates:
             name = f"rate {rate} of {kind}"
-            stage = self._stages.plan(name, "train", [*own, f"{KEY}={rate}"], asked.seed)
+            stage = self._stages.plan(name, "train", [*own, f"{RATE_KEY}={rate}"], asked.seed)
             if stage is not None:  # else one that it reads cannot run, which is reported there
                 self.trials.append(Trial(kind, rate, stage, tokens, own))
 
 
-def written(run_dir: Path) -> dict[str, Choice]:
+def written_rates(run_dir: Path) -> dict[str, Choice]:
     """Return what a study has chosen so far, by kind of objective."""
     path = run_dir / RATES_FILE
     if not path.is_file():
@@ -146,14 +152,14 @@ def written(run_dir: Path) -> dict[str, Choice]:
         ) from error
 
 
-def choose(study: StudyJob, trials: Sequence[Trial]) -> None:
+def choose_rates(study: StudyJob, trials: Sequence[Trial]) -> None:
     """Choose between trials that have ended, and write that down.
 
     Raises:
         UserError: if no trial of a kind has ended well.
     """
     run_dir = Path(study.run_dir)
-    choices = written(run_dir)
+    choices = written_rates(run_dir)
     for kind in dict.fromkeys(one.kind for one in trials):
         tried = {one.rate: one for one in trials if one.kind == kind}
         losses = {rate: one.loss() for rate, one in tried.items()}
@@ -178,14 +184,6 @@ def choose(study: StudyJob, trials: Sequence[Trial]) -> None:
     known = {kind: asdict(one) for kind, one in choices.items()}
     half.write_text(json.dumps({formats.KEY: formats.RATES.stamp(), **known}, indent=2))
     half.replace(run_dir / RATES_FILE)
-
-
-# What changes no loss, or is the study's own; any other difference makes it another run. Unlike a
-# run that goes on, a run of a study may not become longer: its schedule would be that of neither.
-_MAY_DIFFER = (
-    *("run_dir", "runtime.", "tracking.", "data.cache", "data.remote."),
-    *("checkpoint.interval", "checkpoint.keep", "checkpoint.async_save"),
-)
 
 
 @dataclass(frozen=True)
@@ -270,7 +268,7 @@ class StudyPlan:
         return [one for one in self.stages if one.digest in wanted and not one.is_finished()], runs
 
 
-def plan(study: StudyJob) -> StudyPlan:
+def plan_study(study: StudyJob) -> StudyPlan:
     """Compose every stage and run; seed after seed, so that a stopped study has whole seeds.
 
     Raises:
@@ -312,7 +310,7 @@ def _of_variant(study: StudyJob, name: str, stages: Stages, rates: Rates) -> Ite
         rate = rates.of(kind, lines, length)
         is_known = rate is not None
         # One that is not chosen yet stands for the others; each of them is checked by its trial.
-        lines.append(f"{KEY}={study.rates.candidates[0] if rate is None else rate}")
+        lines.append(f"{RATE_KEY}={study.rates.candidates[0] if rate is None else rate}")
     composed: dict[tuple[str, ...], TrainJob | None] = {}
     for seed in study.seeds:
         inputs = stages.inputs(lines, seed)
@@ -334,7 +332,7 @@ def _of_variant(study: StudyJob, name: str, stages: Stages, rates: Rates) -> Ite
 
 
 def _names_rate(lines: Sequence[str]) -> bool:
-    return any(line.partition("=")[0].lstrip("+~") == KEY for line in lines)
+    return any(line.partition("=")[0].lstrip("+~") == RATE_KEY for line in lines)
 
 
 def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[str, int]:

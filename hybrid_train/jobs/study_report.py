@@ -22,11 +22,7 @@ from hybrid_train.config import frozen
 from hybrid_train.config.commands import command, typed
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.provenance import command_line, libraries
-from hybrid_train.jobs.study_plan import (
-    PlannedRun,
-    StudyPlan,
-    are_paired,
-)
+from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, are_paired
 from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.runtime import hardware
 from hybrid_train.schema.problems import UserError

@@ -4,15 +4,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from hybrid_train.config.commands import (
-    command,
-    setting,
-    typed,
-)
+from hybrid_train.config.commands import command, setting, typed
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.multirun import SweepRun, runs, short_keys
-from hybrid_train.jobs.run_state import RunState, look, shown
+from hybrid_train.jobs.run_state import RunState, look, show_or_dash
 from hybrid_train.schema.problems import UserError
 
 _HEADS = ("state", "step", "avg loss", "val loss")
@@ -86,6 +82,6 @@ def _row(one: SweepRun, state: RunState | None, code: int, keys: Sequence[str]) 
     else:
         yield state.state if state else "no run folder"
     yield f"{state.step:,}" if state else "-"
-    yield shown("smoothed_loss", state.smoothed_loss if state else None)
-    yield shown("validation_loss", state.last_of("validation_loss") if state else None)
+    yield show_or_dash("smoothed_loss", state.smoothed_loss if state else None)
+    yield show_or_dash("validation_loss", state.last_of("validation_loss") if state else None)
     yield str(one.folder)

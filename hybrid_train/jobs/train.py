@@ -19,22 +19,15 @@ from pathlib import Path
 import torch
 
 from hybrid_train.anatomy.gemm_formats import quantizes
+from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.config import checks, frozen, launcher
 from hybrid_train.config.rules_of_precision import hardware_notes, on_a_gpu
 from hybrid_train.data.record import record_of, write_record
 from hybrid_train.data.run_data import RunData
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
-from hybrid_train.jobs.networks import TOKENIZER
 from hybrid_train.jobs.phase_builder import PhaseBuilder
-from hybrid_train.jobs.run_start import (
-    Start,
-    bad_steps,
-    claim,
-    open_run_data,
-    restore,
-    same_data,
-)
+from hybrid_train.jobs.run_start import Start, bad_steps, claim, open_run_data, restore, same_data
 from hybrid_train.megatron.data_parallel import destroy_groups
 from hybrid_train.planning.phases import PhaseSpan, lay_out, phase_at, ramps, validation_interval
 from hybrid_train.runtime import ranks
@@ -53,12 +46,7 @@ from hybrid_train.tracking.plots import plot_losses
 from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.trackers import FanOut, build_trackers
 from hybrid_train.training.bad_steps import NonFiniteError
-from hybrid_train.training.hooks.checkpointing import (
-    EnterPhases,
-    Recover,
-    SaveCheckpoints,
-    ways_on,
-)
+from hybrid_train.training.hooks.checkpointing import EnterPhases, Recover, SaveCheckpoints, ways_on
 from hybrid_train.training.hooks.processes import CollectGarbage, CompareProcesses, StopOnSignal
 from hybrid_train.training.hooks.profiling import profiling_hooks
 from hybrid_train.training.hooks.reporting import LogMetrics, Validate

@@ -2,7 +2,9 @@
 
 Whoever logs takes the name from here; a name that is not in the list is refused.
 
-smoothed(n) = mean of the losses of the last w(n) steps, step n included
+The smoothed loss has one definition for console, summary, status, plots and report:
+
+    smoothed(n) = mean of the losses of the last w(n) steps, step n included
     w(n) = n / 10, rounded down, but from 1 to 100 steps
 
 It looks back only, so that a run knows it while it trains and no later step changes it. Towards the
@@ -16,6 +18,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from hybrid_train.schema.units import show_tokens
+
+_NATS = "nats per token"
+LONGEST_WINDOW = 100  # steps that the smoothed loss is a mean of
+_WINDOW_SHARE = 10  # the window is so many times shorter than the run so far
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,6 @@ def show_step_time(seconds: float) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.0f}ms"
     return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.1f}s"  # noqa: PLR2004 - digits only
-
-
-_NATS = "nats per token"
 
 
 def _whole(value: float) -> str:
@@ -124,6 +127,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "hooks": (Metric("own/{}", "", "of a hook of one's own", "{:.4g}".format),),
 }
+
+
 METRICS = {metric.name: metric for group in GROUPS.values() for metric in group}
 _GROUP_OF = {metric.name: name for name, group in GROUPS.items() for metric in group}
 
@@ -166,13 +171,9 @@ def tag(name: str) -> str:
     return f"{_GROUP_OF[metric(name).name]}/{name}"
 
 
-LONGEST = 100  # steps
-_SHARE = 10  # the window is so many times shorter than the run so far
-
-
-def window(steps: int, longest: int = LONGEST) -> int:
+def smoothing_window(steps: int, longest: int = LONGEST_WINDOW) -> int:
     """Return over how many steps the loss after `steps` steps is averaged."""
-    return min(longest, max(1, steps // _SHARE))
+    return min(longest, max(1, steps // _WINDOW_SHARE))
 
 
 def smoothed_loss(losses: Sequence[float]) -> float:
@@ -181,11 +182,11 @@ def smoothed_loss(losses: Sequence[float]) -> float:
     Args:
         losses: of all steps so far, nats per token.
     """
-    finite = [loss for loss in losses[-window(len(losses)) :] if math.isfinite(loss)]
+    finite = [loss for loss in losses[-smoothing_window(len(losses)) :] if math.isfinite(loss)]
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 
-def curve(values: Sequence[float], longest: int = LONGEST) -> list[float]:
+def smoothed_curve(values: Sequence[float], longest: int = LONGEST_WINDOW) -> list[float]:
     """Return the smoothed value of each step; NaN where there is no finite one.
 
     Args:
@@ -198,7 +199,7 @@ def curve(values: Sequence[float], longest: int = LONGEST) -> list[float]:
     counts = [0, *accumulate(finite)]
     means = []
     for last in range(1, len(values) + 1):
-        over = last // _SHARE or 1
+        over = last // _WINDOW_SHARE or 1
         first = last - (over if over < longest else longest)
         number = counts[last] - counts[first]
         means.append((sums[last] - sums[first]) / number if number else math.nan)

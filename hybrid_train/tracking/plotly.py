@@ -1,11 +1,10 @@
-"""Gateway to plotly: figures as plain data, thinned, which plotly.js draws in a report.
-
-A spike of one step among a hundred thousand stays where it is and as high as it is.
+"""Gateway to plotly: figures as plain data, which plotly.js draws in the page of a report.
 
 A figure is what plotly takes: traces and a layout. What the page itself decides stands in the
 `meta` of a trace, for `jobs/report.js`: names of colours, which are those of a light or of a dark
 page; which smoothing it belongs to; of which run its steps are, so that tokens can stand in their
-place.
+place. A curve of any length becomes few points, but a spike of one step among a hundred thousand
+stays where it is and as high as it is.
 """
 
 import html
@@ -19,72 +18,9 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from hybrid_train.tracking import metrics
-from hybrid_train.tracking.metrics import LONGEST
+from hybrid_train.tracking.metrics import LONGEST_WINDOW
 
 Points = list[tuple[float, float]]
-
-
-def thin(xs: Sequence[float], ys: Sequence[float], columns: int) -> Points:
-    """Keep at most two points of each column, in the order in which they came.
-
-    Args:
-        xs: growing.
-        ys: as many; what is not finite becomes one NaN a column, where a curve is broken.
-        columns: width of the figure in points that an eye can tell apart.
-
-    Returns:
-        Points; all of them, if there are at most two a column anyway.
-    """
-    pairs = list(zip(xs, ys, strict=True))
-    if len(pairs) <= 2 * columns:
-        return pairs
-    first, last = pairs[0][0], pairs[-1][0]
-    scale = columns / (last - first)
-
-    def column(pair: tuple[float, float]) -> int:
-        return min(columns - 1, int((pair[0] - first) * scale))
-
-    found: Points = []
-    for _, group in groupby(pairs, column):
-        members = list(group)
-        finite = [pair for pair in members if math.isfinite(pair[1])]
-        kept = {min(finite, key=_height), max(finite, key=_height)} if finite else set()
-        found += sorted(kept)
-        if len(finite) < len(members):
-            found.append((members[-1][0], math.nan))
-    return found
-
-
-def _height(pair: tuple[float, float]) -> float:
-    return pair[1]
-
-
-def sampled(xs: Sequence[float], ys: Sequence[float], number: int) -> Points:
-    """Keep about so many points, equally far apart, and the last: enough for what is smooth."""
-    every = max(1, -(-len(xs) // number))
-    places = [*range(0, len(xs) - 1, every), *([len(xs) - 1] if len(xs) else [])]
-    return [(xs[place], ys[place]) for place in places]
-
-
-def highest(xs: Sequence[float], ys: Sequence[float], edges: Sequence[float]) -> list[float | None]:
-    """Return the highest value of each column of a table; None where a column has none.
-
-    Args:
-        xs: growing.
-        ys: as many.
-        edges: of the columns, growing; the last edge belongs to the last column.
-    """
-    found: list[float | None] = [None] * (len(edges) - 1)
-    column = 0
-    for x, y in zip(xs, ys, strict=True):
-        while column < len(found) - 1 and x >= edges[column + 1]:
-            column += 1
-        if math.isfinite(y):
-            before = found[column]
-            found[column] = y if before is None else max(before, y)
-    return found
-
-
 # How curves are smoothed, by the choice in the page: over how many of `n` steps that a run has.
 EACH_STEP, AS_REPORTED = "each step", "avg loss"
 _SHARES = {"2 % of the run": 0.02, "10 % of the run": 0.1}
@@ -95,7 +31,7 @@ _DECADES_ALONE = 3  # so many of them or more need no labels in between
 _DIGITS = 5  # of a value in the file; what is under the pointer has no more
 _HAIR = 1e-6  # so that the ends of a scale are within it
 _LOAD_TICKS = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # of expert loads
-_LINE = 44  # letters of a line under the pointer
+_LINE_LETTERS = 44  # letters of a line under the pointer
 _MOST_TIMES = 6  # labels of a time line, which must fit on a telephone
 
 Figure = dict[str, Any]
@@ -199,14 +135,56 @@ def _traces(line: Curve, axes: Axes, columns: int) -> Iterator[Figure]:
     if line.smooths:
         number = len(line.values)
         for name in SMOOTHINGS[1:]:
-            means = metrics.curve(line.values, longest(name, number))
+            means = metrics.smoothed_curve(line.values, longest(name, number))
             yield _trace(line, axes, sampled(steps, means[line.first :], columns), name)
 
 
 def longest(smoothed: str, number: int) -> int:
     """Return over how many steps a curve of `number` steps is averaged at the most."""
     share = _SHARES.get(smoothed)
-    return LONGEST if share is None else max(1, round(share * number))
+    return LONGEST_WINDOW if share is None else max(1, round(share * number))
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], columns: int) -> Points:
+    """Keep at most two points of each column, in the order in which they came.
+
+    Args:
+        xs: growing.
+        ys: as many; what is not finite becomes one NaN a column, where a curve is broken.
+        columns: width of the figure in points that an eye can tell apart.
+
+    Returns:
+        Points; all of them, if there are at most two a column anyway.
+    """
+    pairs = list(zip(xs, ys, strict=True))
+    if len(pairs) <= 2 * columns:
+        return pairs
+    first, last = pairs[0][0], pairs[-1][0]
+    scale = columns / (last - first)
+
+    def column(pair: tuple[float, float]) -> int:
+        return min(columns - 1, int((pair[0] - first) * scale))
+
+    found: Points = []
+    for _, group in groupby(pairs, column):
+        members = list(group)
+        finite = [pair for pair in members if math.isfinite(pair[1])]
+        kept = {min(finite, key=_height), max(finite, key=_height)} if finite else set()
+        found += sorted(kept)
+        if len(finite) < len(members):
+            found.append((members[-1][0], math.nan))
+    return found
+
+
+def _height(pair: tuple[float, float]) -> float:
+    return pair[1]
+
+
+def sampled(xs: Sequence[float], ys: Sequence[float], number: int) -> Points:
+    """Keep about so many points, equally far apart, and the last: enough for what is smooth."""
+    every = max(1, -(-len(xs) // number))
+    places = [*range(0, len(xs) - 1, every), *([len(xs) - 1] if len(xs) else [])]
+    return [(xs[place], ys[place]) for place in places]
 
 
 def _trace(
@@ -255,7 +233,7 @@ def _plain(text: str) -> str:
 
 def _lines(text: str) -> str:
     """Break a text into lines that fit on a telephone."""
-    return "<br>".join(_plain(line) for line in textwrap.wrap(text, _LINE))
+    return "<br>".join(_plain(line) for line in textwrap.wrap(text, _LINE_LETTERS))
 
 
 def _short(value: float) -> float | None:
@@ -320,6 +298,25 @@ def heat_map(rows: Sequence[Row]) -> Figure | None:
         "hovermode": "closest",
     }  # fmt: skip
     return {"data": [trace], "layout": layout}
+
+
+def highest(xs: Sequence[float], ys: Sequence[float], edges: Sequence[float]) -> list[float | None]:
+    """Return the highest value of each column of a table; None where a column has none.
+
+    Args:
+        xs: growing.
+        ys: as many.
+        edges: of the columns, growing; the last edge belongs to the last column.
+    """
+    found: list[float | None] = [None] * (len(edges) - 1)
+    column = 0
+    for x, y in zip(xs, ys, strict=True):
+        while column < len(found) - 1 and x >= edges[column + 1]:
+            column += 1
+        if math.isfinite(y):
+            before = found[column]
+            found[column] = y if before is None else max(before, y)
+    return found
 
 
 def _load_ticks(low: float, high: float) -> list[float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking.gaps import TAIL, Comparison
 from hybrid_train.tracking.jsonl import read_metrics
-from hybrid_train.tracking.metrics import curve
+from hybrid_train.tracking.metrics import smoothed_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ def _picture(path: Path, width: float = 9) -> Iterator["Axes"]:
 def _draw_losses(axes: "Axes", lines: Sequence[dict[str, float]]) -> None:
     tokens, values = _points(lines, "loss")
     axes.plot(tokens, values, color=_TRAIN, linewidth=0.8, alpha=0.3)
-    means = curve(values)
+    means = smoothed_curve(values)
     label = f"train, smoothed {_last(means)}"
     axes.plot(tokens, means, color=_TRAIN, linewidth=2, label=label)
     tokens, values = _points(lines, "validation_loss")
@@ -103,7 +103,7 @@ def _draw_losses(axes: "Axes", lines: Sequence[dict[str, float]]) -> None:
         axes.axhline(baseline[-1], color=_BASELINE, linestyle="--", linewidth=1.2, label=label)
     for color, name in zip(_MTP * 4, _mtp_names(lines), strict=False):
         tokens, values = _points(lines, name)
-        means = curve(values)
+        means = smoothed_curve(values)
         label = f"MTP depth {name.rpartition('_')[2]}, smoothed {_last(means)}"
         axes.plot(tokens, means, color=color, linewidth=0.9, label=label, zorder=1)
 

@@ -16,7 +16,7 @@ _GPU_PEAKS_TFLOPS = {
     "H100": 989,
     "A100": 312,
 }
-_GEMM_SIZE = 1024  # rows and columns; large enough that the product is bound by arithmetic
+_GEMM_SIZE = 1024  # rows and columns; large enough that the GEMM is bound by arithmetic
 _MEASURE_S = 0.2
 _LEAST_GEMMS = 5  # on a busy machine some are slowed down by others
 

@@ -160,7 +160,7 @@ def tokenize(folder: Path, name: str) -> None:
 
 
 class Futures:
-    """What `crew.Crew` does, with concurrent.futures."""
+    """What `worker_pool.WorkerPool` does, with concurrent.futures."""
 
     def __init__(self, prepare: Callable[[Any], Any], facts: object, workers: int) -> None:
         self._workers = workers

@@ -78,16 +78,16 @@ def make_source(source: Path) -> int:
     import torch
 
     from hybrid_train.config.compose import compose
-    from hybrid_train.hf import config_json as hf_config
+    from hybrid_train.hf import config_json
     from hybrid_train.hf.files import write_json
     from hybrid_train.hf.names import table
     from hybrid_train.hf.read import INDEX
     from hybrid_train.hf.safetensors import Writer
-    from hybrid_train.hf.tensors import turned
+    from hybrid_train.hf.tensors import turn_round
 
     model = compose("count", ["model=ladder_1b", f"model.vocab_size={VOCAB}"]).model
     source.mkdir()
-    tensors = list(turned(table(model, VOCAB)).values())
+    tensors = list(turn_round(table(model, VOCAB)).values())
     half = len(tensors) // 2
     pool = torch.randn(2**23)  # more than any tensor has; drawing them all would take minutes
     weight_map, total = {}, 0
@@ -105,8 +105,10 @@ def make_source(source: Path) -> int:
         writer.close()
         total += (source / file).stat().st_size
     write_json(source / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    said = hf_config.to_config(model, vocab_size=VOCAB, length=8192, dtype="bfloat16", token_ids={})
-    write_json(source / hf_config.FILE, said)
+    said = config_json.to_config(
+        model, vocab_size=VOCAB, length=8192, dtype="bfloat16", token_ids={}
+    )
+    write_json(source / config_json.FILE, said)
     return total
 
 

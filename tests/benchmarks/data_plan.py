@@ -68,7 +68,7 @@ def plans_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) ->
     """Open the sources and work out the rows, as a run does."""
     from hybrid_train.data.documents import FileDocuments, Joined
     from hybrid_train.data.index_cache import IndexCache
-    from hybrid_train.data.plan import Opened, plan_phases
+    from hybrid_train.data.plan import OpenSources, plan_phases
     from hybrid_train.planning.phases import lay_out
 
     job = job_of(prefixes, tokens, folder, packed=packed)
@@ -76,7 +76,7 @@ def plans_of(prefixes: list[str], tokens: int, folder: Path, *, packed: bool) ->
         name: Joined(name, [FileDocuments(source.train[0])])
         for name, source in job.data.sources.items()
     }
-    opened = Opened(documents, {}, 0, IndexCache(folder / "cache", keep_from=1))
+    opened = OpenSources(documents, {}, 0, IndexCache(folder / "cache", keep_from=1))
     plans = plan_phases(lay_out(job), opened, list(documents))
     for plan in plans:
         plan.prepare()

@@ -19,14 +19,7 @@ from pathlib import Path
 
 from hybrid_train.data.synthetic import WordTokenizer
 from hybrid_train.data.token_files import write_documents
-from tests.jobs.command import (
-    TIMEOUT_S,
-    arguments,
-    finish,
-    last_step,
-    start_program,
-    untimed,
-)
+from tests.jobs.command import TIMEOUT_S, arguments, finish, last_step, start_program, untimed
 
 VOCAB = 61
 SOURCES = {"web": (300, 5, 60), "code": (200, 20, 150)}  # documents, shortest, longest

@@ -5,14 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.jobs.command import (
-    Finished,
-    checkpoints,
-    contents,
-    metrics,
-    tensors,
-    train,
-)
+from tests.jobs.command import Finished, checkpoints, contents, metrics, tensors, train
 from tests.jobs.conftest import STEPS
 
 pytestmark = pytest.mark.xdist_group("train")

@@ -1,7 +1,8 @@
-"""Sources to blocks, and blocks to documents: the units of work, the same whoever does them.
+"""Blocks, the units of work of a tokenization: cut from sources, and read as documents.
 
-A worker reads its own range of a plain file. Packed files and Parquet are read here and handed
-over, since nobody can begin in the midst of them.
+The blocks of a source are the same, whoever reads them. A worker reads its own range of a plain
+file. Packed files and Parquet are read in the main process and handed over, since nobody can begin
+in the midst of them.
 """
 
 import codecs
@@ -15,8 +16,17 @@ import orjson
 
 from hybrid_train.data.prepare.file_kinds import BYTE_ORDER_MARK, Compression, opened
 from hybrid_train.data.prepare.inputs import Source
-from hybrid_train.data.prepare.parquet import column_blocks, unpack
 from hybrid_train.schema.prepare import Format
+
+# The longer mark first: that of UTF-32 begins with that of UTF-16.
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_NO_TEXT = "is no UTF-8 text: it has zero bytes, as binary files and UTF-16 have"
+_KEPT_BYTES = 4096  # of a bad line; enough to know it again
+_READ_BYTES = 2**20
+_BINARY_HEAD = 8192  # bytes; a zero byte among them makes a file binary, as git has it
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,8 @@ def source_blocks(
 
 
 def _parquet(source: Source, index: int, key: str, block_bytes: int, skip: int) -> Iterator[Block]:
+    from hybrid_train.data.prepare.parquet import column_blocks  # pyarrow starts a thread
+
     packed = column_blocks(source.path, key, block_bytes, skip)
     for number, (rows, share) in enumerate(packed, skip):
         yield Block(index, number, round(share * source.size), rows=rows)
@@ -113,17 +125,6 @@ def _line_blocks(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-# The longer mark first: that of UTF-32 begins with that of UTF-16.
-_WIDE_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
-_NO_TEXT = "is no UTF-8 text: it has zero bytes, as binary files and UTF-16 have"
-_KEPT_BYTES = 4096  # of a bad line; enough to know it again
-_READ_BYTES = 2**20
-_BINARY_HEAD = 8192  # bytes; a zero byte among them makes a file binary, as git has it
-
-
 @dataclass(frozen=True)
 class BadLine:
     r"""A line that holds no document.
@@ -145,7 +146,7 @@ class BadLine:
 
 
 @dataclass
-class Documents:
+class BlockDocuments:
     """What a block holds."""
 
     texts: list[str] = field(default_factory=list)
@@ -156,11 +157,13 @@ class Documents:
     binary: int = 0  # files of source code that are not text
 
 
-def read_documents(source: Source, block: Block, key: str) -> Documents:
+def read_documents(source: Source, block: Block, key: str) -> BlockDocuments:
     """Read the documents of a block, in their order."""
     if block.files:
         return _whole_files(source, block.files)
     if block.rows is not None:
+        from hybrid_train.data.prepare.parquet import unpack  # pyarrow starts a thread
+
         return _rows(source.path, unpack(block.rows))
     data = read_lines(source.path, *block.span) if block.span else block.lines or b""
     lines = data.split(b"\n")
@@ -191,8 +194,8 @@ def read_lines(path: str, start: int, end: int) -> bytes:
     return b"".join(parts)
 
 
-def _json_lines(path: str, lines: list[bytes], key: str) -> Documents:
-    found = Documents(last_line=len(lines))
+def _json_lines(path: str, lines: list[bytes], key: str) -> BlockDocuments:
+    found = BlockDocuments(last_line=len(lines))
     for number, line in enumerate(lines, start=1):
         lines[number - 1] = b""  # a long line and its text need not both stay
         line = line.removeprefix(BYTE_ORDER_MARK)  # of the file, or of one that was joined to it
@@ -235,8 +238,8 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _plain_lines(path: str, lines: Sequence[bytes]) -> Documents:
-    found = Documents(last_line=len(lines))
+def _plain_lines(path: str, lines: Sequence[bytes]) -> BlockDocuments:
+    found = BlockDocuments(last_line=len(lines))
     for number, line in enumerate(lines, start=1):
         line = line.removeprefix(BYTE_ORDER_MARK).removesuffix(b"\r")
         if not line.strip():
@@ -249,8 +252,8 @@ def _plain_lines(path: str, lines: Sequence[bytes]) -> Documents:
     return found
 
 
-def _rows(path: str, rows: Sequence[bytes | None]) -> Documents:
-    found = Documents(lines=len(rows), last_line=len(rows))
+def _rows(path: str, rows: Sequence[bytes | None]) -> BlockDocuments:
+    found = BlockDocuments(lines=len(rows), last_line=len(rows))
     for number, row in enumerate(rows, start=1):
         if row is None:
             found.bad.append(_bad(path, number, "is null, not text", b""))
@@ -259,8 +262,8 @@ def _rows(path: str, rows: Sequence[bytes | None]) -> Documents:
     return found
 
 
-def _whole_files(source: Source, paths: Sequence[str]) -> Documents:
-    found = Documents()
+def _whole_files(source: Source, paths: Sequence[str]) -> BlockDocuments:
+    found = BlockDocuments()
     for path in paths:
         with opened(path, source.compression) as (stream, _):
             content = stream.read()
@@ -283,7 +286,7 @@ def _wide(content: bytes) -> str | None:
 
 
 def _decode(
-    found: Documents, path: str, number: int | None, content: bytes, encoding: str = "utf-8"
+    found: BlockDocuments, path: str, number: int | None, content: bytes, encoding: str = "utf-8"
 ) -> None:
     """Add a text; the line of a whole file's fault is that of the fault."""
     try:
@@ -308,7 +311,7 @@ def _not_unicode(content: bytes, error: UnicodeDecodeError) -> str:
     return f"is not {error.encoding.upper()}: byte {content[error.start]:#04x} at {error.start}"
 
 
-def _add(found: Documents, text: str) -> None:
+def _add(found: BlockDocuments, text: str) -> None:
     if text:
         found.texts.append(text)
     else:

@@ -1,16 +1,15 @@
-"""Documents to token ids; words are found by Python's `re`, at 1.98 times the library's speed.
-
-How such a tokenizer cuts text into words before it merges, as a pattern, so that each word is
-encoded once and looked up from then on (`encoder.py`); `tests/benchmarks/tokenize_text.py`.
-
-A tokenizer.json says it with the Unicode properties of another regex engine. The constructs that
-the published patterns use (GPT-2, cl100k, o200k and their kin) mean the same here once the classes
-are spelt out; a pattern with anything else is refused, and so is any other kind of tokenizer.
+"""Documents to token ids in the bytes of a token file; most words are looked up, not encoded.
 
 The same words come again and again, and the tokenizers library computes each anew beyond its first
-10,000. Where the cuts between words are known for sure (`word_pattern.py`), each word is encoded
-once and its ids are kept, which is several times faster and gives the same ids. Every block has
-one document that is also encoded by the library alone, and the two are compared.
+10,000. Where the cuts between words are known for sure, each word is encoded once and its ids are
+kept, which gives the same ids at 1.98 times the library's speed (2026-11-28,
+`tests/benchmarks/tokenize_text.py`). Every block has one document that is also encoded by the
+library alone, and the two are compared.
+
+A tokenizer.json says how it cuts text into words by a pattern for another regex engine, with
+Unicode properties. The constructs that the published patterns use (GPT-2, cl100k, o200k and their
+kin) mean the same in Python's `re` once the classes are spelt out; a pattern with anything else is
+refused, and so is any other kind of tokenizer.
 """
 
 import json
@@ -26,10 +25,10 @@ import numpy as np
 from hybrid_train.data.any_tokenizer import AnyTokenizer, FolderTokenizer
 
 # ByteLevel with use_regex (tokenizers 0.23, pre_tokenizers/byte_level.rs), the pattern of GPT-2.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # White_Space of Unicode; Python's own \s holds four control characters more.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_PIECE = re.compile(
+_CONSTRUCT = re.compile(
     r"""\\p\{(?P<property>L|N|P|S|M|Lu|Ll|Lt|Lm|Lo)\}
       | \\(?P<space>[sS])
       | (?P<same>\\[rnt./|()\[\]{}?*+^$-]        # escapes of one character
@@ -41,6 +40,12 @@ _PIECE = re.compile(
 )
 _LAST_OF_PLANE = 0xFFFF
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+_KEPT_WORDS = 1_000_000  # some 200 MB a process; then all are forgotten
+_LONG_WORD = 64  # characters; longer ones seldom come again
+_CHUNK = 2**20  # characters of a long text that are cut into words at once
+_COMPARED = 2**16  # characters; a longer text would cost too much to encode twice
+# Between a letter and a space before a letter every known pattern cuts, whatever stands around.
+_SURE_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -66,129 +71,6 @@ class WordPattern:
         if self.nfc and not unicodedata.is_normalized("NFC", text):
             return False
         return self.added is None or not self.added.search(text)
-
-
-def word_pattern(description: str) -> WordPattern | None:
-    """Read the pattern of a tokenizer.json; None if words cannot be told apart for sure."""
-    said: dict[str, Any] = json.loads(description)
-    model, normalizer = said["model"], said.get("normalizer")
-    if model.get("type") != "BPE" or model.get("dropout"):
-        return None
-    if normalizer is not None and normalizer != {"type": "NFC"}:
-        return None
-    source = _byte_level_pattern(said.get("pre_tokenizer") or {})
-    translated = translate(source) if source else None
-    if translated is None:
-        return None
-    # Special tokens are none in a text (see data/tokenizers.py); the others are taken out of it.
-    added = [
-        re.escape(one["content"]) for one in said.get("added_tokens", ()) if not one["special"]
-    ]
-    return WordPattern(
-        words=translated,
-        added=re.compile("|".join(added)) if added else None,
-        nfc=normalizer is not None,
-    )
-
-
-def _byte_level_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
-    """Return the one pattern by which a pre-tokenizer cuts; None if it does anything more."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    *before, last = steps or [{}]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    if not before:
-        return GPT2 if last.get("use_regex", True) else None
-    if len(before) > 1 or last.get("use_regex", True):
-        return None
-    (split,) = before
-    is_plain = split.get("type") == "Split" and split.get("behavior") == "Isolated"
-    if not is_plain or split.get("invert"):
-        return None
-    pattern: str | None = split["pattern"].get("Regex")
-    return pattern
-
-
-def translate(source: str) -> re.Pattern[str] | None:
-    """Write a pattern of the tokenizers library for `re`; None if a part of it is not known."""
-    parts: list[str] = []
-    position, inside = 0, False
-    while position < len(source):
-        match = _PIECE.match(source, position)
-        if match is None:
-            return None
-        position = match.end()
-        kind = match.lastgroup
-        if kind == "open":
-            if inside:
-                return None  # a class within a class: an intersection or a union
-            inside = True
-            parts.append(match[0])
-        elif kind == "close":
-            inside = False
-            parts.append("]")
-        elif kind == "same":
-            if match[0] == "^" and not inside:
-                return None  # an anchor
-            parts.append(match[0])
-        else:
-            written = _class_of(match, inside)
-            if written is None:
-                return None
-            parts.append(written)
-    try:
-        return re.compile("".join(parts))
-    except re.error:
-        return None
-
-
-def _class_of(match: re.Match[str], inside: bool) -> str | None:
-    """Spell out a property or a kind of space."""
-    if match["property"]:
-        ranges = property_ranges(match["property"])
-        return ranges if inside else f"[{ranges}]"
-    if match["space"] == "s":
-        return _SPACE if inside else f"[{_SPACE}]"
-    return None if inside else f"[^{_SPACE}]"
-
-
-@cache
-def property_ranges(name: str) -> str:
-    """Return the characters of a Unicode category in the basic plane, as ranges of a class."""
-    return _ranges(lambda char: unicodedata.category(char).startswith(name), _LAST_OF_PLANE)
-
-
-@cache
-def _is_unsure(char: str) -> bool:
-    """Tell whether `property_ranges` may class a character otherwise than the tokenizer does.
-
-    What is not assigned yet may be a letter in a newer version of Unicode, and beyond the basic
-    plane only symbols, such as emoji, are known to be neither letters nor numbers.
-    """
-    category = unicodedata.category(char)
-    return category == "Cn" or (ord(char) > _LAST_OF_PLANE and not category.startswith("S"))
-
-
-def _ranges(belongs: Callable[[str], bool], last: int) -> str:
-    def spans() -> Iterator[tuple[int, int]]:
-        start = None
-        for code in range(last + 2):
-            inside = code <= last and belongs(chr(code))
-            if inside and start is None:
-                start = code
-            elif not inside and start is not None:
-                yield start, code - 1
-                start = None
-
-    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans())
-
-
-_KEPT_WORDS = 1_000_000  # some 200 MB a process; then all are forgotten
-_LONG_WORD = 64  # characters; longer ones seldom come again
-_CHUNK = 2**20  # characters of a long text that are cut into words at once
-_COMPARED = 2**16  # characters; a longer text would cost too much to encode twice
-# Between a letter and a space before a letter every known pattern cuts, whatever stands around.
-_SURE_CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -303,7 +185,7 @@ class _Words(dict[str, bytes]):
         return ids
 
 
-def beginning(tokenizer: FolderTokenizer) -> list[int]:
+def beginning_of_text(tokenizer: FolderTokenizer) -> list[int]:
     """Return the ids that a tokenizer puts before a text by its own settings, such as a BOS."""
     plain = tokenizer.encode("a")
     whole = tokenizer.encode_prompt("a", begin=True, special=False)
@@ -311,3 +193,118 @@ def beginning(tokenizer: FolderTokenizer) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
     return []
+
+
+def word_pattern(description: str) -> WordPattern | None:
+    """Read the pattern of a tokenizer.json; None if words cannot be told apart for sure."""
+    said: dict[str, Any] = json.loads(description)
+    model, normalizer = said["model"], said.get("normalizer")
+    if model.get("type") != "BPE" or model.get("dropout"):
+        return None
+    if normalizer is not None and normalizer != {"type": "NFC"}:
+        return None
+    source = _byte_level_pattern(said.get("pre_tokenizer") or {})
+    translated = translated_pattern(source) if source else None
+    if translated is None:
+        return None
+    # Special tokens are none in a text (see data/tokenizers.py); the others are taken out of it.
+    added = [
+        re.escape(one["content"]) for one in said.get("added_tokens", ()) if not one["special"]
+    ]
+    return WordPattern(
+        words=translated,
+        added=re.compile("|".join(added)) if added else None,
+        nfc=normalizer is not None,
+    )
+
+
+def _byte_level_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
+    """Return the one pattern by which a pre-tokenizer cuts; None if it does anything more."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *before, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not before:
+        return GPT2_PATTERN if last.get("use_regex", True) else None
+    if len(before) > 1 or last.get("use_regex", True):
+        return None
+    (split,) = before
+    is_plain = split.get("type") == "Split" and split.get("behavior") == "Isolated"
+    if not is_plain or split.get("invert"):
+        return None
+    pattern: str | None = split["pattern"].get("Regex")
+    return pattern
+
+
+def translated_pattern(source: str) -> re.Pattern[str] | None:
+    """Write a pattern of the tokenizers library for `re`; None if a part of it is not known."""
+    parts: list[str] = []
+    position, inside = 0, False
+    while position < len(source):
+        match = _CONSTRUCT.match(source, position)
+        if match is None:
+            return None
+        position = match.end()
+        kind = match.lastgroup
+        if kind == "open":
+            if inside:
+                return None  # a class within a class: an intersection or a union
+            inside = True
+            parts.append(match[0])
+        elif kind == "close":
+            inside = False
+            parts.append("]")
+        elif kind == "same":
+            if match[0] == "^" and not inside:
+                return None  # an anchor
+            parts.append(match[0])
+        else:
+            written = _class_of(match, inside)
+            if written is None:
+                return None
+            parts.append(written)
+    try:
+        return re.compile("".join(parts))
+    except re.error:
+        return None
+
+
+def _class_of(match: re.Match[str], inside: bool) -> str | None:
+    """Spell out a property or a kind of space."""
+    if match["property"]:
+        ranges = property_ranges(match["property"])
+        return ranges if inside else f"[{ranges}]"
+    if match["space"] == "s":
+        return _SPACE if inside else f"[{_SPACE}]"
+    return None if inside else f"[^{_SPACE}]"
+
+
+@cache
+def property_ranges(name: str) -> str:
+    """Return the characters of a Unicode category in the basic plane, as ranges of a class."""
+    return _ranges(lambda char: unicodedata.category(char).startswith(name), _LAST_OF_PLANE)
+
+
+def _ranges(belongs: Callable[[str], bool], last: int) -> str:
+    def spans() -> Iterator[tuple[int, int]]:
+        start = None
+        for code in range(last + 2):
+            inside = code <= last and belongs(chr(code))
+            if inside and start is None:
+                start = code
+            elif not inside and start is not None:
+                yield start, code - 1
+                start = None
+
+    return "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in spans())
+
+
+@cache
+def _is_unsure(char: str) -> bool:
+    """Tell whether `property_ranges` may class a character otherwise than the tokenizer does.
+
+    What is not assigned yet may be a letter in a newer version of Unicode, and beyond the basic
+    plane only symbols, such as emoji, are known to be neither letters nor numbers.
+    """
+    category = unicodedata.category(char)
+    return category == "Cn" or (ord(char) > _LAST_OF_PLANE and not category.startswith("S"))

@@ -1,4 +1,4 @@
-"""What a file holds, by name or content; packed ones as streams (gateway to `zstandard`)."""
+"""Kinds of files, told by name or content, and packed files as streams (gateway to `zstandard`)."""
 
 import enum
 import gzip
@@ -17,6 +17,19 @@ from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
 
 _READ_BYTES = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BY_NAME = {
+    ".jsonl": Format.jsonl,
+    ".ndjson": Format.jsonl,
+    ".json": Format.jsonl,
+    ".parquet": Format.parquet,
+    ".txt": Format.text,
+}
+_OTHER_PACKINGS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip"}
+_PARQUET = b"PAR1"
+_START_BYTES = 64  # of a file; enough for most to be told
+_HEAD_BYTES = 2**16  # of a file that may hold JSON lines
+_LONG_LINE = 2**23  # bytes of a first line that are looked at
 
 
 class Compression(enum.Enum):
@@ -25,6 +38,9 @@ class Compression(enum.Enum):
     none = b""
     gzip = b"\x1f\x8b"
     zstd = b"\x28\xb5\x2f\xfd"
+
+
+_PACKED = {".gz": Compression.gzip, ".zst": Compression.zstd}
 
 
 @contextmanager
@@ -50,22 +66,6 @@ def _stream(file: BinaryIO, compression: Compression) -> BinaryIO:
         unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         return cast("BinaryIO", io.BufferedReader(unpacked, _READ_BYTES))
     return file
-
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BY_NAME = {
-    ".jsonl": Format.jsonl,
-    ".ndjson": Format.jsonl,
-    ".json": Format.jsonl,
-    ".parquet": Format.parquet,
-    ".txt": Format.text,
-}
-_PACKED = {".gz": Compression.gzip, ".zst": Compression.zstd}
-_OTHER_PACKINGS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip"}
-_PARQUET = b"PAR1"
-_START = 64  # bytes that most files need not more than to be told
-_HEAD = 2**16  # bytes that are looked at
-_LONG_LINE = 2**23  # bytes of a first line that are looked at
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def by_content(path: Path) -> Kind:
         UserError: if the file cannot be read, or is damaged.
     """
     with opened(str(path), Compression.none) as (file, _):
-        start = file.read(_START)
+        start = file.read(_START_BYTES)
     packed = next(one for one in reversed(Compression) if start.startswith(one.value))
     if start.startswith(_PARQUET):
         return Kind(Format.parquet, packed)
@@ -122,7 +122,7 @@ def _begins_object(head: bytes) -> bool:
 def _json_lines(path: str, compression: Compression) -> int:
     """Count lines of JSON objects at the beginning; none unless most lines are."""
     with opened(path, compression) as (file, _):
-        head = file.read(_HEAD)
+        head = file.read(_HEAD_BYTES)
         if not _begins_object(head):
             return 0
         if b"\n" not in head:
@@ -144,7 +144,7 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def require_readable(kind: Kind, path: Path) -> None:
+def require_known_packing(kind: Kind, path: Path) -> None:
     """Refuse a file that is packed in a way that nothing here can unpack.
 
     Raises:

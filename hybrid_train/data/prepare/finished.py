@@ -1,4 +1,4 @@
-"""What is done with token files that are finished: merged, split, verified, measured."""
+"""Finished token files: merged, split by shares or tokens, verified, and shown as a histogram."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,36 +14,17 @@ from hybrid_train.data.prepare.manifest import (
     Manifest,
     Output,
     TokenizerFacts,
+    library_versions,
     read_manifest,
-    versions,
     write_whole,
 )
-from hybrid_train.data.token_files import (
-    TokenReader,
-    checksum,
-    write_index,
-)
+from hybrid_train.data.token_files import TokenReader, checksum, write_index
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 
-_WIDTH = 50  # characters of the longest bar
-
-
-def histogram(lengths: NDArray[np.integer]) -> list[str]:
-    """Draw how many documents have 0, 1, 2-3, 4-7, ... tokens: a line for each power of two."""
-    # Bin b > 0 has the lengths from 2**(b - 1) on; log2 is exact at powers of two.
-    bins = np.where(lengths > 0, 1 + np.floor(np.log2(np.maximum(lengths, 1))), 0).astype(np.int64)
-    counts = np.bincount(bins)
-    lines = []
-    for number in range(int(bins.min()), len(counts)):
-        low, high = (2**number) // 2, 2**number - 1
-        bar = "#" * int(np.ceil(_WIDTH * counts[number] / counts.max()))
-        lines.append(f"  {low:>10} - {high:<10} {counts[number]:>9}  {bar}")
-    return lines
-
-
-_SPAN_TOKENS = 2**23  # that are held at a time
-_SPAN_DOCUMENTS = 2**20
+_BAR_WIDTH = 50  # characters of the longest bar
+_CHUNK_TOKENS = 2**23  # that are held at a time
+_CHUNK = 2**20  # documents, or sequences, of which the index is held at a time
 _COPIED_BYTES = 2**23
 
 
@@ -101,7 +82,7 @@ class _Writer:
             tokenizer=tokenizer,
             sources=sources,
             checksums={"bin": self._digest.hexdigest(), "idx": checksum(output.path(".idx"))},
-            versions=versions(),
+            versions=library_versions(),
         )
         write_whole(output.path(".json"), manifest.text())
         output.publish()
@@ -222,7 +203,7 @@ def _split(
     # One part at a time: each reads the whole file, and few files are open.
     for number, output in enumerate(outputs):
         with _Writer(output, reader, overwrite=overwrite) as writer:
-            for first, behind in _spans(reader):
+            for first, behind in _chunks(reader):
                 _copy(reader, writer, first, labels[first:behind] == number)
             counts = {"documents": writer.documents, "tokens": writer.tokens}
             writer.finish(tokenizer, [{"path": prefix, **counts}])
@@ -230,12 +211,12 @@ def _split(
     return found
 
 
-def _spans(reader: TokenReader) -> Iterator[tuple[int, int]]:
+def _chunks(reader: TokenReader) -> Iterator[tuple[int, int]]:
     """Yield runs of documents that fit into memory together; a single one always does."""
     first = 0
     while first < len(reader):
-        ends = np.cumsum(reader.document_lengths(first, min(first + _SPAN_DOCUMENTS, len(reader))))
-        count = max(1, int(np.searchsorted(ends, _SPAN_TOKENS, side="right")))
+        ends = np.cumsum(reader.document_lengths(first, min(first + _CHUNK, len(reader))))
+        count = max(1, int(np.searchsorted(ends, _CHUNK_TOKENS, side="right")))
         yield first, first + count
         first += count
 
@@ -252,10 +233,6 @@ def _copy(reader: TokenReader, writer: _Writer, first: int, chosen: NDArray[np.b
     writer.add_bytes(tokens[np.repeat(chosen_sequences, lengths)].tobytes())
     counts = np.diff(bounds)[chosen]
     writer.add_index(lengths[chosen_sequences], np.cumsum(counts) - counts)
-
-
-_SPAN = 2**20  # sequences
-_SPAN_TOKENS = 2**23
 
 
 @dataclass(frozen=True)
@@ -323,10 +300,10 @@ def _manifest_faults(prefix: str, reader: TokenReader, manifest: Manifest) -> It
 def _index_faults(reader: TokenReader) -> Iterator[str]:
     """Compare offsets with lengths, and boundaries with both."""
     size, expected = reader.facts.dtype.itemsize, 0
-    for start in range(0, len(reader.lengths), _SPAN):
-        lengths = np.array(reader.lengths[start : start + _SPAN], np.int64)
+    for start in range(0, len(reader.lengths), _CHUNK):
+        lengths = np.array(reader.lengths[start : start + _CHUNK], np.int64)
         ends = expected + np.cumsum(lengths) * size
-        wrong = np.flatnonzero(reader.offsets[start : start + _SPAN] != ends - lengths * size)
+        wrong = np.flatnonzero(reader.offsets[start : start + _CHUNK] != ends - lengths * size)
         negative = np.flatnonzero(lengths < 0)
         if len(wrong) or len(negative):
             first = start + int(min([*wrong[:1], *negative[:1]]))
@@ -340,8 +317,8 @@ def _index_faults(reader: TokenReader) -> Iterator[str]:
 
 def _id_faults(reader: TokenReader, facts: TokenizerFacts) -> Iterator[str]:
     """Compare every id with the vocabulary, and the last of every document with its end."""
-    for start in range(0, reader.facts.tokens, _SPAN_TOKENS):
-        part = reader.tokens[start : start + _SPAN_TOKENS]
+    for start in range(0, reader.facts.tokens, _CHUNK_TOKENS):
+        part = reader.tokens[start : start + _CHUNK_TOKENS]
         wrong = np.flatnonzero((part < 0) | (part >= facts.vocab_size))
         if len(wrong):
             place = start + int(wrong[0])
@@ -351,10 +328,23 @@ def _id_faults(reader: TokenReader, facts: TokenizerFacts) -> Iterator[str]:
             )
             break
     open_ = 0
-    for first in range(0, len(reader), _SPAN):
-        lengths = reader.document_lengths(first, min(first + _SPAN, len(reader)))
+    for first in range(0, len(reader), _CHUNK):
+        lengths = reader.document_lengths(first, min(first + _CHUNK, len(reader)))
         begin = int(reader.offsets[int(reader.boundaries[first])]) // reader.facts.dtype.itemsize
         ends = begin + np.cumsum(lengths)[lengths > 0] - 1  # empty documents have none
         open_ += len(lengths) - int((reader.tokens[ends] == facts.end_of_document).sum())
     if open_:
         yield f"{open_} documents do not end with the end-of-document token {facts.end_of_document}"
+
+
+def histogram(lengths: NDArray[np.integer]) -> list[str]:
+    """Draw how many documents have 0, 1, 2-3, 4-7, ... tokens: a line for each power of two."""
+    # Bin b > 0 has the lengths from 2**(b - 1) on; log2 is exact at powers of two.
+    bins = np.where(lengths > 0, 1 + np.floor(np.log2(np.maximum(lengths, 1))), 0).astype(np.int64)
+    counts = np.bincount(bins)
+    lines = []
+    for number in range(int(bins.min()), len(counts)):
+        low, high = (2**number) // 2, 2**number - 1
+        bar = "#" * int(np.ceil(_BAR_WIDTH * counts[number] / counts.max()))
+        lines.append(f"  {low:>10} - {high:<10} {counts[number]:>9}  {bar}")
+    return lines

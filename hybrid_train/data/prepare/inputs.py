@@ -1,4 +1,4 @@
-"""Inputs to sources: what files, globs and folders name, in a fixed order, and what they hold."""
+"""Inputs of a data command: the files that names, globs and folders stand for, what they hold."""
 
 import errno
 import glob
@@ -15,150 +15,15 @@ from hybrid_train.data.prepare.file_kinds import (
     Kind,
     by_content,
     by_name,
-    require_readable,
+    require_known_packing,
 )
 from hybrid_train.schema.names import in_quotes, nearest
 from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder by name, links that lead nowhere among them; nothing hidden.
-
-    A folder that links lead to comes behind the others, once, so that links may go in circles.
-
-    Raises:
-        UserError: if a folder may not be read.
-    """
-    seen: set[str] = set()
-    waiting = [folder]
-    for start in waiting:
-        if os.path.realpath(start) in seen:
-            continue
-        for place, folders, names in os.walk(start, onerror=_unreadable):
-            seen.add(os.path.realpath(place))
-            below = [Path(place, name) for name in _visible(folders)]
-            waiting += [one for one in below if one.is_symlink()]
-            folders[:] = [
-                one.name
-                for one in below
-                if not one.is_symlink() and os.path.realpath(one) not in seen
-            ]
-            for path in (Path(place, name) for name in _visible(names)):
-                if path.is_file() or leads_nowhere(path):
-                    yield path
-
-
-def _visible(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def _unreadable(error: OSError) -> None:
-    """Refuse what `os.walk` would leave out without a word."""
-    raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
-
-
-def leads_nowhere(path: Path) -> bool:
-    """Tell whether a path is a link to something that is not there."""
-    return path.is_symlink() and not path.exists()
-
-
-def matches(pattern: str) -> list[str]:
-    """Return what a pattern with *, ? and [] matches, by name; ** stands for any folders."""
-    parts = Path(pattern).parts
-    if "**" not in parts:
-        return sorted(glob.glob(pattern))
-    # glob.glob 3.12 goes through circles of links until their names are too long, all ways there.
-    cut = parts.index("**")
-    found = []
-    for start in glob.glob(str(Path(*parts[:cut]))) if cut else ["."]:
-        below = set(files_below(Path(start))) if Path(start).is_dir() else set()
-        places = below | {folder for path in below for folder in path.parents}
-        found += [
-            str(path)
-            for path in places
-            if path.is_relative_to(start)
-            and _fits(path.relative_to(start).parts, parts[cut:])
-            and (parts[-1] != "**" or path in below)
-        ]
-    return sorted(found)
-
-
-def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    if not patterns:
-        return not names
-    if patterns[0] == "**":
-        return any(_fits(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
-    return bool(names) and fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
-
-
-def nothing_named(
-    name: str, what: str = "no such file, folder or match", suffix: str = ""
-) -> UserError:
-    """Say what an input names that is not there, and which file of this suffix it may mean."""
-    parent = next(folder for folder in Path(name).parents if os.path.isdir(folder))
-    if not os.access(parent, os.R_OK | os.X_OK, effective_ids=True):
-        return UserError(f"input={name}: the folder {parent} may not be read: permission denied")
-    near = nearest(name, (str(one).removesuffix(suffix) for one in parent.glob(f"*{suffix}")))
-    hint = f"; did you mean {near}?" if near else ""
-    if near and "," in near:
-        hint = f"; did you mean {near}? A name with a comma needs quotes: input={in_quotes(near)}"
-    return UserError(f"input={name}: there is {what}{hint}")
-
-
-def real_path(path: str) -> str:
-    """Return the name that a file has without any link."""
-    if os.path.islink(path):
-        return os.path.realpath(path)
-    folder, name = os.path.split(path)
-    return os.path.join(_real_folder(folder), name)
-
-
-@lru_cache(maxsize=1024)  # files of a folder follow each other
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def once(paths: Sequence[Path]) -> list[Path]:
-    """Keep one name of each file: that of the file itself if it is there, else the first link."""
-    kept: dict[str, Path] = {}
-    for path in paths:
-        real = real_path(str(path))
-        if real not in kept or (kept[real].is_symlink() and not path.is_symlink()):
-            kept[real] = path
-    chosen = set(kept.values())
-    return [path for path in dict.fromkeys(paths) if path in chosen]
-
-
-def find_prefixes(inputs: Sequence[str]) -> list[str]:
-    """Return the prefixes of all inputs: inputs as given, matches and files of a folder by name.
-
-    Of one input, files that links lead to as well count once.
-
-    Raises:
-        UserError: if an input names nothing, or what another one has named.
-    """
-    found: list[str] = []
-    for name in inputs:
-        of_input = _prefixes_of(name)
-        both = [Path(f"{prefix}.idx") for prefix in (*found, *of_input)]
-        if len(once(both)) < len(both):
-            raise UserError(f"input={name} names token files that are named before; once is enough")
-        found += of_input
-    return found
-
-
-def _prefixes_of(name: str) -> list[str]:
-    plain = name.removesuffix(".idx").removesuffix(".bin")
-    if os.path.isfile(f"{plain}.idx") or os.path.isfile(f"{plain}.bin"):
-        return [plain]
-    is_folder = os.path.isdir(name)
-    pattern = str(Path(glob.escape(name), "*.idx")) if is_folder else f"{plain}.idx"
-    found = once(list(map(Path, matches(pattern))))
-    if not found:
-        raise nothing_named(name, f"no {pattern if is_folder else plain + '.idx'}", ".idx")
-    return [str(path).removesuffix(".idx") for path in found]
+_PART_OF_CODE = (".json", ".txt")  # suffixes that do not make a folder one of data
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,10 +45,6 @@ class Source:
     size: int
     stamp: int
     files: tuple[tuple[str, int], ...] = ()
-
-
-_log = logging.getLogger(__name__)
-_PART_OF_CODE = (".json", ".txt")  # suffixes that do not make a folder one of data
 
 
 def find_sources(inputs: Sequence[str], asked: Format, suffixes: Sequence[str]) -> list[Source]:
@@ -233,11 +94,11 @@ def _not_seen(source: Source, number: int, named_by: dict[str, int]) -> Source |
 
 
 def _of_input(name: str, asked: Format, suffixes: Sequence[str]) -> Iterator[Source]:
-    found = [name] if os.path.lexists(name) else matches(name)
+    found = [name] if os.path.lexists(name) else matching_paths(name)
     if not found:
         raise nothing_named(name)
     paths = [Path(one) for one in found]
-    files = once([path for path in paths if not path.is_dir()])
+    files = each_once([path for path in paths if not path.is_dir()])
     for path in files:
         if leads_nowhere(path):
             raise _dead_link(name, path)
@@ -250,8 +111,8 @@ def _of_input(name: str, asked: Format, suffixes: Sequence[str]) -> Iterator[Sou
         if path.is_dir():
             yield from _of_folder(path, asked, suffixes)
         elif path in kinds:
-            require_readable(kinds[path], path)
-            yield _file(path, kinds[path])
+            require_known_packing(kinds[path], path)
+            yield _file_source(path, kinds[path])
 
 
 def _of_folder(folder: Path, asked: Format, suffixes: Sequence[str]) -> Iterator[Source]:
@@ -263,21 +124,21 @@ def _of_folder(folder: Path, asked: Format, suffixes: Sequence[str]) -> Iterator
     if not files:
         only = f" with {', '.join(suffixes)}" if suffixes else ""
         raise UserError(f"input={folder}: there is no file{only} below this folder")
-    if asked is Format.auto and (shards := once([path for path in files if _is_shard(path)])):
+    if asked is Format.auto and (shards := each_once([path for path in files if _is_shard(path)])):
         read = {real_path(str(path)) for path in shards}
         if others := [path for path in files if real_path(str(path)) not in read]:
             _log.warning("%s: %d other files are not read: %s, ...", folder, len(others), others[0])
         files = shards
-    files = once(files)
+    files = each_once(files)
     if asked is Format.code:
-        yield _code(folder, files)
+        yield _code_source(folder, files)
         return
     kinds = _kinds(str(folder), files, asked, is_folder=True)
     if all(kind.format is Format.code for kind in kinds.values()):
-        yield _code(folder, files)
+        yield _code_source(folder, files)
         return
     for path, kind in kinds.items():
-        yield _file(path, kind)
+        yield _file_source(path, kind)
 
 
 def _without_dead_links(folder: Path, files: Sequence[Path]) -> list[Path]:
@@ -371,7 +232,7 @@ def _looked_at(files: Iterable[Path]) -> dict[Path, Kind]:
     return found
 
 
-def _code(folder: Path, files: Sequence[Path]) -> Source:
+def _code_source(folder: Path, files: Sequence[Path]) -> Source:
     listed = [(str(path), path.stat()) for path in files]
     return Source(
         path=str(folder),
@@ -383,7 +244,7 @@ def _code(folder: Path, files: Sequence[Path]) -> Source:
     )
 
 
-def _file(path: Path, kind: Kind) -> Source:
+def _file_source(path: Path, kind: Kind) -> Source:
     assert kind.format is not None, "every kind was decided"
     if kind.format is Format.parquet and kind.compression is not Compression.none:
         raise UserError(f"{path}: Parquet compresses its own columns; unpack the file first")
@@ -397,3 +258,141 @@ def _file(path: Path, kind: Kind) -> Source:
         stamp=stat.st_mtime_ns,
         files=((str(path), stat.st_size),) if is_document else (),
     )
+
+
+def find_prefixes(inputs: Sequence[str]) -> list[str]:
+    """Return the prefixes of all inputs: inputs as given, matches and files of a folder by name.
+
+    Of one input, files that links lead to as well count once.
+
+    Raises:
+        UserError: if an input names nothing, or what another one has named.
+    """
+    found: list[str] = []
+    for name in inputs:
+        of_input = _prefixes_of(name)
+        both = [Path(f"{prefix}.idx") for prefix in (*found, *of_input)]
+        if len(each_once(both)) < len(both):
+            raise UserError(f"input={name} names token files that are named before; once is enough")
+        found += of_input
+    return found
+
+
+def _prefixes_of(name: str) -> list[str]:
+    plain = name.removesuffix(".idx").removesuffix(".bin")
+    if os.path.isfile(f"{plain}.idx") or os.path.isfile(f"{plain}.bin"):
+        return [plain]
+    is_folder = os.path.isdir(name)
+    pattern = str(Path(glob.escape(name), "*.idx")) if is_folder else f"{plain}.idx"
+    found = each_once(list(map(Path, matching_paths(pattern))))
+    if not found:
+        raise nothing_named(name, f"no {pattern if is_folder else plain + '.idx'}", ".idx")
+    return [str(path).removesuffix(".idx") for path in found]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder by name, links that lead nowhere among them; nothing hidden.
+
+    A folder that links lead to comes behind the others, once, so that links may go in circles.
+
+    Raises:
+        UserError: if a folder may not be read.
+    """
+    seen: set[str] = set()
+    waiting = [folder]
+    for start in waiting:
+        if os.path.realpath(start) in seen:
+            continue
+        for place, folders, names in os.walk(start, onerror=_unreadable):
+            seen.add(os.path.realpath(place))
+            below = [Path(place, name) for name in _visible(folders)]
+            waiting += [one for one in below if one.is_symlink()]
+            folders[:] = [
+                one.name
+                for one in below
+                if not one.is_symlink() and os.path.realpath(one) not in seen
+            ]
+            for path in (Path(place, name) for name in _visible(names)):
+                if path.is_file() or leads_nowhere(path):
+                    yield path
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> None:
+    """Refuse what `os.walk` would leave out without a word."""
+    raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Tell whether a path is a link to something that is not there."""
+    return path.is_symlink() and not path.exists()
+
+
+def matching_paths(pattern: str) -> list[str]:
+    """Return what a pattern with *, ? and [] matches, by name; ** stands for any folders."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    # glob.glob 3.12 goes through circles of links until their names are too long, all ways there.
+    cut = parts.index("**")
+    found = []
+    for start in glob.glob(str(Path(*parts[:cut]))) if cut else ["."]:
+        below = set(files_below(Path(start))) if Path(start).is_dir() else set()
+        places = below | {folder for path in below for folder in path.parents}
+        found += [
+            str(path)
+            for path in places
+            if path.is_relative_to(start)
+            and _fits(path.relative_to(start).parts, parts[cut:])
+            and (parts[-1] != "**" or path in below)
+        ]
+    return sorted(found)
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_fits(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
+
+
+def nothing_named(
+    name: str, what: str = "no such file, folder or match", suffix: str = ""
+) -> UserError:
+    """Say what an input names that is not there, and which file of this suffix it may mean."""
+    parent = next(folder for folder in Path(name).parents if os.path.isdir(folder))
+    if not os.access(parent, os.R_OK | os.X_OK, effective_ids=True):
+        return UserError(f"input={name}: the folder {parent} may not be read: permission denied")
+    near = nearest(name, (str(one).removesuffix(suffix) for one in parent.glob(f"*{suffix}")))
+    hint = f"; did you mean {near}?" if near else ""
+    if near and "," in near:
+        hint = f"; did you mean {near}? A name with a comma needs quotes: input={in_quotes(near)}"
+    return UserError(f"input={name}: there is {what}{hint}")
+
+
+def real_path(path: str) -> str:
+    """Return the name that a file has without any link."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder), name)
+
+
+@lru_cache(maxsize=1024)  # files of a folder follow each other
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def each_once(paths: Sequence[Path]) -> list[Path]:
+    """Keep one name of each file: that of the file itself if it is there, else the first link."""
+    kept: dict[str, Path] = {}
+    for path in paths:
+        real = real_path(str(path))
+        if real not in kept or (kept[real].is_symlink() and not path.is_symlink()):
+            kept[real] = path
+    chosen = set(kept.values())
+    return [path for path in dict.fromkeys(paths) if path in chosen]

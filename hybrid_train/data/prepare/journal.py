@@ -22,12 +22,7 @@ import orjson
 from numpy.typing import NDArray
 
 from hybrid_train.data.prepare.blocks import BadLine
-from hybrid_train.data.prepare.manifest import (
-    Counts,
-    Output,
-    sync,
-    write_whole,
-)
+from hybrid_train.data.prepare.manifest import Counts, Output, sync_files, write_whole
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
@@ -170,7 +165,7 @@ class Journal:
     @property
     def first_bad(self) -> BadLine | None:
         """The first bad line, as an example."""
-        sync(self._files)
+        sync_files(self._files)
         with self._output.path(".bad.jsonl").open("rb") as file:
             line = file.readline()
         return BadLine(**orjson.loads(line)) if line else None
@@ -199,14 +194,14 @@ class Journal:
 
     def save(self) -> None:
         """Bring everything to the disk, then the position."""
-        sync(self._files)
+        sync_files(self._files)
         text = json.dumps({formats.KEY: formats.TOKENIZATION.stamp(), **asdict(self._state)})
         write_whole(self._output.folder / _STATE, text)
         self._saved_at = time.monotonic()
 
     def lengths(self) -> NDArray[np.int32]:
         """Map the lengths of all documents; there must be one at least."""
-        sync(self._files)
+        sync_files(self._files)
         path = self._output.path(".lengths")
         return np.memmap(path, "<i4", mode="r", shape=(self._state.sizes[".lengths"] // 4,))
 

@@ -20,6 +20,8 @@ from hybrid_train.schema.problems import UserError
 
 _FORMAT = "hybrid_train token files "  # and the number of the version
 _LIBRARIES = ("tokenizers", "sentencepiece", "numpy", "orjson", "pyarrow")
+# The .idx comes last: whoever looks for token files looks for it.
+_SUFFIXES = (".bin", ".bad.jsonl", ".json", ".idx")
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ class Manifest:
         return json.dumps({formats.KEY: said, **asdict(self)}, indent=2) + "\n"
 
 
-def path_of(prefix: str | Path) -> Path:
+def manifest_path(prefix: str | Path) -> Path:
     """Return where the manifest of a prefix lies."""
     return Path(f"{prefix}.json")
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Return the versions of what makes token files."""
     found = {"python": platform.python_version(), "hybrid_train": __version__}
     for name in _LIBRARIES:
@@ -105,7 +107,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     Raises:
         UserError: if it is no manifest, or of a version that is not read.
     """
-    path = path_of(prefix)
+    path = manifest_path(prefix)
     try:
         if not path.is_file():
             return None
@@ -155,10 +157,6 @@ class Progress:
     documents: int
     tokens: int
     bad: int
-
-
-# The .idx comes last: whoever looks for token files looks for it.
-_SUFFIXES = (".bin", ".bad.jsonl", ".json", ".idx")
 
 
 class Output:
@@ -249,7 +247,7 @@ def write_whole(path: Path, text: str) -> None:
     half.replace(path)
 
 
-def sync(files: Mapping[str, IO[bytes]]) -> None:
+def sync_files(files: Mapping[str, IO[bytes]]) -> None:
     """Bring open files to the disk."""
     for file in files.values():
         file.flush()

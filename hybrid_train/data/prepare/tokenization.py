@@ -13,7 +13,7 @@ import numpy as np
 
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.data.prepare.blocks import Block, all_blocks, read_documents
-from hybrid_train.data.prepare.encoder import Encoder, beginning
+from hybrid_train.data.prepare.encoder import Encoder, beginning_of_text
 from hybrid_train.data.prepare.inputs import Source, find_sources
 from hybrid_train.data.prepare.journal import Journal, Part
 from hybrid_train.data.prepare.manifest import (
@@ -22,16 +22,12 @@ from hybrid_train.data.prepare.manifest import (
     Output,
     Progress,
     TokenizerFacts,
+    library_versions,
     read_manifest,
-    versions,
     write_whole,
 )
 from hybrid_train.data.prepare.worker_pool import WorkerPool
-from hybrid_train.data.token_files import (
-    checksum,
-    dtype_for,
-    write_index,
-)
+from hybrid_train.data.token_files import checksum, dtype_for, write_index
 from hybrid_train.schema.names import listed_paths
 from hybrid_train.schema.prepare import TokenizeJob
 from hybrid_train.schema.problems import UserError
@@ -106,7 +102,7 @@ def beginning_of_documents(job: TokenizeJob, tokenizer: FolderTokenizer) -> tupl
     Raises:
         UserError: if one is asked for and the tokenizer has none.
     """
-    own = beginning(tokenizer)
+    own = beginning_of_text(tokenizer)
     if own and not job.bos:
         _log.warning(
             "%s begins a text with %s (%s), the documents of these files do not; bos=true puts it "
@@ -240,7 +236,7 @@ def _finish(
             for source, counts in zip(sources, journal.counts, strict=True)
         ],
         checksums={"bin": journal.bin_checksum, "idx": checksum(output.path(".idx"))},
-        versions=versions(),
+        versions=library_versions(),
     )
     write_whole(output.path(".json"), manifest.text())
     journal.complete()

@@ -8,7 +8,7 @@ import pytest
 from hybrid_train.config import describe, own_conf
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.jobs import cli, sweep
-from hybrid_train.jobs.study_plan import plan
+from hybrid_train.jobs.study_plan import plan_study
 from hybrid_train.schema.problems import ConfigError
 
 MINE = "# @package _global_\n# Seed of my own\ndefaults: [tiny_cpu]\ntrain: {seed: 7}\n"
@@ -73,7 +73,7 @@ def test_the_option_is_handed_to_the_runs_of_a_sweep_and_of_a_study(
     )
     assert seen == [str(folder)]
     monkeypatch.setenv(own_conf.ENVIRONMENT, str(folder))
-    (run,) = plan(compose("study", ["name=own"])).runs
+    (run,) = plan_study(compose("study", ["name=own"])).runs
     assert run.lines[0] == "experiment=mine"
 
 

@@ -14,11 +14,7 @@ from hybrid_train.data.batch import Row
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.prepare.manifest import Manifest, TokenizerFacts
 from hybrid_train.data.quickstart import prepare
-from hybrid_train.data.run_data import (
-    RunData,
-    check_data,
-    open_data,
-)
+from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.data import Data, Quickstart, Source, Split
 from hybrid_train.schema.problems import ConfigError, UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_train.data.token_files import spread, verify
+from hybrid_train.data.token_files import spaced_parts, verify
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import VOCAB, write_corpus
 
@@ -75,13 +75,13 @@ def test_tokens_of_another_tokenizer_are_noticed(prefix: str) -> None:
 
 
 def test_spread_covers_a_short_file_whole(prefix: str) -> None:
-    assert sum(len(part) for part in spread(verify(prefix), at_most=1000)) == 23
+    assert sum(len(part) for part in spaced_parts(verify(prefix), at_most=1000)) == 23
 
 
 @pytest.mark.parametrize("at_most", [1, 10, 22])
 def test_spread_reaches_both_ends_of_a_long_file(prefix: str, at_most: int) -> None:
     whole = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
-    parts = list(spread(verify(prefix), at_most=at_most, pieces=2))
+    parts = list(spaced_parts(verify(prefix), at_most=at_most, pieces=2))
     assert parts[0][0] == whole[0]
     assert parts[-1][-1] == whole[-1]
     assert len(parts) == 2

@@ -9,11 +9,7 @@ from hypothesis import strategies as st
 
 from hybrid_train.data.documents import Span
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.packing import (
-    PackedPosition,
-    PackedRows,
-    Packing,
-)
+from hybrid_train.data.packing import PackedPosition, PackedRows, Packing
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.documents import listed, random_lengths
 

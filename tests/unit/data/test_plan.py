@@ -7,12 +7,7 @@ import pytest
 
 from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.index_cache import IndexCache
-from hybrid_train.data.plan import (
-    Opened,
-    PhasePlan,
-    describe,
-    plan_phases,
-)
+from hybrid_train.data.plan import OpenSources, PhasePlan, describe_phases, plan_phases
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.data import Data, Packing, Source
 from hybrid_train.schema.train import Phase, Train, TrainJob
@@ -28,8 +23,8 @@ PHASES = (
 )
 
 
-def opened(sources: dict[str, Joined] = SOURCES) -> Opened:
-    return Opened(sources, {}, padding=0, cache=IndexCache(None))
+def opened(sources: dict[str, Joined] = SOURCES) -> OpenSources:
+    return OpenSources(sources, {}, padding=0, cache=IndexCache(None))
 
 
 def plans(
@@ -117,7 +112,7 @@ def test_epochs_add_up_over_the_phases() -> None:
 
 def test_the_table_names_sources_and_warns_of_those_repeated_often() -> None:
     said: list[str] = []
-    lines = list(describe(plans(*PHASES, tokens="60k"), opened(), 4.0, said.append))
+    lines = list(describe_phases(plans(*PHASES, tokens="60k"), opened(), 4.0, said.append))
     assert lines[0].startswith("phase one: 36k tokens, 2,250 rows of 16")
     assert any("a " in line and "70.00%" in line for line in lines)
     (warning,) = said

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hybrid_train.data.documents import FileDocuments
-from hybrid_train.data.token_files import spread, verify
+from hybrid_train.data.token_files import spaced_parts, verify
 from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
 from tests.unit.data.corpus import VOCAB, write_corpus
@@ -71,7 +71,7 @@ def test_verify_and_spread_take_a_url(folder: Path, server: HttpFolder, remote: 
     found = verify(f"{server.url}/a", VOCAB, remote=remote)
     assert (found.documents, found.tokens) == (len(LENGTHS), sum(LENGTHS))
     np.testing.assert_array_equal(
-        np.concatenate(list(spread(found, at_most=10**6, remote=remote))),
+        np.concatenate(list(spaced_parts(found, at_most=10**6, remote=remote))),
         np.fromfile(folder / "a.bin", dtype=np.uint16),
     )
     with pytest.raises(UserError, match=rf"{server.url}/a\.bin holds token .*vocabulary ends at 9"):

@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_train.data.batch import (
-    Batch,
-    Row,
-    RowReader,
-    RowTransform,
-    stack,
-)
+from hybrid_train.data.batch import Batch, Row, RowReader, RowTransform, stack
 from hybrid_train.data.loader import Loader, Validation
 from hybrid_train.data.plan import Fields
 from hybrid_train.schema.data import Split

@@ -8,11 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from hybrid_train.data.synthetic import (
-    SyntheticDocuments,
-    best_loss,
-    words_of,
-)
+from hybrid_train.data.synthetic import SyntheticDocuments, best_loss, words_of
 from hybrid_train.schema.data import (
     BracketStream,
     CopyStream,

@@ -7,11 +7,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from hybrid_train.data import token_files
-from hybrid_train.data.token_files import (
-    TokenReader,
-    dtype_for,
-    write_index,
-)
+from hybrid_train.data.token_files import TokenReader, dtype_for, write_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank")
 
@@ -44,7 +40,7 @@ def write_theirs(prefix: Path, written: list[np.ndarray], per_document: int = 1)
 def test_megatron_reads_what_we_write(
     tmp_path: Path, dtype: np.dtype, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_files, "_SPAN", span)
+    monkeypatch.setattr(token_files, "_CHUNK", span)
     written = documents(dtype)
     write_ours(tmp_path / "a", written)
     theirs = IndexedDataset(str(tmp_path / "a"))

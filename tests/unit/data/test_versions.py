@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hybrid_train.jobs.study_stages import versions_of
+from hybrid_train.jobs.study_stages import file_versions
 from hybrid_train.schema.data import Data, Quickstart, Source
 from hybrid_train.schema.job_roots import GenerateJob
 from hybrid_train.schema.train import TrainJob
@@ -15,7 +15,7 @@ def test_token_files_are_described_by_their_index_and_size(tmp_path: Path) -> No
     for index, content in ((b"1", b"aa"), (b"2", b"aa"), (b"1", b"aaa"), (b"1", b"aa")):
         Path(f"{prefix}.idx").write_bytes(index)
         Path(f"{prefix}.bin").write_bytes(content)
-        found.append(versions_of(TrainJob, {"data": data}, ["data.cache"]))
+        found.append(file_versions(TrainJob, {"data": data}, ["data.cache"]))
     assert list(found[0]) == [f"data.sources.train {prefix}"]
     assert found[0] == found[3]
     assert found[0] not in found[1:3]
@@ -26,15 +26,15 @@ def test_of_a_run_folder_only_what_can_be_loaded_counts(tmp_path: Path) -> None:
     for name in ("config.yaml", "history.jsonl", "checkpoints/step_1/weights"):
         (tmp_path / name).write_text("first")
     sections = {"checkpoint": str(tmp_path), "prompt_file": None}
-    first = versions_of(GenerateJob, sections)
+    first = file_versions(GenerateJob, sections)
     (tmp_path / "history.jsonl").write_text("second")
-    assert versions_of(GenerateJob, sections) == first
+    assert file_versions(GenerateJob, sections) == first
     (tmp_path / "checkpoints" / "step_1" / "weights").write_text("second")
-    assert versions_of(GenerateJob, sections) != first
+    assert file_versions(GenerateJob, sections) != first
 
 
 def test_the_quickstart_is_described_by_versions_and_what_is_not_there_by_nothing() -> None:
     data = Quickstart(folder="nowhere", packages=["numpy"])
-    found = versions_of(TrainJob, {"data": data, "run_dir": "nowhere"})
+    found = file_versions(TrainJob, {"data": data, "run_dir": "nowhere"})
     assert found.keys() == {"data"}
     assert found["data"].keys() == {"python", "numpy"}  # type: ignore[attr-defined]

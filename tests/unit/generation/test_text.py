@@ -1,7 +1,7 @@
 import pytest
 
 from hybrid_train.data.tokenizers import Tokenizer, train_byte_level_bpe
-from hybrid_train.jobs.generate import GrowingText, show
+from hybrid_train.jobs.generate import GrowingText, write_continuations
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_one_text_is_shown_as_it_is(
     tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = [[token] for token in tokenizer.encode(" x:\n\tpass")]
-    show(["def f"], [GrowingText(tokenizer, tokenizer.encode("def f"))], steps)
+    write_continuations(["def f"], [GrowingText(tokenizer, tokenizer.encode("def f"))], steps)
     shown = capsys.readouterr()
     assert shown.out == "def f x:\n\tpass\n"
     assert shown.err.startswith("9 tokens in ")
@@ -58,7 +58,7 @@ def test_several_texts_are_told_apart(
 ) -> None:
     texts = [GrowingText(tokenizer, tokenizer.encode(prompt)) for prompt in ("a", "b")]
     x, y = tokenizer.encode("xy")
-    show(["a", "b"], texts, [[None, x], [y, x], [y, None]])
+    write_continuations(["a", "b"], texts, [[None, x], [y, x], [y, None]])
     shown = capsys.readouterr()
     assert shown.out == "--- prompt 1 of 2 ---\nayy\n--- prompt 2 of 2 ---\nbxx\n"
     assert shown.err.startswith("4 tokens in ")
@@ -69,5 +69,5 @@ def test_on_a_terminal_the_prompt_is_bold_and_comes_first(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
     steps = ([token] for token in tokenizer.encode("bc"))
-    show(["a"], [GrowingText(tokenizer, tokenizer.encode("a"))], steps)
+    write_continuations(["a"], [GrowingText(tokenizer, tokenizer.encode("a"))], steps)
     assert capsys.readouterr().out == "\x1b[1ma\x1b[0mbc\n"

@@ -10,7 +10,7 @@ import pytest
 from transformers import NemotronHConfig
 
 from hybrid_train.config.compose import compose
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.schema.model import LayerRule, MambaSizes, Model
 from hybrid_train.schema.problems import UserError
 
@@ -23,7 +23,7 @@ def model_named(name: str) -> Model:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    return hf_config.to_config(
+    return config_json.to_config(
         model_named(name),
         vocab_size=4096,
         length=8192,
@@ -35,7 +35,7 @@ def config_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMED)
 def test_a_model_comes_back_from_its_config(name: str) -> None:
     model = model_named(name)
-    again = hf_config.to_model(json.loads(json.dumps(config_of(name))), PATH)
+    again = config_json.to_model(json.loads(json.dumps(config_of(name))), PATH)
     if model.init_std is None:
         model.init_std = again.init_std
     if "E" not in model.pattern:
@@ -76,9 +76,9 @@ def test_transformers_reads_the_same_sizes(name: str, tmp_path: Path) -> None:
 )
 def test_old_spellings_are_read(key: str, older: str) -> None:
     config = config_of("nemotron_nano_v2_12b")
-    expected = hf_config.to_model(config, PATH)
+    expected = config_json.to_model(config, PATH)
     config[older] = config.pop(key)
-    assert hf_config.to_model(config, PATH) == expected
+    assert config_json.to_model(config, PATH) == expected
 
 
 @pytest.mark.parametrize("words", [("mamba", "attention"), ("linear_attention", "full_attention")])
@@ -87,12 +87,12 @@ def test_layers_are_read_as_words_of_either_kind(words: tuple[str, str]) -> None
     del config["hybrid_override_pattern"], config["mtp_hybrid_override_pattern"]
     config["layers_block_type"] = [words[0], "moe", words[1], "mlp"]
     config["mtp_layers_block_type"] = [words[1], "moe"]
-    assert hf_config.to_model(config, PATH).pattern == "ME*-/*E"
+    assert config_json.to_model(config, PATH).pattern == "ME*-/*E"
 
 
 def test_a_pattern_may_name_its_mtp_layers_itself() -> None:
     config = config_of("tiny") | {"hybrid_override_pattern": "ME*-/*E/*E"}
-    assert hf_config.to_model(config, PATH).pattern == "ME*-/*E/*E"
+    assert config_json.to_model(config, PATH).pattern == "ME*-/*E/*E"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_pattern_may_name_its_mtp_layers_itself() -> None:
 )
 def test_what_is_no_model_of_the_family_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        hf_config.to_model(config_of("tiny") | changes, PATH)
+        config_json.to_model(config_of("tiny") | changes, PATH)
     assert message in str(error.value)
 
 
@@ -130,12 +130,12 @@ def test_sizes_of_layers_that_a_model_lacks_may_be_anything() -> None:
     none = {"num_attention_heads": 0, "n_routed_experts": 0, "moe_intermediate_size": 0}
     config = config_of("nemotron_h_8b") | none | {"hybrid_override_pattern": "M-"}
     config |= {"num_hidden_layers": 2}
-    assert hf_config.to_model(config, PATH).pattern == "M-"
+    assert config_json.to_model(config, PATH).pattern == "M-"
 
 
 def test_key_value_heads_that_are_left_to_the_heads_are_as_many() -> None:
     config = config_of("tiny") | {"num_key_value_heads": None}
-    assert hf_config.to_model(config, PATH).attention.kv_heads == 4
+    assert config_json.to_model(config, PATH).attention.kv_heads == 4
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -149,29 +149,29 @@ def test_a_config_that_is_renewed_keeps_what_describes_no_computation() -> None:
     older = {"attention_head_dim": 3, "layers_block_type": ["moe"], "mtp_num_layers": 7}
     said = {"auth": {"by": "a lab"}, "eos_token_id": [2, 5], "torch_dtype": "float16"} | older
     made = config_of("nemotron_h_8b")
-    renewed = hf_config.renewed(said, made)
+    renewed = config_json.renewed(said, made)
     assert {key: renewed[key] for key in ("auth", "eos_token_id", "torch_dtype")} == {
         "auth": {"by": "a lab"}, "eos_token_id": [2, 5], "torch_dtype": "float16",
     }  # fmt: skip
     assert not older.keys() & renewed.keys()
-    assert hf_config.to_model(renewed, PATH) == hf_config.to_model(made, PATH)
+    assert config_json.to_model(renewed, PATH) == config_json.to_model(made, PATH)
 
 
 def test_changes_are_those_that_decide_logits() -> None:
     before, now = model_named("tiny"), model_named("tiny")
     now.init_std, now.moe.bias_update_rate, now.vocab_multiple = 0.5, 0.0, 16
-    assert hf_config.changes(before, now) == []
+    assert config_json.changes(before, now) == []
     now.moe.top_k, now.norm_eps = 1, 1e-3
-    assert hf_config.changes(before, now) == ["norm_eps", "moe.top_k"]
+    assert config_json.changes(before, now) == ["norm_eps", "moe.top_k"]
     before.pattern = now.pattern = "M-"
-    assert hf_config.changes(before, now) == ["norm_eps"]
+    assert config_json.changes(before, now) == ["norm_eps"]
 
 
 def test_a_model_without_a_shared_expert_is_not_exported() -> None:
     model = model_named("tiny")
     model.moe = dataclasses.replace(model.moe, shared_intermediate_size=None)
     with pytest.raises(UserError, match="always has a shared expert"):
-        hf_config.to_config(model, vocab_size=8, length=8, dtype="float32", token_ids={})
+        config_json.to_config(model, vocab_size=8, length=8, dtype="float32", token_ids={})
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_a_model_without_a_shared_expert_is_not_exported() -> None:
 def test_a_file_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        hf_config.read_config(tmp_path)
+        config_json.read_config(tmp_path)
 
 
 def test_layers_with_sizes_of_their_own_cannot_be_exported() -> None:
     model = model_named("tiny")
     model.layers = [LayerRule(layers="1", mamba=MambaSizes(heads=16))]
     with pytest.raises(UserError, match=r"model\.layers\.0 gives layer 1 sizes of its own"):
-        hf_config.to_config(model, vocab_size=4096, length=8192, dtype="bfloat16", token_ids={})
+        config_json.to_config(model, vocab_size=4096, length=8192, dtype="bfloat16", token_ids={})

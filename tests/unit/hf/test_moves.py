@@ -23,7 +23,6 @@ def with_threads(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use so many threads, whatever the machine has, and blocks of a few rows."""
     monkeypatch.setattr(tensors, "_threads", lambda: number)
     monkeypatch.setattr(tensors, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1000)
 
 
 def weights(folder: Path) -> dict[str, bytes]:

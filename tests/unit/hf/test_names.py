@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_train.config.compose import compose
 from hybrid_train.hf.names import table
-from hybrid_train.hf.tensors import turned
+from hybrid_train.hf.tensors import turn_round
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job, tiny_model
 
 pytestmark = MEGATRON_WARNINGS
@@ -29,13 +29,13 @@ def test_the_table_names_as_many_tensors_as_the_released_files_hold(
     model: str, tensors: int, elements: int
 ) -> None:
     job = compose("count", [f"model={model}", "model.vocab_size=131072"])
-    theirs = turned(table(job.model, 131072))
+    theirs = turn_round(table(job.model, 131072))
     assert len(theirs) == tensors
     assert sum(math.prod(one.shape) for one in theirs.values()) == elements
 
 
 def test_the_rows_of_every_tensor_of_theirs_are_named_once() -> None:
-    for one in turned(table(tiny_job("ME*-/*E/*E").model, VOCAB)).values():
+    for one in turn_round(table(tiny_job("ME*-/*E/*E").model, VOCAB)).values():
         at = 0
         for start, piece in sorted(one.pieces.items()):
             assert start == at, one.name

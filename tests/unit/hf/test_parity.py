@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybrid_train.hf import config_json as hf_config
+from hybrid_train.hf import config_json
 from hybrid_train.hf.read import import_folder
-from hybrid_train.hf.verify import load
+from hybrid_train.hf.verify import load_theirs
 from hybrid_train.hf.write import export_checkpoint, open_checkpoint
 from hybrid_train.schema.model import Model, Moe
 from hybrid_train.schema.problems import UserError
@@ -57,11 +57,11 @@ def test_transformers_is_compared_with_the_former_spellings_of_a_config_too(tmp_
     config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.5}
     del config["layer_norm_epsilon"]
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = load(folder, hf_config.to_model(config, folder))
+    loaded = load_theirs(folder, config_json.to_model(config, folder))
     assert loaded.model.norm_f.variance_epsilon == 0.5
 
 
 def test_a_single_expert_is_said_to_be_beyond_transformers(tmp_path: Path) -> None:
     model = Model(pattern="ME", hidden_size=8, moe=Moe(experts=1, top_k=1))
     with pytest.raises(UserError, match=r"cannot run a single expert .* logits=false"):
-        load(tmp_path, model)
+        load_theirs(tmp_path, model)

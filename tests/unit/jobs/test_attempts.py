@@ -38,8 +38,8 @@ def test_a_signal_does_not_take_the_place_of_what_really_happened(
     here = Attempt(run_dir, 1)
     here.failed(ValueError("a mistake"))
     here.leave(exit_reports.TOLD, "rank 1 was told to end by SIGTERM")
-    (words,) = exit_reports.read(run_dir, 1)
-    assert (words.kind, words.text) == ("error", "ValueError: a mistake")
+    (report,) = exit_reports.read(run_dir, 1)
+    assert (report.kind, report.text) == ("error", "ValueError: a mistake")
 
 
 def test_the_end_of_an_attempt_is_explained_once(run_dir: Path) -> None:

@@ -3,11 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from hybrid_train.jobs.code_snapshot import (
-    SNAPSHOT,
-    code_of,
-    version_text,
-)
+from hybrid_train.jobs.code_snapshot import SNAPSHOT, code_of, version_text
 
 
 def test_a_checkout_says_its_commit_and_whether_its_files_differ(checkout: Path) -> None:

@@ -19,7 +19,7 @@ START = 1_700_000_000.0
 
 
 def test_the_page_holds_every_picture_and_table(tmp_path: Path) -> None:
-    page = Page(report.report(look(make(tmp_path, steps=200, start=START))))
+    page = Page(report.page_of_run(look(make(tmp_path, steps=200, start=START))))
     for title in (
         "Loss, nats per token", "Loss of each source", "Validation loss of each source",
         "Throughput, tokens/s", "Gradient norm, before clipping", "Learning rate",
@@ -39,7 +39,7 @@ def test_the_page_holds_every_picture_and_table(tmp_path: Path) -> None:
 
 def test_the_losses_have_their_last_values_in_the_legend(tmp_path: Path) -> None:
     state = look(make(tmp_path, steps=200, start=START))
-    page = Page(report.report(state))
+    page = Page(report.page_of_run(state))
     (loss, *_) = page.data["figures"]
     names = [trace["name"] for trace in loss["data"] if trace["name"]]
     assert list(dict.fromkeys(names)) == ["MTP depth 1", "unigram", "train", "validation"]
@@ -49,28 +49,28 @@ def test_the_losses_have_their_last_values_in_the_legend(tmp_path: Path) -> None
 
 
 def test_attempts_and_events_are_marked_in_the_curves(tmp_path: Path) -> None:
-    page = Page(report.report(look(make(tmp_path, steps=60, start=START))))
+    page = Page(report.page_of_run(look(make(tmp_path, steps=60, start=START))))
     texts = [text for trace in page.data["figures"][0]["data"] for text in trace.get("text", ())]
     assert "attempt 2 went on from step 20" in texts
     assert any(text.startswith("skipped: step 30: reason spike") for text in texts)
 
 
 def test_tokens_stand_beside_the_steps(tmp_path: Path) -> None:
-    page = Page(report.report(look(make(tmp_path, steps=60, start=START))))
+    page = Page(report.page_of_run(look(make(tmp_path, steps=60, start=START))))
     assert page.data["runs"] == [{"steps": [0, 60], "tokens": [0, 60 * 256]}]
     ramp = [{"step": n, "tokens": 8.0 * n if n < 5 else 16.0 * n - 32} for n in range(1, 9)]
     assert positions(ramp) == {"steps": [0, 4, 8], "tokens": [0, 32, 96]}
 
 
 def test_texts_from_outside_stay_texts(tmp_path: Path) -> None:
-    page = Page(report.report(look(make(tmp_path, steps=60, start=START))))
+    page = Page(report.page_of_run(look(make(tmp_path, steps=60, start=START))))
     assert page.tags["script"] == 3  # data, plotly.js, ours
     assert f"{NASTY} " in page.text  # in the legend, with the last loss
     assert f"rank 3 was killed (<b>{NASTY}</b>)" in page.text
 
 
 def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
-    text = report.report(look(make(tmp_path, steps=60, start=START)))
+    text = report.page_of_run(look(make(tmp_path, steps=60, start=START)))
     assert Page(text).addresses == []
     assert "default-src 'none'" in text
     own = text.replace(plotly.library(), "")
@@ -79,7 +79,7 @@ def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
 
 
 def test_the_page_runs_its_own_scripts_and_no_others(tmp_path: Path) -> None:
-    text = report.report(look(make(tmp_path, steps=3, start=START)))
+    text = report.page_of_run(look(make(tmp_path, steps=3, start=START)))
     rules = re.search(r"script-src([^\"]*)\"", text)
     assert rules is not None
     allowed = rules[1].split()
@@ -89,8 +89,8 @@ def test_the_page_runs_its_own_scripts_and_no_others(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_long_run_is_small_and_keeps_its_spike(tmp_path: Path) -> None:
-    short = report.report(look(make(tmp_path / "short", steps=2_000, start=START)))
-    long = report.report(look(make(tmp_path / "long", steps=20_000, start=START)))
+    short = report.page_of_run(look(make(tmp_path / "short", steps=2_000, start=START)))
+    long = report.page_of_run(look(make(tmp_path / "long", steps=20_000, start=START)))
     own = len(long) - len(plotly.library())
     assert own < 1.2 * (len(short) - len(plotly.library())) < 1_500_000
     norm = figures(Page(long))["Gradient norm, before clipping"]
@@ -102,7 +102,7 @@ def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
     folder = make(tmp_path, steps=3, start=START)
     for name in ("metrics.jsonl", "history.jsonl"):
         (folder / name).unlink()
-    page = Page(report.report(look(folder)))
+    page = Page(report.page_of_run(look(folder)))
     assert figures(page) == {}
     assert "not started" in page.texts
 
@@ -114,7 +114,7 @@ def test_credentials_that_an_older_file_holds_are_masked(
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     with (folder / "config.yaml").open("a") as file:
         file.write("note: https://me:pa55word@host.org 0123456789abcdef\n")
-    text = report.report(look(folder))
+    text = report.page_of_run(look(folder))
     assert "https://&lt;hidden&gt;@host.org &lt;hidden&gt;" in text
     assert "pa55word" not in text
 

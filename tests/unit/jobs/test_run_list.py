@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_train.jobs.run_state import named, natural
+from hybrid_train.jobs.run_state import in_natural_order, runs_named
 from hybrid_train.schema.problems import UserError
 from tests.unit.jobs.synthetic_run import make
 
@@ -23,13 +23,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_run_folder_is_one_run(sweep: Path) -> None:
-    found = named([str(sweep / "seed=2")])
+    found = runs_named([str(sweep / "seed=2")])
     assert found.alone
     assert list(found.folders.values()) == [sweep / "seed=2"]
 
 
 def test_a_folder_of_runs_is_all_runs_below_it_in_the_order_of_their_numbers(sweep: Path) -> None:
-    found = named([str(sweep)])
+    found = runs_named([str(sweep)])
     assert not found.alone
     assert list(found.folders) == ["deep/er/run", "seed=2", "seed=10"]
     assert found.place == sweep
@@ -38,14 +38,14 @@ def test_a_folder_of_runs_is_all_runs_below_it_in_the_order_of_their_numbers(swe
 def test_runs_may_be_listed_repeated_and_globbed(sweep: Path) -> None:
     both = [str(sweep / "seed=2"), str(sweep / "seed=10")]
     for texts in (both, [",".join(both)], [str(sweep / "seed=*")], [*both, both[0]]):
-        found = named(texts)
+        found = runs_named(texts)
         assert list(found.folders) == ["seed=2", "seed=10"]
         assert found.place == sweep
         assert not found.alone
 
 
 def test_a_folder_of_one_run_is_no_run_itself(sweep: Path) -> None:
-    found = named([str(sweep / "deep")])
+    found = runs_named([str(sweep / "deep")])
     assert not found.alone
     assert list(found.folders) == ["er/run"]
     assert found.place == sweep / "deep"
@@ -61,20 +61,20 @@ def test_a_folder_of_one_run_is_no_run_itself(sweep: Path) -> None:
 )
 def test_what_is_no_run_is_said(sweep: Path, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words.replace(".", r"\.")):
-        named([str(sweep / "seed=2"), str(sweep / name)])
+        runs_named([str(sweep / "seed=2"), str(sweep / name)])
 
 
 def test_a_run_that_cannot_be_read_is_left_out_unless_it_is_the_only_one(tmp_path: Path) -> None:
     for name in ("good", "bad"):
         make(tmp_path / name, steps=3, start=START)
     (tmp_path / "bad" / "config.yaml").write_text("[")
-    states, left_out = named([str(tmp_path)]).look()
+    states, left_out = runs_named([str(tmp_path)]).look()
     assert list(states) == ["good"]
     assert "is damaged" in left_out["bad"]
     with pytest.raises(UserError, match="is damaged"):
-        named([str(tmp_path / "bad")]).look()
+        runs_named([str(tmp_path / "bad")]).look()
 
 
 def test_numbers_in_names_sort_as_numbers() -> None:
     names = ["lr=1e-2", "lr=3e-3", "a10", "a9", "a", "0"]
-    assert sorted(names, key=natural) == ["0", "a", "a9", "a10", "lr=3e-3", "lr=1e-2"]
+    assert sorted(names, key=in_natural_order) == ["0", "a", "a9", "a10", "lr=3e-3", "lr=1e-2"]

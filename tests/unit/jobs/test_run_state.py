@@ -166,7 +166,7 @@ def test_a_config_of_another_kind_is_read_or_refused(
     if words is None:
         state = look(folder)
         assert (state.step, state.total_tokens) == (30, None)
-        assert report.report(state).startswith("<!doctype html>")
+        assert report.page_of_run(state).startswith("<!doctype html>")
     else:
         with pytest.raises(UserError, match=words):
             look(folder)

@@ -6,11 +6,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs.study_plan import (
-    PlannedRun,
-    are_paired,
-    plan,
-)
+from hybrid_train.jobs.study_plan import PlannedRun, are_paired, plan_study
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import StudyJob, Variant
 from hybrid_train.tracking.jsonl import JsonLines
@@ -35,12 +31,12 @@ def study(run_dir: Path, *, seeds: tuple[int, ...] = (1, 2), **more: Any) -> Stu
 
 
 def runs_of(job: StudyJob) -> list[PlannedRun]:
-    return list(plan(job).runs)
+    return list(plan_study(job).runs)
 
 
 def refusal(job: StudyJob) -> str:
     with pytest.raises(UserError) as refused:
-        plan(job)
+        plan_study(job)
     return str(refused.value)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_train.jobs.study_plan import StudyPlan, choose, plan, written
+from hybrid_train.jobs.study_plan import StudyPlan, choose_rates, plan_study, written_rates
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import ConfigError, UserError, collect
 from hybrid_train.schema.study import RateChoice, Stage, StudyJob, Variant
@@ -50,10 +50,10 @@ def end(planned: StudyPlan, losses: list[float | None]) -> None:
 
 
 def chosen(job: StudyJob, losses: list[float | None]) -> StudyPlan:
-    planned = plan(job)
+    planned = plan_study(job)
     end(planned, losses)
-    choose(job, planned.trials)
-    return plan(job)
+    choose_rates(job, planned.trials)
+    return plan_study(job)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def rates_of(planned: StudyPlan) -> dict[str, float | None]:
 
 
 def test_the_first_variant_of_a_kind_tries_every_rate_with_another_seed(tmp_path: Path) -> None:
-    planned = plan(study(tmp_path))
+    planned = plan_study(study(tmp_path))
     jobs = [trial.stage.job for trial in planned.trials]
     assert [job.schedule.peak_lr for job in jobs] == RATES
     assert {job.model.hidden_size for job in jobs} == {64}
@@ -110,7 +110,7 @@ def test_where_every_rate_fails_their_logs_are_named(tmp_path: Path) -> None:
 def test_what_was_chosen_stays_when_the_trials_are_gone(
     decided: tuple[Path, StudyPlan], tmp_path: Path
 ) -> None:
-    planned = plan(study(decided[0], stages_dir=str(tmp_path / "elsewhere")))
+    planned = plan_study(study(decided[0], stages_dir=str(tmp_path / "elsewhere")))
     assert rates_of(planned)["plain"] == 2e-3
     assert not planned.trials
 
@@ -123,13 +123,13 @@ def test_what_was_chosen_stays_when_the_trials_are_gone(
     ],
 )
 def test_other_trials_choose_anew(decided: tuple[Path, StudyPlan], change: dict[str, Any]) -> None:
-    assert len(plan(study(decided[0], **change)).trials) >= 2
+    assert len(plan_study(study(decided[0], **change)).trials) >= 2
 
 
 def test_another_study_finds_the_trials_ended(
     decided: tuple[Path, StudyPlan], tmp_path: Path
 ) -> None:
-    other = plan(study(decided[0], run_dir=str(tmp_path / "other")))
+    other = plan_study(study(decided[0], run_dir=str(tmp_path / "other")))
     stages, _ = other.of_trials().todo()
     assert len(other.trials) == 3
     assert stages == []
@@ -138,14 +138,14 @@ def test_another_study_finds_the_trials_ended(
 def test_a_trial_waits_for_the_parent_that_it_starts_from(tmp_path: Path) -> None:
     parent = Stage(overrides=["experiment=tiny_cpu", "train.seed={seed}"])
     variants = {"plain": Variant(overrides=["checkpoint.load={parent}"])}
-    planned = plan(study(tmp_path, stages={"parent": parent}, variants=variants))
+    planned = plan_study(study(tmp_path, stages={"parent": parent}, variants=variants))
     names = [one.name for one in planned.of_trials().stages]
     assert names == ["parent seed 0", *(f"rate {rate} of next_token" for rate in RATES)]
     assert {stage.name for stage in planned.stages} > {"parent seed 1", "parent seed 2"}
 
 
 def test_a_rate_given_for_all_is_not_chosen(tmp_path: Path) -> None:
-    planned = plan(study(tmp_path, overrides=["schedule.peak_lr=5e-3"]))
+    planned = plan_study(study(tmp_path, overrides=["schedule.peak_lr=5e-3"]))
     assert set(rates_of(planned).values()) == {5e-3}
     assert not planned.trials
 
@@ -153,7 +153,7 @@ def test_a_rate_given_for_all_is_not_chosen(tmp_path: Path) -> None:
 def test_a_variant_that_cannot_run_is_named_and_nothing_is_tried(tmp_path: Path) -> None:
     variants = {"plain": Variant(overrides=["train.tokens=nonsense"])}
     with pytest.raises(ConfigError, match=r"train\.tokens = nonsense"):
-        plan(study(tmp_path, variants=variants))
+        plan_study(study(tmp_path, variants=variants))
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def test_rates_of_before_there_were_numbers_stay_and_newer_ones_are_refused(
     stamp = said.pop(formats.KEY)
     assert stamp == formats.RATES.stamp()
     path.write_text(json.dumps(said))
-    assert written(path.parent)
+    assert written_rates(path.parent)
     path.write_text(json.dumps(said | {formats.KEY: stamp | {"version": 3}}))
     with pytest.raises(UserError, match=r"learning rates of a study, format 3\).*upgrade"):
-        written(path.parent)
+        written_rates(path.parent)
 
 
 def test_a_damaged_file_of_rates_is_named(tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "rates.json").write_text('{"next_token": {"chosen"')
     with pytest.raises(UserError, match=r"rates\.json: this is not what a study wrote there"):
-        plan(study(tmp_path))
+        plan_study(study(tmp_path))

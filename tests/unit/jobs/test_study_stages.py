@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_train.config import frozen
 from hybrid_train.jobs.study import _locked
-from hybrid_train.jobs.study_plan import plan
+from hybrid_train.jobs.study_plan import plan_study
 from hybrid_train.jobs.study_stages import Stages
 from hybrid_train.schema.formats import KEY, STAGE
 from hybrid_train.schema.problems import ConfigError, UserError, collect
@@ -46,7 +46,7 @@ def hash_of(folder: Path, stages: dict[str, Stage], name: str = "parent") -> str
 
 def test_a_variant_takes_the_model_of_a_parent_that_is_not_trained_yet(tmp_path: Path) -> None:
     parent = Stage(overrides=[*TINY, "model.hidden_size=32"])
-    planned = plan(study(tmp_path, {"parent": parent}))
+    planned = plan_study(study(tmp_path, {"parent": parent}))
     assert [stage.name for stage in planned.stages] == ["parent"]
     hidden = {run.variant: run.job.model.hidden_size for run in planned.runs if run.job}
     assert hidden == {"scratch": 64, "healed": 32}
@@ -90,7 +90,7 @@ def test_a_stage_with_a_seed_is_made_for_each_and_another_once(tmp_path: Path) -
         "own": Stage(overrides=[*TINY, "train.seed={seed}"]),
         "out": Stage(command="convert", overrides=["export={own}"]),
     }
-    planned = plan(study(tmp_path, stages))
+    planned = plan_study(study(tmp_path, stages))
     names = [stage.name for stage in planned.stages]
     assert sorted(names) == ["out seed 1", "out seed 2", "own seed 1", "own seed 2", "parent"]
     for run in planned.runs:
@@ -101,19 +101,19 @@ def test_a_stage_with_a_seed_is_made_for_each_and_another_once(tmp_path: Path) -
 
 
 def test_a_run_from_another_parent_is_not_taken_for_one_of_the_study(tmp_path: Path) -> None:
-    run = plan(study(tmp_path, {"parent": PARENT})).runs[1]
+    run = plan_study(study(tmp_path, {"parent": PARENT})).runs[1]
     assert run.job is not None
     run.job.checkpoint.load = str(run.inputs[0].path)
     frozen.freeze(run.job, run.folder)
     (run.folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 2560}\n')
     other = study(tmp_path, {"parent": Stage(overrides=[*TINY, "train.seed=5"])})
     with pytest.raises(UserError, match=r"checkpoint\.load: .*healed seed 1"):
-        plan(other)
+        plan_study(other)
 
 
 def test_a_finished_stage_is_known_by_a_mark_that_is_whole(tmp_path: Path) -> None:
     job = study(tmp_path, {"parent": PARENT})
-    (stage,) = plan(job).stages
+    (stage,) = plan_study(job).stages
     assert isinstance(stage.job, TrainJob)
     frozen.freeze(stage.job, stage.path)
     assert not stage.is_finished()
@@ -121,7 +121,7 @@ def test_a_finished_stage_is_known_by_a_mark_that_is_whole(tmp_path: Path) -> No
     assert not stage.is_finished()
     stage.finish(3.0)
     assert (
-        plan(study(tmp_path / "other", {"mother": PARENT}, stages_dir=job.stages_dir))
+        plan_study(study(tmp_path / "other", {"mother": PARENT}, stages_dir=job.stages_dir))
         .stages[0]
         .is_finished()
     )
@@ -135,14 +135,16 @@ def test_a_finished_stage_is_known_by_a_mark_that_is_whole(tmp_path: Path) -> No
 def test_an_early_part_needs_only_its_own_stages(tmp_path: Path) -> None:
     parts = {"first": ["scratch"], "second": ["healed"]}
     job = study(tmp_path, {"parent": PARENT}, parts=parts, part="first").as_asked()
-    planned = plan(job)
+    planned = plan_study(job)
     assert {run.variant for run in planned.runs} == {"scratch"}
     assert not planned.stages
 
 
 def test_the_short_form_changes_every_training(tmp_path: Path) -> None:
     form = ShortForm(overrides=["train.tokens=512"])
-    planned = plan(study(tmp_path, {"parent": PARENT}, short=True, short_form=form).as_asked())
+    planned = plan_study(
+        study(tmp_path, {"parent": PARENT}, short=True, short_form=form).as_asked()
+    )
     assert "train.tokens=512" in planned.stages[0].lines
     assert {(run.seed, run.job and run.job.train.tokens) for run in planned.runs} == {(1, "512")}
     assert all(run.folder.is_relative_to(tmp_path / "study" / "short") for run in planned.runs)
@@ -198,7 +200,7 @@ def test_problems_of_stages_are_reported_with_their_names(tmp_path: Path) -> Non
         "sizes": Stage(command="cuont", overrides=["model=tiny"]),
     }
     with pytest.raises(ConfigError) as refused:
-        plan(study(tmp_path, stages, variants={"scratch": Variant()}))
+        plan_study(study(tmp_path, stages, variants={"scratch": Variant()}))
     text = str(refused.value)
     assert "parent: model.hidden_size = -1: must be" in text
     assert "sizes: command = cuont: must be one of" in text
@@ -208,11 +210,11 @@ def test_problems_of_stages_are_reported_with_their_names(tmp_path: Path) -> Non
 def test_what_writes_no_folder_cannot_be_referred_to(tmp_path: Path) -> None:
     sizes = Stage(command="count", overrides=["model=tiny", "model.vocab_size=512"])
     with pytest.raises(ConfigError, match="count writes no folder"):
-        plan(study(tmp_path, {"sizes": sizes}))
+        plan_study(study(tmp_path, {"sizes": sizes}))
 
 
 def test_a_stage_that_a_newer_version_ended_is_refused(tmp_path: Path) -> None:
-    planned = plan(study(tmp_path, {"parent": PARENT}))
+    planned = plan_study(study(tmp_path, {"parent": PARENT}))
     (stage,) = planned.stages
     stage.path.mkdir(parents=True)
     stage.finish(1.0)

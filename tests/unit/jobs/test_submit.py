@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import compose, frozen
-from hybrid_train.jobs import (
-    cli,
-    code_snapshot,
-    submit,
-)
+from hybrid_train.jobs import cli, code_snapshot, submit
 from hybrid_train.schema.problems import ConfigError
 from tests.jobs.command import ROOT
 from tests.sampled import sampled
@@ -27,7 +23,7 @@ PUBLISHED = ("nemotron_h_56b", "nemotron3_super", "nemotron3_ultra")
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine may have a SLURM; these tests see none."""
-    monkeypatch.setattr(submit, "is_here", lambda: False)
+    monkeypatch.setattr(submit, "has_slurm", lambda: False)
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *lines: str) -> str:
@@ -177,7 +173,7 @@ def partition(**changes: object) -> dict[str, submit.Partition]:
 def test_what_the_partition_cannot_give_is_refused(
     line: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "is_here", lambda: True)
+    monkeypatch.setattr(submit, "has_slurm", lambda: True)
     monkeypatch.setattr(submit, "partitions", partition)
     batch = "train.global_batch=40"
     lines = [*TINY, batch, "cluster.time_limit=30", line, "dry_run=true"]
@@ -200,10 +196,10 @@ def submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Path:
     """A run folder, as it is when sbatch has taken the job."""
-    monkeypatch.setattr(submit, "is_here", lambda: True)
+    monkeypatch.setattr(submit, "has_slurm", lambda: True)
     monkeypatch.setattr(submit, "partitions", partition)
     monkeypatch.setattr(submit, "require_acceptable", lambda script: None)
-    monkeypatch.setattr(submit, "submit", lambda script: "17")
+    monkeypatch.setattr(submit, "queue_script", lambda script: "17")
     monkeypatch.setattr(submit, "job_state", lambda job: "RUNNING" if job == "17" else None)
     monkeypatch.setenv("WANDB_API_KEY", "dGhpcyBpcyBhIHNlY3JldA")
     run_dir = tmp_path / "run"

@@ -17,7 +17,7 @@ warnings.simplefilter("ignore")
 import hybrid_train
 from hybrid_train.runtime import cpu
 for module in pkgutil.walk_packages(hybrid_train.__path__, "hybrid_train."):
-    if not module.name.endswith(("__main__", "hf.transformers")):
+    if not module.name.endswith(("__main__", "hf.verify")):
         importlib.import_module(module.name)
 from operator import attrgetter
 from hybrid_train.megatron import written_for

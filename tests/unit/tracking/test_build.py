@@ -8,11 +8,7 @@ import pytest
 
 from hybrid_train.runtime import optional
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.tracking import (
-    Tracking,
-    Wandb,
-    WandbMode,
-)
+from hybrid_train.schema.tracking import Tracking, Wandb, WandbMode
 from hybrid_train.tracking.jsonl import JsonLines, read_metrics
 from hybrid_train.tracking.trackers import build_trackers
 

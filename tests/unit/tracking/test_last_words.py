@@ -61,14 +61,14 @@ def test_a_signal_to_all_is_told() -> None:
     assert (cause.kind, cause.text) == ("told", "rank 0 was told to end by SIGTERM")
 
 
-def test_words_and_crashes_are_read_from_disk(tmp_path: Path) -> None:
+def test_reports_and_crashes_are_read_from_disk(tmp_path: Path) -> None:
     exit_reports.folder(tmp_path, 3).mkdir(parents=True)
     exit_reports.leave(tmp_path, 3, lost(0))
     crash = 'Fatal Python error: Bus error\n\n  File "/x/hybrid_train/data/documents.py", line 1\n'
     exit_reports.crash_file(tmp_path, 3, 1).write_text(crash)
     exit_reports.crash_file(tmp_path, 3, 0).write_text("")
-    words = exit_reports.read(tmp_path, 3)
-    assert [(one.rank, one.kind) for one in words] == [(0, "lost"), (1, "data")]
-    cause = cause_of(words, processes=2, alive=None)
+    reports = exit_reports.read(tmp_path, 3)
+    assert [(one.rank, one.kind) for one in reports] == [(0, "lost"), (1, "data")]
+    cause = cause_of(reports, processes=2, alive=None)
     assert cause.kind == "data"
     assert "Bus error: a data file was cut short" in cause.text

@@ -49,7 +49,7 @@ def test_a_curve_has_a_trace_for_each_way_to_smooth_it() -> None:
     traces = by_smoothing(drawn(curve(losses, smooths=True), columns=1000))
     assert tuple(traces) == SMOOTHINGS
     assert traces[EACH_STEP]["y"] == pytest.approx(losses, rel=1e-4)
-    assert traces[AS_REPORTED]["y"] == pytest.approx(metrics.curve(losses), rel=1e-4)
+    assert traces[AS_REPORTED]["y"] == pytest.approx(metrics.smoothed_curve(losses), rel=1e-4)
     assert traces[AS_REPORTED]["x"] == list(range(1, 301))
 
 

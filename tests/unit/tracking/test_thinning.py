@@ -7,11 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_train.tracking.plotly import (
-    highest,
-    sampled,
-    thin,
-)
+from hybrid_train.tracking.plotly import highest, sampled, thin
 
 
 @given(

@@ -10,12 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from hybrid_train.data.prepare.blocks import (
-    Documents,
-    all_blocks,
-    read_documents,
-    read_lines,
-)
+from hybrid_train.data.prepare.blocks import BlockDocuments, all_blocks, read_documents, read_lines
 from hybrid_train.data.prepare.inputs import Source, find_sources
 from hybrid_train.schema.prepare import Format
 from hybrid_train.schema.problems import UserError
@@ -28,7 +23,7 @@ def sources(*inputs: Path | str, asked: Format = Format.auto, suffixes: tuple = 
     return find_sources([str(one) for one in inputs], asked, suffixes)
 
 
-def parts(found: list[Source], *, key: str = "text", size: int = 500) -> list[Documents]:
+def parts(found: list[Source], *, key: str = "text", size: int = 500) -> list[BlockDocuments]:
     return [read_documents(found[one.source], one, key) for one in all_blocks(found, key, size)]
 
 

@@ -95,7 +95,7 @@ def write_sequences(prefix: Path, per_document: int) -> list[list[int]]:
 def test_shares_divide_the_documents_and_keep_their_order(
     tmp_path: Path, per_document: int, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finished, "_SPAN_TOKENS", span)
+    monkeypatch.setattr(finished, "_CHUNK_TOKENS", span)
     documents = write_sequences(tmp_path / "a", per_document)
     outputs = [str(tmp_path / name) for name in ("x", "y", "z")]
     found = split_by_shares(str(tmp_path / "a"), outputs, [0.5, 0.3, 0.2], seed=1, overwrite=False)
@@ -152,7 +152,7 @@ def test_one_changed_bit_is_found(made: list[str]) -> None:
 
 
 def test_an_id_beyond_the_vocabulary_is_found_wherever_it_is(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "a", [5000] * 40)  # `indexed.verify` looks at parts of it
+    write_corpus(tmp_path / "a", [5000] * 40)  # `token_files.verify` looks at parts of it
     assert verify_whole(str(tmp_path / "a"), FACTS).faults == []
     changed(tmp_path / "a.bin", 2 * 123_457, struct.pack("<H", VOCAB))
     (fault,) = verify_whole(str(tmp_path / "a"), FACTS).faults

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from hybrid_train.data.prepare.encoder import translate, word_pattern
+from hybrid_train.data.prepare.encoder import translated_pattern, word_pattern
 from tests.sampled import sampled
 
 LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -134,7 +134,7 @@ def test_another_kind_of_tokenizer_has_no_pattern(changes: dict[str, object]) ->
     "source", [r"\p{Han}+", r"^a", r"(?<=a)b", r"a(?=b)", r"[[:alpha:]]", r"[a&&b]", r"\w+", r"(a"]
 )
 def test_a_pattern_with_unknown_parts_is_not_taken_over(source: str) -> None:
-    assert translate(source) is None
+    assert translated_pattern(source) is None
 
 
 def test_the_normalizer_of_a_real_tokenizer_is_recognised() -> None:
