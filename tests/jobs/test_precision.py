@@ -51,7 +51,7 @@ def test_the_first_step_says_what_every_layer_multiplied(run: tuple[Path, Finish
     assert all(row["as_asked"] for row in rows)
     (row,) = (row for row in rows if (row["module"], row["gemm"]) == ("mamba.in_proj", "wgrad"))
     assert row["operands"] == [
-        "e2m1, 1x16, e4m3 scales, turned, by chance x e2m1, 1x16, e4m3 scales, turned"
+        "e2m1, 1x16, e4m3 scales, rotated, stochastic x e2m1, 1x16, e4m3 scales, rotated"
     ]
 
 

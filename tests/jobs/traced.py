@@ -18,7 +18,7 @@ _fill, _plan_phases = Mixture.fill, run_data.plan_phases
 
 
 def fill(self: Mixture, row: int) -> Any:
-    pieces = [list(piece) for piece in self.pieces(row)]
+    pieces = [list(piece) for piece in self.spans(row)]
     line = json.dumps([_PHASES[id(self)], row, self.origin(row).source, pieces])
     os.write(_FILE, f"{line}\n".encode())
     return _fill(self, row)
