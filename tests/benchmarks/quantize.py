@@ -7,7 +7,7 @@ A round copies a matrix into memory that is there and then quantizes it, so that
 slows both alike; figures are the fastest of the rounds. With one thread the time is that of the
 processor, which does not count what others take; with more, threads that wait count as well, so it
 is that of the clock. The copy reads and writes float32 whatever the type of the matrix. Noise is
-drawn within the time of the schemes that round stochastically. The large matrix and its copy together
+drawn within the time of schemes that round stochastically. The large matrix and its copy together
 are larger than most caches; each is below 32 MiB, up to which glibc keeps freed memory.
 """
 
