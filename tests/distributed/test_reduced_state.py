@@ -47,6 +47,6 @@ def test_the_loss_is_that_of_one_process(plan: str, moments: str) -> None:
     assert found[0] == found[1]
     assert expected[0] > expected[-1] + 0.5
     # A layout rounds some moments the other way, and has scales of its own for parts of a tensor:
-    # at most what all roundings together do to a loss (tests/unit/optim/test_lowered.py).
+    # at most what all roundings together do to a loss (tests/unit/optim/test_reduced_state.py).
     share = HALF_A_SPACING[moments] * (1 / (1 - 0.9**2) ** 0.5 + 0.5 / (1 - 0.95**2) ** 0.5)
     assert found[0] == pytest.approx(expected, abs=share * (expected[0] - expected[-1]))
