@@ -165,7 +165,7 @@ def test_moments_go_from_float32_to_bfloat16_and_back_and_are_rounded_once(
             expected = expected.bfloat16().float()
         assert torch.equal(value, expected), key
     assert rounded
-    # Against the run that never stopped: a share of 2^-8 of the updates, see test_lowered.py.
+    # Against the run that never stopped: a share of 2^-8 of the updates, see test_reduced_state.py.
     expected_losses, found = take(whole, 3), take(again, 3)
     drop = expected_losses[0] - expected_losses[-1]
     assert drop > 0.3

@@ -266,7 +266,7 @@ def test_every_rule_has_a_case_that_breaks_it() -> None:
     # The number of processes is no setting; it has its own test below. So have number formats, in
     # test_gemm_formats.py and test_native_rules.py.
     elsewhere = {"_processes_fit_the_degrees", "phases_are_in_order", "cluster_fits_the_run"}
-    elsewhere.add("layer_rules_decide")  # rules of a list; test_check_layout.py breaks it
+    elsewhere.add("layer_rules_decide")  # rules of a list; test_layout_rules.py breaks it
     unbroken = {rule.__name__ for rule in RULES} - elsewhere
     unbroken -= {rule.__name__ for rule in (*PRECISION_RULES, *NATIVE_RULES)}
     for lines, world_size, *_ in CASES:
