@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.config.commands import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hybrid_train"
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
@@ -102,6 +104,20 @@ def test_import_needs_neither_torch_nor_megatron(modules: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "set()"
+
+
+def test_no_job_imports_megatron_before_its_process_is_set_up() -> None:
+    """On a CPU torch.compile must have been replaced by then, or the first step takes a minute."""
+    modules = sorted({one.module for one in COMMANDS.values()})
+    code = (
+        f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; "
+        "print('megatron.core' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
 
 
 def test_no_file_names_a_folder_of_one_machine() -> None:

@@ -89,17 +89,17 @@ def timed_run(words: list[str]) -> int:
     from hybrid_train.runtime.start import process
 
     with process(job.runtime, job.train.seed) as device:
-        from hybrid_train.jobs import train
+        from hybrid_train.jobs import pretraining
         from hybrid_train.training.engine import Engine
 
         times["imports"] = time.time()
-        note_after(train, "open_run_data", times, "data")
-        note_after(train, "restore", times, "build")
-        note_after(train, "_trackers", times, "ready")
+        note_after(pretraining, "open_run_data", times, "data")
+        note_after(pretraining, "restore", times, "build")
+        note_after(pretraining, "_trackers", times, "ready")
         note_after(Engine, "step", times, "step")
         job.train.tokens = str(job.train.global_batch * job.train.sequence_length)
         job.train.validation_batches = 1
-        train._train(job, device)
+        pretraining.train(job, device)
     Path(target).write_text(json.dumps(times))
     return 0
 

@@ -303,7 +303,7 @@ PRELOADED = (
     "hybrid_train.config.compose",
     "hybrid_train.config.describe",
     "hybrid_train.jobs.cli",
-    "hybrid_train.jobs.train",
+    "hybrid_train.jobs.pretraining",
 )
 
 
