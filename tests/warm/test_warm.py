@@ -162,7 +162,7 @@ MODULES = "import sys; print('torch' in sys.modules, 'megatron.core' in sys.modu
 
 def test_a_fork_has_imported_this_tree_and_what_it_starts_is_a_fork_too() -> None:
     code = (
-        f"{MODULES}; print(sys.modules['hybrid_train.jobs.train'].__file__)\n"
+        f"{MODULES}; print(sys.modules['hybrid_train.jobs.pretraining'].__file__)\n"
         f"import subprocess; subprocess.run([sys.executable, '-c', {MODULES!r}])"
     )
     done = run(interpreter.warm(), "-u", "-c", code)
