@@ -359,7 +359,7 @@ def _missing(config: DictConfig) -> Iterator[str]:
 def _section_problems(config: DictConfig) -> Iterator[Problem]:
     """Yield the problems of the sections that are complete."""
     for name in map(str, config):
-        if not isinstance(config._get_node(name), DictConfig):
+        if not isinstance(config._get_node(name), DictConfig) or config[name] is None:
             continue
         try:
             section = OmegaConf.to_object(config[name])

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -332,9 +332,29 @@ def _type_rule(node: Node, text: str, error: Exception) -> tuple[str, object | N
         return "must be true or false", nearest(text.lower(), ["true", "false"])
     if isinstance(node, DictConfig):
         return "is a section, not a single setting; set one of its keys", None
-    if isinstance(node, ListConfig) and not (text.startswith("[") and text.endswith("]")):
+    said = str(error).partition("\n")[0]
+    return _list_rule(node, text, said) if isinstance(node, ListConfig) else (said, None)
+
+
+def _list_rule(node: ListConfig, text: str, said: str) -> tuple[str, object | None]:
+    """Say what is wrong with a list or an entry of it, from what OmegaConf says of the entry."""
+    if not (text.startswith("[") and text.endswith("]")):
         return "must be a list, such as [a,b]", None if text[:1] in ("[", "{") else f"[{text}]"
-    return str(error).partition("\n")[0], None
+    schema = node._metadata.element_type
+    is_schema = isinstance(schema, type) and is_dataclass(schema)
+    if is_schema and (key := re.match(r"Key '(.+)' not in '(\w+)'", said)):
+        known = [one.name for one in fields(schema)]
+        if key[2] != schema.__name__:
+            return f"a part of an entry has no setting {key[1]}", None
+        near = nearest(key[1], known)
+        of_entry = f"an entry has no setting {key[1]}; it has {', '.join(known)}"
+        return of_entry, near and re.sub(rf"\b{re.escape(key[1])}(?=:)", near, text)
+    if value := re.match(r"Invalid value '(.+)', expected one of \[(.+)\]", said):
+        near = nearest(value[1], value[2].split(", "))
+        return f"{value[1]} must be one of {value[2]}", near and text.replace(value[1], near)
+    if "is not a ListConfig" in said:
+        return "a value in an entry must be a list, such as [a]", None
+    return said, None
 
 
 def _nearest_whole(node: Node, text: str) -> object | None:

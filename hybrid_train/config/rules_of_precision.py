@@ -218,7 +218,9 @@ def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
     for number, exception in enumerate(rules):
         if number in deciding and exception.gemms:
             shown = ", ".join(gemm.value for gemm in exception.gemms)
-            rule = f"Transformer Engine has one format for the three GEMMs of a layer; {_EMULATE}"
+            rule = (
+                f"Transformer Engine has one format for the three GEMMs, [] names all; {_EMULATE}"
+            )
             yield Problem(f"precision.exceptions.{number}.gemms", shown, rule, "[]")
 
 

@@ -118,7 +118,7 @@ class RunData:
             length = plan.phase_span.job.train.sequence_length
             for one in self._held_out(plan.phase_span).sets:
                 used = show_tokens(one.used * length)
-                line = f"validation data {self.names[one.source]}: {used} tokens used"
+                line = f"validation data of {self.names[one.source]}: {used} tokens used"
                 if one.used < one.wanted:
                     line += f", all it has: {one.used} of the {one.wanted} sequences asked for"
                 lines.append(line)

@@ -50,7 +50,7 @@ def run(job: CheckJob) -> None:
     unknown = "activations, buffers of libraries"
     unknown += "." if job.cluster is not None else ", how much memory a GPU has: cluster=NAME says."
     page.print(
-        "\nCost: forward FLOPs, as a part of the mean. Parameters and bytes: of one process, kept "
+        "\nCost: forward FLOPs relative to the mean. Parameters and bytes: of one process, kept "
         f"from step to\nstep. Not known here: {unknown}",
         soft_wrap=True,
     )
@@ -110,8 +110,8 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if len(plan.phases) > 1:
         yield (
             "phases",
-            f"{len(plan.phases)}, in the table at the end; all before it is of phase "
-            f"{plan.phases[0].name}, but length, work and the time in all, which are of the run",
+            f"{len(plan.phases)}, in the table at the end; above it length, work and the time in "
+            f"all are of the run, the rest of phase {plan.phases[0].name}",
         )
     size = counts.parameters(job.model, plan.rows)
     yield (
@@ -153,7 +153,7 @@ def _cluster(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield (
             "memory",
             f"{show_bytes(whole)} a GPU; the fullest process keeps {show_bytes(most)} from step to "
-            f"step, {show_bytes(whole - most)} are left for all else",
+            f"step, {show_bytes(whole - most)} are left for activations",
         )
 
 
@@ -208,7 +208,7 @@ def _work(plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield "work", f"{plan.flops:.3g} FLOP in all, {of_step:.4g} TFLOP a step and process"
     least = plan.least_seconds()
     if least is None:
-        yield "time", "not known here; with runtime.peak_tflops=N of a GPU, the least it can be"
+        yield "time", "not known here; runtime.peak_tflops=N of a GPU gives a lower bound"
         return
     yield (
         "time",

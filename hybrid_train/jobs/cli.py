@@ -219,7 +219,8 @@ def _command_name(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def _no_such_command(name: str, known: Sequence[str], family: str) -> UserError:
     near = nearest(name, known) or _last_words(known).get(name)
-    hint = f"did you mean {near}?" if near else f"there are {', '.join(known)}."
+    near = "--help" if name == "help" else near
+    hint = f"did you mean {family}{near}?" if near else f"there are {', '.join(known)}."
     return UserError(
         f"there is no command {family + name!r}; {hint} See hybrid-train {family}--help"
     )

@@ -200,7 +200,7 @@ def views_of(job: TrainJob) -> Iterator[TrainJob]:
 def unread_sources(job: TrainJob) -> list[str]:
     """Return the sources that the phases name although the run has none to choose from.
 
-    So a recipe states its blends, and can be tried on any data there is.
+    So an experiment states its blends, and can be tried on any data there is.
     """
     if has_sources(job.data):
         return []

@@ -131,3 +131,29 @@ def test_an_unknown_key_offers_a_setting_for_a_value_and_a_section_for_a_section
     assert problem("model.mo=1").nearest is None
     assert problem("model.mo={top_k: 1}").nearest == "'model.moe={top_k: 1}'"
     assert problem("model.hiden_size=1").nearest == "model.hidden_size=1"
+
+
+@pytest.mark.parametrize(
+    ("entry", "rule", "near"),
+    [
+        ("{gemm: [wgrad], format: bf16}", "no setting gemm; it has format", "gemms: [wgrad]"),
+        ("{gemms: [wgard], format: bf16}", "wgard must be one of fprop, dgrad", "[wgrad]"),
+        ("{format: bf61}", "bf61 must be one of fp32, bf16", "{format: bf16}"),
+        ("{gemms: wgrad, format: bf16}", "must be a list, such as [a]", None),
+        ("{products: [wgrad], format: bf16}", "no setting products; it has format", None),
+    ],
+)
+def test_a_wrong_entry_of_a_list_is_told_in_words(entry: str, rule: str, near: str | None) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose("train", ["experiment=tiny_cpu", f"precision.exceptions=[{entry}]"])
+    (problem,) = error.value.problems
+    assert rule in problem.rule
+    assert (near is None) == (problem.nearest is None)
+    assert near is None or near in str(problem.nearest)
+
+
+@pytest.mark.parametrize("line", ["experiment=quikstart", "precision=fp9", "precisoin=nvfp4"])
+def test_a_wrong_choice_of_a_check_is_told_in_words(line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose("check", ["experiment=tiny_cpu", line])
+    assert line.partition("=")[0] in str(error.value)

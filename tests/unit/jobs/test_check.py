@@ -73,7 +73,7 @@ def test_the_plan_says_how_processes_and_batch_are_split(
 def test_every_phase_has_a_row_with_what_it_changes(capsys: pytest.CaptureFixture[str]) -> None:
     text = plan(capsys, *SUPER)
     assert said(text, "phases").startswith(
-        "4, in the table at the end; all before it is of phase 1"
+        "4, in the table at the end; above it length, work and the time in all"
     )
     rows = {row[0]: row[1:] for row in map(cells, text.splitlines()) if len(row) >= 8}
     assert rows["1"][:5] == ["0", "20T", "794,729", "8,192", "3,072"]
@@ -308,7 +308,7 @@ def test_a_cluster_says_how_many_nodes_a_run_takes_and_what_is_left_of_a_gpu(
     left = show_bytes(cluster["left_bytes"])
     assert said(text, "cluster") == "16 nodes with 8 GPUs on each"
     assert said(text, "memory").startswith("80 GB a GPU; the fullest process keeps ")
-    assert said(text, "memory").endswith(f"{left} are left for all else")
+    assert said(text, "memory").endswith(f"{left} are left for activations")
     assert "how much memory a GPU has" not in text
 
 

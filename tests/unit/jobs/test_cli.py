@@ -87,6 +87,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("trian",), "there is no command 'trian'; did you mean train?"),
         (("tokenize",), "did you mean data tokenize?"),
+        (("help",), "did you mean --help?"),
         (("experiment",), "did you mean experiments?"),
         ((QUICKSTART,), "the command comes first: hybrid-train train experiment=quickstart"),
         (("train", "quickstart"), "nearest: experiment=quickstart"),
@@ -292,7 +293,7 @@ def test_the_process_ends_with_the_exit_code(
     ("words", "text"),
     [
         (("data",), "data what? There are tokenize, merge,"),
-        (("data", "tokenise"), "no command 'data tokenise'; did you mean tokenize?"),
+        (("data", "tokenise"), "no command 'data tokenise'; did you mean data tokenize?"),
         (("data", "tokenize", "inptu=a"), "nearest: input=a"),
         (("data", "tokenize", "input=a"), "`hybrid-train data tokenize --help` lists"),
         (("data", "merge", "input=a", "output=x.bin"), "nearest: x"),
