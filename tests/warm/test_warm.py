@@ -166,7 +166,7 @@ def test_a_fork_has_imported_this_tree_and_what_it_starts_is_a_fork_too() -> Non
         f"import subprocess; subprocess.run([sys.executable, '-c', {MODULES!r}])"
     )
     done = run(interpreter.warm(), "-u", "-c", code)
-    place = interpreter.ROOT / "hybrid_train" / "jobs" / "train.py"
+    place = interpreter.ROOT / "hybrid_train" / "jobs" / "pretraining.py"
     assert done.stdout.splitlines() == ["True True", str(place), "True True"]
 
 
