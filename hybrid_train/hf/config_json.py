@@ -5,7 +5,6 @@ config that is read, demanded: a model that differs there is another model.
 """
 
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +81,6 @@ _SAID = {  # no part of the computation, but asked for by some readers
     "use_cache": True,
     "use_mamba_kernels": True,
 }
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
