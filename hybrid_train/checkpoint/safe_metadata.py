@@ -1,7 +1,9 @@
 """Reads the index of a checkpoint without running what may be hidden in it.
 
-torch writes `.metadata` as a pickle, and a pickle can call any function. Here only the classes that
-an index is made of are admitted, each as a plain record that is checked before it is used.
+torch writes `.metadata` as a pickle, and a pickle can call any function. Here an unpickler with a
+list of what is allowed admits only the classes that an index is made of, each as a plain record.
+No library has the rest, which is most of this file: the record is checked before it is used, so
+that a damaged index, or one that points out of its folder, ends in a sentence.
 `install` makes torch's own reader, through which Megatron loads, do the same.
 """
 

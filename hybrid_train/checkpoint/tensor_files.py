@@ -4,6 +4,9 @@ A checkpoint is torch's distributed format as Megatron writes it: an index (`saf
 files of items, tensors as `torch.save` writes them, each a small zip archive. The pickle in an
 archive is never run. It is compared with the only one that a plain tensor of that format and shape
 has; then the values are read where they lie.
+
+`torch.load(weights_only=True)` would be shorter. It reads an item of the file as a whole, so that a
+conversion would hold the largest tensor in memory (benchmarks/by_library.py).
 """
 
 import functools

@@ -122,7 +122,7 @@ def _schedule_fits_the_run(job: TrainJob, _: int) -> Iterator[Problem]:
         return  # reported where they stand
     if not all(is_position(phase.start) for phase in job.train.phases):
         return
-    room = scheduled_tokens(job)
+    room = scheduled_tokens(job.train)
     whole = f"train.tokens ({job.train.tokens})"
     if room != tokens(job.train.tokens):
         whole = f"the {show_tokens(room)} tokens of phases without constant_lr"

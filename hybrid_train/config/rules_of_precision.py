@@ -160,7 +160,7 @@ def hardware_notes(job: TrainJob) -> list[Problem]:
     meant.precision = replace(job.precision, backend=Backend.native)
     found = {
         problem.path: problem
-        for one in views_of(meant)
+        for one in list(views_of(meant))
         for rule in rules
         for problem in rule(one, 1)
     }

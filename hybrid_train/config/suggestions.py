@@ -107,9 +107,8 @@ class _Search:
     def sound_sections(self) -> Values:
         """Return values that keep the limits of the sections; the rules may look at no others."""
         values: Values = {}
-        self.of_sections = self._unsound(values)
+        self.of_sections = found = self._unsound(values)
         for _ in range(_ROUNDS):
-            found = self._unsound(values)
             if not found:
                 break
             path = found[0].path
@@ -122,6 +121,7 @@ class _Search:
             if any(problem.path == path for problem in self._unsound(best)):
                 self.unfixed.add(path)
                 values = others
+            found = self._unsound(values)
         for path in values:
             values = {**values, path: self._quietest(path, values)}
         return values
@@ -263,7 +263,8 @@ class _Search:
             if not self._takes(problem):
                 self.unfixed.add(problem.path)
             yield problem
-        yield from self._unsound(values)
+        if values and not self.of_sections:  # else they were looked at before
+            yield from self._unsound(values)
 
     def _learn(self, problem: Problem) -> None:
         hints = self._hints.setdefault(problem.path, [])

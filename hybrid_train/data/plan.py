@@ -18,9 +18,10 @@ from hybrid_train.data.order import BlendOrder, Indices
 from hybrid_train.data.packing import PackedPosition, PackedRows, Packing
 from hybrid_train.data.stream import Stream, StreamPosition, StreamRows
 from hybrid_train.planning.phases import PhaseSpan
+from hybrid_train.schema.data import Data
 from hybrid_train.schema.data import Packing as PackingMode
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.train import Train
 from hybrid_train.schema.units import show_tokens
 
 _BLOCK = 1024  # rows that are looked up at once
@@ -168,7 +169,7 @@ def plan_phases(
         rows: list[SourceRows] = []
         draws = []
         for (name, weight), count in zip(weights.items(), counts, strict=True):
-            found = open_rows(name, job, opened, begin=places.get(name))
+            found = open_rows(name, opened, job.data.packing, job.train, begin=places.get(name))
             places[name] = found.end(count)
             rows.append(found)
             draws.append(Draw(name, weight / sum(weights.values()), count, found.epochs(count)))
@@ -179,8 +180,9 @@ def plan_phases(
 
 def open_rows(
     name: str,
-    job: TrainJob,
     opened: OpenSources,
+    packing: PackingMode,
+    train: Train,
     *,
     begin: Position | None = None,
     seed: int | None = None,
@@ -189,21 +191,22 @@ def open_rows(
 
     Args:
         name: of the source.
-        job: the run as it is in the phase.
         opened: the sources.
+        packing: whether and how whole documents share a row.
+        train: length of a row in the phase, and the seed.
         begin: where a phase before ended; None for the beginning.
         seed: of the shuffle; None for that of the run.
     """
-    documents, length = opened.documents[name], job.train.sequence_length
-    key = (job.train.seed if seed is None else seed, name)
-    if job.data.packing is PackingMode.none:
+    documents, length = opened.documents[name], train.sequence_length
+    key = (train.seed if seed is None else seed, name)
+    if packing is PackingMode.none:
         stream = Stream(documents, key=key, cache=opened.cache)
         return StreamRows(
             stream, length=length, begin=cast("StreamPosition", begin or StreamPosition())
         )
-    packing = Packing(length, min(length, opened.longest.get(name, length)), opened.padding)
+    limits = Packing(length, min(length, opened.longest.get(name, length)), opened.padding)
     place = cast("PackedPosition", begin or PackedPosition())
-    return PackedRows(documents, packing, key=key, cache=opened.cache, begin=place)
+    return PackedRows(documents, limits, key=key, cache=opened.cache, begin=place)
 
 
 def weights_of(blend: Mapping[str, float], opened: OpenSources) -> dict[str, float]:
@@ -268,30 +271,31 @@ class HeldOut:
         return {**fields, "source": np.asarray(self.sets[number].source)}
 
 
-def hold_out(job: TrainJob, opened: OpenSources, names: Sequence[str]) -> HeldOut:
+def hold_out(data: Data, train: Train, opened: OpenSources, names: Sequence[str]) -> HeldOut:
     """Open the validation of a phase.
 
     Args:
-        job: the run as it is in the phase.
+        data: the section of the run.
+        train: the same, as it is in the phase.
         opened: the sources of the validation split.
         names: of all sources of the run, in the order of their numbers.
 
     Raises:
         UserError: if a source is too short for a row.
     """
-    weights = weights_of(job.data.validation_blend, opened)
-    total = job.train.validation_batches * job.train.global_batch
+    weights = weights_of(data.validation_blend, opened)
+    total = train.validation_batches * train.global_batch
     sets = []
     for name, weight in weights.items():
         if not weight:
             continue
-        rows = open_rows(name, job, opened, seed=_VALIDATION_SEED)
+        rows = open_rows(name, opened, data.packing, train, seed=_VALIDATION_SEED)
         there = rows.first_epoch()
         if there < 1:
             raise UserError(
                 f"the validation part of {opened.documents[name].name} holds "
                 f"{opened.documents[name].tokens} tokens, too few for one sequence of "
-                f"{job.train.sequence_length} and its last label; shorten train.sequence_length "
+                f"{train.sequence_length} and its last label; shorten train.sequence_length "
                 "or leave it out"
             )
         wanted = max(1, round(total * weight / sum(weights.values())))

@@ -30,9 +30,7 @@ from hybrid_train.data.sources import open_source, tokenizer_of
 from hybrid_train.data.token_files import beyond_vocabulary, place_beyond, spaced_parts, verify
 from hybrid_train.planning.phases import PhaseSpan, global_batch
 from hybrid_train.schema.data import Data, Quickstart, Split, named_sources, needs_tokenizer
-from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
-from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, show_tokens
 
 _AT_MOST_TOKENS = 100_000_000  # of each file; counts of a longer one come from evenly spaced parts
@@ -104,7 +102,8 @@ class RunData:
         return RowReader(rows, self.transforms, split, phase_span.job.train.seed, start)
 
     def _held_out(self, phase_span: PhaseSpan) -> HeldOut:
-        return hold_out(phase_span.job, self.held_out, self.names)
+        job = phase_span.job
+        return hold_out(job.data, job.train, self.held_out, self.names)
 
     def description(self) -> list[str]:
         """Say what is read, one line for the log per fact."""
@@ -154,8 +153,9 @@ def check_data(data: Data) -> None:
 
 
 def open_data(
-    job: TrainJob,
+    data: Data,
     phase_spans: list[PhaseSpan],
+    transforms: Sequence[RowTransform] = (),
     *,
     barrier: Callable[[], None],
     is_main: bool,
@@ -164,8 +164,9 @@ def open_data(
     """Open the data of a run; every process calls it.
 
     Args:
-        job: the run.
+        data: the section of the run.
         phase_spans: its phases.
+        transforms: what changes each row between reading and stacking, one after the other.
         barrier: waits for all processes.
         is_main: true in one process, which builds and writes what the others then read.
         report: is called there with how far a corpus is that is built.
@@ -173,7 +174,6 @@ def open_data(
     Raises:
         ConfigError, UserError: as `check_data`, or if a folder cannot be written.
     """
-    data = job.data
     if isinstance(data, Quickstart):
         data = _quickstart(data, barrier, report, is_main=is_main)
     tokenizer, train, held_out = _open(data)
@@ -185,8 +185,7 @@ def open_data(
         plan.prepare()
     if is_main:
         barrier()
-    transforms = tuple(built_from(job.row_transforms))
-    return RunData(tokenizer, names, plans, data, train, held_out, transforms)
+    return RunData(tokenizer, names, plans, data, train, held_out, tuple(transforms))
 
 
 def _open(data: Data) -> tuple[AnyTokenizer, OpenSources, OpenSources]:

@@ -62,7 +62,7 @@ def run(job: CheckJob) -> None:
 
 def _show_remarks(page: Console, job: CheckJob) -> None:
     """Print what does not stand in the way of the plan, and has to be known."""
-    if unread := unread_sources(job):
+    if unread := unread_sources(job.data, job.train.phases):
         page.print(
             f"\nThe phases name sources ({', '.join(unread)}). Without data.sources all phases "
             "read the same data."

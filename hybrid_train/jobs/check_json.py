@@ -37,7 +37,7 @@ def plan_as_data(plan: RunPlan) -> dict[str, Any]:
         "phases": [_phase(plan, one) for one in plan.phases if job.train.phases],
         "formats": [_formats(one) for one in plan.phases],
         "refused_by_a_gpu": [str(note) for note in hardware_notes(job)],
-        "sources_not_read": unread_sources(job),
+        "sources_not_read": unread_sources(job.data, job.train.phases),
         "still_to_be_set": [{"setting": one.path, "rule": one.rule} for one in data_is_chosen(job)],
     }
     plain: dict[str, Any] = masked_data(data)

@@ -288,13 +288,16 @@ def _started(
 
 def _ready(name: str, words: Sequence[str], *, is_sweep: bool) -> Callable[[], int | None]:
     """Compose and check a command's config, or several, and return what runs them."""
-    from hybrid_train.config import compose
-    from hybrid_train.jobs import submit, sweep
-
     if name == "submit":  # problems of the cluster and of all runs of an array are told at once
+        _say(f"Checking: {_typed(name, words)}")
+        from hybrid_train.jobs import submit
+
         return submit.plan(words, is_array=is_sweep)
     if is_sweep:
+        from hybrid_train.jobs import sweep
+
         return sweep.plan(name, words)
+    from hybrid_train.config import compose
 
     try:
         config = compose.compose(root_of(name), words)
@@ -328,14 +331,18 @@ def first_line(name: str, words: Sequence[str], config: Any) -> str:
         words: its overrides.
         config: what they were composed to.
     """
-    typed = command(*name.split(), *words).replace("\n", " ")
-    shown = typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
     said = (
         _folder_in_words(Path(run_dir), name)
         if (run_dir := getattr(config, "run_dir", None))
         else ""
     )
-    return f"Starting: {shown}{said}"
+    return f"Starting: {_typed(name, words)}{said}"
+
+
+def _typed(name: str, words: Sequence[str]) -> str:
+    """Return a command as it was typed, on one line and not too long."""
+    typed = command(*name.split(), *words).replace("\n", " ")
+    return typed if len(typed) <= _LONGEST else f"{typed[:_LONGEST]}..."
 
 
 def _folder_in_words(run_dir: Path, name: str) -> str:

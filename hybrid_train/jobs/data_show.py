@@ -13,6 +13,7 @@ from hybrid_train.jobs.help import console
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import PhaseSpan, lay_out, rows_of_step
 from hybrid_train.runtime.logs import start_logging
+from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.job_roots import IndexJob, ShowJob
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted, show_tokens
@@ -23,7 +24,14 @@ def run_index(job: IndexJob) -> None:
     start_logging()
     start = time.perf_counter()
     with TextProgress(terminal=sys.stderr.isatty()) as shown:
-        data = open_data(job, lay_out(job), barrier=lambda: None, is_main=True, report=shown.update)
+        data = open_data(
+            job.data,
+            lay_out(job),
+            built_from(job.row_transforms),
+            barrier=lambda: None,
+            is_main=True,
+            report=shown.update,
+        )
     for line in data.description():
         print(line)  # noqa: T201  the result of the command
     kept = data.train.cache.folder_of(len(one) for one in data.train.documents.values())
@@ -45,7 +53,13 @@ def run_show(job: ShowJob) -> None:
     if found is None:
         last = sum(phase_span.length.steps for phase_span in phase_spans)
         raise UserError(f"{run_dir} has no step {job.step}; its steps go from 1 to {last}")
-    data = open_data(trained, phase_spans, barrier=lambda: None, is_main=True)
+    data = open_data(
+        trained.data,
+        phase_spans,
+        built_from(trained.row_transforms),
+        barrier=lambda: None,
+        is_main=True,
+    )
     recorded = read_record(run_dir)
     differences = changes(recorded, record_of(data)) if recorded else []
     if differences:

@@ -19,6 +19,7 @@ from hybrid_train.model.build import build_model
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.planning.phases import PhaseSpan
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_tokens
@@ -100,7 +101,7 @@ class PhaseBuilder:
             phase_span, data_rank=groups.dp.rank(), data_size=groups.dp.size()
         )
         length = job.train.sequence_length
-        run.flops_per_token = counts.flops_per_token(job.model, rows_of(job), length).training
+        run.flops_per_token = counts.flops_per_token(job.model, rows_of(job.model), length).training
 
     def _batches(self, phase_span: PhaseSpan, engine: Engine, state: TrainState) -> BatchSource:
         groups = engine.network.groups
@@ -126,16 +127,16 @@ def in_phase(engine: Engine, phase_span: PhaseSpan) -> Engine:
     )
 
 
-def rows_of(job: TrainJob) -> int:
+def rows_of(model: Model) -> int:
     """Return the rows of the embedding, padding included."""
-    assert job.model.vocab_size is not None, "the data was opened before"
-    return padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
+    assert model.vocab_size is not None, "the data was opened before"
+    return padded_vocab_size(model.vocab_size, model.vocab_multiple)
 
 
 def _engine(job: TrainJob, groups: ProcessGroups, data: RunData, device: torch.device) -> Engine:
     assert job.model.vocab_size is not None
     built = build_model(job, groups, job.model.vocab_size, on_gpu=device.type == "cuda")
-    size = counts.parameters(job.model, rows_of(job))
+    size = counts.parameters(job.model, rows_of(job.model))
     _log.info(
         "model: %s parameters, %s active, pattern %s, %s on %s",
         show_tokens(size.total),
@@ -150,7 +151,7 @@ def _engine(job: TrainJob, groups: ProcessGroups, data: RunData, device: torch.d
             "learn from the balance loss alone"
         )
     if job.parallel.pipeline > 1:
-        for line in stages.describe(stages.stages(job, rows_of(job))):
+        for line in stages.describe(stages.stages(job, rows_of(job.model))):
             _log.info("  %s", line)
     for part, kernels in built.kernels.items():
         _log.info("  %s: %s", part, kernels)

@@ -41,6 +41,7 @@ from hybrid_train.planning.phases import (
 )
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.logs import say_through
+from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.problems import UserError
@@ -163,12 +164,12 @@ def _hooks(
         EnterPhases(phases, enter),
         # These add to the report of a step, of which the trackers are told after them.
         AuditPrecision(run_dir, lambda seen: phase_at(phases, seen).job),
-        *_rounding(job, phases, own_step),
-        *_validation(job, run, builder.data),
+        *_rounding(job.precision.statistics_interval, phases, run_dir, own_step),
+        *_validation(validation_interval(job.train.validation_interval, phases), run, builder.data),
         *built_from(job.hooks),
         _metrics(job, run, builder.data, peak),
         CollectGarbage(),
-        *_comparison(job),
+        *_comparison(job.recovery, run_dir),
         # A run that goes back is not saved where it was.
         Recover(job.recovery, run_dir, saving.settle),
         saving,
@@ -184,20 +185,19 @@ def _fit(run: Run, run_dir: Path) -> None:
         say_through(None)
 
 
-def _rounding(job: TrainJob, phases: list[PhaseSpan], own_step: int) -> list[Hook]:
+def _rounding(interval: int, phases: list[PhaseSpan], run_dir: Path, own_step: int) -> list[Hook]:
     """Measure what rounding does where GEMMs of any phase are quantized and it is asked for."""
-    interval = job.precision.statistics_interval
     jobs = [phase.job for phase in phases]
     if not interval or not any(quantizes(each.model, each.precision) for each in jobs):
         return []
-    return [MeasureRounding(Path(job.run_dir), interval, max(own_step, 0))]
+    return [MeasureRounding(run_dir, interval, max(own_step, 0))]
 
 
-def _validation(job: TrainJob, run: Run, data: RunData) -> list[Hook]:
+def _validation(interval: int, run: Run, data: RunData) -> list[Hook]:
     if run.validation is None:
         return []
     baseline = (lambda: data.unigram_cross_entropy) if ranks.is_main() else (lambda: None)
-    return [Validate(validation_interval(job), baseline)]
+    return [Validate(interval, baseline)]
 
 
 def _metrics(job: TrainJob, run: Run, data: RunData, peak: Peak) -> Hook:
@@ -221,10 +221,10 @@ def _trackers(job: TrainJob, run: Run) -> FanOut:
     return FanOut([*trackers, console])
 
 
-def _comparison(job: TrainJob) -> list[Hook]:
-    if ranks.world_size() == 1 or job.recovery.straggler_interval == 0:
+def _comparison(recovery: Recovery, run_dir: Path) -> list[Hook]:
+    if ranks.world_size() == 1 or recovery.straggler_interval == 0:
         return []
-    return [CompareProcesses(job.recovery, Path(job.run_dir))]
+    return [CompareProcesses(recovery, run_dir)]
 
 
 def _say_summary(run_dir: Path, peak: str = "") -> None:
@@ -286,7 +286,12 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
     """
     with TextProgress(terminal=sys.stderr.isatty()) as shown:
         data = open_data(
-            job, phase_spans, barrier=ranks.barrier, is_main=ranks.is_main(), report=shown.update
+            job.data,
+            phase_spans,
+            built_from(job.row_transforms),
+            barrier=ranks.barrier,
+            is_main=ranks.is_main(),
+            report=shown.update,
         )
     if job.model.vocab_size is None:
         # Weights keep their vocabulary, also where another one would fit into the same padding.
@@ -294,7 +299,7 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
         for phase_job in (job, *(phase_span.job for phase_span in phase_spans)):
             phase_job.model.vocab_size = loaded or data.vocab_size
     assert job.model.vocab_size is not None
-    if unread := unread_sources(job):
+    if unread := unread_sources(job.data, job.train.phases):
         _log.info(
             "the phases name sources (%s), this run has none: all phases read %s",
             ", ".join(unread),

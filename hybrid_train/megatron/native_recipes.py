@@ -26,6 +26,7 @@ from hybrid_train.anatomy.gemm_formats import (
 from hybrid_train.anatomy.kinds import MTP_PROJECTION
 from hybrid_train.megatron.plain import PLACES
 from hybrid_train.precision import te
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import Pattern
 from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.train import TrainJob
@@ -78,23 +79,26 @@ def quantized_formats(formats: dict[Linear, Formats]) -> list[GemmFormat]:
     return [format for format in dict.fromkeys(found) if format not in UNQUANTIZED]
 
 
-def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | None:
+def recipe_of_chunk(
+    model: Model, precision: Precision, cut: Pattern, chunk: int
+) -> RecipeConfig | None:
     """Return the format of every linear layer that one model chunk holds; None: all unquantized.
 
     Core numbers the layers of a chunk from 0, whatever stands on other pipeline stages
     (hybrid_block.py 126), so each chunk has a recipe of its own.
 
     Args:
-        job: the job; the three GEMMs of a layer have one format.
+        model: of a job.
+        precision: of the job; the three GEMMs of a layer have one format.
         cut: the pattern, cut into stages.
         chunk: number of the stage, in the order of the model.
     """
-    formats = formats_of(job.model, job.precision)
+    formats = formats_of(model, precision)
     if not quantized_formats(formats):
         return None
     first = 1 + sum(map(len, cut.stages[:chunk]))
     held = range(first, first + len(cut.stages[chunk]))
-    kept = fp8_primary_weights(job.model, job.precision)
+    kept = fp8_primary_weights(model, precision)
     matchers, delayed = [], False
     for linear, one in formats.items():
         (format,) = set(one.formats.values())
@@ -106,7 +110,7 @@ def recipe_of_chunk(job: TrainJob, cut: Pattern, chunk: int) -> RecipeConfig | N
             matchers += [GlobMatcher(path, key) for path in paths_in_core(linear, first)]
     if not delayed:  # whatever else could be quantized: nothing is by accident
         matchers.append(GlobMatcher("*", UNQUANTIZED_KEY))
-    return RecipeConfig(matchers, _config_of_keys(job.precision))
+    return RecipeConfig(matchers, _config_of_keys(precision))
 
 
 def paths_in_core(linear: Linear, first: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -37,7 +37,6 @@ from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.router import BalanceLosses, share_record
 from hybrid_train.megatron.spec import (
     PLAIN,
-    ModuleSpec,
     Parts,
     fused_parts,
     hybrid_spec,
@@ -103,10 +102,26 @@ def build_model(
         mamba_layer=mamba_layer_class(job.parallel),
         layers=layers(job.model),
     )
-    chunks = [
-        _build_chunk(job, config, spec, groups, vocab_size, chunk)
-        for chunk in range(job.parallel.virtual_pipeline)
-    ]
+    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
+    pattern = stages.cut(job, rows)
+    make = functools.partial(
+        Hybrid,
+        config=config,
+        hybrid_stack_spec=spec,
+        vocab_size=rows,
+        num_tokens=vocab_size,
+        max_sequence_length=job.train.sequence_length,
+        hybrid_layer_pattern=str(pattern),
+        share_embeddings_and_output_weights=job.model.tie_embeddings,
+        pg_collection=groups,
+    )
+    chunks = []
+    for chunk in range(job.parallel.virtual_pipeline):
+        if native:  # read while a chunk is built, and never after
+            config.quant_recipe = native_recipes.recipe_of_chunk(
+                job.model, job.precision, pattern, chunk * groups.pp.size() + groups.pp.rank()
+            )
+        chunks.append(_build_chunk(make, groups, chunk, job.parallel.virtual_pipeline))
     initialize(chunks, job.model, std=init_std(job.model), seed=job.train.seed)
     return BuiltModel(chunks, config, kernels, backend, share_record(chunks))
 
@@ -215,33 +230,14 @@ def _gemms_in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> 
 
 
 def _build_chunk(
-    job: TrainJob,
-    config: TransformerConfig,
-    spec: ModuleSpec,
-    groups: ProcessGroups,
-    vocab_size: int,
-    chunk: int,
+    make: Callable[..., Hybrid], groups: ProcessGroups, chunk: int, num_chunks: int
 ) -> Hybrid:
-    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
-    virtual = job.parallel.virtual_pipeline
+    """Build the chunk of this process with a number; the first and the last stage hold the ends."""
     stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
-    pattern = stages.cut(job, rows)
-    if config.fp8 or config.fp4:
-        number = chunk * groups.pp.size() + stage
-        # Read while a chunk is built, and never after.
-        config.quant_recipe = native_recipes.recipe_of_chunk(job, pattern, number)
-    return Hybrid(
-        config=config,
-        hybrid_stack_spec=spec,
-        vocab_size=rows,
-        num_tokens=vocab_size,
-        max_sequence_length=job.train.sequence_length,
-        hybrid_layer_pattern=str(pattern),
+    return make(
         pre_process=stage == 0 and chunk == 0,
-        post_process=stage == last_stage and chunk == virtual - 1,
-        share_embeddings_and_output_weights=job.model.tie_embeddings,
-        pg_collection=groups,
-        vp_stage=chunk if virtual > 1 else None,
+        post_process=stage == last_stage and chunk == num_chunks - 1,
+        vp_stage=chunk if num_chunks > 1 else None,
     ).to(torch.cuda.current_device())
 
 

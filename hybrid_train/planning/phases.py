@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hybrid_train.schema.data import has_sources
+from hybrid_train.schema.data import Data, has_sources
 from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.train import BatchRamp, Phase, Train, TrainJob
 from hybrid_train.schema.units import position, tokens
@@ -135,25 +135,24 @@ def rows_of_step(phase_spans: Sequence[PhaseSpan], step: int) -> tuple[PhaseSpan
     return None
 
 
-def validation_interval(job: TrainJob) -> int:
+def validation_interval(asked: int | None, phase_spans: Sequence[PhaseSpan]) -> int:
     """Return the steps between validations; 0: there is one at the end only.
 
     Where nothing is asked for, a run has at least five: every eighth of it, or every 100 steps.
     """
-    asked = job.train.validation_interval
     if asked is not None:
         return asked
-    steps = sum(phase_span.length.steps for phase_span in lay_out(job))
+    steps = sum(phase_span.length.steps for phase_span in phase_spans)
     return max(1, min(_VALIDATION_STEPS, -(-steps // _VALIDATIONS)))
 
 
-def scheduled_tokens(job: TrainJob) -> int:
+def scheduled_tokens(train: Train) -> int:
     """Return the tokens of a run outside of phases with a rate of their own, as they are asked."""
-    total = tokens(job.train.tokens)
-    starts = [position(phase.start, total) for phase in job.train.phases] + [total]
+    total = tokens(train.tokens)
+    starts = [position(phase.start, total) for phase in train.phases] + [total]
     own = sum(
         max(0, end - start)
-        for phase, start, end in zip(job.train.phases, starts[:-1], starts[1:], strict=True)
+        for phase, start, end in zip(train.phases, starts[:-1], starts[1:], strict=True)
         if phase.constant_lr is not None
     )
     return total - own
@@ -197,14 +196,14 @@ def views_of(job: TrainJob) -> Iterator[TrainJob]:
         yield current
 
 
-def unread_sources(job: TrainJob) -> list[str]:
+def unread_sources(data: Data, phases: Sequence[Phase]) -> list[str]:
     """Return the sources that the phases name although the run has none to choose from.
 
     So an experiment states its blends, and can be tried on any data there is.
     """
-    if has_sources(job.data):
+    if has_sources(data):
         return []
-    return list(dict.fromkeys(name for phase in job.train.phases for name in phase.blend))
+    return list(dict.fromkeys(name for phase in phases for name in phase.blend))
 
 
 def run_length(train: Train, start: int = 0, end: int | None = None) -> RunLength:

@@ -3,10 +3,12 @@
 python tests/benchmarks/by_library.py workers [--rounds 5]
 python tests/benchmarks/by_library.py blocks [--rounds 5]
 python tests/benchmarks/by_library.py tensors [--rounds 5]
+python tests/benchmarks/by_library.py items [--rounds 5]
 
 workers: `data.prepare.worker_pool` against concurrent.futures, in commands of `data tokenize`.
 blocks: `data.prepare.journal`, which appends, against a file for each block and a merge.
 tensors: `hf.safetensors` against the library of that name: reading rows, and writing a file.
+items: `checkpoint.tensor_files`, reading rows, against torch.load(weights_only=True).
 Each way runs in a process of its own, in turn; medians of seconds, of processor time (children
 included) and of the memory above the start. The outputs of both ways are compared, to the byte.
 """
@@ -41,7 +43,7 @@ TENSORS, SHAPE, ROWS = 24, (8192, 1024), 512  # 0.4 GB in bfloat16; rows that ar
 def main() -> int:
     """Run one comparison, or one way of it in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("workers", "blocks", "tensors"))
+    parser.add_argument("what", choices=tuple(WAYS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--copies", type=int, default=2, help="of the text that is tokenized")
     parser.add_argument("--timed", nargs=2, help=argparse.SUPPRESS)
@@ -63,6 +65,8 @@ def compare(what: str, folder: Path, rounds: int, copies: int) -> None:
         make(folder, copies, vocab=8192)
     if what == "tensors":
         make_tensors(folder)
+    if what == "items":
+        make_items(folder)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS[what]}
     for turn in range(rounds):
         ways = list(WAYS[what])
@@ -339,6 +343,62 @@ def write_library(folder: Path) -> None:
     save_file(tensors, folder / "out.library.bin", metadata={"format": "pt"})
 
 
+# items ------------------------------------------------------------------------------------------
+
+
+def make_items(folder: Path) -> None:
+    """Write a checkpoint of random tensors, each one item, as an import does."""
+    import torch
+
+    from hybrid_train.checkpoint.tensor_files import CheckpointWriter
+
+    writer = CheckpointWriter(folder)
+    for number in range(TENSORS):
+        place = writer.place(f"t{number:02d}", SHAPE, 0, SHAPE, torch.bfloat16)
+        place.write(torch.randn(SHAPE).bfloat16())
+    writer.finish()
+
+
+def items_ours(folder: Path) -> None:
+    from hybrid_train.checkpoint.tensor_files import StoredTensors
+
+    with StoredTensors(folder) as stored:
+        written(folder / "out.ours.bin", (
+            stored.read(name, start, start + ROWS)
+            for name in sorted(stored.names) for start in range(0, SHAPE[0], ROWS)
+        ))  # fmt: skip
+
+
+def items_library(folder: Path) -> None:
+    """Load an item as torch's own reader does, but without running a pickle, and take its rows."""
+    import io
+
+    import torch
+
+    from hybrid_train.checkpoint import safe_metadata
+
+    places = safe_metadata.read(folder).storage_data
+    items = sorted((key.fqn, place) for key, place in places.items() if key.offset is not None)
+
+    def rows() -> Iterator[Any]:
+        for _, place in items:
+            with (folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                whole = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+            yield from (whole[start : start + ROWS] for start in range(0, SHAPE[0], ROWS))
+
+    written(folder / "out.library.bin", rows())
+
+
+def written(path: Path, rows: Iterable[Any]) -> None:
+    """Write bytes that show that both read the same: the first row of each part."""
+    import torch
+
+    with path.open("wb") as file:
+        for part in rows:
+            file.write(part[0].contiguous().view(torch.uint8).numpy().tobytes())
+
+
 WAYS: dict[str, dict[str, Callable[[Path], float | None]]] = {
     "workers": {"crew": by_crew, "futures": by_futures},
     "blocks": {"journal": by_journal, "files": by_files},
@@ -346,10 +406,12 @@ WAYS: dict[str, dict[str, Callable[[Path], float | None]]] = {
         "read_ours": read_ours, "read_library": read_library,
         "write_ours": write_ours, "write_library": write_library,
     },
+    "items": {"items_ours": items_ours, "items_library": items_library},
 }  # fmt: skip
 PAIRS = {
     "workers": [("crew", "futures")],
     "blocks": [("journal", "files")],
+    "items": [("items_ours", "items_library")],
     "tensors": [("read_ours", "read_library"), ("write_ours", "write_library")],
 }
 

@@ -68,7 +68,7 @@ def cut_pair(first: Tensor, second: Tensor, share: float) -> int:
 def held_out(job: TrainJob) -> Iterator[Batch]:
     """Yield the rows that the run itself was validated on."""
     phase_spans = lay_out(job)
-    data = open_data(job, phase_spans, barrier=lambda: None, is_main=True)
+    data = open_data(job.data, phase_spans, barrier=lambda: None, is_main=True)
     validation = data.validation(phase_spans[-1], data_rank=0, data_size=1)
     assert validation is not None, "the run has no validation data"
     yield from validation

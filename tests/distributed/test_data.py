@@ -18,7 +18,7 @@ def _data(folder: str, *, alone: bool) -> RunData:
     train = Train(tokens="2k", sequence_length=16, microbatch=2, global_batch=8)
     job = TrainJob(train=train, data=Quickstart(folder=folder, vocab_size=300))
     barrier = (lambda: None) if alone else dist.barrier
-    return open_data(job, lay_out(job), barrier=barrier, is_main=alone or dist.get_rank() == 0)
+    return open_data(job.data, lay_out(job), barrier=barrier, is_main=alone or dist.get_rank() == 0)
 
 
 def _loader(found: RunData, rank: int, size: int) -> Loader:

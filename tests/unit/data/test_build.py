@@ -36,7 +36,7 @@ def job(data: Data, **changes: object) -> TrainJob:
 
 
 def build(run: TrainJob) -> RunData:
-    return open_data(run, lay_out(run), barrier=lambda: None, is_main=True)
+    return open_data(run.data, lay_out(run), barrier=lambda: None, is_main=True)
 
 
 def loader(found: RunData, rank: int = 0, size: int = 1, tokens_seen: int = 0) -> Loader:
@@ -134,7 +134,7 @@ def test_a_run_may_go_without_validation(corpus: Data) -> None:
 def test_the_main_process_builds_before_the_others_pass(corpus: Data) -> None:
     run, seen = job(corpus), []
     for is_main in (True, False):
-        open_data(run, lay_out(run), barrier=lambda: seen.append("met"), is_main=is_main)
+        open_data(run.data, lay_out(run), barrier=lambda: seen.append("met"), is_main=is_main)
     assert seen == ["met", "met"]
 
 

@@ -26,7 +26,7 @@ def opened(tmp_path: Path, train: str, validation: str, packing: Packing) -> Run
     )
     train_ = Train(tokens="20k", sequence_length=256, microbatch=2, global_batch=2)
     job = TrainJob(train=train_, data=data)
-    return open_data(job, lay_out(job), barrier=lambda: None, is_main=True)
+    return open_data(job.data, lay_out(job), barrier=lambda: None, is_main=True)
 
 
 @pytest.mark.parametrize("stray", [SIZE, SIZE + 100, 65_535, -1])

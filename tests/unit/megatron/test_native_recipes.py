@@ -185,7 +185,7 @@ def test_an_unquantized_model_has_no_recipe() -> None:
 
     job = tiny_job("M*", precision=Precision())
     assert fields(job) == {}
-    assert native_recipes.recipe_of_chunk(job, parse("M*"), 0) is None
+    assert native_recipes.recipe_of_chunk(job.model, job.precision, parse("M*"), 0) is None
 
 
 FIELDS = [
@@ -238,7 +238,8 @@ def test_core_reads_every_entry_of_a_recipe() -> None:
 
     from hybrid_train.megatron import native_recipes
 
-    recipe = native_recipes.recipe_of_chunk(super_job("M*ME"), parse("M*ME"), 0)
+    job = super_job("M*ME")
+    recipe = native_recipes.recipe_of_chunk(job.model, job.precision, parse("M*ME"), 0)
     names = {
         "decoder.layers.0.mixer.in_proj": ("fp4", "nvfp4"),
         "decoder.layers.0.mixer.out_proj": ("fp8", "mxfp8"),
@@ -279,7 +280,7 @@ def test_core_is_told_which_weights_to_build_in_fp8() -> None:
     }
     for asked in (True, False):
         job.precision.fp8_param_gather = asked
-        recipe = native_recipes.recipe_of_chunk(job, parse("M*M/-"), 0)
+        recipe = native_recipes.recipe_of_chunk(job.model, job.precision, parse("M*M/-"), 0)
         for name, is_kept in names.items():
             config = get_quant_config_or_none(name, recipe)
             assert config is not None
@@ -323,7 +324,7 @@ def key_of(cut: Pattern, linear: Linear) -> str:
             chunk = number
             break
         before += len(layers)
-    recipe = native_recipes.recipe_of_chunk(SUPER, cut, chunk)
+    recipe = native_recipes.recipe_of_chunk(SUPER.model, SUPER.precision, cut, chunk)
     assert recipe is not None
     (name,) = native_recipes.paths_in_core(linear, before + 1)
     key = recipe.match_to_config_key(MatchContext(name, None))

@@ -142,15 +142,15 @@ def test_a_position_says_the_phase_and_the_rows_that_are_done() -> None:
 
 @pytest.mark.parametrize("steps", [5, 9, 17, 100, 799])
 def test_a_short_run_is_validated_five_to_ten_times(steps: int) -> None:
-    interval = validation_interval(job(tokens=str(steps * 64)))
+    interval = validation_interval(None, lay_out(job(tokens=str(steps * 64))))
     validations = {*range(interval, steps + 1, interval), steps}
     assert 5 <= len(validations) <= 10
 
 
 def test_a_long_run_is_validated_every_hundred_steps_unless_it_asks_for_another_interval() -> None:
-    assert validation_interval(job(tokens=str(5000 * 64))) == 100
+    assert validation_interval(None, lay_out(job(tokens=str(5000 * 64)))) == 100
     for asked in (0, 7):
-        assert validation_interval(job(validation_interval=asked)) == asked
+        assert validation_interval(asked, lay_out(job())) == asked
 
 
 def test_a_longer_run_leaves_the_phases_before_the_last_as_they_are() -> None:
@@ -239,11 +239,13 @@ def test_a_run_without_sources_leaves_the_blends_of_its_phases_out(data: Data) -
         Phase(name="one", blend={"a": 0.5, "c": 0.5}),
         Phase(name="two", start="50%", blend={"b": 1.0}, global_batch=8),
     )
-    assert unread_sources(found) == []  # it has sources, and c is a problem
+    assert (
+        unread_sources(found.data, found.train.phases) == []
+    )  # it has sources, and c is a problem
     assert "train.phases.0.blend.c" in problems(found)
     found.data = data
     assert not any("blend" in path for path in problems(found))
-    assert unread_sources(found) == ["a", "c", "b"]
+    assert unread_sources(found.data, found.train.phases) == ["a", "c", "b"]
     one, two = (phase_span.job for phase_span in lay_out(found))
     assert one.data.blend == two.data.blend == {}
     assert two.train.global_batch == 8  # all else stays
