@@ -31,6 +31,7 @@ from hybrid_train.schema.extension import (
     imported,
     is_import_path,
 )
+from hybrid_train.schema.gpu import Gpu
 from hybrid_train.schema.limits import MOST_TOKENS
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import OBJECTIVES, ObjectiveSettings
@@ -58,6 +59,7 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
     ("recovery", "base"): Recovery,
     ("tracking", "base"): Tracking,
     ("runtime", "base"): Runtime,
+    ("gpu", "base"): Gpu,
     ("profile", "base"): Profile,
     ("cluster", "base"): Cluster,
 }

@@ -245,7 +245,7 @@ class _Search:
         found |= {2**power for power in range(13)}
         legal = (number for number in found if (number > 0 or number in hints) and number != given)
         nearest = sorted(legal, key=lambda one: (abs(one - given), one not in hints[:1], one))
-        return [*nearest]
+        return [*(hint for hint in hints if isinstance(hint, str)), *nearest]  # "null" first
 
     def _look(self, values: Values) -> Iterator[Problem]:
         """Yield what is wrong with values in place.

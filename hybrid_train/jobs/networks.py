@@ -121,7 +121,10 @@ def build_network(
     edits += built_from(job.edits)
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
-    chunks = data_parallel.wrap(formatted, built.config, job.parallel, job.precision)
+    chunks = data_parallel.wrap(
+        *(formatted, built.config, job.parallel, job.precision),
+        nccl_user_buffers=job.gpu.nccl_user_buffers,
+    )
     held = [pair for chunk in chunks for pair in chunk.named_parameters()]
     _log.info("%s", describe_decay(job.optimizer, held))
     dtype = DTYPES[job.precision.base]

@@ -47,7 +47,7 @@ class PhaseBuilder:
 
     def build(self, phase_span: PhaseSpan, state: TrainState, token_budget: int) -> Run:
         """Build a run at a position in a phase, with new weights."""
-        groups = build_groups(phase_span.job.parallel, phase_span.job.runtime.timeout_s)
+        groups = _groups_of(phase_span.job)
         engine = _engine(phase_span.job, groups, self.data, self.device)
         engine.steps_done = state.step
         run = Run(engine, self._batches(phase_span, engine, state), token_budget, state=state)
@@ -82,7 +82,7 @@ class PhaseBuilder:
         del run.engine
         gc.collect()  # models are full of cycles, and two of them may not fit
         destroy_groups()
-        groups = build_groups(phase_span.job.parallel, phase_span.job.runtime.timeout_s)
+        groups = _groups_of(phase_span.job)
         engine = _engine(phase_span.job, groups, self.data, self.device)
         store.load(found, content_of(engine))
         engine.steps_done = run.state.step
@@ -131,6 +131,10 @@ def rows_of(model: Model) -> int:
     """Return the rows of the embedding, padding included."""
     assert model.vocab_size is not None, "the data was opened before"
     return padded_vocab_size(model.vocab_size, model.vocab_multiple)
+
+
+def _groups_of(job: TrainJob) -> ProcessGroups:
+    return build_groups(job.parallel, job.runtime.timeout_s, job.gpu)
 
 
 def _engine(job: TrainJob, groups: ProcessGroups, data: RunData, device: torch.device) -> Engine:

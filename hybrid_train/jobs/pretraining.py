@@ -55,6 +55,7 @@ from hybrid_train.tracking.plots import plot_losses
 from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.trackers import FanOut, build_trackers
 from hybrid_train.training.bad_steps import BadSteps, NonFiniteError
+from hybrid_train.training.hooks.capture import CaptureGraphs
 from hybrid_train.training.hooks.checkpointing import (
     EnterPhases,
     Recover,
@@ -63,7 +64,12 @@ from hybrid_train.training.hooks.checkpointing import (
     load_weights,
     ways_on,
 )
-from hybrid_train.training.hooks.processes import CollectGarbage, CompareProcesses, StopOnSignal
+from hybrid_train.training.hooks.processes import (
+    CollectGarbage,
+    CompareProcesses,
+    CompareReplicas,
+    StopOnSignal,
+)
 from hybrid_train.training.hooks.profiling import profiling_hooks
 from hybrid_train.training.hooks.reporting import LogMetrics, Validate
 from hybrid_train.training.hooks.rounding import AuditPrecision, MeasureRounding
@@ -168,7 +174,9 @@ def _hooks(
         *_validation(validation_interval(job.train.validation_interval, phases), run, builder.data),
         *built_from(job.hooks),
         _metrics(job, run, builder.data, peak),
-        CollectGarbage(),
+        CollectGarbage(job.runtime.gc_interval),
+        CaptureGraphs(job.gpu),
+        *_checksums(job.recovery),
         *_comparison(job.recovery, run_dir),
         # A run that goes back is not saved where it was.
         Recover(job.recovery, run_dir, saving.settle),
@@ -219,6 +227,12 @@ def _trackers(job: TrainJob, run: Run) -> FanOut:
     console = Console(run.token_budget, run.state.tokens, job.tracking.console_interval, before)
     say_through(console.say)
     return FanOut([*trackers, console])
+
+
+def _checksums(recovery: Recovery) -> list[Hook]:
+    if ranks.world_size() == 1 or recovery.checksum_interval == 0:
+        return []
+    return [CompareReplicas(recovery.checksum_interval)]
 
 
 def _comparison(recovery: Recovery, run_dir: Path) -> list[Hook]:

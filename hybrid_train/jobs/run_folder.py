@@ -31,6 +31,7 @@ from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
 _MAY_CHANGE = (
     "run_dir",
     "runtime.",
+    "gpu.",
     "profile.",
     "tracking.",
     "checkpoint.",

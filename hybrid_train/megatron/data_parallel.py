@@ -27,21 +27,29 @@ from torch.nn import Module
 
 from hybrid_train.megatron import patches
 from hybrid_train.megatron.checkpoints import empty_like, stand_ins
+from hybrid_train.megatron.gpu_switches import group_options
 from hybrid_train.megatron.hybrid import FLOAT32
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.gpu import Gpu
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision
 
 Chunks = list[DistributedDataParallel]  # of one process; under Megatron-FSDP its own class
 
 
-def build_groups(parallel: Parallel, timeout_s: float) -> ProcessGroups:
+def build_groups(parallel: Parallel, timeout_s: float, gpu: Gpu | None = None) -> ProcessGroups:
     """Split the processes of the run into groups along each parallel axis.
 
     Megatron's tracker of random states begins here, too. The one for inference never switches
     streams: the family has no dropout, and weights are initialised by name (`model/build.py`).
+
+    Args:
+        parallel: the degrees.
+        timeout_s: of a collective.
+        gpu: options of NCCL, where it is used.
     """
-    patches.for_process(on_gpu=torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    patches.for_process(on_gpu=on_gpu)
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -54,6 +62,7 @@ def build_groups(parallel: Parallel, timeout_s: float) -> ProcessGroups:
         expert_tensor_parallel_size=parallel.expert_tensor,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        **group_options(gpu or Gpu(), on_gpu=on_gpu),
     )
     return ProcessGroups.use_mpu_process_groups()
 
@@ -87,15 +96,23 @@ def _in_half_precision(config: TransformerConfig, chunk: Module) -> Module:
 
 
 def wrap(
-    chunks: Sequence[Module], config: TransformerConfig, parallel: Parallel, precision: Precision
+    chunks: Sequence[Module],
+    config: TransformerConfig,
+    parallel: Parallel,
+    precision: Precision,
+    *,
+    nccl_user_buffers: bool = False,
 ) -> Chunks:
     """Wrap the model chunks of this process, in the model's number format, for data parallelism."""
+    registers = nccl_user_buffers and torch.cuda.is_available()
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=precision.reduce_gradients_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
         fp8_param_gather=precision.fp8_param_gather,
+        bucket_size=parallel.bucket_parameters,
+        nccl_ub=registers,
     )
     # Megatron-FSDP frees and reuses memory of collectives by the order of CUDA streams, which the
     # threads of gloo do not keep: they would write into what is somebody else's by then.
@@ -103,7 +120,7 @@ def wrap(
     if not torch.cuda.is_available():
         patches.gather_one_by_one(precision.fp8_param_gather)
     if parallel.fsdp:
-        return _wrap_fsdp(chunks, config, precision)
+        return _wrap_fsdp(chunks, config, precision, nccl_user_buffers=registers)
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
@@ -115,7 +132,11 @@ def wrap(
 
 
 def _wrap_fsdp(
-    chunks: Sequence[Module], config: TransformerConfig, precision: Precision
+    chunks: Sequence[Module],
+    config: TransformerConfig,
+    precision: Precision,
+    *,
+    nccl_user_buffers: bool,
 ) -> list[FullyShardedDataParallel]:
     """Split the model chunks of this process, which hold everything until then."""
     reduced_in = torch.float32 if precision.reduce_gradients_in_fp32 else None
@@ -131,6 +152,7 @@ def _wrap_fsdp(
         megatron_fsdp_main_params_dtype=torch.float32 if config.bf16 else None,
         megatron_fsdp_main_grads_dtype=reduced_in,
         megatron_fsdp_grad_comm_dtype=reduced_in,
+        nccl_ub=nccl_user_buffers,
     )
     return [FullyShardedDataParallel(config, settings, chunk) for chunk in chunks]
 

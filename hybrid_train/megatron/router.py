@@ -32,19 +32,51 @@ class BalanceLosses:
     """
 
     def __init__(self) -> None:
-        self.scale: Tensor | None = None
+        self._scale: Tensor | None = None
         self._sum: Tensor | None = None
+        self._stays = False
+
+    @property
+    def scale(self) -> Tensor | None:
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: Tensor | None) -> None:
+        if self._stays and self._scale is not None and value is not None:
+            self._scale.copy_(value)
+        else:
+            self._scale = value
+
+    def stay_in_place(self, device: torch.device) -> None:
+        """Keep sum and scale in the memory that a captured graph adds to and reads from."""
+        self._stays = True
+        self._sum = torch.zeros((), device=device)
+        self._scale = None if self._scale is None else self._scale.clone()
 
     def record(self, value: Tensor) -> None:
         """Add the unweighted loss of one layer and microbatch; validation is not recorded."""
-        if torch.is_grad_enabled():
-            value = value.detach()
-            self._sum = value if self._sum is None else self._sum + value
+        if not torch.is_grad_enabled():
+            return
+        value = value.detach()
+        if self._sum is None:
+            self._sum = value
+        elif self._stays:
+            self._sum.add_(value)
+        else:
+            self._sum = self._sum + value
 
     def take(self) -> Tensor | None:
-        """Return the sum since the last call, and forget it; None if nothing was recorded."""
-        found, self._sum = self._sum, None
-        return found
+        """Return the sum since the last call, and forget it; None if nothing was recorded.
+
+        A sum that stays in place is 0 then: replayed graphs add to it and say nothing.
+        """
+        found = self._sum
+        if found is None or not self._stays:
+            self._sum = None
+            return found
+        taken = found.clone()
+        found.zero_()
+        return taken
 
 
 class TopKRouter(core.TopKRouter):
@@ -76,7 +108,9 @@ class TopKRouter(core.TopKRouter):
         weights, chosen = self._choose(logits)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             unbiased, scores = compute_routing_scores_for_aux_loss(
-                logits, self.topk, self.score_function, padding_mask=padding
+                *(logits, self.topk, self.score_function),
+                fused=self.config.moe_router_fusion,
+                padding_mask=padding,
             )
             weights = self._apply_seq_aux_loss(
                 weights, scores, unbiased, length, rows, with_padding_mask=padding is not None
@@ -100,6 +134,7 @@ class TopKRouter(core.TopKRouter):
                 scaling_factor=scale if self.topk > 1 else None,
                 score_function=self.score_function,
                 expert_bias=self.expert_bias,
+                fused=self.config.moe_router_fusion,
             )
             if self.topk == 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -141,6 +176,7 @@ class TopKRouter(core.TopKRouter):
             topk=self.topk,
             num_experts=self.config.num_moe_experts,
             moe_aux_loss_coeff=coefficient,
+            fused=self.config.moe_router_fusion,
         )
         return self.attach_and_log_load_balancing_loss(
             probs,

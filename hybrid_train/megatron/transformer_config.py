@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.megatron import native_recipes
+from hybrid_train.megatron import gpu_switches, native_recipes
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
@@ -40,17 +40,20 @@ _FIELDS_OF_AXES = {  # sizes that may differ from layer to layer -> fields of Tr
 }
 
 
-def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> TransformerConfig:
+def transformer_config(
+    job: TrainJob, *, on_gpu: bool, fused: bool = False, native: bool = False
+) -> TransformerConfig:
     """Translate a checked job; Megatron checks the combination once more.
 
     Args:
         job: the job.
         on_gpu: whether it runs on GPUs.
+        fused: whether Transformer Engine's kernels run there.
         native: whether Transformer Engine computes its quantized GEMMs.
     """
     pattern = parse(job.model.pattern)
     dtype = DTYPES[job.precision.base]
-    return TransformerConfig(
+    fields = dict(
         **_shape(job.model),
         **_attention(job, pattern),
         **_experts(job, pattern),
@@ -79,6 +82,9 @@ def transformer_config(job: TrainJob, *, on_gpu: bool, native: bool = False) -> 
         # Megatron-FSDP has no buffer to add to until gradients are there (layers.py 659).
         gradient_accumulation_fusion=not on_gpu and not job.parallel.fsdp,
         cuda_graph_impl="none",
+    )
+    return TransformerConfig(
+        **(fields | gpu_switches.config_fields(job, on_gpu=on_gpu, fused=fused))
     )
 
 

@@ -27,6 +27,7 @@ from hybrid_train.anatomy.kinds import Draw
 from hybrid_train.anatomy.layers import layers, main_layers, stored
 from hybrid_train.config.supported import LIBRARIES
 from hybrid_train.megatron import (
+    gpu_switches,
     native_recipes,
     patches,
     plain,
@@ -93,7 +94,12 @@ def build_model(
     if kept := kept_in_words(job.model, job.precision):
         kernels["FP8 parameters"] = kept
     native = backend is Backend.native
-    config = transformer_config(job, on_gpu=on_gpu, native=native)
+    fused = parts.experts is not plain.Experts
+    config = transformer_config(job, on_gpu=on_gpu, fused=fused, native=native)
+    if left_out := list(gpu_switches.left_out(job, on_gpu=on_gpu, fused=fused)):
+        kernels["left out here"] = "; ".join(left_out)
+    if config.tp_comm_overlap:
+        _overlap_tensor_ranks(job)
     if native:
         patches.for_recipes(native_recipes.recipe_maker(job.precision))
     spec = hybrid_spec(
@@ -227,6 +233,16 @@ def _gemms_in_words(job: TrainJob, backend: Backend | None, *, on_gpu: bool) -> 
     if any(GemmFormat.fp8_delayed in one.formats.values() for one in formats):
         words += "; what fp8_delayed remembers begins here, also in a run that goes on"
     return words
+
+
+def _overlap_tensor_ranks(job: TrainJob) -> None:
+    train, given = job.train, formats_of(job.model, job.precision).values()
+    te.overlap_tensor_ranks(
+        train.microbatch * train.sequence_length // job.parallel.context,
+        job.model.hidden_size,
+        job.parallel.tensor,
+        formats={format for one in given for format in one.formats.values()},
+    )
 
 
 def _build_chunk(

@@ -252,3 +252,30 @@ _BUILDERS: dict[GemmFormat, Callable[[Any, Precision], Any]] = {
     GemmFormat.mxfp8: _mxfp8,
     GemmFormat.nvfp4: _nvfp4,
 }
+
+
+def overlap_tensor_ranks(
+    tokens: int, hidden_size: int, tensor: int, *, formats: Iterable[GemmFormat]
+) -> None:
+    """Make the buffers through which GEMMs and collectives of tensor ranks run at once.
+
+    Every process calls it before layers are built. It has never run: no GPU was at hand.
+
+    Args:
+        tokens: of a microbatch on the ranks of one tensor group.
+        hidden_size: of the model.
+        tensor: ranks of a group.
+        formats: of the GEMMs; those of 8 bits need buffers of their own.
+    """
+    base = importlib.import_module("transformer_engine.pytorch.module.base")
+    modes = base.UserBufferQuantizationMode
+    kept = {
+        modes.NONE if one in (GemmFormat.bf16, GemmFormat.fp32) else modes.FP8 for one in formats
+    }
+    base.destroy_ub()
+    base.initialize_ub(
+        shape=[tokens, hidden_size],
+        tp_size=tensor,
+        quantization_modes=sorted(kept, key=str),
+        bootstrap_backend="nccl",
+    )

@@ -24,6 +24,12 @@ from hybrid_train.schema.units import counted
 
 _log = logging.getLogger(__name__)
 _TRY_S = 1.0  # between two tries to reach rank 0
+_DETERMINISTIC = {  # read when a library starts
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "NCCL_ALGO": "Ring",
+    "MAMBA_DETERMINISTIC": "1",
+}
 _starts = itertools.count()  # of this process; all processes of a run start as often
 
 
@@ -44,12 +50,15 @@ def process(runtime: Runtime, seed: int) -> Iterator[torch.device]:
         torch.set_num_threads(runtime.threads or _share_of_cores())
     else:
         torch.cuda.set_device(device)
+    if runtime.deterministic:
+        _be_deterministic()
     _seed(seed)
     _join_group(device, runtime.timeout_s)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+        torch.use_deterministic_algorithms(False)
 
 
 def choose_device(runtime: Runtime) -> torch.device:
@@ -79,6 +88,19 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _be_deterministic() -> None:
+    """Let libraries take kernels that give the same numbers in every run, before they start.
+
+    What the user has set stays. Sources: torch's notes on reproducibility; Transformer Engine,
+    docs/envvars; NCCL fixes the order of its sums by its algorithm.
+    """
+    for name, value in _DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    # To fill fresh memory is for debugging alone, and slow.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _join_group(device: torch.device, timeout_s: float) -> None:

@@ -39,4 +39,5 @@ class Recovery:
     max_failed_saves: CountOrNone = 3  # in a row, for a full disk or the like; then the run ends
     straggler_interval: CountOrNone = 100  # steps between two comparisons of processes; 0: none
     straggler_ratio: StragglerRatio = 1.5  # times of a process over the median that are told
+    checksum_interval: CountOrNone = 0  # steps between two comparisons of equal weights; 0: none
     time_limit_s: SecondsOrMore | None = None  # save and stop so long after the start

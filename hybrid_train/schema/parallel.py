@@ -33,6 +33,20 @@ class RecomputeMethod(enum.Enum):
     block = "block"  # the first `recompute_layers` of each pipeline stage
 
 
+class Dispatcher(enum.Enum):
+    """How tokens travel to their experts and back."""
+
+    alltoall = "alltoall"  # each to the ranks of its experts
+    allgather = "allgather"  # all to all ranks; for few experts, or many choices of a token
+    deepep = "deepep"  # DeepEP's kernels; a CPU takes alltoall
+    hybridep = "hybridep"  # HybridEP's, for NVLink between nodes; a CPU takes alltoall
+
+    @property
+    def is_flex(self) -> bool:
+        """Whether it is a library that Megatron calls flex."""
+        return self in (Dispatcher.deepep, Dispatcher.hybridep)
+
+
 @dataclass(kw_only=True)
 class Parallel:
     """Degrees of parallelism. What is left of the processes is data parallel."""
@@ -47,6 +61,11 @@ class Parallel:
     distributed_optimizer: bool = True  # split the optimizer state over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass still runs
     overlap_param_gather: bool = False  # gather parameters while the forward pass already runs
+    overlap_tensor: bool = False  # run GEMMs and collectives of tensor ranks at once; on a GPU
+    overlap_shared_experts: bool = False  # run shared experts while tokens travel
+    overlap_expert_gradients: bool = False  # weight gradients of experts meanwhile; on a GPU
+    bucket_parameters: Count | None = None  # reduced together; null: 40M, or 1M for each data rank
+    dispatcher: Dispatcher = Dispatcher.alltoall  # how tokens travel to experts
     recompute: Recompute = Recompute.none  # activations computed again, not kept
     recompute_modules: list[RecomputeModule] | None = None  # for selective; None: mamba and moe
     recompute_method: RecomputeMethod = RecomputeMethod.uniform  # for full

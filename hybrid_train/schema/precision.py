@@ -103,6 +103,7 @@ class Precision:
     strict: bool = True  # stop where a GEMM did not run as asked
     statistics_interval: CountOrNone = 100  # steps; 0: no underflow, saturation, error
     reduce_gradients_in_fp32: bool = True
+    fp8_attention: bool = False  # the GEMMs of softmax attention too; on a GPU
     fp8_param_gather: bool = False  # keep and gather weights of FP8 layers in FP8, not bfloat16
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from hybrid_train.schema.limits import Range, Seconds, SecondsOrMore, Workers
+from hybrid_train.schema.limits import Count, Range, Seconds, SecondsOrMore, Workers
 from hybrid_train.schema.problems import Problem
 
 SHORTEST_SILENCE_S = 5  # of a process that builds a model or saves
@@ -36,6 +36,8 @@ class Runtime:
     kernels: Kernels = Kernels.auto
     threads: Workers | None = None  # CPU threads per process; None: cores / local processes
     peak_tflops: Teraflops | None = None  # peak for MFU; None: table of GPUs, or measured on a CPU
+    deterministic: bool = False  # the same numbers in every run, by slower kernels
+    gc_interval: Count = 100  # steps between two collections of garbage, on all processes at once
     timeout_s: SecondsOrMore = 600  # a collective that takes longer stops the run
     hang_timeout_s: Seconds = 1800  # a process silent for longer is ended, with its stack; 0: never
 

@@ -58,6 +58,7 @@ class Profile:
     stacks: bool = False  # torch: note the lines of Python that asked for each operation
     memory: bool = False  # torch: note what each operation allocates
     snapshot: bool = False  # on a GPU: record allocations, write them when memory runs out
+    equal_load: bool = False  # give each expert as many tokens, whatever the router says: to time
     snapshot_events: Count = 100_000  # allocations that are remembered, the newest
 
     def problems(self) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from hybrid_train.schema.checkpoint import Checkpoint, Recovery
 from hybrid_train.schema.data import Data, blend_problems
+from hybrid_train.schema.gpu import Gpu
 from hybrid_train.schema.limits import (
     Batch,
     Count,
@@ -101,4 +102,5 @@ class TrainJob:
     recovery: Recovery = field(default_factory=Recovery)
     tracking: Tracking = field(default_factory=Tracking)
     runtime: Runtime = field(default_factory=Runtime)
+    gpu: Gpu = field(default_factory=Gpu)
     profile: Profile = field(default_factory=Profile)

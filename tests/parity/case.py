@@ -76,6 +76,13 @@ def case_of(parallel: Parallel, pattern: str = PATTERN, data: int = 1) -> Case:
     return Case(job, needed_processes(parallel, data))
 
 
+def full_width(case: Case) -> Case:
+    """Return the same case with experts of the width of the model, not of a latent one."""
+    changed = copy.deepcopy(case)
+    changed.job.model.moe.latent_size = None
+    return changed
+
+
 def packed(case: Case) -> Case:
     """Return the same case on packed rows."""
     return replace(case, packed=True)

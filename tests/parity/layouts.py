@@ -1,8 +1,8 @@
 """The layouts of the parity table."""
 
-from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.parallel import Dispatcher, Parallel
 from hybrid_train.schema.precision import GemmFormat
-from tests.parity.case import Case, case_of, packed, quantized, unequal
+from tests.parity.case import Case, case_of, full_width, packed, quantized, unequal
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
 _DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
@@ -26,6 +26,17 @@ LAYOUTS: dict[str, Case] = {
     "DP2, whole optimizer": case_of(Parallel(distributed_optimizer=False), data=2),
     "DP2, overlapped": case_of(
         Parallel(overlap_grad_reduce=True, overlap_param_gather=True), data=2
+    ),
+    "DP2, small buckets": case_of(
+        Parallel(overlap_grad_reduce=True, overlap_param_gather=True, bucket_parameters=1000),
+        data=2,
+    ),
+    "EP2, tokens to all": case_of(Parallel(expert=2, dispatcher=Dispatcher.allgather)),
+    "TP2 x EP2, tokens to all": case_of(
+        Parallel(tensor=2, expert=2, dispatcher=Dispatcher.allgather), data=2
+    ),
+    "EP2, shared experts meanwhile": full_width(
+        case_of(Parallel(expert=2, overlap_shared_experts=True))
     ),
     "DP2, FSDP": case_of(Parallel(fsdp=True), data=2),
     "EP2 x DP2, FSDP": case_of(Parallel(fsdp=True, expert=2), data=4),

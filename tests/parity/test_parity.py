@@ -26,7 +26,10 @@ LEFT_OUT = {
 }  # fmt: skip
 TESTED = [name for name in LAYOUTS if name not in LEFT_OUT]
 # What `make test` has of those.
-EACH_SPLIT = ("TP2", "VPP2 x PP2", "EP2", "ETP2", "CP2", "DP2, overlapped", "DP2, FSDP")
+EACH_SPLIT = (
+    "TP2", "VPP2 x PP2", "EP2", "ETP2", "CP2", "DP2, overlapped", "DP2, FSDP", "EP2, tokens to all",
+    "EP2, shared experts meanwhile",
+)  # fmt: skip
 # Each kind of split, and those that meet in one; `make parity` runs all on packed rows, and more
 # with quantized GEMMs.
 EVERY_PACKED = tuple(

@@ -1,4 +1,7 @@
-"""Hooks over all processes: they stop and collect garbage at the same steps, and name slow ones."""
+"""Hooks over all processes: they stop and collect garbage at the same steps.
+
+They name processes that are slow, and those whose weights are not what others have of them.
+"""
 
 import gc
 import logging
@@ -10,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from hybrid_train.megatron import replicas
 from hybrid_train.runtime import heartbeat, ranks
 from hybrid_train.runtime.heartbeat import SIGNALS, StopSignals
 from hybrid_train.schema.checkpoint import Recovery
+from hybrid_train.schema.problems import UserError
 from hybrid_train.tracking import history
 from hybrid_train.training.engine import StepReport
 from hybrid_train.training.loop import Hook, Run
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 _PARTS = (heartbeat.DATA, heartbeat.FORWARD_BACKWARD, heartbeat.OPTIMIZER)
 _PROBE = "GEMM"  # the same work on every process: a slow device shows under any layout
 _PROBE_OF = {"cpu": (256, torch.float32), "cuda": (4096, torch.bfloat16)}
+_SHOWN = 8  # tensors that an error names
 _LEAST_S = 0.002  # a step; below that, clocks and schedulers make the difference
 _log = logging.getLogger(__name__)
 
@@ -88,7 +94,7 @@ class CollectGarbage(Hook):
     It takes over from Python's own timing while the run lasts.
     """
 
-    def __init__(self, interval: int = 100) -> None:
+    def __init__(self, interval: int) -> None:
         self._interval = interval
 
     def fit_start(self, run: Run) -> None:
@@ -103,6 +109,56 @@ class CollectGarbage(Hook):
     def fit_end(self, run: Run) -> None:
         gc.unfreeze()
         gc.enable()
+
+
+class ReplicaError(UserError):
+    """Processes hold other values of a weight that they should hold alike."""
+
+    kind = "corruption"
+
+
+class CompareReplicas(Hook):
+    """Stops the run where processes no longer hold the same weights."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        step = run.state.step
+        if step % self._interval:
+            return
+        found = [
+            one
+            for network in run.engine.networks.values()
+            if network.optimizer is not None
+            for one in replicas.different_replicas(network.chunks, network.groups)
+        ]
+        told = torch.tensor(len(found), device=run.engine.network.device)
+        dist.all_reduce(told)
+        if not told.item():
+            return
+        everywhere: list[list[replicas.Difference]] = [[] for _ in range(ranks.world_size())]
+        dist.all_gather_object(everywhere, found)
+        lines = dict.fromkeys(
+            f"  {one.name} of rank {', '.join(map(str, one.ranks))}"
+            for each in everywhere
+            for one in each
+        )
+        error = ReplicaError(_words_of(list(lines), step, self._interval))
+        error.on_all_ranks = True
+        raise error
+
+
+def _words_of(lines: list[str], step: int, interval: int) -> str:
+    shown = "\n".join(lines[:_SHOWN])
+    more = f"\n  and {len(lines) - _SHOWN:,} more" if len(lines) > _SHOWN else ""
+    return (
+        f"step {step}: processes that should hold the same weights do not; a device or a kernel "
+        f"computes wrongly, or memory lost a bit, in the last {interval} steps:\n{shown}{more}\n"
+        "Take the node of that rank out (of two ranks that differ, one is right), and go on from a "
+        f"checkpoint of step {max(0, step - interval)} or before; recovery.checksum_interval=0 "
+        "goes on without the comparison"
+    )
 
 
 class CompareProcesses(Hook):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_train.schema.tracking import Profile
 from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, some_rows, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
@@ -70,3 +71,21 @@ def test_it_has_the_name_by_which_megatron_fsdp_knows_it() -> None:
 
     source = Path(mcore_fsdp_adapter.__file__).read_text()
     assert f'"{TopKRouter.__name__}",' in source
+
+
+def test_equal_load_gives_each_expert_its_share_whatever_the_router_says(groups: Any) -> None:
+    from hybrid_train.model.build import build_model
+
+    loads = []
+    for equal in (False, True):
+        job = tiny_job("E", profile=Profile(equal_load=equal))
+        model = build_model(job, groups, VOCAB, on_gpu=False).chunks[0]
+        (router,) = [one for one in model.modules() if hasattr(one, "local_tokens_per_expert")]
+        router.weight.data[1:] = -router.weight.data[:1]  # one expert, or all of the others
+        for seed in range(8):
+            model(some_rows(seed=seed)[:, :LENGTH])
+        load = router.local_tokens_per_expert
+        loads.append(float(load.max() / load.mean()))
+    routed, forced = loads
+    assert routed > 1.5
+    assert forced < 1.25

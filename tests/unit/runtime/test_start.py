@@ -1,5 +1,6 @@
 """A process of a run: its device, its group, its random numbers."""
 
+import os
 import random
 import socket
 from dataclasses import replace
@@ -116,3 +117,22 @@ def test_variables_left_over_are_said_once_and_not_used(
         assert dist.get_world_size() == 1
     said = f"alone, without a launcher: the variables {', '.join(values)} are not used\n"
     assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_deterministic_process_takes_such_kernels_and_leaves_what_the_user_has_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (
+        "CUBLAS_WORKSPACE_CONFIG",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+        "MAMBA_DETERMINISTIC",
+    ):
+        monkeypatch.setenv(name, "")  # so that it is put back behind the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    with process(replace(RUNTIME, deterministic=True), seed=1):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+        assert os.environ["NCCL_ALGO"] == "Tree"
+    assert not torch.are_deterministic_algorithms_enabled()

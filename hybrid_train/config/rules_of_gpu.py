@@ -1,0 +1,244 @@
+"""Rules about switches of speed and memory: what Megatron-Core refuses, or would take and not do.
+
+Where a comment names a file, it is one of Megatron-Core 0.19.2. Whether a GPU and the libraries are
+there is no rule: a CPU leaves out what it cannot do, and says so (`megatron/gpu_switches.py`).
+"""
+
+from collections.abc import Iterable, Iterator
+
+from hybrid_train.planning import degrees
+from hybrid_train.planning.phases import views_of
+from hybrid_train.schema.data import Packing
+from hybrid_train.schema.gpu import LETTERS, CudaGraphs, GraphPart, OffloadedPart, captured_parts
+from hybrid_train.schema.parallel import Dispatcher, Recompute, RecomputeModule
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import GemmFormat
+from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.runtime import Kernels
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import tokens
+
+_IN_EXPERTS = {OffloadedPart.expert_fc1, OffloadedPart.moe_act}
+# Formats of the run that Transformer Engine has attention in (extensions/transformer_engine.py).
+_WITH_ATTENTION = {GemmFormat.fp8_tensorwise, GemmFormat.fp8_delayed, GemmFormat.mxfp8}
+
+
+def _experts_are_there(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Switches of expert layers need some."""
+    if _has(job, "E"):
+        return
+    rule = "the pattern has no expert layers (E)"
+    if job.parallel.dispatcher is not Dispatcher.alltoall:
+        yield Problem("parallel.dispatcher", job.parallel.dispatcher.value, rule, "alltoall")
+    if job.profile.equal_load:
+        yield Problem("profile.equal_load", True, rule, "false")
+    for name in ("overlap_shared_experts", "overlap_expert_gradients"):
+        if getattr(job.parallel, name):
+            yield Problem(f"parallel.{name}", True, rule, "false")
+    for name in ("fused_permutation", "fused_router", "fused_squared_relu"):
+        if getattr(job.gpu, name):
+            yield Problem(f"gpu.{name}", True, rule, "false")
+
+
+def _dispatcher_fits(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan = job.parallel
+    chosen = plan.dispatcher
+    ranks = plan.expert * degrees.expert_tensor(plan)
+    if chosen.is_flex and ranks == 1:  # transformer/moe/token_dispatcher.py 1770
+        rule = "needs experts on several ranks: parallel.expert x expert_tensor is 1"
+        yield Problem("parallel.dispatcher", chosen.value, rule, "alltoall")
+    if job.gpu.dispatcher_sms is not None and not chosen.is_flex:
+        rule = f"is of parallel.dispatcher=deepep and hybridep, not {chosen.value}"
+        yield Problem("gpu.dispatcher_sms", job.gpu.dispatcher_sms, rule, "null")
+
+
+def _shared_experts_can_overlap(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan, moe = job.parallel, job.model.moe
+    if not plan.overlap_shared_experts or not _has(job, "E"):
+        return
+    path, rule = "parallel.overlap_shared_experts", ""
+    if moe.shared_intermediate_size is None:
+        rule = "there are none: model.moe.shared_intermediate_size is null"
+    elif moe.latent_size is not None:  # transformer/moe/moe_layer.py 473
+        rule = "Megatron trains none beside experts of a latent width (model.moe.latent_size)"
+    elif plan.dispatcher is Dispatcher.allgather:  # transformer_config.py
+        rule = "needs parallel.dispatcher=alltoall, deepep or hybridep"
+    elif RecomputeModule.shared_experts in _recomputed(job):
+        rule = "does not go with shared_experts in parallel.recompute_modules"
+    if rule:
+        yield Problem(path, True, rule, "false")
+
+
+def _expert_gradients_can_overlap(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan = job.parallel
+    if plan.overlap_expert_gradients and _has(job, "E") and plan.expert == 1:
+        rule = "needs parallel.expert > 1: gradients are computed while tokens travel"
+        yield Problem("parallel.overlap_expert_gradients", True, rule, "false")
+
+
+def _tensor_overlap_fits(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan = job.parallel
+    if not plan.overlap_tensor:
+        return
+    if plan.tensor == 1 or plan.sequence is False:
+        rule = "needs parallel.tensor > 1, and norms split along the sequence"
+        yield Problem("parallel.overlap_tensor", True, rule, "false")
+
+
+def _shapes_stay(job: TrainJob, _: int) -> Iterator[Problem]:
+    """What is laid out once for the shapes of a step needs them in every phase."""
+    reason = _changes(job)
+    if reason and job.gpu.cuda_graphs is not CudaGraphs.none:
+        rule = f"needs steps of one shape: {reason}"
+        yield Problem("gpu.cuda_graphs", job.gpu.cuda_graphs.value, rule, "none")
+    if reason and job.parallel.overlap_tensor:
+        rule = f"needs steps of one shape: {reason}"
+        yield Problem("parallel.overlap_tensor", True, rule, "false")
+
+
+def _changes(job: TrainJob) -> str:
+    """Return what changes the shapes of steps in a run; empty: nothing."""
+    if tokens(job.train.batch_ramp.tokens):
+        return "train.batch_ramp lets the batch grow"
+    shapes = [
+        (one.train.sequence_length, one.train.microbatch, one.train.global_batch)
+        for one in views_of(job)
+    ]
+    layouts = [(one.parallel, one.precision) for one in views_of(job)]
+    if len(set(shapes)) > 1:
+        return "phases have other lengths or batches"
+    if any(layout != layouts[0] for layout in layouts):
+        return "phases have other layouts or formats"
+    return ""
+
+
+def _graphs_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
+    gpu, plan = job.gpu, job.parallel
+    if gpu.cuda_graphs is CudaGraphs.none:
+        return
+    path, value = "gpu.cuda_graphs", gpu.cuda_graphs.value
+    if plan.fsdp:  # its hooks on modules run Python between kernels
+        yield Problem(path, value, "does not go with parallel.fsdp=true", "none")
+    if job.data.packing is not Packing.none:
+        rule = "needs data.packing=none: documents end elsewhere in each row"
+        yield Problem(path, value, rule, "none")
+    if plan.recompute is Recompute.full:  # transformer_config.py
+        yield Problem(path, value, "does not go with parallel.recompute=full", "none")
+    captured = set(captured_parts(gpu, _letters(job)))
+    if GraphPart.mlp in captured and _has(job, "E"):  # transformer_config.py 2501
+        rule = "with mlp does not go with experts: Megatron captures no - layer beside them"
+        yield Problem(
+            "gpu.cuda_graph_parts", _shown(captured), rule, _left(captured, GraphPart.mlp)
+        )
+    for module, parts in (
+        (RecomputeModule.mamba, {GraphPart.mamba}),
+        (RecomputeModule.moe, {GraphPart.moe_router, GraphPart.moe_preprocess}),
+        (RecomputeModule.mlp, {GraphPart.mlp}),
+    ):
+        if module in _recomputed(job) and parts & captured:
+            rule = f"holds what parallel.recompute_modules computes again ({module.value})"
+            near = _left(captured, *parts)
+            yield Problem("gpu.cuda_graph_parts", _shown(captured), rule, near)
+
+
+def _shown(parts: Iterable[GraphPart]) -> str:
+    return f"[{','.join(sorted(part.value for part in parts))}]"
+
+
+def _left(parts: set[GraphPart], *others: GraphPart) -> str | None:
+    """Return parts without some others, as they would be written; None where nothing is left."""
+    left = parts - set(others)
+    return _shown(left) if left else None
+
+
+def _named_parts_exist(job: TrainJob, _: int) -> Iterator[Problem]:
+    for name in ("cuda_graph_parts", "offloaded_parts"):
+        parts: list[GraphPart | OffloadedPart] = getattr(job.gpu, name) or []
+        missing = [part for part in parts if not _has(job, LETTERS[part])]
+        if missing:
+            named = ", ".join(part.value for part in missing)
+            there = [part.value for part in parts if part not in missing]
+            near = f"[{','.join(there)}]" if there or name == "offloaded_parts" else "null"
+            shown = f"[{','.join(part.value for part in parts)}]"
+            yield Problem(f"gpu.{name}", shown, f"the model has no {named}", near)
+
+
+def _offloaded_parts_are_kept(job: TrainJob, _: int) -> Iterator[Problem]:
+    # transformer_config.py: what is computed again is not kept, and cannot be moved.
+    parts, plan = job.gpu.offloaded_parts, job.parallel
+    shown = f"[{','.join(part.value for part in parts)}]"
+    if parts and plan.recompute is Recompute.full:
+        rule = "keeps nothing to move with parallel.recompute=full"
+        yield Problem("gpu.offloaded_parts", shown, rule, "[]")
+    elif RecomputeModule.moe in _recomputed(job) and _IN_EXPERTS & set(parts):
+        left = [part.value for part in parts if part not in _IN_EXPERTS]
+        rule = "is inside of moe, which parallel.recompute_modules computes again"
+        yield Problem("gpu.offloaded_parts", shown, rule, f"[{','.join(left)}]")
+
+
+def _attention_has_the_format(job: TrainJob, _: int) -> Iterator[Problem]:
+    format = job.precision.format
+    if job.precision.fp8_attention and format not in _WITH_ATTENTION:
+        rule = f"needs precision.format={', '.join(one.value for one in _WITH_ATTENTION)}"
+        yield Problem("precision.fp8_attention", True, rule, "false")
+    elif job.precision.fp8_attention and not _has(job, "*"):
+        yield Problem("precision.fp8_attention", True, "the pattern has no attention (*)", "false")
+
+
+def _switches_have_kernels(job: TrainJob, _: int) -> Iterator[Problem]:
+    """What Transformer Engine does is not asked of plain kernels."""
+    if job.runtime.kernels is not Kernels.plain:
+        return
+    rule = "needs runtime.kernels=auto or fused"
+    for name in ("fused_permutation", "fused_router", "fused_squared_relu"):
+        if getattr(job.gpu, name):
+            yield Problem(f"gpu.{name}", True, rule, "false")
+    if job.gpu.cuda_graphs is not CudaGraphs.none:
+        yield Problem("gpu.cuda_graphs", job.gpu.cuda_graphs.value, rule, "none")
+    for name in ("overlap_tensor", "overlap_expert_gradients"):
+        if getattr(job.parallel, name):
+            yield Problem(f"parallel.{name}", True, rule, "false")
+
+
+def _buckets_and_buffers_fit(job: TrainJob, _: int) -> Iterator[Problem]:
+    plan = job.parallel
+    if plan.bucket_parameters is not None and not plan.overlap_grad_reduce:
+        rule = "needs parallel.overlap_grad_reduce=true: else all gradients are reduced at once"
+        yield Problem("parallel.bucket_parameters", plan.bucket_parameters, rule, "null")
+    if job.recovery.checksum_interval and plan.fsdp:
+        rule = "compares nothing with parallel.fsdp=true, which keeps no weight twice"
+        yield Problem("recovery.checksum_interval", job.recovery.checksum_interval, rule, 0)
+
+
+def _recomputed(job: TrainJob) -> set[RecomputeModule]:
+    plan = job.parallel
+    if plan.recompute is not Recompute.selective:
+        return set()
+    if plan.recompute_modules is None:
+        return {RecomputeModule.mamba, RecomputeModule.moe}
+    return set(plan.recompute_modules)
+
+
+def _has(job: TrainJob, letter: str) -> bool:
+    return letter in _letters(job)
+
+
+def _letters(job: TrainJob) -> str:
+    pattern = parse(job.model.pattern)
+    return pattern.main + (pattern.mtp or "")
+
+
+GPU_RULES = (
+    _experts_are_there,
+    _dispatcher_fits,
+    _shared_experts_can_overlap,
+    _expert_gradients_can_overlap,
+    _tensor_overlap_fits,
+    _shapes_stay,
+    _named_parts_exist,
+    _graphs_can_be_captured,
+    _offloaded_parts_are_kept,
+    _attention_has_the_format,
+    _switches_have_kernels,
+    _buckets_and_buffers_fit,
+)

@@ -1,0 +1,119 @@
+"""What a switch of speed needs is refused in words where it is missing, with what is accepted."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from hybrid_train.config.compose import compose, draft
+from hybrid_train.config.rules_of_gpu import GPU_RULES
+from hybrid_train.schema.problems import ConfigError
+
+HYBRID = ("experiment=tiny_cpu", "model.pattern=MEM*-E", "processes=4", "train.global_batch=8")
+FULL_WIDTH = "model.moe.latent_size=null"
+GRAPHS = "gpu.cuda_graphs=layers"
+DENSE = "model.pattern=MM*-"
+SELECTIVE = "parallel.recompute=selective"
+PHASES = "train.phases=[{name: a}, {name: b, start: '50%', sequence_length: 32}]"
+LAYOUTS = "train.phases=[{name: a}, {name: b, start: '50%', tensor: 2}]"
+RAMP = (
+    *("train.global_batch=16", "train.batch_ramp.tokens=1k", "train.batch_ramp.start_batch=8"),
+    "train.batch_ramp.increment=8",
+)
+# Settings -> the path that is refused, words of the rule, the nearest value.
+REFUSED: list[tuple[tuple[str, ...], str, str, object]] = [
+    (("parallel.dispatcher=deepep",), "parallel.dispatcher", "on several ranks", "alltoall"),
+    (("parallel.dispatcher=allgather", DENSE), "parallel.dispatcher", "no expert", "alltoall"),
+    (("profile.equal_load=true", DENSE), "profile.equal_load", "no expert layers", "false"),
+    (("gpu.fused_router=true", DENSE), "gpu.fused_router", "no expert layers", "false"),
+    (("gpu.dispatcher_sms=16",), "gpu.dispatcher_sms", "not alltoall", "null"),
+    (("parallel.overlap_shared_experts=true",), "parallel.overlap_shared_experts", "latent",
+     "false"),
+    (("parallel.overlap_shared_experts=true", FULL_WIDTH, "parallel.dispatcher=allgather"),
+     "parallel.overlap_shared_experts", "needs parallel.dispatcher", "false"),
+    (("parallel.overlap_shared_experts=true", FULL_WIDTH, SELECTIVE,
+      "parallel.recompute_modules=[shared_experts]"),
+     "parallel.overlap_shared_experts", "recompute_modules", "false"),
+    (("parallel.overlap_shared_experts=true", FULL_WIDTH,
+      "model.moe.shared_intermediate_size=null"),
+     "parallel.overlap_shared_experts", "there are none", "false"),
+    (("parallel.overlap_expert_gradients=true",), "parallel.overlap_expert_gradients",
+     "expert > 1", "false"),
+    (("parallel.overlap_tensor=true",), "parallel.overlap_tensor", "tensor > 1", "false"),
+    (("parallel.overlap_tensor=true", "parallel.tensor=2", DENSE, "parallel.sequence=false"),
+     "parallel.overlap_tensor", "along the sequence", "false"),
+    (("parallel.overlap_tensor=true", "parallel.tensor=2", PHASES), "parallel.overlap_tensor",
+     "phases have other lengths", "false"),
+    ((GRAPHS, PHASES), "gpu.cuda_graphs", "phases have other lengths", "none"),
+    ((GRAPHS, LAYOUTS), "gpu.cuda_graphs", "phases have other layouts", "none"),
+    ((GRAPHS, *RAMP), "gpu.cuda_graphs", "lets the batch grow", "none"),
+    ((GRAPHS, "parallel.fsdp=true"), "gpu.cuda_graphs", "fsdp", "none"),
+    ((GRAPHS, "data.packing=best_fit"), "gpu.cuda_graphs", "documents end", "none"),
+    ((GRAPHS, "parallel.recompute=full"), "gpu.cuda_graphs", "recompute=full", "none"),
+    ((GRAPHS, SELECTIVE), "gpu.cuda_graph_parts", "(mamba)", "[attn]"),
+    ((GRAPHS, SELECTIVE, "parallel.recompute_modules=[moe]",
+      "gpu.cuda_graph_parts=[attn,moe_router]"), "gpu.cuda_graph_parts", "(moe)", "[attn]"),
+    ((GRAPHS, "gpu.cuda_graph_parts=[mamba,mlp]"), "gpu.cuda_graph_parts", "beside", "[mamba]"),
+    ((GRAPHS, "gpu.cuda_graph_parts=[mamba,moe_preprocess]"), "gpu.cuda_graph_parts",
+     "must name moe_router", "[mamba,moe_preprocess,moe_router]"),
+    ((GRAPHS, "gpu.cuda_graph_parts=[]"), "gpu.cuda_graph_parts", "must name a part", "null"),
+    (("gpu.cuda_graph_parts=[mamba]",), "gpu.cuda_graph_parts", "needs gpu.cuda_graphs", "null"),
+    ((GRAPHS, DENSE, "gpu.cuda_graph_parts=[mamba,moe_router]"), "gpu.cuda_graph_parts",
+     "has no moe_router", "[mamba]"),
+    (("gpu.offloaded_parts=[attn_proj]",), "gpu.offloaded_parts", "must name core_attn",
+     "[attn_proj,core_attn]"),
+    (("gpu.offloaded_parts=[expert_fc1]", DENSE), "gpu.offloaded_parts", "has no expert_fc1",
+     "[]"),
+    (("gpu.offloaded_parts=[expert_fc1,qkv_linear]", SELECTIVE), "gpu.offloaded_parts",
+     "computes again", "[qkv_linear]"),
+    (("gpu.offloaded_parts=[qkv_linear]", "parallel.recompute=full"), "gpu.offloaded_parts",
+     "keeps nothing", "[]"),
+    (("precision.fp8_attention=true",), "precision.fp8_attention", "needs precision.format",
+     "false"),
+    (("precision=fp8_tensorwise", "precision.fp8_attention=true", "model.pattern=MM-E"),
+     "precision.fp8_attention", "no attention", "false"),
+    (("gpu.fused_permutation=true", "runtime.kernels=plain"), "gpu.fused_permutation",
+     "runtime.kernels", "false"),
+    ((GRAPHS, "runtime.kernels=plain"), "gpu.cuda_graphs", "runtime.kernels", "none"),
+    (("parallel.bucket_parameters=1000",), "parallel.bucket_parameters", "overlap_grad_reduce",
+     "null"),
+    (("recovery.checksum_interval=10", "parallel.fsdp=true"), "recovery.checksum_interval",
+     "keeps no weight twice", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "path", "rule", "nearest"), REFUSED)
+def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
+    words: tuple[str, ...], path: str, rule: str, nearest: object
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("check", [*HYBRID, *words])
+    found = {problem.path: problem for problem in caught.value.problems}
+    assert path in found, caught.value
+    assert rule in found[path].rule
+    assert found[path].nearest == nearest
+    kept = [word for word in words if not word.startswith(f"{path}=")]
+    compose("check", [*HYBRID, *kept, f"{path}={nearest}"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (GRAPHS, "gpu.cuda_graph_parts=[attn,mamba,moe_router,moe_preprocess]"),
+        (GRAPHS, DENSE),
+        (GRAPHS, SELECTIVE, "parallel.recompute_modules=[moe]"),
+        ("parallel.dispatcher=hybridep", "parallel.expert=2", "gpu.dispatcher_sms=16"),
+        ("parallel.overlap_shared_experts=true", FULL_WIDTH),
+        ("parallel.overlap_tensor=true", "parallel.tensor=2"),
+        ("precision=fp8_tensorwise", "precision.fp8_attention=true"),
+        ("gpu.offloaded_parts=[core_attn,attn_proj,expert_fc1]",),
+    ],
+)
+def test_a_switch_with_what_it_needs_is_accepted(words: tuple[str, ...]) -> None:
+    compose("check", [*HYBRID, *words])
+
+
+def test_every_rule_has_a_case_that_breaks_it() -> None:
+    unbroken = {rule.__name__ for rule in GPU_RULES}
+    for words, *_ in REFUSED:
+        drafted = OmegaConf.to_object(draft("check", [*HYBRID, *words]).config)
+        unbroken -= {rule.__name__ for rule in GPU_RULES if list(rule(drafted, 4))}
+    assert unbroken == set()
