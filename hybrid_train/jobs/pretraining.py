@@ -55,7 +55,6 @@ from hybrid_train.tracking.plots import plot_losses
 from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.trackers import FanOut, build_trackers
 from hybrid_train.training.bad_steps import BadSteps, NonFiniteError
-from hybrid_train.training.hooks.capture import CaptureGraphs
 from hybrid_train.training.hooks.checkpointing import (
     EnterPhases,
     Recover,
@@ -65,6 +64,7 @@ from hybrid_train.training.hooks.checkpointing import (
     ways_on,
 )
 from hybrid_train.training.hooks.processes import (
+    CaptureGraphs,
     CollectGarbage,
     CompareProcesses,
     CompareReplicas,

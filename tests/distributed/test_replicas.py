@@ -31,8 +31,7 @@ CASES: dict[str, tuple[Parallel, int, dict[str, set[int]]]] = {
 def _differences(case: str) -> list[tuple[list[Any], list[tuple[str, list[Any]]]]]:
     """Return what is found behind a step, and behind a bit turned in each weight on rank 1."""
     cpu.install()
-    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
-    from hybrid_train.megatron.replicas import different_replicas
+    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups, different_replicas
 
     parallel, _, turned = CASES[case]
     groups = build_groups(parallel, timeout_s=60)

@@ -26,7 +26,16 @@ pytestmark = pytest.mark.xdist_group("readme")
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-CHAPTERS = ("command_line", "layouts", "precision", "run_folder", "studies", "hugging_face", "data")
+CHAPTERS = (
+    "command_line",
+    "layouts",
+    "precision",
+    "run_folder",
+    "studies",
+    "hugging_face",
+    "data",
+    "gpu",
+)
 LONGEST = 180  # lines of the README: what does not fit is a chapter
 LINK = re.compile(r"\]\(([^)#]+)")
 BASH_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Hooks over all processes: they stop and collect garbage at the same steps.
+"""Hooks over all processes: they stop, collect garbage and capture graphs at the same steps.
 
 They name processes that are slow, and those whose weights are not what others have of them.
 """
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from hybrid_train.megatron import replicas
+from hybrid_train.megatron import data_parallel, forward_backward
 from hybrid_train.runtime import heartbeat, ranks
 from hybrid_train.runtime.heartbeat import SIGNALS, StopSignals
 from hybrid_train.schema.checkpoint import Recovery
+from hybrid_train.schema.gpu import Gpu
 from hybrid_train.schema.problems import UserError
 from hybrid_train.tracking import history
 from hybrid_train.training.engine import StepReport
 from hybrid_train.training.loop import Hook, Run
+from hybrid_train.training.network import Network
 
 if TYPE_CHECKING:
     import signal
@@ -111,6 +113,41 @@ class CollectGarbage(Hook):
         gc.enable()
 
 
+class CaptureGraphs(Hook):
+    """Captures the layers of all networks when enough steps have warmed them up.
+
+    A run that goes on warms up anew: a graph is of this process alone. Does nothing where layers
+    are not to be captured, as on a CPU.
+    """
+
+    def __init__(self, settings: Gpu) -> None:
+        self._left = settings.cuda_graph_warmup_steps
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        if self._left == 0:
+            return
+        self._left -= 1
+        if self._left == 0:
+            for network in run.engine.networks.values():
+                if network.optimizer is not None and forward_backward.captures_layers(
+                    network.chunks
+                ):
+                    self._capture(run, network)
+
+    def _capture(self, run: Run, network: Network) -> None:
+        engine = run.engine
+        assert network.optimizer is not None
+        forward_backward.capture_layers(
+            network.chunks,
+            network.optimizer,
+            network.groups,
+            network.balance_losses,
+            shape=(engine.microbatch, engine.sequence_length),
+            global_batch=engine.sequences_per_step,
+        )
+        _log.info("CUDA graphs of the layers are captured; steps replay them from here on")
+
+
 class ReplicaError(UserError):
     """Processes hold other values of a weight that they should hold alike."""
 
@@ -131,13 +168,13 @@ class CompareReplicas(Hook):
             one
             for network in run.engine.networks.values()
             if network.optimizer is not None
-            for one in replicas.different_replicas(network.chunks, network.groups)
+            for one in data_parallel.different_replicas(network.chunks, network.groups)
         ]
         told = torch.tensor(len(found), device=run.engine.network.device)
         dist.all_reduce(told)
         if not told.item():
             return
-        everywhere: list[list[replicas.Difference]] = [[] for _ in range(ranks.world_size())]
+        everywhere: list[list[data_parallel.Difference]] = [[] for _ in range(ranks.world_size())]
         dist.all_gather_object(everywhere, found)
         lines = dict.fromkeys(
             f"  {one.name} of rank {', '.join(map(str, one.ranks))}"

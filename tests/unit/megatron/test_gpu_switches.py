@@ -1,5 +1,6 @@
 """Each switch becomes the fields of core that it names, and core's own validation takes them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.tiny import MEGATRON_WARNINGS, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
 PATTERN = "ME*-E"
+PAGE = Path(__file__).parents[3] / "docs" / "gpu.md"
 # A switch by path -> a section that has it on, and what core's config holds then.
 ON: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "parallel.dispatcher": (
@@ -147,3 +149,32 @@ def test_each_switch_is_a_setting(switches: Any) -> None:
     for switch in switches.SWITCHES:
         section, name = switch.path.split(".")
         assert hasattr(getattr(job, section), name), switch.path
+
+
+def rows() -> list[list[str]]:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_each_switch_has_a_row_that_says_what_it_needs(switches: Any) -> None:
+    for switch in switches.SWITCHES:
+        name = switch.path.partition(".")[2]
+        own = [row for row in rows() if switch.path in row[0] or f"`{name}`" in row[0]]
+        assert own, switch.path
+        places = " ".join(row[3] for row in own)
+        expected = {
+            "nothing": "any machine",
+            "gpu": "GPU",
+            "kernels": "GPU with Transformer Engine",
+        }
+        assert expected[switch.needs.name] in places or "the same" in places, switch.path
+
+
+def test_each_field_of_megatron_is_named(switches: Any) -> None:
+    text = PAGE.read_text()
+    for switch in switches.SWITCHES:
+        if switch.path in ON and switch.asked(job := job_with(switch.path)):
+            for field in switch.fields(job).keys() - {"cuda_graph_warmup_steps", "activation_func"}:
+                assert f"`{field}" in text, (switch.path, field)
+        elif switch.elsewhere:
+            assert switch.elsewhere.rpartition("(")[2].rpartition(".")[2].rstrip(")") in text

@@ -16,7 +16,7 @@ FORMATS = [torch.float32, torch.bfloat16, torch.float64]
 @pytest.fixture(scope="module")
 def checksum(groups: Any) -> Any:
     """Megatron must be imported behind the emulation, hence the fixture."""
-    from hybrid_train.megatron.replicas import checksum
+    from hybrid_train.megatron.data_parallel import checksum
 
     return checksum
 

@@ -17,7 +17,7 @@ def test_hooks_that_gather_weights_are_off_while_layers_are_captured(
 ) -> None:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    from hybrid_train.megatron import cuda_graphs
+    from hybrid_train.megatron import forward_backward
     from hybrid_train.megatron.router import BalanceLosses
 
     calls: list[Any] = []
@@ -32,16 +32,16 @@ def test_hooks_that_gather_weights_are_off_while_layers_are_captured(
         def cuda_graph_set_manual_hooks(self) -> None:
             calls.append("hooks of captured layers")
 
-    monkeypatch.setattr(cuda_graphs, "TECudaGraphHelper", Helper)
-    monkeypatch.setattr(cuda_graphs, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(forward_backward, "TECudaGraphHelper", Helper)
+    monkeypatch.setattr(forward_backward, "_device", lambda: torch.device("cpu"))
     chunk = SimpleNamespace(
         config=SimpleNamespace(cuda_graph_impl="transformer_engine"),
         ddp_config=SimpleNamespace(overlap_param_gather=gathers, use_distributed_optimizer=True),
         disable_forward_pre_hook=lambda param_sync: calls.append("hooks off"),
         enable_forward_pre_hook=lambda: calls.append("hooks on"),
     )
-    monkeypatch.setattr(cuda_graphs, "get_model_config", lambda one: one.config)
-    cuda_graphs.capture_layers(
+    monkeypatch.setattr(forward_backward, "get_model_config", lambda one: one.config)
+    forward_backward.capture_layers(
         [chunk], SimpleNamespace(), groups, BalanceLosses(), shape=(2, 64), global_batch=8
     )
     captured = [(64, 2), "capture of 4 microbatches"]
