@@ -38,6 +38,9 @@ IDLE = {
     **dict.fromkeys(
         ("Phase.tensor", "Phase.pipeline", "Phase.context", "Phase.expert"), _ONE_PROCESS
     ),
+    "Gpu.cuda_graph_warmup_steps": "a CPU captures no CUDA graphs",
+    "Gpu.dispatcher_sms": _ONE_PROCESS,
+    "Parallel.bucket_parameters": _ONE_PROCESS,
     "Parallel.recompute_layers": "memory and time; what is computed again is the same",
     "Profile.ranks": _ONE_PROCESS,
     "Profile.snapshot_events": "only a GPU records allocations",
@@ -47,6 +50,7 @@ IDLE = {
     **dict.fromkeys(("Recovery.max_rollbacks", "Recovery.max_failed_saves"), _HEALTHY),
     "Recovery.time_limit_s": "when a run stops by the clock; shorter limits than those tried do",
     "Recovery.straggler_interval": _ONE_PROCESS,
+    "Recovery.checksum_interval": _ONE_PROCESS,
     "Recovery.straggler_ratio": _ONE_PROCESS,
     **dict.fromkeys(
         ("Remote.cache_bytes", "Remote.block_bytes", "Remote.read_ahead", "Remote.tries"),
@@ -54,6 +58,7 @@ IDLE = {
     ),
     "Remote.first_wait_s": _NOTHING_REMOTE,
     "Runtime.threads": "time; the tiny run is too small for a second thread",
+    "Runtime.gc_interval": "when garbage is collected",
     "Runtime.peak_tflops": "the MFU, which is as much a time as a metric",
     "Runtime.timeout_s": "a collective that hangs; a healthy run has none",
     "Runtime.hang_timeout_s": "a process that hangs; a healthy run has none",

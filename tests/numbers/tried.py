@@ -69,6 +69,7 @@ BESIDE = {
     "data.validation_blend": ("data.validation_blend={copy: 5,sums: 1}",),
     "precision.amax_history": ("precision.format=fp8_delayed", "train.tokens=64"),
     "precision.statistics_interval": ("precision.format=fp8_tensorwise",),
+    "parallel.bucket_parameters": ("parallel.overlap_grad_reduce=true",),
     "parallel.recompute_layers": ("parallel.recompute=full",),
     "profile": ("profile.tool=torch", "profile.start=1", "profile.steps=1"),
     "schedule.decay_tokens": ("schedule.decay_tokens=24",),
