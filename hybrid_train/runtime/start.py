@@ -50,15 +50,13 @@ def process(runtime: Runtime, seed: int) -> Iterator[torch.device]:
         torch.set_num_threads(runtime.threads or _share_of_cores())
     else:
         torch.cuda.set_device(device)
-    if runtime.deterministic:
-        _be_deterministic()
     _seed(seed)
-    _join_group(device, runtime.timeout_s)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-        torch.use_deterministic_algorithms(False)
+    with _deterministic() if runtime.deterministic else contextlib.nullcontext():
+        _join_group(device, runtime.timeout_s)
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
 
 
 def choose_device(runtime: Runtime) -> torch.device:
@@ -90,17 +88,24 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _be_deterministic() -> None:
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
     """Let libraries take kernels that give the same numbers in every run, before they start.
 
     What the user has set stays. Sources: torch's notes on reproducibility; Transformer Engine,
     docs/envvars; NCCL fixes the order of its sums by its algorithm.
     """
-    for name, value in _DETERMINISTIC.items():
-        os.environ.setdefault(name, value)
+    ours = {name: value for name, value in _DETERMINISTIC.items() if name not in os.environ}
+    os.environ.update(ours)
     torch.use_deterministic_algorithms(True)
     # To fill fresh memory is for debugging alone, and slow.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _join_group(device: torch.device, timeout_s: float) -> None:

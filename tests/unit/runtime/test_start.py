@@ -127,8 +127,7 @@ def test_a_deterministic_process_takes_such_kernels_and_leaves_what_the_user_has
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
         "MAMBA_DETERMINISTIC",
     ):
-        monkeypatch.setenv(name, "")  # so that it is put back behind the test
-        monkeypatch.delenv(name)
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     with process(replace(RUNTIME, deterministic=True), seed=1):
         assert torch.are_deterministic_algorithms_enabled()
@@ -136,3 +135,4 @@ def test_a_deterministic_process_takes_such_kernels_and_leaves_what_the_user_has
         assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
         assert os.environ["NCCL_ALGO"] == "Tree"
     assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
