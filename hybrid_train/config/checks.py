@@ -22,6 +22,7 @@ from hybrid_train.config.rules_of_data import (
     sources_are_named_once,
     vocabulary_is_known,
 )
+from hybrid_train.config.rules_of_hardware import HARDWARE_RULES
 from hybrid_train.config.rules_of_layout import (
     LAYOUT_RULES,
     MEMORY_RULES,
@@ -154,5 +155,6 @@ RULES: tuple[Rule, ...] = (
     packed_rows_run,
     *PRECISION_RULES,
     *NATIVE_RULES,
+    *HARDWARE_RULES,
     cluster_fits_the_run,
 )

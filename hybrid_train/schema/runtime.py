@@ -35,7 +35,9 @@ class Runtime:
     device: Device = Device.auto
     kernels: Kernels = Kernels.auto
     threads: Workers | None = None  # CPU threads per process; None: cores / local processes
-    peak_tflops: Teraflops | None = None  # peak for MFU; None: table of GPUs, or measured on a CPU
+    peak_tflops: Teraflops | None = (
+        None  # peak for MFU; None: of conf/hardware, or measured on a CPU
+    )
     timeout_s: SecondsOrMore = 600  # a collective that takes longer stops the run
     hang_timeout_s: Seconds = 1800  # a process silent for longer is ended, with its stack; 0: never
 
