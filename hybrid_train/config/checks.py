@@ -22,7 +22,7 @@ from hybrid_train.config.rules_of_data import (
     sources_are_named_once,
     vocabulary_is_known,
 )
-from hybrid_train.config.rules_of_gpu import GPU_RULES
+from hybrid_train.config.rules_of_hardware import HARDWARE_RULES
 from hybrid_train.config.rules_of_layout import (
     LAYOUT_RULES,
     MEMORY_RULES,
@@ -31,6 +31,7 @@ from hybrid_train.config.rules_of_layout import (
     pattern_is_legal,
 )
 from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
+from hybrid_train.config.rules_of_switches import SWITCH_RULES
 from hybrid_train.config.suggestions import Rule
 from hybrid_train.planning.phases import views_of
 from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, IndexJob, SubmitJob
@@ -155,6 +156,7 @@ RULES: tuple[Rule, ...] = (
     packed_rows_run,
     *PRECISION_RULES,
     *NATIVE_RULES,
-    *GPU_RULES,
+    *SWITCH_RULES,
+    *HARDWARE_RULES,
     cluster_fits_the_run,
 )

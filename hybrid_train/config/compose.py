@@ -4,8 +4,6 @@ Nothing is written and no process group is needed: every process composes for it
 """
 
 import dataclasses
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,11 +34,12 @@ from hybrid_train.config import (
     yaml_files,
 )
 from hybrid_train.config.commands import ROOTS, setting
+from hybrid_train.config.own_conf import conf_dir, conf_folders
 from hybrid_train.config.rules_of_data import no_run
 from hybrid_train.schema.extension import is_import_path
 from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, ResumeJob, SubmitJob
 from hybrid_train.schema.names import nearest
-from hybrid_train.schema.problems import ConfigError, Problem, UserError, collect
+from hybrid_train.schema.problems import ConfigError, Problem, collect
 from hybrid_train.schema.train import TrainJob
 
 _COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -55,31 +54,6 @@ class Draft:
     wrong_groups: set[str]  # groups whose choice does not exist
     files: yaml_files.Walk  # that were composed
     choices: list[str]  # of groups, as Hydra reads them
-
-
-def conf_dir() -> Path:
-    """Return the folder of YAML files.
-
-    Raises:
-        UserError: if it is in none of the places where it may lie.
-    """
-    own = os.environ.get("HYBRID_TRAIN_CONF")
-    source_tree = Path(__file__).resolve().parents[2] / "conf"
-    wheel = Path(sys.prefix) / "share" / "hybrid_train" / "conf"
-    places = [Path(own).resolve()] if own else [source_tree, wheel]
-    for place in places:
-        if (place / "train.yaml").is_file():
-            return place
-    looked = ", ".join(str(place) for place in places)
-    raise UserError(
-        f"no folder with the configuration (train.yaml in it) at {looked}; install the package "
-        "again, or set HYBRID_TRAIN_CONF to the conf folder"
-    )
-
-
-def conf_folders(own: Sequence[Path] = ()) -> list[Path]:
-    """Return every folder of YAML files, that of the program first."""
-    return [conf_dir(), *own, *own_conf.folders(conf_dir())]
 
 
 @contextmanager

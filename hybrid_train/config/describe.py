@@ -18,14 +18,9 @@ from omegaconf.nodes import EnumNode
 
 from hybrid_train.config import yaml_files
 from hybrid_train.config.commands import ROOTS, setting
-from hybrid_train.config.compose import (
-    Draft,
-    conf_folders,
-    config_loader,
-    draft,
-    group_names,
-)
+from hybrid_train.config.compose import Draft, config_loader, draft, group_names
 from hybrid_train.config.overrides import node_at, setting_names
+from hybrid_train.config.own_conf import conf_folders
 from hybrid_train.config.secrets import masked
 from hybrid_train.schema.problems import ConfigError
 

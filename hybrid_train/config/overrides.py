@@ -263,6 +263,9 @@ def _update(config: DictConfig, key: str, value: Any) -> None:
     while OmegaConf.select(config, there, throw_on_missing=False) is None and "." in there:
         there, _, last = there.rpartition(".")
         rest.append(last)
+    if rest and OmegaConf.select(config, there, throw_on_missing=False) is None:
+        section = cast("DictConfig", config._get_node(there))  # such as the cluster of `check`
+        config[there] = OmegaConf.structured(section._metadata.ref_type)
     if len(rest) > 1:
         for part in rest:
             value = {part: value}

@@ -1,18 +1,20 @@
-"""Folders with YAML files of the user's own, which add to conf/ of the program.
+"""Folders with YAML files: conf/ of the program, and those of the user's own, which add to it.
 
-They are, in this order: those of `--config-dir PATH` (or `hydra.searchpath=[PATH]`, or PATHs in the
-variable HYBRID_TRAIN_OWN_CONF, which commands that are started from here inherit), then conf/ of
-the working folder. A name is taken once: `yaml_files` refuses a file that is here and there.
+The user's are, in this order: those of `--config-dir PATH` (or `hydra.searchpath=[PATH]`, or PATHs
+in the variable HYBRID_TRAIN_OWN_CONF, which commands that are started from here inherit), then
+conf/ of the working folder. A name is taken once: `yaml_files` refuses a file that is here and
+there.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hybrid_train.schema.names import nearest
-from hybrid_train.schema.problems import ConfigError, Problem
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -21,6 +23,31 @@ ENVIRONMENT = "HYBRID_TRAIN_OWN_CONF"
 OPTION = "--config-dir"
 _HERE = "conf"
 _SEARCHPATH = "hydra.searchpath"
+
+
+def conf_dir() -> Path:
+    """Return the folder of YAML files.
+
+    Raises:
+        UserError: if it is in none of the places where it may lie.
+    """
+    own = os.environ.get("HYBRID_TRAIN_CONF")
+    source_tree = Path(__file__).resolve().parents[2] / "conf"
+    wheel = Path(sys.prefix) / "share" / "hybrid_train" / "conf"
+    places = [Path(own).resolve()] if own else [source_tree, wheel]
+    for place in places:
+        if (place / "train.yaml").is_file():
+            return place
+    looked = ", ".join(str(place) for place in places)
+    raise UserError(
+        f"no folder with the configuration (train.yaml in it) at {looked}; install the package "
+        "again, or set HYBRID_TRAIN_CONF to the conf folder"
+    )
+
+
+def conf_folders(own: Sequence[Path] = ()) -> list[Path]:
+    """Return every folder of YAML files, that of the program first."""
+    return [conf_dir(), *own, *folders(conf_dir())]
 
 
 def folders(main: Path) -> list[Path]:

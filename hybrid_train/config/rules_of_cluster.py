@@ -3,23 +3,28 @@
 `submit` and `check cluster=NAME` hold a run against them.
 """
 
+import enum
 import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hybrid_train.config import cards
 from hybrid_train.config.rules_of_data import SHARE_RULES
+from hybrid_train.config.rules_of_hardware import card_of
 from hybrid_train.planning import degrees
 from hybrid_train.planning.phases import views_of
 from hybrid_train.planning.stages import most_kept
 from hybrid_train.schema.cluster import Cluster, processes_per_node
 from hybrid_train.schema.data import Quickstart
+from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob, SubmitJob
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Device
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, show_bytes
 
+_TIGHT = 0.8  # of a GPU: what is left is soon taken by activations, buffers of CUDA and NCCL
 # The path stands in lines of sbatch, which quotes nothing, and takes % and \ for its own.
 _PLAIN_PATH = re.compile(r"[\w./+=@~-]+")
 
@@ -74,16 +79,33 @@ def kept_fits_the_gpus(job: TrainJob, processes: int) -> Iterator[Problem]:
 
     It is looked at where all else is sound, once: it takes too long for a rule of the table.
     """
-    cluster, rows = _cluster_of(job), vocab_rows(job)
-    if cluster is None or not cluster.gpus_per_node or cluster.gpu_memory_gb is None or not rows:
+    cluster, card, rows = _cluster_of(job), card_of(job), vocab_rows(job)
+    if cluster is None or card is None or not rows:
         return
     most = max(most_kept(phase, processes, rows) for phase in views_of(job))
-    if most > cluster.gpu_memory_gb * 1e9:
+    if room_for(most, card) is Room.no:
         rule = (
-            f"a process keeps {show_bytes(most)} from step to step, activations not counted; split "
-            "it further (parallel.tensor, pipeline, expert, fsdp), or take more processes"
+            f"has {show_bytes(card.memory_gb * 1e9)}, and a process keeps {show_bytes(most)} from "
+            "step to step, activations not counted; split it further (parallel.tensor, pipeline, "
+            "expert, fsdp), take more processes, or another card"
         )
-        yield Problem("cluster.gpu_memory_gb", f"{cluster.gpu_memory_gb:g}", rule)
+        yield Problem(cards.SETTING, cluster.hardware, rule)
+
+
+class Room(enum.Enum):
+    """Whether what a process keeps from step to step fits into a GPU."""
+
+    fits = "fits"
+    tight = "tight"  # in more than `_TIGHT` of the memory
+    no = "no"
+
+
+def room_for(kept: int, card: Card) -> Room:
+    """Compare the bytes that a process keeps with the memory of a card."""
+    whole = card.memory_gb * 1e9
+    if kept > whole:
+        return Room.no
+    return Room.tight if kept > _TIGHT * whole else Room.fits
 
 
 def vocab_rows(job: TrainJob) -> int | None:

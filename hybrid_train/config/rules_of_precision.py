@@ -54,7 +54,7 @@ MULTIPLES = {
     GemmFormat.nvfp4: 32,
 }
 _FP8_ROWS = 16
-_EMULATE = "precision.backend=emulated runs it"
+EMULATE = "precision.backend=emulated runs it"
 _KEPT_BY_DELAYED = (RecomputeModule.moe_act, RecomputeModule.layernorm)
 
 
@@ -188,7 +188,7 @@ def native_needs_a_gpu(job: TrainJob, _: int) -> Iterator[Problem]:
         rule = "needs a GPU; runtime.device is cpu"
         yield Problem("precision.backend", "native", rule, "emulated")
     elif job.runtime.kernels is Kernels.plain and is_native(job) and _quantized_kinds(job):
-        rule = f"leaves no quantized GEMMs to Transformer Engine; {_EMULATE}"
+        rule = f"leaves no quantized GEMMs to Transformer Engine; {EMULATE}"
         yield Problem("runtime.kernels", "plain", rule, "auto")
 
 
@@ -196,8 +196,8 @@ def formats_have_hardware(job: TrainJob, _: int) -> Iterator[Problem]:
     """No GPU multiplies MXFP4 in Transformer Engine (TE common/recipe has no such recipe)."""
     if not is_native(job):
         return
-    rule = f"has no hardware path; {_EMULATE}"
-    for path, format in _written_formats(job):
+    rule = f"has no hardware path; {EMULATE}"
+    for path, format in written_formats(job):
         if format is GemmFormat.mxfp4:
             yield Problem(path, format.value, rule, GemmFormat.nvfp4.value)
 
@@ -218,9 +218,7 @@ def layers_have_one_recipe(job: TrainJob, _: int) -> Iterator[Problem]:
     for number, exception in enumerate(rules):
         if number in deciding and exception.gemms:
             shown = ", ".join(gemm.value for gemm in exception.gemms)
-            rule = (
-                f"Transformer Engine has one format for the three GEMMs, [] names all; {_EMULATE}"
-            )
+            rule = f"Transformer Engine has one format for the three GEMMs, [] names all; {EMULATE}"
             yield Problem(f"precision.exceptions.{number}.gemms", shown, rule, "[]")
 
 
@@ -230,10 +228,10 @@ def quantized_beside_bf16(job: TrainJob, _: int) -> Iterator[Problem]:
     if not is_native(job) or precision.base is not NumberFormat.fp32 or not _quantized_kinds(job):
         return
     if precision.unquantized is NumberFormat.fp32 and precision.format not in UNQUANTIZED:
-        rule = f"the hardware quantizes bfloat16; {_EMULATE}"
+        rule = f"the hardware quantizes bfloat16; {EMULATE}"
         yield Problem("precision.unquantized", "fp32", rule, "null")
     else:
-        rule = f"exceptions are quantized, and the hardware quantizes bfloat16; {_EMULATE}"
+        rule = f"exceptions are quantized, and the hardware quantizes bfloat16; {EMULATE}"
         yield Problem("precision.format", precision.format.value, rule, "bf16")
 
 
@@ -250,10 +248,10 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     if GemmFormat.fp8_delayed not in quantized:
         return
     legal = GemmFormat.fp8_tensorwise.value
-    for path, format in _written_formats(job):
+    for path, format in written_formats(job):
         if format is GemmFormat.fp8_delayed and len(quantized) > 1:
             others = ", ".join(sorted(one.value for one in quantized - {format}))
-            yield Problem(path, format.value, f"stands beside {others}; {_EMULATE}", legal)
+            yield Problem(path, format.value, f"stands beside {others}; {EMULATE}", legal)
     plan, path = job.parallel, "precision.format"
     passes = {
         "an MTP block": bool(parse(job.model.pattern).mtp_depths),
@@ -261,11 +259,11 @@ def delayed_scaling_is_alone(job: TrainJob, _: int) -> Iterator[Problem]:
     }
     for words, there in passes.items():
         if there and len(quantized) == 1:
-            rule = f"would move its histories on too early with {words}; {_EMULATE}"
+            rule = f"would move its histories on too early with {words}; {EMULATE}"
             yield Problem(path, GemmFormat.fp8_delayed.value, rule, legal)
     if job.precision.power_of_two_scales:
         # TE quantization.py, _default_sf_compute
-        rule = f"fp8_delayed has float32 scales in Transformer Engine; {_EMULATE}"
+        rule = f"fp8_delayed has float32 scales in Transformer Engine; {EMULATE}"
         yield Problem("precision.power_of_two_scales", True, rule, "null")
     yield from _delayed_recompute(job)
 
@@ -277,7 +275,7 @@ def _delayed_recompute(job: TrainJob) -> Iterator[Problem]:
     kept = [one.value for one in asked or () if one not in _KEPT_BY_DELAYED]
     if asked and len(kept) < len(asked):
         shown = f"[{','.join(one.value for one in asked)}]"
-        rule = f"fp8_delayed recomputes neither moe_act nor layernorm; {_EMULATE}"
+        rule = f"fp8_delayed recomputes neither moe_act nor layernorm; {EMULATE}"
         legal = f"[{','.join(kept)}]" if kept else "null"
         yield Problem("parallel.recompute_modules", shown, rule, legal)
 
@@ -342,7 +340,7 @@ def _value_at(job: TrainJob, path: str) -> object:
     return found
 
 
-def _written_formats(job: TrainJob) -> Iterator[tuple[str, GemmFormat]]:
+def written_formats(job: TrainJob) -> Iterator[tuple[str, GemmFormat]]:
     """Yield every format that is written down, and where."""
     yield "precision.format", job.precision.format
     for number, rule in enumerate(job.precision.exceptions):
@@ -355,7 +353,7 @@ def fsdp_is_not_native(job: TrainJob, _: int) -> Iterator[Problem]:
     A copy is renewed in the first microbatch of a step alone (transformer/module.py 105).
     """
     if job.parallel.fsdp and is_native(job) and _quantized_kinds(job):
-        rule = f"is not joined with GEMMs that the hardware quantizes; {_EMULATE}"
+        rule = f"is not joined with GEMMs that the hardware quantizes; {EMULATE}"
         yield Problem("parallel.fsdp", True, rule, "false")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from packaging.version import InvalidVersion, Version
 
-from hybrid_train.config.compose import conf_dir
+from hybrid_train.config.own_conf import conf_dir
 
 _NO_GPU = "sources read, no kernel has run: no GPU was at hand"
 

@@ -3,6 +3,7 @@
 It needs neither those processes nor torch: all that is printed follows from the config.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 
@@ -12,14 +13,18 @@ from hybrid_train.anatomy import counts, gemm_formats
 from hybrid_train.anatomy.gemm_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.anatomy.layers import distinct
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.config.rules_of_cluster import Room, room_for
 from hybrid_train.config.rules_of_data import data_is_chosen
+from hybrid_train.config.rules_of_hardware import gpu_of
 from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.jobs.check_json import plan_as_data
 from hybrid_train.jobs.help import console, show_numbers, table
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps, show_phases
 from hybrid_train.planning import degrees, stages
+from hybrid_train.planning.gpu_formats import native_formats
 from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
 from hybrid_train.planning.stages import Stage
+from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.pattern import parse
@@ -48,7 +53,7 @@ def run(job: CheckJob) -> None:
     page.print()
     show_numbers(page, list(_held_rows(plan)), _HELD_HEADS)
     unknown = "activations, buffers of libraries"
-    unknown += "." if job.cluster is not None else ", how much memory a GPU has: cluster=NAME says."
+    unknown += "." if plan.card else ", how much memory a GPU has: cluster.hardware=NAME says."
     page.print(
         "\nCost: forward FLOPs relative to the mean. Parameters and bytes: of one process, kept "
         f"from step to\nstep. Not known here: {unknown}",
@@ -141,20 +146,43 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 
 def _cluster(plan: RunPlan) -> Iterator[tuple[str, str]]:
-    """Say how many nodes the run takes, and what is left of a GPU."""
+    """Say how many nodes the run takes, what their GPUs are, and whether the run has room there."""
     on = plan.nodes()
     if on is None:
         return
     cluster, nodes = on
     each = counted(cluster.gpus_per_node, "GPU") if cluster.gpus_per_node else "no GPU"
     yield "cluster", f"{counted(nodes, 'node')} with {each} on each"
-    if cluster.gpus_per_node and cluster.gpu_memory_gb is not None:
-        most, whole = plan.most_kept(), cluster.gpu_memory_gb * 1e9
-        yield (
-            "memory",
-            f"{show_bytes(whole)} a GPU; the fullest process keeps {show_bytes(most)} from step to "
-            f"step, {show_bytes(whole - most)} are left for activations",
-        )
+    if plan.card is not None:
+        formats = (one.value for one in native_formats(gpu_of(plan.card)))
+        yield "GPU", _card(plan.card)
+        yield "formats", f"the GPU multiplies {', '.join(formats)}"
+        yield "memory", _room(plan.most_kept(), plan.card)
+
+
+def _card(card: Card) -> str:
+    """Say what a card has: memory, dense peaks, links."""
+    words = [f"{card.title}, {card.memory_gb:g} GB"]
+    if card.memory_tb_s is not None:
+        words[0] += f" at {card.memory_tb_s:g} TB/s"
+    peaks = dataclasses.asdict(card.peak_tflops)
+    known = [f"{format} {peak:,g}" for format, peak in peaks.items() if peak is not None]
+    words += [f"{', '.join(known)} TFLOP/s"] if known else []
+    if card.link_gb_s is not None:
+        nvlink = card.nvlink_gpus > 1
+        words.append(f"{'NVLink' if nvlink else 'PCIe'} {card.link_gb_s:,g} GB/s")
+        words[-1] += f" among {card.nvlink_gpus}" if nvlink else ""
+    return "; ".join(words)
+
+
+def _room(kept: int, card: Card) -> str:
+    """Say whether the fullest process of any phase fits into a card."""
+    whole = card.memory_gb * 1e9
+    words = f"keeps {show_bytes(kept)} of {show_bytes(whole)} ({card.title}): "
+    if room_for(kept, card) is Room.tight:
+        words += f"tight, {show_bytes(whole - kept)} are left for buffers of CUDA and NCCL and for "
+        return f"{words}activations, which are not counted"
+    return f"{words}fits; activations are not counted"
 
 
 def _experts(plan: RunPlan) -> Iterator[tuple[str, str]]:
@@ -210,10 +238,11 @@ def _work(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if least is None:
         yield "time", "not known here; runtime.peak_tflops=N of a GPU gives a lower bound"
         return
+    assert plan.peak is not None, "it is what the time follows from"
     yield (
         "time",
         f"more than {show_step_time(least[0])} a step and {show_duration(least[1])} in all, "
-        f"which would be the whole peak of {plan.job.runtime.peak_tflops:g} TFLOP/s",
+        f"which would be the whole peak of {plan.peak.tflops:g} TFLOP/s ({plan.peak.source})",
     )
 
 

@@ -1,5 +1,6 @@
 """What `check json=true` prints: all that the tables say, as plain data. Bytes, tokens, seconds."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 from hybrid_train.anatomy import counts, gemm_formats
 from hybrid_train.anatomy.gemm_formats import formats_of, fp8_primary_weights, quantizes
 from hybrid_train.anatomy.layers import distinct
+from hybrid_train.config.rules_of_cluster import room_for
 from hybrid_train.config.rules_of_data import data_is_chosen
+from hybrid_train.config.rules_of_hardware import gpu_of
 from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.config.secrets import masked_data
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps
 from hybrid_train.planning import degrees, stages
+from hybrid_train.planning.gpu_formats import native_formats
 from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
+from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
@@ -65,15 +70,22 @@ def _cluster(plan: RunPlan) -> dict[str, Any] | None:
     if on is None:
         return None
     cluster, nodes = on
-    memory = None if cluster.gpu_memory_gb is None else round(cluster.gpu_memory_gb * 1e9)
-    most = plan.most_kept()
+    card, most = plan.card, plan.most_kept()
+    memory = None if card is None else round(card.memory_gb * 1e9)
     return {
         "nodes": nodes,
         "gpus_per_node": cluster.gpus_per_node,
+        "gpu": None if card is None else _card(cluster.hardware, card),
         "gpu_memory_bytes": memory,
         "most_kept_bytes": most,
         "left_bytes": None if memory is None else memory - most,
+        "room": None if card is None else room_for(most, card).value,
     }
+
+
+def _card(name: str | None, card: Card) -> dict[str, Any]:
+    formats = [one.value for one in native_formats(gpu_of(card))]
+    return {"name": name, **dataclasses.asdict(card), "formats": formats}
 
 
 def _model(plan: RunPlan) -> dict[str, Any]:
@@ -150,7 +162,7 @@ def _flops(plan: RunPlan) -> dict[str, Any]:
     return {
         "of_the_run": plan.flops,
         "of_a_step_and_process": plan.flops_of_a_step,
-        "peak_flops": None if least is None else (plan.job.runtime.peak_tflops or 0) * 1e12,
+        "peak_flops": None if plan.peak is None else plan.peak.tflops * 1e12,
         "least_step_s": None if least is None else least[0],
         "least_run_s": None if least is None else least[1],
         "bubble_share": stages.bubble_share(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hybrid_train
-from hybrid_train.config.compose import conf_dir
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.schema.problems import UserError
 
 PARTS = ("hybrid_train", "conf", "launch")  # of a checkout, which decide what a run does

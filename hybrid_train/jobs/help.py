@@ -173,6 +173,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "is short for it.",
         "cluster.nodes": "The job asks for this many nodes; null: the fewest that can run it.",
         "cluster.min_nodes": "The job starts with this many nodes if there are no more.",
+        "cluster.hardware": "The GPUs are this card of conf/hardware, such as h100 or gb200.",
         "cluster.partition": "The job waits in this partition; null: that of the cluster.",
         "cluster.account": "The job is charged to this account.",
         "cluster.time_limit": "The job is saved and queued again after this time.",

@@ -7,7 +7,10 @@ from functools import cached_property
 from rich.console import Console
 
 from hybrid_train.anatomy import counts
+from hybrid_train.anatomy.gemm_formats import formats_of
 from hybrid_train.config import rules_of_cluster
+from hybrid_train.config.rules_of_hardware import card_of
+from hybrid_train.config.rules_of_precision import is_native
 from hybrid_train.config.suggestions import processes_of
 from hybrid_train.jobs.help import show_numbers
 from hybrid_train.planning import degrees, stages
@@ -15,14 +18,24 @@ from hybrid_train.planning.memory import Memory, memory
 from hybrid_train.planning.phases import PhaseSpan, lay_out, run_length
 from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.cluster import Cluster
+from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.optimizer import Wsd
+from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_bytes, show_tokens, tokens
 
 _PHASE_HEADS = (
     "phase", "start", "tokens", "steps", "sequence", "batch", "rate", "most kept", "layout",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedPeak:
+    """What one process can do at most, and where the figure comes from."""
+
+    tflops: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -108,12 +121,42 @@ class RunPlan:
         """Operations of a step and process, in the first phase."""
         return self.flops_per_token[0].training * self.tokens_per_step / self.processes
 
+    @cached_property
+    def card(self) -> Card | None:
+        """The GPUs of the cluster; None where it does not say."""
+        return card_of(self.job)
+
+    @property
+    def peak(self) -> PlannedPeak | None:
+        """What a process can do at most: the figure of the user, else of the card; None: unknown.
+
+        The card's is that of the fastest format of the run, so that no run is faster than it says.
+        """
+        if self.job.runtime.peak_tflops is not None:
+            return PlannedPeak(self.job.runtime.peak_tflops, "runtime.peak_tflops")
+        if self.card is None:
+            return None
+        each = {format: self.card.peak_of(format) for format in self._multiplied()}
+        known = {format: peak for format, peak in each.items() if peak is not None}
+        if len(known) < len(each):
+            return None
+        fastest = max(known, key=lambda format: known[format])
+        return PlannedPeak(known[fastest], f"{fastest.value}, {self.card.title}")
+
+    def _multiplied(self) -> set[GemmFormat]:
+        """Return the formats that the hardware multiplies in any phase; bfloat16 is always one."""
+        found = {GemmFormat.bf16}
+        for one in self.phases if is_native(self.job) else ():
+            of_layers = formats_of(one.job.model, one.job.precision).values()
+            found |= {format for layer in of_layers for format in layer.formats.values()}
+        return found
+
     def least_seconds(self) -> tuple[float, float] | None:
         """Return the time of a step and of the run at the whole peak; None for a peak unknown."""
-        peak = self.job.runtime.peak_tflops
-        if peak is None:
+        if self.peak is None:
             return None
-        return self.flops_of_a_step / (peak * 1e12), self.flops / self.processes / (peak * 1e12)
+        flops = self.peak.tflops * 1e12
+        return self.flops_of_a_step / flops, self.flops / self.processes / flops
 
     def kept_of_rank(self, rank: int) -> Memory:
         """Return what a process of a pipeline rank keeps from step to step, in the first phase."""

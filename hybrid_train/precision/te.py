@@ -1,119 +1,23 @@
-"""Gateway to Transformer Engine: which GPU computes which format, and our settings as its recipes.
+"""Gateway to Transformer Engine: our settings as its recipes, on the GPU that is there.
 
-`SUPPORT` holds the facts of its `_compute_*_support` functions (pytorch/quantization.py 141-183),
-so that a machine without a GPU can be asked about one. The library is imported only where a recipe
-or a module of it is asked for. Files and lines are those of version 2.20.2.
+The library is imported only where a recipe or a module of it is asked for. Files and lines are
+those of version 2.20.2.
 """
 
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from hybrid_train.anatomy.gemm_formats import formats_of
+from hybrid_train.config.rules_of_hardware import refused_by
+from hybrid_train.planning.gpu_formats import Gpu
 from hybrid_train.precision.recipes import Element, Scale, schemes
 from hybrid_train.runtime import optional
 from hybrid_train.schema.precision import Gemm, GemmFormat, Precision
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.problems import ConfigError
 from hybrid_train.schema.train import TrainJob
-
-Version = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, as far as formats depend on it."""
-
-    name: str
-    capability: Version  # compute capability
-    cuda: Version  # version that torch was built with
-
-
-@dataclass(frozen=True)
-class Support:
-    """GPUs that compute a format: capabilities in [first, end) with a CUDA version."""
-
-    first: Version
-    end: Version | None = None  # the first that does not, if there is one
-    cuda: Version = (0, 0)
-
-    def has(self, gpu: Gpu) -> bool:
-        """Tell whether a GPU is one of them."""
-        below = self.end is None or gpu.capability < self.end
-        return self.first <= gpu.capability and below and self.cuda <= gpu.cuda
-
-
-_FP8 = (Support((8, 9), (9, 0), cuda=(12, 1)), Support((9, 0)))
-SUPPORT: dict[GemmFormat, tuple[Support, ...]] = {
-    GemmFormat.fp32: (Support((0, 0)),),
-    GemmFormat.bf16: (Support((8, 0)),),
-    GemmFormat.fp8_tensorwise: _FP8,
-    GemmFormat.fp8_delayed: _FP8,
-    # From 10.0 on it is a GEMM of MXFP8 operands of the same values (csrc/extensions/gemm.cpp
-    # 319), which takes scales that are powers of two.
-    GemmFormat.fp8_blockwise: (Support((9, 0), cuda=(12, 9)),),
-    GemmFormat.mxfp8: (Support((10, 0), (12, 0)),),
-    GemmFormat.nvfp4: (Support((10, 0)),),
-    GemmFormat.mxfp4: (),
-}
-_WITHOUT_FLOAT_SCALES = Support((10, 0))  # in blocks
-# What comes nearest to a format, best first: as many bits, then scales as fine.
-_NEAREST = {
-    GemmFormat.fp32: (),
-    GemmFormat.bf16: (GemmFormat.fp32,),
-    GemmFormat.fp8_tensorwise: (GemmFormat.bf16,),
-    GemmFormat.fp8_delayed: (GemmFormat.fp8_tensorwise, GemmFormat.bf16),
-    GemmFormat.fp8_blockwise: (
-        GemmFormat.mxfp8,
-        GemmFormat.fp8_tensorwise,
-        GemmFormat.bf16,
-    ),
-    GemmFormat.mxfp8: (
-        GemmFormat.fp8_blockwise,
-        GemmFormat.fp8_tensorwise,
-        GemmFormat.bf16,
-    ),
-    GemmFormat.nvfp4: (
-        GemmFormat.mxfp8,
-        GemmFormat.fp8_blockwise,
-        GemmFormat.fp8_tensorwise,
-        GemmFormat.bf16,
-    ),
-    GemmFormat.mxfp4: (
-        GemmFormat.nvfp4,
-        GemmFormat.mxfp8,
-        GemmFormat.fp8_blockwise,
-        GemmFormat.fp8_tensorwise,
-        GemmFormat.bf16,
-    ),
-}
-
-
-def is_native(format: GemmFormat, gpu: Gpu) -> bool:
-    """Tell whether a GPU computes GEMMs of a format itself."""
-    return any(support.has(gpu) for support in SUPPORT[format])
-
-
-def nearest_native(format: GemmFormat, gpu: Gpu) -> GemmFormat:
-    """Return the format itself where a GPU has it, else the nearest one that it has."""
-    candidates = (format, *_NEAREST[format], GemmFormat.fp32)
-    return next(one for one in candidates if is_native(one, gpu))
-
-
-def require_native(formats: Iterable[GemmFormat], gpu: Gpu) -> None:
-    """Raise a UserError that names every format that a GPU lacks, and the nearest that it has."""
-    lacking = [one for one in dict.fromkeys(formats) if not is_native(one, gpu)]
-    if lacking:
-        nearest = "; ".join(
-            f"{one.value}, nearest: {nearest_native(one, gpu).value}" for one in lacking
-        )
-        raise UserError(
-            f"{_shown(gpu)} does not compute these formats of GEMMs: {nearest}\n"
-            "precision.backend=emulated runs them on any machine"
-        )
 
 
 def present_gpu() -> Gpu:
@@ -124,26 +28,9 @@ def present_gpu() -> Gpu:
 
 
 def require_formats(job: TrainJob) -> None:
-    """Raise a UserError if the present GPU lacks a format that a job asks for."""
-    require_formats_on(job, present_gpu())
-
-
-def require_formats_on(job: TrainJob, gpu: Gpu) -> None:
-    """Raise a UserError if a GPU lacks a format that a job asks for, or its scales."""
-    found = formats_of(job.model, job.precision)
-    formats = [format for one in found.values() for format in one.formats.values()]
-    require_native(formats, gpu)
-    float_scales = job.precision.power_of_two_scales is False
-    if GemmFormat.fp8_blockwise in formats and float_scales and _WITHOUT_FLOAT_SCALES.has(gpu):
-        raise UserError(
-            f"{_shown(gpu)} takes fp8_blockwise with scales that are powers of two alone: "
-            "precision.power_of_two_scales=null, or precision.backend=emulated"
-        )
-
-
-def _shown(gpu: Gpu) -> str:
-    capability, cuda = (".".join(map(str, version)) for version in (gpu.capability, gpu.cuda))
-    return f"{gpu.name} (compute capability {capability}, CUDA {cuda})"
+    """Raise a ConfigError if the present GPU lacks a format that a job asks for, or its scales."""
+    if found := list(refused_by(present_gpu(), job)):
+        raise ConfigError(found)
 
 
 def recipe(format: GemmFormat, precision: Precision) -> Any:

@@ -11,7 +11,6 @@ from hybrid_train.schema.problems import Problem
 TIME_RULE = "must be a time of SLURM: minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS"
 PORTS = 1000  # a job takes `port` + its id modulo this, so that two jobs on a node do not meet
 Port = Annotated[int, Range(1024, 65535 - PORTS)]
-Gigabytes = Annotated[float, Range(0.1, 10**5)]
 Notice = Annotated[int, Range(1, 65535)]  # as SLURM takes it
 _MINUTES = re.compile(r"\d{1,9}")
 _DAYS = re.compile(r"(\d{1,6})-(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?")
@@ -83,7 +82,7 @@ class Cluster:
     nodes: Processes | None = None  # None: the fewest that the plan can run on
     min_nodes: Processes | None = None  # fewer are taken when there are no more; None: as `nodes`
     gpus_per_node: Annotated[int, Range(0, 1024)] = 8  # 0: none are asked for
-    gpu_memory_gb: Gigabytes | None = None  # of one GPU, in 1e9 bytes; None: it is not looked at
+    hardware: Name | None = None  # which GPUs: a card of conf/hardware; None: they are not known
     processes_per_node: Workers | None = None  # None: one a GPU
     time_limit: str = "1-00:00:00"
     container: Container = field(default_factory=Container)
@@ -107,6 +106,10 @@ class Cluster:
             yield Problem("min_nodes", self.min_nodes, rule, self.nodes)
         if not self.gpus_per_node and self.processes_per_node is None:
             yield Problem("processes_per_node", "null", "must be set where gpus_per_node is 0", 1)
+        if self.hardware is not None and not self.gpus_per_node:
+            yield Problem(
+                "hardware", self.hardware, "needs cluster.gpus_per_node > 0, or must be null"
+            )
         if self.gpus_per_node and (self.processes_per_node or 0) > self.gpus_per_node:
             rule = f"must be at most cluster.gpus_per_node ({self.gpus_per_node}): one a GPU"
             yield Problem("processes_per_node", self.processes_per_node, rule, self.gpus_per_node)

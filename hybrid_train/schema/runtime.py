@@ -35,7 +35,9 @@ class Runtime:
     device: Device = Device.auto
     kernels: Kernels = Kernels.auto
     threads: Workers | None = None  # CPU threads per process; None: cores / local processes
-    peak_tflops: Teraflops | None = None  # peak for MFU; None: table of GPUs, or measured on a CPU
+    peak_tflops: Teraflops | None = (
+        None  # peak for MFU; None: of conf/hardware, or measured on a CPU
+    )
     deterministic: bool = False  # the same numbers in every run, by slower kernels
     gc_interval: Count = 100  # steps between two collections of garbage, on all processes at once
     timeout_s: SecondsOrMore = 600  # a collective that takes longer stops the run

@@ -5,17 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense BF16 peaks in TFLOP/s by a part of the device name; the first match wins. Source: data
-# sheets, as collected in torchtitan `tools/utils.py`.
-_GPU_PEAKS_TFLOPS = {
-    "GB300": 2500,
-    "GB200": 2500,
-    "B300": 2250,
-    "B200": 2250,
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-}
+from hybrid_train.config import cards
+
 _GEMM_SIZE = 1024  # rows and columns; large enough that the GEMM is bound by arithmetic
 _MEASURE_S = 0.2
 _LEAST_GEMMS = 5  # on a busy machine some are slowed down by others
@@ -44,11 +35,19 @@ def peak_flops(device: torch.device, peak_tflops: float | None = None) -> Peak:
 
 
 def gpu_peak(name: str) -> Peak:
-    """Look up the dense BF16 peak of a GPU by its name."""
-    for part, tflops in _GPU_PEAKS_TFLOPS.items():
-        if part in name:
-            return Peak(tflops * 1e12, f"{tflops} TFLOP/s (dense BF16 peak of {name})")
-    return Peak(None, f"not known for {name}, so no MFU; give it as runtime.peak_tflops")
+    """Look up the dense BF16 peak of a GPU by its name in the cards of conf/hardware.
+
+    Raises:
+        ConfigError: if the file of a card is faulty.
+    """
+    found = cards.card_of_device(name)
+    if found is None:
+        why = f"not known: no card of conf/{cards.GROUP} names {name}"
+    elif (tflops := found[1].peak_tflops.bf16) is None:
+        why = f"not known: conf/{cards.GROUP}/{found[0]}.yaml has no figure for {name}"
+    else:
+        return Peak(tflops * 1e12, f"{tflops:g} TFLOP/s (dense BF16 peak of {name})")
+    return Peak(None, f"{why}, so no MFU; give it as runtime.peak_tflops")
 
 
 def _measured_peak() -> Peak:

@@ -105,7 +105,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this compares products that a GPU quantizes, and there is no GPU here")
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
-    from hybrid_train.precision.te import is_native, present_gpu
+    from hybrid_train.planning.gpu_formats import is_native
+    from hybrid_train.precision.te import present_gpu
     from hybrid_train.runtime.start import process
     from hybrid_train.schema.parallel import Parallel
     from hybrid_train.schema.precision import GemmFormat

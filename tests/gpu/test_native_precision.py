@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.gemm_formats import formats_of
+from hybrid_train.planning.gpu_formats import is_native
 from hybrid_train.precision.audit import Audit
-from hybrid_train.precision.te import is_native, present_gpu
+from hybrid_train.precision.te import present_gpu
 from hybrid_train.schema.model import Attention, Mamba, Mlp, Moe
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import (

@@ -207,24 +207,6 @@ def test_a_conf_folder_that_is_not_there_is_named(
     assert str(tmp_path) in str(error.value)
 
 
-def test_an_installed_package_finds_its_conf_folder_below_the_prefix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    installed = tmp_path / "share" / "hybrid_train" / "conf"
-    installed.parent.mkdir(parents=True)
-    installed.symlink_to(conf_dir())
-    monkeypatch.delenv("HYBRID_TRAIN_CONF", raising=False)
-    package = tmp_path / "lib" / "hybrid_train" / "config" / "compose.py"
-    monkeypatch.setattr("hybrid_train.config.compose.__file__", str(package))
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    assert conf_dir() == installed
-    installed.unlink()
-    with pytest.raises(UserError, match="no folder with the configuration") as error:
-        conf_dir()
-    assert str(installed) in str(error.value)
-    assert str(tmp_path / "lib" / "conf") in str(error.value)
-
-
 def test_every_yaml_file_says_in_a_line_what_it_is() -> None:
     for file in conf_dir().rglob("*.yaml"):
         comments = [

@@ -157,3 +157,12 @@ def test_a_wrong_choice_of_a_check_is_told_in_words(line: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose("check", ["experiment=tiny_cpu", line])
     assert line.partition("=")[0] in str(error.value)
+
+
+def test_settings_of_a_section_that_is_left_out_make_the_section() -> None:
+    assert compose("check", ["experiment=tiny_cpu"]).cluster is None
+    words = ["cluster.gpus_per_node=0", "cluster.processes_per_node=1", "cluster.nodes=2"]
+    cluster = compose("check", ["experiment=tiny_cpu", *words]).cluster
+    assert cluster is not None
+    assert (cluster.gpus_per_node, cluster.processes_per_node, cluster.nodes) == (0, 1, 2)
+    assert cluster.time_limit == "1-00:00:00"  # all else is the default

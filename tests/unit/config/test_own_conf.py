@@ -1,15 +1,17 @@
 """YAML files of the user's own: in conf/ of the working folder, or in a folder that is named."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from hybrid_train.config import describe, own_conf
-from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.compose import compose
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.jobs import cli, sweep
 from hybrid_train.jobs.study_plan import plan_study
-from hybrid_train.schema.problems import ConfigError
+from hybrid_train.schema.problems import ConfigError, UserError
 
 MINE = "# @package _global_\n# Seed of my own\ndefaults: [tiny_cpu]\ntrain: {seed: 7}\n"
 
@@ -126,3 +128,21 @@ def test_a_folder_that_is_not_there_names_the_one_beside_it(project: Path) -> No
     written(project / "configs", "experiment/mine", MINE)
     with pytest.raises(ConfigError, match=f"nearest: {project}/configs"):
         own_conf.checked(["config"])
+
+
+def test_an_installed_package_finds_its_conf_folder_below_the_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "share" / "hybrid_train" / "conf"
+    installed.parent.mkdir(parents=True)
+    installed.symlink_to(conf_dir())
+    monkeypatch.delenv("HYBRID_TRAIN_CONF", raising=False)
+    package = tmp_path / "lib" / "hybrid_train" / "config" / "own_conf.py"
+    monkeypatch.setattr("hybrid_train.config.own_conf.__file__", str(package))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert conf_dir() == installed
+    installed.unlink()
+    with pytest.raises(UserError, match="no folder with the configuration") as error:
+        conf_dir()
+    assert str(installed) in str(error.value)
+    assert str(tmp_path / "lib" / "conf") in str(error.value)

@@ -32,7 +32,7 @@ ROOTS = {
     "ultra submitted": (
         "submit",
         "experiment=nemotron3_ultra",
-        "cluster=slurm_h100",
+        "cluster=slurm_b200",
         "cluster.nodes=192",
         "dry_run=true",
     ),

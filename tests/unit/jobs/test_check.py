@@ -305,11 +305,81 @@ def test_a_cluster_says_how_many_nodes_a_run_takes_and_what_is_left_of_a_gpu(
     assert (cluster["nodes"], cluster["gpus_per_node"]) == (16, 8)
     assert cluster["most_kept_bytes"] >= most
     assert cluster["left_bytes"] == 80 * 10**9 - cluster["most_kept_bytes"]
-    left = show_bytes(cluster["left_bytes"])
+    kept = show_bytes(cluster["most_kept_bytes"])
     assert said(text, "cluster") == "16 nodes with 8 GPUs on each"
-    assert said(text, "memory").startswith("80 GB a GPU; the fullest process keeps ")
-    assert said(text, "memory").endswith(f"{left} are left for activations")
+    assert (
+        said(text, "memory")
+        == f"keeps {kept} of 80 GB (H100 SXM): fits; activations are not counted"
+    )
+    assert cluster["room"] == "fits"
     assert "how much memory a GPU has" not in text
+
+
+def test_a_cluster_says_what_its_gpus_are(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("experiment=nemotron_h_8b", H100, "processes=128")
+    text = plan(capsys, *words)
+    assert said(text, "GPU") == (
+        "H100 SXM, 80 GB at 3.35 TB/s; bf16 989, fp8 1,979 TFLOP/s; NVLink 900 GB/s among 8"
+    )
+    formats = "fp32, bf16, fp8_tensorwise, fp8_delayed, fp8_blockwise"
+    assert said(text, "formats") == f"the GPU multiplies {formats}"
+    gpu = as_json(capsys, *words)["cluster"]["gpu"]
+    assert (gpu["name"], gpu["title"], gpu["memory_gb"]) == ("h100", "H100 SXM", 80)
+    assert gpu["peak_tflops"] == {"bf16": 989, "fp8": 1979, "fp4": None}
+    assert gpu["formats"] == ["fp32", "bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise"]
+    unknown = as_json(capsys, *words, "cluster.hardware=null")["cluster"]
+    assert (unknown["gpu"], unknown["room"], unknown["gpu_memory_bytes"]) == (None, None, None)
+    assert "cluster.hardware=NAME says" in plan(capsys, *words, "cluster.hardware=null")
+
+
+def test_a_run_in_more_than_four_fifths_of_a_gpu_is_tight(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phase with the long sequences keeps most, and it counts."""
+    whole = as_json(capsys, *SUPER)
+    phases = [one["most_kept_bytes"] for one in whole["phases"]]
+    most = max(phases)
+    assert most > phases[0]
+    monkeypatch.chdir(tmp_path)
+    card = tmp_path / "conf" / "hardware" / "small.yaml"
+    card.parent.mkdir(parents=True)
+    memory_gb = most / 0.9 / 1e9
+    card.write_text(
+        f"title: Small\ndevice_names: []\ncompute_capability: '10.0'\nmemory_gb: {memory_gb}\n"
+    )
+    words = (*SUPER, "cluster=slurm_b200", "cluster.hardware=small")
+    found = as_json(capsys, *words)["cluster"]
+    assert (found["most_kept_bytes"], found["room"]) == (most, "tight")
+    left = show_bytes(round(memory_gb * 1e9) - most)
+    told = f"(Small): tight, {left} are left for buffers of CUDA and NCCL and for activations,"
+    assert told in said(plan(capsys, *words), "memory")
+
+
+@pytest.mark.parametrize(
+    ("words", "tflops", "source"),
+    [
+        ([], 989, "bf16, H100 SXM"),
+        (["precision.format=fp8_blockwise"], 1979, "fp8_blockwise, H100 SXM"),
+        (["precision=nvfp4", "cluster.hardware=b200"], 9000, "nvfp4, B200"),
+        (["precision=nvfp4", "precision.backend=emulated"], 989, "bf16, H100 SXM"),
+        (["runtime.peak_tflops=500"], 500, "runtime.peak_tflops"),
+    ],
+)
+def test_no_run_is_faster_than_the_peak_of_its_card(
+    words: list[str], tflops: float, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["experiment=nemotron_h_8b", H100, "processes=128", *words]
+    flops = as_json(capsys, *words)["flops"]
+    assert flops["peak_flops"] == tflops * 1e12
+    told = f"the whole peak of {tflops:g} TFLOP/s ({source})"
+    assert told in " ".join(plan(capsys, *words).split())
+
+
+def test_a_card_without_a_figure_for_a_format_gives_no_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("experiment=nemotron_h_8b", "cluster=slurm_b200", "processes=128", "precision=nvfp4")
+    assert as_json(capsys, *words, "cluster.hardware=b300")["flops"]["peak_flops"] is None
 
 
 def test_processes_are_those_of_the_nodes_where_none_are_named(
@@ -330,7 +400,7 @@ def test_processes_are_those_of_the_nodes_where_none_are_named(
             ["parallel.tensor=8", "parallel.pipeline=2", "cluster.nodes=3"],
             "nodes = 3: makes 24 processes",
         ),
-        (["cluster.gpu_memory_gb=1"], "cluster.gpu_memory_gb = 1: a process keeps "),
+        (["precision.format=nvfp4"], "nvfp4: H100 SXM (compute capability 9.0, CUDA 13.0) does"),
     ],
 )
 def test_what_a_cluster_cannot_give_is_refused(

@@ -47,7 +47,7 @@ def test_a_published_recipe_is_rendered_without_torch(experiment: str) -> None:
         "import sys; from hybrid_train.jobs import cli; code = cli.main(sys.argv[1:]); "
         "sys.stderr.write(str({'torch', 'megatron', 'numpy'} & set(sys.modules))); sys.exit(code)"
     )
-    words = ["submit", "--dry-run", f"experiment={experiment}", "cluster=slurm_h100"]
+    words = ["submit", "--dry-run", f"experiment={experiment}", "cluster=slurm_b200"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
         cwd=ROOT,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from hybrid_train.planning.gpu_formats import Gpu
 from hybrid_train.precision import te
 from hybrid_train.precision.recipes import (
     Element,
@@ -17,7 +18,10 @@ from hybrid_train.schema.precision import (
     GemmFormat,
     GradientElement,
     Precision,
+    PrecisionRule,
 )
+from hybrid_train.schema.problems import ConfigError
+from tests.tiny import tiny_job
 
 F = GemmFormat
 FORMATS = [F.fp8_tensorwise, F.fp8_delayed, F.fp8_blockwise, F.mxfp8, F.nvfp4]
@@ -116,3 +120,19 @@ def test_core_is_told_the_elements(
     format: GemmFormat, gradients: GradientElement | None, name: str
 ) -> None:
     assert te.fp8_format(format, Precision(format=format, gradient_element=gradients)) == name
+
+
+def test_a_run_is_refused_by_the_gpu_that_is_there_with_what_is_nearest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rule = PrecisionRule(format=F.mxfp8, modules=["mlp"])
+    job = tiny_job("M-", precision=Precision(format=F.nvfp4, exceptions=[rule]))
+    monkeypatch.setattr(te, "present_gpu", lambda: Gpu("B200", (10, 0), (12, 8)))
+    te.require_formats(job)
+    monkeypatch.setattr(te, "present_gpu", lambda: Gpu("H100", (9, 0), (12, 8)))
+    with pytest.raises(ConfigError) as error:
+        te.require_formats(job)
+    text = str(error.value)
+    assert "precision.format = nvfp4: H100 (compute capability 9.0, CUDA 12.8)" in text
+    # blocks need a newer CUDA than this machine has
+    assert [one.nearest for one in error.value.problems] == ["fp8_tensorwise", "fp8_tensorwise"]

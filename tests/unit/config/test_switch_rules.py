@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hybrid_train.config.compose import compose, draft
-from hybrid_train.config.rules_of_gpu import GPU_RULES
+from hybrid_train.config.rules_of_switches import SWITCH_RULES
 from hybrid_train.schema.problems import ConfigError
 
 HYBRID = ("experiment=tiny_cpu", "model.pattern=MEM*-E", "processes=4", "train.global_batch=8")
@@ -112,8 +112,8 @@ def test_a_switch_with_what_it_needs_is_accepted(words: tuple[str, ...]) -> None
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:
-    unbroken = {rule.__name__ for rule in GPU_RULES}
+    unbroken = {rule.__name__ for rule in SWITCH_RULES}
     for words, *_ in REFUSED:
         drafted = OmegaConf.to_object(draft("check", [*HYBRID, *words]).config)
-        unbroken -= {rule.__name__ for rule in GPU_RULES if list(rule(drafted, 4))}
+        unbroken -= {rule.__name__ for rule in SWITCH_RULES if list(rule(drafted, 4))}
     assert unbroken == set()

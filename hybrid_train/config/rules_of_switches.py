@@ -228,7 +228,7 @@ def _letters(job: TrainJob) -> str:
     return pattern.main + (pattern.mtp or "")
 
 
-GPU_RULES = (
+SWITCH_RULES = (
     _experts_are_there,
     _dispatcher_fits,
     _shared_experts_can_overlap,
