@@ -303,9 +303,9 @@ class InThread:
         """Whether it has ended, well or not."""
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Wait for its end."""
-        self._thread.join()
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for its end, or so long at most."""
+        self._thread.join(timeout_s)
 
     def result(self) -> None:
         """Wait for its end; raise what it raised."""

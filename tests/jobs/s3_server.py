@@ -1,0 +1,79 @@
+"""An S3-compatible server on this machine, that can be stopped, started again and made strict."""
+
+import importlib.util
+import os
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import pytest
+
+BUCKET = "checkpoints"
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-test"}
+needs_s3 = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("moto", "s3fs", "flask_cors")),
+    reason="needs s3fs and moto: pip install s3fs 'moto[server]'",
+)
+# Of botocore and moto, at their import and in the threads of the server.
+ignores_their_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class S3Server:
+    """A server with one empty bucket; what it holds outlives a stop."""
+
+    def __init__(self, port: int = 0) -> None:
+        self._server: Any = None
+        self.port = port
+        self.start()
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+        self.port = int(self._server.get_host_and_port()[1])
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def post(self, path: str, content: bytes = b"") -> None:
+        request = urllib.request.Request(f"{self.endpoint}/moto-api/{path}", content)
+        urllib.request.urlopen(request).close()
+
+    def check_credentials(self) -> None:
+        self.post("reset-auth", b"0")  # requests without a check that are left
+
+    def store(self) -> Any:
+        """Open what the bucket holds, as it is now."""
+        fsspec.config.conf.pop("s3", None)
+        files = fsspec.filesystem("s3", endpoint_url=self.endpoint, use_listings_cache=False)
+        files.invalidate_cache()
+        return files
+
+    def steps(self, run: str) -> list[str]:
+        """List the whole checkpoints of a run."""
+        found = self.store().find(f"{BUCKET}/{run}/checkpoints")
+        return sorted(name.split("/")[-2] for name in found if name.endswith("/position.json"))
+
+
+@contextmanager
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """Serve a bucket, to which the variables of this process and its children point."""
+    server = S3Server()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**KEYS, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    server.post("reset")
+    server.store().mkdir(BUCKET)
+    try:
+        yield server
+    finally:
+        server.stop()
