@@ -3,7 +3,7 @@
     checkpoint.url=s3://BUCKET/runs/a
 
 What a resume needs goes there with them. An empty or older run folder gets the newest whole
-checkpoint from there, so that a run goes on on another machine with the same command.
+checkpoint from there, so that another machine goes on with a run by the same command.
 """
 
 import contextlib

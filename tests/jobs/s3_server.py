@@ -43,10 +43,13 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def post(self, path: str, content: bytes = b"") -> None:
-        request = urllib.request.Request(f"{self.endpoint}/moto-api/{path}", content)
+        # As a form, which is the default, it would be taken apart.
+        plain = {"Content-Type": "text/plain"}
+        request = urllib.request.Request(f"{self.endpoint}/moto-api/{path}", content, plain)
         urllib.request.urlopen(request).close()
 
     def check_credentials(self) -> None:
+        """Refuse the keys, which nobody has told it."""
         self.post("reset-auth", b"0")  # requests without a check that are left
 
     def store(self) -> Any:
@@ -76,4 +79,5 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     try:
         yield server
     finally:
+        server.post("reset-auth", b"inf")
         server.stop()

@@ -60,6 +60,7 @@ def require_equal(one: Path, other: Path, step: int) -> None:
         assert torch.equal(value, actual[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_the_url_alone_equals_one_without_interruption(
     server: S3Server, tmp_path: Path, corpus: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_run_that_goes_on_from_the_url_alone_equals_one_without_interruption(
     )
 
 
+@pytest.mark.slow
 def test_a_half_copied_checkpoint_is_left_out_and_a_damaged_one_falls_back(
     server: S3Server, tmp_path: Path, corpus: Path
 ) -> None:
@@ -153,7 +155,7 @@ def test_a_network_that_stays_away_is_told_and_the_same_command_copies_later(
 
 
 def test_what_forbids_copies_is_a_sentence_before_the_first_step(
-    server: S3Server, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    server: S3Server, tmp_path: Path, corpus: Path
 ) -> None:
     data, run_dir = f"data.folder={corpus}", tmp_path / "run"
     absent = train(run_dir, data, "checkpoint.url=s3://no-such-bucket/a")
@@ -166,15 +168,23 @@ def test_what_forbids_copies_is_a_sentence_before_the_first_step(
     assert f"s3://{BUCKET}/runs/a" in denied.err
     assert "may not be written" in denied.err
     assert "check the credentials" in denied.err
-    server.stop()
-    nobody = train(run_dir, data, URL)
-    server.start()
-    assert nobody.code == 2
-    assert f"cannot write s3://{BUCKET}/runs/a" in nobody.err
-    for refused in (absent, denied, nobody):
+    for refused in (absent, denied):
         assert "Traceback" not in refused.err
         assert KEYS["AWS_SECRET_ACCESS_KEY"] not in refused.said
     assert last_step(run_dir) == 0
+
+
+@pytest.mark.slow  # the driver has tries of its own
+def test_a_server_that_is_not_there_is_a_sentence(
+    server: S3Server, tmp_path: Path, corpus: Path
+) -> None:
+    server.stop()
+    nobody = train(tmp_path / "run", f"data.folder={corpus}", URL)
+    server.start()
+    assert nobody.code == 2
+    assert f"cannot write s3://{BUCKET}/runs/a" in nobody.err
+    assert "(3 tries); check the address and the network" in nobody.err
+    assert "Traceback" not in nobody.err
 
 
 def test_the_url_of_another_run_is_refused_by_what_differs(
