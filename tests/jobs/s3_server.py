@@ -12,10 +12,7 @@ import pytest
 
 BUCKET = "checkpoints"
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-test"}
-needs_s3 = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("moto", "s3fs", "flask_cors")),
-    reason="needs s3fs and moto: pip install s3fs 'moto[server]'",
-)
+_NEEDED = ("moto", "s3fs", "flask_cors")
 # Of botocore and moto, at their import and in the threads of the server.
 ignores_their_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -52,22 +49,17 @@ class S3Server:
         """Refuse the keys, which nobody has told it."""
         self.post("reset-auth", b"0")  # requests without a check that are left
 
-    def store(self) -> Any:
-        """Open what the bucket holds, as it is now."""
-        fsspec.config.conf.pop("s3", None)
-        files = fsspec.filesystem("s3", endpoint_url=self.endpoint, use_listings_cache=False)
-        files.invalidate_cache()
-        return files
-
-    def steps(self, run: str) -> list[str]:
-        """List the whole checkpoints of a run."""
-        found = self.store().find(f"{BUCKET}/{run}/checkpoints")
-        return sorted(name.split("/")[-2] for name in found if name.endswith("/position.json"))
+    @property
+    def files(self) -> Any:
+        """What the bucket holds."""
+        return fsspec.filesystem("s3", endpoint_url=self.endpoint, use_listings_cache=False)
 
 
 @contextmanager
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """Serve a bucket, to which the variables of this process and its children point."""
+    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
+        pytest.skip("needs s3fs and moto: pip install s3fs 'moto[s3]' flask flask-cors")
     server = S3Server()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -75,7 +67,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
     server.post("reset")
-    server.store().mkdir(BUCKET)
+    server.files.mkdir(BUCKET)
     try:
         yield server
     finally:

@@ -4,8 +4,11 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -22,9 +25,9 @@ from tests.jobs.command import (
     train,
     untimed,
 )
-from tests.jobs.s3_server import BUCKET, KEYS, S3Server, ignores_their_warnings, needs_s3, serve
+from tests.jobs.s3_server import BUCKET, KEYS, S3Server, ignores_their_warnings, serve
 
-pytestmark = [needs_s3, ignores_their_warnings, pytest.mark.xdist_group("s3")]
+pytestmark = [ignores_their_warnings, pytest.mark.xdist_group("s3")]
 
 URL = f"checkpoint.url=s3://{BUCKET}/runs/a"
 STEPS = "train.tokens=2560"  # ten of 256 tokens
@@ -35,6 +38,37 @@ SAVES = "checkpoint.interval=2"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     with serve(monkeypatch) as started:
         yield started
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where copies go: a folder behind a URL."""
+
+    url: str
+    files: Any
+    folder: str  # as `files` calls it
+
+    def steps(self) -> list[str]:
+        """List the whole checkpoints."""
+        self.files.invalidate_cache()
+        found = self.files.find(f"{self.folder}/checkpoints")
+        return sorted(name.split("/")[-2] for name in found if name.endswith("/position.json"))
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.slow)])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    if request.param == "file":
+        folder = f"{tmp_path}/there/runs/a"
+        yield Store(f"checkpoint.url=file://{folder}", fsspec.filesystem("file"), folder)
+        return
+    with serve(monkeypatch) as started:
+        yield Store(URL, started.files, f"{BUCKET}/runs/a")
+
+
+def steps(server: S3Server) -> list[str]:
+    return Store(URL, server.files, f"{BUCKET}/runs/a").steps()
 
 
 def stopped(run_dir: Path, step: int, *overrides: str, processes: int = 1) -> Finished:
@@ -60,24 +94,23 @@ def require_equal(one: Path, other: Path, step: int) -> None:
         assert torch.equal(value, actual[name]), name
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_on_from_the_url_alone_equals_one_without_interruption(
-    server: S3Server, tmp_path: Path, corpus: Path
+    store: Store, tmp_path: Path, corpus: Path
 ) -> None:
     data = f"data.folder={corpus}"
     whole = train(tmp_path / "whole", data, STEPS, SAVES)
     assert whole.code == 0, whole.err
-    first = stopped(tmp_path / "first", 5, data, STEPS, SAVES, URL)
+    first = stopped(tmp_path / "first", 5, data, STEPS, SAVES, store.url)
     assert first.code == 128 + signal.SIGTERM, first.err
-    there = server.steps("runs/a")
+    there = store.steps()
     assert len(there) == 2  # checkpoint.keep
     assert there[-1] == checkpoints(tmp_path / "first")[-1]  # the end waited for the last copy
     shutil.rmtree(tmp_path / "first")
-    second = train(tmp_path / "second", data, STEPS, SAVES, URL)
+    second = train(tmp_path / "second", data, STEPS, SAVES, store.url)
     assert second.code == 0, second.err
     assert f"/second/checkpoints/{there[-1]}" in second.said
     require_equal(tmp_path / "whole", tmp_path / "second", 10)
-    assert server.steps("runs/a")[-1] == "step_00000010"
+    assert store.steps()[-1] == "step_00000010"
     kinds = [one.kind for one in history.attempts(history.read(tmp_path / "second"))]
     assert kinds == ["signal", "finished"]  # how the first ended came along
     for secret in KEYS.values():
@@ -89,25 +122,25 @@ def test_a_run_that_goes_on_from_the_url_alone_equals_one_without_interruption(
     )
 
 
-@pytest.mark.slow
 def test_a_half_copied_checkpoint_is_left_out_and_a_damaged_one_falls_back(
-    server: S3Server, tmp_path: Path, corpus: Path
+    store: Store, tmp_path: Path, corpus: Path
 ) -> None:
     data = f"data.folder={corpus}"
-    command = (data, STEPS, SAVES, URL, "checkpoint.keep=4", "checkpoint.async_save=false")
+    command = (data, STEPS, SAVES, store.url, "checkpoint.keep=4", "checkpoint.async_save=false")
     whole = train(tmp_path / "whole", *command)
     assert whole.code == 0, whole.err
-    *_, third, second, newest = server.steps("runs/a")
-    files, folder = server.store(), f"{BUCKET}/runs/a/checkpoints"
+    *_, third, second, newest = store.steps()
+    files, folder = store.files, f"{store.folder}/checkpoints"
     files.rm_file(f"{folder}/{newest}/position.json")  # as a copy that was cut off
     name = next(one for one in files.find(f"{folder}/{second}") if one.endswith(".distcp"))
     data_there = bytearray(files.cat_file(name))
     data_there[len(data_there) // 2] ^= 1
     files.pipe_file(name, bytes(data_there))
+    address = store.url.partition("=")[2]
     again = train(tmp_path / "again", *command)
     assert again.code == 0, again.err
     assert f"fetching step {int(newest[5:])} " not in again.said
-    assert f"step {int(second[5:])} at s3://{BUCKET}/runs/a is damaged: __0_0.distcp" in again.said
+    assert f"step {int(second[5:])} at {address} is damaged: __0_0.distcp" in again.said
     assert f"/again/checkpoints/{third}" in again.said
     events = history.read(tmp_path / "again")
     assert [one["step"] for one in events if one["event"] == "fallback"] == [int(second[5:])]
@@ -130,7 +163,7 @@ def test_a_network_that_is_gone_for_a_while_stops_no_step_and_all_is_copied_afte
     assert ended.code == 0, ended.err
     assert ended.said.count("cannot be reached") == 1
     assert ended.said.count("is reached again, after") == 1
-    assert server.steps("runs/a")[-1] == "step_00000160"
+    assert steps(server)[-1] == "step_00000160"
 
 
 @pytest.mark.slow
@@ -151,9 +184,33 @@ def test_a_network_that_stays_away_is_told_and_the_same_command_copies_later(
     server.start()
     again = train(run_dir, *words)
     assert again.code == 0, again.err
-    assert server.steps("runs/a")[-1] == "step_00000040"
+    assert steps(server)[-1] == "step_00000040"
 
 
+def test_a_run_goes_on_while_nothing_can_be_copied_and_copies_when_it_can(
+    tmp_path: Path, corpus: Path
+) -> None:
+    run_dir, there = tmp_path / "run", tmp_path / "there"
+    words = (f"data.folder={corpus}", "train.tokens=5120", "checkpoint.interval=5")
+    words += (f"checkpoint.url=file://{there}/a", "checkpoint.url_patience_s=1")
+    process = start(*arguments(run_dir, *words))
+    wait_for_step(run_dir, 1)
+    shutil.rmtree(there)
+    there.write_text("no folder any more")
+    ended = finish(process)
+    assert ended.code == 2
+    assert "the newest checkpoint was not copied" in ended.err
+    assert "the same command copies it as soon as that is possible" in ended.err
+    assert checkpoints(run_dir)[-1] == "step_00000020"
+    assert {one["step"] for one in history.read(run_dir) if one["event"] == "copy failed"} >= {20}
+    there.unlink()
+    again = train(run_dir, *words)
+    assert again.code == 0, again.err
+    assert "is complete" in again.said
+    assert (there / "a" / "checkpoints" / "step_00000020" / "position.json").is_file()
+
+
+@pytest.mark.slow
 def test_what_forbids_copies_is_a_sentence_before_the_first_step(
     server: S3Server, tmp_path: Path, corpus: Path
 ) -> None:
@@ -188,11 +245,11 @@ def test_a_server_that_is_not_there_is_a_sentence(
 
 
 def test_the_url_of_another_run_is_refused_by_what_differs(
-    server: S3Server, tmp_path: Path, corpus: Path
+    store: Store, tmp_path: Path, corpus: Path
 ) -> None:
     data = f"data.folder={corpus}"
-    assert train(tmp_path / "one", data, "train.tokens=512", URL).code == 0
-    other = train(tmp_path / "two", data, "train.tokens=512", "train.seed=7", URL)
+    assert train(tmp_path / "one", data, "train.tokens=512", store.url).code == 0
+    other = train(tmp_path / "two", data, "train.tokens=512", "train.seed=7", store.url)
     assert other.code == 2
     assert "train.seed: 1234 there, 7 here" in other.err
     assert not (tmp_path / "two" / "checkpoints").exists()
