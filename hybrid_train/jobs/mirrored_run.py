@@ -73,7 +73,7 @@ def fetch_newer(job: TrainJob, own: layout.Found | None) -> layout.Found | None:
     def bring() -> None:
         found.extend(_fetched(Mirror(url), run_dir, own_step))
 
-    work = InThread(bring if ranks.is_main() else lambda: None)
+    work = InThread(bring if ranks.is_main() else lambda: None, is_left=True)
     while not ranks.broadcast_from_main(lambda: _is_over(work)):
         pass  # no collective takes as long as a copy
     ranks.run_on_main_first(work.result)

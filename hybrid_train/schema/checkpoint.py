@@ -10,7 +10,7 @@ from hybrid_train.schema.limits import Count, CountOrNone, Factor, FileName, Ran
 from hybrid_train.schema.problems import Problem
 
 SpikeWindow = Annotated[int, Range(8, 10**6)]  # of fewer, sigma says nothing
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]*/?[^/\s]+.*", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/\s].*", re.IGNORECASE)
 StragglerRatio = Annotated[float, Range(1, 1000)]
 
 
@@ -35,7 +35,9 @@ class Checkpoint:
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         if self.url is not None and not _URL.fullmatch(self.url):
-            yield Problem("url", self.url, "must be a URL with a folder in it: s3://BUCKET/runs/a")
+            yield Problem(
+                "url", self.url, "must be the URL of a folder, such as s3://BUCKET/runs/a"
+            )
 
 
 @dataclass(kw_only=True)
