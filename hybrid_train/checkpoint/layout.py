@@ -103,6 +103,12 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """Return the step of a folder of this name; None if it is none of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def complete(run_dir: Path) -> list[Found]:
     """List the complete checkpoints of a run, oldest first."""
     found = [_complete_at(path) for path in (run_dir / FOLDER).glob("step_*")]
@@ -139,10 +145,8 @@ def locate(path: Path) -> Found:
 
 
 def _complete_at(path: Path) -> Found | None:
-    match = _NAME.fullmatch(path.name)
-    if match is None or not (path / POSITION).is_file():
-        return None
-    return Found(path, int(match[1]))
+    step = step_of(path.name)
+    return Found(path, step) if step is not None and (path / POSITION).is_file() else None
 
 
 def set_aside(found: Found) -> Path:
@@ -153,9 +157,9 @@ def set_aside(found: Found) -> Path:
     return found.path.rename(place)
 
 
-def keep_newest(run_dir: Path, count: int) -> None:
-    """Delete all complete checkpoints but the newest `count`."""
-    for old in complete(run_dir)[:-count]:
+def keep_newest(run_dir: Path, count: int, spared: int | None = None) -> None:
+    """Delete all complete checkpoints but the newest `count`, and that of the step to be spared."""
+    for old in (one for one in complete(run_dir)[:-count] if one.step != spared):
         # A deletion that is cut off must not leave a folder that looks whole.
         shutil.rmtree(old.path.rename(old.path.with_name(old.path.name + PARTIAL)))
 

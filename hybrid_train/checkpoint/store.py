@@ -47,6 +47,7 @@ class Saving:
     saved_layout: SavedLayout
     keep: int
     writing: Writing
+    spared: Callable[[], int | None]  # step of a checkpoint that is being copied
     naming: InThread | None = None
 
     def is_done(self) -> bool:
@@ -102,6 +103,7 @@ def start(
     keep: int,
     copy: bool,
     plan: KeptSavePlan | None = None,
+    spared: Callable[[], int | None] = lambda: None,
 ) -> Saving:
     """Begin to write a checkpoint of all processes; it gets its name when it is whole.
 
@@ -112,6 +114,7 @@ def start(
         keep: newest checkpoints that stay.
         copy: write from a copy in host memory, so that training may go on until `finish`.
         plan: of the save before, which spares much of the time that training waits.
+        spared: step of a checkpoint that stays beyond `keep`, while it is copied elsewhere.
 
     Raises:
         UserError: if the disk is full, or refuses; the older checkpoints are untouched.
@@ -122,7 +125,7 @@ def start(
         writing = save_load.start_writing(
             _partial(final), content, plan or KeptSavePlan(), copy=copy
         )
-    return Saving(final, position, layout_of(content), keep, writing)
+    return Saving(final, position, layout_of(content), keep, writing, spared)
 
 
 def save(run_dir: Path, content: Content, position: Mapping[str, Any], *, keep: int) -> Path:
@@ -189,7 +192,7 @@ def _publish(partial: Path, saving: Saving) -> None:
         shutil.rmtree(saving.final)
     partial.rename(saving.final)
     layout.sync(saving.final.parent)
-    layout.keep_newest(saving.final.parent.parent, saving.keep)
+    layout.keep_newest(saving.final.parent.parent, saving.keep, saving.spared())
 
 
 @contextlib.contextmanager

@@ -284,11 +284,18 @@ class Writing:
 
 
 class InThread:
-    """Work that a thread of this process does."""
+    """Work that a thread of this process does.
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    Args:
+        work: what it does.
+        is_left: whether an end of the program does not wait for it.
+    """
+
+    def __init__(self, work: Callable[[], None], *, is_left: bool = False) -> None:
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._do, args=(work,), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._do, args=(work,), name="checkpoint", daemon=is_left
+        )
         self._thread.start()
 
     def _do(self, work: Callable[[], None]) -> None:
@@ -303,9 +310,9 @@ class InThread:
         """Whether it has ended, well or not."""
         return not self._thread.is_alive()
 
-    def wait(self) -> None:
-        """Wait for its end."""
-        self._thread.join()
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for its end, or so long at most."""
+        self._thread.join(timeout_s)
 
     def result(self) -> None:
         """Wait for its end; raise what it raised."""

@@ -398,6 +398,9 @@ def no_run(path: str, folder: str, config_name: str) -> Problem:
 
 def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
     """Say that a folder is not there and which one is alike, or why it cannot be looked at."""
+    if "://" in folder:
+        yield Problem(path, folder, "must be a folder; copy what lies behind a URL to one first")
+        return
     try:
         if Path(folder).is_dir():
             return

@@ -1,4 +1,4 @@
-"""Files in a folder or behind a URL, as bytes: gateway to fsspec, with a cache of blocks on disk.
+"""Files in a folder or behind a URL, as bytes, with a cache of blocks on disk.
 
 The processes of a machine share the cache folder. A file in it is one block of a remote file, or
 all of it where `whole` was asked for. It appears by a rename, complete or not at all; a file of
@@ -11,20 +11,18 @@ import fcntl
 import hashlib
 import os
 import threading
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_train.config.secrets import MASK
+from hybrid_train.runtime.fsspec import Hints, doubling, file_system, is_remote, retried
 from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
 
@@ -33,10 +31,10 @@ _VERSION_FIELDS = {
     "etag", "lastmodified", "updated", "generation", "mtime", "created",
     "md5hash", "contentmd5", "digest", "crc32c",
 }  # fmt: skip
-_MISSING = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
-_WORTH_ANOTHER_TRY = {
-    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS,
-}  # fmt: skip
+_HINTS = Hints(
+    missing="check the prefixes of the data section",
+    driver="or copy the files to a local folder",
+)
 _SAMPLE_BYTES = 4096
 _MAPPED_BLOCKS = 64  # of each remote file in this process: address space, not memory
 
@@ -90,11 +88,6 @@ def open_file(path: str, remote: Remote | None = None) -> File:
         UserError: as `RemoteFile`, if it is a URL.
     """
     return CachedFile(path, remote or Remote()) if is_remote(path) else LocalFile(path)
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL, and so for fsspec."""
-    return "://" in path
 
 
 class CachedFile:
@@ -331,7 +324,7 @@ class RemoteFile:
         return self._retry(what, lambda: self._fetch_once(start, stop))
 
     def _fetch_once(self, start: int, stop: int) -> bytes:
-        files, path = _file_system(self.url)
+        files, path = file_system(self.url)
         data = _read_range(files, path, start, stop, self.size)
         # Asked after the read: then the bytes are of the version that was opened.
         size, version = _state_once(self.url)
@@ -356,35 +349,12 @@ class RemoteFile:
 
     def _retry[T](self, what: str, action: Callable[[], T]) -> T:
         """Do it; after a fault that may pass, wait and do it again, `tries` times in all."""
-        for number in range(self._tries):
-            if number:
-                time.sleep(self._first_wait_s * 2 ** (number - 1))
-            try:
-                return action()
-            except UserError:
-                raise
-            except Exception as error:  # file systems have no common class of errors
-                _raise_if_lasting(self.url, error)
-                last = error
-        shown = str(last) or type(last).__name__
-        raise UserError(
-            f"cannot read {what}: {shown} ({self._tries} tries); check the address and the network"
-        ) from last
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it; fsspec keeps one for each process."""
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{url}: {error}; or copy the files to a local folder") from error
-    except ValueError as error:
-        raise UserError(f"{url}: {error}; check the first part of the address") from error
-    return files, str(path)
+        waits = doubling(self._tries, self._first_wait_s)
+        return retried(self.url, what, action, waits, hints=_HINTS)
 
 
 def _state_once(url: str) -> tuple[int | None, str]:
-    files, path = _file_system(url)
+    files, path = file_system(url)
     files.invalidate_cache(path)  # some keep listings, which would hide a change
     info: Mapping[str, Any] = files.info(path)
     if info.get("type") == "directory":
@@ -407,31 +377,3 @@ def _read_range(files: Any, path: str, start: int, stop: int, size: int) -> byte
     with files.open(path, headers=plain, **options) as file:
         file.seek(start)
         return bytes(file.read(stop - start))
-
-
-def _raise_if_lasting(url: str, error: Exception) -> None:
-    """Raise for what another try cannot change; return for the rest."""
-    causes = list(_causes(error))
-    # An exception of an HTTP answer carries its status, whichever library it comes from.
-    statuses = {s for e in causes if isinstance(s := getattr(e, "status", None), int)}
-    if statuses & _MISSING or (causes == [error] and _is_missing(error)):
-        raise UserError(f"{url} does not exist; check the prefixes of the data section") from error
-    faults = {s for s in HTTPStatus if s.is_client_error} - _WORTH_ANOTHER_TRY
-    if statuses & faults or isinstance(error, PermissionError):
-        raise UserError(f"{url} may not be read: {error}; check the credentials") from error
-    if isinstance(error, ValueError) and "range requests" in str(error):
-        raise UserError(
-            f"{url}: the server cannot send parts of a file (it ignores Range); use a server that "
-            "can, or copy the files to a local folder"
-        ) from error
-
-
-def _is_missing(error: Exception) -> bool:
-    return isinstance(error, FileNotFoundError | IsADirectoryError)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    # fsspec reports any fault of a request for the size as a file that is missing; the cause tells.
-    while error is not None:
-        yield error
-        error = error.__cause__

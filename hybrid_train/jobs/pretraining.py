@@ -23,12 +23,13 @@ import torch
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.gemm_formats import quantizes
 from hybrid_train.checkpoint import layout, store
+from hybrid_train.checkpoint.copier import Copier
 from hybrid_train.checkpoint.layout import TOKENIZER, drop_partial
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.hf import origin
-from hybrid_train.jobs import attempts, run_folder
+from hybrid_train.jobs import attempts, mirrored_run, run_folder
 from hybrid_train.jobs.phase_builder import PhaseBuilder
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
@@ -56,6 +57,7 @@ from hybrid_train.tracking.throughput import Peak, Throughput, peak_flops
 from hybrid_train.tracking.trackers import FanOut, build_trackers
 from hybrid_train.training.bad_steps import BadSteps, NonFiniteError
 from hybrid_train.training.hooks.checkpointing import (
+    CopyCheckpoints,
     EnterPhases,
     Recover,
     SaveCheckpoints,
@@ -106,8 +108,10 @@ def train(job: TrainJob, device: torch.device) -> int:
             "%s is complete: %d tokens of train.tokens=%s; a larger train.tokens trains on",
             *(start.found.run_dir, start.state().tokens, job.train.tokens),
         )
-        if start.is_own and ranks.is_main():
-            _say_summary(Path(job.run_dir))
+        if start.is_own:
+            mirrored_run.copy_complete(job)
+            if ranks.is_main():
+                _say_summary(Path(job.run_dir))
         return 0
     with contextlib.closing(StopOnSignal(job.recovery.time_limit_s)) as stop:
         _attempt(job, device, start, stop)
@@ -141,12 +145,16 @@ def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSign
         restore(start, run)
         run.bad_steps = bad_steps(job, start, phase_at(phases, state.tokens).start)
         peak = peak_flops(device, job.runtime.peak_tflops)
-        run.hooks = HookList([*_hooks(job, run, builder, phases, start.own_step, peak), stop])
+        copier = mirrored_run.start_copier(job.checkpoint, run_dir)
+        hooks = _hooks(job, run, builder, phases, start.own_step, peak, copier)
+        run.hooks = HookList([*hooks, stop])
         _fit(run, run_dir)
         if ranks.is_main():
             plot_losses(run_dir / FILE_NAME, run_dir / "plots" / "loss.png", run_dir.resolve().name)
             _say_summary(run_dir, peak.source)
             attempt.end(*stop.how_it_ended())
+        if copier is not None:
+            copier.close()
 
 
 def _hooks(
@@ -156,10 +164,13 @@ def _hooks(
     phases: list[PhaseSpan],
     own_step: int,
     peak: Peak,
+    copier: Copier | None,
 ) -> list[Hook]:
     """List what reacts to the loop, in the order in which it does."""
     run_dir = builder.run_dir
-    saving = SaveCheckpoints(job.checkpoint, run_dir, own_step, job.recovery.max_failed_saves)
+    failed_saves = job.recovery.max_failed_saves
+    saving = SaveCheckpoints(job.checkpoint, run_dir, own_step, failed_saves, copier)
+    copies = [CopyCheckpoints(saving, run_dir, job.checkpoint.keep, copier)]
 
     def enter(run: Run, phase: PhaseSpan, before: PhaseSpan) -> None:
         builder.enter(run, phase, before, saving)
@@ -181,6 +192,7 @@ def _hooks(
         # A run that goes back is not saved where it was.
         Recover(job.recovery, run_dir, saving.settle),
         saving,
+        *(copies if job.checkpoint.url else []),
     ]
 
 
@@ -257,12 +269,13 @@ def claim(job: TrainJob) -> Start:
         check_data(job.data)
         sizes = counts.parameters(job.model, job.model.vocab_size or _asked_vocab_size(job))
         run_folder.require_space(run_dir, sizes.total)
+        mirrored_run.require_usable(job)
         for leftover in drop_partial(run_dir):
             _log.warning("removed %s, which an interrupted save left behind", leftover)
         attempts.conclude(run_dir)
 
     ranks.run_on_main_first(check)
-    own = store.newest_sound(run_dir, _set_aside)
+    own = mirrored_run.fetch_newer(job, store.newest_sound(run_dir, _set_aside))
     if own is not None:
         _log.info("going on from %s", own.path)
         return Start(own, is_own=True)

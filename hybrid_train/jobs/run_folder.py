@@ -14,7 +14,7 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import setting, typed
-from hybrid_train.config.secrets import masked_data
+from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.hf import origin
 from hybrid_train.planning.phases import FIXED_SETTINGS, lay_out
@@ -175,7 +175,7 @@ def require_same_run(job: TrainJob) -> None:
         return
     unused = _unused_sections(saved.model, job.model)
     changes = [one for one in differences(saved, job) if not one[0].startswith(unused)]
-    foreign = _foreign(saved, job, changes)
+    foreign = _foreign(saved, job, changes, run_dir)
     if foreign and untrained:
         names = ", ".join(key for key, _, _ in foreign)
         _log.warning(
@@ -194,15 +194,40 @@ def require_same_run(job: TrainJob) -> None:
         _log.info("%s: %s before, %s from here on", key, old, new)
 
 
-def _foreign(saved: TrainJob, job: TrainJob, changes: Sequence[Change]) -> list[Change]:
-    """Return the changes that make it another run."""
+def require_same_run_behind(url: str, folder: Path, job: TrainJob) -> None:
+    """Refuse a URL with checkpoints of something else.
+
+    Args:
+        url: for the message.
+        folder: has config and newest position from there.
+        job: the run that is to start.
+
+    Raises:
+        UserError: with every setting that differs.
+    """
+    formats.require_readable_folder(folder, formats.RUN_FOLDER)
+    saved = frozen.load(folder)
+    unused = _unused_sections(saved.model, job.model)
+    changes = [one for one in differences(saved, job) if not one[0].startswith(unused)]
+    if foreign := _foreign(saved, job, changes, folder):
+        lines = "\n".join(f"  {key}: {old} there, {new} here" for key, old, new in foreign)
+        raise UserError(
+            f"checkpoint.url = {masked(url)} belongs to a run with another config:\n{lines}\n"
+            "Choose another checkpoint.url=..."
+        )
+
+
+def _foreign(
+    saved: TrainJob, job: TrainJob, changes: Sequence[Change], folder: Path
+) -> list[Change]:
+    """Return the changes that make it another run than the one in a folder."""
     free = (*_MAY_CHANGE, "data.") if job.data.accept_changes else _MAY_CHANGE
     foreign = [
         change
         for change in changes
         if not (change[0].startswith((*free, _PHASES)) or _is_other_cut(*change))
     ]
-    return foreign + _moved_phases(saved, job, Path(job.run_dir))
+    return foreign + _moved_phases(saved, job, folder)
 
 
 def _moved_phases(saved: TrainJob, job: TrainJob, run_dir: Path) -> list[Change]:

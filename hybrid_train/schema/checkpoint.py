@@ -1,12 +1,16 @@
 """Checkpoints and recovery: when to save, what to start from, what to do when something fails."""
 
 import enum
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from hybrid_train.schema.limits import Count, CountOrNone, Factor, FileName, Range, SecondsOrMore
+from hybrid_train.schema.problems import Problem
 
 SpikeWindow = Annotated[int, Range(8, 10**6)]  # of fewer, sigma says nothing
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/\s].*", re.IGNORECASE)
 StragglerRatio = Annotated[float, Range(1, 1000)]
 
 
@@ -25,6 +29,15 @@ class Checkpoint:
     async_save: bool = True  # train on while it is written, from a copy in host memory
     load: FileName | None = None  # a run folder or one checkpoint; the model is that of the run
     load_only: LoadOnly | None = None  # None: weights, optimizer and position
+    url: FileName | None = None  # whole checkpoints are copied there, and fetched if newer there
+    url_patience_s: SecondsOrMore = 600  # a network that is gone for longer ends the try to copy
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if self.url is not None and not _URL.fullmatch(self.url):
+            yield Problem(
+                "url", self.url, "must be the URL of a folder, such as s3://BUCKET/runs/a"
+            )
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """history.jsonl in a run folder: each attempt at the run, how it ended, and what happened beside.
 
 One event a line: "attempt" when processes begin, "end" when they are gone, others in between
-("skipped", "rolled back", "fallback", "save failed", "stragglers", "data changed").
+("skipped", "rolled back", "fallback", "save failed", "copy failed", "stragglers", "data changed").
 """
 
 import datetime

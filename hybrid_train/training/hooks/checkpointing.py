@@ -1,4 +1,4 @@
-"""Hooks that save a run, go back to a checkpoint where steps fail, and enter the next phase."""
+"""Hooks that save a run, copy that elsewhere, go back where steps fail, enter the next phase."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hybrid_train.checkpoint import layout, store
+from hybrid_train.checkpoint.copier import Copier
 from hybrid_train.checkpoint.save_load import read_weights
 from hybrid_train.checkpoint.shards import Content, HeldNetwork
 from hybrid_train.checkpoint.writing import KeptSavePlan
@@ -44,7 +45,12 @@ class SaveCheckpoints(Hook):
     """
 
     def __init__(
-        self, settings: Checkpoint, run_dir: Path, saved_step: int, max_failed: int = 0
+        self,
+        settings: Checkpoint,
+        run_dir: Path,
+        saved_step: int,
+        max_failed: int = 0,
+        copier: Copier | None = None,
     ) -> None:
         """Take the settings.
 
@@ -53,11 +59,14 @@ class SaveCheckpoints(Hook):
             run_dir: the run folder.
             saved_step: of the newest checkpoint of this run.
             max_failed: saves in a row that may fail for the disk while the run goes on.
+            copier: what copies checkpoints behind a URL, on the main process.
         """
         self._settings = settings
         self._max_failed, self._failed = max_failed, 0
         self._run_dir = run_dir
         self._saved_step = saved_step
+        self._copier = copier
+        self.saves = 0  # that are whole
         self._in_flight: _InFlight | None = None
         self._plan = KeptSavePlan()
 
@@ -134,6 +143,7 @@ class SaveCheckpoints(Hook):
             keep=self._settings.keep,
             copy=copy,
             plan=self._plan,
+            spared=lambda: self._copier.step if self._copier else None,
         )
         self._in_flight = _InFlight(saving, start, time.perf_counter() - start)
         if not copy:
@@ -147,9 +157,95 @@ class SaveCheckpoints(Hook):
         start = time.perf_counter()
         path = done.saving.finish()
         self._failed = 0
+        self.saves += 1
         end = time.perf_counter()
         waited_s = done.waited_s + end - start
         _log.info("saved %s in %.1f s, training waited %.1f s", path, end - done.start, waited_s)
+
+
+class CopyCheckpoints(Hook):
+    """Has each checkpoint copied behind a URL once it is whole; comes after the save.
+
+    The end of the run waits for the last copy. A run that is complete and not copied ends with an
+    error; one that was stopped goes on later, and copies then.
+    """
+
+    def __init__(self, saving: SaveCheckpoints, run_dir: Path, keep: int, copier: Copier | None):
+        """Take the parts.
+
+        Args:
+            saving: saves the checkpoints.
+            run_dir: the run folder.
+            keep: newest checkpoints that stay there.
+            copier: copies them; None on all processes but the main one.
+        """
+        self._saving, self._run_dir, self._keep = saving, run_dir, keep
+        self._copier = copier
+        self._seen = -1  # saves; the first look finds what an earlier attempt has not copied
+
+    def fit_start(self, run: Run) -> None:
+        self._take()
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        self._take()
+
+    def fit_end(self, run: Run) -> None:
+        self._take()
+        failure = copied(self._copier, self._run_dir, self._keep)
+        if failure and run.is_complete:
+            raise failure
+        if failure:
+            _log.warning("%s", failure)
+
+    def fit_failed(self, run: Run) -> None:
+        """Wait for the copy in flight, unless the user does not want to wait at all."""
+        if self._copier is None or isinstance(sys.exception(), KeyboardInterrupt):
+            return
+        try:
+            self._take()
+            while not self._copier.wait(1):
+                heartbeat.enter(heartbeat.SAVE)
+        except (Exception, KeyboardInterrupt) as failure:
+            _log.warning("the copy in flight was lost: %s", failure)
+
+    def _take(self) -> None:
+        if self._copier is not None and self._seen != self._saving.saves:
+            self._seen = self._saving.saves
+            newest = layout.latest(self._run_dir)
+            if newest is not None:
+                self._copier.take(newest)
+
+
+def copied(copier: Copier | None, run_dir: Path, keep: int) -> UserError | None:
+    """Wait for the last copy; return what forbade it; every process calls this.
+
+    Args:
+        copier: on the main process.
+        run_dir: the run folder.
+        keep: newest checkpoints that stay there; one that was spared for its copy may go now.
+    """
+
+    def is_over() -> bool:
+        assert copier is not None, "the main process has it"
+        return copier.wait(0.5)
+
+    while not ranks.broadcast_from_main(is_over):  # no collective takes as long as a copy
+        heartbeat.enter(heartbeat.SAVE)
+
+    def concluded() -> str:
+        assert copier is not None, "the main process has it"
+        layout.keep_newest(run_dir, keep)
+        return copier.failure
+
+    cause = ranks.broadcast_from_main(concluded)
+    if not cause:
+        return None
+    error = UserError(
+        f"the newest checkpoint was not copied: {cause}. It is whole in {run_dir}; the same "
+        "command copies it as soon as that is possible"
+    )
+    error.on_all_ranks = True
+    return error
 
 
 def content_of(engine: Engine) -> Content:

@@ -1,0 +1,151 @@
+"""A run whose checkpoints also lie behind a URL: refused early, fetched if newer there, copied.
+
+    checkpoint.url=s3://BUCKET/runs/a
+
+What a resume needs goes there with them. An empty or older run folder gets the newest whole
+checkpoint from there, so that another machine goes on with a run by the same command.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.copier import Copier
+from hybrid_train.checkpoint.layout import TOKENIZER
+from hybrid_train.checkpoint.mirror import Mirror
+from hybrid_train.checkpoint.writing import InThread
+from hybrid_train.config import frozen
+from hybrid_train.config.secrets import masked
+from hybrid_train.data.record import FILE_NAME as RECORD
+from hybrid_train.hf import origin
+from hybrid_train.jobs import attempts, run_folder
+from hybrid_train.runtime import ranks
+from hybrid_train.schema import formats
+from hybrid_train.schema.checkpoint import Checkpoint
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.tracking import history
+from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
+from hybrid_train.training.hooks.checkpointing import copied
+
+_CONFIG = (frozen.FROZEN_NAME, formats.FILE_NAME)
+# The metrics are needed, too: the losses before decide which one is a spike.
+_BESIDE = (*_CONFIG, TOKENIZER, RECORD, origin.FOLDER, METRICS, history.FILE_NAME)
+_log = logging.getLogger(__name__)
+
+
+def require_usable(job: TrainJob) -> None:
+    """Refuse a URL that cannot be written, or holds another run.
+
+    Raises:
+        UserError: with the URL, and what to do.
+    """
+    if job.checkpoint.url is None:
+        return
+    mirror = Mirror(job.checkpoint.url)
+    mirror.probe()
+    steps = mirror.steps()
+    if not steps:
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        mirror.fetch_beside(folder, only=_CONFIG)
+        mirror.fetch_position(steps[-1], folder)
+        run_folder.require_same_run_behind(job.checkpoint.url, folder, job)
+
+
+def fetch_newer(job: TrainJob, own: layout.Found | None) -> layout.Found | None:
+    """Bring the newest sound checkpoint from the URL, if it is newer; every process calls this.
+
+    Args:
+        job: the run.
+        own: the newest sound checkpoint in its folder.
+
+    Returns:
+        What the run goes on from.
+    """
+    if job.checkpoint.url is None:
+        return own
+    run_dir, found = Path(job.run_dir), list[int]()
+    url, own_step = job.checkpoint.url, own.step if own else -1
+
+    def bring() -> None:
+        found.extend(_fetched(Mirror(url), run_dir, own_step))
+
+    work = InThread(bring if ranks.is_main() else lambda: None, is_left=True)
+    while not ranks.broadcast_from_main(lambda: _is_over(work)):
+        pass  # no collective takes as long as a copy
+    ranks.run_on_main_first(work.result)
+    step = ranks.broadcast_from_main(lambda: found[0] if found else None)
+    return own if step is None else layout.Found(layout.path_of(run_dir, step), step)
+
+
+def _is_over(work: InThread) -> bool:
+    work.wait(0.5)
+    return work.is_done
+
+
+def _fetched(mirror: Mirror, run_dir: Path, own_step: int) -> list[int]:
+    """Fetch what is newer than the own step; return the step that is sound, if there is one."""
+    newer = [step for step in mirror.steps() if step > own_step]
+    if newer:
+        mirror.fetch_beside(run_dir)
+        attempts.conclude(run_dir)
+    for step in reversed(newer):
+        _log.info("fetching step %d from %s", step, masked(mirror.url))
+        damaged = mirror.fetch(step, run_dir)
+        if not damaged:
+            layout.Found(layout.path_of(run_dir, step), step).require_readable()
+            return [step]
+        mirror.set_aside(step)
+        instead = max([own_step, *(one for one in newer if one < step)])
+        words = f"step {instead}" if instead >= 0 else "the start"
+        _log.warning("step %d at %s is damaged: %s", step, masked(mirror.url), damaged)
+        _log.warning("it is no longer taken for whole, and the run goes on from %s", words)
+        history.note(run_dir, "fallback", step=step, damage=damaged, instead=words)
+    return []
+
+
+def start_copier(settings: Checkpoint, run_dir: Path) -> Copier | None:
+    """Start what copies the checkpoints; on the main process only, the others have none.
+
+    Every process calls this.
+
+    Raises:
+        UserError: if the URL cannot be written any more.
+    """
+    url, started = settings.url, list[Copier]()
+    if url is None:
+        return None
+
+    def note(step: int, cause: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the copies
+            history.note(run_dir, "copy failed", step=step, cause=cause)
+
+    def begin() -> None:
+        beside = [run_dir / name for name in _BESIDE]
+        keep, patience_s = settings.keep, settings.url_patience_s
+        started.append(Copier(url, run_dir, beside, keep=keep, patience_s=patience_s, note=note))
+
+    ranks.run_on_main_first(begin)
+    return started[0] if started else None
+
+
+def copy_complete(job: TrainJob) -> None:
+    """Copy what a run that is complete has not copied yet; every process calls this.
+
+    Raises:
+        UserError: if that is not possible.
+    """
+    if job.checkpoint.url is None:
+        return
+    run_dir = Path(job.run_dir)
+    copier = start_copier(job.checkpoint, run_dir)
+    newest = layout.latest(run_dir)
+    if copier is not None and newest is not None:
+        copier.take(newest)
+    if failure := copied(copier, run_dir, job.checkpoint.keep):
+        raise failure
+    if copier is not None:
+        copier.close()
