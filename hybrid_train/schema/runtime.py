@@ -35,9 +35,7 @@ class Runtime:
     device: Device = Device.auto
     kernels: Kernels = Kernels.auto
     threads: Workers | None = None  # CPU threads per process; None: cores / local processes
-    peak_tflops: Teraflops | None = (
-        None  # peak for MFU; None: of conf/hardware, or measured on a CPU
-    )
+    peak_tflops: Teraflops | None = None  # for MFU; None: of conf/hardware, on a CPU measured
     deterministic: bool = False  # the same numbers in every run, by slower kernels
     gc_interval: Count = 100  # steps between two collections of garbage, on all processes at once
     timeout_s: SecondsOrMore = 600  # a collective that takes longer stops the run
