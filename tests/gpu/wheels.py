@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ BUILT = {
     "transformer-engine-torch": {"NVTE_PYTORCH_FORCE_BUILD": "TRUE"},
     "causal-conv1d": {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE"},
 }
-COMPILED = ("transformer-engine-torch", "causal-conv1d")  # carried as sources, too
+COMPILED = ("transformer-engine-torch", "causal-conv1d")  # carried as sources, compiled there
+# What a GPU alone can load, with what it asks for.
+FOR_GPUS = (
+    "transformer-engine", "transformer-engine-cu13", "mamba-ssm", *COMPILED, *ALSO,
+)  # fmt: skip
 # Another version of these would be another program, so an installed one is not enough.
 EXACT = (
     "antlr4-python3-runtime", "causal-conv1d", "hydra-core", "mamba-ssm", "megatron-core",
@@ -78,30 +82,32 @@ def versions() -> dict[str, str]:
 # collect -----------------------------------------------------------------------------------------
 
 
-def collect(folder: Path, renew: bool) -> None:
-    """Download and build everything, cut it into loads, and write the list."""
+def collect(folder: Path, left_out: tuple[str, ...], *, compiles: bool, renew: bool) -> None:
+    """Download and build what is carried, cut it into loads, and write the list.
+
+    Args:
+        folder: of the loads.
+        left_out: names that are not carried.
+        compiles: compile here what needs a compiler of CUDA, for compute capability 9.0.
+        renew: write the list beside this program anew, too.
+    """
     whole = folder / "whole"
     whole.mkdir(parents=True, exist_ok=True)
-    wanted, not_built = versions(), []
+    wanted = {name: version for name, version in versions().items() if name not in left_out}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    found = [f"{name}=={wanted[name]}" for name in (*FOUND, *ALSO)]
+    found = [f"{name}=={version}" for name, version in wanted.items() if name not in BUILT]
     run(*pip, "download", "-q", "--no-deps", "--only-binary=:all:", "-d", whole, *found)
     for name, variables in BUILT.items():
-        if holds(whole, name, ".whl") and (name not in COMPILED or holds(whole, name, ".tar.gz")):
+        if name not in wanted:
             continue
         words = ["-q", "--no-deps", "--no-build-isolation", f"{name}=={wanted[name]}"]
-        if name in COMPILED:
+        if name in COMPILED and not holds(whole, name, ".tar.gz"):
             run(*pip, "download", "--no-binary=:all:", "-d", whole, *words)
-        try:
+        if (name not in COMPILED or compiles) and not holds(whole, name, ".whl"):
             run(*pip, "wheel", "-w", whole, *words, **variables, **for_compilers("90"))
-        except subprocess.CalledProcessError:
-            if name not in COMPILED:
-                raise
-            not_built.append(name)
-            print(f"{name} was not built here; its source is carried, to be compiled there")
     listed = cut(folder, whole)
     compare_with_list(listed, renew)
-    write(folder / "wheels.json", {"files": listed, "not_built": not_built})
+    write(folder / "wheels.json", listed)
 
 
 def run(*command: object, **variables: str) -> None:
@@ -124,11 +130,12 @@ def for_compilers(architecture: str) -> dict[str, str]:
     found = importlib.util.find_spec("nvidia")
     homes = [Path(home) for home in found.submodule_search_locations or ()] if found else []
     parts = [part for home in homes for part in sorted(home.iterdir())]
-    compiler = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    cuda = os.environ.get("CUDA_HOME") or str(Path(compiler).resolve().parents[1])
-    parts.insert(0, Path(cuda))
+    on_path = Path(shutil.which("nvcc") or "/nvcc").resolve().parent.parent
+    told = Path(os.environ.get("CUDA_HOME", on_path))  # torch takes the first nvcc on the path,
+    cuda = told if (told / "include" / "crt").is_dir() else Path("/usr/local/cuda")  # or a script
+    parts.insert(0, cuda)
     return {
-        "CUDA_HOME": cuda,
+        "CUDA_HOME": str(cuda),
         "CPATH": ":".join(str(part / "include") for part in parts),
         "LIBRARY_PATH": ":".join(str(part / "lib") for part in parts),
         "PYTORCH_NVCC": f"{sys.executable} {Path(__file__).resolve()} nvcc",
@@ -282,11 +289,11 @@ def compile_source(folder: Path, name: str, site: Path, architecture: str) -> No
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The list of what a folder of loads should hold."""
-    files: list[dict[str, Any]] = json.loads((folder / "wheels.json").read_text())["files"]
+    files: list[dict[str, Any]] = json.loads((folder / "wheels.json").read_text())
     return files
 
 
-def write(path: Path, content: Mapping[str, Any] | list[dict[str, Any]]) -> None:
+def write(path: Path, content: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -319,6 +326,8 @@ def main() -> None:
         command.add_argument("folder", type=Path)
         if name == "collect":
             command.add_argument("--renew", action="store_true", help="write the list anew")
+            command.add_argument("--compile", action="store_true", help="for CUDA, here")
+            command.add_argument("--without-cuda", action="store_true", help="for plain twins")
         if name == "compile":
             command.add_argument("name", choices=COMPILED)
         if name in ("install", "compile"):
@@ -327,7 +336,8 @@ def main() -> None:
             command.add_argument("--architecture", default="90")
     given = parser.parse_args()
     if given.command == "collect":
-        collect(given.folder, given.renew)
+        left_out = FOR_GPUS if given.without_cuda else ()
+        collect(given.folder, left_out, compiles=given.compile, renew=given.renew)
     elif given.command == "join":
         join(given.folder)
     elif given.command == "install":
