@@ -51,11 +51,15 @@ SHARE_OF_THE_FORMAT = 0.5
 @pytest.fixture(scope="module")
 def gpu_groups() -> Iterator[Any]:
     pytest.importorskip("transformer_engine.pytorch")
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.runtime.start import process
 
     with process(Runtime(device=Device.cuda), seed=1234):
         groups = build_groups(Parallel(), timeout_s=60)
+        # A pass outside the schedule would set one of another shape, which the schedule refuses.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1, device="cuda")
         yield groups
         destroy_groups()
 
