@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,14 +99,12 @@ def overrides(case: Case, plain: bool, length: int, pattern: str | None = None) 
 
 def deepest(case: Case, plain: bool, length: int, share: float) -> RunPlan:
     """Return the plan, as `check` makes it, of the most layers that keep a share of the card."""
-    lines = overrides(case, plain, length)
-    whole = compose.compose("train", lines).model.pattern
-    room = share * card_bytes(plain)
+    job = compose.compose("check", [*overrides(case, plain, length), "processes=1"])
+    whole, room = job.model.pattern, share * card_bytes(plain)
     for pattern in (whole[:depth] for depth in range(len(whole), 0, -1)):
         if set(pattern) != set(whole):
             break
-        asked = overrides(case, plain, length, pattern)
-        plan = RunPlan.of(compose.compose("check", [*asked, "processes=1"]))
+        plan = RunPlan.of(replace(job, model=replace(job.model, pattern=pattern)))
         if plan.most_kept() <= room:
             return plan
     raise AssertionError(f"{case.model}: one layer of each kind keeps more than {show_bytes(room)}")
