@@ -144,7 +144,7 @@ def row_of_table(row: dict[str, Any]) -> str:
 def figure(row: dict[str, Any]) -> str:
     value = row["value"]
     if value is None:
-        return "skipped"
+        return str(row["unit"])
     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return f"{shown} {row['unit']}".strip()
 
@@ -188,7 +188,7 @@ def run_stage(stage: Stage, folder: Path, *, plain: bool, limit_s: float) -> Res
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
         try:
             process.wait(timeout=limit_s)
@@ -207,7 +207,7 @@ def run_stage(stage: Stage, folder: Path, *, plain: bool, limit_s: float) -> Res
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what a stage has started, too: the session that it is the leader of."""
+    """End what a stage has started, too: the group of processes that it is the leader of."""
     for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -248,7 +248,7 @@ def line_of(result: Result) -> str:
 def headline(rows: list[dict[str, Any]]) -> str:
     """The first figures of a stage that say most: those without a limit, else the number."""
     shown = [f"{row['what']} {figure(row)}" for row in rows if row["headline"]]
-    shown += [f"{row['what']} skipped" for row in rows if row["value"] is None]
+    shown += [f"{row['what']} skipped" for row in rows if row["unit"] == "skipped"]
     return "; ".join(shown) or f"{len(rows)} figures within their limits"
 
 
@@ -264,6 +264,8 @@ def main() -> int:
     by_name = {one.name: one for one in STAGES}
     if unknown := [name for name in given.stages if name not in by_name]:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(by_name)}")
+    # So that what is sent to end the check ends its stage: the group is another one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; a second call goes on"))
     folder = (given.out or (OUT / "plain" if given.plain else OUT)).absolute()
     results = Results(folder, look_at_machine(plain=given.plain, limit_s=given.limit_s))
     wanted = [by_name[name] for name in given.stages] or [

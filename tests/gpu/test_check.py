@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.gpu import check
-from tests.gpu.check import STAGES, Result, Results, Stage, run_stage
+from tests.gpu.check import ROOT, STAGES, Result, Results, Stage, run_stage
 from tests.gpu.stages import one
 from tests.gpu.stages.notes import Notes
 from tests.gpu.wheels import plain_name
@@ -27,6 +27,14 @@ OF_TORCH = re.compile(
     "torch|triton|nvidia-.*|cuda-.*|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|setuptools"
     "|sympy|typing-extensions"
 )
+# A machine without a network has 127.0.0.1, where processes meet; a new room has it switched off.
+LOOPBACK = """
+import fcntl, os, socket, struct, sys
+UP, SET_FLAGS = 1, 0x8914  # IFF_UP, SIOCSIFFLAGS
+with socket.socket() as any_socket:
+    fcntl.ioctl(any_socket, SET_FLAGS, struct.pack("16sh14x", b"lo", UP))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 DRY_LIMIT_S = 900  # of a stage, on a machine that runs other tests
 INSTALL = "HYBRID_TRAIN_INSTALL"
 
@@ -81,6 +89,29 @@ def test_a_stage_over_its_time_is_ended_with_its_children(stage: Any, tmp_path: 
     alive.unlink(missing_ok=True)
     time.sleep(0.5)
     assert not alive.exists(), "its child still runs"
+
+
+def test_a_check_that_is_ended_takes_its_stage_along(stage: Any, tmp_path: Path) -> None:
+    alive = tmp_path / "child"
+    stage(f"import pathlib\nwhile True: pathlib.Path({str(alive)!r}).touch(); time.sleep(.05)")
+    code = f"""
+import pathlib, sys
+from tests.gpu import check
+check.ROOT = pathlib.Path({str(tmp_path)!r})
+check.STAGES = check.STAGES[:1]
+check.look_at_machine = lambda **_: {MACHINE}
+sys.argv = ["check", "--out", {str(tmp_path / "out")!r}]
+check.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not alive.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 1
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists(), "the stage still runs"
 
 
 def test_results_are_read_again_and_those_of_another_device_are_refused(tmp_path: Path) -> None:
@@ -155,7 +186,7 @@ def test_a_figure_beyond_its_limit_fails_and_so_does_one_that_is_no_number(tmp_p
 
 def without_a_network(*command: str) -> list[str]:
     """The words that run a command where there is no network; skip where that is not allowed."""
-    room = ["unshare", "--map-root-user", "-n"]
+    room = ["unshare", "--map-root-user", "-n", sys.executable, "-c", LOOPBACK]
     tried = shutil.which("unshare") and subprocess.run([*room, "true"], check=False)
     if not tried or tried.returncode:
         pytest.skip("unshare -n is not there or not permitted here")

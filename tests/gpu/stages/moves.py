@@ -34,7 +34,7 @@ def doctor(notes: Notes) -> None:
     broken = [one for one in found["checks"] if one["grade"] == "broken"]
     for one in found["checks"]:
         if one["grade"] != "ok":
-            notes.skipped(f"{one['check']}: {one['grade']}", one["found"])
+            notes.words(one["check"], one["grade"], one["found"])
         for name, value in one["figures"].items():
             notes.row(f"{one['check']} {name}", value, headline=one["check"] == "GEMM")
     names = ", ".join(one["check"] for one in broken)

@@ -50,9 +50,13 @@ class Notes:
 
     def skipped(self, what: str, why: str) -> None:
         """Write down that a part of the stage cannot run here."""
+        self.words(what, "skipped", why)
+
+    def words(self, what: str, words: str, note: str) -> None:
+        """Write down what has no figure."""
         row = {
-            "what": what, "value": None, "unit": "", "limit": None, "ok": True,
-            "headline": False, "note": why,
+            "what": what, "value": None, "unit": words, "limit": None, "ok": True,
+            "headline": False, "note": note,
         }  # fmt: skip
         self._write({"row": row})
 
