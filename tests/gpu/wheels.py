@@ -28,16 +28,17 @@ ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("wheels.json")
 LOAD_BYTES = 60 * 10**6
 BLOCK_BYTES = 2**20
-# Found as wheels, at the versions of constraints.txt: what training, its tests, mamba-ssm and
-# Transformer Engine import beside torch. Reports and the preparation of data are left out.
+# Found as wheels, at the versions of constraints.txt: what training with its plot of losses, its
+# tests, mamba-ssm and Transformer Engine import beside torch. Preparation of data is left out.
 FOUND = (
-    "annotated-doc", "annotated-types", "anyio", "certifi", "click", "einops", "execnet", "h11",
-    "hf-xet", "httpcore2", "httpx2", "huggingface-hub", "hydra-core", "hypothesis", "idna",
-    "iniconfig", "markdown-it-py", "mdurl", "megatron-core", "numpy", "omegaconf", "orjson",
-    "packaging", "pluggy", "psutil", "pydantic", "pydantic-core", "pygments", "pytest", "pyyaml",
-    "regex", "rich", "safetensors", "sentencepiece", "shellingham", "sortedcontainers",
+    "annotated-doc", "annotated-types", "anyio", "certifi", "click", "contourpy", "cycler",
+    "einops", "execnet", "fonttools", "h11", "hf-xet", "httpcore2", "httpx2", "huggingface-hub",
+    "hydra-core", "hypothesis", "idna", "iniconfig", "kiwisolver", "markdown-it-py", "matplotlib",
+    "mdurl", "megatron-core", "numpy", "omegaconf", "orjson", "packaging", "pillow", "pluggy",
+    "psutil", "pydantic", "pydantic-core", "pygments", "pyparsing", "pytest", "python-dateutil",
+    "pyyaml", "regex", "rich", "safetensors", "sentencepiece", "shellingham", "sortedcontainers",
     "tokenizers", "tqdm", "transformer-engine", "transformer-engine-cu13", "transformers",
-    "truststore", "typer", "typing-inspection", "xxhash", "zstandard",
+    "truststore", "typer", "typing-inspection", "tzdata", "xxhash", "zstandard",
 )  # fmt: skip
 # Only Transformer Engine's torch part asks for these, so constraints.txt has none of them.
 ALSO = {
