@@ -8,6 +8,7 @@ ARGS ?=
 SLOW ?=
 TESTS ?= tests
 WORKERS ?= 2
+AGAIN ?=
 
 # Tried in this order, by running them: a name on PATH may be a shim that only prints an error.
 PYTHON_PATHS = python3.12 python3 python \
@@ -19,12 +20,12 @@ PYTHON_MISSING = Python 3.12 with its venv module is needed and was not found; \
   install it (Debian and Ubuntu: python3.12-venv) or name it with "make PYTHON=/path/to/python3.12".
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format parity bench clean
+.PHONY: help setup train test lint format parity bench gpu-check clean
 
 help: ## list the targets
 	@echo 'make TARGET'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
-	  || sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1: \2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
+	  || sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1: \2/p' Makefile
 	@echo 'PYTHON=... names the Python to use; make train also takes RUN=folder, PROMPT="text"'
 	@echo 'and ARGS="train.tokens=4M ...", make test TESTS=tests/unit.'
 
@@ -43,7 +44,7 @@ lint: $(VENV)/installed-dev ## style, import layers, types, size limits, shell s
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck .ci/run docker/*.sh launch/*.sh launch/slurm/*.sh launch/slurm/train.sbatch tests/*.sh
+	$(VENV)/bin/shellcheck .ci/run docker/*.sh launch/*.sh launch/slurm/*.sh launch/slurm/train.sbatch tests/*.sh tests/gpu/*.sh
 	$(VENV)/bin/pytest -q tests/architecture
 
 format: $(VENV)/installed-dev ## put the code into its standard form
@@ -55,6 +56,9 @@ parity: $(VENV)/installed-dev ## compare every parallel layout with one process;
 
 bench: $(VENV)/installed-dev ## time a training step against transformers
 	$(VENV)/bin/python tests/benchmarks/train_step.py $(ARGS)
+
+gpu-check: ## check a GPU machine, with no network needed; AGAIN=1: all anew, ARGS=--plain: without a GPU
+	@PYTHON='$(PYTHON)' tests/gpu/run.sh $(if $(AGAIN),--again) $(ARGS)
 
 clean: ## remove .venv, caches and build products; runs/ and data/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \

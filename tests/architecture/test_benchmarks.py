@@ -1,4 +1,4 @@
-"""Programs that no test runs import nothing of ours that is gone."""
+"""Programs that no test runs, and tests of GPUs, import nothing of ours that is gone."""
 
 import ast
 import importlib
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-PROGRAMS = sorted([*(TESTS / "benchmarks").glob("*.py"), *TESTS.glob("*.py")])
+PROGRAMS = sorted(
+    [*(TESTS / "benchmarks").glob("*.py"), *(TESTS / "gpu").rglob("*.py"), *TESTS.glob("*.py")]
+)
 
 
 def imported(path: Path) -> Iterator[tuple[str, str]]:

@@ -38,6 +38,7 @@ def test_a_token_has_the_losses_that_it_has_alone(gpu_groups: Any) -> None:
     """In bfloat16, whose steps of 2^-8 set the tolerance; a look across would be far beyond it."""
     pytest.importorskip("transformer_engine.pytorch")
     pytest.importorskip("mamba_ssm")
+    pytest.importorskip("causal_conv1d")
     from hybrid_train.model.build import build_model
 
     job = tiny_job("M*M-/*M", precision=Precision(format=GemmFormat.bf16))

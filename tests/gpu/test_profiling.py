@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 
 def run_at(step: int) -> Any:
     device = torch.device("cuda")
-    return SimpleNamespace(state=SimpleNamespace(step=step), engine=SimpleNamespace(device=device))
+    engine = SimpleNamespace(network=SimpleNamespace(device=device))
+    return SimpleNamespace(state=SimpleNamespace(step=step), engine=engine)
 
 
 def test_memory_is_written_down_when_it_runs_out(tmp_path: Path) -> None:
