@@ -25,6 +25,7 @@ from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.problems import UserError, collect
 
 Settings = Mapping[str, Any]  # arguments or fields, by name
+GATED_NORM_EPS = 1e-5  # of Mamba layers in Megatron-Core
 CHUNK = 128  # of Mamba's scan, where Megatron-LM has no argument for it (mamba_mixer.py)
 _LARGEST = 2**24  # no size of these models is near; a larger one is a mistake, or meant to hurt
 _REQUIRED = object()
@@ -150,7 +151,7 @@ def to_model(settings: Settings, place: object) -> Model:
     if not faults:
         model.tie_embeddings = _is_tied(settings)
         _derive(model, settings)
-        faults += [f"{problem}" for problem in collect(model)]
+        faults += [f"{problem}" for problem in collect(model)] or [*_computed_otherwise(model)]
     if faults:
         raise UserError(f"{place} is no model that is known here:\n  " + "\n  ".join(faults))
     return model
@@ -228,6 +229,21 @@ def _foreign(settings: Settings, pattern: Pattern) -> Iterator[str]:
             yield f"{said}; models here have the square of ReLU"
 
 
+def _computed_otherwise(model: Model) -> Iterator[str]:
+    """Yield what Megatron-Core 0.19.2 computes in another way than its settings and we say."""
+    if "M" in model.pattern and model.norm_eps != GATED_NORM_EPS:
+        yield (
+            f"layernorm_epsilon is {model.norm_eps}; Megatron-Core takes {GATED_NORM_EPS} in the "
+            "gated norms of Mamba layers whatever it says (mamba_mixer.py 419), and models here do "
+            "not"
+        )
+    if "E" in model.pattern and model.moe.top_k == 1:
+        yield (
+            "moe_router_topk is 1; Megatron-Core does not normalise the weight of a single expert "
+            "(moe_utils.py 868), and models here do"
+        )
+
+
 def _is_tied(settings: Settings) -> bool:
     untied = settings.get("untie_embeddings_and_output_weights")
     if untied is not None:
@@ -284,6 +300,8 @@ def to_fields(model: Model) -> dict[str, Any]:
         UserError: if these cannot say it.
     """
     usual, pattern = sizes_of(model), parse(model.pattern)
+    if faults := list(_computed_otherwise(model)):
+        raise UserError(f"this model cannot be exported: {'; '.join(faults)}")
     for layer in layers(model):
         if layer.sizes != usual:
             raise UserError(

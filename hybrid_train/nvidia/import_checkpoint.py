@@ -8,9 +8,14 @@ The optimizer's have others, and come along where the checkpoint has them one fo
 as Megatron-Core writes them without its distributed optimizer, and with it in the format
 "fully_reshardable" (distrib_optimizer.py 1690 and optimizer.py 1138, core 0.19.2). Its other
 formats store what each rank has in its buffers, which nothing but the same layout can read.
+
+Until August 2026 core puts state that lies behind the padding of a bucket at a wrong place in that
+format (Megatron-LM#5077). So each weight is compared with its master first, and one that differs
+leaves all state behind.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +187,34 @@ def _optimizer_steps(
     ]
     if odd:
         return None, f"{odd[0]} is missing, or has another shape than its weight"
+    if misplaced := _misplaced(theirs, learned):
+        return None, misplaced
     return _steps_in(found.common.get("optimizer", found.common)) or found.step, ""
+
+
+def _misplaced(theirs: Theirs, learned: Sequence[StoredTensor]) -> str:
+    """Say which weight is not its master, cast to the format of weights; empty if all are.
+
+    The first rows of each show it: state at a wrong place is so from there on.
+    """
+    for key, shape, _ in learned:
+        master = _master_of(theirs, key)
+        if master is None:
+            continue
+        row_bytes = math.prod(shape[1:]) * theirs.dtype(master).itemsize
+        _, stop = next(blocks(0, shape[0], row_bytes))
+        weight, exact = theirs.read(key, 0, stop), theirs.read(master, 0, stop)
+        if not torch.equal(exact.to(weight.dtype), weight):
+            return (
+                f"{master} is not the master of its weight; Megatron-Core before #5077 (21 August "
+                "2026) misplaces state in the format fully_reshardable where a bucket is padded"
+            )
+    return ""
+
+
+def _master_of(theirs: Theirs, key: str) -> str | None:
+    names = (f"{_STATE}{kind}.{key}" for kind in _MASTERS)
+    return next((name for name in names if name in theirs), None)
 
 
 def _sharding_type(common: Mapping[str, Any]) -> str:
@@ -209,8 +241,7 @@ def _copied(
 ) -> Iterator[Copied]:
     """Say what is copied: weights, each from its master where it stays in float32, then state."""
     for key, _, parameter in tensors:
-        names = (f"{_STATE}{kind}.{key}" for kind in _MASTERS)
-        master = next((name for name in names if name in theirs), None)
+        master = _master_of(theirs, key) if with_state else None
         kept = torch.float32 if parameter.float32 else dtype or theirs.dtype(key)
         exact = kept == torch.float32 and master is not None
         yield Copied(master if exact and master else key, key, kept)
@@ -256,7 +287,7 @@ def moves(copied: Iterable[Copied], side: Any, writer: CheckpointWriter) -> Iter
     """Cut what is copied into blocks of rows, each with its place in the new checkpoint."""
     for one in copied:
         shape, dtype = side.shape(one.source), side.dtype(one.source)
-        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
         for first, last in blocks(0, shape[0], row_bytes):
             block = Block(one.source, first, last, (last - first, *shape[1:]), dtype)
             place = writer.place(one.key, shape, first, block.shape, one.dtype)
