@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from tests.tiny import EVERY_KIND, LENGTH, VOCAB
 
@@ -69,6 +70,83 @@ ARGUMENTS: dict[str, Any] = {
 assert ARGUMENTS["hybrid_layer_pattern"].replace("|", "") == EVERY_KIND
 
 
+# Fields of HybridModelProvider (Megatron-Bridge 067f987, models/hybrid/hybrid_provider.py) and of
+# its base, TransformerConfig, as training/config/yaml_utils.py of Megatron-LM writes them.
+BRIDGE_MODEL: dict[str, Any] = {
+    "_target_": "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider",
+    "hybrid_layer_pattern": "MEM*M-",
+    "mtp_hybrid_override_pattern": "*E",
+    "mtp_num_layers": 2,
+    "mtp_use_repeated_layer": True,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "seq_length": LENGTH,
+    "position_embedding_type": "none",
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "add_bias_linear": False,
+    "gated_linear_unit": False,
+    "activation_func": {"_target_": "megatron.core.activations.squared_relu", "_call_": False},
+    "share_embeddings_and_output_weights": False,
+    "mamba_state_dim": 8,
+    "mamba_head_dim": 16,
+    "mamba_num_groups": 2,
+    "mamba_num_heads": 4,
+    "mamba_chunk_size": 8,
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "moe_latent_size": 16,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 2.5,
+    "make_vocab_size_divisible_by": 16,
+    "vocab_size": VOCAB,
+    "params_dtype": {"_target_": "torch.float32", "_call_": False},
+    "attention_backend": {
+        "_target_": "megatron.core.transformer.enums.AttnBackend",
+        "_call_": True, "_args_": [5], "_name_": "auto",
+    },
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+}  # fmt: skip
+# Fields of SSMConfig and NemotronHConfigBase (NeMo 8cfedd7, collections/llm/gpt/model/ssm.py).
+NEMO_PATTERN = "M*-"
+NEMO_MODEL: dict[str, Any] = {
+    "_target_": "nemo.collections.llm.gpt.model.ssm.MambaModel",
+    "config": {
+        "_target_": "nemo.collections.llm.gpt.model.ssm.NemotronHConfigBase",
+        "hybrid_override_pattern": NEMO_PATTERN,
+        "num_layers": 3,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "seq_length": LENGTH,
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-5,
+        "add_bias_linear": False,
+        "gated_linear_unit": False,
+        "activation_func": {
+            "_target_": "nemo.collections.llm.gpt.model.ssm.NemotronHConfigBase.<lambda>",
+            "_call_": False,
+        },
+        "share_embeddings_and_output_weights": False,
+        "mamba_state_dim": 8,
+        "mamba_head_dim": 16,
+        "mamba_num_groups": 2,
+        "mamba_num_heads": 4,
+        "make_vocab_size_divisible_by": 16,
+    },
+}
+
+
 def namespace(**changed: Any) -> argparse.Namespace:
     """Arguments as Megatron-LM keeps them, an enum and a number format of torch among them."""
     from megatron.core.transformer.enums import AttnBackend
@@ -94,6 +172,41 @@ def save_as_megatron_lm(
     _save(engine, groups, folder, state, sharding)
     (root / "latest_checkpointed_iteration.txt").write_text(str(STEP))
     return folder
+
+
+def save_as_bridge(engine: Any, groups: Any, root: Path, **changed: Any) -> Path:
+    """Write a checkpoint as Megatron-Bridge 067f987 does (training/checkpointing.py 1458)."""
+    folder = root / f"iter_{STEP:07d}"
+    state = {"iteration": STEP, "checkpoint_version": 3.0}
+    _save(engine, groups, folder, state, "fully_reshardable")
+    config = {
+        "model": BRIDGE_MODEL | changed,
+        "checkpoint": {"save_optim": True, "save_rng": False, "fully_parallel_save": True},
+    }
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(config))
+    counts = {"step": STEP, "consumed_train_samples": SAMPLES, "skipped_train_samples": 0}
+    counters = {name: torch.tensor(count, dtype=torch.int64) for name, count in counts.items()}
+    torch.save(counters, folder / "train_state.pt")
+    torch.save(counters, root / "latest_train_state.pt")
+    return folder
+
+
+def save_as_nemo(engine: Any, groups: Any, root: Path, **changed: Any) -> Path:
+    """Write a checkpoint as NeMo 8cfedd7 does (lightning/io/pl.py, lightning/io/mixin.py).
+
+    The keys of a model are those of `_module_sharded_state_dict` (lightning/megatron_parallel.py),
+    what is beside them is of Lightning and of the data module (llm/gpt/data/pre_training.py).
+    """
+    state = {
+        "global_step": STEP, "epoch": 0, "pytorch-lightning_version": "2.4.0",
+        "PreTrainingDataModule": {"consumed_samples": SAMPLES},
+    }  # fmt: skip
+    _save(engine, groups, root / "weights", state, "", "module.")
+    (root / "context").mkdir()
+    model = NEMO_MODEL | {"config": NEMO_MODEL["config"] | changed}
+    (root / "context" / "model.yaml").write_text(yaml.safe_dump(model))
+    (root / "context" / "io.json").write_text("{}")
+    return root
 
 
 def _save(

@@ -137,7 +137,7 @@ def to_model(settings: Settings, place: object) -> Model:
         UserError: naming every setting that is missing, senseless, or of another kind of model.
     """
     model = Model(pattern="", hidden_size=0)
-    faults = []
+    faults: list[str] = []
     try:
         pattern = _pattern(settings)
         model.pattern = str(pattern)
@@ -309,7 +309,9 @@ def to_fields(model: Model) -> dict[str, Any]:
                 "NVIDIA's hybrids have one size for all layers of a kind, so this model cannot be "
                 "exported"
             )
-    fields = {row.field: reduce(getattr, row.ours.split("."), model) for row in _ROWS}
+    fields: dict[str, Any] = {
+        row.field: reduce(getattr, row.ours.split("."), model) for row in _ROWS
+    }
     if model.init_std is None:
         fields["init_method_std"] = 0.9 / model.hidden_size**0.5
     fields |= {demand.field: demand.wanted for demand in _DEMANDS}

@@ -174,7 +174,7 @@ def _of_nemo(folder: Path) -> Found:
     weights, model = folder / WEIGHTS, folder / CONTEXT / MODEL_FILE
     _require_format(weights)
     common, place = _common(weights)
-    data = next((one for one in common.values() if _has_samples(one)), {})
+    data: dict[str, Any] = next((one for one in common.values() if _has_samples(one)), {})
     return Found(
         Trainer.nemo, weights, _section(model, "config"), model, common,
         step=saved_state.whole_number(common, "global_step", place),

@@ -33,7 +33,7 @@ from hybrid_train.data.any_tokenizer import copy_tokenizer, open_tokenizer
 from hybrid_train.hf.files import new_folder
 from hybrid_train.hf.read import imported_job
 from hybrid_train.hf.tensors import Block, Cast, Move, blocks, move_all, require_shapes
-from hybrid_train.nvidia import arguments
+from hybrid_train.nvidia import arguments, saved_state
 from hybrid_train.nvidia.checkpoint_folders import Found, look
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
@@ -189,7 +189,7 @@ def _optimizer_steps(
         return None, f"{odd[0]} is missing, or has another shape than its weight"
     if misplaced := _misplaced(theirs, learned):
         return None, misplaced
-    return _steps_in(found.common.get("optimizer", found.common)) or found.step, ""
+    return saved_state.optimizer_steps(found.common) or found.step, ""
 
 
 def _misplaced(theirs: Theirs, learned: Sequence[StoredTensor]) -> str:
@@ -221,19 +221,6 @@ def _sharding_type(common: Mapping[str, Any]) -> str:
     metadata = common.get("content_metadata")
     found = metadata.get("distrib_optim_sharding_type") if isinstance(metadata, dict) else None
     return "" if found in (None, "fully_reshardable") else str(found)
-
-
-def _steps_in(tree: object) -> int | None:
-    """Find the steps of an optimizer in its groups of parameters, or beside them."""
-    branches: Iterable[object] = ()
-    if isinstance(tree, dict):
-        for name in ("step", "common_step"):
-            if isinstance(tree.get(name), int | float):
-                return int(tree[name])
-        branches = tree.values()
-    elif isinstance(tree, list):
-        branches = tree
-    return next((steps for one in branches if (steps := _steps_in(one)) is not None), None)
 
 
 def _copied(

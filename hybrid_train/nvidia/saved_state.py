@@ -9,7 +9,7 @@ those but the namespace of arguments comes as a record that does nothing; all ot
 import argparse
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -112,3 +112,25 @@ def whole_number(state: Mapping[str, Any], name: str, place: object) -> int:
     if type(value) is not int or value < 0:
         raise UserError(f"{place}: {name} is {value!r}; it must be a whole number")
     return value
+
+
+def optimizer_steps(common: Mapping[str, Any]) -> int | None:
+    """Return how many steps an optimizer has taken; None if it does not say.
+
+    The count stands in its groups of parameters, or beside them as `common_step`; chained
+    optimizers have one each, and all the same.
+    """
+    names = ("optimizer", "optimizer_states")  # of Megatron-LM and Bridge, of NeMo 2
+    return next((_steps_in(common[name]) for name in names if name in common), None)
+
+
+def _steps_in(tree: object) -> int | None:
+    branches: Iterable[object] = ()
+    if isinstance(tree, dict):
+        for name in ("step", "common_step"):
+            if isinstance(tree.get(name), int | float):
+                return int(tree[name])
+        branches = tree.values()
+    elif isinstance(tree, list):
+        branches = tree
+    return next((steps for one in branches if (steps := _steps_in(one)) is not None), None)

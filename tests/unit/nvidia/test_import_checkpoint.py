@@ -13,7 +13,14 @@ from hybrid_train.config import frozen
 from hybrid_train.nvidia.import_checkpoint import import_checkpoint
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import UserError
-from tests.core_save import SAMPLES, STEP, save_as_megatron_lm
+from tests.core_save import (
+    NEMO_PATTERN,
+    SAMPLES,
+    STEP,
+    save_as_bridge,
+    save_as_megatron_lm,
+    save_as_nemo,
+)
 from tests.tiny import LENGTH, MEGATRON_WARNINGS
 from tests.unit.checkpoint.content import content_of, engine_of, moments_of, take, weights_of
 
@@ -55,6 +62,27 @@ def test_a_run_in_bfloat16_goes_on_with_its_masters(groups: Any, tmp_path: Path)
     assert take(ours, 3) == take(theirs, 3)
     job = frozen.load(tmp_path / "run")
     assert job.precision.format is GemmFormat.bf16
+
+
+def test_a_run_of_megatron_bridge_goes_on_to_the_bit(groups: Any, tmp_path: Path) -> None:
+    theirs = engine_of(groups, seed=1, steps=STEP)
+    save_as_bridge(theirs, groups, tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "run", None, None)
+    ours = engine_of(groups, seed=2)
+    position = loaded_into(ours, groups, tmp_path / "run")
+    assert position == {"step": STEP, "tokens": SAMPLES * LENGTH}
+    assert take(ours, 3) == take(theirs, 3)
+
+
+def test_a_run_of_nemo_goes_on_to_the_bit(groups: Any, tmp_path: Path) -> None:
+    theirs = engine_of(groups, seed=1, steps=STEP, split=False, pattern=NEMO_PATTERN)
+    save_as_nemo(theirs, groups, tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "run", None, None)
+    ours = engine_of(groups, seed=2, split=False, pattern=NEMO_PATTERN)
+    position = loaded_into(ours, groups, tmp_path / "run")
+    assert position == {"step": STEP, "tokens": SAMPLES * LENGTH}
+    assert take(ours, 3) == take(theirs, 3)
+    assert frozen.load(tmp_path / "run").model.vocab_size == 64  # all rows: nobody says how many
 
 
 @pytest.fixture
@@ -124,6 +152,51 @@ def test_state_by_rank_stays_behind_and_is_said(
     read_weights(layout.locate(tmp_path / "run").path, ours.network.chunks, groups)
     expected = weights_of(theirs)
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(ours).items())
+
+
+def test_state_at_a_wrong_place_is_found(
+    groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As core writes it behind a padded bucket (Megatron-LM#5077)."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    gathered = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = gathered(self, *args, **kwargs)
+        for tensors in state[0].values():
+            for kind in ("param", "exp_avg", "exp_avg_sq"):
+                tensors[kind] = tensors[kind].roll(64)
+        return state
+
+    monkeypatch.setattr(DistributedOptimizer, "get_parameter_state_dp_zero", shifted)
+    theirs = engine_of(groups, seed=1, steps=STEP)
+    save_as_megatron_lm(theirs, groups, tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "run", None, None)
+    assert "is not the master of its weight" in caplog.text
+    from hybrid_train.checkpoint.save_load import read_weights
+
+    ours = engine_of(groups, seed=2)
+    read_weights(layout.locate(tmp_path / "run").path, ours.network.chunks, groups)
+    expected = weights_of(theirs)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(ours).items())
+
+
+def test_a_model_without_expert_biases_gets_biases_that_stay_zero(
+    groups: Any, tmp_path: Path
+) -> None:
+    from hybrid_train.checkpoint.shards import bare
+
+    theirs = engine_of(groups, seed=1)
+    model = bare(theirs.network.chunks[0])
+    for module in model.modules():  # as core does where moe_router_enable_expert_bias is off
+        if "expert_bias" in module._buffers:
+            module._non_persistent_buffers_set.add("expert_bias")
+    save_as_megatron_lm(theirs, groups, tmp_path / "theirs", moe_router_enable_expert_bias=False)
+    import_checkpoint(tmp_path / "theirs", tmp_path / "run", None, None)
+    assert frozen.load(tmp_path / "run").model.moe.bias_update_rate == 0
+    with StoredTensors(layout.locate(tmp_path / "run").path) as stored:
+        assert not stored.read("decoder.layers.1.mlp.router.expert_bias", 0, 4).any()
 
 
 def test_a_model_that_is_not_ours_is_refused_before_anything_is_written(

@@ -89,3 +89,18 @@ def test_a_count_that_is_none_is_refused(value: object) -> None:
         saved_state.whole_number({"iteration": value}, "iteration", "here")
     assert saved_state.whole_number({}, "iteration", "here") == 0
     assert saved_state.whole_number({"step": 3.0}, "step", "here") == 3
+
+
+@pytest.mark.parametrize(
+    ("common", "steps"),
+    [
+        ({"optimizer": {"optimizer": {"param_groups": [{"lr": 1.0, "step": 9}]}}}, 9),
+        ({"optimizer": {"state": {"common_step": 9.0}, "param_groups": [{"lr": 1.0}]}}, 9),
+        ({"optimizer": {0: {"optimizer": {"param_groups": [{"step": 9}]}}, 1: {}}}, 9),
+        ({"optimizer_states": {"state": {"common_step": 9.0}}}, 9),
+        ({"opt_param_scheduler": {"step": 9}}, None),
+    ],
+    ids=["groups", "beside them", "chained", "NeMo", "none"],
+)
+def test_the_steps_of_the_optimizer_are_found(common: dict[str, Any], steps: int | None) -> None:
+    assert saved_state.optimizer_steps(common) == steps
