@@ -160,6 +160,52 @@ def block_prefix(depth: int) -> str:
     return f"mtp.layers.{depth - 1}."
 
 
+class StoredTensor(NamedTuple):
+    """A tensor as a checkpoint holds it.
+
+    Attributes:
+        key: its name.
+        shape: of all experts, where it is one of experts; of one part, where parts are apart.
+        parameter: what it is of.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    parameter: Parameter
+
+
+def stored_tensors(model: Model, vocab_rows: int) -> Iterator[StoredTensor]:
+    """Yield every tensor that a checkpoint holds, the parts of packed ones apart.
+
+    Args:
+        model: the model.
+        vocab_rows: of embedding and head, with their padding.
+    """
+    usual = sizes_of(model, vocab_rows)
+    yield from _parts("", EMBEDDING, usual)
+    for layer in layers(model):
+        for one in layer.parameters:
+            yield from _parts(layer.prefix, one, layer.sizes)
+    for depth in range(1, mtp_blocks(model) + 1):
+        for one in MTP_BLOCK:
+            yield from _parts(block_prefix(depth), one, usual)
+    yield from _parts("", FINAL_NORM, usual)
+    if not model.tie_embeddings:
+        yield from _parts("", HEAD, usual)
+
+
+def _parts(prefix: str, one: Parameter, sizes: Sizes) -> Iterator[StoredTensor]:
+    key, shape = prefix + one.stored, one.shape(sizes)
+    packed = one.dims[0]
+    if one.of_experts:
+        yield StoredTensor(key, (sizes.experts, *shape), one)
+    elif packed.by or len(packed.parts) == 1:
+        yield StoredTensor(key, shape, one)
+    else:
+        for part in packed.parts:
+            yield StoredTensor(f"{key}.{part.name}", (part.size(sizes), *shape[1:]), one)
+
+
 def stored(model: Model) -> Iterator[tuple[str, Parameter]]:
     """Yield the key of every tensor that a checkpoint holds; packed ones by their common name."""
     for layer in layers(model):

@@ -30,7 +30,7 @@ from hybrid_train.schema.problems import UserError
 
 INDEX = ".metadata"
 COMMON = "common_state/shard_0_1"  # what Megatron stores beside tensors; ours is empty
-_OLD_COMMON = "common.pt"
+OLD_COMMON = "common.pt"  # the same, of an older Megatron
 _DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
     *("bool", "float8_e4m3fn", "float8_e5m2"),
@@ -75,6 +75,13 @@ _RECORDS = {
         "_StorageInfo",
     )
 }
+_PLANS = {  # Megatron keeps them in an index whose structure it assumes to be constant
+    name: type(name, (_Record,), {})
+    for name in (
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesWriteData"),
+        "BytesIOWriteData",
+    )
+}
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _RECORDS["_StorageInfo"],
     ("torch", "Size"): tuple,
@@ -84,6 +91,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
         for name, record in _RECORDS.items()
         if name != "_StorageInfo"
     },
+    **{("torch.distributed.checkpoint.planner", name): one for name, one in _PLANS.items()},
     **{("torch", name): getattr(torch, name) for name in _DTYPES},
 }
 
@@ -100,22 +108,28 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def read(folder: Path) -> Metadata:
+def read(folder: Path, *, foreign: bool = False) -> Metadata:
     """Read and check the index of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        foreign: another program wrote it; what lies beside its tensors is not looked at here, and
+            is for `nvidia/saved_state.py` to read.
 
     Raises:
         UnreadableError: if it is missing, damaged, asks for code, or points outside its folder.
     """
     path = folder / INDEX
-    if (folder / _OLD_COMMON).exists():
+    if (folder / OLD_COMMON).exists() and not foreign:
         raise UnreadableError(
-            f"{folder / _OLD_COMMON} is a pickle of an older Megatron, and pickles are not read; "
+            f"{folder / OLD_COMMON} is a pickle of an older Megatron, and pickles are not read; "
             "if you trust the checkpoint, remove that file: no weights lie in it"
         )
     try:
         found = _Unpickler(io.BytesIO(path.read_bytes())).load()
         metadata = _Checked(folder).metadata(found)
-        _require_plain_common(folder, metadata)
+        if not foreign:
+            _require_plain_common(folder, metadata)
         return metadata
     except OSError as error:
         raise UnreadableError(

@@ -20,7 +20,7 @@ import struct
 import threading
 import zipfile
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,7 @@ _STORAGES = {
     torch.float16: "HalfStorage",
     torch.bfloat16: "BFloat16Storage",
     torch.float64: "DoubleStorage",
+    torch.int64: "LongStorage",  # of counters, which are written here and not read
 }
 # Linux keeps what is written at once in one piece of memory if it can. A virtual machine gives its
 # large pieces back while they are free; 2 GB in pieces of 1 MB and more took 5 times as long as in
@@ -122,12 +123,17 @@ def write_at(descriptor: int, position: int, parts: Iterable[bytes | memoryview]
 
 
 class StoredTensors:
-    """The tensors of a checkpoint; any rows of any of them can be read."""
+    """The tensors of a checkpoint; any rows of any of them can be read.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the checkpoint.
+        foreign: another program wrote it; see `safe_metadata.read`.
+    """
+
+    def __init__(self, folder: Path, *, foreign: bool = False) -> None:
         self.folder = folder
         _require_format(folder)
-        self._metadata = safe_metadata.read(folder)
+        self._metadata = safe_metadata.read(folder, foreign=foreign)
         self._entries = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -177,6 +183,14 @@ class StoredTensors:
                     place = place.narrow(axis, offset, length)
             self._read_into(place, name, chunk, low - first)
         return rows
+
+    def saved(self, name: str) -> bytes | None:
+        """Return the bytes of an item that is no tensor; None if there is none of that name."""
+        index = MetadataIndex(name)
+        if index not in self._metadata.storage_data:
+            return None
+        info = self._info(index)
+        return os.pread(self._files[self.folder / info.relative_path], info.length, info.offset)
 
     def _chunks_from(self, name: str, start: int, stop: int) -> list[ChunkStorageMetadata]:
         """Return the chunks that may hold some of the rows [start, stop)."""
@@ -239,6 +253,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tensors: dict[str, _Growing] = {}
+        self._items: list[str] = []  # that are no tensors
         self._places: dict[MetadataIndex, Any] = {}
         self._opened: list[IO[bytes]] = []
         self._number = -1
@@ -281,12 +296,21 @@ class CheckpointWriter:
         self._places[index] = filesystem._StorageInfo(self._name, start, length)
         return start
 
-    def finish(self) -> None:
-        """Write the index; the checkpoint is whole then, if all parts were written."""
-        common = torch_saved([{}])
-        position = self._take(MetadataIndex(safe_metadata.COMMON), len(common))
-        write_at(self._file.fileno(), position, [common])
-        entries: dict[str, Any] = {safe_metadata.COMMON: BytesStorageMetadata()}
+    def put(self, name: str, content: object) -> None:
+        """Write an item that is no tensor, at once."""
+        saved = torch_saved(content)
+        position = self._take(MetadataIndex(name), len(saved))
+        write_at(self._file.fileno(), position, [saved])
+        self._items.append(name)
+
+    def finish(self, common: Mapping[str, Any] | None = None) -> None:
+        """Write the index; the checkpoint is whole then, if all parts were written.
+
+        Args:
+            common: what Megatron keeps beside tensors; ours is empty.
+        """
+        self.put(safe_metadata.COMMON, [dict(common or {})])
+        entries: dict[str, Any] = {name: BytesStorageMetadata() for name in self._items}
         for name, one in self._tensors.items():
             properties = TensorProperties(one.dtype)
             entries[name] = TensorStorageMetadata(properties, torch.Size(one.shape), one.chunks)
@@ -360,7 +384,7 @@ def start_of_values(read: ReadAt, item: StoredItem) -> int:
     Raises:
         ValueError: if the item is anything but one plain tensor of that format and shape.
     """
-    if item.dtype not in _STORAGES:
+    if item.dtype not in _STORAGES or not item.dtype.is_floating_point:
         raise ValueError(f"weights are not of the format {item.dtype}")
     if item.num_bytes <= min(item.length, _LARGEST_COMPARED):
         for checksums in (False, True):

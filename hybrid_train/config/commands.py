@@ -159,7 +159,7 @@ COMMANDS = {
         ready=_MODELS,
     ),
     "convert": Command(
-        "turns a Hugging Face folder into a checkpoint, or back",
+        "turns a folder of Hugging Face or Megatron into a run, or back",
         "convert:run_convert",
         ConvertJob,
         says_what_starts=True,

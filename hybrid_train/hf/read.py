@@ -200,7 +200,7 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             origin.keep(source, partial)
             length = int(config.get(config_json.LENGTH) or 4096)
             main = dtype or folder.main_dtype()
-            frozen.freeze(_train_job(model, output, length, main), partial)
+            frozen.freeze(imported_job(model, output, length, main), partial)
     if not has_vocabulary(source):
         _log.warning("%s has no tokenizer: text cannot be generated from %s", source, output)
     if config.get("auto_map"):
@@ -258,8 +258,8 @@ def _moves(
             writer.place(key, shape, at, tuple(padding.shape), dtype).write(padding)
 
 
-def _train_job(model: Model, run_dir: Path, length: int, dtype: torch.dtype) -> TrainJob:
-    """Describe the imported model as a run that has not trained."""
+def imported_job(model: Model, run_dir: Path, length: int, dtype: torch.dtype) -> TrainJob:
+    """Describe an imported model as a run that is not to train."""
     half = dtype == torch.bfloat16
     return TrainJob(
         run_dir=str(run_dir),

@@ -171,7 +171,7 @@ def _main(theirs: dict[str, Theirs], formats: dict[str, torch.dtype]) -> str:
 
 def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any]:
     """Return the config.json: that of the folder it began with, where there was one, else new."""
-    length = _trained_length(checkpoint)
+    length = trained_length(checkpoint)
     make = functools.partial(
         config_json.to_config,
         checkpoint.model,
@@ -190,7 +190,7 @@ def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any
     return config if origin.is_same_tokenizer else origin.with_own_ids(config, path)
 
 
-def _trained_length(checkpoint: Checkpoint) -> int:
+def trained_length(checkpoint: Checkpoint) -> int:
     """Return the longest sequences of the phases that have begun."""
     seen = int(checkpoint.found.position().get("tokens", 0))
     train = checkpoint.job.train

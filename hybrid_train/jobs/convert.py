@@ -1,4 +1,4 @@
-"""The jobs `convert` and `verify`: import or export of a Hugging Face folder, and a comparison."""
+"""The jobs `convert` and `verify`: folders of other programs in and out, and a comparison."""
 
 import gc
 import logging
@@ -14,10 +14,13 @@ from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder, import_folder
 from hybrid_train.hf.tensors import Format
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
+from hybrid_train.nvidia.checkpoint_folders import Trainer, trainer_of
+from hybrid_train.nvidia.export_checkpoint import export_as
+from hybrid_train.nvidia.import_checkpoint import import_checkpoint
 from hybrid_train.runtime import optional
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import process
-from hybrid_train.schema.job_roots import ConvertJob, VerifyJob, WeightFormat
+from hybrid_train.schema.job_roots import ConvertJob, ExportFormat, VerifyJob, WeightFormat
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
@@ -35,13 +38,28 @@ def run_convert(job: ConvertJob) -> None:
     if job.import_ is not None:
         source = Path(job.import_)
         with refusals_named(**{"import": source, "output": output}):
-            done = import_folder(source, output, dtype)
+            done = _import(source, output, dtype, job.tokenizer)
     else:
         assert job.export is not None, "the checks ask for one of them"
         source = Path(job.export)
         with refusals_named(export=source, output=output):
-            done = export_checkpoint(source, output, dtype, int(job.shard_gb * 1e9))
+            if job.format is ExportFormat.huggingface:
+                done = export_checkpoint(source, output, dtype, int(job.shard_gb * 1e9))
+            else:
+                done = export_as(source, output, dtype, Trainer[job.format.name])
     _log.info("%s", done)
+
+
+def _import(source: Path, output: Path, dtype: torch.dtype | None, tokenizer: str | None) -> str:
+    if trainer_of(source) is not None:
+        place = None if tokenizer is None else Path(tokenizer)
+        return import_checkpoint(source, output, dtype, place)
+    if tokenizer is not None:
+        raise UserError(
+            f"tokenizer = {tokenizer}: {source} is a Hugging Face folder, which has its own; "
+            "leave it out"
+        )
+    return import_folder(source, output, dtype)
 
 
 def run_verify(job: VerifyJob) -> None:

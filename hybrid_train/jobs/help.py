@@ -99,9 +99,11 @@ MOST_USED: dict[str, dict[str, str]] = {
         "model.moe.experts": "Each layer of experts has this many of them.",
     },
     "convert": {
-        "import": "This Hugging Face folder becomes a checkpoint.",
-        "export": "This run folder, or checkpoint, becomes a Hugging Face folder.",
+        "import": "This folder becomes a run: of Hugging Face, Megatron-LM, Bridge or NeMo 2.",
+        "export": "This run folder, or checkpoint, becomes a folder of one of these.",
         "output": "The result is written to this folder, which must be new.",
+        "format": "Whose folder an export becomes; that of an import is recognised.",
+        "tokenizer": "An import takes this tokenizer; null: that of the folder, if it has one.",
         "dtype": "The tensors are written in this format; keep: as they are.",
         "shard_gb": "Each file of an export has at most this many gigabytes (1e9 bytes).",
     },

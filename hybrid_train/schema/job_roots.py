@@ -91,21 +91,40 @@ class WeightFormat(enum.Enum):
     float16 = "float16"
 
 
+class ExportFormat(enum.Enum):
+    """Whose folder an export becomes."""
+
+    huggingface = "huggingface"
+    megatron_lm = "megatron_lm"
+    bridge = "bridge"
+    nemo = "nemo"
+
+
 @dataclass(kw_only=True)
 class ConvertJob:
-    """A Hugging Face folder becomes a checkpoint, or the other way round."""
+    """A folder of Hugging Face or of NVIDIA's trainers becomes a run, or the other way round."""
 
-    import_: FileName | None = None  # Hugging Face folder; on the command line import=FOLDER
+    import_: FileName | None = None  # the folder, whosever; on the command line import=FOLDER
     export: FileName | None = None  # a run folder or one checkpoint of it
-    output: FileName = MISSING  # new run folder, or new Hugging Face folder
+    output: FileName = MISSING  # new run folder, or new folder of the export
+    format: ExportFormat = ExportFormat.huggingface  # of the export; an import's is recognised
     dtype: WeightFormat = WeightFormat.keep  # expert biases stay float32
-    shard_gb: Annotated[float, Range(0.001, 1000)] = 5.0  # files of an export, in 1e9 bytes
+    shard_gb: Annotated[float, Range(0.001, 1000)] = 5.0  # files of Hugging Face, in 1e9 bytes
+    tokenizer: FileName | None = None  # of an import; null: that of the folder, if it has one
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         if (self.import_ is None) == (self.export is None):
             given = "neither" if self.export is None else "both"
             yield Problem("import, export", given, "one of them names what is converted")
+        if self.import_ is not None and self.format is not ExportFormat.huggingface:
+            yield Problem(
+                "format", self.format.value, "is that of an export; an import's is recognised",
+                ExportFormat.huggingface.value,
+            )  # fmt: skip
+        if self.export is not None and self.tokenizer is not None:
+            rule = "is for an import; an export takes that of the run"
+            yield Problem("tokenizer", self.tokenizer, rule, "null")
 
 
 @dataclass(kw_only=True)

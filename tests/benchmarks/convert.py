@@ -1,8 +1,9 @@
-"""Times conversions of the 1B ladder model both ways, beside a plain copy of the same files.
+"""Times conversions of the 1B ladder model, each beside a plain copy of the same files.
 
 python tests/benchmarks/convert.py [--rounds 5] [--folder DIR]
 
-Each round copies the Hugging Face folder and imports it, then copies the checkpoint and exports it.
+Each round copies the Hugging Face folder and imports it, then copies the checkpoint and exports it,
+to Hugging Face and to Megatron-LM, whose folder it copies and imports.
 Copies and conversions run in processes of their own, measured from when all modules are loaded:
 seconds, processor time (user and system, of all threads), and how far memory rises. What was
 written before is flushed to the disk, and as many bytes are written and removed right before: a
@@ -26,6 +27,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 4096
+WAYS = {  # from where, and how
+    "import": ("source", "import={}"),
+    "export": ("import", "export={}"),
+    "export_megatron_lm": ("import", "export={} format=megatron_lm"),
+    "import_megatron_lm": ("export_megatron_lm", "import={}"),
+}
 
 
 def main() -> int:
@@ -47,9 +54,10 @@ def run_rounds(folder: Path, rounds: int) -> None:
     source = folder / "source"
     made = make_source(source)
     print(f"ladder_1b, vocabulary {VOCAB}, bfloat16: {made / 1e9:.3f} GB of tensors")
-    shares: dict[str, list[tuple[float, float]]] = {"import": [], "export": []}
+    shares: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for _ in range(rounds):
-        for way, origin in (("import", source), ("export", folder / "import")):
+        for way, (name, _) in WAYS.items():
+            origin = folder / name
             copy = timed("copy", origin, folder / "copy")
             found = timed(way, origin, folder / way)
             shutil.rmtree(folder / "copy")
@@ -132,7 +140,8 @@ def measure(way: str, source: str, target: str) -> int:
     if way == "copy":
         work = partial(shutil.copytree, source, target)
     else:
-        work = partial(job.run_convert, compose("convert", [f"{way}={source}", f"output={target}"]))
+        words = [word.format(source) for word in WAYS[way][1].split()]
+        work = partial(job.run_convert, compose("convert", [*words, f"output={target}"]))
     fetch_memory(Path(source), Path(target).with_name("fetched"))
     before, processor, start = memory("VmRSS"), processor_time(), time.perf_counter()
     work()

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from hybrid_train.checkpoint import safe_metadata, tensor_files
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
@@ -50,6 +56,26 @@ def test_an_index_is_read_as_torch_reads_it(checkpoint: Path) -> None:
     expected, found = unpickled(checkpoint), safe_metadata.read(checkpoint)
     assert found.state_dict_metadata == expected.state_dict_metadata
     assert found.storage_data == expected.storage_data
+
+
+def test_an_index_in_which_megatron_keeps_its_plans_is_read(checkpoint: Path) -> None:
+    metadata = unpickled(checkpoint)
+    entry = metadata.state_dict_metadata["a"]
+    item = WriteItem(
+        MetadataIndex("a", torch.Size((0, 0))), WriteItemType.SHARD,
+        tensor_data=TensorWriteData(entry.chunks[0], entry.properties, entry.size),
+    )  # fmt: skip
+    vars(metadata)["all_local_plans"] = [SavePlan([item])]
+    rewrite(checkpoint, metadata)
+    found = safe_metadata.read(checkpoint)
+    assert found.state_dict_metadata == metadata.state_dict_metadata
+
+
+def test_what_a_foreign_checkpoint_keeps_beside_tensors_is_left_to_others(checkpoint: Path) -> None:
+    (checkpoint / "common.pt").write_bytes(b"any pickle")
+    with pytest.raises(UserError, match="pickle of an older Megatron"):
+        safe_metadata.read(checkpoint)
+    assert "a" in safe_metadata.read(checkpoint, foreign=True).state_dict_metadata
 
 
 def test_an_index_that_asks_for_code_is_refused(checkpoint: Path, tmp_path: Path) -> None:
