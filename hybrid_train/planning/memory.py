@@ -163,7 +163,7 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     kept = dense + expert if parallel.fsdp else parameters.total
     kept_precise = precise if parallel.fsdp else parameters.in_fp32
     longer = 0 if full else kept_precise * (_FP32 - _HALF)
-    state = (dense + expert) * state_bytes(job.optimizer, masters=not full)
+    state = (dense + expert) * _state_bytes(job.optimizer, masters=not full)
     if not full and not job.optimizer.reduced_state:  # what is float32 needs no master
         state -= precise * _FP32
     return Memory(
@@ -173,14 +173,18 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     )
 
 
-def state_bytes(adamw: AdamW, *, masters: bool) -> int:
+def moment_bytes(adamw: AdamW) -> int:
+    """Return the bytes of both moments of one parameter."""
+    return _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
+
+
+def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
     """Return what the optimizer keeps of one parameter.
 
     A float32 master is kept whole, or as the 16 bits that a bfloat16 weight lacks of it
     (`precision/formats.py`).
     """
-    moments = _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
-    return moments + masters * (_HALF if adamw.reduced_state else _FP32)
+    return moment_bytes(adamw) + masters * (_HALF if adamw.reduced_state else _FP32)
 
 
 @dataclass(frozen=True)
