@@ -54,6 +54,14 @@ MOST_USED: dict[str, dict[str, str]] = {
         "processes": "The run will have this many processes, on all machines together.",
         **_RUN,
     },
+    "rehearse": {
+        "processes": "The run will have this many processes, on all machines together.",
+        "rank": "This rank is built; null: the first one of each pipeline stage.",
+        "twin": "A small twin of each layout takes a step on this machine if this is true.",
+        "storage_gb_per_s": "All processes together write this many GB (1e9 bytes) a second.",
+        "process_gb_per_s": "Each process writes this many GB (1e9 bytes) a second.",
+        **_RUN,
+    },
     "status": {
         "run_dir": "The run that is looked at lives in this folder.",
         "json": "The answer is one JSON object if this is true; --json is short for it.",
