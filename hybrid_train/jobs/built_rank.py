@@ -1,15 +1,19 @@
 """One rank of a run at its true size, built by Megatron's own classes without memory, and counted.
 
-A rank that holds 4 GB of weights and 16 GB of gradients takes a second or two and no memory. What
-is counted is what was allocated: the buffers of weights and gradients, and the optimizer's tensors.
+Nobody else is there, and nothing has values: torch's meta device stands for the GPU. A rank that
+holds 4 GB of weights and 16 GB of gradients takes a second or two and no memory. What is counted is
+what was allocated: the buffers of weights and gradients, and the optimizer's tensors.
 """
 
+import contextlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybrid_train.checkpoint.shards import Content, HeldNetwork
 from hybrid_train.checkpoint.writing import KeptSavePlan
@@ -18,8 +22,10 @@ from hybrid_train.megatron.checkpoints import is_main_replica
 from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 from hybrid_train.megatron.optimizers import padding_of_range, working_parts
 from hybrid_train.model.build import build_model
+from hybrid_train.planning.allocation import Compared, Place, compare
 from hybrid_train.planning.memory import Memory
-from hybrid_train.runtime.one_rank import one_rank
+from hybrid_train.runtime import cpu
+from hybrid_train.runtime.replacements import OBJECTS
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.training.network import Network
@@ -30,23 +36,10 @@ _MOMENTS_BYTES, _MASTER_BYTES = 8, 4
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """What one rank allocated.
+    """What one rank allocated, against what was planned, and what it writes of a checkpoint."""
 
-    Attributes:
-        rank: of the whole run.
-        pipeline_rank: its place in the pipeline.
-        parameters: elements, without padding.
-        kept: bytes of weights, gradients and optimizer state as allocated.
-        empty: bytes of optimizer state that its range would have, were it not partly padding.
-        saved: bytes that it writes of a checkpoint.
-    """
-
-    rank: int
-    pipeline_rank: int
-    parameters: int
-    kept: Memory
-    empty: int
-    saved: int
+    figures: list[Compared]
+    saved: int  # bytes
 
 
 def build_rank(job: TrainJob, vocab_rows: int, rank: int, processes: int) -> BuiltRank:
@@ -65,12 +58,12 @@ def build_rank(job: TrainJob, vocab_rows: int, rank: int, processes: int) -> Bui
         try:
             built = build_model(job, groups, job.model.vocab_size or vocab_rows, on_gpu=False)
             network = build_network(job, built, groups, torch.device("meta"))
-            return _counted(network, rank, groups.pp.rank())
+            return _counted(job, network, Place(rank, groups.pp.rank(), processes, vocab_rows))
         finally:
             destroy_groups()
 
 
-def _counted(network: Network, rank: int, pipeline_rank: int) -> BuiltRank:
+def _counted(job: TrainJob, network: Network, place: Place) -> BuiltRank:
     assert network.optimizer is not None, "it is trained"
     weights = {
         _memory_of(tensor): tensor.untyped_storage().nbytes()
@@ -81,22 +74,19 @@ def _counted(network: Network, rank: int, pipeline_rank: int) -> BuiltRank:
         one for chunk in network.chunks for one in (*chunk.buffers, *chunk.expert_parallel_buffers)
     ]
     parts = list(working_parts(network.optimizer))
-    return BuiltRank(
-        rank,
-        pipeline_rank,
-        parameters=sum(p.numel() for chunk in network.chunks for p in chunk.parameters()),
-        kept=Memory(
-            weights=sum(weights.values()),
-            gradients=sum(one.grad_data.nbytes for one in buffers),
-            optimizer=sum(one.nbytes for part in parts for one in _state(part, weights)),
-        ),
-        empty=sum(
-            elements * (_MOMENTS_BYTES + (0 if dtype == torch.float32 else _MASTER_BYTES))
-            for part in parts
-            for dtype, elements in padding_of_range(part)
-        ),
-        saved=sum(_saved(network)),
+    kept = Memory(
+        weights=sum(weights.values()),
+        gradients=sum(one.grad_data.nbytes for one in buffers),
+        optimizer=sum(one.nbytes for part in parts for one in _state(part, weights)),
     )
+    empty = sum(
+        elements * (_MOMENTS_BYTES + (0 if dtype == torch.float32 else _MASTER_BYTES))
+        for part in parts
+        for dtype, elements in padding_of_range(part)
+    )
+    parameters = sum(p.numel() for chunk in network.chunks for p in chunk.parameters())
+    figures = list(compare(job, place, parameters, kept, empty))
+    return BuiltRank(figures, sum(_saved(network)))
 
 
 def _memory_of(tensor: Tensor) -> int:
@@ -119,3 +109,31 @@ def _saved(network: Network) -> Iterator[int]:
     for tensor in KeptSavePlan().tensors(Content((held,))):
         if is_main_replica(tensor.replica_id):
             yield tensor.data.nbytes
+
+
+@contextlib.contextmanager
+def one_rank(rank: int, processes: int) -> Iterator[None]:
+    """Be a rank of a run of so many processes for as long as the block lasts.
+
+    torch's process group "fake" answers each collective at once, and its meta device gives tensors
+    sizes and formats alone. What a rank hears from others is what it says itself.
+
+    Raises:
+        UserError: if a GPU is visible.
+    """
+    cpu.install()
+    others = OBJECTS.present()
+    OBJECTS.put(all_gather_object=_say_for_all)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
+    try:
+        with cpu.without_memory():
+            yield
+    finally:
+        dist.destroy_process_group()
+        OBJECTS.put(**others)
+
+
+def _say_for_all(heard: list[Any], said: Any, group: Any = None) -> None:
+    """Stand for `all_gather_object` where all ranks say the same."""
+    del group
+    heard[:] = [said] * len(heard)

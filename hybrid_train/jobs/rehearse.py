@@ -7,6 +7,7 @@ checkpoint that all ranks would write is laid out.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,38 +17,18 @@ from rich.console import Console
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.jobs.help import console, show_numbers, table
 from hybrid_train.jobs.run_plan import RunPlan
-from hybrid_train.planning import stages
 from hybrid_train.planning.agreement import bytes_by_kind, faults
-from hybrid_train.planning.buffers import allocated, buffers_of_rank
-from hybrid_train.planning.checkpoint_size import FILES_OF_ALL, stored_bytes
+from hybrid_train.planning.allocation import FILES_OF_ALL, Compared, stored_bytes
 from hybrid_train.planning.degrees import data_parallel
-from hybrid_train.planning.memory import Memory, memory
 from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.planning.twin import in_words, twin_of
 from hybrid_train.runtime import cpu
+from hybrid_train.runtime.logs import start_logging
 from hybrid_train.schema.job_roots import RehearseJob
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, show_bytes
 
 _HEADS = ("", "rank", "pipeline rank", "as built", "check", "padding", "")
-_KINDS = ("weights", "gradients", "optimizer")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One figure of one rank: what it is as built, and what `check` says of it."""
-
-    rank: int
-    pipeline_rank: int
-    what: str
-    built: int
-    counted: int
-    padding: int  # what core adds by its rules of alignment; of the optimizer, in this rank's range
-
-    @property
-    def equal(self) -> bool:
-        """Whether all that was allocated is accounted for."""
-        return self.built == self.counted + self.padding
 
 
 @dataclass(frozen=True)
@@ -82,7 +63,9 @@ class Rehearsal:
     @property
     def sound(self) -> bool:
         """Whether nothing was found that would stop a run."""
-        return all(one.equal for one in self.ranks) and not (self.twin and self.twin.faults)
+        return not any(one.difference for one in self.ranks) and not (
+            self.twin and self.twin.faults
+        )
 
 
 def run(job: RehearseJob) -> int:
@@ -93,6 +76,8 @@ def run(job: RehearseJob) -> int:
     """
     require_alone("rehearse")
     plan, page = RunPlan.of(job), console()
+    start_logging()
+    logging.getLogger("hybrid_train").setLevel(logging.WARNING)  # each rank would tell its plan
     cpu.install()
     # All twins go first: they are forked, and a fork must come before anything is computed.
     spans = list(_layouts(plan))
@@ -124,37 +109,23 @@ def rehearse(job: RehearseJob, plan: RunPlan, span: PhaseSpan, twin: Twin | None
     stage = plan.processes // span.job.parallel.pipeline
     ranks = range(0, plan.processes, stage) if job.rank is None else [job.rank]
     built = [build_rank(span.job, plan.rows, rank, plan.processes) for rank in ranks]
-    compared = []
-    for one in built:
-        held = stages.held_of_rank(stages.stages(span.job, plan.rows), one.pipeline_rank)
-        kept = memory(span.job, held, plan.processes)
-        whole = allocated(buffers_of_rank(span.job, plan.rows, one.pipeline_rank, plan.processes))
-        compared.append(Compared(*_place(one), "parameters", one.parameters, held.total, 0))
-        for kind, empty in zip(_KINDS, (0, 0, one.empty), strict=True):
-            own, said, most = (getattr(each, kind) for each in (one.kept, kept, whole))
-            compared.append(Compared(*_place(one), kind, own, said, most - said - empty))
     largest = max(one.saved for one in built)
     return Rehearsal(
         span.name,
         _layout_in_words(span.job, plan.processes),
-        compared,
+        [figure for one in built for figure in one.figures],
         twin,
         _saved(job, span.job, plan, largest),
     )
 
 
-def _place(one: Any) -> tuple[int, int]:
-    return one.rank, one.pipeline_rank
-
-
 def _twin(job: TrainJob, processes: int) -> Twin:
     from hybrid_train.jobs.twin_ranks import record
 
-    small, number = twin_of(job, processes)
-    found = record(small, number)
+    found = record(job, processes)
     wrong = list(faults(found.calls, found.failures))
     wrong += [f"rank {rank}: {words}" for rank, words in found.failures.items()]
-    return Twin(in_words(small, number), wrong, bytes_by_kind(found.calls))
+    return Twin(in_words(*twin_of(job, processes)), wrong, bytes_by_kind(found.calls))
 
 
 def _saved(job: RehearseJob, own: TrainJob, plan: RunPlan, largest: int) -> Saved:
@@ -202,7 +173,7 @@ def _rank_rows(ranks: Sequence[Compared]) -> Iterator[tuple[str, ...]]:
             f"{one.built:,}",
             f"{one.counted:,}",
             f"{one.padding:,}",
-            "equal" if one.equal else f"differs by {one.built - one.counted - one.padding:+,}",
+            f"differs by {one.difference:+,}" if one.difference else "equal",
         )
 
 
@@ -233,7 +204,7 @@ def _facts(found: Rehearsal) -> Iterator[tuple[str, str]]:
     if saved.seconds is None:
         yield "", "storage_gb_per_s=N of all processes, process_gb_per_s=N of each give its time"
     else:
-        yield "", f"{saved.seconds:,.1f} s at the rates that were stated, nothing else counted"
+        yield "", f"{saved.seconds:,.3g} s at the rates that were stated, nothing else counted"
 
 
 def _as_data(found: Sequence[Rehearsal]) -> dict[str, Any]:
@@ -242,6 +213,6 @@ def _as_data(found: Sequence[Rehearsal]) -> dict[str, Any]:
     for one in found:
         data = asdict(one)
         for row, compared in zip(data["ranks"], one.ranks, strict=True):
-            row["equal"] = compared.equal
+            row["difference"] = compared.difference
         layouts.append(data)
     return {"problems": [], "sound": all(one.sound for one in found), "layouts": layouts}

@@ -1,10 +1,10 @@
 """Whether the ranks of a run make the same calls to each other: what differs is a deadlock.
 
 Each rank has its list of calls in the order in which it makes them. Collectives of a group must be
-the same on all its members, one by one; what is sent must be received, pair by pair; and no rank may
-wait in one group for another that waits in a second one. The first fault of each group and of each
-pair is named. A rank that did not reach the end has made its calls up to there: what it would have
-called then is not held against it.
+the same on all its members, one by one; what is sent must be received, pair by pair; and no rank
+may wait in one group for another that waits in a second one. The first fault of each group and of
+each pair is named. A rank that did not reach the end has made its calls up to there: what it would
+have called then is not held against it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -163,7 +163,7 @@ def _circle(calls: Calls) -> Iterator[str]:
     stuck = {rank: left[rank][at[rank]] for rank in sorted(left) if at[rank] < len(left[rank])}
     if stuck:
         places = (
-            f"rank {rank} in call {at[rank] + 1}, {one} of group {one.group[0]} "
+            f"rank {rank} in its call {at[rank] + 1}, {one} of group {one.group[0]} "
             f"(ranks {_list(one.group[1])})"
             for rank, one in stuck.items()
         )

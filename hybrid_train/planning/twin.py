@@ -31,6 +31,7 @@ def twin_of(job: TrainJob, processes: int) -> tuple[TrainJob, int]:
     pattern = parse(job.model.pattern)
     stages = parallel.pipeline * parallel.virtual_pipeline
     kinds = "".join(dict.fromkeys(pattern.main))
+    small = Pattern((kinds,) * stages, pattern.mtp, pattern.mtp_depths)
     sequences = data_parallel(parallel, number) * 2 * parallel.pipeline
     own = {one.name: getattr(job, one.name) for one in fields(TrainJob)}
     own |= {
@@ -40,9 +41,7 @@ def twin_of(job: TrainJob, processes: int) -> tuple[TrainJob, int]:
             global_batch=sequences,
             seed=job.train.seed,
         ),
-        "model": _small_model(
-            job.model, Pattern((kinds,) * stages, pattern.mtp, pattern.mtp_depths)
-        ),
+        "model": _small_model(job.model, small),
         "parallel": parallel,
         "precision": Precision(
             format=GemmFormat(job.precision.base.value),

@@ -1,14 +1,18 @@
-"""The flat buffers that Megatron-Core keeps weights, gradients and optimizer state in, to the byte.
+"""What a run allocates and what its checkpoint stores, to the byte; and a built rank against it.
 
-With the distributed optimizer each pipeline stage has up to three: for parameters in the format of
-the model, for those that stay in float32, and for routed experts. Core begins each tensor at a
-multiple of 64 elements and ends each bucket at a multiple of lcm(copies, 128), for as many
-processes as hold the same parameters; each of those keeps the state of an equal range
-(optimizer/param_layout.py, pad_param_start and pad_bucket_end; core 0.19.2). A matrix that two
-stages share has a bucket of its own (distrib_optimizer.py 530). `memory` counts parameters alone:
-what is here beside that is padding.
+Megatron-Core keeps weights, gradients and optimizer state in flat buffers. With the distributed
+optimizer each pipeline stage has up to three: for parameters in the format of the model, for those
+that stay in float32, and for routed experts. Core begins each tensor at a multiple of 64 elements
+and ends each bucket at a multiple of lcm(copies, 128), for as many processes as hold the same
+parameters; each of those keeps the state of an equal range (optimizer/param_layout.py,
+pad_param_start and pad_bucket_end; core 0.19.2). A matrix that two stages share has a bucket of its
+own (distrib_optimizer.py 530). `memory` counts parameters alone: what is here beside that is
+padding. Without the distributed optimizer nothing is padded.
 
-Without the distributed optimizer nothing is padded.
+In a checkpoint weights lie as they are; beside each both moments in float32, whatever the optimizer
+keeps them in, and a float32 master where the weight is not float32
+(`checkpoint/optimizer_state.py`). Each tensor is stored once, whatever the layout. Not counted:
+random states and step counts, some kilobytes a process, and torch's names around each tensor.
 """
 
 import math
@@ -16,22 +20,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from hybrid_train.anatomy.axes import Sizes
-from hybrid_train.anatomy.kinds import EMBEDDING, Parameter
-from hybrid_train.anatomy.layers import block_layers, main_layers
+from hybrid_train.anatomy.axes import Sizes, sizes_of
+from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.layers import block_layers, layers, main_layers, mtp_blocks
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import data_parallel, expert_data_parallel, expert_tensor
 from hybrid_train.planning.memory import (
     Memory,
+    memory,
     moment_bytes,
     parts_of_stage,
     tensors_of_part,
 )
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
 
 _START, _END = 64, 128  # elements
+_FP32, _HALF, _MOMENTS = 4, 2, 8  # bytes of an element
+FILES_OF_ALL = (".metadata", "metadata.json", "position.json", "checksums.json")
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def buffers_of_rank(job: TrainJob, vocab_rows: int, rank: int, processes: int) -
     """
     lengths = [len(one) for one in stages.cut(job, vocab_rows).stages]
     ends = list(accumulate(lengths))
-    found = []
+    found: list[Buffer] = []
     for number in range(rank, len(ends), job.parallel.pipeline):
         first, last = number == 0, number == len(ends) - 1
         own = main_layers(job.model)[ends[number] - lengths[number] : ends[number]]
@@ -125,15 +133,15 @@ def _buffers(
             shared = next(pair for pair in own if pair[0] is EMBEDDING)
             own.remove(shared)
             buckets.append([shared])
-        sizes_of = [list(_elements(bucket, parallel)) for bucket in buckets]
+        elements = [list(_elements(bucket, parallel)) for bucket in buckets]
         split = parallel.distributed_optimizer
         yield Buffer(
-            elements=sum(map(sum, sizes_of)),
-            padded=sum(_padded(one, copies) if split else sum(one) for one in sizes_of),
+            elements=sum(map(sum, elements)),
+            padded=sum(_padded(one, copies) if split else sum(one) for one in elements),
             copies=copies if split else 1,
-            weight_bytes=4 if in_fp32 else 2,
-            gradient_bytes=4 if in_fp32 or job.precision.reduce_gradients_in_fp32 else 2,
-            state_bytes=moment_bytes(job.optimizer) + (0 if in_fp32 else 4),
+            weight_bytes=_FP32 if in_fp32 else _HALF,
+            gradient_bytes=(_FP32 if in_fp32 or job.precision.reduce_gradients_in_fp32 else _HALF),
+            state_bytes=moment_bytes(job.optimizer) + (0 if in_fp32 else _FP32),
         )
 
 
@@ -154,3 +162,83 @@ def _padded(tensors: list[int], copies: int) -> int:
 
 def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of which run a rank is."""
+
+    rank: int  # of the whole run
+    pipeline_rank: int
+    processes: int  # of the whole run
+    vocab_rows: int  # of the embedding as they are stored
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One figure of one rank: what it is as built, and what `check` says of it."""
+
+    rank: int
+    pipeline_rank: int
+    what: str
+    built: int
+    counted: int
+    padding: int  # what core adds by its rules of alignment; of the optimizer, in this rank's range
+
+    @property
+    def difference(self) -> int:
+        """What was allocated and is not accounted for."""
+        return self.built - self.counted - self.padding
+
+
+def compare(
+    job: TrainJob, place: Place, parameters: int, built: Memory, empty: int
+) -> Iterator[Compared]:
+    """Hold a built rank against the plan.
+
+    Args:
+        job: of one phase.
+        place: of the rank.
+        parameters: its elements, without padding.
+        built: bytes as allocated.
+        empty: bytes of optimizer state that its range would have, were it not partly padding.
+    """
+    own = (place.vocab_rows, place.pipeline_rank, place.processes)
+    held = stages.held_of_rank(stages.stages(job, place.vocab_rows), place.pipeline_rank)
+    kept = memory(job, held, place.processes)
+    most = allocated(buffers_of_rank(job, *own))
+    at = (place.rank, place.pipeline_rank)
+    yield Compared(*at, "parameters", parameters, held.total, 0)
+    for what, less in (("weights", 0), ("gradients", 0), ("optimizer", empty)):
+        bytes_built, said, whole = (getattr(one, what) for one in (built, kept, most))
+        yield Compared(*at, what, bytes_built, said, whole - said - less)
+
+
+def stored_bytes(job: TrainJob, vocab_rows: int) -> int:
+    """Return the bytes of weights and optimizer state of the whole model.
+
+    Args:
+        job: a checked job.
+        vocab_rows: rows of the embedding as they are stored.
+    """
+    full, model = job.precision.base is NumberFormat.fp32, job.model
+    sizes = sizes_of(model, vocab_rows)
+    found = sum(
+        one.elements(layer.sizes) * _bytes(one, full=full)
+        for layer in layers(model)
+        for one in layer.parameters
+    )
+    outer = [EMBEDDING, FINAL_NORM, *_head(model), *MTP_BLOCK * mtp_blocks(model)]
+    return found + sum(one.elements(sizes) * _bytes(one, full=full) for one in outer)
+
+
+def _head(model: Model) -> list[Parameter]:
+    return [] if model.tie_embeddings else [HEAD]
+
+
+def _bytes(one: Parameter, *, full: bool) -> int:
+    """Return the bytes of an element of a tensor and of what the optimizer has of it."""
+    weight = _FP32 if full or one.float32 else _HALF
+    if one.buffer:
+        return weight
+    return weight + _MOMENTS + (0 if weight == _FP32 else _FP32)
