@@ -52,7 +52,10 @@ def build_rank(job: TrainJob, vocab_rows: int, rank: int, processes: int) -> Bui
         processes: of the whole run.
     """
     runtime = Runtime(device=Device.cpu, kernels=Kernels.plain)
-    job = replace(job, runtime=runtime)
+    # Overlap cuts buffers into more buckets, each with an end of its own, in the order of the
+    # modules: some kilobytes that no plan counts.
+    whole = replace(job.parallel, overlap_grad_reduce=False, overlap_param_gather=False)
+    job = replace(job, runtime=runtime, parallel=whole)
     with one_rank(rank, processes):
         groups = build_groups(job.parallel, runtime.timeout_s)
         try:

@@ -60,7 +60,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "twin": "A small twin of each layout takes a step on this machine if this is true.",
         "storage_gb_per_s": "All processes together write this many GB (1e9 bytes) a second.",
         "process_gb_per_s": "Each process writes this many GB (1e9 bytes) a second.",
-        **_RUN,
+        **{name: _RUN[name] for name in _RUN if name.startswith(("parallel.", "model."))},
     },
     "status": {
         "run_dir": "The run that is looked at lives in this folder.",

@@ -12,7 +12,8 @@ padding. Without the distributed optimizer nothing is padded.
 In a checkpoint weights lie as they are; beside each both moments in float32, whatever the optimizer
 keeps them in, and a float32 master where the weight is not float32
 (`checkpoint/optimizer_state.py`). Each tensor is stored once, whatever the layout. Not counted:
-random states and step counts, some kilobytes a process, and torch's names around each tensor.
+random states and step counts, some kilobytes a process, and the one to two kilobytes that torch
+writes around each tensor.
 """
 
 import math
@@ -39,7 +40,7 @@ from hybrid_train.schema.train import TrainJob
 
 _START, _END = 64, 128  # elements
 _FP32, _HALF, _MOMENTS = 4, 2, 8  # bytes of an element
-FILES_OF_ALL = (".metadata", "metadata.json", "position.json", "checksums.json")
+FILES_OF_ALL = (".metadata", "metadata.json", "position.json", "plan.json", "checksums.json")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hybrid_train.config.compose import compose
 from hybrid_train.jobs import cli
 from hybrid_train.jobs.run_plan import RunPlan
 from hybrid_train.planning import allocation
-from hybrid_train.planning.allocation import stored_bytes
+from hybrid_train.planning.allocation import FILES_OF_ALL, stored_bytes
 from hybrid_train.planning.memory import Held
 
 pytestmark = [
@@ -52,6 +53,7 @@ LAYOUTS = (
     "parallel.expert=2 parallel.tensor=2 parallel.expert_tensor=1",
     "parallel.distributed_optimizer=false",
     "precision.reduce_gradients_in_fp32=false",
+    "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true",
     "precision=nvfp4",
 )
 
@@ -103,7 +105,7 @@ def test_the_time_of_a_checkpoint_is_that_of_the_slower_rate(
 ) -> None:
     rates = "storage_gb_per_s=0.001", "process_gb_per_s=0.0001"
     saved = rehearse(capsys, *TINY, *rates)["layouts"][0]["saved"]
-    assert saved["files"] == 8 + 4
+    assert saved["files"] == 8 + len(FILES_OF_ALL)
     assert saved["seconds"] == max(saved["total"] / 1e6, saved["largest"] / 1e5)
     assert rehearse(capsys, *TINY)["layouts"][0]["saved"]["seconds"] is None
 
@@ -143,6 +145,25 @@ def test_a_twin_of_each_layout_takes_a_step() -> None:
     assert " on 2 processes: tensor 1 x pipeline 1" in first["layout"]
     assert " on 4 processes: tensor 2 x pipeline 1" in second["layout"]
     assert 0 < sum(calls for calls, _ in first["calls"].values()) < 500
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_the_files_that_were_laid_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a run on two processes: torch adds up to two kilobytes around each tensor."""
+    words = ("experiment=tiny_cpu", "parallel.tensor=2")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
+    command = [*torchrun, "hybrid_train", "train", *words, f"run_dir={tmp_path / 'run'}"]
+    subprocess.run(command, capture_output=True, timeout=300, check=True)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert sizes.keys() == {*FILES_OF_ALL, "__0_0.distcp", "__1_0.distcp"}
+    for rank in (0, 1):
+        (one,) = rehearse(capsys, *words, "processes=2", f"rank={rank}")["layouts"]
+        assert one["saved"]["files"] == len(sizes)
+        planned = one["saved"]["largest"]
+        assert planned < sizes[f"__{rank}_0.distcp"] < planned + 2000 * 204
 
 
 @pytest.mark.slow
