@@ -20,6 +20,7 @@ from hybrid_train.schema.job_roots import (
     DoctorJob,
     GenerateJob,
     IndexJob,
+    RehearseJob,
     ReportJob,
     ResumeJob,
     ShowJob,
@@ -108,6 +109,13 @@ COMMANDS = {
         "check:run",
         CheckJob,
         ready=_EXPERIMENTS,
+    ),
+    "rehearse": Command(
+        "builds ranks of a training run at true size without a GPU, and compares their calls",
+        "rehearse:run",
+        RehearseJob,
+        ready=_EXPERIMENTS,
+        says_what_starts=True,
     ),
     "submit": Command(
         "queues a training run on a cluster with SLURM",

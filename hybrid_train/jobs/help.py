@@ -35,6 +35,11 @@ _RUN = {
     "checkpoint.load": "The run starts from this run folder or checkpoint, with its model.",
     "runtime.device": "The run takes a GPU where there is one (auto), or cpu, or cuda.",
 }
+_OF_A_PLAN = (  # what decides sizes and layout, and what must be set
+    *("run_dir", "train.tokens", "train.sequence_length", "train.global_batch", "schedule.peak_lr"),
+    *("model.pattern", "parallel.tensor", "parallel.pipeline", "parallel.expert"),
+    "parallel.context",
+)
 _INPUT = {"input": "The text is in these files, globs or folders, with commas between them."}
 _TOKENS = {"input": "The tokens are in these files (prefixes without .bin and .idx), with commas."}
 _OUTPUT = {"output": "The token files get this name, without .bin and .idx."}
@@ -53,6 +58,14 @@ MOST_USED: dict[str, dict[str, str]] = {
     "check": {
         "processes": "The run will have this many processes, on all machines together.",
         **_RUN,
+    },
+    "rehearse": {
+        "processes": "The run will have this many processes, on all machines together.",
+        "rank": "This rank is built; null: the first one of each pipeline stage.",
+        "twin": "A small twin of each layout takes a step on this machine if this is true.",
+        "storage_gb_per_s": "All processes together write this many GB (1e9 bytes) a second.",
+        "process_gb_per_s": "Each process writes this many GB (1e9 bytes) a second.",
+        **{name: told for name, told in _RUN.items() if name in _OF_A_PLAN},
     },
     "status": {
         "run_dir": "The run that is looked at lives in this folder.",

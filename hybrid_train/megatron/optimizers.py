@@ -252,3 +252,20 @@ def own_part(tensor: Tensor) -> Tensor:
 def _pairs(ones: list[list[Tensor]], others: list[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     for group, other in zip(ones, others, strict=True):
         yield from zip(group, other, strict=True)
+
+
+def padding_of_range(part: Any) -> Iterator[tuple[torch.dtype, int]]:
+    """Yield of each buffer its format, and how much of the range of this process is padding.
+
+    A chained optimizer that is not split over data-parallel ranks has no range.
+    """
+    if not is_distributed_part(part):
+        return
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        own = sum(
+            one["param"].size
+            for buckets in ranges.values()
+            for bucket in buckets
+            for one in bucket["param_map"].values()
+        )
+        yield buffer.param_dtype, buffer.numel // buffer.data_parallel_world_size - own

@@ -258,7 +258,7 @@ def _build_chunk(
 
 
 def initialize(chunks: Sequence[torch.nn.Module], model: Model, *, std: float, seed: int) -> None:
-    """Overwrite every parameter of the model chunks of this process.
+    """Overwrite every parameter of the model chunks of this process; without memory, none.
 
     Args:
         chunks: of the model.
@@ -266,6 +266,8 @@ def initialize(chunks: Sequence[torch.nn.Module], model: Model, *, std: float, s
         std: standard deviation of most weights.
         seed: of all draws, with the name of a tensor.
     """
+    if all(one.is_meta for chunk in chunks for one in chunk.parameters()):
+        return
     draws = {key: one.draw for key, one in stored(model)}
     num_layers = len(main_layers(model))
     for chunk in chunks:

@@ -3,7 +3,7 @@
 Plain integers and no torch. Not counted: activations, and buffers such as the expert biases.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +20,8 @@ from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
 
 _FP32, _HALF, _FP8 = 4, 2, 1  # bytes
+_MATRIX, _NORM, _BLOCK = "embedding or head", "final norm", "MTP block"
+_OUTER = {_MATRIX: (EMBEDDING,), _NORM: (FINAL_NORM,), _BLOCK: MTP_BLOCK}  # in no layer
 _MOMENT = {
     MomentFormat.float32: _FP32,
     MomentFormat.bfloat16: _HALF,
@@ -35,6 +37,7 @@ class Held:
     dense: int  # repeated over data-parallel and context ranks
     expert: int = 0  # routed experts, repeated over fewer where they are split by number
     in_fp8: int = 0  # of both, those whose FP8 primary weights are kept
+    in_fp32: int = 0  # of the dense ones, those that stay in float32 in a model of another format
 
     @property
     def total(self) -> int:
@@ -43,12 +46,16 @@ class Held:
 
     def __add__(self, other: "Held") -> "Held":
         return Held(
-            self.dense + other.dense, self.expert + other.expert, self.in_fp8 + other.in_fp8
+            self.dense + other.dense,
+            self.expert + other.expert,
+            self.in_fp8 + other.in_fp8,
+            self.in_fp32 + other.in_fp32,
         )
 
     def times(self, number: int) -> "Held":
         """Return so many of them."""
-        return Held(number * self.dense, number * self.expert, number * self.in_fp8)
+        own = (self.dense, self.expert, self.in_fp8, self.in_fp32)
+        return Held(*(number * one for one in own))
 
 
 @dataclass(frozen=True)
@@ -84,25 +91,43 @@ def held(
         first: whether it is the first stage, with the embedding.
         last: whether it is the last stage, with final norm, head and MTP.
     """
-    sizes, ways = sizes_of(model, vocab_rows), _Ways.of(parallel)
-    matrix = _of_tensors((EMBEDDING,), sizes, ways)
-    block = block_layers(model)
-    found = matrix if first else Held(0)
+    ways = _Ways.of(parallel)
+    parts = parts_of_stage(model, layers, vocab_rows, first=first, last=last)
+    return sum((_of_part(name, own, ways).times(n) for name, own, n in parts), Held(0))
+
+
+def parts_of_stage(
+    model: Model, layers: Sequence[Layer], vocab_rows: int, *, first: bool, last: bool
+) -> Iterator[tuple[str, Sizes, int]]:
+    """Yield what a pipeline stage is made of; see `held`.
+
+    Yields:
+        The letter of a layer, or the name of what is in no layer, for `tensors_of_part`; its sizes;
+        how many of them there are.
+    """
+    sizes, block = sizes_of(model, vocab_rows), block_layers(model)
+    if first:
+        yield _MATRIX, sizes, 1
     for layer in layers:
-        found += _of_layer(layer.letter, layer.sizes, ways)
+        yield layer.letter, layer.sizes, 1
     if not last:
-        return found
-    found += _of_tensors((FINAL_NORM,), sizes, ways)
+        return
+    yield _NORM, sizes, 1
     if not (model.tie_embeddings and (first or block)):
-        found += matrix
+        yield _MATRIX, sizes, 1
     if block:
-        one = _of_tensors(MTP_BLOCK, sizes, ways)
+        blocks = mtp_blocks(model)
+        yield _BLOCK, sizes, blocks
         for layer in block:
-            one += _of_layer(layer.letter, layer.sizes, ways)
-        found += one.times(mtp_blocks(model))
+            yield layer.letter, layer.sizes, blocks
         if not first:  # MTP embeds the tokens once more: a copy on the last stage
-            found += matrix
-    return found
+            yield _MATRIX, sizes, 1
+
+
+def tensors_of_part(name: str, sizes: Sizes) -> Iterator[Parameter]:
+    """Yield the tensors of a part of a stage that have gradients."""
+    found = _OUTER[name] if name in _OUTER else parameters_of(name, sizes)
+    yield from (one for one in found if not one.buffer)
 
 
 def held_in_fp8(job: TrainJob, numbers: range) -> int:
@@ -128,20 +153,29 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     bits and of weights in FP8, four bytes for a tensor or a block, are not counted either, nor are
     the copies of weights, quantized or transposed, that GEMMs are taken from.
     """
-    full = job.precision.base is NumberFormat.fp32
-    in_fp32 = full or job.precision.reduce_gradients_in_fp32
-    state = _state_bytes(job.optimizer, masters=not full)
-    dense, expert = parameters.dense, parameters.expert
-    if job.parallel.distributed_optimizer:
-        copies = data_parallel(job.parallel, processes) * job.parallel.context
-        dense = -(-dense // copies)
-        expert = -(-expert // expert_data_parallel(job.parallel, processes))
-    kept = dense + expert if job.parallel.fsdp else parameters.total
+    parallel, full = job.parallel, job.precision.base is NumberFormat.fp32
+    reduced_in_fp32 = full or job.precision.reduce_gradients_in_fp32
+    dense, expert, precise = parameters.dense, parameters.expert, parameters.in_fp32
+    if parallel.distributed_optimizer:
+        copies = data_parallel(parallel, processes) * parallel.context
+        dense, precise = -(-dense // copies), -(-precise // copies)
+        expert = -(-expert // expert_data_parallel(parallel, processes))
+    kept = dense + expert if parallel.fsdp else parameters.total
+    kept_precise = precise if parallel.fsdp else parameters.in_fp32
+    longer = 0 if full else kept_precise * (_FP32 - _HALF)
+    state = (dense + expert) * _state_bytes(job.optimizer, masters=not full)
+    if not full and not job.optimizer.reduced_state:  # what is float32 needs no master
+        state -= precise * _FP32
     return Memory(
-        weights=kept * (_FP32 if full else _HALF) - parameters.in_fp8 * (_HALF - _FP8),
-        gradients=kept * (_FP32 if in_fp32 else _HALF),
-        optimizer=(dense + expert) * state,
+        weights=kept * (_FP32 if full else _HALF) + longer - parameters.in_fp8 * (_HALF - _FP8),
+        gradients=kept * _FP32 if reduced_in_fp32 else kept * _HALF + longer,
+        optimizer=state,
     )
+
+
+def moment_bytes(adamw: AdamW) -> int:
+    """Return the bytes of both moments of one parameter."""
+    return _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
 
 
 def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
@@ -150,8 +184,7 @@ def _state_bytes(adamw: AdamW, *, masters: bool) -> int:
     A float32 master is kept whole, or as the 16 bits that a bfloat16 weight lacks of it
     (`precision/formats.py`).
     """
-    moments = _MOMENT[adamw.first_moment] + _MOMENT[adamw.second_moment]
-    return moments + masters * (_HALF if adamw.reduced_state else _FP32)
+    return moment_bytes(adamw) + masters * (_HALF if adamw.reduced_state else _FP32)
 
 
 @dataclass(frozen=True)
@@ -168,17 +201,13 @@ class _Ways:
 
 
 @lru_cache(maxsize=1024)
-def _of_layer(letter: str, sizes: Sizes, ways: _Ways) -> Held:
-    return _of_tensors(parameters_of(letter, sizes), sizes, ways)
-
-
-def _of_tensors(tensors: Iterable[Parameter], sizes: Sizes, ways: _Ways) -> Held:
-    dense = expert = 0
-    for one in tensors:
-        if one.buffer:
-            continue
+def _of_part(name: str, sizes: Sizes, ways: _Ways) -> Held:
+    dense = expert = in_fp32 = 0
+    for one in tensors_of_part(name, sizes):
         if one.of_experts:
             expert += one.elements(sizes) // (ways.expert * ways.expert_tensor)
         else:
-            dense += one.elements(sizes) // (1 if one.split is None else ways.tensor)
-    return Held(dense, expert)
+            own = one.elements(sizes) // (1 if one.split is None else ways.tensor)
+            dense += own
+            in_fp32 += own if one.float32 else 0
+    return Held(dense, expert, in_fp32=in_fp32)

@@ -20,6 +20,9 @@ _TYPE_NAMES = {
     "torch.FloatTensor": "torch.cuda.FloatTensor",
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
+    "torch.meta.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.meta.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.meta.HalfTensor": "torch.cuda.HalfTensor",
 }
 _TENSOR_NAMES = ("tensor", "output_tensor", "output", "input_tensor", "input")  # of collectives
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # options of mallopt in malloc.h
@@ -28,7 +31,7 @@ _at_once = False  # whether a collective is over when the call returns
 
 
 class _Here(str):
-    """The current device, "cpu"; the first of its kind where core writes f"cuda:{device}".
+    """The current device, "cpu" or "meta"; the first of its kind where core writes f"cuda:{...}".
 
     Megatron-FSDP makes such a torch.device (core 0.19.2, mcore_fsdp_adapter.py 156 and
     megatron_fsdp.py 234), which any number satisfies; what is put there goes to the CPU.
@@ -38,7 +41,7 @@ class _Here(str):
         return "0"
 
 
-_HERE = _Here("cpu")
+_here = _Here("cpu")  # where goes what core puts on a GPU
 
 
 class _Stream:
@@ -86,10 +89,10 @@ def _nothing(*_: object, **__: object) -> None:
 
 
 def _on_cpu(device: Any) -> Any:
-    """Replace a CUDA device by the CPU, whatever way it is written."""
+    """Replace a CUDA device by what stands for it, whatever way it is written."""
     if device is None or isinstance(device, int):
-        return "cpu" if device is not None else None
-    return "cpu" if str(device).startswith("cuda") else device
+        return str(_here) if device is not None else None
+    return str(_here) if str(device).startswith("cuda") else device
 
 
 def _redirect(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,6 +258,21 @@ def finish_collectives_at_once(yes: bool) -> None:
 
 
 @contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Let nothing that is made in the block have memory: torch's meta device stands for a GPU.
+
+    The calls are redirected already. Tensors then have sizes and formats, and no values.
+    """
+    global _here
+    before, _here = _here, _Here("meta")
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _here = before
+
+
+@contextlib.contextmanager
 def one_by_one(*_: object, **__: object) -> Iterator[_Done]:
     """Stand for torch's manager that gathers collectives into one."""
     yield _Done()
@@ -300,7 +318,7 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: object) -> Any:
 
 def _redirect_device_calls() -> None:
     DEVICE_CALLS.put(
-        current_device=lambda: _HERE,
+        current_device=lambda: _here,
         **dict.fromkeys(("set_device", "synchronize", "empty_cache"), _nothing),
         Stream=_Stream,
         Event=_Event,

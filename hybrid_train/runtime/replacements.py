@@ -108,7 +108,13 @@ COLLECTIVES = Replacement(
         )
     },
 )
-TORCH = (DEVICE_CALLS, TENSORS, COLLECTIVES)
+OBJECTS = Replacement(
+    "torch.distributed",
+    ("all_gather_object",),
+    "one process stands for a rank of a run whose others are not there: they would say the same",
+    {"torch.distributed.distributed_c10d:all_gather_object": "654406cac673"},
+)
+TORCH = (DEVICE_CALLS, TENSORS, COLLECTIVES, OBJECTS)
 
 
 def to_do(table: Iterable[Replacement]) -> list[str]:

@@ -30,6 +30,7 @@ from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 
+Bandwidth = Annotated[float, Range(1e-6, 1e6)]  # in 1e9 bytes a second
 COLDEST = 1e-4  # lowest temperature that divides logits; a much lower one is 0 in float32
 
 
@@ -40,6 +41,33 @@ class CheckJob(TrainJob):
     processes: Processes | None = None  # on all machines; None: those of the cluster's nodes, or 1
     cluster: Cluster | None = None  # what the run is held against; None: nothing
     json: bool = False  # print one JSON object instead of tables; also: --json
+
+
+@dataclass(kw_only=True)
+class RehearseJob(CheckJob):
+    """A training run of which ranks are built without memory, and a small twin takes a step."""
+
+    rank: CountOrNone | None = None  # the one that is built; None: the first of each pipeline stage
+    twin: bool = True  # let a small twin of each layout take a step, and compare its ranks' calls
+    storage_gb_per_s: Bandwidth | None = None  # 1e9 bytes that all processes together write
+    process_gb_per_s: Bandwidth | None = None  # 1e9 bytes that one process writes
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        processes = self.processes or 1
+        if self.rank is not None and self.rank >= processes:
+            rule = f"must be below the number of processes ({processes})"
+            yield Problem("rank", self.rank, rule, processes - 1)
+        if self.parallel.fsdp:
+            rule = "must be false: Megatron-FSDP has buffers of its own, which nothing here counts"
+            yield Problem("parallel.fsdp", True, rule, False)
+        if self.precision.fp8_param_gather:
+            rule = "must be false: weights in FP8 have no memory that could be left out"
+            yield Problem("precision.fp8_param_gather", True, rule, False)
+        if reduced := self.optimizer.reduced_state:
+            name, value = next(iter(reduced.items()))
+            rule = "must be float32: reduced state is made with the first step, and none is taken"
+            yield Problem(f"optimizer.{name}", value, rule, "float32")
 
 
 @dataclass(kw_only=True)

@@ -39,6 +39,7 @@ FILES = ("input=[setup.py]", "output=unused")
 BASES = {
     "train": TINY,
     "check": ("experiment=tiny_cpu",),
+    "rehearse": ("experiment=tiny_cpu",),
     "submit": ("experiment=tiny_cpu", "cluster=slurm_cpu"),
     "study": ("study=precision",),
     "generate": ("checkpoint=tests", "prompt=a"),

@@ -136,6 +136,19 @@ def test_bf16_keeps_two_bytes_and_its_state_in_fp32() -> None:
     assert kept.total == 18_000
 
 
+def test_what_stays_in_float32_takes_two_bytes_more_and_no_master() -> None:
+    """A_log, D and dt_bias of a Mamba layer: four heads each."""
+    job = formats(job_of("M", distributed_optimizer=False), format=GemmFormat.bf16)
+    (stage,) = stages(job, ROWS)
+    assert stage.held.in_fp32 == 3 * 4
+    kept, total = memory(job, stage.held, processes=1), stage.held.total
+    assert kept.weights == 2 * total + 2 * 12
+    assert kept.gradients == 4 * total
+    assert kept.optimizer == 12 * total - 4 * 12
+    job.precision.reduce_gradients_in_fp32 = False
+    assert memory(job, stage.held, processes=1).gradients == 2 * total + 2 * 12
+
+
 def test_gradients_may_stay_in_bf16() -> None:
     job = formats(job_of("M"), format=GemmFormat.bf16, reduce_gradients_in_fp32=False)
     assert memory(job, Held(1000), processes=1).gradients == 2000
