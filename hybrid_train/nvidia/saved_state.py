@@ -7,9 +7,10 @@ those but the namespace of arguments comes as a record that does nothing; all ot
 """
 
 import argparse
+import contextlib
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def read(content: bytes, place: object) -> dict[str, Any]:
         UserError: if it is damaged, or asks for a class that is not admitted, by its name.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_RECORDS]):
+        with _only_records():
             found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file raises almost anything
         asked = _ASKED.search(str(error))
@@ -84,6 +85,19 @@ def read(content: bytes, place: object) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise UserError(f"{place} holds {type(plain).__name__}, where a dictionary should be")
     return plain
+
+
+@contextlib.contextmanager
+def _only_records() -> Iterator[None]:
+    """Admit our records alone: Megatron-Core admits the classes themselves, where it is imported."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([argparse.Namespace, *_RECORDS])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _plain(value: Any) -> Any:
