@@ -37,8 +37,8 @@ FOUND = (
     "mdurl", "megatron-core", "numpy", "omegaconf", "orjson", "packaging", "pillow", "pluggy",
     "psutil", "pydantic", "pydantic-core", "pygments", "pyparsing", "pytest", "python-dateutil",
     "pyyaml", "regex", "rich", "safetensors", "sentencepiece", "shellingham", "six",
-    "sortedcontainers", "tokenizers", "tqdm", "transformer-engine", "transformer-engine-cu13", "transformers",
-    "truststore", "typer", "typing-inspection", "tzdata", "xxhash", "zstandard",
+    "sortedcontainers", "tokenizers", "tqdm", "transformer-engine", "transformer-engine-cu13",
+    "transformers", "truststore", "typer", "typing-inspection", "tzdata", "xxhash", "zstandard",
 )  # fmt: skip
 # Only Transformer Engine's torch part asks for these, so constraints.txt has none of them.
 ALSO = {
