@@ -89,7 +89,7 @@ def read(content: bytes, place: object) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _only_records() -> Iterator[None]:
-    """Admit our records alone; where Megatron-Core is imported, it admits the classes themselves."""
+    """Admit our records alone; Megatron-Core, once imported, admits the classes themselves."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([argparse.Namespace, *_RECORDS])
