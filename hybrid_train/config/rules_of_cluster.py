@@ -79,7 +79,8 @@ def kept_fits_the_gpus(job: TrainJob, processes: int) -> Iterator[Problem]:
 
     It is looked at where all else is sound, once: it takes too long for a rule of the table.
     """
-    cluster, card, rows = _cluster_of(job), card_of(job), vocab_rows(job)
+    cluster, rows = _cluster_of(job), vocab_rows(job)
+    card = None if cluster is None else card_of(job)
     if cluster is None or card is None or not rows:
         return
     most = max(most_kept(phase, processes, rows) for phase in views_of(job))

@@ -87,6 +87,8 @@ def _tensor_overlap_fits(job: TrainJob, _: int) -> Iterator[Problem]:
 
 def _shapes_stay(job: TrainJob, _: int) -> Iterator[Problem]:
     """What is laid out once for the shapes of a step needs them in every phase."""
+    if job.gpu.cuda_graphs is CudaGraphs.none and not job.parallel.overlap_tensor:
+        return
     reason = _changes(job)
     if reason and job.gpu.cuda_graphs is not CudaGraphs.none:
         rule = f"needs steps of one shape: {reason}"

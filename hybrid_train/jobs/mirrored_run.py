@@ -55,20 +55,20 @@ def require_usable(job: TrainJob) -> None:
         run_folder.require_same_run_behind(job.checkpoint.url, folder, job)
 
 
-def fetch_newer(job: TrainJob, own: layout.Found | None) -> layout.Found | None:
+def fetch_newer(url: str | None, run_dir: Path, own: layout.Found | None) -> layout.Found | None:
     """Bring the newest sound checkpoint from the URL, if it is newer; every process calls this.
 
     Args:
-        job: the run.
+        url: of the checkpoints; None: there is none.
+        run_dir: the run folder.
         own: the newest sound checkpoint in its folder.
 
     Returns:
         What the run goes on from.
     """
-    if job.checkpoint.url is None:
+    if url is None:
         return own
-    run_dir, found = Path(job.run_dir), list[int]()
-    url, own_step = job.checkpoint.url, own.step if own else -1
+    found, own_step = list[int](), own.step if own else -1
 
     def bring() -> None:
         found.extend(_fetched(Mirror(url), run_dir, own_step))
@@ -132,20 +132,19 @@ def start_copier(settings: Checkpoint, run_dir: Path) -> Copier | None:
     return started[0] if started else None
 
 
-def copy_complete(job: TrainJob) -> None:
+def copy_complete(settings: Checkpoint, run_dir: Path) -> None:
     """Copy what a run that is complete has not copied yet; every process calls this.
 
     Raises:
         UserError: if that is not possible.
     """
-    if job.checkpoint.url is None:
+    if settings.url is None:
         return
-    run_dir = Path(job.run_dir)
-    copier = start_copier(job.checkpoint, run_dir)
+    copier = start_copier(settings, run_dir)
     newest = layout.latest(run_dir)
     if copier is not None and newest is not None:
         copier.take(newest)
-    if failure := copied(copier, run_dir, job.checkpoint.keep):
+    if failure := copied(copier, run_dir, settings.keep):
         raise failure
     if copier is not None:
         copier.close()

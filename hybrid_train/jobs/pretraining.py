@@ -109,7 +109,7 @@ def train(job: TrainJob, device: torch.device) -> int:
             *(start.found.run_dir, start.state().tokens, job.train.tokens),
         )
         if start.is_own:
-            mirrored_run.copy_complete(job)
+            mirrored_run.copy_complete(job.checkpoint, Path(job.run_dir))
             if ranks.is_main():
                 _say_summary(Path(job.run_dir))
         return 0
@@ -275,7 +275,8 @@ def claim(job: TrainJob) -> Start:
         attempts.conclude(run_dir)
 
     ranks.run_on_main_first(check)
-    own = mirrored_run.fetch_newer(job, store.newest_sound(run_dir, _set_aside))
+    newest = store.newest_sound(run_dir, _set_aside)
+    own = mirrored_run.fetch_newer(job.checkpoint.url, run_dir, newest)
     if own is not None:
         _log.info("going on from %s", own.path)
         return Start(own, is_own=True)

@@ -198,8 +198,8 @@ def _facts(found: Rehearsal) -> Iterator[tuple[str, str]]:
     saved = found.saved
     yield (
         "checkpoint",
-        f"{show_bytes(saved.total)} in {saved.files:,} files, one a process; the largest of the "
-        f"ranks above {show_bytes(saved.largest)}",
+        f"{show_bytes(saved.total)} in {saved.files:,} files: one of each process, "
+        f"{len(FILES_OF_ALL)} of all; the largest of the ranks above {show_bytes(saved.largest)}",
     )
     if saved.seconds is None:
         yield "", "storage_gb_per_s=N of all processes, process_gb_per_s=N of each give its time"

@@ -98,8 +98,6 @@ def _deterministic() -> Iterator[None]:
     ours = {name: value for name, value in _DETERMINISTIC.items() if name not in os.environ}
     os.environ.update(ours)
     torch.use_deterministic_algorithms(True)
-    # To fill fresh memory is for debugging alone, and slow.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
