@@ -123,7 +123,6 @@ class Copier:
         start = time.perf_counter()
         try:
             copied = self._mirror.copy(found, self._beside, self._owner)
-            self._mirror.tidy(self._keep)
         except Exception as error:  # the thread goes on with the next checkpoint
             if not found.path.exists():
                 _log.info(
@@ -132,6 +131,11 @@ class Copier:
                 return "a newer one is to be copied"
             return self._given_up(found, error)
         seconds = time.perf_counter() - start
+        try:
+            self._mirror.tidy(self._keep, self._owner)
+        except Exception as error:  # it is copied; what is too old goes the next time
+            words = error if isinstance(error, UserError) else in_words(error)
+            _log.warning("old checkpoints at %s were not removed: %s", self._url, words)
         if copied:
             _log.info(
                 "copied %s to %s: %.1f MB in %.1f s",

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.checkpoint import layout
-from hybrid_train.checkpoint.layout import CHECKSUMS, FOLDER, PARTIAL, POSITION, Found
+from hybrid_train.checkpoint.layout import (
+    CHECKSUMS,
+    DAMAGED,
+    FOLDER,
+    PARTIAL,
+    POSITION,
+    Found,
+)
 from hybrid_train.config.secrets import MASK, masked
 from hybrid_train.runtime.fsspec import Hints, doubling, file_system, retried
 from hybrid_train.schema.problems import UserError
@@ -75,6 +82,10 @@ class Mirror:
         """List the steps of whole checkpoints, oldest first."""
         return sorted(step for step, names in self._folders().items() if POSITION in names)
 
+    def files_of(self, step: int) -> set[str]:
+        """List the files of a checkpoint, whole or not."""
+        return self._folders().get(step, set())
+
     def copy(self, found: Found, beside: Sequence[Path], owner: str) -> int:
         """Copy a checkpoint, its position last, and return the bytes that went; 0 if it is there.
 
@@ -94,20 +105,31 @@ class Mirror:
         if POSITION in there:
             self._remove([f"{place}/{POSITION}"])
         copied = self.copy_beside(found.run_dir, beside)
-        for path in sorted(one for one in found.path.iterdir() if one.name != POSITION):
+        files = sorted(one for one in found.path.iterdir() if one.name != POSITION)
+        for path in files:
             copied += self._put(path, f"{place}/{path.name}")
         self._require_owner(owner)
+        if missing := {path.name for path in files} - self.files_of(found.step):
+            raise UserError(
+                f"{masked(self.url)}: {', '.join(sorted(missing))} of step {found.step} went while "
+                "the rest was copied"
+            )
         return copied + self._put(found.path / POSITION, f"{place}/{POSITION}")
 
     def copy_beside(self, run_dir: Path, beside: Sequence[Path]) -> int:
         """Copy files and folders of a run folder, those that are there; return the bytes."""
         return sum(self._put(path, str(path.relative_to(run_dir))) for path in _files_of(beside))
 
-    def tidy(self, keep: int) -> None:
-        """Remove all but the newest `keep` whole checkpoints, and what was never whole."""
+    def tidy(self, keep: int, owner: str) -> None:
+        """Remove all but the newest `keep` whole checkpoints, and what was never whole.
+
+        What came back damaged stays: see `set_aside`.
+        """
+        self._require_owner(owner)
         folders = self._folders()
         whole = sorted(step for step, names in folders.items() if POSITION in names)
-        for step in folders.keys() - set(whole[-keep:]):
+        damaged = {step for step, names in folders.items() if POSITION + DAMAGED in names}
+        for step in folders.keys() - {*whole[-keep:], *(damaged - set(whole))}:
             place, names = self._place(step), folders[step]
             if POSITION in names:
                 self._remove([f"{place}/{POSITION}"])
@@ -122,14 +144,15 @@ class Mirror:
         partial = final.with_name(final.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        names = sorted(self._folders()[step])
+        names = sorted(self.files_of(step))
         for name in names:
             self._get(f"{self._place(step)}/{name}", partial / name)
         if layout.damages(partial):  # on the way, or there? What is damaged there comes so again.
             for name in names:
                 if not layout.is_as_written(partial, name):
                     self._get(f"{self._place(step)}/{name}", partial / name)
-        damaged = layout.damages(partial)
+        damaged = [f"{name} is missing" for name in (POSITION, CHECKSUMS) if name not in names]
+        damaged += layout.damages(partial)
         if damaged:
             shutil.rmtree(partial)
             return ", ".join(damaged)
@@ -141,8 +164,14 @@ class Mirror:
         return ""
 
     def set_aside(self, step: int) -> None:
-        """Have nobody take a damaged checkpoint for a whole one."""
-        self._remove([f"{self._place(step)}/{POSITION}"])
+        """Have nobody take a checkpoint that came back damaged for a whole one.
+
+        Its files stay, and its position under another name: what damaged it may be the machine that
+        fetched it.
+        """
+        position = f"{self._place(step)}/{POSITION}"
+        self._put_bytes(position + DAMAGED, self._bytes(position))
+        self._remove([position])
 
     def fetch_beside(self, run_dir: Path, only: Sequence[str] = ()) -> None:
         """Bring what lies beside the checkpoints into a run folder, or some of these files."""
@@ -197,14 +226,18 @@ class Mirror:
         """Return the files of each checkpoint, whole or not."""
         found: dict[int, set[str]] = {}
         for name in self._names(FOLDER):
-            _, folder, file = name.split("/", 2)
+            folder, _, file = name.removeprefix(f"{FOLDER}/").partition("/")
             step = layout.step_of(folder)
-            if step is not None:
+            if step is not None and file and "/" not in file:
                 found.setdefault(step, set()).add(file)
         return found
 
     def _names(self, below: str | None = None) -> list[str]:
-        """List files relative to the URL: all, those in a folder, or with "" those at the top."""
+        """List files relative to the URL: all, those in a folder, or with "" those at the top.
+
+        Left out is what names no file below the URL: marks of folders, which end in a slash, and
+        names that would lead out of the run folder.
+        """
         where = f"{self._root}/{below}".rstrip("/") if below else self._root
 
         def look() -> list[str]:
@@ -219,7 +252,8 @@ class Mirror:
 
         paths = self._do(where, look, _READ)
         root = self._root.rstrip("/") + "/"
-        return sorted(path.removeprefix(root) for path in paths if path.startswith(root))
+        names = (path.removeprefix(root) for path in paths if path.startswith(root))
+        return sorted(name for name in names if not {"", ".", ".."} & set(name.split("/")))
 
     def _put(self, path: Path, name: str) -> int:
         """Copy a file as it is now; what is written behind its end meanwhile is left out."""

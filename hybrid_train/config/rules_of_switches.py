@@ -71,8 +71,14 @@ def _shared_experts_can_overlap(job: TrainJob, _: int) -> Iterator[Problem]:
 
 def _expert_gradients_can_overlap(job: TrainJob, _: int) -> Iterator[Problem]:
     plan = job.parallel
-    if plan.overlap_expert_gradients and _has(job, "E") and plan.expert == 1:
+    if not plan.overlap_expert_gradients or not _has(job, "E"):
+        return
+    rule = ""
+    if plan.expert == 1:
         rule = "needs parallel.expert > 1: gradients are computed while tokens travel"
+    elif plan.fsdp:
+        rule = "does not go with parallel.fsdp=true, which reduces gradients as they come"
+    if rule:
         yield Problem("parallel.overlap_expert_gradients", True, rule, "false")
 
 
@@ -82,6 +88,9 @@ def _tensor_overlap_fits(job: TrainJob, _: int) -> Iterator[Problem]:
         return
     if plan.tensor == 1 or plan.sequence is False:
         rule = "needs parallel.tensor > 1, and norms split along the sequence"
+        yield Problem("parallel.overlap_tensor", True, rule, "false")
+    elif len(job.objective.models(job.model)) > 1:
+        rule = "has buffers for one network, and the objective has several"
         yield Problem("parallel.overlap_tensor", True, rule, "false")
 
 
@@ -126,7 +135,9 @@ def _graphs_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem(path, value, rule, "none")
     if plan.recompute is Recompute.full:  # transformer_config.py
         yield Problem(path, value, "does not go with parallel.recompute=full", "none")
-    captured = set(captured_parts(gpu, _letters(job)))
+    captured = set(captured_parts(gpu, parse(job.model.pattern).main))
+    if not captured:  # which would be all layers, whole, to core (transformer/cuda_graphs.py 2053)
+        yield Problem(path, value, "the model has no M or * layer, nor - without experts", "none")
     if GraphPart.mlp in captured and _has(job, "E"):  # transformer_config.py 2501
         rule = "with mlp does not go with experts: Megatron captures no - layer beside them"
         yield Problem(
@@ -136,6 +147,10 @@ def _graphs_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
         (RecomputeModule.mamba, {GraphPart.mamba}),
         (RecomputeModule.moe, {GraphPart.moe_router, GraphPart.moe_preprocess}),
         (RecomputeModule.mlp, {GraphPart.mlp}),
+        # Core would keep them, or ask for random states while it captures (random.py 673, 755).
+        (RecomputeModule.core_attn, {GraphPart.attn}),
+        (RecomputeModule.layernorm, {GraphPart.moe_preprocess}),
+        (RecomputeModule.shared_experts, {GraphPart.moe_router}),
     ):
         if module in _recomputed(job) and parts & captured:
             rule = f"holds what parallel.recompute_modules computes again ({module.value})"
@@ -156,7 +171,9 @@ def _left(parts: set[GraphPart], *others: GraphPart) -> str | None:
 def _named_parts_exist(job: TrainJob, _: int) -> Iterator[Problem]:
     for name in ("cuda_graph_parts", "offloaded_parts"):
         parts: list[GraphPart | OffloadedPart] = getattr(job.gpu, name) or []
-        missing = [part for part in parts if not _has(job, LETTERS[part])]
+        # Layers of MTP blocks are not captured: core sees their stack as one (cuda_graphs.py 2049).
+        letters = parse(job.model.pattern).main if name == "cuda_graph_parts" else _letters(job)
+        missing = [part for part in parts if LETTERS[part] not in letters]
         if missing:
             named = ", ".join(part.value for part in missing)
             there = [part.value for part in parts if part not in missing]
@@ -176,6 +193,21 @@ def _offloaded_parts_are_kept(job: TrainJob, _: int) -> Iterator[Problem]:
         left = [part.value for part in parts if part not in _IN_EXPERTS]
         rule = "is inside of moe, which parallel.recompute_modules computes again"
         yield Problem("gpu.offloaded_parts", shown, rule, f"[{','.join(left)}]")
+    elif dropped := set(parts) & _not_kept(job):
+        left = [part.value for part in parts if part not in dropped]
+        named = ", ".join(sorted(part.value for part in dropped))
+        rule = f"holds what is captured or computed again, and not kept: {named}"
+        yield Problem("gpu.offloaded_parts", shown, rule, f"[{','.join(left)}]")
+
+
+def _not_kept(job: TrainJob) -> set[OffloadedPart]:
+    """Return parts that core would not move, and not say so (transformer_layer.py 1460)."""
+    captured = set(captured_parts(job.gpu, parse(job.model.pattern).main))
+    found = {OffloadedPart.attn_norm} if GraphPart.attn in captured else set()
+    found |= {OffloadedPart.mlp_norm} if GraphPart.moe_router in captured else set()
+    if RecomputeModule.core_attn in _recomputed(job):
+        found |= {OffloadedPart.core_attn, OffloadedPart.attn_proj}
+    return found
 
 
 def _attention_has_the_format(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -204,9 +236,16 @@ def _switches_have_kernels(job: TrainJob, _: int) -> Iterator[Problem]:
 
 def _buckets_and_buffers_fit(job: TrainJob, _: int) -> Iterator[Problem]:
     plan = job.parallel
-    if plan.bucket_parameters is not None and not plan.overlap_grad_reduce:
+    if plan.bucket_parameters is not None and (plan.fsdp or not plan.overlap_grad_reduce):
         rule = "needs parallel.overlap_grad_reduce=true: else all gradients are reduced at once"
+        if plan.fsdp:
+            rule = "does nothing with parallel.fsdp=true, which cuts by layers"
         yield Problem("parallel.bucket_parameters", plan.bucket_parameters, rule, "null")
+    if job.gpu.nccl_user_buffers and (plan.fsdp or plan.pipeline > 1):
+        # Each buffer waits for all processes (param_and_grad_buffer.py 1143); stages have different
+        # ones, and FSDP registers those of equal layers alone.
+        rule = "needs parallel.pipeline=1 and parallel.fsdp=false"
+        yield Problem("gpu.nccl_user_buffers", True, rule, "false")
     if job.recovery.checksum_interval and plan.fsdp:
         rule = "compares nothing with parallel.fsdp=true, which keeps no weight twice"
         yield Problem("recovery.checksum_interval", job.recovery.checksum_interval, rule, 0)

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.copier import Copier
-from hybrid_train.checkpoint.layout import TOKENIZER
+from hybrid_train.checkpoint.layout import POSITION, TOKENIZER
 from hybrid_train.checkpoint.mirror import Mirror
 from hybrid_train.checkpoint.writing import InThread
 from hybrid_train.config import frozen
@@ -89,22 +89,44 @@ def _is_over(work: InThread) -> bool:
 def _fetched(mirror: Mirror, run_dir: Path, own_step: int) -> list[int]:
     """Fetch what is newer than the own step; return the step that is sound, if there is one."""
     newer = [step for step in mirror.steps() if step > own_step]
-    if newer:
-        mirror.fetch_beside(run_dir)
-        attempts.conclude(run_dir)
     for step in reversed(newer):
         _log.info("fetching step %d from %s", step, masked(mirror.url))
         damaged = mirror.fetch(step, run_dir)
         if not damaged:
+            _bring_beside(mirror, run_dir)
             layout.Found(layout.path_of(run_dir, step), step).require_readable()
             return [step]
-        mirror.set_aside(step)
+        if POSITION in mirror.files_of(step):
+            mirror.set_aside(step)
         instead = max([own_step, *(one for one in newer if one < step)])
         words = f"step {instead}" if instead >= 0 else "the start"
         _log.warning("step %d at %s is damaged: %s", step, masked(mirror.url), damaged)
-        _log.warning("it is no longer taken for whole, and the run goes on from %s", words)
+        _log.warning(
+            "it is no longer taken for whole (its position is position.json.damaged), and the run "
+            "goes on from %s",
+            words,
+        )
         history.note(run_dir, "fallback", step=step, damage=damaged, instead=words)
     return []
+
+
+def _bring_beside(mirror: Mirror, run_dir: Path) -> None:
+    """Bring what belongs to a fetched checkpoint; a fetch that is cut off leaves the folder alone.
+
+    What happened in this folder since stays in its history, behind what the other has.
+    """
+    own = run_dir / history.FILE_NAME
+    before = own.read_bytes().splitlines(keepends=True) if own.is_file() else []
+    with TemporaryDirectory(dir=run_dir, prefix=".fetched-") as name:
+        mirror.fetch_beside(Path(name))
+        fetched = Path(name) / history.FILE_NAME
+        known = fetched.read_bytes() if fetched.is_file() else b""
+        fetched.write_bytes(known + b"".join(line for line in before if line not in known))
+        for path in sorted(one for one in Path(name).rglob("*") if one.is_file()):
+            place = run_dir / path.relative_to(name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+    attempts.conclude(run_dir)
 
 
 def start_copier(settings: Checkpoint, run_dir: Path) -> Copier | None:

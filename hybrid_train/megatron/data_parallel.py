@@ -121,6 +121,9 @@ def wrap(
         fp8_param_gather=precision.fp8_param_gather,
         bucket_size=parallel.bucket_parameters,
         nccl_ub=registers,
+        # Gradients of experts come behind the ordinary ones; else they are taken before they are
+        # there (distributed_data_parallel.py 365).
+        delay_wgrad_compute=parallel.overlap_expert_gradients and torch.cuda.is_available(),
     )
     # Megatron-FSDP frees and reuses memory of collectives by the order of CUDA streams, which the
     # threads of gloo do not keep: they would write into what is somebody else's by then.
@@ -128,7 +131,7 @@ def wrap(
     if not torch.cuda.is_available():
         patches.gather_one_by_one(precision.fp8_param_gather)
     if parallel.fsdp:
-        return _wrap_fsdp(chunks, config, precision, nccl_user_buffers=registers)
+        return _wrap_fsdp(chunks, config, precision)
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
@@ -140,11 +143,7 @@ def wrap(
 
 
 def _wrap_fsdp(
-    chunks: Sequence[Module],
-    config: TransformerConfig,
-    precision: Precision,
-    *,
-    nccl_user_buffers: bool,
+    chunks: Sequence[Module], config: TransformerConfig, precision: Precision
 ) -> list[FullyShardedDataParallel]:
     """Split the model chunks of this process, which hold everything until then."""
     reduced_in = torch.float32 if precision.reduce_gradients_in_fp32 else None
@@ -160,7 +159,6 @@ def _wrap_fsdp(
         megatron_fsdp_main_params_dtype=torch.float32 if config.bf16 else None,
         megatron_fsdp_main_grads_dtype=reduced_in,
         megatron_fsdp_grad_comm_dtype=reduced_in,
-        nccl_ub=nccl_user_buffers,
     )
     return [FullyShardedDataParallel(config, settings, chunk) for chunk in chunks]
 

@@ -181,6 +181,8 @@ class Hybrid(HybridModel):
             Before the last stage hidden states, [S, B, hidden]; on the last one `Outputs`, or what
             `read` makes of them.
         """
+        if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
+            self.preprocess_for_fine_grained_offloading()  # as core's forward does (439)
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and self.config.recompute_granularity:
             # Layers that are computed again get no gradient where their input has none, as that of

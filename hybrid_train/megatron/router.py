@@ -176,7 +176,8 @@ class TopKRouter(core.TopKRouter):
             topk=self.topk,
             num_experts=self.config.num_moe_experts,
             moe_aux_loss_coeff=coefficient,
-            fused=self.config.moe_router_fusion,
+            # The kernel takes a whole number of tokens; padded rows have a mean.
+            fused=self.config.moe_router_fusion and not with_padding_mask,
         )
         return self.attach_and_log_load_balancing_loss(
             probs,

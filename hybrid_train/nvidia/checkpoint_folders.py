@@ -32,6 +32,7 @@ RUN_CONFIG, TRAIN_STATE, LATEST = "run_config.yaml", "train_state.pt", "latest_t
 WEIGHTS, CONTEXT, MODEL_FILE = "weights", "context", "model.yaml"
 PREFIX_OF_NEMO = "module."
 TOKENIZERS = ("tokenizer", "nemo_tokenizer", "hf_tokenizer")  # folders that hold one, or may
+_LONGEST = 18  # digits of an iteration
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _OLD_FORMAT = "mp_rank_*"  # of Megatron-LM before torch_dist: pickles
 
@@ -95,8 +96,8 @@ def _iteration_of(folder: Path) -> Path | None:
         return folder
     tracker = folder / TRACKER
     if tracker.is_file():
-        said = tracker.read_text(encoding="utf-8").strip()
-        if not (said == "release" or said.isdecimal()):
+        said = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if not (said == "release" or (said.isdecimal() and len(said) < _LONGEST)):
             raise UserError(f"{tracker} says {said[:40]!r}, which is no iteration")
         return folder / (said if said == "release" else f"iter_{int(said):07d}")
     found = [one for one in folder.glob("iter_*") if _ITERATION.fullmatch(one.name)]

@@ -71,7 +71,9 @@ def read(content: bytes, place: object) -> dict[str, Any]:
     """
     try:
         with _only_records():
-            found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            loaded = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        is_alone = isinstance(loaded, list) and len(loaded) == 1
+        plain = _plain(loaded[0] if is_alone else loaded)
     except Exception as error:  # a damaged file raises almost anything
         asked = _ASKED.search(str(error))
         if asked:
@@ -81,7 +83,6 @@ def read(content: bytes, place: object) -> dict[str, Any]:
             ) from error
         first = str(error).partition("\n")[0]
         raise UserError(f"{place} is damaged: {first}") from error
-    plain = _plain(found[0] if isinstance(found, list) and len(found) == 1 else found)
     if not isinstance(plain, dict):
         raise UserError(f"{place} holds {type(plain).__name__}, where a dictionary should be")
     return plain
@@ -142,8 +143,8 @@ def _steps_in(tree: object) -> int | None:
     branches: Iterable[object] = ()
     if isinstance(tree, dict):
         for name in ("step", "common_step"):
-            if isinstance(tree.get(name), int | float):
-                return int(tree[name])
+            if tree.get(name) is not None and not isinstance(tree[name], dict | list):
+                return whole_number(tree, name, "the optimizer")
         branches = tree.values()
     elif isinstance(tree, list):
         branches = tree

@@ -56,6 +56,8 @@ def file_system(url: str, hints: Hints | None = None) -> tuple[Any, str]:
         raise UserError(f"{masked(url)}: {error}{install}; {other}") from error
     except ValueError as error:
         raise UserError(f"{masked(url)}: {error}; check the first part of the address") from error
+    except OSError as error:  # of drivers that connect when they are made
+        raise UserError(f"{masked(url)} cannot be reached: {in_words(error)}") from error
     return files, str(path)
 
 

@@ -47,7 +47,8 @@ class NcclGroup(enum.Enum):
     dp_cp = "dp_cp"
     ep = "ep"
     ep_dp = "ep_dp"
-    tp_ep = "tp_ep"
+    ep_tp = "ep_tp"
+    tp_ep_mp = "tp_ep_mp"  # through which deepep and hybridep send tokens
 
 
 @dataclass(kw_only=True)

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from hybrid_train.planning.gpu_formats import Gpu
+from hybrid_train.schema.precision import GemmFormat
 from tests.gpu import check
 from tests.gpu.check import ROOT, STAGES, Result, Results, Stage, run_stage
-from tests.gpu.stages import one
+from tests.gpu.stages import one, quantized
 from tests.gpu.stages.notes import Notes
 from tests.gpu.wheels import plain_name
 
@@ -179,6 +181,19 @@ def test_a_figure_beyond_its_limit_fails_and_so_does_one_that_is_no_number(tmp_p
     notes.row("large", 2.0, limit=1.0)
     notes.row("none", float("nan"), limit=1.0)
     assert [text.partition(":")[0] for text in notes.beyond] == ["large", "none"]
+
+
+def test_formats_that_the_card_lacks_are_skipped_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU alone asks; the dry run goes past it."""
+    monkeypatch.setattr(quantized.te, "present_gpu", lambda: Gpu("H200", (9, 0), (13, 0)))
+    notes = Notes(tmp_path / "notes", plain=False)
+    usable = [one for one in GemmFormat if quantized.usable(notes, one)]
+    assert {GemmFormat.fp8_tensorwise, GemmFormat.fp8_blockwise} <= set(usable)
+    assert not {GemmFormat.mxfp8, GemmFormat.nvfp4} & set(usable)
+    said = (tmp_path / "notes").read_text()
+    assert "H200 (compute capability 9.0) does not compute nvfp4" in said
 
 
 # the whole ---------------------------------------------------------------------------------------

@@ -198,8 +198,14 @@ class CopyCheckpoints(Hook):
             _log.warning("%s", failure)
 
     def fit_failed(self, run: Run) -> None:
-        """Wait for the copy in flight, unless the user does not want to wait at all."""
+        """Wait for the copy in flight, where nobody waits for this process meanwhile.
+
+        Others that have not failed wait in a collective, and would end all before the error is
+        told. The next start copies what is missing.
+        """
         if self._copier is None or isinstance(sys.exception(), KeyboardInterrupt):
+            return
+        if ranks.world_size() > 1:
             return
         try:
             self._take()

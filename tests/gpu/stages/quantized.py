@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.gemm_formats import Formats, Linear, formats_of
+from hybrid_train.planning.gpu_formats import is_native
 from hybrid_train.precision import te
 from hybrid_train.precision.audit import Audit, Records
 from hybrid_train.precision.emulated import emulation_of, quantized_linear
@@ -56,7 +57,7 @@ def require_library(notes: Notes) -> None:
 
 def usable(notes: Notes, format: GemmFormat) -> bool:
     """Tell whether the card has a format; a row says so where it has not."""
-    if notes.plain or te.is_native(format, te.present_gpu()):
+    if notes.plain or is_native(format, te.present_gpu()):
         return True
     gpu = te.present_gpu()
     capability = ".".join(map(str, gpu.capability))

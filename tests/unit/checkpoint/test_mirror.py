@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -109,6 +110,10 @@ def test_a_step_that_is_copied_anew_is_not_whole_meanwhile(
     assert (layout.path_of(tmp_path / "back", 5) / "0.distcp").read_bytes()[:5] == b"other"
 
 
+def owner_of(url: str) -> str:
+    return str(json.loads(Mirror(url)._bytes("owner.json"))["id"])
+
+
 def test_what_is_there_already_is_not_copied_again(url: str, tmp_path: Path) -> None:
     mirror, owner = claimed(url, tmp_path)
     found = checkpoint(tmp_path, 5)
@@ -121,7 +126,7 @@ def test_the_newest_stay_and_what_was_never_whole_goes(url: str, tmp_path: Path)
     mirror = copied(url, tmp_path, 5, 10, 15, 20)
     files, folder = store_of(url)
     files.rm_file(f"{folder}/step_00000020/position.json")
-    mirror.tidy(2)
+    mirror.tidy(2, owner_of(url))
     assert mirror.steps() == [10, 15]
     left = {name.split("/checkpoints/")[1].split("/")[0] for name in files.find(folder)}
     assert left == {"step_00000010", "step_00000015"}
@@ -140,10 +145,54 @@ def test_a_removal_that_is_cut_off_leaves_nothing_that_looks_whole(
 
     monkeypatch.setattr(Mirror, "_remove", cut)
     with pytest.raises(KeyboardInterrupt):
-        mirror.tidy(1)
+        mirror.tidy(1, owner_of(url))
     assert mirror.steps() == [10]
     files, folder = store_of(url)
     assert files.exists(f"{folder}/step_00000005/0.distcp")
+
+
+def test_what_names_no_file_of_the_run_is_left_alone(url: str, tmp_path: Path) -> None:
+    """Marks of folders, as consoles of S3 make them; files of others; names that lead away."""
+    copied(url, tmp_path / "here", 5)
+    mirror = Mirror(url)
+    strange = ["", "tokenizer/", "../../evil.txt", "checkpoints/step_00000005/../../../evil.txt"]
+    names = mirror._names()
+    beside = sorted([*names, "checkpoints/.DS_Store"])
+    listed = [f"{mirror._root}/{name}" for name in (*beside, *strange)]
+    mirror._files = SimpleNamespace(
+        find=lambda *_, **__: listed, invalidate_cache=lambda: None, get_file=mirror._files.get_file
+    )
+    assert mirror._names() == beside
+    assert mirror.steps() == [5]
+    mirror.fetch_beside(tmp_path / "back")
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_without_its_checksums_a_checkpoint_is_damaged(url: str, tmp_path: Path) -> None:
+    mirror = copied(url, tmp_path / "here", 5)
+    files, folder = store_of(url)
+    files.rm_file(f"{folder}/step_00000005/checksums.json")
+    assert mirror.fetch(5, tmp_path / "back") == "checksums.json is missing"
+
+
+def test_what_came_back_damaged_can_be_had_back(url: str, tmp_path: Path) -> None:
+    mirror = copied(url, tmp_path / "here", 5, 10)
+    mirror.set_aside(10)
+    assert mirror.steps() == [5]
+    mirror.tidy(1, owner_of(url))
+    assert {"0.distcp", "position.json.damaged"} <= mirror.files_of(10)
+    owner, _ = mirror.claim(tmp_path / "here")
+    mirror.copy(Found(layout.path_of(tmp_path / "here", 10), 10), [], owner)
+    assert mirror.steps() == [5, 10]
+
+
+def test_a_run_that_lost_the_url_removes_nothing_there(url: str, tmp_path: Path) -> None:
+    mirror = copied(url, tmp_path / "here", 5, 10)
+    before = owner_of(url)
+    mirror.claim(tmp_path / "other")
+    with pytest.raises(TakenOverError):
+        mirror.tidy(1, before)
+    assert mirror.steps() == [5, 10]
 
 
 def test_a_byte_that_turned_there_is_found(url: str, tmp_path: Path) -> None:

@@ -1,16 +1,18 @@
 """Each switch becomes the fields of core that it names, and core's own validation takes them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid_train.config.compose import compose
 from hybrid_train.schema.gpu import CudaGraphs, Gpu, GraphPart, NcclGroup, OffloadedPart
 from hybrid_train.schema.parallel import Dispatcher, Parallel
 from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.train import TrainJob
-from tests.tiny import MEGATRON_WARNINGS, tiny_job
+from tests.tiny import LENGTH, MEGATRON_WARNINGS, some_rows, tiny_job, tiny_model
 
 pytestmark = MEGATRON_WARNINGS
 PATTERN = "ME*-E"
@@ -142,6 +144,30 @@ def test_nccl_is_told_its_options_and_gloo_none(switches: Any) -> None:
         "nccl_communicator_config_path": "nccl.yaml",
     }
     assert switches.group_options(gpu, on_gpu=False) == {}
+
+
+def test_groups_have_the_names_that_core_asks_for(switches: Any) -> None:
+    import megatron.core
+
+    source = (Path(megatron.core.__path__[0]) / "parallel_state.py").read_text()
+    asked = set(re.findall(r'get_nccl_options\("(\w+)"', source))
+    assert len(asked) > 10
+    assert {group.value for group in NcclGroup} <= asked
+
+
+def test_each_training_pass_prepares_the_offload_as_core_does(groups: Any) -> None:
+    model = tiny_model(tiny_job("M"), groups)
+    prepared: list[str] = []
+    model.preprocess_for_fine_grained_offloading = lambda: prepared.append("offload")
+    tokens = some_rows()[:, :LENGTH]
+    model(tokens)
+    assert prepared == []
+    model.config.fine_grained_activation_offloading = True
+    model(tokens)
+    assert prepared == ["offload"]
+    with torch.no_grad():
+        model(tokens)
+    assert prepared == ["offload"]
 
 
 def test_each_switch_is_a_setting(switches: Any) -> None:

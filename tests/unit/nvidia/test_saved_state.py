@@ -107,3 +107,17 @@ def test_a_count_that_is_none_is_refused(value: object) -> None:
 )
 def test_the_steps_of_the_optimizer_are_found(common: dict[str, Any], steps: int | None) -> None:
     assert saved_state.optimizer_steps(common) == steps
+
+
+def test_a_list_that_holds_itself_is_damaged() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(UserError, match="is damaged"):
+        saved_state.read(saved({"iteration": endless}), "common.pt")
+
+
+@pytest.mark.parametrize("steps", [float("nan"), -3, True])
+def test_steps_of_an_optimizer_that_are_no_count_are_refused(steps: object) -> None:
+    state = {"optimizer": {"param_groups": [{"step": steps}]}}
+    with pytest.raises(UserError, match="must be a whole number"):
+        saved_state.optimizer_steps(state)
