@@ -27,7 +27,10 @@ class S3Server:
 
     def start(self) -> None:
         from moto.server import ThreadedMotoServer
+        from werkzeug.serving import WSGIRequestHandler
 
+        # A connection for each request: one that stays open would be served behind a stop, too.
+        WSGIRequestHandler.protocol_version = "HTTP/1.0"
         self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
         self._server.start()
         self.port = int(self._server.get_host_and_port()[1])
@@ -66,6 +69,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     for name, value in {**KEYS, "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    # The driver tries each request again, too: half a minute passes before anybody hears of it.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     server.post("reset")
     server.files.mkdir(BUCKET)
     try:
