@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
-from hybrid_train.hf.compare import differences
 from hybrid_train.hf.read import INDEX, Folder, import_folder
 from hybrid_train.hf.write import Weights, export_checkpoint, open_checkpoint
+from hybrid_train.jobs.convert import differences
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import UserError
 from tests.hf_folders import SHAPES, VOCAB, folder_of, read_files, write_files
