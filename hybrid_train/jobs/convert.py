@@ -32,6 +32,38 @@ from hybrid_train.schema.units import counted
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class Differences:
+    """Every tensor that is not the same on both sides, in words; empty lists if all are."""
+
+    tensors: int = 0  # compared
+    only_ours: list[str] = field(default_factory=list)
+    only_theirs: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)  # of equal values, or they stand below too
+    values: list[str] = field(default_factory=list)
+
+    @property
+    def is_same_model(self) -> bool:
+        """Whether all is equal but for number formats, up to the narrower of the two."""
+        return not (self.only_ours or self.only_theirs or self.shapes or self.values)
+
+    def lines(self) -> list[str]:
+        """Say what differs, each kind with its number."""
+        kinds = {
+            "only in the checkpoint": self.only_ours,
+            "only in the folder": self.only_theirs,
+            "of another shape": self.shapes,
+            "of another number format": self.formats,
+            "of other values": self.values,
+        }
+        return [
+            f"{counted(len(found), 'tensor')} {kind}: {_some(found)}"
+            for kind, found in kinds.items()
+            if found
+        ]
+
+
 def run_convert(job: ConvertJob) -> None:
     """Convert; nothing is left behind if it fails."""
     require_alone("convert")
@@ -122,38 +154,6 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
         found = verify.compare_logits(ours, theirs, job.tolerance)
     print(found)  # noqa: T201
     return found.first is None
-
-
-@dataclass
-class Differences:
-    """Every tensor that is not the same on both sides, in words; empty lists if all are."""
-
-    tensors: int = 0  # compared
-    only_ours: list[str] = field(default_factory=list)
-    only_theirs: list[str] = field(default_factory=list)
-    shapes: list[str] = field(default_factory=list)
-    formats: list[str] = field(default_factory=list)  # of equal values, or they stand below too
-    values: list[str] = field(default_factory=list)
-
-    @property
-    def is_same_model(self) -> bool:
-        """Whether all is equal but for number formats, up to the narrower of the two."""
-        return not (self.only_ours or self.only_theirs or self.shapes or self.values)
-
-    def lines(self) -> list[str]:
-        """Say what differs, each kind with its number."""
-        kinds = {
-            "only in the checkpoint": self.only_ours,
-            "only in the folder": self.only_theirs,
-            "of another shape": self.shapes,
-            "of another number format": self.formats,
-            "of other values": self.values,
-        }
-        return [
-            f"{counted(len(found), 'tensor')} {kind}: {_some(found)}"
-            for kind, found in kinds.items()
-            if found
-        ]
 
 
 def _some(found: list[str], most: int = 5) -> str:
