@@ -38,6 +38,7 @@ IDLE = {
     **dict.fromkeys(
         ("Phase.tensor", "Phase.pipeline", "Phase.context", "Phase.expert"), _ONE_PROCESS
     ),
+    "Checkpoint.url_patience_s": "no checkpoint of the tiny run goes behind a URL",
     "Gpu.cuda_graph_warmup_steps": "a CPU captures no CUDA graphs",
     "Gpu.dispatcher_sms": _ONE_PROCESS,
     "Parallel.bucket_parameters": _ONE_PROCESS,
