@@ -20,7 +20,7 @@ from hybrid_train.schema.units import tokens
 
 _IN_EXPERTS = {OffloadedPart.expert_fc1, OffloadedPart.moe_act}
 # Formats of the run that Transformer Engine has attention in (extensions/transformer_engine.py).
-_WITH_ATTENTION = {GemmFormat.fp8_tensorwise, GemmFormat.fp8_delayed, GemmFormat.mxfp8}
+_WITH_ATTENTION = (GemmFormat.fp8_tensorwise, GemmFormat.fp8_delayed, GemmFormat.mxfp8)
 
 
 def _experts_are_there(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -63,7 +63,7 @@ def _shared_experts_can_overlap(job: TrainJob, _: int) -> Iterator[Problem]:
         rule = "Megatron trains none beside experts of a latent width (model.moe.latent_size)"
     elif plan.dispatcher is Dispatcher.allgather:  # transformer_config.py
         rule = "needs parallel.dispatcher=alltoall, deepep or hybridep"
-    elif RecomputeModule.shared_experts in _recomputed(job):
+    elif RecomputeModule.shared_experts in job.parallel.recomputed:
         rule = "does not go with shared_experts in parallel.recompute_modules"
     if rule:
         yield Problem(path, True, rule, "false")
@@ -152,7 +152,7 @@ def _graphs_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
         (RecomputeModule.layernorm, {GraphPart.moe_preprocess}),
         (RecomputeModule.shared_experts, {GraphPart.moe_router}),
     ):
-        if module in _recomputed(job) and parts & captured:
+        if module in job.parallel.recomputed and parts & captured:
             rule = f"holds what parallel.recompute_modules computes again ({module.value})"
             near = _left(captured, *parts)
             yield Problem("gpu.cuda_graph_parts", _shown(captured), rule, near)
@@ -172,7 +172,8 @@ def _named_parts_exist(job: TrainJob, _: int) -> Iterator[Problem]:
     for name in ("cuda_graph_parts", "offloaded_parts"):
         parts: list[GraphPart | OffloadedPart] = getattr(job.gpu, name) or []
         # Layers of MTP blocks are not captured: core sees their stack as one (cuda_graphs.py 2049).
-        letters = parse(job.model.pattern).main if name == "cuda_graph_parts" else _letters(job)
+        pattern = parse(job.model.pattern)
+        letters = pattern.main if name == "cuda_graph_parts" else pattern.layers
         missing = [part for part in parts if LETTERS[part] not in letters]
         if missing:
             named = ", ".join(part.value for part in missing)
@@ -189,7 +190,7 @@ def _offloaded_parts_are_kept(job: TrainJob, _: int) -> Iterator[Problem]:
     if parts and plan.recompute is Recompute.full:
         rule = "keeps nothing to move with parallel.recompute=full"
         yield Problem("gpu.offloaded_parts", shown, rule, "[]")
-    elif RecomputeModule.moe in _recomputed(job) and _IN_EXPERTS & set(parts):
+    elif RecomputeModule.moe in job.parallel.recomputed and _IN_EXPERTS & set(parts):
         left = [part.value for part in parts if part not in _IN_EXPERTS]
         rule = "is inside of moe, which parallel.recompute_modules computes again"
         yield Problem("gpu.offloaded_parts", shown, rule, f"[{','.join(left)}]")
@@ -205,7 +206,7 @@ def _not_kept(job: TrainJob) -> set[OffloadedPart]:
     captured = set(captured_parts(job.gpu, parse(job.model.pattern).main))
     found = {OffloadedPart.attn_norm} if GraphPart.attn in captured else set()
     found |= {OffloadedPart.mlp_norm} if GraphPart.moe_router in captured else set()
-    if RecomputeModule.core_attn in _recomputed(job):
+    if RecomputeModule.core_attn in job.parallel.recomputed:
         found |= {OffloadedPart.core_attn, OffloadedPart.attn_proj}
     return found
 
@@ -251,22 +252,8 @@ def _buckets_and_buffers_fit(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("recovery.checksum_interval", job.recovery.checksum_interval, rule, 0)
 
 
-def _recomputed(job: TrainJob) -> set[RecomputeModule]:
-    plan = job.parallel
-    if plan.recompute is not Recompute.selective:
-        return set()
-    if plan.recompute_modules is None:
-        return {RecomputeModule.mamba, RecomputeModule.moe}
-    return set(plan.recompute_modules)
-
-
 def _has(job: TrainJob, letter: str) -> bool:
-    return letter in _letters(job)
-
-
-def _letters(job: TrainJob) -> str:
-    pattern = parse(job.model.pattern)
-    return pattern.main + (pattern.mtp or "")
+    return letter in parse(job.model.pattern).layers
 
 
 SWITCH_RULES = (

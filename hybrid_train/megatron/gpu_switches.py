@@ -90,9 +90,10 @@ def _dispatcher(job: TrainJob) -> Fields:
 
 
 def _graphs(job: TrainJob) -> Fields:
+    captured = captured_parts(job.gpu, parse(job.model.pattern).main)
     return {
         "cuda_graph_impl": "transformer_engine",
-        "cuda_graph_modules": [part.value for part in captured_parts(job.gpu, _letters(job))],
+        "cuda_graph_modules": [part.value for part in captured],
         "cuda_graph_warmup_steps": job.gpu.cuda_graph_warmup_steps,
     }
 
@@ -117,12 +118,7 @@ def _always(**fields: Any) -> Callable[[TrainJob], Fields]:
 
 
 def _has_experts(job: TrainJob) -> bool:
-    return "E" in _letters(job)
-
-
-def _letters(job: TrainJob) -> str:
-    pattern = parse(job.model.pattern)
-    return pattern.main + (pattern.mtp or "")
+    return "E" in parse(job.model.pattern).layers
 
 
 SWITCHES = (

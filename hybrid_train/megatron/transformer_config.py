@@ -114,7 +114,7 @@ def _attention(job: TrainJob, pattern: Pattern) -> dict[str, object]:
 
 
 def _experts(job: TrainJob, pattern: Pattern) -> dict[str, object]:
-    if "E" not in pattern.main + (pattern.mtp or ""):
+    if "E" not in pattern.layers:
         return {}
     moe = job.model.moe
     return {
@@ -174,27 +174,13 @@ def _recompute(parallel: Parallel) -> dict[str, object]:
             "recompute_method": parallel.recompute_method.value,
             "recompute_num_layers": parallel.recompute_layers,
         }
-    names = [
-        part.value for part in _recomputed_modules(parallel) if part is not RecomputeModule.mamba
-    ]
+    names = [part.value for part in parallel.recomputed if part is not RecomputeModule.mamba]
     return {"recompute_granularity": "selective", "recompute_modules": names}
-
-
-def _recomputed_modules(parallel: Parallel) -> list[RecomputeModule]:
-    """Return the modules of `recompute=selective`; by default the two that keep most of all."""
-    if parallel.recompute_modules is None:
-        return [RecomputeModule.mamba, RecomputeModule.moe]
-    return parallel.recompute_modules
 
 
 def mamba_layer_class(parallel: Parallel) -> type[MambaLayer]:
     """Return the class of M layers; core has no switch for them (transformer_config.py 1768)."""
-    selective = parallel.recompute is Recompute.selective
-    return (
-        RecomputedMamba
-        if selective and RecomputeModule.mamba in _recomputed_modules(parallel)
-        else MambaLayer
-    )
+    return RecomputedMamba if RecomputeModule.mamba in parallel.recomputed else MambaLayer
 
 
 class RecomputedMamba(MambaLayer):

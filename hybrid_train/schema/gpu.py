@@ -111,7 +111,7 @@ def captured_parts(gpu: Gpu, letters: str) -> list[GraphPart]:
 
     Args:
         gpu: the section.
-        letters: of the layers of the model.
+        letters: of the main layers; those of MTP blocks are not captured.
     """
     if gpu.cuda_graphs is CudaGraphs.none:
         return []

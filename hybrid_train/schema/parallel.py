@@ -71,3 +71,12 @@ class Parallel:
     recompute_method: RecomputeMethod = RecomputeMethod.uniform  # for full
     recompute_layers: Count = 1  # for full: layers of a group, or of a stage
     fsdp: bool = False  # split weights and gradients too, layer by layer; overlaps by itself
+
+    @property
+    def recomputed(self) -> list[RecomputeModule]:
+        """Modules that `recompute=selective` means; by default the two that keep most of all."""
+        if self.recompute is not Recompute.selective:
+            return []
+        if self.recompute_modules is None:
+            return [RecomputeModule.mamba, RecomputeModule.moe]
+        return self.recompute_modules

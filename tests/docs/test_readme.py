@@ -122,7 +122,9 @@ TEXT = "\n".join(page.read_text() for page in PAGES)
 SHOWN = list(dict.fromkeys(commands(TEXT)))  # one that is shown again is not run again
 
 
-OTHERS = [ROOT / "docs" / f"{name}.md" for name in ("adding", "python", "versions")]
+OTHERS = [
+    ROOT / "docs" / f"{name}.md" for name in ("adding", "python", "versions", "nvidia", "gpu_check")
+]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.stem)

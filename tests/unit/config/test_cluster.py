@@ -2,7 +2,8 @@
 
 import pytest
 
-from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.compose import compose
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.schema.cluster import Cluster, Container, seconds
 from hybrid_train.schema.job_roots import SubmitJob
 from hybrid_train.schema.problems import ConfigError, Problem, collect

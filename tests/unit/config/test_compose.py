@@ -8,8 +8,9 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from hybrid_train.config import registry
-from hybrid_train.config.compose import compose, conf_dir, draft, group_names
+from hybrid_train.config.compose import compose, draft, group_names
 from hybrid_train.config.frozen import freeze, load, read_frozen, to_yaml
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.optimizer import AdamW, Cosine, Wsd
 from hybrid_train.schema.problems import ConfigError, Problem, UserError

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.config import cards
-from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.compose import compose
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.config.rules_of_cluster import Room, room_for
 from hybrid_train.config.rules_of_hardware import gpu_of, refused_by
 from hybrid_train.planning.gpu_formats import Gpu

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hybrid_train.anatomy import counts
-from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.compose import compose
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.jobs import cli
 from hybrid_train.jobs.run_plan import decay_steps

@@ -11,7 +11,8 @@ import pytest
 from hybrid_train import __version__
 from hybrid_train.config import launcher
 from hybrid_train.config.commands import COMMANDS
-from hybrid_train.config.compose import conf_dir, draft
+from hybrid_train.config.compose import draft
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.jobs import cli
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from hybrid_train.anatomy import counts
-from hybrid_train.config.compose import compose, conf_dir
+from hybrid_train.config.compose import compose
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.jobs import cli
 from hybrid_train.schema.pattern import parse
 

@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_train.config import describe
 from hybrid_train.config.commands import COMMANDS, root_of
-from hybrid_train.config.compose import conf_dir
+from hybrid_train.config.own_conf import conf_dir
 from hybrid_train.jobs import cli
 from hybrid_train.jobs import help as help_page
 from hybrid_train.jobs.help import MOST_USED

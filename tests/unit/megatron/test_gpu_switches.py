@@ -101,6 +101,8 @@ def test_captured_parts_are_cores_modules(config_on_gpu: Any) -> None:
         [one.name for one in config_on_gpu(job).cuda_graph_modules] for job in (dense, experts)
     ]
     assert captured == [["attn", "mamba", "mlp"], ["attn", "mamba"]]
+    with_mtp = config_on_gpu(tiny_job("ME/*E", gpu=graphs))  # whose * layer core does not capture
+    assert [one.name for one in with_mtp.cuda_graph_modules] == ["mamba"]
 
 
 def test_the_fused_activation_is_the_one_that_core_looks_for(config_on_gpu: Any) -> None:
