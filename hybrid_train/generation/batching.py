@@ -1,46 +1,336 @@
-"""Requests in, new tokens out."""
+"""Requests in, new tokens out: rows that come and go, prompts read in pieces, drafts verified.
 
-from collections.abc import Iterable, Iterator
+Every process of a layout runs the same loop over the same requests and yields the same tokens. The
+ranks of a pipeline and of tensor parallelism work on the same rows; each data-parallel rank has
+rows of its own, in step with the others, since their experts may lie on one another.
+
+Dimensions: B rows of a pass, W tokens of its window, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from hybrid_train.generation.decode import Cache, _evaluating
+from hybrid_train.generation.cached_model import CachedModel
+from hybrid_train.generation.drafting import Drafting, Record
 from hybrid_train.generation.requests import Finish, NewTokens, Request
 from hybrid_train.generation.sampling import Place, choose
-from hybrid_train.megatron.hybrid import Hybrid
+from hybrid_train.megatron.data_parallel import ProcessGroups
+from hybrid_train.training.network import Network
+
+_NOBODY = -1  # the number of a request that nobody made
+PROMPT_CHUNK = 512  # tokens of each prompt that are read between two steps of the other rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How requests are worked on; nothing of it changes an answer, but for rounding.
+
+    Attributes:
+        vocab_size: ids from here on are padding of the vocabulary and never chosen.
+        rows: answers that grow together, on each data-parallel rank.
+        drafts: tokens that the MTP block drafts ahead; None: as many as pay.
+        log_probs: whether each new token comes with its log-probability.
+    """
+
+    vocab_size: int
+    rows: int = 8
+    drafts: int | None = 0
+    log_probs: bool = False
 
 
 def stream(
-    model: Hybrid, requests: Iterable[Request], *, vocab_size: int, batch: int = 8
+    network: Network,
+    requests: Iterable[Request],
+    settings: Batching,
+    record: Record | None = None,
 ) -> Iterator[NewTokens]:
-    """Continue requests, `batch` of them together, and yield what each step adds to each.
+    """Continue requests and yield what each step of the model adds to each.
 
-    Requests are taken one by one, as places become free.
+    Requests are taken as rows become free.
 
     Args:
-        model: a whole model.
+        network: a model under any layout without context parallelism; it comes back in the mode
+            (training or not) that it is in. Every process calls this with equal arguments.
         requests: prompts with what is asked for.
-        vocab_size: ids from here on are padding of the vocabulary and never chosen.
-        batch: answers that grow together.
+        settings: how they are worked on.
+        record: where steps, drafts and times are counted.
+
+    Raises:
+        ValueError: if a prompt is empty, or drafts are wanted of a model without an MTP block.
     """
-    for number, request in enumerate(requests):
-        watcher, answer = request.watch(), list[int]()
-        with _evaluating(model):
-            cache = Cache(model, 1, len(request.prompt) + request.max_new_tokens)
-            tokens, finish = list(request.prompt), None
-            while finish is None:
-                logits = cache.read(torch.tensor([tokens]))[:, :vocab_size]
-                place = Place(request.sampling, len(answer), [*request.prompt, *answer])
-                token = watcher.forced()
-                if token is None:
-                    token = int(choose(logits, [place]))
-                answer.append(token)
-                tokens = [token]
-                if token in request.ends:
-                    finish = Finish.end
-                elif watcher.take(token):
-                    finish = Finish.stop
-                elif len(answer) == request.max_new_tokens:
-                    finish = Finish.length
-                log_prob = float(logits.float().log_softmax(-1)[0, token])
-                yield NewTokens(request=number, tokens=[token], log_probs=[log_prob], finish=finish)
+    training = [chunk.training for chunk in network.chunks]
+    network.train(False)
+    try:
+        yield from _Loop(network, requests, settings, record or Record()).steps()
+    finally:
+        for chunk, mode in zip(network.chunks, training, strict=True):
+            chunk.train(mode)
+
+
+class _Row:
+    """One request at work."""
+
+    def __init__(self, number: int, request: Request) -> None:
+        if not request.prompt:
+            raise ValueError(f"request {number} has an empty prompt; it needs at least one token")
+        self.number = number
+        self.request = request
+        self.watcher = request.watch()
+        self.tokens = list(request.prompt)  # of prompt and answer
+        self.finish: Finish | None = None
+
+    @property
+    def answered(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def places(self, drafts: Sequence[int]) -> list[Place]:
+        """Return where its next tokens stand: behind all it has, and behind each draft."""
+        reads_tokens = self.request.sampling.repetition_penalty != 1
+        return [
+            Place(
+                self.request.sampling,
+                self.answered + number,
+                [*self.tokens, *drafts[:number]] if reads_tokens else (),
+            )
+            for number in range(len(drafts) + 1)
+        ]
+
+    def take(self, chosen: Sequence[int], drafts: Sequence[int]) -> None:
+        """Append the token chosen at each place, as long as the drafts before it were right.
+
+        Args:
+            chosen: the token behind all it has, and behind each draft.
+            drafts: what those behind it were guessed to be.
+        """
+        for number, token in enumerate(chosen):
+            forced = self.watcher.forced()
+            token = token if forced is None else forced
+            self.tokens.append(token)
+            stops = self.watcher.take(token)
+            if token in self.request.ends:
+                self.finish = Finish.end
+            elif stops:
+                self.finish = Finish.stop
+            elif self.answered >= self.request.max_new_tokens:
+                self.finish = Finish.length
+            if self.finish or number == len(drafts) or token != drafts[number]:
+                return
+
+
+class _Loop:
+    """The rows at work: those that answer come first, behind them those whose prompt is read."""
+
+    def __init__(
+        self, network: Network, requests: Iterable[Request], settings: Batching, record: Record
+    ) -> None:
+        self._groups: ProcessGroups = network.groups
+        self._settings = settings
+        self._idle = settings.rows  # the row of a rank that has nothing to do while others have
+        self._model = CachedModel(network, settings.rows + 1)
+        self._drafting = Drafting(network, settings.drafts, record)
+        dp = network.groups.dp
+        self._waiting = itertools.islice(enumerate(requests), dp.rank(), None, dp.size())
+        self._rows: list[_Row] = []
+        self._answering = 0  # how many of the rows
+
+    def steps(self) -> Iterator[NewTokens]:
+        """Work until no process has anything left."""
+        while True:
+            self._admit()
+            reads, answers = self._anywhere(len(self._rows) > self._answering, self._answering > 0)
+            if not (reads or answers):
+                return
+            if answers:
+                yield from self._everywhere(self._answer())
+            if reads:
+                yield from self._everywhere(self._read_prompts())
+
+    def _admit(self) -> None:
+        while len(self._rows) < self._settings.rows:
+            following = next(self._waiting, None)
+            if following is None:
+                return
+            self._model.clear(len(self._rows))
+            self._rows.append(_Row(*following))
+
+    def _of_pass(self, first: int, last: int) -> tuple[slice, list[_Row]]:
+        """Return some rows of a pass, or the idle one where there are none."""
+        if first < last:
+            return slice(first, last), self._rows[first:last]
+        self._model.clear(self._idle)
+        return slice(self._idle, self._idle + 1), [_Row(_NOBODY, Request(prompt=[0]))]
+
+    def _read_prompts(self) -> list[NewTokens]:
+        """Read a piece of each prompt; give rows that are through with theirs a first token."""
+        rows, reading = self._of_pass(self._answering, len(self._rows))
+        had = self._model.lengths[rows]
+        counts = [
+            min(len(row.tokens) - start, PROMPT_CHUNK)
+            for row, start in zip(reading, had, strict=True)
+        ]
+        width = max(counts)
+        pieces = list(zip(reading, had, counts, strict=True))
+        window = [_piece(row.tokens, start, count, width) for row, start, count in pieces]
+        hidden = self._model.read(rows, window, counts)
+        through = [
+            place
+            for place, (row, start, count) in enumerate(pieces)
+            if start + count == len(row.tokens)
+        ]
+        new = []
+        if through:
+            ends = None if hidden is None else _at(hidden, through, counts)
+            new = self._choose(ends, [reading[place] for place in through])
+        if self._drafting.on:
+            following = [
+                _piece(row.tokens, start + 1, count, width) for row, start, count in pieces
+            ]
+            self._model.learn(rows, hidden, following, counts)
+        if rows.start != self._idle:
+            for place in through:  # they join those that answer
+                self._swap(rows.start + place, self._answering)
+                self._answering += 1
+            self._leave()
+        return new
+
+    def _answer(self) -> list[NewTokens]:
+        """Let each row that answers take a step: drafts that were right, and one token more."""
+        rows, answering = self._of_pass(0, self._answering)
+        length = self._drafting.start_step()
+        drafts: list[list[int]] = [[] for _ in answering]
+        if length:
+            proposed = self._model.propose(rows, length, self._settings.vocab_size)
+            drafts = self._from_last_stage(proposed, (len(answering), length)).tolist()
+        window = [[row.tokens[-1], *ahead] for row, ahead in zip(answering, drafts, strict=True)]
+        hidden = self._model.read(rows, window, None)
+        new = self._choose(hidden, answering, drafts)
+        counts = [len(one.tokens) for one in new]
+        self._model.keep(counts)
+        if self._drafting.on:
+            following = [_padded(one.tokens, length + 1) for one in new]
+            self._model.learn(rows, hidden, following, counts)
+        if rows.start != self._idle:
+            self._drafting.end_step(counts)
+            self._leave()
+        return new
+
+    def _choose(
+        self, hidden: Tensor | None, rows: Sequence[_Row], drafts: Sequence[Sequence[int]] = ()
+    ) -> list[NewTokens]:
+        """Choose the tokens behind the last one of each row and behind its drafts.
+
+        Args:
+            hidden: of these tokens, [W, B, H], on the last pipeline stage.
+            rows: B of them.
+            drafts: of each row, W - 1; none is W = 1.
+        """
+        drafts = drafts or [[] for _ in rows]
+        shape = (len(rows), len(drafts[0]) + 1)
+        logits = chosen = None
+        if hidden is not None:
+            logits = self._model.logits(hidden)[..., : self._settings.vocab_size]
+            places = [
+                place
+                for row, ahead in zip(rows, drafts, strict=True)
+                for place in row.places(ahead)
+            ]
+            chosen = choose(logits.flatten(0, 1), places).view(shape)
+        tokens = self._from_last_stage(chosen, shape).tolist()
+        had = [len(row.tokens) for row in rows]
+        for row, one, ahead in zip(rows, tokens, drafts, strict=True):
+            row.take(one, ahead)
+        new = [row.tokens[start:] for row, start in zip(rows, had, strict=True)]
+        log_probs = self._log_probs(logits, new, shape)
+        return [
+            NewTokens(request=row.number, tokens=one, log_probs=each, finish=row.finish)
+            for row, one, each in zip(rows, new, log_probs, strict=True)
+        ]
+
+    def _log_probs(
+        self, logits: Tensor | None, new: Sequence[Sequence[int]], shape: tuple[int, int]
+    ) -> list[list[float]]:
+        """Return those of new tokens, of logits [B, W, V]; empty lists where none are wanted."""
+        if not self._settings.log_probs:
+            return [[] for _ in new]
+        found = None
+        if logits is not None:
+            ids = torch.tensor([_padded(one, shape[1]) for one in new], device=logits.device)
+            found = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        values = self._from_last_stage(found, shape, torch.float32).tolist()
+        return [one[: len(tokens)] for one, tokens in zip(values, new, strict=True)]
+
+    def _from_last_stage(
+        self, known: Tensor | None, shape: tuple[int, int], dtype: torch.dtype = torch.int64
+    ) -> Tensor:
+        """Return what the last pipeline stage knows, on all stages."""
+        pipeline = self._groups.pp
+        if pipeline.size() == 1:
+            assert known is not None, "one stage is the last one"
+            return known
+        if known is None:
+            known = torch.empty(shape, dtype=dtype, device=self._model.device)
+        known = known.contiguous()
+        dist.broadcast(known, group=pipeline, group_src=pipeline.size() - 1)
+        return known
+
+    def _swap(self, one: int, other: int) -> None:
+        if one != other:
+            self._model.swap(one, other)
+            self._rows[one], self._rows[other] = self._rows[other], self._rows[one]
+
+    def _leave(self) -> None:
+        """Let rows go that are over; the last ones take their places."""
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].finish is None:
+                continue
+            free = place
+            if place < self._answering:
+                self._answering -= 1
+                free = self._put(self._answering, place)
+            self._put(len(self._rows) - 1, free)
+            self._rows.pop()
+
+    def _put(self, source: int, target: int) -> int:
+        """Move a row to a free place; return the place that is free now."""
+        if source != target:
+            self._model.move(source, target)
+            self._rows[target] = self._rows[source]
+        return source
+
+    def _anywhere(self, *flags: bool) -> list[bool]:
+        """Tell which flags are set on any data-parallel rank."""
+        dp = self._groups.dp
+        if dp.size() == 1:
+            return list(flags)
+        sums = torch.tensor(flags, dtype=torch.int32, device=self._model.device)
+        dist.all_reduce(sums, group=dp)
+        return (sums > 0).tolist()
+
+    def _everywhere(self, new: list[NewTokens]) -> Iterator[NewTokens]:
+        """Yield what all data-parallel ranks have found, without what nobody asked for."""
+        dp = self._groups.dp
+        parts: list[list[NewTokens]] = [new]
+        if dp.size() > 1:
+            parts = [[] for _ in range(dp.size())]
+            dist.all_gather_object(parts, new, group=dp)
+        return (one for part in parts for one in part if one.request != _NOBODY)
+
+
+def _piece(tokens: Sequence[int], start: int, count: int, width: int) -> list[int]:
+    """Cut some tokens out, and fill up what is not there."""
+    return _padded(tokens[start : start + count], width)
+
+
+def _padded(tokens: Sequence[int], width: int) -> list[int]:
+    return [*tokens, *[0] * (width - len(tokens))]
+
+
+def _at(hidden: Tensor, places: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Take the last kept token of some rows of a window: [W, B, H] -> [1, places, H]."""
+    last = [counts[place] - 1 for place in places]
+    return hidden[last, list(places)][None]

@@ -1,26 +1,27 @@
-"""Our hybrid model and its MTP layer, what a pass of it ends in, and its context for decoding.
+"""Our hybrid model and its MTP layer, what a pass of it ends in, and its cache for decoding.
 
 Dimensions: S sequence, B batch, V vocabulary with its padding, H hidden.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from hybrid_train.anatomy.kinds import possible_parameters
 from hybrid_train.megatron import mamba
-from hybrid_train.megatron.mamba import MambaMixer, PackedRows
+from hybrid_train.megatron.mamba import MambaMixer, PackedRows, SelfAttention
 from hybrid_train.megatron.plain import ColumnParallelLinear
 from hybrid_train.megatron.router import routers
+from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.ops.logits import (
     HeadPart,
     Term,
@@ -212,10 +213,30 @@ class Hybrid(HybridModel):
                 **packing,
             )
             hidden, *depths = states.chunk(1 + self.mtp_num_depths, dim=0)
+        outputs = Outputs(hidden, tuple(depths), self.head())
+        return outputs if read is None else read(outputs)
+
+    def draft(self, hidden: Tensor, tokens: Tensor, cache: RowCache) -> Tensor:
+        """Run the first MTP block on a window of the rows that its cache has.
+
+        Args:
+            hidden: of the token before each, as the final norm or this block gave it, [W, B, H].
+            tokens: the ones behind those, [B, W].
+            cache: of `self.mtp`, with a window that is open.
+
+        Returns:
+            Hidden states of which the head makes logits of the tokens thereafter, [W, B, H].
+        """
+        block = self.mtp.layers[0]
+        embedded = self.embedding(input_ids=tokens, position_ids=None)
+        mixed: Tensor = block._proj_and_transformer_layer(hidden, embedded, inference_params=cache)
+        return mixed
+
+    def head(self) -> Head:
+        """Return the head of the last pipeline stage."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        outputs = Outputs(hidden, tuple(depths), Head(self.output_layer, weight))
-        return outputs if read is None else read(outputs)
+        return Head(self.output_layer, weight)
 
 
 class MtpLayer(MultiTokenPredictionLayer):
@@ -255,14 +276,17 @@ class MtpLayer(MultiTokenPredictionLayer):
         return within(tokens), within(positions), padding_mask, embedded, hidden
 
 
-def mamba_mixers(model: torch.nn.Module) -> list[Any]:
-    """Return the Mamba mixers of a module, in order."""
-    return [part for part in model.modules() if isinstance(part, MambaMixer)]
+def row_cache(module: torch.nn.Module, rows: int) -> RowCache:
+    """Return a cache of empty rows for the mixers and attention layers of a module."""
+    parts = list(module.modules())
+    mixers = [one for one in parts if isinstance(one, MambaMixer)]
+    return RowCache(mixers, [one for one in parts if isinstance(one, SelfAttention)], rows)
 
 
-def static_context(num_sequences: int, max_length: int) -> Any:
-    """Return an empty cache of Megatron for sequences of equal length, decoded together."""
-    return StaticInferenceContext(num_sequences, max_length)
+def mtp_blocks(chunks: Sequence[Any]) -> tuple[int, bool]:
+    """Return how many MTP depths a model has, and whether one block of weights serves them all."""
+    config = get_model_config(chunks[0])
+    return config.mtp_num_layers or 0, bool(config.mtp_use_repeated_layer)
 
 
 @contextlib.contextmanager

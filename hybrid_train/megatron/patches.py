@@ -63,10 +63,6 @@ def for_plain_mamba() -> None:
         HAVE_MAMBA_SSM=True,
         ExtendedRMSNorm=plain.GatedNorm,
         mamba_split_conv1d_scan_combined=mixer.mamba_split_conv1d_scan_combined,
-        mamba_chunk_scan_combined=mixer.mamba_chunk_scan_combined,
-        causal_conv1d_fn=mixer.causal_conv1d_fn,
-        causal_conv1d_update=mixer.causal_conv1d_update,
-        selective_state_update=mixer.selective_state_update,
         MAMBA_HAS_STATE_DTYPE=False,
         _check_mamba_sequence_packing_support=lambda **_: (True, None),
     )

@@ -14,7 +14,7 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
@@ -36,7 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import mamba, plain
 from hybrid_train.megatron.hybrid import MtpLayer
-from hybrid_train.megatron.mamba import MambaMixer
+from hybrid_train.megatron.mamba import MambaMixer, SelfAttention
 from hybrid_train.megatron.router import TopKRouter
 from hybrid_train.megatron.transformer_config import layer_config
 

@@ -25,10 +25,6 @@ MAMBA_KERNELS = Replacement(
         "HAVE_MAMBA_SSM",
         "ExtendedRMSNorm",
         "mamba_split_conv1d_scan_combined",
-        "mamba_chunk_scan_combined",
-        "causal_conv1d_fn",
-        "causal_conv1d_update",
-        "selective_state_update",
         "MAMBA_HAS_STATE_DTYPE",
         "_check_mamba_sequence_packing_support",
     ),
@@ -36,8 +32,6 @@ MAMBA_KERNELS = Replacement(
     {
         "MambaMixer.__init__": "164d59e24d12",
         "MambaMixer._ssm_training": "83a6faace6e0",
-        "MambaMixer._ssm_prefill": "b9d99a9d3c1e",
-        "MambaMixer._ssm_decode": "5b43f7b029da",
         "_check_mamba_sequence_packing_support": "204f9f8fdc5e",
     },
 )

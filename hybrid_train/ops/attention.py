@@ -53,6 +53,24 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor | None) -> 
     return out.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
 
 
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+    """Attend to kept keys and values, of which each query sees a part.
+
+    Args:
+        query: [B, heads, W, D].
+        key: [B, kv_heads, K, D]; kv_heads divides heads.
+        value: like key.
+        seen: whether a query sees a key, [B, 1, W, K]; None: all do.
+
+    Returns:
+        [W, B, heads * D].
+    """
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
 def _attend_by_spans(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
     """Attend within the documents of one row, B = 1: pairs of two documents cost nothing."""
     ends = list(_ends_of_spans(index[0]))

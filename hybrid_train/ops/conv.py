@@ -163,38 +163,25 @@ def _reach_of_past(length: int, last: int) -> Iterator[tuple[int, int, int]]:
             yield t, k, t + k
 
 
-def conv_step(
-    state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Advance `causal_conv` by one token, for generation.
+def window_conv(inputs: Tensor, weight: Tensor, bias: Tensor, *, activation: bool = True) -> Tensor:
+    """Convolve tokens behind K-1 kept inputs, for generation.
 
     Args:
-        state: latest inputs, oldest first, [B, C, S] with S of at least K-1.
-        x: present input, [B, C].
-        weight: kernels, [C, K].
-        bias: [C], or None.
+        inputs: the kept ones, oldest first, then the new ones, [B, K-1 + W, C].
+        weight: kernels, a tap of all channels after the other, [K, C].
+        bias: [C].
         activation: whether SiLU follows.
 
     Returns:
-        Output [B, C] in the type of `x`, and the state with `x` shifted in, [B, C, S].
+        Outputs of the W new ones, [B, W, C], in the type of the weight.
     """
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    taps = weight.shape[1]
-    window = torch.cat((state, x[:, :, None].to(state.dtype)), dim=2)
-    y = (window[:, :, window.shape[2] - taps :].to(kind) * weight.to(kind)).sum(-1)
-    if bias is not None:
-        y = y + bias.to(kind)
-    return (F.silu(y) if activation else y).to(x.dtype), window[:, :, 1:]
-
-
-def conv_state(x: Tensor, size: int) -> Tensor:
-    """Return the last `size` inputs of [B, L, C] as [B, C, size], zeros where there were none."""
-    return F.pad(x.transpose(1, 2), (size - x.shape[1], 0))
+    taps = len(weight)
+    width = inputs.shape[1] - taps + 1
+    inputs = inputs.to(weight.dtype)
+    y = torch.addcmul(bias, inputs[:, :width], weight[0])
+    for tap in range(1, taps):
+        y.addcmul_(inputs[:, tap : tap + width], weight[tap])
+    return F.silu(y) if activation else y
 
 
 def _past(x: Tensor, taps: int, given: Tensor) -> Tensor:

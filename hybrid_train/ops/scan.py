@@ -1,8 +1,11 @@
-"""Mamba-2 selective scan: a readable reference, a chunked form of the same map, a single step.
+"""Mamba-2 selective scan: a readable reference, a chunked form of the same map, a few tokens.
 
-Dimensions: B batch, L sequence, H heads, P head width, G groups, N state, Q chunk, K chunks.
+Dimensions: B batch, L sequence, H heads, P head width, G groups, N state, Q chunk, K chunks,
+W a few tokens.
 Heads g * H/G to (g + 1) * H/G - 1 share the projections b and c of group g.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -94,6 +97,84 @@ def scan_step(
     if d is not None:
         y = y + d.to(kind)[:, None] * xs
     return y.to(x.dtype), state
+
+
+def window_scan(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+) -> Tensor:
+    """Compute the outputs of `sequential_scan` for a few tokens behind a state, which stays.
+
+    Costs W^2 for W tokens, and one reading of the state whatever W is. `advance` takes as many of
+    the tokens into the state as are wanted.
+
+    Args:
+        state: before the first token, [B, H, P, N], float32 or float64.
+        x: inputs, [B, W, H, P].
+        dt: step sizes after softplus, [B, W, H].
+        a: decay rates, negative, [H].
+        b: input projections, [B, W, G, N].
+        c: output projections, [B, W, G, N].
+        d: weight of the direct path, [H]; None leaves it out.
+
+    Returns:
+        Outputs [B, W, H, P] in the type of the state.
+    """
+    batch, width, heads, head_width = x.shape
+    groups, kind = b.shape[2], state.dtype
+    xs, dts = x.to(kind), dt.to(kind)
+    bs, cs = b.to(kind).transpose(1, 2), c.to(kind).transpose(1, 2)  # [B, G, W, N]
+    decay = (dts * a).cumsum(1).transpose(1, 2)  # log, up to and with each token, [B, H, W]
+    grouped = state.reshape(batch, groups, -1, state.shape[-1])
+    of_state = (grouped @ cs.mT).view(batch, heads, head_width, width)
+    weights = (cs @ bs.mT)[:, :, None] * dts.transpose(1, 2).view(batch, groups, -1, 1, width)
+    weights = weights.reshape(batch, heads, width, width)  # of input i in output j, [.., j, i]
+    if width > 1:
+        between = decay[..., :, None] - decay[..., None, :]
+        weights = weights * torch.exp(between.masked_fill(_later(width, x.device), -torch.inf))
+    y = weights @ xs.transpose(1, 2)  # [B, H, W, P]
+    y = y + of_state.mT * torch.exp(decay)[..., None]
+    y = y.transpose(1, 2)
+    return y if d is None else y + d.to(kind)[:, None] * xs
+
+
+def advance(
+    state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, counts: Tensor | None = None
+) -> None:
+    """Take tokens into a state, in place; operands as of `window_scan`.
+
+    Args:
+        state: [B, H, P, N], overwritten.
+        x: inputs, [B, W, H, P].
+        dt: step sizes, [B, W, H].
+        a: decay rates, [H].
+        b: input projections, [B, W, G, N].
+        counts: how many tokens of each row count, the first ones, [B]; None: all.
+    """
+    batch, width, heads, _ = x.shape
+    groups, kind = b.shape[2], state.dtype
+    dts = dt.to(kind)
+    if counts is not None:
+        # A step of size 0 neither decays the state nor adds to it.
+        dts = dts * (torch.arange(width, device=x.device) < counts[:, None])[..., None]
+    decay = (dts * a).cumsum(1)
+    weights = dts if width == 1 else dts * torch.exp(decay[:, -1:] - decay)
+    fresh = (x.to(kind) * weights[..., None]).reshape(batch, width, groups, -1)
+    state.mul_(torch.exp(decay[:, -1])[..., None, None])
+    flat = state.view(batch * groups, -1, state.shape[-1])
+    flat.baddbmm_(fresh.permute(0, 2, 3, 1).flatten(0, 1), b.to(kind).transpose(1, 2).flatten(0, 1))
+
+
+@functools.cache
+def _later(width: int, device: torch.device) -> Tensor:
+    """Tell which inputs come later than an output: [j, i], True where i > j."""
+    with torch.inference_mode(False):
+        return torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
 
 
 def chunked_scan(  # noqa: PLR0913 - the operands of the map

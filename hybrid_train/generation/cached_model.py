@@ -1,0 +1,203 @@
+"""A model that reads on where its rows ended, under any layout, and drafts with its MTP block.
+
+Dimensions: R rows, B rows of a pass, W tokens of a window, H hidden, V vocabulary with its padding.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybrid_train.megatron.hybrid import Hybrid, inference, row_cache
+from hybrid_train.megatron.row_cache import RowCache
+from hybrid_train.model.quantized import unwrapped
+from hybrid_train.training.network import Network
+
+# Below so many multiplications a pass is a row of operations that are each over before several
+# threads have met: with two of them a model of 3M parameters took 1.2 to 5 times as long.
+_WORTH_THREADS = 32_000_000
+
+
+class CachedModel:
+    """The part of a model that this process holds, with the past of R rows.
+
+    All processes of a pipeline and of a tensor-parallel group call its methods alike. What only the
+    last pipeline stage knows is None on the others.
+    """
+
+    def __init__(self, network: Network, rows: int) -> None:
+        """Make room for empty rows.
+
+        Args:
+            network: in eval mode while this is in use; its weights do not change meanwhile.
+            rows: R.
+        """
+        self._chunks: list[Hybrid] = [unwrapped(chunk) for chunk in network.chunks]  # type: ignore[misc]
+        self.device = network.device
+        self._pipeline = network.groups.pp
+        self._weights = sum(p.numel() for chunk in self._chunks for p in chunk.parameters())
+        with inference():
+            self._caches = [row_cache(chunk.decoder, rows) for chunk in self._chunks]
+            last = self._chunks[-1]
+            has_block = last.post_process and last.mtp_process
+            self._drafts = row_cache(last.mtp, rows) if has_block else None
+            shape = (1, rows, last.config.hidden_size)
+            # What the MTP block made of the last token of each row: a chain of drafts begins there.
+            self._latest = torch.zeros(shape, dtype=last.config.params_dtype, device=self.device)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row has read."""
+        return self._caches[0].lengths
+
+    @property
+    def bytes(self) -> int:
+        """What the past of all rows takes."""
+        return sum(cache.bytes for cache in self._all_caches())
+
+    def read(
+        self, rows: slice, tokens: Sequence[Sequence[int]], counts: Sequence[int] | None
+    ) -> Tensor | None:
+        """Read a window of tokens for each of some rows.
+
+        Args:
+            rows: which, one behind the other.
+            tokens: of each row, [B, W]; what a row does not keep may be anything.
+            counts: how many each row keeps; None: `keep` says it.
+
+        Returns:
+            Hidden states after the final norm, [W, B, H], on the last pipeline stage.
+        """
+        ids = torch.tensor(tokens, device=self.device)
+        hidden = None
+        with self._working(ids.numel()):
+            for chunk, cache in zip(self._chunks, self._caches, strict=True):
+                cache.open(rows, ids.shape[1], counts)
+                hidden = self._through(chunk, ids, cache)
+        if counts is not None:
+            self._close(counts)
+        return hidden
+
+    def _through(self, chunk: Hybrid, ids: Tensor, cache: RowCache) -> Tensor | None:
+        """Run a chunk of the pipeline: hidden states of the last one, None of the others."""
+        if not chunk.pre_process:
+            shape = (ids.shape[1], ids.shape[0], chunk.config.hidden_size)
+            given = torch.empty(shape, dtype=chunk.config.params_dtype, device=self.device)
+            dist.recv(given, group=self._pipeline, group_src=self._beside(-1))
+            chunk.set_input_tensor(given)
+        made = chunk(ids, inference_context=cache)
+        if chunk.post_process:
+            hidden: Tensor = made.hidden
+            return hidden
+        dist.send(made.contiguous(), group=self._pipeline, group_dst=self._beside(1))
+        return None
+
+    def _beside(self, step: int) -> int:
+        return int((self._pipeline.rank() + step) % self._pipeline.size())
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Say how many tokens of the window that was read last each row keeps."""
+        with inference():
+            self._close(counts)
+
+    def _close(self, counts: Sequence[int]) -> None:
+        for cache in self._caches:
+            cache.close(counts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [B, W, V] of hidden states [W, B, H]; on the last pipeline stage."""
+        with self._working(hidden.shape[0] * hidden.shape[1]):
+            return self._chunks[-1].head().logits(hidden)
+
+    def learn(
+        self,
+        rows: slice,
+        hidden: Tensor | None,
+        following: Sequence[Sequence[int]],
+        counts: Sequence[int],
+    ) -> None:
+        """Give the MTP block the true states of tokens that rows have kept.
+
+        Args:
+            rows: which.
+            hidden: of the window, [W, B, H]; None on a stage that has no block.
+            following: the token behind each, [B, W].
+            counts: how many each row has kept.
+        """
+        if hidden is None:
+            return
+        assert self._drafts is not None, "the model has no MTP block"
+        ids = torch.tensor(following, device=self.device)
+        with self._working(ids.numel()):
+            self._drafts.open(rows, ids.shape[1], counts)
+            made = self._chunks[-1].draft(hidden, ids, self._drafts)
+            self._drafts.close(counts)
+            last = torch.tensor(counts, device=self.device) - 1
+            self._latest[0, rows] = made[last, torch.arange(len(counts), device=self.device)]
+
+    def propose(self, rows: slice, length: int, vocab_size: int) -> Tensor | None:
+        """Draft so many tokens for each of some rows, [B, length]: the most likely ones.
+
+        The block is fed its own states; what its cache learns on the way is forgotten.
+        """
+        if self._drafts is None:
+            return None
+        batch = rows.stop - rows.start
+        hidden, drafts, lengths = self._latest[:, rows], [], list(self._drafts.lengths)
+        with self._working(batch):
+            states = [(state, state[rows].clone()) for state in self._drafts.states()]
+            for number in range(length):
+                if number:
+                    self._drafts.open(rows, 1, [1] * batch)
+                    hidden = self._chunks[-1].draft(hidden, drafts[-1], self._drafts)
+                    self._drafts.close([1] * batch)
+                logits = self._chunks[-1].head().logits(hidden)[..., :vocab_size]
+                drafts.append(logits.argmax(-1))
+            self._drafts.lengths[:] = lengths
+            for state, before in states:
+                state[rows] = before
+        return torch.cat(drafts, dim=1)
+
+    def clear(self, row: int) -> None:
+        """Empty a row."""
+        with inference():
+            for cache in self._all_caches():
+                cache.clear(row)
+
+    def move(self, source: int, target: int) -> None:
+        """Give a row the past of another one."""
+        with inference():
+            for cache in self._all_caches():
+                cache.move(source, target)
+            self._latest[:, target] = self._latest[:, source]
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        with inference():
+            for cache in self._all_caches():
+                cache.swap(one, other)
+            self._latest[:, [one, other]] = self._latest[:, [other, one]]
+
+    def _all_caches(self) -> list[RowCache]:
+        return self._caches + ([] if self._drafts is None else [self._drafts])
+
+    @contextlib.contextmanager
+    def _working(self, tokens: int) -> Iterator[None]:
+        with inference(), _threads_for(self._weights * tokens):
+            yield
+
+
+@contextlib.contextmanager
+def _threads_for(multiplications: int) -> Iterator[None]:
+    """Work in one thread where more would only wait for each other."""
+    before = torch.get_num_threads()
+    if before == 1 or multiplications >= _WORTH_THREADS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

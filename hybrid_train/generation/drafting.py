@@ -1,0 +1,145 @@
+"""How many tokens the MTP block drafts ahead, and what becomes of them."""
+
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from hybrid_train.megatron.hybrid import mtp_blocks
+from hybrid_train.schema.problems import UserError
+from hybrid_train.training.network import Network
+
+LENGTHS = (0, 1, 2, 3, 5, 7)  # that `auto` chooses from
+_TRIED_FIRST = (0, 1, 3)
+_TRIALS = 4  # steps of each at first, and again now and then
+_EVERY = 64  # steps between trials
+_KEPT = 8  # latest durations of each length
+
+
+@dataclass
+class Record:
+    """What was drafted and accepted.
+
+    Attributes:
+        row_steps: steps of single rows in which drafts were verified.
+        tokens: that these steps added, the verifier's own ones counted.
+        drafted: tokens by their place ahead, from 0.
+        accepted: of these.
+        lengths: of drafts, by step, as `auto` chose them: how many steps had each.
+    """
+
+    row_steps: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    lengths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens of a step with drafts, the verifier's own one counted; from 1 to drafts + 1."""
+        return self.tokens / self.row_steps if self.row_steps else 1.0
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of drafts at each place that were accepted with all those before them."""
+        pairs = zip(self.accepted, self.drafted, strict=True)
+        return [accepted / drafted for accepted, drafted in pairs]
+
+    def count(self, length: int, counts: list[int]) -> None:
+        """Add a step in which rows drafted `length` tokens and grew by `counts`."""
+        self.lengths[length] = self.lengths.get(length, 0) + 1
+        if not length:
+            return
+        self.row_steps += len(counts)
+        self.tokens += sum(counts)
+        missing = length - len(self.drafted)
+        self.drafted += [0] * missing
+        self.accepted += [0] * missing
+        for place in range(length):
+            self.drafted[place] += len(counts)
+            self.accepted[place] += sum(count > place + 1 for count in counts)
+
+
+class Drafting:
+    """The length of drafts: fixed, or the one with the most tokens a second."""
+
+    def __init__(self, network: Network, wanted: int | None, record: Record) -> None:
+        """Begin.
+
+        Args:
+            network: the model, under any layout.
+            wanted: tokens of each draft; None: as many as pay.
+            record: where steps are counted.
+
+        Raises:
+            UserError: if drafts are wanted of a model that has no block for them.
+        """
+        self._groups, self._device = network.groups, network.device
+        self._record = record
+        self._wanted = wanted
+        self._seconds: dict[int, deque[float]] = {}
+        self._plan: deque[int] = deque(length for length in _TRIED_FIRST for _ in range(_TRIALS))
+        self._best = 0
+        self._length = self._steps = 0
+        self._began = 0.0
+        depths, repeated = mtp_blocks(network.chunks)
+        self.on = wanted != 0 and depths > 0
+        if wanted and not depths:
+            raise UserError(
+                f"drafts = {wanted}: the model has no MTP block that could draft; set drafts=0"
+            )
+        self._limit = max(LENGTHS) if repeated or depths == 1 else 1
+        if wanted and wanted > self._limit and not (repeated or depths == 1):
+            raise UserError(
+                f"drafts = {wanted}: the {depths} MTP blocks of the model have weights of their "
+                "own, and the first alone can draft; set drafts=1"
+            )
+
+    def start_step(self) -> int:
+        """Return how many tokens each row drafts in this step."""
+        if not self.on:
+            self._length = 0
+        elif self._wanted is not None:
+            self._length = self._wanted
+        else:
+            self._length = self._agreed(self._next())
+        self._began = time.perf_counter()
+        return self._length
+
+    def end_step(self, counts: list[int]) -> None:
+        """Note by how many tokens each row grew in this step."""
+        self._record.count(self._length, counts)
+        if self.on and self._wanted is None:
+            seconds = self._seconds.setdefault(self._length, deque(maxlen=_KEPT))
+            seconds.append(time.perf_counter() - self._began)
+            self._steps += 1
+
+    def _next(self) -> int:
+        """Choose: what is still to be tried, else the length that promises most tokens a second."""
+        if not self._plan and self._steps % _EVERY == 0:
+            self._best = self._promising()
+            place = LENGTHS.index(self._best)
+            near = {0, *LENGTHS[max(place - 1, 0) : place + 2]} - {self._best}
+            self._plan.extend(sorted(near))
+        if self._plan:
+            return min(self._plan.popleft(), self._limit)
+        self._best = self._promising()
+        return self._best
+
+    def _promising(self) -> int:
+        """Return the length with the most tokens a second, by what has been measured."""
+        known = {length: statistics.median(kept) for length, kept in self._seconds.items()}
+        shares = self._record.shares
+        return max(known, key=lambda length: (1 + sum(shares[:length])) / known[length])
+
+    def _agreed(self, value: int) -> int:
+        """Return what the last stage of the first ranks says: clocks differ."""
+        found = torch.tensor([value], device=self._device)
+        groups = self._groups
+        for group, source in ((groups.tp, 0), (groups.dp, 0), (groups.pp, groups.pp.size() - 1)):
+            if group.size() > 1:
+                dist.broadcast(found, group=group, group_src=source)
+        return int(found)

@@ -1,0 +1,326 @@
+"""What the layers of a model remember of texts that grow, each at its own pace.
+
+Megatron's static context (core 0.19.2) lets all sequences of a batch have one length, its dynamic
+one needs CUDA. Here every text has a row with a length of its own. A pass reads a *window*: up to W
+new tokens for each row of a range, as the rest of a prompt, one token, or a token with drafts behind
+it. Of a window a row keeps as many tokens as it is told, the first ones; what the others left is
+overwritten or was never taken in.
+
+Dimensions: R rows, B rows of a pass, W tokens of its window, C channels and K taps of the
+convolution, H heads, P head width, G groups, N state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.inference.config import InferenceConfig
+from megatron.core.inference.contexts import BaseInferenceContext
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the field's name for it
+
+from hybrid_train.ops.attention import cached_attention
+from hybrid_train.ops.conv import window_conv
+from hybrid_train.ops.scan import advance, chunked_scan, window_scan
+
+FEW = 16  # tokens up to which the outputs of a window cost less in one product than in chunks
+_BLOCK = 256  # by which the room for keys and values grows
+
+
+@dataclass(frozen=True)
+class Window:
+    """The new tokens of one pass.
+
+    Attributes:
+        rows: which rows it reads.
+        starts: tokens that each has had before.
+        width: W.
+        counts: how many of the W tokens each row keeps; None: it is said after the pass.
+    """
+
+    rows: slice
+    starts: tuple[int, ...]
+    width: int
+    counts: tuple[int, ...] | None
+    device: torch.device
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """The counts, [B]; None where they are not known, or every token is kept."""
+        return self.as_counts(self.counts)
+
+    def as_counts(self, counts: Sequence[int] | None) -> Tensor | None:
+        """Return counts as a tensor [B]; None for none, and where every token is kept."""
+        if counts is None or min(counts) == self.width:
+            return None
+        return torch.tensor(counts, device=self.device)
+
+    @property
+    def seen_keys(self) -> int:
+        """How many keys the last query of the longest row sees."""
+        return max(self.starts) + self.width
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all rows have one length."""
+        return len(set(self.starts)) == 1
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The row and the position of each token, [B, 1] and [B, W]."""
+        rows = torch.arange(self.rows.start, self.rows.stop, device=self.device)[:, None]
+        starts = torch.tensor(self.starts, device=self.device)[:, None]
+        return rows, starts + torch.arange(self.width, device=self.device)
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """Which keys a query sees, [B, 1, W, keys]; None: all."""
+        if self.even and self.width == 1:
+            return None
+        keys = torch.arange(self.seen_keys, device=self.device)
+        return (keys <= self.places[1][..., None])[:, None]
+
+
+class RowCache(BaseInferenceContext):
+    """The past of R rows in the layers of some modules."""
+
+    def __init__(self, mixers: Sequence[Any], attentions: Sequence[Any], rows: int) -> None:
+        """Make room for rows that are all empty.
+
+        Args:
+            mixers: Mamba mixers of the model whose past it is.
+            attentions: its attention layers.
+            rows: R.
+        """
+        super().__init__(InferenceConfig())
+        self.lengths = [0] * rows
+        self._room = 0
+        self._pasts: dict[Any, MambaPast | AttentionPast] = {}
+        self._pasts |= {one: MambaPast(one, rows) for one in mixers}
+        self._pasts |= {one: AttentionPast(one, rows) for one in attentions}
+        self.window: Window | None = None
+        # Core's stack reads them of a static context; nothing is made of them here.
+        self.max_sequence_length = self.sequence_len_offset = 0
+
+    def is_static_batching(self) -> bool:
+        return True
+
+    def is_decode_only(self) -> bool:
+        return False
+
+    def of(self, layer: Any) -> Any:
+        """Return the past of a layer."""
+        return self._pasts[layer]
+
+    def open(self, rows: slice, width: int, counts: Sequence[int] | None) -> None:
+        """Begin a pass that reads `width` tokens for each of some rows, see `Window`."""
+        starts = tuple(self.lengths[rows])
+        device = next(iter(self._pasts.values())).device if self._pasts else torch.device("cpu")
+        kept = None if counts is None else tuple(counts)
+        self.window = Window(rows, starts, width, kept, device)
+        if self.window.seen_keys > self._room:
+            self._room = -(-max(self.window.seen_keys, 2 * self._room) // _BLOCK) * _BLOCK
+            for past in self._pasts.values():
+                past.make_room(self._room)
+
+    def close(self, counts: Sequence[int]) -> None:
+        """End a pass: the rows keep the first tokens of its window, as many as `counts` says."""
+        window = self.window
+        assert window is not None, "no pass has begun"
+        if window.counts is None:
+            kept = window.as_counts(counts)
+            for past in self._pasts.values():
+                past.keep(window, kept)
+        for place, count in zip(range(window.rows.start, window.rows.stop), counts, strict=True):
+            self.lengths[place] += count
+        self.window = None
+
+    def clear(self, row: int) -> None:
+        """Forget what a row has read."""
+        self.lengths[row] = 0
+        for past in self._pasts.values():
+            past.clear(row)
+
+    def move(self, source: int, target: int) -> None:
+        """Give a row the past of another one."""
+        length = self.lengths[target] = self.lengths[source]
+        for past in self._pasts.values():
+            past.move(source, target, length)
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+        for past in self._pasts.values():
+            past.swap(one, other)
+
+    def states(self) -> list[Tensor]:
+        """Return the states that a token overwrites, which keys and values are not."""
+        pasts = [past for past in self._pasts.values() if isinstance(past, MambaPast)]
+        return [state for past in pasts for state in (past.inputs, past.state)]
+
+    @property
+    def bytes(self) -> int:
+        """What it holds."""
+        return sum(one.nbytes for past in self._pasts.values() for one in past.tensors())
+
+
+class MambaPast:
+    """Of a Mamba mixer: the latest inputs of the convolution, and the state of the scan.
+
+    The state sums over the whole past: it is float32 whatever the weights are.
+    """
+
+    def __init__(self, mixer: Any, rows: int) -> None:
+        self._taps = mixer.conv1d_weight.squeeze(1).float().t().contiguous()
+        self._bias = mixer.conv1d_bias.float()
+        self._a = -torch.exp(mixer.A_log.float())
+        self._d, self._dt_bias = mixer.D.float(), mixer.dt_bias.float()
+        self._groups, self._chunk = mixer.ngroups_local_tp, mixer.chunk_size
+        heads, width, state = mixer.nheads_local_tp, mixer.headdim, mixer.d_state
+        self._inner, self._width = heads * width, width
+        weight = mixer.conv1d_weight
+        self.inputs = weight.new_zeros(rows, len(self._taps) - 1, len(weight))  # [R, K-1, C]
+        self.state = torch.zeros(rows, heads, width, state, device=weight.device)  # [R, H, P, N]
+        self._unkept: tuple[Tensor, ...] = ()
+        self.device = weight.device
+
+    def read(self, packed: Tensor, window: Window) -> Tensor:
+        """Map z, x, b, c, dt of a window, [W, B, width], to the gated scan output [W, B, H * P].
+
+        The same map as `ops.mixer.mixer_forward`.
+        """
+        packed = packed.transpose(0, 1)
+        heads, inner = len(self._a), self._inner
+        z, xbc, dt = packed.split([inner, packed.shape[-1] - inner - heads, heads], dim=-1)
+        past = self.inputs[window.rows]
+        inputs = torch.cat((past, xbc.to(past.dtype)), dim=1)
+        convolved = window_conv(inputs, self._taps, self._bias)
+        state = (convolved.shape[-1] - inner) // 2
+        x, b, c = convolved.split([inner, state, state], dim=-1)
+        dt = F.softplus(dt.float() + self._dt_bias)
+        x = x.unflatten(-1, (heads, self._width))
+        b, c = (part.unflatten(-1, (self._groups, -1)) for part in (b, c))
+        y = self._scan(x, dt, b, c, inputs, window)
+        gated = y.flatten(2) * F.silu(z.float())
+        return gated.to(packed.dtype).transpose(0, 1)
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, inputs: Tensor, window: Window
+    ) -> Tensor:
+        state = self.state[window.rows]
+        if window.counts is None or window.width <= FEW:
+            y = window_scan(state, x, dt, self._a, b, c, self._d)
+            self._unkept = (x, dt, b, inputs)
+            if window.counts is not None:
+                self.keep(window, window.kept)
+            return y
+        kept = window.kept
+        if kept is not None:  # a step of size 0 neither decays the state nor adds to it
+            dt = dt * (torch.arange(window.width, device=x.device) < kept[:, None])[..., None]
+        y, last = chunked_scan(
+            x, dt, self._a, b, c, chunk=self._chunk, d=self._d, initial_state=state
+        )
+        state.copy_(last)
+        self._keep_inputs(window, inputs, kept)
+        return y
+
+    def keep(self, window: Window, kept: Tensor | None) -> None:
+        """Take the first tokens of the latest window in: `kept` [B] of them, None: all."""
+        x, dt, b, inputs = self._unkept
+        advance(self.state[window.rows], x, dt, self._a, b, kept)
+        self._keep_inputs(window, inputs, kept)
+        self._unkept = ()
+
+    def _keep_inputs(self, window: Window, inputs: Tensor, kept: Tensor | None) -> None:
+        target = self.inputs[window.rows]
+        if kept is None:
+            target.copy_(inputs[:, window.width :])
+            return
+        place = kept[:, None] + torch.arange(target.shape[1], device=kept.device)
+        torch.gather(inputs, 1, place[..., None].expand_as(target), out=target)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.inputs, self.state
+
+    def make_room(self, length: int) -> None:
+        """Nothing: a state is as large as ever."""
+
+    def clear(self, row: int) -> None:
+        self.inputs[row] = 0
+        self.state[row] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in self.tensors():
+            tensor[target] = tensor[source]
+
+    def swap(self, one: int, other: int) -> None:
+        for tensor in self.tensors():
+            tensor[[one, other]] = tensor[[other, one]]
+
+
+class AttentionPast:
+    """Of an attention layer: keys and values of all tokens, [R, kv_heads, room, D] each."""
+
+    def __init__(self, attention: Any, rows: int) -> None:
+        heads = attention.num_query_groups_per_partition
+        weight = attention.linear_qkv.weight
+        shape = (rows, heads, 0, attention.hidden_size_per_attention_head)
+        self.keys, self.values = weight.new_empty(shape), weight.new_empty(shape)
+        self.device = weight.device
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: Window) -> Tensor:
+        """Add the keys and values of a window, and attend.
+
+        Args:
+            query: [W, B, heads, D].
+            key: [W, B, kv_heads, D].
+            value: like key.
+            window: of the pass.
+
+        Returns:
+            [W, B, heads * D].
+        """
+        for kept, new in ((self.keys, key), (self.values, value)):
+            if window.even:
+                start = window.starts[0]
+                place = kept[window.rows, :, start : start + window.width]
+                place.copy_(new.permute(1, 2, 0, 3))
+            else:
+                rows, positions = window.places
+                kept[rows, :, positions] = new.transpose(0, 1)
+        seen = slice(window.seen_keys)
+        return cached_attention(
+            query.permute(1, 2, 0, 3),
+            self.keys[window.rows, :, seen],
+            self.values[window.rows, :, seen],
+            window.seen,
+        )
+
+    def keep(self, window: Window, kept: Tensor | None) -> None:
+        """Nothing: what lies behind the end of a row is not seen."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values
+
+    def make_room(self, length: int) -> None:
+        """Grow to as many tokens a row."""
+        rows, heads, had, width = self.keys.shape
+        larger = []
+        for tensor in self.tensors():
+            new = tensor.new_zeros(rows, heads, length, width)
+            new[:, :, :had] = tensor
+            larger.append(new)
+        self.keys, self.values = larger
+
+    def clear(self, row: int) -> None:
+        """Nothing: what lies behind the end of a row is not seen."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in self.tensors():
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def swap(self, one: int, other: int) -> None:
+        for tensor in self.tensors():
+            tensor[[one, other]] = tensor[[other, one]]
