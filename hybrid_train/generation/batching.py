@@ -19,7 +19,6 @@ from hybrid_train.generation.cached_model import CachedModel
 from hybrid_train.generation.drafting import Drafting, Record
 from hybrid_train.generation.requests import Finish, NewTokens, Request
 from hybrid_train.generation.sampling import Place, choose
-from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.training.network import Network
 
 _NOBODY = -1  # the number of a request that nobody made
@@ -128,7 +127,7 @@ class _Loop:
     def __init__(
         self, network: Network, requests: Iterable[Request], settings: Batching, record: Record
     ) -> None:
-        self._groups: ProcessGroups = network.groups
+        self._groups = network.groups
         self._settings = settings
         self._idle = settings.rows  # the row of a rank that has nothing to do while others have
         self._model = CachedModel(network, settings.rows + 1)

@@ -145,7 +145,8 @@ class CachedModel:
         if self._drafts is None:
             return None
         batch = rows.stop - rows.start
-        hidden, drafts, lengths = self._latest[:, rows], [], list(self._drafts.lengths)
+        hidden, lengths = self._latest[:, rows], list(self._drafts.lengths)
+        drafts: list[Tensor] = []
         with self._working(batch):
             states = [(state, state[rows].clone()) for state in self._drafts.states()]
             for number in range(length):

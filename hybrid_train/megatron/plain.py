@@ -107,6 +107,16 @@ class _SplitLinear:
 
     edited: EditedLinear | None = None  # set by edits
 
+    def _is_bare(self, input_: Tensor) -> bool:
+        """Tell whether a pass is nothing but a GEMM: whatever else core does costs a token more."""
+        return (
+            InferenceMode.is_active()
+            and self.edited is None
+            and self.tp_group.size() == 1  # type: ignore[attr-defined]
+            and self.weight is not None  # type: ignore[attr-defined]
+            and self.bias is None  # type: ignore[attr-defined]
+        )
+
     def _forward_impl(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Multiply; what core wraps around that is left out where no other rank takes part.
 
@@ -163,9 +173,21 @@ class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
     It has core's name, by which Megatron-FSDP knows its split (mcore_fsdp_adapter.py 70).
     """
 
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Multiply [S, B, I] by the part of this rank; see core."""
+        if self._is_bare(input_) and not args and not kwargs:
+            return functional.linear(input_, self.weight), None
+        return super().forward(input_, *args, **kwargs)  # type: ignore[no-any-return]
+
 
 class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
     """Core's linear split by rows, with core's name for the same reason."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiply the part of this rank, [S, B, I / tp], and sum up over the ranks; see core."""
+        if self._is_bare(input_):
+            return functional.linear(input_, self.weight), None
+        return super().forward(input_)  # type: ignore[no-any-return]
 
 
 class NormColumnLinear(ColumnParallelLinear):

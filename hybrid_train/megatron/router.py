@@ -1,4 +1,4 @@
-"""The router of expert layers: Megatron-Core's, with the family's weights and our records.
+"""Expert layers and their router: Megatron-Core's, with the family's weights and our records.
 
 Core 0.19.2 sums balance losses of everything in the process in one table (router.py 596), which has
 one slot per MTP depth, though a depth may hold several layers: an IndexError with "*E*E/*E"
@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.moe import router as core
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
@@ -21,6 +23,8 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 from torch import Tensor
+
+from hybrid_train.megatron.plain import Experts
 
 
 class BalanceLosses:
@@ -232,6 +236,45 @@ class TopKRouter(core.TopKRouter):
             aux_loss = aux_loss * self.balance_losses.scale
         attached: Tensor = MoEAuxLossAutoScaler.apply(activation, aux_loss)
         return attached
+
+
+class ExpertLayer(MoELayer):
+    """Core's layer, with a short way for a pass of few tokens whose experts are all here.
+
+    Its dispatcher makes lists for other ranks, which cost a token more than its experts do.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Send each token of [S, B, H] through its experts and those that all share."""
+        if not (InferenceMode.is_active() and self._takes_lists()):
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)  # type: ignore[no-any-return]
+        shared = self.shared_experts_compute(hidden_states)
+        weights, chosen = self.router(hidden_states)
+        x, latent = hidden_states, self.config.moe_latent_size is not None
+        if latent:
+            x, _ = self.fc1_latent_proj(x)
+        tokens = x.flatten(0, 1)
+        by_expert = chosen.t()
+        places = by_expert.nonzero()[:, 1]  # of tokens, sorted by expert
+        made, _ = self.experts(tokens[places], chosen.sum(0), weights.t()[by_expert])
+        y = torch.zeros_like(tokens).index_add_(0, places, made).view_as(x)
+        if latent:
+            y, _ = self.fc2_latent_proj(y)
+        return (y if shared is None else y + shared), None
+
+    def _takes_lists(self) -> bool:
+        """Tell whether all experts are here, as plain lists of weights."""
+        return (
+            isinstance(self.experts, Experts)
+            and self.ep_group.size() == 1
+            and self.config.expert_tensor_parallel_size == 1
+            and not self.shared_expert_overlap
+        )
 
 
 def share_record(chunks: Sequence[torch.nn.Module]) -> BalanceLosses:

@@ -2,7 +2,7 @@
 
 Megatron's static context (core 0.19.2) lets all sequences of a batch have one length, its dynamic
 one needs CUDA. Here every text has a row with a length of its own. A pass reads a *window*: up to W
-new tokens for each row of a range, as the rest of a prompt, one token, or a token with drafts behind
+new tokens for each row of a range, as a piece of a prompt, one token, or a token with drafts behind
 it. Of a window a row keeps as many tokens as it is told, the first ones; what the others left is
 overwritten or was never taken in.
 

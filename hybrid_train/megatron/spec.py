@@ -18,7 +18,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -37,7 +37,7 @@ from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import mamba, plain
 from hybrid_train.megatron.hybrid import MtpLayer
 from hybrid_train.megatron.mamba import MambaMixer, SelfAttention
-from hybrid_train.megatron.router import TopKRouter
+from hybrid_train.megatron.router import ExpertLayer, TopKRouter
 from hybrid_train.megatron.transformer_config import layer_config
 
 
@@ -193,7 +193,7 @@ def _mlp_layer(parts: Parts) -> ModuleSpec:
 def _moe_layer(parts: Parts) -> ModuleSpec:
     shared = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
     layer = partial(
-        MoELayer,
+        ExpertLayer,
         submodules=MoESubmodules(
             experts=parts.experts,
             shared_experts=partial(SharedExpertMLP, submodules=shared),

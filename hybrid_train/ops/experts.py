@@ -62,7 +62,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, *weights)
         ctx.counts = counts
-        return _gemms(x, [w.T for w in weights], counts)
+        return _gemms(x, weights, counts, transposed=True)
 
     @staticmethod
     @once_differentiable
@@ -95,8 +95,19 @@ def expert_mlp(
     """
     _require_counts(x, up_weights, counts)
     _require_counts(x, down_weights, counts)
+    if not torch.is_grad_enabled():  # the bookkeeping of so many weights costs a token's GEMMs
+        return _expert_mlp(x, up_weights, down_weights, counts, probs)[0]
     y: Tensor = _ExpertMlp.apply(x, probs, tuple(counts), *up_weights, *down_weights)  # type: ignore[no-untyped-call]
     return y
+
+
+def _expert_mlp(
+    x: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor], counts: Sequence[int], probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `expert_mlp` does, and max(up(x), 0)."""
+    positive = _gemms(x, ups, counts, transposed=True).relu_()
+    inner = positive.square().mul_(probs[:, None])
+    return _gemms(inner, downs, counts, transposed=True), positive
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -107,11 +118,10 @@ class _ExpertMlp(torch.autograd.Function):
         ctx: Any, x: Tensor, probs: Tensor, counts: tuple[int, ...], *weights: Tensor
     ) -> Tensor:
         ups, downs = weights[: len(counts)], weights[len(counts) :]
-        positive = _gemms(x, [w.T for w in ups], counts).relu_()
+        y, positive = _expert_mlp(x, ups, downs, counts, probs)
         ctx.save_for_backward(x, probs, positive, *weights)
         ctx.counts = counts
-        inner = positive.square().mul_(probs[:, None])
-        return _gemms(inner, [w.T for w in downs], counts)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -130,11 +140,24 @@ class _ExpertMlp(torch.autograd.Function):
         return _gemms(grad_up, ups, counts), grad_probs, None, *grads_up, *grads_down
 
 
-def _gemms(x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Multiply the rows of each expert by its matrix: [T, I] with E times [I, O] -> [T, O]."""
-    y = x.new_empty(x.shape[0], matrices[0].shape[1])
-    for rows, out, matrix in zip(x.split(counts), y.split(counts), matrices, strict=True):
-        torch.mm(rows, matrix, out=out)
+def _gemms(
+    x: Tensor, matrices: Sequence[Tensor], counts: Sequence[int], *, transposed: bool = False
+) -> Tensor:
+    """Multiply the rows of each expert by its matrix: [T, I] with E times [I, O] -> [T, O].
+
+    Args:
+        x: rows sorted by expert, [T, I].
+        matrices: [I, O] each.
+        counts: rows of each; an expert without any costs nothing.
+        transposed: they are [O, I].
+    """
+    y = x.new_empty(x.shape[0], matrices[0].shape[0 if transposed else 1])
+    start = 0
+    for count, matrix in zip(counts, matrices, strict=True):
+        if count:
+            rows = slice(start, start + count)
+            torch.mm(x[rows], matrix.t() if transposed else matrix, out=y[rows])
+            start += count
     return y
 
 

@@ -22,8 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y: Tensor = _RmsNorm.apply(x.to(kind), weight.to(kind), eps)  # type: ignore[no-untyped-call]
-    return y.to(x.dtype)
+    return _normed(x.to(kind), weight.to(kind), eps).to(x.dtype)
 
 
 def gated_rms_norm(
@@ -53,8 +52,15 @@ def gated_rms_norm(
     if gate is not None:
         y = y * F.silu(gate.to(kind))
     groups = y.unflatten(-1, (-1, group_size))
-    scaled: Tensor = _RmsNorm.apply(groups, weight.to(kind).unflatten(0, (-1, group_size)), eps)  # type: ignore[no-untyped-call]
+    scaled = _normed(groups, weight.to(kind).unflatten(0, (-1, group_size)), eps)
     return scaled.flatten(-2).to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not torch.is_grad_enabled():  # a token's norm costs less than what records it
+        return (x * _inverse(x, eps)).mul_(weight)
+    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -65,7 +71,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.rsqrt(_dot(x, x) / x.shape[-1] + eps)
+        inverse = _inverse(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
@@ -78,6 +84,11 @@ class _RmsNorm(torch.autograd.Function):
         scaled = grad * weight
         along = _dot(scaled, unit) / x.shape[-1]
         return scaled.addcmul_(unit, along, value=-1).mul_(inverse), grad_weight, None
+
+
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    """Return one over the root mean square of the last dimension, kept with size one."""
+    return torch.rsqrt(_dot(x, x) / x.shape[-1] + eps)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

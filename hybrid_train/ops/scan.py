@@ -156,8 +156,7 @@ def advance(
         b: input projections, [B, W, G, N].
         counts: how many tokens of each row count, the first ones, [B]; None: all.
     """
-    batch, width, heads, _ = x.shape
-    groups, kind = b.shape[2], state.dtype
+    (batch, width), groups, kind = x.shape[:2], b.shape[2], state.dtype
     dts = dt.to(kind)
     if counts is not None:
         # A step of size 0 neither decays the state nor adds to it.
