@@ -57,34 +57,21 @@ def sequential_scan(  # noqa: PLR0913 - the operands of the map
         if sequence_index is not None and t > 0:
             same = sequence_index[:, t] == sequence_index[:, t - 1]
             state = state.where(same[:, None, None, None], 0)
-        y, state = scan_step(state, x[:, t], dt[:, t], a, b[:, t], c[:, t], d)
+        y, state = _step(state, x[:, t], dt[:, t], a, b[:, t], c[:, t], d)
         outputs.append(y)
     return torch.stack(outputs, dim=1), state
 
 
-def scan_step(
+def _step(
     state: Tensor,
     x: Tensor,
     dt: Tensor,
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    d: Tensor | None = None,
+    d: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Advance the recurrence of `sequential_scan` by one token, for generation.
-
-    Args:
-        state: state before the token, [B, H, P, N].
-        x: input, [B, H, P].
-        dt: step sizes after softplus, [B, H].
-        a: decay rates, negative, [H].
-        b: input projection, [B, G, N].
-        c: output projection, [B, G, N].
-        d: weight of the direct path, [H]; None leaves it out.
-
-    Returns:
-        Output [B, H, P] in the type of `x`, and the state after the token, in float32 or float64.
-    """
+    """Advance by one token: operands as of `sequential_scan` without their sequence."""
     heads_per_group = x.shape[1] // b.shape[1]
     kind = _compute_type(x)
     xs, dts = x.to(kind), dt.to(kind)

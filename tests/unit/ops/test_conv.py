@@ -1,11 +1,11 @@
-"""The causal convolution against torch's, finite differences, and its own single steps."""
+"""The causal convolution against torch's, finite differences, and its windows."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_train.ops.conv import causal_conv, conv_state, conv_step
+from hybrid_train.ops.conv import causal_conv, window_conv
 from tests.packed import index_of, spans
 
 
@@ -45,17 +45,13 @@ def test_causal_conv_passes_gradcheck(length: int, activation: bool, taps: int) 
     )
 
 
-@pytest.mark.parametrize("size", [3, 4], ids="state={}".format)
-def test_steps_equal_the_whole_sequence(size: int) -> None:
+@pytest.mark.parametrize("width", [1, 2, 6], ids="window={}".format)
+def test_a_window_behind_kept_inputs_equals_the_whole_sequence(width: int) -> None:
     x, weight, bias, _ = conv_inputs(9)
     whole = causal_conv(x, weight, bias)
-    cut = 2  # shorter than the kernel: the state holds zeros of before the start
-    state, outputs = conv_state(x[:, :cut], size), [whole[:, :cut]]
-    for t in range(cut, 9):
-        y, state = conv_step(state, x[:, t], weight, bias)
-        outputs.append(y[:, None])
-    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
-    torch.testing.assert_close(state, conv_state(x, size))
+    inputs = x[:, 9 - width - 3 :]  # the three before the window, and the window
+    actual = window_conv(inputs, weight.t().contiguous(), bias)
+    torch.testing.assert_close(actual, whole[:, 9 - width :])
 
 
 def test_bfloat16_is_computed_in_float32() -> None:

@@ -8,7 +8,6 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from hybrid_train.ops.mixer import (
-    mamba_chunk_scan_combined,
     mamba_split_conv1d_scan_combined,
     mixer_forward,
 )
@@ -135,29 +134,6 @@ def test_the_name_that_megatron_calls_in_training_keeps_documents_apart() -> Non
     for row, start, end in spans(index):
         alone = {**inputs, "packed": inputs["packed"][row : row + 1, start:end]}
         torch.testing.assert_close(found[row : row + 1, start:end], run(alone))
-
-
-def test_the_name_that_megatron_calls_in_prefill_gives_the_same_map_and_the_last_state() -> None:
-    packed, weight, bias, dt_bias, a, d = parameters().values()
-    z, xbc, dt = packed.split([INNER, CONV, HEADS], dim=-1)
-    padded = F.pad(xbc.transpose(1, 2), (3, 0))
-    xbc = F.silu(F.conv1d(padded, weight[:, None], bias, groups=CONV)).transpose(1, 2)
-    x, b, c = xbc.split([INNER, GROUPS * STATE, GROUPS * STATE], dim=-1)
-    operands = (
-        x.unflatten(-1, (HEADS, WIDTH)),
-        dt,
-        a,
-        b.unflatten(-1, (GROUPS, STATE)),
-        c.unflatten(-1, (GROUPS, STATE)),
-    )
-    keywords = {"D": d, "dt_bias": dt_bias, "dt_softplus": True, "initial_states": None}
-    y, last = mamba_chunk_scan_combined(
-        *operands, 4, z=z.unflatten(-1, (HEADS, WIDTH)), return_final_states=True, **keywords
-    )
-    torch.testing.assert_close(y.flatten(2), run(parameters()))
-    assert last.shape == (2, HEADS, WIDTH, STATE)
-    ungated = mamba_chunk_scan_combined(*operands, 4, z=None, **keywords)
-    torch.testing.assert_close(ungated.flatten(2) * F.silu(z), run(parameters()))
 
 
 @pytest.mark.parametrize(

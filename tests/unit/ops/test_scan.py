@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.ops.scan import chunked_outputs, chunked_scan, scan_step, sequential_scan
+from hybrid_train.ops.scan import (
+    advance,
+    chunked_outputs,
+    chunked_scan,
+    sequential_scan,
+    window_scan,
+)
 from tests.packed import index_of, spans
 
 NAMES = ["x", "dt", "a", "b", "c", "d", "initial_state"]
@@ -124,20 +130,32 @@ def test_gradients_in_float32_under_strong_decay() -> None:
         assert (found - wanted).abs().max() <= limit * wanted.abs().max(), name
 
 
-def test_steps_from_a_carried_state_equal_the_whole_sequence() -> None:
+@pytest.mark.parametrize("width", [1, 2, 7], ids="window={}".format)
+def test_windows_behind_a_carried_state_equal_the_whole_sequence(width: int) -> None:
     inputs = scan_inputs()
     whole, last = chunked_scan(**inputs, chunk=4)
     x, dt, a, b, c, d, state = inputs.values()
-    cut = 9
-    head, state = chunked_scan(
-        x[:, :cut], dt[:, :cut], a, b[:, :cut], c[:, :cut], chunk=4, d=d, initial_state=state
-    )
-    outputs = [head]
-    for t in range(cut, x.shape[1]):
-        y, state = scan_step(state, x[:, t], dt[:, t], a, b[:, t], c[:, t], d)
-        outputs.append(y[:, None])
+    outputs, state = [], state.clone()
+    for parts in zip(*(part.split(width, dim=1) for part in (x, dt, b, c)), strict=True):
+        xs, dts, bs, cs = parts
+        outputs.append(window_scan(state, xs, dts, a, bs, cs, d))
+        advance(state, xs, dts, a, bs)
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
     torch.testing.assert_close(state, last)
+
+
+def test_a_state_takes_in_as_many_tokens_of_each_row_as_are_wanted() -> None:
+    x, dt, a, b, c, _, state = scan_inputs().values()
+    counts = torch.arange(len(x)) + 2
+    advanced = state.clone()
+    advance(advanced, x[:, :5], dt[:, :5], a, b[:, :5], counts)
+    for row, count in enumerate(counts.tolist()):
+        few = (part[row : row + 1, :count] for part in (x, dt, b, c))
+        xs, dts, bs, cs = few
+        _, expected = sequential_scan(
+            xs, dts, a, bs, cs, initial_state=state[row : row + 1]
+        )
+        torch.testing.assert_close(advanced[row : row + 1], expected)
 
 
 def test_bfloat16_inputs_give_bfloat16_outputs_and_gradients_and_a_float32_state() -> None:
