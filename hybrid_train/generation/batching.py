@@ -206,10 +206,11 @@ class _Loop:
             proposed = self._model.propose(rows, length, self._settings.vocab_size)
             drafts = self._from_last_stage(proposed, (len(answering), length)).tolist()
         window = [[row.tokens[-1], *ahead] for row, ahead in zip(answering, drafts, strict=True)]
-        hidden = self._model.read(rows, window, None)
+        hidden = self._model.read(rows, window, None if length else [1] * len(window))
         new = self._choose(hidden, answering, drafts)
         counts = [len(one.tokens) for one in new]
-        self._model.keep(counts)
+        if length:
+            self._model.keep(counts)
         if self._drafting.on:
             following = [_padded(one.tokens, length + 1) for one in new]
             self._model.learn(rows, hidden, following, counts)

@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 from torch import Tensor
+from torch.nn import functional
 
 from hybrid_train.megatron.plain import Experts
 
@@ -122,7 +123,11 @@ class TopKRouter(core.TopKRouter):
         self._apply_expert_bias(chosen, padding)
         return weights, chosen
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def of_few(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts of tokens [T, H], as `routing`, in lists: weights and numbers, [T, k]."""
+        return self._choose(functional.linear(x.float(), self.weight.float()), in_lists=True)
+
+    def _choose(self, logits: Tensor, *, in_lists: bool = False) -> tuple[Tensor, Tensor]:
         """Weigh the chosen experts as the family does, in one order.
 
         Without gradients, as in the first pass of a recomputed layer, core leaves the experts
@@ -138,7 +143,8 @@ class TopKRouter(core.TopKRouter):
                 scaling_factor=scale if self.topk > 1 else None,
                 score_function=self.score_function,
                 expert_bias=self.expert_bias,
-                fused=self.config.moe_router_fusion,
+                fused=self.config.moe_router_fusion and not in_lists,
+                dense_output=in_lists,
             )
             if self.topk == 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -254,14 +260,15 @@ class ExpertLayer(MoELayer):
         if not (InferenceMode.is_active() and self._takes_lists()):
             return super().forward(hidden_states, intermediate_tensors, padding_mask)  # type: ignore[no-any-return]
         shared = self.shared_experts_compute(hidden_states)
-        weights, chosen = self.router(hidden_states)
+        weights, chosen = self.router.of_few(hidden_states.flatten(0, 1))
         x, latent = hidden_states, self.config.moe_latent_size is not None
         if latent:
             x, _ = self.fc1_latent_proj(x)
-        tokens = x.flatten(0, 1)
-        by_expert = chosen.t()
-        places = by_expert.nonzero()[:, 1]  # of tokens, sorted by expert
-        made, _ = self.experts(tokens[places], chosen.sum(0), weights.t()[by_expert])
+        tokens, of_pairs = x.flatten(0, 1), chosen.flatten()
+        pairs = of_pairs.argsort(stable=True)  # token by expert, sorted by expert
+        places = pairs // chosen.shape[1]
+        counts = torch.bincount(of_pairs, minlength=self.config.num_moe_experts)
+        made, _ = self.experts(tokens[places], counts, weights.flatten()[pairs])
         y = torch.zeros_like(tokens).index_add_(0, places, made).view_as(x)
         if latent:
             y, _ = self.fc2_latent_proj(y)

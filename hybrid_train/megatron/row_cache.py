@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 from hybrid_train.ops.attention import cached_attention
 from hybrid_train.ops.conv import window_conv
-from hybrid_train.ops.scan import advance, chunked_scan, window_scan
+from hybrid_train.ops.scan import advance, chunked_scan, step, window_scan
 
 FEW = 16  # tokens up to which the outputs of a window cost less in one product than in chunks
 _BLOCK = 256  # by which the room for keys and values grows
@@ -210,6 +210,9 @@ class MambaPast:
         self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, inputs: Tensor, window: Window
     ) -> Tensor:
         state = self.state[window.rows]
+        if window.width == 1 and window.counts is not None and window.kept is None:
+            self._keep_inputs(window, inputs, None)
+            return step(state, x, dt, self._a, b, c, self._d)
         if window.counts is None or window.width <= FEW:
             y = window_scan(state, x, dt, self._a, b, c, self._d)
             self._unkept = (x, dt, b, inputs)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
+from hybrid_train.megatron.layers import MambaLayer
 from hybrid_train.megatron import gpu_switches, native_recipes
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model

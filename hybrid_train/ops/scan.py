@@ -130,6 +130,27 @@ def window_scan(
     return y if d is None else y + d.to(kind)[:, None] * xs
 
 
+def step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+) -> Tensor:
+    """Do the work of `window_scan` and `advance` for one token that is kept; W = 1."""
+    (batch, _, heads, head_width), groups, kind = x.shape, b.shape[2], state.dtype
+    dts = dt.to(kind)[:, 0, :, None]
+    state.mul_(torch.exp(dts * a[:, None])[..., None])
+    flat = state.view(batch * groups, -1, state.shape[-1])
+    xs = x[:, 0].to(kind)
+    fresh = (xs * dts).reshape(batch * groups, -1, 1)
+    flat.baddbmm_(fresh, b.to(kind).reshape(batch * groups, 1, -1))
+    y = (flat @ c.to(kind).reshape(batch * groups, -1, 1)).view(batch, heads, head_width)
+    return (y if d is None else torch.addcmul(y, d.to(kind)[:, None], xs))[:, None]
+
+
 def advance(
     state: Tensor, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, counts: Tensor | None = None
 ) -> None:

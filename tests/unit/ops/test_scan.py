@@ -9,6 +9,7 @@ from hybrid_train.ops.scan import (
     chunked_outputs,
     chunked_scan,
     sequential_scan,
+    step,
     window_scan,
 )
 from tests.packed import index_of, spans
@@ -140,6 +141,17 @@ def test_windows_behind_a_carried_state_equal_the_whole_sequence(width: int) -> 
         xs, dts, bs, cs = parts
         outputs.append(window_scan(state, xs, dts, a, bs, cs, d))
         advance(state, xs, dts, a, bs)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+    torch.testing.assert_close(state, last)
+
+
+def test_single_steps_from_a_carried_state_equal_the_whole_sequence() -> None:
+    inputs = scan_inputs()
+    whole, last = chunked_scan(**inputs, chunk=4)
+    x, dt, a, b, c, d, state = inputs.values()
+    state = state.clone()
+    parts = zip(*(part.split(1, dim=1) for part in (x, dt, b, c)), strict=True)
+    outputs = [step(state, xs, dts, a, bs, cs, d) for xs, dts, bs, cs in parts]
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
     torch.testing.assert_close(state, last)
 
