@@ -28,7 +28,7 @@ class MambaLayer(mamba_layer.MambaLayer):
             )
             return whole
         y, _ = self.mixer(hidden_states, inference_context=inference_context)
-        return hidden_states + y  # type: ignore[no-any-return]
+        return hidden_states + y
 
 
 class _OfOnePart:
@@ -39,7 +39,7 @@ class _OfOnePart:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the part of [S, B, H] and add."""
         if not isinstance(inference_context, RowCache):
-            return super().forward(  # type: ignore[misc, no-any-return]
+            return super().forward(  # type: ignore[misc]
                 hidden_states, *args, inference_context=inference_context, **kwargs
             )
         return hidden_states + self.part(hidden_states, inference_context), None

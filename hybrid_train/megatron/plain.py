@@ -107,7 +107,7 @@ class _SplitLinear:
 
     edited: EditedLinear | None = None  # set by edits
 
-    def _is_bare(self, input_: Tensor) -> bool:
+    def _is_bare(self) -> bool:
         """Tell whether a pass is nothing but a GEMM: whatever else core does costs a token more."""
         return (
             InferenceMode.is_active()
@@ -175,9 +175,9 @@ class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Multiply [S, B, I] by the part of this rank; see core."""
-        if self._is_bare(input_) and not args and not kwargs:
+        if self._is_bare() and not args and not kwargs:
             return functional.linear(input_, self.weight), None
-        return super().forward(input_, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(input_, *args, **kwargs)
 
 
 class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
@@ -185,9 +185,9 @@ class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Multiply the part of this rank, [S, B, I / tp], and sum up over the ranks; see core."""
-        if self._is_bare(input_):
+        if self._is_bare():
             return functional.linear(input_, self.weight), None
-        return super().forward(input_)  # type: ignore[no-any-return]
+        return super().forward(input_)
 
 
 class NormColumnLinear(ColumnParallelLinear):

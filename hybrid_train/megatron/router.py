@@ -258,7 +258,7 @@ class ExpertLayer(MoELayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Send each token of [S, B, H] through its experts and those that all share."""
         if not (InferenceMode.is_active() and self._takes_lists()):
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)  # type: ignore[no-any-return]
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
         shared = self.shared_experts_compute(hidden_states)
         weights, chosen = self.router.of_few(hidden_states.flatten(0, 1))
         x, latent = hidden_states, self.config.moe_latent_size is not None

@@ -6,6 +6,7 @@ Mamba layer that is recomputed.
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.megatron.layers import MambaLayer
 from hybrid_train.megatron import gpu_switches, native_recipes
+from hybrid_train.megatron.layers import MambaLayer
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
@@ -187,7 +188,7 @@ class RecomputedMamba(MambaLayer):
     """A Mamba layer that keeps its input and computes the rest again for the gradients."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        run = partial(super().forward, **kwargs)
+        run: Callable[..., Tensor] = partial(super().forward, **kwargs)
         if not self.training:
             return run(hidden_states, *args)
         if self.config.fp8 or self.config.fp4:  # whose scales only its own checkpoint restores

@@ -124,7 +124,8 @@ def is_tie(parent: Parent, prompt: Sequence[int], one: list[int], other: list[in
     A logit is a sum over the hidden units of what every layer added; the roundings of a sum of K
     terms are a random walk of K steps of half an ulp, once in each layer and once in the head.
     """
-    first = next(place for place, pair in enumerate(zip(one, other, strict=True)) if len({*pair}) > 1)
+    pairs = enumerate(zip(one, other, strict=True))
+    first = next(place for place, (mine, theirs) in pairs if mine != theirs)
     with torch.no_grad():
         (model,) = parent.loaded.network.chunks
         logits = model(torch.tensor([[*prompt, *one[:first]]])).logits()[0, -1].float()
@@ -151,7 +152,8 @@ def table(parent: Parent) -> None:
                 for drafts in choices:
                     _, records[drafts], seconds = parent.answers(asked, rows, drafts)
                     best[drafts] = min(seconds, best.get(drafts, seconds))
-            print(f"  T = {temperature:.0f}, {rows} together: plain {speed(parent, number, best[0])}")
+            plain = number * parent.new / best[0]
+            print(f"  T = {temperature:.0f}, {rows} together: plain {plain:.0f} tokens/s")
             for drafts in choices[1:]:
                 record, name = records[drafts], "auto" if drafts is None else str(drafts)
                 shares = " ".join(f"{share:.0%}" for share in record.shares)
@@ -160,10 +162,6 @@ def table(parent: Parent) -> None:
                     f"    {name:>4}: {best[0] / best[drafts]:.2f} times, "
                     f"{record.acceptance_length:.2f} tokens a step, accepted {shares}{lengths}"
                 )
-
-
-def speed(parent: Parent, number: int, seconds: float) -> str:
-    return f"{number * parent.new / seconds:.0f} tokens/s"
 
 
 def measure(run_dir: Path, prompts: int, new: int) -> bool:
@@ -194,7 +192,8 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48)
     given = parser.parse_args()
-    return int(any([measure(run, given.prompts, given.tokens) for run in given.runs]))
+    wrong = [measure(run, given.prompts, given.tokens) for run in given.runs]
+    return int(any(wrong))
 
 
 if __name__ == "__main__":

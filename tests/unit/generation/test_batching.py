@@ -1,7 +1,6 @@
 """Requests in one batch against each alone, without a cache and without drafts."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from tests.unit.generation.conftest import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hybrid_train.generation.requests import NewTokens, Request
     from hybrid_train.training.network import Network
 

@@ -164,9 +164,7 @@ def test_a_state_takes_in_as_many_tokens_of_each_row_as_are_wanted() -> None:
     for row, count in enumerate(counts.tolist()):
         few = (part[row : row + 1, :count] for part in (x, dt, b, c))
         xs, dts, bs, cs = few
-        _, expected = sequential_scan(
-            xs, dts, a, bs, cs, initial_state=state[row : row + 1]
-        )
+        _, expected = sequential_scan(xs, dts, a, bs, cs, initial_state=state[row : row + 1])
         torch.testing.assert_close(advanced[row : row + 1], expected)
 
 
