@@ -1,11 +1,12 @@
 """Log-probabilities of texts: ours in packed rows against transformers on padded batches, one run.
 
-    python tests/benchmarks/score.py RUN [--texts 200] [--rounds 3] [--threads 2]
+    python tests/benchmarks/score.py RUN [--texts 200] [--rounds 3] [--threads 1]
 
 RUN is a run folder; it is exported, and transformers loads the export. The texts are random tokens,
 20 to 300 of them. Both score all tokens but the first, in float32, in turn; transformers at the
-best of several batch sizes, its texts sorted by length and padded on the right. Printed are tokens/s
-(best round of each), their ratio, and the largest difference of a log-probability.
+best of several batch sizes, its texts sorted by length and padded on the right. Printed are tokens
+a second of processor time, which other work on the machine disturbs least (best round of each),
+their ratio, and the largest difference of a log-probability.
 """
 
 import argparse
@@ -31,7 +32,6 @@ from hybrid_train.schema.runtime import Device, Kernels, Runtime  # noqa: E402
 
 SHORTEST, LONGEST = 20, 300
 BATCHES = (1, 4, 16, 64)
-ROWS = (512, 1024)
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     runtime = Runtime(device=Device.cpu, kernels=Kernels.plain, threads=options.threads)
     with tempfile.TemporaryDirectory() as folder, process(runtime, seed=0):
@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace, runtime: Runtime, exported: Path) -> No
         f"{len(texts)} texts, {scored} scored tokens, {options.threads} thread(s)"
     )
     given = [Text(text) for text in texts]
-    wanted = [Rows(), *(Rows(length, length) for length in ROWS)]
+    wanted = [Rows(), Rows(512, 512), Rows(2048, 8192)]
     ways: dict[str, Callable[[], list[Tensor]]] = {
         f"ours, rows of {rows.length}, {rows.tokens} a microbatch": (
             lambda rows=rows: [one.log_probs for one in score(loaded.network, given, rows=rows)]
@@ -85,7 +85,6 @@ def report(
             start = time.process_time()
             values = way()
             seconds[name].append(time.process_time() - start)
-            print(name, seconds[name][-1], flush=True)
             found[name] = torch.cat(values)
     rates = {name: scored / min(times) for name, times in seconds.items()}
     for name, rate in rates.items():

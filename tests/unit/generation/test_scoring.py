@@ -1,16 +1,23 @@
 """Scores of texts that share rows against each alone, the cache, and a plain softmax in float64."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from hybrid_train.hf.read import import_folder
+from hybrid_train.hf.write import export_checkpoint
 from hybrid_train.schema.problems import UserError
+from tests.hf_folders import SHAPES, folder_of
+from tests.sampled import sampled
 from tests.tiny import (
     EVERY_KIND,
     MEGATRON_WARNINGS,
+    RUNTIME,
     VOCAB,
     alone,
     microbatches,
@@ -104,6 +111,30 @@ def test_packed_texts_have_the_scores_of_each_alone_of_the_cache_and_of_whole_lo
     assert max(found.values()) < ROUNDING
     assert any(one.greedy.any() for one in packed)  # not the trivial answer
     assert [len(one.log_probs) for one in packed] == [text.scored for text in texts]
+
+
+@pytest.mark.parametrize("shape", sampled(SHAPES, "dense H", "Super, latent experts, MTP"))
+def test_an_export_has_the_same_scores_in_transformers(
+    groups: Any, shape: str, tmp_path: Path
+) -> None:
+    from hybrid_train.generation.scoring import Rows, score
+    from hybrid_train.jobs.networks import load_model
+
+    import_folder(folder_of(shape, tmp_path / "theirs"), tmp_path / "run", None)
+    export_checkpoint(tmp_path / "run", tmp_path / "again", None, 2**40)
+    network = load_model(str(tmp_path / "run"), RUNTIME, groups=groups).network
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    texts, wanted = some_texts(), []
+    found = score(network, texts, rows=Rows(32, 64))
+    for text, ours in zip(texts, found, strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([text.tokens]), use_cache=False).logits[0]
+        labels = torch.tensor(text.tokens[text.start :], dtype=torch.int64)
+        logs = logits[text.start - 1 : -1].log_softmax(-1)
+        wanted.append(logs.gather(1, labels[:, None])[:, 0])
+        assert torch.equal(ours.greedy, logs.argmax(-1) == labels)
+    print(f"{shape}: largest difference from transformers {largest(found, wanted):.2g} nats")
+    assert largest(found, wanted) < ROUNDING
 
 
 def trained(groups: Any, *, scores: bool) -> list[Tensor]:
