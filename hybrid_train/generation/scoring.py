@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch, Row, stack
@@ -120,7 +119,7 @@ def score(
     if len(found):
         with network.evaluating():
             for batches in _microbatches(network, texts, rows):
-                _run(network, batches, found)
+                _run(network, batches, found, entropy=entropy)
         dist.all_reduce(found)
     heartbeat.enter(before)
     by_text = found.cpu().split(counts)
@@ -131,7 +130,7 @@ def score(
     ]
 
 
-def _run(network: Network, batches: list[Batch], found: Tensor) -> None:
+def _run(network: Network, batches: list[Batch], found: Tensor, *, entropy: bool) -> None:
     """Write the values of microbatches of one shape to their slots of [N, K].
 
     A token is written by one process: the first tensor rank of a last pipeline stage.
@@ -143,7 +142,7 @@ def _run(network: Network, batches: list[Batch], found: Tensor) -> None:
         slots = batch.token_extras[_SLOT].t().flatten()  # sequence before batch, as hidden states
         places = (slots != _NONE).nonzero().squeeze(1)
         labels = batch.labels.t().flatten()[places]
-        reading = LabelScores(labels, with_entropy=found.shape[1] > 2)
+        reading = LabelScores(labels, with_entropy=entropy)
         output = model(  # no positions: MTP layers are not run
             batch.tokens,
             sequence_index=batch.sequence_index,
@@ -152,12 +151,12 @@ def _run(network: Network, batches: list[Batch], found: Tensor) -> None:
         )
         return output, _reporter(slots[places])
 
-    shape = (len(batches[0].sequence_index), batches[0].sequence_index.shape[1])
+    rows, length = batches[0].tokens.shape
     reports = run_schedule(
         network.chunks,
         forward_step,
         [network.own(batch) for batch in batches],
-        shape=shape,
+        shape=(rows, length),
         forward_only=True,
     )
     if network.groups.tp.rank() == 0:
@@ -175,9 +174,7 @@ def _reporter(slots: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[st
     return report
 
 
-def _microbatches(
-    network: Network, texts: Sequence[Text], rows: Rows
-) -> Iterator[list[Batch]]:
+def _microbatches(network: Network, texts: Sequence[Text], rows: Rows) -> Iterator[list[Batch]]:
     """Yield the microbatches of this data-parallel rank, those of one shape together.
 
     All ranks get equally many, which they need to meet in collectives; rows without a text fill up.
@@ -219,7 +216,7 @@ def _packed(texts: Sequence[Text], length: int, ranks: int) -> list[list[int]]:
 def _row(texts: Sequence[tuple[Text, int]], length: int) -> Row:
     """Put texts, each with the slot of its first scored token, into a row of so many places."""
     parts = [np.asarray(text.tokens, dtype=np.int64) for text, _ in texts]
-    fields = fill_row(parts, length, pad_id=0)
+    fields: dict[str, Any] = fill_row(parts, length, pad_id=0)
     slot = np.full(length, _NONE)
     end = 0
     for text, first in texts:
@@ -244,7 +241,7 @@ def _padded(used: int, unit: int) -> int:
 
 def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
     for number, text in enumerate(texts):
-        tokens: NDArray[Any] = np.asarray(text.tokens)
+        tokens = np.asarray(text.tokens)
         if not len(tokens) or not 1 <= text.start <= len(tokens):
             raise ValueError(
                 f"text {number} has {len(tokens)} tokens and start = {text.start}: needs at least "

@@ -208,7 +208,8 @@ def test_scores_of_labels_are_read_at_the_places_that_are_asked_for(
     label[:4] = torch.where(label[:4] == 2, 5, label[:4])
     found = read(hidden, HeadPart(weight, VOCAB), LabelScores(label, with_entropy=True), places)
     wanted = twin_of_label_scores(logits[:, :VOCAB], label)
-    assert found.dtype == torch.float32 and not found.requires_grad
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
     assert torch.equal(found[:, 1].double(), wanted[:, 1])
     rounding = 8 * SPREAD * torch.finfo(torch.float32).eps
     torch.testing.assert_close(found, wanted.float(), rtol=0, atol=rounding)
