@@ -24,7 +24,9 @@ from hybrid_train.megatron.router import routers
 from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.ops.logits import (
     HeadPart,
+    Reading,
     Term,
+    read,
     weighted_sum,
 )
 
@@ -53,8 +55,16 @@ class OutputLayer(ColumnParallelLinear):
         *,
         term: Term | None = None,
         weights: Tensor | None = None,
+        reading: Reading | None = None,
+        places: Tensor | None = None,
     ) -> Any:
-        """Return logits [S, B, V / tp] and no bias; with a term its sum and values."""
+        """Return logits [S, B, V / tp] and no bias.
+
+        With a term, its sum and values; with a reading, the values at these places.
+        """
+        if reading is not None:
+            assert places is not None, "a reading needs places"
+            return read(input_, self._part(weight), reading, places)
         if term is None:
             return super().forward(input_, weight, runtime_gather_output)
         assert weights is not None, "a term needs weights"
@@ -101,6 +111,17 @@ class Head:
         total, values = self.layer(hidden, self.tied_weight, term=term, weights=by_row)
         return total, values.view(by_row.shape).transpose(0, 1)
 
+    def read(self, hidden: Tensor, reading: Reading, places: Tensor) -> Tensor:
+        """Return what a reading makes of the logits of some tokens, without gradients, [n, K].
+
+        Args:
+            hidden: as the layout holds it, [S / tp or S, B, H].
+            reading: of n of the S x B tokens.
+            places: their numbers, sequence before batch, [n].
+        """
+        values: Tensor = self.layer(hidden, self.tied_weight, reading=reading, places=places)
+        return values
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -137,6 +158,7 @@ class Hybrid(HybridModel):
             **settings: core's; its vocab_size counts the padded rows.
         """
         super().__init__(**settings)
+        self.num_tokens = num_tokens
         for router in routers([self.mtp] if self.mtp_process else []):
             # Core's stack does not tell them (hybrid_block.py 191): the balance loss of a block
             # that serves several depths would count once for each.

@@ -3,7 +3,8 @@
 A loss is a `Term`: it is told the logits of one chunk and answers with a value for each token and
 with the gradient of these logits. `weighted_sum` does the rest by hand: the chunks, their GEMMs
 with the head, and the gradients of these. No collective is differentiated, and no logits of all
-tokens exist.
+tokens exist. What is only looked at is a `Reading`: several values of each token, no gradient, and
+of the tokens that are asked for alone (`read`).
 
 Dimensions: T tokens, N tokens of a chunk, H hidden, V rows of the head, V/tp those of one rank.
 """
@@ -11,7 +12,7 @@ Dimensions: T tokens, N tokens of a chunk, H hidden, V rows of the head, V/tp th
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +79,42 @@ class HeadPart:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
         total = top + torch.log(self.summed(torch.exp(log_sum - top)))
         return Softmax(probs, torch.exp(log_sum - total), total)
+
+    def columns_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns of tokens [N] here, [N, 1], and of which of them there are any, [N].
+
+        A token of another rank is given some column, so that it can be gathered.
+        """
+        local = tokens - self.first
+        mine = (local >= 0) & (local < self.width)
+        return local.clamp(0, len(self.weight) - 1)[:, None], mine
+
+    def logits_of(self, logits: Tensor, column: Tensor, mine: Tensor) -> Tensor:
+        """Return the logit of one token each, whichever rank has its column, [N].
+
+        Args:
+            logits: of this rank, [N, V/tp].
+            column: as `columns_of` returns it, [N, 1].
+            mine: likewise, [N].
+        """
+        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return self.summed(logits.gather(-1, column).squeeze(-1).to(kind) * mine)
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        """Return the most likely token of each row, the first of equals: [N, V/tp] -> [N]."""
+        if self.width:
+            top, token = logits[:, : self.width].max(dim=-1)
+            token = token + self.first
+        else:
+            top, token = logits.new_full((2, len(logits)), -math.inf)
+            token = token.long()
+        if self.group is None:
+            return token
+        highest = top.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
+        token = token.masked_fill(top < highest, self.vocab_size)
+        dist.all_reduce(token, op=dist.ReduceOp.MIN, group=self.group)
+        return token
 
     def _gathered(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of all tokens, [T, H]."""
@@ -162,10 +199,8 @@ class CrossEntropy:
     def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> tuple[Tensor, Pullback]:
         """Return the values of a chunk, [N] in float32 (float64 if the logits are), see `Term`."""
         found = head.softmax(logits)
-        local = self.labels[rows] - head.first
-        mine = (local >= 0) & (local < head.width)
-        local = local.clamp(0, logits.shape[-1] - 1)[:, None]
-        picked = head.summed(logits.gather(-1, local).squeeze(-1).to(found.probs.dtype) * mine)
+        local, mine = head.columns_of(self.labels[rows])
+        picked = head.logits_of(logits, local, mine)
 
         def pullback(weights: Tensor) -> Tensor:
             width, rest = found.probs.shape[-1], logits.shape[-1] - found.probs.shape[-1]
@@ -179,6 +214,68 @@ class CrossEntropy:
             return out.to(logits.dtype)
 
         return found.log_sum - picked, pullback
+
+
+class Reading(Protocol):
+    """What is computed of the logits of a chunk where no gradient is asked for."""
+
+    @property
+    def num_values(self) -> int:
+        """How many values a token has, K."""
+        ...
+
+    def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> Tensor:
+        """Return the values of a chunk, [N, K], float32; arguments as of a `Term`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """What a distribution says of its label: log-probability, nats; 1 if it is the greedy token.
+
+    Attributes:
+        labels: token ids in the whole vocabulary, [T].
+        with_entropy: a third value, the entropy of the distribution, nats.
+    """
+
+    labels: Tensor
+    with_entropy: bool = False
+
+    @property
+    def num_values(self) -> int:
+        return 2 + self.with_entropy
+
+    def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> Tensor:
+        labels, found = self.labels[rows], head.softmax(logits)
+        log_probs = head.logits_of(logits, *head.columns_of(labels)) - found.log_sum
+        values = [log_probs, (head.greedy(logits) == labels).to(log_probs.dtype)]
+        if self.with_entropy:
+            columns = logits[:, : head.width].to(found.probs.dtype)
+            mean = found.scaled((found.probs * columns).sum(dim=-1))  # of this rank's logits
+            values.append(found.log_sum - head.summed(mean))
+        return torch.stack(values, dim=-1)
+
+
+@torch.no_grad()
+def read(hidden: Tensor, head: HeadPart, reading: Reading, places: Tensor) -> Tensor:
+    """Return what a reading makes of the logits of some tokens; the others have none.
+
+    Args:
+        hidden: [..., H], T tokens in all; with `sequence_split` this rank's T / tp.
+        head: this rank's part of the head.
+        reading: of the n tokens at these places.
+        places: numbers of tokens in the whole `hidden`, equal on all tensor ranks, [n].
+
+    Returns:
+        [n, K], the same on all tensor ranks.
+    """
+    rows, weight = head._gathered(hidden)[places], head.weight
+    if not len(rows):
+        return rows.new_empty(0, reading.num_values, dtype=torch.float32)
+    return torch.cat([
+        reading(gemm(rows[chunk], weight), chunk, head)
+        for chunk in chunks(len(rows), rows.shape[1], len(weight))
+    ])  # fmt: skip
 
 
 def chunks(tokens: int, width: int, columns: int) -> Iterator[slice]:

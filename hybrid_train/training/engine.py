@@ -258,18 +258,16 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
         heartbeat.enter(heartbeat.VALIDATION)
-        for network in self.networks.values():
-            network.train(False)
         found: dict[str, float] = {}
-        with torch.no_grad():
+        with contextlib.ExitStack() as stack:
+            for network in self.networks.values():
+                stack.enter_context(network.evaluating())
             with self._said_once():
-                microbatches = [self._own(batch) for batch in batches]
+                microbatches = [self.network.own(batch) for batch in batches]
             microbatches = self.objective.prepare(self._filled_up(microbatches))
             for turn in dict.fromkeys(self.objective.turns):
                 one = self._run(turn, microbatches, forward_only=True)
                 found.update(one.means(_sum_over_processes(one.sums)))
-        for network in self.networks.values():
-            network.train()
         heartbeat.enter(heartbeat.BETWEEN)
         return found
 
@@ -281,7 +279,7 @@ class Engine:
     def _take(self, batches: Iterator[Batch], sequences: int) -> list[Batch]:
         count = sequences // (self.microbatch * self.network.groups.dp.size())
         with self._said_once():
-            return [self._own(batch) for batch in islice(batches, count)]
+            return [self.network.own(batch) for batch in islice(batches, count)]
 
     @contextmanager
     def _said_once(self) -> Iterator[None]:
@@ -296,20 +294,10 @@ class Engine:
             error.repeated = any(one.rank() for one in (groups.tp, groups.pp, groups.cp))
             raise
 
-    def _own(self, batch: Batch) -> Batch:
-        """Return what this process sees of a microbatch of its data-parallel rank."""
-        context = self.network.groups.cp
-        return batch.part_of(context.rank(), context.size()).to(self.network.device)
-
     def _filled_up(self, microbatches: list[Batch]) -> list[Batch]:
-        """Add microbatches without labels until an interleaved schedule takes them.
-
-        It takes multiples of the pipeline ranks only (core 0.19.2, schedules.py 1145).
-        """
-        if len(self.network.chunks) == 1 or not microbatches:
-            return microbatches
-        empty = microbatches[0].without_labels()
-        return microbatches + [empty] * (-len(microbatches) % self.network.groups.pp.size())
+        """Add microbatches without labels until the schedule takes them."""
+        missing = -len(microbatches) % self.network.passes_multiple
+        return microbatches + [batch.without_labels() for batch in microbatches[:1]] * missing
 
     def _run(self, turn: Turn, microbatches: list[Batch], *, forward_only: bool) -> Losses:
         """Run a turn; losses of sources are told apart in the one that is reported as the loss."""

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_train.data.batch import Batch
 from hybrid_train.megatron import data_parallel, forward_backward
 from hybrid_train.megatron.data_parallel import ProcessGroups
+from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.optimizers import MegatronOptimizer, set_learning_rate
 from hybrid_train.megatron.router import BalanceLosses
 from hybrid_train.model.quantized import QuantizedGemms
@@ -121,6 +123,25 @@ class Network:
     rate: Rate | None = None
     finalizer: forward_backward.Finalizer | None = None
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows; ids from here on are padding of its vocabulary."""
+        first = self.chunks[0].modules()
+        return next(one.num_tokens for one in first if isinstance(one, Hybrid))
+
+    @property
+    def passes_multiple(self) -> int:
+        """How many passes its schedule takes a multiple of.
+
+        An interleaved one takes the pipeline ranks (core 0.19.2, schedules.py 1145).
+        """
+        return self.groups.pp.size() if len(self.chunks) > 1 else 1
+
+    def own(self, batch: Batch) -> Batch:
+        """Return what this process sees of a microbatch of its data-parallel rank."""
+        context = self.groups.cp
+        return batch.part_of(context.rank(), context.size()).to(self.device)
+
     def start_turn(self, step: int, tokens_seen: int) -> float:
         """Begin an update with nothing left of earlier passes; return its learning rate.
 
@@ -168,6 +189,22 @@ class Network:
         """Let its layers know whether they are trained."""
         for chunk in self.chunks:
             chunk.train(mode)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run forward passes without gradients, and be as before afterwards.
+
+        Routers record nothing without gradients, and the family has no dropout: a run that is
+        evaluated in between trains on as one that is not.
+        """
+        modes = [chunk.training for chunk in self.chunks]
+        self.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk, mode in zip(self.chunks, modes, strict=True):
+                chunk.train(mode)
 
     def freeze(self) -> None:
         """Let gradients flow through it from now on, and none stay in it."""

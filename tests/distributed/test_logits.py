@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.ops import logits as core
-from hybrid_train.ops.logits import CrossEntropy, HeadPart, weighted_sum
+from hybrid_train.ops.logits import CrossEntropy, HeadPart, LabelScores, read, weighted_sum
 from tests.distributed.launch import RankFailedError, run_distributed
 from tests.unit.ops.test_logits import entropy
 
@@ -42,6 +42,16 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
             grad = whole[0].grad
             _assert_close(x.grad, grad.chunk(size)[rank] if split and grad is not None else grad)
             _assert_close(weight.grad, whole[1].grad.chunk(size)[rank])
+    places = torch.arange(0, LENGTH * SEQUENCES, 2)
+    head[vocab_size - 1] = head[0]  # equals on two ranks: the first is the greedy token
+    greedy = (hidden.flatten(0, 1)[places] @ head[:vocab_size].t()).argmax(-1)
+    for label in (greedy, labels[places], torch.full_like(greedy, vocab_size - 1)):
+        reading = LabelScores(label, with_entropy=True)
+        expected = read(hidden, HeadPart(head, vocab_size), reading, places)
+        weight = head.chunk(size)[rank]
+        own = hidden.chunk(size)[rank] if split else hidden
+        part = HeadPart(weight, vocab_size, dist.group.WORLD, split)
+        _assert_close(read(own, part, reading, places), expected)
 
 
 def _assert_close(found: Any, expected: Any) -> None:

@@ -14,8 +14,10 @@ from hybrid_train.ops import logits as core
 from hybrid_train.ops.logits import (
     CrossEntropy,
     HeadPart,
+    LabelScores,
     Pullback,
     Term,
+    read,
     weighted_sum,
 )
 
@@ -182,3 +184,57 @@ def test_a_chunk_has_no_fewer_tokens_than_there_are_hidden_units() -> None:
     assert [part.stop - part.start for part in core.chunks(10, 4, size)] == [4, 4, 2]
     assert [part.stop - part.start for part in core.chunks(10, 4, size // 8)] == [8, 2]
     assert len(list(core.chunks(8192, 128, 4096))) == 1
+
+
+def twin_of_label_scores(logits: Tensor, label: Tensor) -> Tensor:
+    """Log-probability, greedy match and entropy by their definitions, [n, 3]."""
+    logs = logits.double().log_softmax(dim=-1)
+    log_probs = logs.gather(-1, label[:, None]).squeeze(-1)
+    greedy = (logits.argmax(dim=-1) == label).double()
+    return torch.stack([log_probs, greedy, twin_of_entropy(logits.double())], dim=-1)
+
+
+@pytest.mark.parametrize("chunk", [TOKENS, 7], ids="chunk={}".format)
+def test_scores_of_labels_are_read_at_the_places_that_are_asked_for(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_chunks_of(chunk, monkeypatch)
+    hidden, weight, _ = operands()
+    weight.data[5] = weight.data[2]  # equals: the first of them is the greedy token
+    places = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))[:17]
+    logits = (hidden @ weight.T)[places].detach()
+    label = labels()[places]
+    label[:9] = logits[:9, :VOCAB].argmax(-1)
+    label[:4] = torch.where(label[:4] == 2, 5, label[:4])
+    found = read(hidden, HeadPart(weight, VOCAB), LabelScores(label, with_entropy=True), places)
+    wanted = twin_of_label_scores(logits[:, :VOCAB], label)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert torch.equal(found[:, 1].double(), wanted[:, 1])
+    rounding = 8 * SPREAD * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=rounding)
+    without = read(hidden, HeadPart(weight, VOCAB), LabelScores(label), places)
+    assert torch.equal(without, found[:, :2])
+
+
+def test_no_places_have_no_values() -> None:
+    hidden, weight, _ = operands()
+    none = torch.empty(0, dtype=torch.int64)
+    assert read(hidden, HeadPart(weight, VOCAB), LabelScores(none), none).shape == (0, 2)
+
+
+def test_what_is_read_has_logits_of_no_more_than_a_chunk_of_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_chunks_of(8, monkeypatch)
+    hidden, weight, _ = operands()
+    sizes = []
+
+    class Watched(LabelScores):
+        def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> Tensor:
+            sizes.append(len(logits))
+            return super().__call__(logits, rows, head)
+
+    places = torch.arange(0, TOKENS, 2)
+    read(hidden, HeadPart(weight, VOCAB), Watched(labels()[places]), places)
+    assert sizes == [8, 3]

@@ -1,0 +1,266 @@
+"""Log-probabilities of given texts under any layout, in packed rows, by the passes of validation.
+
+Documents of a row do not see each other, so each text is scored as it would be alone, up to
+rounding. (Formats that scale whole tensors, as FP8 does, round by what else is in the batch.)
+
+Dimensions: B rows of a microbatch, L places of a row, S of them on this context-parallel rank, N
+scored tokens of all texts, K values of each. A text of n tokens takes n - 1 places: each predicts
+the token behind it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybrid_train.data.batch import Batch, Row, stack
+from hybrid_train.data.packing import best_fit, fill_row
+from hybrid_train.megatron.forward_backward import run_schedule
+from hybrid_train.ops.logits import LabelScores
+from hybrid_train.runtime import heartbeat
+from hybrid_train.schema.problems import UserError
+from hybrid_train.training.network import Network
+
+_SLOT = "slot"  # of a place: the number of the token that it predicts among the N, or none
+_NONE = -1
+_LEAST_STEP = 16  # places; rows are a multiple of it
+_STEPS = 8  # lengths of rows lie at most an eighth of the next power of two apart
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is scored: the tokens from `start` on, each given all before it.
+
+    Attributes:
+        tokens: ids.
+        start: position of the first scored token, from 1; nothing stands before the token at 0. At
+            the length of the text nothing is scored.
+    """
+
+    tokens: Sequence[int]
+    start: int = 1
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return len(self.tokens) - self.start
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of one text, of each scored token in order; on the CPU.
+
+    Attributes:
+        log_probs: of the token given those before it, nats, float32.
+        greedy: whether it is the most likely one, the first of equals, bool.
+        entropy: of the distribution that it is drawn from, nats, float32; None: not asked for.
+    """
+
+    log_probs: Tensor
+    greedy: Tensor
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that texts are packed into.
+
+    Attributes:
+        length: places of a row; a longer text has a longer row of its own.
+        tokens: places of a microbatch of one data-parallel rank; it has one row at least. Few fit
+            into the caches of a CPU; a GPU takes many at once.
+    """
+
+    length: int = 1024
+    tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.tokens < 1:
+            raise ValueError(f"rows of {self.length} places, {self.tokens} tokens: need 1 or more")
+
+
+def score(
+    network: Network,
+    texts: Sequence[Text],
+    *,
+    rows: Rows = Rows(),
+    entropy: bool = False,
+) -> list[Scores]:
+    """Score texts; every process of the layout calls this with the same texts.
+
+    The network may be in training: it comes back in its mode, and training goes on as if nothing
+    had been. No logits of more than a chunk of scored tokens exist, and none of a vocabulary that
+    tensor ranks share.
+
+    Args:
+        network: under any layout, trained or frozen.
+        texts: of any lengths.
+        rows: how they are packed; changes speed and memory alone.
+        entropy: whether the entropies are wanted, too.
+
+    Returns:
+        The scores of each text, in the order given, the same on every process.
+
+    Raises:
+        ValueError: if a text has no token, a start that it does not have, or a token that the model
+            does not know.
+        UserError: if a score is not a finite number, as of a model that has diverged.
+    """
+    _require_sound(texts, network.vocab_size)
+    before = heartbeat.last().part
+    heartbeat.enter(heartbeat.VALIDATION)
+    counts = [text.scored for text in texts]
+    found = torch.zeros(sum(counts), 2 + entropy, device=network.device)
+    if len(found):
+        with network.evaluating():
+            for batches in _microbatches(network, texts, rows):
+                _run(network, batches, found, entropy=entropy)
+        dist.all_reduce(found)
+    heartbeat.enter(before)
+    by_text = found.cpu().split(counts)
+    _require_finite(by_text)
+    return [
+        Scores(one[:, 0].clone(), one[:, 1] == 1, one[:, 2].clone() if entropy else None)
+        for one in by_text
+    ]
+
+
+def _run(network: Network, batches: list[Batch], found: Tensor, *, entropy: bool) -> None:
+    """Write the values of microbatches of one shape to their slots of [N, K].
+
+    A token is written by one process: the first tensor rank of a last pipeline stage.
+    """
+
+    def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+        heartbeat.enter(heartbeat.last().part)  # still there
+        batch = next(iterator)
+        slots = batch.token_extras[_SLOT].t().flatten()  # sequence before batch, as hidden states
+        places = (slots != _NONE).nonzero().squeeze(1)
+        labels = batch.labels.t().flatten()[places]
+        reading = LabelScores(labels, with_entropy=entropy)
+        output = model(  # no positions: MTP layers are not run
+            batch.tokens,
+            sequence_index=batch.sequence_index,
+            padding=batch.padding,
+            read=lambda outputs: outputs.head.read(outputs.hidden, reading, places),
+        )
+        return output, _reporter(slots[places])
+
+    rows, length = batches[0].tokens.shape
+    reports = run_schedule(
+        network.chunks,
+        forward_step,
+        [network.own(batch) for batch in batches],
+        shape=(rows, length),
+        forward_only=True,
+    )
+    if network.groups.tp.rank() == 0:
+        for report in reports:
+            found[report["slots"]] = report["values"]
+
+
+def _reporter(slots: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Return Megatron's loss function: no loss, no tokens that divide it, but a report."""
+
+    def report(values: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        none = values.new_zeros(())
+        return none, none.int(), {"slots": slots, "values": values}
+
+    return report
+
+
+def _microbatches(network: Network, texts: Sequence[Text], rows: Rows) -> Iterator[list[Batch]]:
+    """Yield the microbatches of this data-parallel rank, those of one shape together.
+
+    All ranks get equally many, which they need to meet in collectives; rows without a text fill up.
+    """
+    rank, ranks = network.groups.dp.rank(), network.groups.dp.size()
+    slots = np.cumsum([0, *(text.scored for text in texts)])
+    by_length = defaultdict(list)
+    for row in _packed(texts, rows.length, ranks):
+        used = sum(len(texts[number].tokens) - 1 for number in row)
+        by_length[_padded(used, _unit(network))].append(row)
+    for length, alike in sorted(by_length.items(), reverse=True):
+        most = max(1, rows.tokens // length)
+        passes = -(-len(alike) // (ranks * most))
+        passes += -passes % network.passes_multiple
+        size = -(-len(alike) // (ranks * passes))
+        alike += [[]] * (ranks * passes * size - len(alike))
+        own = alike[rank::ranks]
+        filled = [_row([(texts[n], int(slots[n])) for n in row], length) for row in own]
+        yield [stack(filled[first : first + size]) for first in range(0, len(filled), size)]
+
+
+def _packed(texts: Sequence[Text], length: int, ranks: int) -> list[list[int]]:
+    """Return the numbers of the texts of each row; texts without a scored token have none.
+
+    Rows are shorter where the data-parallel ranks would not get one each.
+    """
+    numbers = np.array([n for n, text in enumerate(texts) if text.scored], dtype=np.int64)
+    places = np.array([len(texts[n].tokens) - 1 for n in numbers], dtype=np.int64)
+    fits = places <= length
+    shared = places[fits]
+    if shared.size:
+        length = min(length, max(int(shared.max()), -(-int(shared.sum()) // ranks)))
+    packed: Mapping[int, list[int]] = defaultdict(list)
+    for number, row in zip(numbers[fits].tolist(), best_fit(shared, length).tolist(), strict=True):
+        packed[row].append(number)
+    return [[number] for number in numbers[~fits].tolist()] + list(packed.values())
+
+
+def _row(texts: Sequence[tuple[Text, int]], length: int) -> Row:
+    """Put texts, each with the slot of its first scored token, into a row of so many places."""
+    parts = [np.asarray(text.tokens, dtype=np.int64) for text, _ in texts]
+    fields: dict[str, Any] = fill_row(parts, length, pad_id=0)
+    slot = np.full(length, _NONE)
+    end = 0
+    for text, first in texts:
+        end += len(text.tokens) - 1
+        slot[end - text.scored : end] = np.arange(first, first + text.scored)
+    fields["loss_weights"] = (slot != _NONE).astype(np.float32)
+    return Row(**fields, token_extras={_SLOT: slot})
+
+
+def _unit(network: Network) -> int:
+    """Return what the length of a row is a multiple of, so that its ranks can share it."""
+    context, tensor = network.groups.cp.size(), network.groups.tp.size()
+    return int(np.lcm(_LEAST_STEP, (2 * context if context > 1 else 1) * tensor))
+
+
+def _padded(used: int, unit: int) -> int:
+    """Return the length of a row with so many places used: few lengths, little padding."""
+    step = max(unit, (1 << (used - 1).bit_length()) // _STEPS)
+    step += -step % unit
+    return used + -used % step
+
+
+def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+    for number, text in enumerate(texts):
+        tokens = np.asarray(text.tokens)
+        if not len(tokens) or not 1 <= text.start <= len(tokens):
+            raise ValueError(
+                f"text {number} has {len(tokens)} tokens and start = {text.start}: needs at least "
+                "one token, and a start from 1 to their number"
+            )
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+            raise ValueError(
+                f"text {number} has token {wrong}, but the vocabulary of the model is 0 to "
+                f"{vocab_size - 1}"
+            )
+
+
+def _require_finite(by_text: Sequence[Tensor]) -> None:
+    for number, one in enumerate(by_text):
+        if not one.isfinite().all():
+            error = UserError(
+                f"text {number} has a log-probability that is not finite: the model has weights "
+                "that are not, or numbers that overflow; take an earlier checkpoint"
+            )
+            error.on_all_ranks = True
+            raise error
