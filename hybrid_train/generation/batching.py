@@ -62,13 +62,8 @@ def stream(
     Raises:
         ValueError: if a prompt is empty, or drafts are wanted of a model without an MTP block.
     """
-    training = [chunk.training for chunk in network.chunks]
-    network.train(False)
-    try:
+    with network.evaluating():
         yield from _Loop(network, requests, settings, record or Record()).steps()
-    finally:
-        for chunk, mode in zip(network.chunks, training, strict=True):
-            chunk.train(mode)
 
 
 class _Row:

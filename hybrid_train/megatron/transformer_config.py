@@ -6,7 +6,6 @@ Mamba layer that is recomputed.
 
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -188,7 +187,7 @@ class RecomputedMamba(MambaLayer):
     """A Mamba layer that keeps its input and computes the rest again for the gradients."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        run: Callable[..., Tensor] = partial(super().forward, **kwargs)
+        run: Any = partial(super().forward, **kwargs)
         if not self.training:
             return run(hidden_states, *args)
         if self.config.fp8 or self.config.fp4:  # whose scales only its own checkpoint restores

@@ -83,7 +83,7 @@ def largest(found: list[Any], wanted: list[Tensor]) -> float:
 def test_packed_texts_have_the_scores_of_each_alone_of_the_cache_and_of_whole_logits(
     engine: Any,
 ) -> None:
-    from hybrid_train.generation.decode import Cache
+    from hybrid_train.generation.cached_model import CachedModel
 
     texts, model = some_texts(), engine.network.chunks[0].module
     packed = score(engine, texts)
@@ -95,9 +95,11 @@ def test_packed_texts_have_the_scores_of_each_alone_of_the_cache_and_of_whole_lo
         by_definition.append(logs.float())
         assert torch.equal(one.greedy, greedy)
         torch.testing.assert_close(one.entropy, entropy.float(), rtol=0, atol=ROUNDING)
-        memory, logits = Cache(model, 1, len(text.tokens)), []
+        memory, logits = CachedModel(engine.network, 1), []
         for token in text.tokens[:-1]:
-            logits.append(memory.read(torch.tensor([[token]]))[0, :VOCAB])
+            hidden = memory.read(slice(0, 1), [[token]], [1])
+            assert hidden is not None
+            logits.append(memory.logits(hidden)[0, 0, :VOCAB])
         labels = torch.tensor(text.tokens[text.start :], dtype=torch.int64)
         kept = torch.stack(logits or [torch.zeros(VOCAB)])[text.start - 1 :][: len(labels)]
         cached.append(kept.log_softmax(-1).gather(1, labels[:, None])[:, 0])
