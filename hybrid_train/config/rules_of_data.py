@@ -385,7 +385,7 @@ def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:
     if load is None and job.checkpoint.load_only is not None:
         value = job.checkpoint.load_only.name
         yield Problem("checkpoint.load_only", value, "needs checkpoint.load=PATH", "null")
-    if load is not None:
+    if load is not None and "://" not in load:  # found out when it is fetched
         yield from _folder_problems("checkpoint.load", load)
 
 
@@ -398,9 +398,6 @@ def no_run(path: str, folder: str, config_name: str) -> Problem:
 
 def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
     """Say that a folder is not there and which one is alike, or why it cannot be looked at."""
-    if "://" in folder:
-        yield Problem(path, folder, "must be a folder; copy what lies behind a URL to one first")
-        return
     try:
         if Path(folder).is_dir():
             return

@@ -27,17 +27,18 @@ class Checkpoint:
     interval: CountOrNone = 500  # steps between saves; 0: only at the end
     keep: Count = 2  # newest checkpoints that stay
     async_save: bool = True  # train on while it is written, from a copy in host memory
-    load: FileName | None = None  # a run folder or one checkpoint; the model is that of the run
+    load: FileName | None = None  # a run folder, a checkpoint, or the URL of one; with its model
     load_only: LoadOnly | None = None  # None: weights, optimizer and position
     url: FileName | None = None  # whole checkpoints are copied there, and fetched if newer there
     url_patience_s: SecondsOrMore = 600  # a network that is gone for longer ends the try to copy
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        if self.url is not None and not _URL.fullmatch(self.url):
-            yield Problem(
-                "url", self.url, "must be the URL of a folder, such as s3://BUCKET/runs/a"
-            )
+        urls = {"url": self.url, "load": self.load if "://" in (self.load or "") else None}
+        for name, url in urls.items():
+            if url is not None and not _URL.fullmatch(url):
+                rule = "must be the URL of a folder, such as s3://BUCKET/runs/a"
+                yield Problem(name, url, rule)
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import fsspec
 import pytest
 
-from hybrid_train.runtime.fsspec import Hints, doubling, file_system, patient, retried
+from hybrid_train.config.fsspec import Hints, doubling, file_system, patient, retried
 from hybrid_train.schema.problems import UserError
 
 URL = "s3://bucket/runs/a"
@@ -32,7 +32,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 @pytest.fixture(autouse=True)
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
-    monkeypatch.setattr("hybrid_train.runtime.fsspec.time.sleep", found.append)
+    monkeypatch.setattr("hybrid_train.config.fsspec.time.sleep", found.append)
     return found
 
 
@@ -102,7 +102,7 @@ def test_patience_lasts_as_long_as_it_is_said_to_from_the_first_fault_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("hybrid_train.runtime.fsspec.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hybrid_train.config.fsspec.time.monotonic", lambda: now[0])
     waits = []
     for wait_s in patient(60, first_wait_s=0.5, longest_s=15):
         waits.append(wait_s)
