@@ -208,6 +208,10 @@ def test_a_run_goes_on_while_nothing_can_be_copied_and_copies_when_it_can(
     assert again.code == 0, again.err
     assert "is complete" in again.said
     assert (there / "a" / "checkpoints" / "step_00000020" / "position.json").is_file()
+    for folder in (run_dir, there / "a"):  # whoever fetches it learns that, too
+        (attempt,) = history.attempts(history.read(folder))
+        assert attempt.outcome == history.FINISHED
+        assert "the newest checkpoint was not copied" in attempt.cause
 
 
 @pytest.mark.slow
