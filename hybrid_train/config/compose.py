@@ -36,6 +36,7 @@ from hybrid_train.config import (
 from hybrid_train.config.commands import ROOTS, setting
 from hybrid_train.config.own_conf import conf_dir, conf_folders
 from hybrid_train.config.rules_of_data import no_run
+from hybrid_train.schema.checkpoint import URL
 from hybrid_train.schema.extension import is_import_path
 from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, ResumeJob, SubmitJob
 from hybrid_train.schema.model import Model
@@ -229,8 +230,9 @@ def _take_loaded_model(
         found = _models_of(source)
     except OSError as error:
         return [Problem("checkpoint.load", source, f"cannot be read: {error.strerror}")]
-    if not found:
-        return [no_run("checkpoint.load", source, frozen.FROZEN_NAME)]
+    if not found:  # a rule tells what is wrong with a URL
+        missing = no_run("checkpoint.load", source, frozen.FROZEN_NAME)
+        return [] if "://" in source else [missing]
     model = found[0]
     model.pattern = model.pattern.replace("|", "")  # cuts are of the layout, not of the model
     config.model = OmegaConf.structured(model)
@@ -242,7 +244,7 @@ def _take_loaded_model(
 
 def _models_of(source: str) -> list[Model]:
     """Return the model of a run from its folder, a checkpoint of it, or the URL of either."""
-    if "://" in source:
+    if URL.fullmatch(source):
         return [frozen.load_behind(source, "checkpoint.load").model]
     places = [Path(source), Path(source).parent.parent]
     return [frozen.load(place).model for place in places if (place / frozen.FROZEN_NAME).is_file()]

@@ -29,6 +29,7 @@ from hybrid_train.nvidia.checkpoint_folders import (
     LATEST,
     MODEL_FILE,
     PREFIX_OF_NEMO,
+    RELEASE,
     RUN_CONFIG,
     TOKENIZERS,
     TRACKER,
@@ -111,9 +112,11 @@ def _layout(folder: Path, run: _Run, trainer: Trainer) -> Path:
         _write_yaml(context / MODEL_FILE, _nemo_model(run))
         _keep_tokenizer(tokenizer, context / TOKENIZERS[1])
         return weights
-    weights = folder / f"iter_{run.step:07d}"
+    # Weights that no step has changed: up to core 0.12 Megatron-LM refuses iteration 0.
+    is_release = trainer is Trainer.megatron_lm and run.step == 0
+    weights = folder / (RELEASE if is_release else f"iter_{run.step:07d}")
     weights.mkdir()
-    (folder / TRACKER).write_text(str(run.step), encoding="utf-8")
+    (folder / TRACKER).write_text(RELEASE if is_release else str(run.step), encoding="utf-8")
     _keep_tokenizer(tokenizer, weights / TOKENIZERS[0])
     if trainer is Trainer.bridge:
         _write_yaml(weights / RUN_CONFIG, _run_config(run))

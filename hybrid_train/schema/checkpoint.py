@@ -10,7 +10,8 @@ from hybrid_train.schema.limits import Count, CountOrNone, Factor, FileName, Ran
 from hybrid_train.schema.problems import Problem
 
 SpikeWindow = Annotated[int, Range(8, 10**6)]  # of fewer, sigma says nothing
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/\s].*", re.IGNORECASE)
+URL = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/\s].*", re.IGNORECASE)
+URL_RULE = "must be the URL of a folder, such as s3://BUCKET/runs/a"
 StragglerRatio = Annotated[float, Range(1, 1000)]
 
 
@@ -34,11 +35,8 @@ class Checkpoint:
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        urls = {"url": self.url, "load": self.load if "://" in (self.load or "") else None}
-        for name, url in urls.items():
-            if url is not None and not _URL.fullmatch(url):
-                rule = "must be the URL of a folder, such as s3://BUCKET/runs/a"
-                yield Problem(name, url, rule)
+        if self.url is not None and not URL.fullmatch(self.url):
+            yield Problem("url", self.url, URL_RULE)
 
 
 @dataclass(kw_only=True)

@@ -55,6 +55,25 @@ def test_what_was_exported_comes_back(
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(other).items())
 
 
+def test_weights_that_no_step_has_changed_are_a_release_for_megatron_lm(
+    groups: Any, tmp_path: Path
+) -> None:
+    from hybrid_train.checkpoint import layout, store
+
+    engine = engine_of(groups, seed=1)
+    begin = {"step": 0, "tokens": 0}
+    store.save(tmp_path / "run", content_of(engine, groups), begin, keep=1)
+    job = tiny_job(run_dir=str(tmp_path / "run"))
+    job.model.vocab_size = VOCAB
+    frozen.freeze(job, tmp_path / "run")
+    export_as(tmp_path / "run", tmp_path / "out", None, Trainer.megatron_lm)
+    tracker = tmp_path / "out" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "release"
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {tracker.name, "release"}
+    import_checkpoint(tmp_path / "out", tmp_path / "back", None, None)
+    assert layout.locate(tmp_path / "back").position() == begin
+
+
 def test_the_arguments_are_those_that_megatron_lm_reads(
     run: tuple[Path, Any], tmp_path: Path
 ) -> None:
