@@ -31,6 +31,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # in place of an iteration: weights of a converter, at step 0
 RUN_CONFIG, TRAIN_STATE, LATEST = "run_config.yaml", "train_state.pt", "latest_train_state.pt"
 WEIGHTS, CONTEXT, MODEL_FILE = "weights", "context", "model.yaml"
+IO_FILE = "io.json"  # in the context: see nemo_context.py
 PREFIX_OF_NEMO = "module."
 TOKENIZERS = ("tokenizer", "nemo_tokenizer", "hf_tokenizer")  # folders that hold one, or may
 _LONGEST = 18  # digits of an iteration

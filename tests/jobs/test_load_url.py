@@ -69,6 +69,8 @@ def parent(
         yield made
         return
     with serve(monkeypatch) as server:
+        # fsspec keeps a file system for a process, and this one the server of the test before.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         url = f"s3://{BUCKET}/runs/a"
         made = Parent(trained, url, server.files, f"{BUCKET}/runs/a", cache, data)
         copy(trained, url)
@@ -150,12 +152,12 @@ def test_generate_convert_and_verify_take_a_url(parent: Parent, tmp_path: Path) 
     expected = finish(start("generate", f"checkpoint={parent.run_dir}", *prompt))
     actual = finish(start("generate", f"checkpoint={parent.url}", *prompt))
     assert (actual.code, actual.out) == (0, expected.out), actual.err
-    for name, source in (("here", parent.run_dir), ("there", parent.url)):
+    for name, source in (("one", parent.run_dir), ("other", parent.url)):
         done = finish(start("convert", f"export={source}", f"output={tmp_path / name}"))
         assert done.code == 0, done.err
     file = "model.safetensors"
-    assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
-    words = (f"hf={tmp_path / 'there'}", "logits=false")
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    words = (f"hf={tmp_path / 'other'}", "logits=false")
     verified = finish(start("verify", f"checkpoint={parent.url}", *words))
     assert verified.code == 0, verified.err
     assert (actual.said + done.said + verified.said).count("fetching") == 1
