@@ -148,7 +148,9 @@ def _raise_if_lasting(url: str, error: Exception, hints: Hints) -> None:
     statuses = {s for e in causes if isinstance(s := getattr(e, "status", None), int)}
     answered = causes == [error] or any(map(_is_answer_of_s3, causes))
     if any(map(_is_missing_bucket, causes)):
-        raise UserError(f"{shown}: there is no such bucket; {hints.missing}") from error
+        raise UserError(
+            f"{shown} does not exist: there is no such bucket; {hints.missing}"
+        ) from error
     if statuses & _MISSING or (answered and _is_missing(error)):
         raise UserError(f"{shown} does not exist; {hints.missing}") from error
     faults = {s for s in HTTPStatus if s.is_client_error} - _WORTH_ANOTHER_TRY

@@ -222,7 +222,7 @@ def test_what_forbids_copies_is_a_sentence_before_the_first_step(
     absent = train(run_dir, data, "checkpoint.url=s3://no-such-bucket/a")
     assert absent.code == 2
     assert "s3://no-such-bucket/a" in absent.err
-    assert "does not exist; check that the bucket or folder is there" in absent.err
+    assert "there is no such bucket; check that the bucket or folder is there" in absent.err
     server.check_credentials()
     denied = train(run_dir, data, URL)
     assert denied.code == 2

@@ -64,6 +64,21 @@ def test_the_model_is_that_of_the_run_whatever_the_experiment_says(
     assert draft("train", lines).config.model == uncut(saved)
 
 
+@pytest.mark.parametrize("place", ["run", "run/", "run/checkpoints/step_00000007"])
+def test_the_model_comes_from_behind_a_url_too(
+    saved: TrainJob, load: list[str], tmp_path: Path, place: str
+) -> None:
+    lines = [TINY, f"checkpoint.load=file://{tmp_path}/{place}", *load[2:]]
+    assert draft("train", lines).config.model == uncut(saved)
+
+
+def test_a_url_without_a_run_is_refused_and_so_is_none_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"other/config.yaml does not exist; checkpoint.load must"):
+        compose("train", [TINY, f"checkpoint.load=file://{tmp_path}/other"])
+    found = problems(TINY, "checkpoint.load=s3://")
+    assert "must be the URL of a folder" in str(found["checkpoint.load"])
+
+
 def test_a_whole_checkpoint_brings_its_model_too(saved: TrainJob, load: list[str]) -> None:
     assert compose("train", load[:2]).model == uncut(saved)
 
