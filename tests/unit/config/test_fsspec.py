@@ -68,7 +68,7 @@ def answer(code: str) -> Exception:
         (FileNotFoundError(URL), f"{URL} does not exist; check checkpoint.url"),
         (
             with_cause(FileNotFoundError("no such bucket"), answer("NoSuchBucket")),
-            f"{URL} does not exist",
+            f"{URL} does not exist: there is no such bucket; check checkpoint.url",
         ),
         (PermissionError(errno.EACCES, "denied"), "may not be written: .*check the credentials"),
         (NoCredentialsError("none found"), "may not be written: none found; check the credentials"),

@@ -3,12 +3,9 @@
 import logging
 import shutil
 import threading
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import fsspec
 import pytest
 
 from hybrid_train.checkpoint import layout
@@ -20,12 +17,11 @@ from tests.unit.checkpoint.test_mirror import FILES, SIZE, checkpoint, contents
 
 
 @pytest.fixture
-def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A run with the checkpoints of steps 5 and 10, and a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(logging.getLogger("hybrid_train"), "propagate", True)
-    folder = uuid.uuid4().hex
-    made = f"memory://{folder}/a"
+    made = f"file://{tmp_path}/there/a"
     mirror = Mirror(made)
     owner, _ = mirror.claim(tmp_path / "run")
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
@@ -34,8 +30,7 @@ def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     beside = [tmp_path / "run" / name for name in ("tokenizer", "metrics.jsonl")]
     for step in (5, 10):
         mirror.copy(checkpoint(tmp_path / "run", step), beside, owner)
-    yield made
-    fsspec.filesystem("memory").rm(f"/{folder}", recursive=True)
+    return made
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -88,7 +83,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_fetched(
     monkeypatch.setattr(
         fetched_checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE)
     )
-    with pytest.raises(UserError, match="the disk is full: the checkpoint of checkpoint.load"):
+    with pytest.raises(UserError, match=r"disk is full: the checkpoint of checkpoint.load"):
         folder_of(url, "checkpoint.load")
 
 
