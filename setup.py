@@ -79,6 +79,7 @@ setup(
             "transformers>=5.8",  # the reference that some tests compare with
             "torchao==0.18.*",  # another: quantized operands, by functions that it calls prototypes
             "s3fs",
+            "fiddle",  # reads what NeMo 2 would read of an export
             "moto[s3]",  # with flask, the S3-compatible server of the tests
             "flask",
             "flask-cors",

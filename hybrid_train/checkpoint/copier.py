@@ -13,8 +13,8 @@ from pathlib import Path
 
 from hybrid_train.checkpoint.layout import Found
 from hybrid_train.checkpoint.mirror import Mirror, TakenOverError
+from hybrid_train.config.fsspec import in_words, patient
 from hybrid_train.config.secrets import masked
-from hybrid_train.runtime.fsspec import in_words, patient
 from hybrid_train.schema.problems import UserError
 
 _log = logging.getLogger(__name__)

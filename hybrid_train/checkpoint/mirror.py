@@ -28,16 +28,21 @@ from hybrid_train.checkpoint.layout import (
     POSITION,
     Found,
 )
+from hybrid_train.config.fsspec import (
+    FIRST_WAIT_S,
+    TRIES,
+    Hints,
+    doubling,
+    file_system,
+    retried,
+)
 from hybrid_train.config.secrets import MASK, masked
-from hybrid_train.runtime.fsspec import Hints, doubling, file_system, retried
 from hybrid_train.schema.problems import UserError
 
 OWNER = "owner.json"  # who copies to the URL
 # Stores without folders. Elsewhere a folder is made before a file; on S3 that would make a bucket.
 _FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
-_READ = Hints("check checkpoint.url", "or leave checkpoint.url out")
-_WRITTEN = Hints("check that the bucket or folder is there", _READ.driver, "write", "written")
-_TRIES, _FIRST_WAIT_S = 3, 0.5  # at the start, where somebody may wait for the message
+_MISSING_TO_WRITE = "check that the bucket or folder is there"
 
 
 class TakenOverError(UserError):
@@ -53,6 +58,7 @@ class Mirror:
         url: the folder of the run there.
         waits: called for each request: seconds before each further try; a few seconds if None.
         told: called with each fault that another try follows, and with None when one succeeds.
+        setting: that names the URL, for messages.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Mirror:
         url: str,
         waits: Callable[[], Iterable[float]] | None = None,
         told: Callable[[Exception | None], None] | None = None,
+        setting: str = "checkpoint.url",
     ) -> None:
         if MASK in url:
             raise UserError(
@@ -67,8 +74,10 @@ class Mirror:
                 "in the variables that the driver reads (AWS_ACCESS_KEY_ID and the like)"
             )
         self.url = url.rstrip("/")
-        self._waits, self._told = waits or (lambda: doubling(_TRIES, _FIRST_WAIT_S)), told
-        self._files, self._root = file_system(self.url, _READ)
+        self._waits, self._told = waits or (lambda: doubling(TRIES, FIRST_WAIT_S)), told
+        self._read = Hints(f"check {setting}", f"or leave {setting} out")
+        self._written = Hints(_MISSING_TO_WRITE, self._read.driver, "write", "written")
+        self._files, self._root = file_system(self.url, self._read)
         protocol = self._files.protocol
         self._is_flat = bool(_FLAT & ({protocol} if isinstance(protocol, str) else set(protocol)))
 
@@ -99,8 +108,7 @@ class Mirror:
         """
         self._require_owner(owner)
         place, there = self._place(found.step), self._folders().get(found.step, set())
-        sums = (found.path / CHECKSUMS).read_bytes()
-        if {POSITION, CHECKSUMS} <= there and self._bytes(f"{place}/{CHECKSUMS}") == sums:
+        if {POSITION, CHECKSUMS} <= there and self.is_equal(found):
             return 0
         if POSITION in there:
             self._remove([f"{place}/{POSITION}"])
@@ -115,6 +123,19 @@ class Mirror:
                 "the rest was copied"
             )
         return copied + self._put(found.path / POSITION, f"{place}/{POSITION}")
+
+    def is_equal(self, found: Found) -> bool:
+        """Tell whether a checkpoint with checksums has the same there."""
+        place = f"{self._place(found.step)}/{CHECKSUMS}"
+        return self._bytes(place) == (found.path / CHECKSUMS).read_bytes()
+
+    def size_of(self, step: int) -> int:
+        """Return the bytes of a checkpoint, as its checksums have them."""
+        place = f"{self._place(step)}/{CHECKSUMS}"
+        try:
+            return sum(int(size) for size, _ in json.loads(self._bytes(place)).values())
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{masked(self.url)}/{place} is damaged: {error}") from error
 
     def copy_beside(self, run_dir: Path, beside: Sequence[Path]) -> int:
         """Copy files and folders of a run folder, those that are there; return the bytes."""
@@ -139,14 +160,20 @@ class Mirror:
                     self._files.rmdir(self._at(place))
 
     def fetch(self, step: int, run_dir: Path) -> str:
-        """Bring a checkpoint into a run folder; say what is damaged, and leave it out then."""
+        """Bring a checkpoint into a run folder; say what is damaged, and leave it out then.
+
+        What a fetch that was cut off has brought as it was written stays.
+        """
         final = layout.path_of(run_dir, step)
         partial = final.with_name(final.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        names = sorted(self.files_of(step))
+        partial.mkdir(parents=True, exist_ok=True)
+        names = sorted(self.files_of(step), key=lambda name: (name != CHECKSUMS, name))
+        for path in (one for one in partial.iterdir() if one.name not in names):
+            path.unlink()
         for name in names:
-            self._get(f"{self._place(step)}/{name}", partial / name)
+            is_here = name != CHECKSUMS and (partial / name).is_file()
+            if not (is_here and layout.is_as_written(partial, name)):
+                self._get(f"{self._place(step)}/{name}", partial / name)
         if layout.damages(partial):  # on the way, or there? What is damaged there comes so again.
             for name in names:
                 if not layout.is_as_written(partial, name):
@@ -174,9 +201,10 @@ class Mirror:
         self._remove([position])
 
     def fetch_beside(self, run_dir: Path, only: Sequence[str] = ()) -> None:
-        """Bring what lies beside the checkpoints into a run folder, or some of these files."""
+        """Bring what lies beside the checkpoints, or some of its files and folders."""
         for name in self._names():
-            wanted = name in only if only else not name.startswith((f"{FOLDER}/", OWNER, ".probe-"))
+            top = name.partition("/")[0]
+            wanted = top in only if only else not name.startswith((f"{FOLDER}/", OWNER, ".probe-"))
             if wanted:
                 self._get(name, run_dir / name)
 
@@ -250,7 +278,7 @@ class Mirror:
                     raise
                 return []
 
-        paths = self._do(where, look, _READ)
+        paths = self._do(where, look, self._read)
         root = self._root.rstrip("/") + "/"
         names = (path.removeprefix(root) for path in paths if path.startswith(root))
         return sorted(name for name in names if not {"", ".", ".."} & set(name.split("/")))
@@ -258,24 +286,24 @@ class Mirror:
     def _put(self, path: Path, name: str) -> int:
         """Copy a file as it is now; what is written behind its end meanwhile is left out."""
         self._make_folder(name)
-        self._do(name, lambda: self._files.put_file(str(path), self._at(name)), _WRITTEN)
+        self._do(name, lambda: self._files.put_file(str(path), self._at(name)), self._written)
         return path.stat().st_size
 
     def _put_bytes(self, name: str, content: bytes) -> None:
         self._make_folder(name)
-        self._do(name, lambda: self._files.pipe_file(self._at(name), content), _WRITTEN)
+        self._do(name, lambda: self._files.pipe_file(self._at(name), content), self._written)
 
     def _make_folder(self, name: str) -> None:
         if not self._is_flat:
             folder = self._at(name).rpartition("/")[0]
-            self._do(name, lambda: self._files.makedirs(folder, exist_ok=True), _WRITTEN)
+            self._do(name, lambda: self._files.makedirs(folder, exist_ok=True), self._written)
 
     def _bytes(self, name: str) -> bytes:
-        return bytes(self._do(name, lambda: self._files.cat_file(self._at(name)), _READ))
+        return bytes(self._do(name, lambda: self._files.cat_file(self._at(name)), self._read))
 
     def _get(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._do(name, lambda: self._files.get_file(self._at(name), str(path)), _READ)
+        self._do(name, lambda: self._files.get_file(self._at(name), str(path)), self._read)
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
@@ -284,7 +312,7 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):  # a try before has come through
                     self._files.rm_file(self._at(name))
 
-            self._do(name, remove, _WRITTEN)
+            self._do(name, remove, self._written)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -37,6 +37,9 @@ _DTYPES = (
 )
 
 
+_Pair = tuple[ChunkStorageMetadata, ChunkStorageMetadata]
+
+
 class UnreadableError(UserError):
     """A file of a checkpoint is missing, damaged, or asks for more than tensors."""
 
@@ -217,7 +220,7 @@ class _Checked:
         return filesystem._StorageInfo(file, offset, length)
 
     def _require_whole(self, name: str, entry: TensorStorageMetadata, places: Any) -> None:
-        """Every element has one chunk, as far as their number tells, and every chunk an item."""
+        """Every element has one chunk, and every chunk an item."""
         elements = 0
         for chunk in entry.chunks:
             if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
@@ -230,6 +233,55 @@ class _Checked:
             elements += math.prod(chunk.sizes)
         if elements != math.prod(entry.size):
             _refuse(f"{name} has {elements} of {math.prod(entry.size)} elements")
+        if pair := _overlap([chunk for chunk in entry.chunks if math.prod(chunk.sizes)]):
+            one, other = (tuple(chunk.offsets) for chunk in pair)
+            _refuse(f"the parts of {name} at {one} and {other} overlap, so others are missing")
+
+
+def _overlap(chunks: list[ChunkStorageMetadata]) -> _Pair | None:
+    """Find two chunks that share an element.
+
+    Chunks of any grid fall apart along one axis after the other, in the time of a few sorts. What
+    does not fall apart is compared in pairs.
+    """
+    groups = [chunks]
+    while groups:
+        group = groups.pop()
+        if len(group) < 2:  # noqa: PLR2004  nothing to compare with
+            continue
+        for axis in range(len(group[0].sizes)):
+            parts = _apart(group, axis)
+            if len(parts) > 1:
+                groups += parts
+                break
+        else:
+            if pair := _meeting(group):
+                return pair
+    return None
+
+
+def _apart(chunks: list[ChunkStorageMetadata], axis: int) -> list[list[ChunkStorageMetadata]]:
+    """Split chunks where none of them lies on both sides of a cut through an axis."""
+    parts: list[list[ChunkStorageMetadata]] = []
+    end = 0
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[axis]):
+        if not parts or chunk.offsets[axis] >= end:
+            parts.append([])
+        parts[-1].append(chunk)
+        end = max(end, chunk.offsets[axis] + chunk.sizes[axis])
+    return parts
+
+
+def _meeting(chunks: list[ChunkStorageMetadata]) -> _Pair | None:
+    """Compare each chunk with those behind it."""
+    starts = torch.tensor([list(chunk.offsets) for chunk in chunks])
+    ends = starts + torch.tensor([list(chunk.sizes) for chunk in chunks])
+    for number in range(len(chunks) - 1):
+        behind = slice(number + 1, None)
+        meet = ((starts[behind] < ends[number]) & (ends[behind] > starts[number])).all(dim=1)
+        if meet.any():
+            return chunks[number], chunks[number + 1 + int(meet.nonzero()[0])]
+    return None
 
 
 def _require_plain_common(folder: Path, metadata: Metadata) -> None:

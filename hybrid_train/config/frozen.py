@@ -1,7 +1,9 @@
 """The config of a run in its own folder: frozen there at the start, read back from there."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
@@ -16,6 +18,7 @@ from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.train import TrainJob
 
 FROZEN_NAME = "config.yaml"  # of the config in a run folder
+_AT_CHECKPOINT = re.compile(r"(.+)/checkpoints/step_\d{8,}/*")  # as checkpoint/layout.py names it
 _UNREADABLE = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -65,6 +68,28 @@ def load(run_dir: Path) -> TrainJob:
         raise ConfigError(error.problems, f"read from {path}") from error
     except _UNREADABLE as error:
         raise ConfigError([yaml_files.explained(error)], f"read from {path}") from error
+
+
+def run_of(url: str) -> str:
+    """Return the URL of the run that a URL of it, or of one of its checkpoints, means."""
+    match = _AT_CHECKPOINT.fullmatch(url)
+    return match[1] if match else url.rstrip("/")
+
+
+def load_behind(url: str, setting: str) -> TrainJob:
+    """Read the config of a run behind a URL of it, or of one of its checkpoints.
+
+    Raises:
+        UserError: if it cannot be read, or there is none; `setting` is what names the URL.
+        ConfigError: if the config does not fit this version's settings.
+    """
+    from hybrid_train.config.fsspec import Hints, content_of  # takes a moment to import
+
+    hints = Hints(f"{setting} must be the URL of a run or of one of its checkpoints/step_*", "")
+    with TemporaryDirectory() as name:
+        for file in (FROZEN_NAME, formats.FILE_NAME):
+            (Path(name) / file).write_bytes(content_of(f"{run_of(url)}/{file}", hints))
+        return load(Path(name))
 
 
 def _with_present_names(saved: Any) -> Any:

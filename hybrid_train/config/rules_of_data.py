@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hybrid_train.planning import degrees
 from hybrid_train.planning.phases import PHASE_SETTINGS, scheduled_tokens
+from hybrid_train.schema.checkpoint import URL, URL_RULE
 from hybrid_train.schema.data import (
     Data,
     Packing,
@@ -386,7 +387,7 @@ def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:
         value = job.checkpoint.load_only.name
         yield Problem("checkpoint.load_only", value, "needs checkpoint.load=PATH", "null")
     if load is not None:
-        yield from _folder_problems("checkpoint.load", load)
+        yield from _checkpoint_problems("checkpoint.load", load)
 
 
 def no_run(path: str, folder: str, config_name: str) -> Problem:
@@ -394,6 +395,14 @@ def no_run(path: str, folder: str, config_name: str) -> Problem:
     lacking = list(_folder_problems(path, folder))
     rule = f"is no run folder, nor a checkpoint of one: it has no {config_name}"
     return lacking[0] if lacking else Problem(path, folder, rule)
+
+
+def _checkpoint_problems(path: str, place: str) -> Iterator[Problem]:
+    """Say that a folder is not there, or that a URL is none; what it names is known when asked."""
+    if "://" not in place:
+        yield from _folder_problems(path, place)
+    elif not URL.fullmatch(place):
+        yield Problem(path, place, URL_RULE)
 
 
 def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
@@ -421,7 +430,7 @@ FILE_RULES = (
 
 def generation_problems(job: GenerateJob) -> Iterator[Problem]:
     """Yield what a generation job lacks on disk or in its prompts."""
-    yield from _folder_problems("checkpoint", job.checkpoint)
+    yield from _checkpoint_problems("checkpoint", job.checkpoint)
     if not job.prompt and job.prompt_file is None:
         yield Problem(
             "prompt", "[]", "needs prompt=TEXT (repeat it for several) or prompt_file=PATH"
@@ -432,11 +441,11 @@ def generation_problems(job: GenerateJob) -> Iterator[Problem]:
 
 def conversion_problems(job: object) -> Iterator[Problem]:
     """Yield the folders that a conversion or comparison reads and that are not there."""
-    named: dict[str, str | None] = {}
     if isinstance(job, ConvertJob):
-        named = {"import": job.import_, "export": job.export}
+        if job.import_ is not None:
+            yield from _folder_problems("import", job.import_)
+        if job.export is not None:
+            yield from _checkpoint_problems("export", job.export)
     elif isinstance(job, VerifyJob):
-        named = {"checkpoint": job.checkpoint, "hf": job.hf}
-    for path, folder in named.items():
-        if folder is not None:
-            yield from _folder_problems(path, folder)
+        yield from _checkpoint_problems("checkpoint", job.checkpoint)
+        yield from _folder_problems("hf", job.hf)

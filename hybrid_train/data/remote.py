@@ -21,8 +21,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid_train.config.fsspec import (
+    Hints,
+    cache_folder,
+    doubling,
+    file_system,
+    is_remote,
+    retried,
+)
 from hybrid_train.config.secrets import MASK
-from hybrid_train.runtime.fsspec import Hints, doubling, file_system, is_remote, retried
 from hybrid_train.schema.data import Remote
 from hybrid_train.schema.problems import UserError
 
@@ -99,7 +106,7 @@ class CachedFile:
 
     def __init__(self, url: str, settings: Remote) -> None:
         self._remote = RemoteFile(url, tries=settings.tries, first_wait_s=settings.first_wait_s)
-        folder = Path(settings.cache).expanduser() if settings.cache else default_folder()
+        folder = Path(settings.cache).expanduser() if settings.cache else cache_folder("remote")
         self._folder = CacheFolder(folder, settings.cache_bytes)
         self._block_bytes = settings.block_bytes
         self._read_ahead = settings.read_ahead
@@ -188,12 +195,6 @@ class CachedFile:
         if found is not None:
             return found
         return self._folder.put(name, iter([self._remote.fetch(start, stop)]))
-
-
-def default_folder() -> Path:
-    """Where blocks go if the configuration names no folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "hybrid_train" / "remote"
 
 
 class CacheFolder:

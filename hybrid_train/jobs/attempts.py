@@ -222,6 +222,20 @@ def conclude(run_dir: Path) -> None:
         _note_end(run_dir, number, history.FAILED, cause)
 
 
+def complete(run_dir: Path) -> None:
+    """Note that nothing is left to do, where the last attempt ended otherwise than finished.
+
+    It was killed behind its last save, say, or could not copy it; the copy is there by now.
+    """
+    known = history.attempts(history.read(run_dir))
+    if not known or known[-1].outcome == history.FINISHED:
+        return
+    last = known[-1]
+    text = f"all tokens are trained; the attempt ended as {last.kind}: {last.cause}"
+    cause = exit_reports.Cause("finished", text, (), last.end)
+    _note_end(run_dir, last.number, history.FINISHED, cause)
+
+
 def unexplained(run_dir: Path) -> tuple[int, exit_reports.Cause] | None:
     """Return number and cause of the last attempt if it is over and nobody noted why."""
     known = history.attempts(history.read(run_dir))

@@ -18,6 +18,7 @@ from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder, import_folder
 from hybrid_train.hf.tensors import Format, Theirs, require_finite, theirs_from_ours
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
+from hybrid_train.jobs.fetched_checkpoint import folder_of
 from hybrid_train.nvidia.checkpoint_folders import Trainer, trainer_of
 from hybrid_train.nvidia.export_checkpoint import export_as
 from hybrid_train.nvidia.import_checkpoint import import_checkpoint
@@ -77,7 +78,7 @@ def run_convert(job: ConvertJob) -> None:
             done = _import(source, output, dtype, job.tokenizer)
     else:
         assert job.export is not None, "the checks ask for one of them"
-        source = Path(job.export)
+        source = folder_of(job.export, "export")
         with refusals_named(export=source, output=output):
             if job.format is ExportFormat.huggingface:
                 done = export_checkpoint(source, output, dtype, int(job.shard_gb * 1e9))
@@ -107,12 +108,14 @@ def run_verify(job: VerifyJob) -> None:
     require_alone("verify")
     if job.logits:
         optional.require("transformers", "verify with logits=true")
-    with refusals_named(checkpoint=Path(job.checkpoint), hf=Path(job.hf)):
-        _verify(job)
+    start_logging()
+    source = folder_of(job.checkpoint, "checkpoint")
+    with refusals_named(checkpoint=source, hf=Path(job.hf)):
+        _verify(job, source)
 
 
-def _verify(job: VerifyJob) -> None:
-    checkpoint = open_checkpoint(Path(job.checkpoint))
+def _verify(job: VerifyJob, source: Path) -> None:
+    checkpoint = open_checkpoint(source)
     found = _compare_tensors(checkpoint, Path(job.hf))
     for line in (f"{counted(found.tensors, 'tensor')} compared", *found.lines()):
         print(line)  # noqa: T201  the result of the command
@@ -147,7 +150,7 @@ def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
 
         theirs = verify.their_logits(verify.load_theirs(folder, model).to(device), tokens).cpu()
         try:
-            loaded = load_model(job.checkpoint, job.runtime, format=GemmFormat.fp32)
+            loaded = load_model(str(checkpoint.found.path), job.runtime, format=GemmFormat.fp32)
             ours = verify.our_logits(loaded.model, tokens, checkpoint.vocab_size).cpu()
         finally:
             destroy_groups()

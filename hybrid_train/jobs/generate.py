@@ -14,6 +14,8 @@ from hybrid_train.config.launcher import require_alone
 from hybrid_train.data.any_tokenizer import AnyTokenizer
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.origin import Origin
+from hybrid_train.jobs.fetched_checkpoint import folder_of
+from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.job_roots import GenerateJob
 from hybrid_train.schema.problems import UserError
@@ -65,14 +67,16 @@ def run(job: GenerateJob) -> None:
     """Write each prompt with its continuation to stdout, and the speed to stderr."""
     texts = _prompts(job)
     require_alone("generate")
+    start_logging()
+    checkpoint = folder_of(job.checkpoint, "checkpoint")
     with process(job.runtime, job.seed):
         from hybrid_train.generation.decode import Settings, stream  # needs the process
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.megatron.data_parallel import destroy_groups
 
         try:
-            with refusals_named(checkpoint=Path(job.checkpoint)):
-                loaded = load_model(job.checkpoint, job.runtime)
+            with refusals_named(checkpoint=checkpoint):
+                loaded = load_model(str(checkpoint), job.runtime)
                 origin = Origin.of(loaded.run_dir)
                 ends = origin.ends(loaded.tokenizer)
             prompts = _encoded(job, texts, loaded, origin)

@@ -32,7 +32,7 @@ _RUN = {
     "parallel.expert": "The experts of a layer are spread over this many processes.",
     "parallel.context": "Each sequence is split over this many processes.",
     "checkpoint.interval": "A checkpoint is saved every so many steps; 0: only at the end.",
-    "checkpoint.load": "The run starts from this run folder or checkpoint, with its model.",
+    "checkpoint.load": "The run starts from this run or checkpoint, or its URL, with its model.",
     "runtime.device": "The run takes a GPU where there is one (auto), or cpu, or cuda.",
 }
 _OF_A_PLAN = (  # what decides sizes and layout, and what must be set
@@ -76,7 +76,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "output": "The page is written to this file; null: report.html in the run folder.",
     },
     "generate": {
-        "checkpoint": "The model comes from this run folder, or from one checkpoint of it.",
+        "checkpoint": "The model comes from this run, or one checkpoint of it (folder or URL).",
         "prompt": "The text goes on from this prompt; repeat prompt=TEXT for several.",
         "prompt_file": "Each line of this file is a prompt, too.",
         "max_new_tokens": "The text ends after this many new tokens at the latest.",
@@ -113,7 +113,7 @@ MOST_USED: dict[str, dict[str, str]] = {
     },
     "convert": {
         "import": "This folder becomes a run: of Hugging Face, Megatron-LM, Bridge or NeMo 2.",
-        "export": "This run folder, or checkpoint, becomes a folder of one of these.",
+        "export": "This run, or checkpoint (folder or URL), becomes a folder of one of these.",
         "output": "The result is written to this folder, which must be new.",
         "format": "Whose folder an export becomes; that of an import is recognised.",
         "tokenizer": "An import takes this tokenizer; null: that of the folder, if it has one.",
@@ -121,7 +121,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "shard_gb": "Each file of an export has at most this many gigabytes (1e9 bytes).",
     },
     "verify": {
-        "checkpoint": "This run folder, or checkpoint, is one side of the comparison.",
+        "checkpoint": "This run, or checkpoint (folder or URL), is one side of the comparison.",
         "hf": "This Hugging Face folder is the other side.",
         "logits": "The logits are compared, too, if this is true; transformers computes theirs.",
         "length": "Logits are compared on sequences of this many tokens.",

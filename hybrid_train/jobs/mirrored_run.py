@@ -155,12 +155,15 @@ def start_copier(settings: Checkpoint, run_dir: Path) -> Copier | None:
 
 
 def copy_complete(settings: Checkpoint, run_dir: Path) -> None:
-    """Copy what a run that is complete has not copied yet; every process calls this.
+    """Copy what a run that is complete has not copied yet, and note that it is complete.
+
+    Every process calls this.
 
     Raises:
         UserError: if that is not possible.
     """
     if settings.url is None:
+        ranks.run_on_main_first(lambda: attempts.complete(run_dir))
         return
     copier = start_copier(settings, run_dir)
     newest = layout.latest(run_dir)
@@ -169,4 +172,5 @@ def copy_complete(settings: Checkpoint, run_dir: Path) -> None:
     if failure := copied(copier, run_dir, settings.keep):
         raise failure
     if copier is not None:
+        attempts.complete(run_dir)
         copier.close()

@@ -29,7 +29,7 @@ from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.hf import origin
-from hybrid_train.jobs import attempts, mirrored_run, run_folder
+from hybrid_train.jobs import attempts, fetched_checkpoint, mirrored_run, run_folder
 from hybrid_train.jobs.phase_builder import PhaseBuilder
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
@@ -282,7 +282,7 @@ def claim(job: TrainJob) -> Start:
         return Start(own, is_own=True)
     if job.checkpoint.load is None:
         return Start(None)
-    found = layout.locate(Path(job.checkpoint.load))
+    found = layout.locate(fetched_checkpoint.folder_of(job.checkpoint.load, "checkpoint.load"))
     run_folder.require_same_model(job, found)
     if damaged := store.damages(found):
         error = UserError(f"{found.path} is damaged: {damaged}; take another checkpoint")

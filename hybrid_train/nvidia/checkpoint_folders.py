@@ -28,8 +28,10 @@ from hybrid_train.nvidia.arguments import Settings
 from hybrid_train.schema.problems import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # in place of an iteration: weights of a converter, at step 0
 RUN_CONFIG, TRAIN_STATE, LATEST = "run_config.yaml", "train_state.pt", "latest_train_state.pt"
 WEIGHTS, CONTEXT, MODEL_FILE = "weights", "context", "model.yaml"
+IO_FILE = "io.json"  # in the context: see nemo_context.py
 PREFIX_OF_NEMO = "module."
 TOKENIZERS = ("tokenizer", "nemo_tokenizer", "hf_tokenizer")  # folders that hold one, or may
 _LONGEST = 18  # digits of an iteration
@@ -97,9 +99,9 @@ def _iteration_of(folder: Path) -> Path | None:
     tracker = folder / TRACKER
     if tracker.is_file():
         said = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if not (said == "release" or (said.isdecimal() and len(said) < _LONGEST)):
+        if not (said == RELEASE or (said.isdecimal() and len(said) < _LONGEST)):
             raise UserError(f"{tracker} says {said[:40]!r}, which is no iteration")
-        return folder / (said if said == "release" else f"iter_{int(said):07d}")
+        return folder / (said if said == RELEASE else f"iter_{int(said):07d}")
     found = [one for one in folder.glob("iter_*") if _ITERATION.fullmatch(one.name)]
     return max(found, key=lambda one: int(one.name.removeprefix("iter_")), default=None)
 

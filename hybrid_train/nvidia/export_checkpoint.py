@@ -9,6 +9,7 @@ so it is written for each module that may ask: Megatron-Core refuses a checkpoin
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,11 @@ from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint, trained_
 from hybrid_train.nvidia import arguments
 from hybrid_train.nvidia.checkpoint_folders import (
     CONTEXT,
+    IO_FILE,
     LATEST,
     MODEL_FILE,
     PREFIX_OF_NEMO,
+    RELEASE,
     RUN_CONFIG,
     TOKENIZERS,
     TRACKER,
@@ -37,6 +40,7 @@ from hybrid_train.nvidia.checkpoint_folders import (
     Trainer,
 )
 from hybrid_train.nvidia.import_checkpoint import Copied, moves
+from hybrid_train.nvidia.nemo_context import CALLED, TARGET, io_json
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.units import counted
 
@@ -44,10 +48,14 @@ _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _ONE_RANK = dict.fromkeys(
     ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"), 1
 )
-_SQUARED_RELU = {"_target_": "megatron.core.activations.squared_relu", "_call_": False}
+_SQUARED_RELU = {TARGET: "megatron.core.activations.squared_relu", CALLED: False}
 _PROVIDER = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
 _NEMO_MODEL = "nemo.collections.llm.gpt.model.ssm.MambaModel"
 _NEMO_DATA = "PreTrainingDataModule"  # whose state NeMo keeps under the name of its class
+_NEMO_TOKENIZERS = (
+    "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
+    "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer",
+)
 _NEMO_CONFIG = "nemo.collections.llm.gpt.model.ssm.SSMConfig"
 _log = logging.getLogger(__name__)
 
@@ -108,12 +116,16 @@ def _layout(folder: Path, run: _Run, trainer: Trainer) -> Path:
         weights, context = folder / WEIGHTS, folder / CONTEXT
         weights.mkdir()
         context.mkdir()
-        _write_yaml(context / MODEL_FILE, _nemo_model(run))
         _keep_tokenizer(tokenizer, context / TOKENIZERS[1])
+        model = _nemo_model(run, _nemo_tokenizer(context / TOKENIZERS[1]))
+        _write_yaml(context / MODEL_FILE, model)
+        (context / IO_FILE).write_text(json.dumps(io_json(model), indent=1), encoding="utf-8")
         return weights
-    weights = folder / f"iter_{run.step:07d}"
+    # Megatron-LM refuses iteration 0 before November 2025 (#2199), and knows this word always.
+    is_release = trainer is Trainer.megatron_lm and run.step == 0
+    weights = folder / (RELEASE if is_release else f"iter_{run.step:07d}")
     weights.mkdir()
-    (folder / TRACKER).write_text(str(run.step), encoding="utf-8")
+    (folder / TRACKER).write_text(RELEASE if is_release else str(run.step), encoding="utf-8")
     _keep_tokenizer(tokenizer, weights / TOKENIZERS[0])
     if trainer is Trainer.bridge:
         _write_yaml(weights / RUN_CONFIG, _run_config(run))
@@ -226,7 +238,7 @@ def _is_half(run: _Run) -> bool:
 
 def _fields(run: _Run) -> dict[str, Any]:
     half = _is_half(run)
-    dtype = {"_target_": f"torch.{'bfloat16' if half else 'float32'}", "_call_": False}
+    dtype = {TARGET: f"torch.{'bfloat16' if half else 'float32'}", CALLED: False}
     return {
         **run.fields,
         **run.sizes,
@@ -240,7 +252,7 @@ def _fields(run: _Run) -> dict[str, Any]:
 def _run_config(run: _Run) -> dict[str, Any]:
     return {
         "model": {
-            "_target_": _PROVIDER,
+            TARGET: _PROVIDER,
             **_fields(run),
             **_ONE_RANK,
             "should_pad_vocab": True,
@@ -265,11 +277,24 @@ def _train_state(run: _Run) -> dict[str, torch.Tensor]:
     }
 
 
-def _nemo_model(run: _Run) -> dict[str, Any]:
+def _nemo_model(run: _Run, tokenizer: dict[str, str]) -> dict[str, Any]:
     fields = _fields(run)
     pattern = fields.pop("hybrid_layer_pattern")
-    config = {"_target_": _NEMO_CONFIG, "hybrid_override_pattern": pattern, **fields}
-    return {"_target_": _NEMO_MODEL, "config": config}
+    config = {TARGET: _NEMO_CONFIG, "hybrid_override_pattern": pattern, **fields}
+    return {
+        TARGET: _NEMO_MODEL,
+        "config": config,
+        **({"tokenizer": tokenizer} if tokenizer else {}),
+    }
+
+
+def _nemo_tokenizer(folder: Path) -> dict[str, str]:
+    """Name the class for a tokenizer in a context; its path is relative to the context."""
+    if (folder / "tokenizer.json").is_file():
+        return {TARGET: _NEMO_TOKENIZERS[0], "pretrained_model_name": folder.name}
+    if (folder / "tokenizer.model").is_file():
+        return {TARGET: _NEMO_TOKENIZERS[1], "model_path": f"{folder.name}/tokenizer.model"}
+    return {}
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:
@@ -279,10 +304,10 @@ def _write_yaml(path: Path, content: dict[str, Any]) -> None:
 def _say(run: _Run, output: Path, trainer: Trainer) -> None:
     _log.info("the optimizer's state stays behind: %s is loaded without", output)
     if trainer is Trainer.nemo:
-        _log.warning(
-            "%s has no io.json, in which NeMo keeps objects of its own: load the weights into a "
-            "model that your recipe makes (nl.AutoResume with RestoreConfig)",
-            output / CONTEXT,
+        _log.info(
+            "%s names model and tokenizer; trainer, optimizer and data are those of your recipe "
+            "(nl.AutoResume with RestoreConfig)",
+            output / CONTEXT / IO_FILE,
         )
     if loss := run.cast.in_words(len(run.tensors)):
         _log.warning("%s", loss)

@@ -64,6 +64,15 @@ def broadcast_from_main[T](work: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]  # it was set on the main process
 
 
+def is_true_on_all(fact: Callable[[], bool]) -> bool:
+    """Tell whether something is so on every process."""
+    import torch.distributed as dist
+
+    found: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, fact())
+    return all(found)
+
+
 def all_or_none[T](work: Callable[[], T]) -> T:
     """Do `work` on every process; all fail if one does, so that none waits for it later.
 

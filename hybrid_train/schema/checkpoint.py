@@ -10,7 +10,8 @@ from hybrid_train.schema.limits import Count, CountOrNone, Factor, FileName, Ran
 from hybrid_train.schema.problems import Problem
 
 SpikeWindow = Annotated[int, Range(8, 10**6)]  # of fewer, sigma says nothing
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/\s].*", re.IGNORECASE)
+URL = re.compile(r"[a-z][a-z0-9+.-]*://.*[^/\s].*", re.IGNORECASE)
+URL_RULE = "must be the URL of a folder, such as s3://BUCKET/runs/a"
 StragglerRatio = Annotated[float, Range(1, 1000)]
 
 
@@ -27,17 +28,15 @@ class Checkpoint:
     interval: CountOrNone = 500  # steps between saves; 0: only at the end
     keep: Count = 2  # newest checkpoints that stay
     async_save: bool = True  # train on while it is written, from a copy in host memory
-    load: FileName | None = None  # a run folder or one checkpoint; the model is that of the run
+    load: FileName | None = None  # a run folder, a checkpoint, or the URL of one; with its model
     load_only: LoadOnly | None = None  # None: weights, optimizer and position
     url: FileName | None = None  # whole checkpoints are copied there, and fetched if newer there
     url_patience_s: SecondsOrMore = 600  # a network that is gone for longer ends the try to copy
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
-        if self.url is not None and not _URL.fullmatch(self.url):
-            yield Problem(
-                "url", self.url, "must be the URL of a folder, such as s3://BUCKET/runs/a"
-            )
+        if self.url is not None and not URL.fullmatch(self.url):
+            yield Problem("url", self.url, URL_RULE)
 
 
 @dataclass(kw_only=True)

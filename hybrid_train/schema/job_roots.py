@@ -133,7 +133,7 @@ class ConvertJob:
     """A folder of Hugging Face or of NVIDIA's trainers becomes a run, or the other way round."""
 
     import_: FileName | None = None  # the folder, whosever; on the command line import=FOLDER
-    export: FileName | None = None  # a run folder or one checkpoint of it
+    export: FileName | None = None  # a run folder, one checkpoint of it, or the URL of either
     output: FileName = MISSING  # new run folder, or new folder of the export
     format: ExportFormat = ExportFormat.huggingface  # of the export; an import's is recognised
     dtype: WeightFormat = WeightFormat.keep  # expert biases stay float32
@@ -159,7 +159,7 @@ class ConvertJob:
 class VerifyJob:
     """Names, shapes, formats and values of both sides, then logits of the same tokens."""
 
-    checkpoint: FileName = MISSING  # a run folder or one checkpoint of it
+    checkpoint: FileName = MISSING  # a run folder, one checkpoint of it, or the URL of either
     hf: FileName = MISSING  # Hugging Face folder
     logits: bool = True  # needs transformers, and room for both models in float32
     length: Length = 300  # tokens of each sequence
@@ -173,7 +173,7 @@ class VerifyJob:
 class GenerateJob:
     """Text from a checkpoint. Without temperature the most likely token is taken each time."""
 
-    checkpoint: FileName = MISSING  # a run folder or one checkpoint of it
+    checkpoint: FileName = MISSING  # a run folder, one checkpoint of it, or the URL of either
     prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
     prompt_file: FileName | None = None  # one prompt per line
     bos: bool | None = None  # begin as the tokenizer does; None: if the model was imported

@@ -208,6 +208,10 @@ def test_a_run_goes_on_while_nothing_can_be_copied_and_copies_when_it_can(
     assert again.code == 0, again.err
     assert "is complete" in again.said
     assert (there / "a" / "checkpoints" / "step_00000020" / "position.json").is_file()
+    for folder in (run_dir, there / "a"):  # whoever fetches it learns that, too
+        (attempt,) = history.attempts(history.read(folder))
+        assert attempt.outcome == history.FINISHED
+        assert "the newest checkpoint was not copied" in attempt.cause
 
 
 @pytest.mark.slow
@@ -218,7 +222,7 @@ def test_what_forbids_copies_is_a_sentence_before_the_first_step(
     absent = train(run_dir, data, "checkpoint.url=s3://no-such-bucket/a")
     assert absent.code == 2
     assert "s3://no-such-bucket/a" in absent.err
-    assert "does not exist; check that the bucket or folder is there" in absent.err
+    assert "there is no such bucket; check that the bucket or folder is there" in absent.err
     server.check_credentials()
     denied = train(run_dir, data, URL)
     assert denied.code == 2

@@ -69,6 +69,39 @@ def test_what_comes_back_is_what_went(url: str, tmp_path: Path) -> None:
     assert contents(found[0].path) == contents(layout.path_of(tmp_path / "here", 10))
 
 
+def test_a_fetch_that_was_cut_off_at_any_file_goes_on_there(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = copied(url, tmp_path / "here", 5)
+    here, get = layout.path_of(tmp_path / "here", 5), Mirror._get
+    total = len(list(here.iterdir()))
+    for last in range(total):
+        back, came = tmp_path / f"back{last}", list[str]()
+
+        def cut(self: Mirror, name: str, path: Path) -> None:
+            if len(came) == last:  # noqa: B023  used before the next round
+                path.write_bytes(b"half")
+                raise KeyboardInterrupt
+            get(self, name, path)
+            came.append(name)  # noqa: B023
+
+        monkeypatch.setattr(Mirror, "_get", cut)
+        with pytest.raises(KeyboardInterrupt):
+            mirror.fetch(5, back)
+        assert layout.complete(back) == []
+        again = list[str]()
+
+        def watched(self: Mirror, name: str, path: Path) -> None:
+            again.append(name)  # noqa: B023
+            get(self, name, path)
+
+        monkeypatch.setattr(Mirror, "_get", watched)
+        assert mirror.fetch(5, back) == ""
+        assert contents(layout.path_of(back, 5)) == contents(here)
+        kept = {name for name in came if not name.endswith("checksums.json")}
+        assert not kept & set(again)
+
+
 def test_a_copy_that_was_cut_off_at_any_file_is_not_whole(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

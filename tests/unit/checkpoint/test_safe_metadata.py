@@ -3,13 +3,14 @@
 import io
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import (
     SavePlan,
     TensorWriteData,
@@ -137,6 +138,16 @@ def _beyond(metadata: Metadata) -> None:
     metadata.state_dict_metadata["a"].chunks[0].sizes = torch.Size((7, 4))
 
 
+def _overlapping(metadata: Metadata) -> None:
+    # Twenty-four elements, but the first two rows twice and the last two never.
+    chunks = metadata.state_dict_metadata["a"].chunks
+    (second,) = [one for one in chunks if one.offsets[0] == 4]
+    second.offsets = torch.Size((2, 0))
+    metadata.storage_data[MetadataIndex("a", torch.Size((2, 0)))] = next(
+        iter(metadata.storage_data.values())
+    )
+
+
 def _no_item(metadata: Metadata) -> None:
     metadata.storage_data = dict(list(metadata.storage_data.items())[1:])
 
@@ -157,6 +168,7 @@ def _no_shape(metadata: Metadata) -> None:
         (_too_long, "is cut short"),
         (_too_few, "a has 16 of 24 elements"),
         (_beyond, "a chunk of a reaches beyond its shape"),
+        (_overlapping, r"parts of a at \(0, 0\) and \(2, 0\) overlap, so others are missing"),
         (_no_item, "the part of a at"),
         (_missing_file, "__7_7.distcp is missing"),
         (_no_shape, "damaged or not to be trusted"),
@@ -170,6 +182,39 @@ def test_an_index_that_does_not_add_up_is_refused(
     rewrite(checkpoint, metadata)
     with pytest.raises(UserError, match=message):
         safe_metadata.read(checkpoint)
+
+
+def boxes(*sides: tuple[int, int, int, int]) -> list[ChunkStorageMetadata]:
+    """Make chunks of two axes from start and size of each."""
+    return [
+        ChunkStorageMetadata(torch.Size((row, column)), torch.Size((rows, columns)))
+        for row, column, rows, columns in sides
+    ]
+
+
+# Around the square in the middle: no cut through either axis leaves all chunks in one piece.
+WINDMILL = boxes((0, 0, 1, 2), (0, 2, 2, 1), (2, 1, 1, 2), (1, 0, 2, 1), (1, 1, 1, 1))
+
+
+def test_chunks_that_no_cut_separates_are_compared_in_pairs() -> None:
+    assert safe_metadata._overlap(WINDMILL) is None
+    assert safe_metadata._overlap([*WINDMILL[:4], *boxes((0, 1, 2, 1))]) is not None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_overlap_is_found_as_painting_finds_it(seed: int) -> None:
+    draw = random.Random(seed)
+    chunks = boxes(
+        *(
+            (draw.randrange(12), draw.randrange(12), draw.randint(1, 3), draw.randint(1, 3))
+            for _ in range(draw.randint(2, 9))
+        )
+    )
+    painted = torch.zeros(16, 16, dtype=torch.int)
+    for chunk in chunks:
+        (row, column), (rows, columns) = chunk.offsets, chunk.sizes
+        painted[row : row + rows, column : column + columns] += 1
+    assert (safe_metadata._overlap(chunks) is not None) == bool((painted > 1).any())
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"garbage", pickle.dumps({"a": 1})])

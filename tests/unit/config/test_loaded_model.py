@@ -8,7 +8,7 @@ import pytest
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config.compose import compose, draft
-from hybrid_train.config.frozen import freeze
+from hybrid_train.config.frozen import freeze, run_of
 from hybrid_train.jobs.run_folder import require_same_model
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -62,6 +62,35 @@ def test_the_model_is_that_of_the_run_whatever_the_experiment_says(
 ) -> None:
     lines = [experiment, f"checkpoint.load={tmp_path / place}", *load[2:]]
     assert draft("train", lines).config.model == uncut(saved)
+
+
+@pytest.mark.parametrize("place", ["run", "run/", "run/checkpoints/step_00000007"])
+def test_the_model_comes_from_behind_a_url_too(
+    saved: TrainJob, load: list[str], tmp_path: Path, place: str
+) -> None:
+    lines = [TINY, f"checkpoint.load=file://{tmp_path}/{place}", *load[2:]]
+    assert draft("train", lines).config.model == uncut(saved)
+
+
+@pytest.mark.parametrize(
+    ("url", "run"),
+    [
+        ("s3://b/a/checkpoints/step_00000007", "s3://b/a"),
+        ("s3://b/a/checkpoints/step_00000007/", "s3://b/a"),
+        ("s3://b/a/", "s3://b/a"),
+        ("s3://checkpoints/a", "s3://checkpoints/a"),  # a bucket of that name
+        ("s3://b/checkpoints/step", "s3://b/checkpoints/step"),
+    ],
+)
+def test_the_run_is_told_from_its_checkpoint(url: str, run: str) -> None:
+    assert run_of(url) == run
+
+
+def test_a_url_without_a_run_is_refused_and_so_is_none_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"other/config.yaml does not exist; checkpoint.load must"):
+        compose("train", [TINY, f"checkpoint.load=file://{tmp_path}/other"])
+    found = problems(TINY, "checkpoint.load=s3://")
+    assert "must be the URL of a folder" in str(found["checkpoint.load"])
 
 
 def test_a_whole_checkpoint_brings_its_model_too(saved: TrainJob, load: list[str]) -> None:

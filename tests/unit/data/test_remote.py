@@ -146,7 +146,7 @@ def test_waits_between_tries_double(
 ) -> None:
     waited: list[float] = []
     server.fail_every, remote.tries, remote.first_wait_s = 1, 4, 0.5
-    monkeypatch.setattr("hybrid_train.runtime.fsspec.time.sleep", waited.append)
+    monkeypatch.setattr("hybrid_train.config.fsspec.time.sleep", waited.append)
     with pytest.raises(UserError, match="4 tries"):
         FileDocuments(f"{server.url}/a", remote=remote)
     assert waited == [0.5, 1, 2]

@@ -50,6 +50,20 @@ def test_the_end_of_an_attempt_is_explained_once(run_dir: Path) -> None:
     assert len([one for one in history.read(run_dir) if one["event"] == history.END]) == 1
 
 
+def test_a_run_that_turns_out_to_be_complete_is_finished_and_its_end_stays_where_it_was(
+    run_dir: Path,
+) -> None:
+    attempts.conclude(run_dir)
+    (failed,) = history.attempts(history.read(run_dir))
+    attempts.complete(run_dir)
+    attempts.complete(run_dir)
+    (attempt,) = history.attempts(history.read(run_dir))
+    assert (attempt.outcome, attempt.kind) == ("finished", "finished")
+    assert attempt.end == failed.end
+    assert attempt.cause == f"all tokens are trained; the attempt ended as killed: {failed.cause}"
+    assert len([one for one in history.read(run_dir) if one["event"] == history.END]) == 2
+
+
 def test_a_living_process_keeps_its_folder_and_a_dead_one_does_not(run_dir: Path) -> None:
     ours = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
     alive(run_dir, os.getpid(), ours)

@@ -1,16 +1,19 @@
 """What is exported has their names and comes back; tests/distributed lets Megatron-Core load it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
 from hybrid_train.nvidia.checkpoint_folders import Trainer, look
 from hybrid_train.nvidia.export_checkpoint import export_as
 from hybrid_train.nvidia.import_checkpoint import import_checkpoint
+from hybrid_train.nvidia.nemo_context import io_json
 from hybrid_train.schema.model import LayerRule, MlpSizes
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import tokens
@@ -53,6 +56,25 @@ def test_what_was_exported_comes_back(
     read_weights(found.path, other.network.chunks, groups)
     expected = weights_of(run[1])
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(other).items())
+
+
+def test_weights_that_no_step_has_changed_are_a_release_for_megatron_lm(
+    groups: Any, tmp_path: Path
+) -> None:
+    from hybrid_train.checkpoint import layout, store
+
+    engine = engine_of(groups, seed=1)
+    begin = {"step": 0, "tokens": 0}
+    store.save(tmp_path / "run", content_of(engine, groups), begin, keep=1)
+    job = tiny_job(run_dir=str(tmp_path / "run"))
+    job.model.vocab_size = VOCAB
+    frozen.freeze(job, tmp_path / "run")
+    export_as(tmp_path / "run", tmp_path / "out", None, Trainer.megatron_lm)
+    tracker = tmp_path / "out" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "release"
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {tracker.name, "release"}
+    import_checkpoint(tmp_path / "out", tmp_path / "back", None, None)
+    assert layout.locate(tmp_path / "back").position() == begin
 
 
 def test_the_arguments_are_those_that_megatron_lm_reads(
@@ -102,6 +124,15 @@ def test_every_module_that_may_ask_has_an_empty_state(
             assert stored.saved(f"{module}._extra_state/shard_0_1") is not None, module
         experts = "decoder.layers.1.mlp.experts.experts.linear_fc2._extra_state"
         assert all(stored.saved(f"{experts}/shard_{expert}_4") for expert in range(4))
+
+
+def test_nemo_finds_the_settings_of_model_yaml_in_io_json_too(
+    run: tuple[Path, Any], tmp_path: Path
+) -> None:
+    export_as(run[0], tmp_path / "out", None, Trainer.nemo)
+    context = tmp_path / "out" / "context"
+    model = yaml.safe_load((context / "model.yaml").read_text())
+    assert json.loads((context / "io.json").read_text()) == io_json(model)
 
 
 def test_layers_of_sizes_of_their_own_are_refused(run: tuple[Path, Any], tmp_path: Path) -> None:

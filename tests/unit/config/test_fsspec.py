@@ -6,7 +6,7 @@ from collections.abc import Callable
 import fsspec
 import pytest
 
-from hybrid_train.runtime.fsspec import Hints, doubling, file_system, patient, retried
+from hybrid_train.config.fsspec import Hints, doubling, file_system, patient, retried
 from hybrid_train.schema.problems import UserError
 
 URL = "s3://bucket/runs/a"
@@ -32,7 +32,7 @@ def failing(*errors: Exception) -> Callable[[], str]:
 @pytest.fixture(autouse=True)
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
-    monkeypatch.setattr("hybrid_train.runtime.fsspec.time.sleep", found.append)
+    monkeypatch.setattr("hybrid_train.config.fsspec.time.sleep", found.append)
     return found
 
 
@@ -68,7 +68,7 @@ def answer(code: str) -> Exception:
         (FileNotFoundError(URL), f"{URL} does not exist; check checkpoint.url"),
         (
             with_cause(FileNotFoundError("no such bucket"), answer("NoSuchBucket")),
-            f"{URL} does not exist",
+            f"{URL} does not exist: there is no such bucket; check checkpoint.url",
         ),
         (PermissionError(errno.EACCES, "denied"), "may not be written: .*check the credentials"),
         (NoCredentialsError("none found"), "may not be written: none found; check the credentials"),
@@ -102,7 +102,7 @@ def test_patience_lasts_as_long_as_it_is_said_to_from_the_first_fault_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("hybrid_train.runtime.fsspec.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hybrid_train.config.fsspec.time.monotonic", lambda: now[0])
     waits = []
     for wait_s in patient(60, first_wait_s=0.5, longest_s=15):
         waits.append(wait_s)

@@ -1,9 +1,11 @@
 """Files behind a URL: gateway to fsspec, which faults pass, and the tries that follow them."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -17,6 +19,7 @@ _WORTH_ANOTHER_TRY = {
 }  # fmt: skip
 # What botocore raises where it finds no credentials; no other try finds some.
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
+TRIES, FIRST_WAIT_S = 3, 0.5  # at the start, where somebody may wait for the message
 _S3_DRIVER = "; install it: pip install 'hybrid_train[s3]'"
 
 
@@ -59,6 +62,23 @@ def file_system(url: str, hints: Hints | None = None) -> tuple[Any, str]:
     except OSError as error:  # of drivers that connect when they are made
         raise UserError(f"{masked(url)} cannot be reached: {in_words(error)}") from error
     return files, str(path)
+
+
+def content_of(url: str, hints: Hints) -> bytes:
+    """Read a small file.
+
+    Raises:
+        UserError: if that is not possible, and what to do.
+    """
+    files, path = file_system(url, hints)
+    waits = doubling(TRIES, FIRST_WAIT_S)
+    return bytes(retried(url, url, lambda: files.cat_file(path), waits, hints=hints))
+
+
+def cache_folder(name: str) -> Path:
+    """Return the place of what is fetched once and kept, in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "hybrid_train" / name
 
 
 def doubling(tries: int, first_wait_s: float) -> Iterator[float]:
@@ -127,6 +147,10 @@ def _raise_if_lasting(url: str, error: Exception, hints: Hints) -> None:
     # An exception of an HTTP answer carries its status, whichever library it comes from.
     statuses = {s for e in causes if isinstance(s := getattr(e, "status", None), int)}
     answered = causes == [error] or any(map(_is_answer_of_s3, causes))
+    if any(map(_is_missing_bucket, causes)):
+        raise UserError(
+            f"{shown} does not exist: there is no such bucket; {hints.missing}"
+        ) from error
     if statuses & _MISSING or (answered and _is_missing(error)):
         raise UserError(f"{shown} does not exist; {hints.missing}") from error
     faults = {s for s in HTTPStatus if s.is_client_error} - _WORTH_ANOTHER_TRY
@@ -149,6 +173,11 @@ def _is_missing(error: Exception) -> bool:
 def _is_answer_of_s3(error: BaseException) -> bool:
     """Tell whether botocore raised it for an answer of the server: then nothing was lost."""
     return isinstance(getattr(error, "response", None), dict)
+
+
+def _is_missing_bucket(error: BaseException) -> bool:
+    answer = getattr(error, "response", None)
+    return isinstance(answer, dict) and answer.get("Error", {}).get("Code") == "NoSuchBucket"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
