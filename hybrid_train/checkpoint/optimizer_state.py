@@ -158,7 +158,7 @@ def _fragments(optimizer: MegatronOptimizer) -> Iterator[_Fragment]:
         if keeps_reduced_precision(part):
             yield from _reduced_fragments(part)
             continue
-        if not part.optimizer.state:
+        if not part.optimizer.state and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
         for parameter, start, master in updated_by(part):
             state = state_of_updated(part, master)
