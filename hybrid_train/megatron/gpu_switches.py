@@ -180,7 +180,7 @@ SWITCHES = (
            elsewhere="DistributedDataParallelConfig.nccl_ub"),
     Switch("optimizer.offload_share", lambda job: job.optimizer.offload_share > 0, _always(),
            Needs.nothing,
-           elsewhere="OptimizerConfig.optimizer_cpu_offload, optimizer_offload_fraction"),
+           elsewhere="OptimizerConfig.optimizer_cpu_offload"),
     Switch("parallel.bucket_parameters", _parallel("bucket_parameters"), _always(), Needs.nothing,
            elsewhere="DistributedDataParallelConfig.bucket_size"),
 )  # fmt: skip
