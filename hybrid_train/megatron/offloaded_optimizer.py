@@ -17,7 +17,7 @@ from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDevice
 from torch import Tensor
 
 
-class OffloadedAdamW(HybridDeviceOptimizer):  # type: ignore[misc]
+class OffloadedAdamW(HybridDeviceOptimizer):
     """AdamW on two devices; `param_groups` hold what is updated of the model's weights.
 
     Args:

@@ -266,7 +266,11 @@ def reload_float32(part: Any, updated: Tensor) -> Callable[[], None] | None:
     weight = part.optimizer.inner_param_to_orig_param[updated]
     if weight is updated or weight.dtype != torch.float32:
         return None
-    return lambda: updated.copy_(weight.detach())
+
+    def reload() -> None:
+        updated.copy_(weight.detach())
+
+    return reload
 
 
 def updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:

@@ -138,8 +138,12 @@ def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
         ("parallel.overlap_tensor=true", "parallel.tensor=2"),
         ("precision=fp8_tensorwise", "precision.fp8_attention=true"),
         ("gpu.offloaded_parts=[core_attn,attn_proj,expert_fc1]",),
-        (HOSTED, "precision=bf16", "parallel.overlap_grad_reduce=true",
-         "parallel.overlap_param_gather=true"),
+        (
+            HOSTED,
+            "precision=bf16",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.overlap_param_gather=true",
+        ),
         (HOSTED, "precision.reduce_gradients_in_fp32=false"),  # a float32 run reduces float32
     ],
 )
