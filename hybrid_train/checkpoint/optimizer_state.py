@@ -37,6 +37,9 @@ from hybrid_train.megatron.optimizers import (
     is_distributed_part,
     keeps_reduced_precision,
     own_part,
+    reload_float32,
+    state_of_updated,
+    torch_optimizers,
     updated_by,
     working_parts,
 )
@@ -75,7 +78,7 @@ class _Fragment:
     start: int  # first element of the range
     tensors: dict[str, Tensor]  # by kind, flat
     is_only_copy: bool  # no other data-parallel rank keeps the same range
-    put_back: Callable[[], None] | None = None  # where the tensors are no memory of the optimizer
+    put_back: Callable[[], None] | None = None  # brings what was loaded where it is updated
 
     @property
     def stop(self) -> int:
@@ -91,7 +94,7 @@ class OptimizerState:
     fragments: list[_Fragment]
 
     def put_back(self) -> None:
-        """Give the optimizer what was loaded into the parts, where it keeps it in fewer bits.
+        """Give the optimizer what was loaded, where it keeps that in fewer bits or elsewhere.
 
         The weights are loaded before: remainders are what they differ by from the masters.
         """
@@ -126,10 +129,11 @@ def kept_tensors(optimizer: MegatronOptimizer) -> list[Tensor] | None:
     for part in working_parts(optimizer):
         if keeps_reduced_precision(part):
             return None
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state.get(parameter, {})
-                found += [parameter, *(state[kind] for kind in _MOMENTS if kind in state)]
+        for inner in torch_optimizers(part):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    state = inner.state.get(parameter, {})
+                    found += [parameter, *(state[kind] for kind in _MOMENTS if kind in state)]
     return found
 
 
@@ -154,14 +158,15 @@ def _fragments(optimizer: MegatronOptimizer) -> Iterator[_Fragment]:
         if keeps_reduced_precision(part):
             yield from _reduced_fragments(part)
             continue
-        if not part.optimizer.state:
+        if not part.optimizer.state and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
         for parameter, start, master in updated_by(part):
-            state = part.optimizer.state[master]
+            state = state_of_updated(part, master)
             tensors = {kind: own_part(state[kind]).view(-1) for kind in _MOMENTS}
             if parameter.dtype != torch.float32:
                 tensors[MASTER] = own_part(master).view(-1)
-            yield _Fragment(parameter, start, tensors, is_distributed_part(part))
+            again = reload_float32(part, master)
+            yield _Fragment(parameter, start, tensors, is_distributed_part(part), again)
 
 
 def _reduced_fragments(part: Any) -> Iterator[_Fragment]:
@@ -219,5 +224,6 @@ def set_step_count(optimizer: MegatronOptimizer, steps: int) -> None:
 def _step_holders(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
     """Yield what counts steps: torch's AdamW by parameter, Transformer Engine's by group."""
     for part in working_parts(optimizer):
-        by_parameter = isinstance(part.optimizer, torch.optim.AdamW)
-        yield from part.optimizer.state.values() if by_parameter else part.optimizer.param_groups
+        for inner in torch_optimizers(part):
+            by_parameter = isinstance(inner, torch.optim.AdamW)
+            yield from inner.state.values() if by_parameter else inner.param_groups

@@ -12,7 +12,7 @@ from hybrid_train.schema.data import Packing
 from hybrid_train.schema.gpu import LETTERS, CudaGraphs, GraphPart, OffloadedPart, captured_parts
 from hybrid_train.schema.parallel import Dispatcher, Recompute, RecomputeModule
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.precision import GemmFormat
+from hybrid_train.schema.precision import GemmFormat, NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Kernels
 from hybrid_train.schema.train import TrainJob
@@ -252,6 +252,30 @@ def _buckets_and_buffers_fit(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("recovery.checksum_interval", job.recovery.checksum_interval, rule, 0)
 
 
+def _optimizer_can_be_offloaded(job: TrainJob, _: int) -> Iterator[Problem]:
+    """Core's optimizer in host memory takes parts of weights, and keeps float32 alone."""
+    share, plan, precision = job.optimizer.offload_share, job.parallel, job.precision
+    if not share:
+        return
+    halved = precision.base is NumberFormat.bf16 and not precision.reduce_gradients_in_fp32
+    rules = {
+        "needs parallel.distributed_optimizer=true and parallel.fsdp=false": (
+            plan.distributed_optimizer and not plan.fsdp  # optimizer_config.py 435
+        ),
+        "needs optimizer state in float32; in reduced precision is "
+        f"{', '.join(job.optimizer.reduced_state)}": not job.optimizer.reduced_state,
+        # Others are turned to float32 on a stream that the update does not wait for
+        # (hybrid_optimizer.py 89 and 166), and clipped before that.
+        "needs precision.reduce_gradients_in_fp32=true": not halved,
+        "needs precision.fp8_param_gather=false: it writes bfloat16 or float32 weights": (
+            not precision.fp8_param_gather
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            yield Problem("optimizer.offload_share", share, rule, 0)
+
+
 def _has(job: TrainJob, letter: str) -> bool:
     return letter in parse(job.model.pattern).layers
 
@@ -269,4 +293,5 @@ SWITCH_RULES = (
     _attention_has_the_format,
     _switches_have_kernels,
     _buckets_and_buffers_fit,
+    _optimizer_can_be_offloaded,
 )

@@ -55,7 +55,9 @@ def build_rank(job: TrainJob, vocab_rows: int, rank: int, processes: int) -> Bui
     # Overlap cuts buffers into more buckets, each with an end of its own, in the order of the
     # modules: some kilobytes that no plan counts.
     whole = replace(job.parallel, overlap_grad_reduce=False, overlap_param_gather=False)
-    job = replace(job, runtime=runtime, parallel=whole)
+    # State that is offloaded is the same elsewhere: all of it is counted where it would be.
+    adamw = replace(job.optimizer, offload_share=0)
+    job = replace(job, runtime=runtime, parallel=whole, optimizer=adamw)
     with one_rank(rank, processes):
         groups = build_groups(job.parallel, runtime.timeout_s)
         try:

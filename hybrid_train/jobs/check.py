@@ -131,6 +131,9 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
         f"{parallel.context} x data {plan.data_parallel:,}",
     )
     yield from _cluster(plan)
+    if hosted := plan.most_hosted():
+        share = job.optimizer.offload_share
+        yield "host memory", f"{show_bytes(hosted)} a process for {share:.0%} of the optimizer"
     yield from _experts(plan)
     yield "sequence", f"{train.sequence_length:,} tokens{_sequence_split(plan.first)}"
     yield (

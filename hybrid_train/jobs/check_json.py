@@ -194,6 +194,7 @@ def _ranks(plan: RunPlan) -> Iterator[dict[str, Any]]:
             "gradients_bytes": kept.gradients,
             "optimizer_bytes": kept.optimizer,
             "kept_bytes": kept.total,
+            "host_bytes": kept.host,
         }
 
 

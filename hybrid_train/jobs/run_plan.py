@@ -172,6 +172,10 @@ class RunPlan:
         each = (stages.most_kept(one.job, self.processes, self.rows) for one in self.phases)
         return max(each)
 
+    def most_hosted(self) -> int:
+        """Return the bytes in host memory of the process with most, in the first phase."""
+        return max(self.kept_of_rank(rank).host for rank in range(self.first.parallel.pipeline))
+
     def nodes(self) -> tuple[Cluster, int] | None:
         """Return the cluster and the number of its nodes that the run takes; None without one."""
         cluster = self.job.cluster

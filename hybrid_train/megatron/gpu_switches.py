@@ -178,6 +178,9 @@ SWITCHES = (
            elsewhere="initialize_model_parallel(nccl_communicator_config_path)"),
     Switch("gpu.nccl_user_buffers", _gpu("nccl_user_buffers"), _always(), Needs.gpu,
            elsewhere="DistributedDataParallelConfig.nccl_ub"),
+    Switch("optimizer.offload_share", lambda job: job.optimizer.offload_share > 0, _always(),
+           Needs.nothing,
+           elsewhere="OptimizerConfig.optimizer_cpu_offload"),
     Switch("parallel.bucket_parameters", _parallel("bucket_parameters"), _always(), Needs.nothing,
            elsewhere="DistributedDataParallelConfig.bucket_size"),
 )  # fmt: skip

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from hybrid_train.megatron import patches
 from hybrid_train.megatron.checkpoints import is_in_fp8
+from hybrid_train.megatron.offloaded_optimizer import OffloadedAdamW
 from hybrid_train.optim.groups import PATTERNS
 from hybrid_train.schema.optimizer import AdamW
 from hybrid_train.schema.parallel import Parallel
@@ -64,7 +65,7 @@ def build_optimizer(
     for group in optimizer.param_groups:
         # Core leaves this to its own scheduler, which we do not use.
         group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
-    _use_fused_kernel(optimizer)
+    _begin_state(optimizer)
     patches.fuse_clipping()
     _watch_norm(optimizer, on_bad_norm)
     return optimizer
@@ -83,11 +84,18 @@ def _config(adamw: AdamW, parallel: Parallel, dtype: torch.dtype) -> OptimizerCo
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather or parallel.fsdp,
-        use_precision_aware_optimizer=bool(adamw.reduced_state),
+        # Core's optimizer in host memory takes gradients and gives weights as FusedAdam with
+        # reduced-precision state does.
+        use_precision_aware_optimizer=bool(adamw.reduced_state or adamw.offload_share),
         main_grads_dtype=_DTYPES[adamw.main_gradients.value],
         main_params_dtype=_DTYPES[adamw.master_weights.value],
         exp_avg_dtype=_DTYPES[adamw.first_moment.value],
         exp_avg_sq_dtype=_DTYPES[adamw.second_moment.value],
+        optimizer_cpu_offload=adamw.offload_share > 0,
+        optimizer_offload_fraction=adamw.offload_share,
+        overlap_cpu_optimizer_d2h_h2d=True,
+        pin_cpu_grads=torch.cuda.is_available(),
+        pin_cpu_params=torch.cuda.is_available(),
     )
 
 
@@ -97,24 +105,33 @@ def _decay_rule(adamw: AdamW) -> dict[ParamKey, ParamGroupOverride]:
     return {ParamKey(name=names): ParamGroupOverride(wd_mult=0.0)} if names else {}
 
 
-def _use_fused_kernel(optimizer: MegatronOptimizer) -> None:
-    """Take torch's one-kernel AdamW; by default it loops over the parameters on a CPU.
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Let moments begin here where core would begin them with the first step, or not at all.
 
-    Its moments start at zero here rather than at the first step: Megatron asks for their step
-    count when it loads a checkpoint (distrib_optimizer.py 838, core 0.19.2).
+    A checkpoint is loaded before that step.
     """
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        for group in inner.param_groups:
-            if "fused" not in group:  # Transformer Engine's, which is fused by itself
-                return
-            group["fused"] = True
-            for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    for part in working_parts(optimizer):
+        for inner in torch_optimizers(part):
+            if isinstance(inner, torch.optim.AdamW):
+                _use_fused_kernel(inner)
+            elif _is_offloaded(part):  # Transformer Engine's, of what stays on the GPU
+                for group in inner.param_groups:
+                    for parameter in group["params"]:
+                        inner.initialize_state(parameter, False)
+        if _is_offloaded(part):
+            part.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _use_fused_kernel(inner: torch.optim.AdamW) -> None:
+    """Take torch's one-kernel AdamW; by default it loops over the parameters on a CPU."""
+    for group in inner.param_groups:
+        group["fused"] = True
+        for parameter in group["params"]:
+            inner.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _let_masters_begin_with_weights(optimizer: ChainedOptimizer, dtype: torch.dtype) -> None:
@@ -204,6 +221,21 @@ def working_parts(optimizer: MegatronOptimizer) -> Iterator[Any]:
             yield part
 
 
+def torch_optimizers(part: Any) -> Iterator[Any]:
+    """Yield those of torch's kind that keep the state of a chained optimizer.
+
+    Several where a share is offloaded: `part.optimizer` then hands them gradients and rates.
+    """
+    if _is_offloaded(part):
+        yield from part.optimizer.sub_optimizers
+    else:
+        yield part.optimizer
+
+
+def _is_offloaded(part: Any) -> bool:
+    return isinstance(part.optimizer, OffloadedAdamW)
+
+
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Tell whether state is split over data-parallel ranks."""
     return any(is_distributed_part(part) for part in optimizer.chained_optimizers)
@@ -216,7 +248,29 @@ def is_distributed_part(part: Any) -> bool:
 
 def keeps_reduced_precision(part: Any) -> bool:
     """Tell whether FusedAdam keeps the state of a chained optimizer in reduced precision."""
-    return bool(part.config.use_precision_aware_optimizer)
+    return bool(part.config.use_precision_aware_optimizer) and not _is_offloaded(part)
+
+
+def state_of_updated(part: Any, updated: Tensor) -> dict[str, Tensor]:
+    """Return the moments of weights that a chained optimizer updates, by their names in torch."""
+    owner = part.optimizer
+    key = owner.inner_param_to_orig_param[updated] if _is_offloaded(part) else updated
+    state: dict[str, Tensor] = owner.state[key]
+    return state
+
+
+def reload_float32(part: Any, updated: Tensor) -> Callable[[], None] | None:
+    """Return what takes a loaded float32 weight into its copy in host memory; None: it has none."""
+    if not _is_offloaded(part):
+        return None
+    weight = part.optimizer.inner_param_to_orig_param[updated]
+    if weight is updated or weight.dtype != torch.float32:
+        return None
+
+    def reload() -> None:
+        updated.copy_(weight.detach())
+
+    return reload
 
 
 def updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
@@ -226,13 +280,16 @@ def updated_by(part: Any) -> Iterator[tuple[Tensor, int, Tensor]]:
             if own_part(parameter).numel():
                 yield parameter.orig_param, parameter.megatron_fsdp_slice.start, parameter
     elif is_distributed_part(part):
-        halves = part.shard_float16_groups if keeps_reduced_precision(part) else None
+        given = keeps_reduced_precision(part) or _is_offloaded(part)
+        halves = part.shard_float16_groups if given else None
         ours = [
             *_pairs(part.model_fp32_groups, part.shard_fp32_groups),
             *_pairs(part.model_float16_groups, halves or part.shard_fp32_from_float16_groups),
         ]
         for parameter, master in ours:
-            yield parameter, part._get_model_param_range_map(parameter)["param"].start, master
+            start = part._get_model_param_range_map(parameter)["param"].start
+            inner = part.optimizer.param_to_inner_param[master] if _is_offloaded(part) else master
+            yield parameter, start, inner
     elif isinstance(part, Float16OptimizerWithFloat16Params):
         for parameter, master in _pairs(part.float16_groups, part.fp32_from_float16_groups):
             yield parameter, 0, master

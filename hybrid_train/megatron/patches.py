@@ -17,6 +17,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from hybrid_train.megatron import plain, written_for
+from hybrid_train.megatron.offloaded_optimizer import OffloadedAdamW
 from hybrid_train.ops import mixer
 from hybrid_train.ops.linear import add_gemm
 from hybrid_train.optim.fused_adam import FusedAdam
@@ -27,6 +28,8 @@ from hybrid_train.runtime import cpu
 def for_process(*, on_gpu: bool) -> None:
     """Let core's machinery run in this process."""
     written_for.RESULTS_QUEUE.put(_results_queue=queue.Queue())
+    for row in (written_for.OFFLOADED, written_for.OFFLOADED_PARTS):
+        row.put(HybridDeviceOptimizer=OffloadedAdamW)
     if on_gpu:
         return
     written_for.RANDOM_STATES.put(

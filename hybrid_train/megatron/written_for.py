@@ -106,6 +106,30 @@ FUSED_ADAM_CONFIG = Replacement(
     "with reduced-precision state core asks for Transformer Engine's FusedAdam, and its version",
     {"OptimizerConfig.__post_init__": "cd660cba1d17"},
 )
+OFFLOADED = Replacement(
+    "megatron.core.optimizer",
+    ("HybridDeviceOptimizer",),
+    "core makes its optimizer in host memory by this name; it takes no float32 weight beside "
+    "bfloat16 ones",
+    {
+        "_get_megatron_optimizer_based_on_param_groups": "cfcca7ec3a9a",
+        "megatron.core.optimizer.cpu_offloading.hybrid_optimizer:HybridDeviceOptimizer": (
+            "736f37da8329"
+        ),
+    },
+    fault="core's optimizer in host memory",
+)
+OFFLOADED_PARTS = Replacement(
+    "megatron.core.optimizer.distrib_optimizer",
+    ("HybridDeviceOptimizer",),
+    "core makes its optimizer in host memory by this name; it takes no float32 weight beside "
+    "bfloat16 ones",
+    {
+        "DistributedOptimizer.__init__": "6a20109ff02c",
+        "DistributedOptimizer._copy_model_grads_to_main_grads": "ed07c5f84f33",
+    },
+    fault="core's optimizer in host memory",
+)
 DDP_COALESCING = Replacement(
     "megatron.core.distributed.param_and_grad_buffer",
     ("_coalescing_manager",),
@@ -148,7 +172,8 @@ SAFE_BYTES = Replacement(
 REPLACED = (
     *(LATENT_LINEARS, LATENT_WITHOUT_TE, MAMBA_KERNELS, GRADIENT_ACCUMULATION),
     *(CHECKPOINT_WITHOUT_OUTPUT, SHARED_STORAGE, RANDOM_STATES, CUSTOM_RECIPES, FP8_WEIGHTS),
-    *(GRADIENT_CLIPPING, FUSED_ADAM, FUSED_ADAM_CONFIG, DDP_COALESCING, FSDP_COALESCING),
+    *(GRADIENT_CLIPPING, FUSED_ADAM, FUSED_ADAM_CONFIG, OFFLOADED, OFFLOADED_PARTS),
+    *(DDP_COALESCING, FSDP_COALESCING),
     *(RESULTS_QUEUE, WHOLE_CHECKPOINT, SAFE_INDEX, SAFE_BYTES),
 )
 

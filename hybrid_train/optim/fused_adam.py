@@ -115,13 +115,13 @@ class FusedAdam(torch.optim.Optimizer):
         if self._keeps_remainder(parameter):
             weights, remainder = formats.split_remainder(weights)
             self.set_scaled_state(parameter, MASTER, remainder)
-        elif MASTER in self.state[parameter]:
+        elif self._has_master(parameter):
             self.set_scaled_state(parameter, MASTER, weights)
         parameter.copy_(weights)
 
     def _float32_weights(self, parameter: Tensor) -> Tensor:
         """Return the weights to update: those of a float32 parameter are changed in place."""
-        if MASTER not in self.state[parameter]:
+        if not self._has_master(parameter):
             return parameter.detach().float()
         kept = self.get_unscaled_state(parameter, MASTER)
         return formats.join_remainder(parameter, kept) if kept.dtype == torch.int16 else kept
@@ -143,7 +143,7 @@ class FusedAdam(torch.optim.Optimizer):
         """Begin moments at zero and the master with its weight."""
         for name in MOMENTS:
             self.set_scaled_state(parameter, name, torch.zeros_like(parameter, dtype=torch.float32))
-        if self.master_weights and parameter.dtype != torch.float32:
+        if self._has_master(parameter):
             weights = parameter.detach().float()
             if store_param_remainders:
                 weights = torch.zeros_like(parameter, dtype=torch.int16)
@@ -173,6 +173,9 @@ class FusedAdam(torch.optim.Optimizer):
             scaled = unscaled_state / scale if scale else torch.zeros_like(unscaled_state)
             unscaled_state = scaled.clamp_(-limit, limit)  # the quotient may be an ulp too large
         state[state_name].copy_(unscaled_state)
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        return self.master_weights and parameter.dtype != torch.float32
 
     def _keeps_remainder(self, parameter: Tensor) -> bool:
         return self.store_param_remainders and parameter.dtype == torch.bfloat16

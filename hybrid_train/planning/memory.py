@@ -20,6 +20,7 @@ from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
 
 _FP32, _HALF, _FP8 = 4, 2, 1  # bytes
+_HOSTED = 4 * _FP32  # of an offloaded parameter: its copy, gradient and moments
 _MATRIX, _NORM, _BLOCK = "embedding or head", "final norm", "MTP block"
 _OUTER = {_MATRIX: (EMBEDDING,), _NORM: (FINAL_NORM,), _BLOCK: MTP_BLOCK}  # in no layer
 _MOMENT = {
@@ -65,10 +66,11 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int  # master weights, where the weights are not float32, and both moments
+    host: int = 0  # in host memory, for the share of the optimizer that is offloaded
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """All bytes on its device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -151,7 +153,8 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     (Rajbhandari et al., arXiv:1910.02054, stage 1). FSDP splits weights and gradients too (stage
     3); the layer that runs is whole meanwhile, and not counted. The scales of moments in 16 and 8
     bits and of weights in FP8, four bytes for a tensor or a block, are not counted either, nor are
-    the copies of weights, quantized or transposed, that GEMMs are taken from.
+    the copies of weights, quantized or transposed, that GEMMs are taken from. Whole tensors are
+    offloaded until `optimizer.offload_share` is reached, so at most one more leaves the device.
     """
     parallel, full = job.parallel, job.precision.base is NumberFormat.fp32
     reduced_in_fp32 = full or job.precision.reduce_gradients_in_fp32
@@ -169,7 +172,8 @@ def memory(job: TrainJob, parameters: Held, processes: int) -> Memory:
     return Memory(
         weights=kept * (_FP32 if full else _HALF) + longer - parameters.in_fp8 * (_HALF - _FP8),
         gradients=kept * _FP32 if reduced_in_fp32 else kept * _HALF + longer,
-        optimizer=state,
+        optimizer=state - int(job.optimizer.offload_share * state),
+        host=int(job.optimizer.offload_share * (dense + expert)) * _HOSTED,
     )
 
 

@@ -78,6 +78,7 @@ class AdamW:
     second_moment: MomentFormat = MomentFormat.float32
     main_gradients: GradientFormat = GradientFormat.float32  # bfloat16: as they were reduced
     master_weights: MasterFormat = MasterFormat.float32
+    offload_share: Share = 0  # of the parameters whose state is kept and updated in host memory
 
     @property
     def reduced_state(self) -> dict[str, str]:

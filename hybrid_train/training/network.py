@@ -12,7 +12,12 @@ from hybrid_train.data.batch import Batch
 from hybrid_train.megatron import data_parallel, forward_backward
 from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.megatron.hybrid import Hybrid
-from hybrid_train.megatron.optimizers import MegatronOptimizer, set_learning_rate
+from hybrid_train.megatron.optimizers import (
+    MegatronOptimizer,
+    set_learning_rate,
+    torch_optimizers,
+    working_parts,
+)
 from hybrid_train.megatron.router import BalanceLosses
 from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.schedules import learning_rate
@@ -228,14 +233,14 @@ class Network:
         """Copy all that an update changes; return what puts it back."""
         tensors = list(self._updated())
         copies = [tensor.detach().clone() for tensor in tensors]
-        counts = [(group, group.get("step")) for group in self._groups()]
+        counts = [group.get("step") for group in self._groups()]
         known = [(optimizer, set(optimizer.state)) for optimizer in self._optimizers()]
 
         def put_back() -> None:
             with torch.no_grad():
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
-            for group, count in counts:
+            for group, count in zip(self._groups(), counts, strict=True):
                 group.pop("step", None) if count is None else group.update(step=count)
             for optimizer, parameters in known:  # FusedAdam makes its state at the first update
                 for parameter in set(optimizer.state) - parameters:
@@ -260,6 +265,5 @@ class Network:
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
         """Yield those of torch's kind that the optimizer is made of."""
         assert self.optimizer is not None, f"{self.name} is not trained"
-        for part in self.optimizer.chained_optimizers:
-            if not part.is_stub_optimizer:
-                yield part.optimizer
+        for part in working_parts(self.optimizer):
+            yield from torch_optimizers(part)

@@ -65,6 +65,7 @@ class Layout:
     parallel: Parallel
     bf16: bool = False
     reduced_state: bool = False  # moments in bfloat16
+    offload_share: float = 0  # of the optimizer, in host memory
     unequal: bool = False  # some layers have sizes of their own
 
 
@@ -97,6 +98,10 @@ LAYOUTS = {
     "PP2 x EP2, unequal": Layout(4, Parallel(pipeline=2, expert=2), unequal=True),
     "DP2, lowered": Layout(2, Parallel(), bf16=True, reduced_state=True),
     "TP2, lowered": Layout(2, Parallel(tensor=2), bf16=True, reduced_state=True),
+    "DP2, offloaded": Layout(
+        2, Parallel(overlap_grad_reduce=True, overlap_param_gather=True), True, offload_share=0.5
+    ),
+    "EP2, offloaded": Layout(2, Parallel(expert=2), bf16=True, offload_share=1),
 }
 PAIRS = (
     ("EP2", ONE),
@@ -129,6 +134,9 @@ PAIRS = (
     ("PP2 x EP2, unequal", "TP2, unequal"),
     ("TP2, lowered", "DP2, lowered"),
     ("DP2, lowered", "TP2, lowered"),
+    ("DP2, offloaded", "EP2, offloaded"),
+    ("EP2, offloaded", "DP2, bfloat16"),
+    ("DP2, bfloat16", "DP2, offloaded"),
 )
 # Every layout once or more, in half of the time; the others are in the table that is printed.
 TESTED = (
@@ -147,6 +155,7 @@ TESTED = (
     ("DP2, FSDP, bfloat16", "TP2 x EP2, bfloat16"),
     ("TP2, unequal", "PP2 x EP2, unequal"),
     ("TP2, lowered", "DP2, lowered"),
+    ("DP2, offloaded", "EP2, offloaded"),
 )
 # What `make test` has of those: tensors, stages, experts, data, FSDP; other masters; two processes.
 SAMPLED = (
@@ -242,6 +251,7 @@ def job_of(layout: Layout) -> TrainJob:
     if layout.reduced_state:
         half = MomentFormat.bfloat16
         job.optimizer = AdamW(first_moment=half, second_moment=half)
+    job.optimizer.offload_share = layout.offload_share
     return job
 
 

@@ -39,6 +39,7 @@ IDLE = {
         ("Phase.tensor", "Phase.pipeline", "Phase.context", "Phase.expert"), _ONE_PROCESS
     ),
     "Checkpoint.url_patience_s": "no checkpoint of the tiny run goes behind a URL",
+    "AdamW.offload_share": "where the optimizer's state lies; its steps are equal to the bit",
     "Gpu.cuda_graph_warmup_steps": "a CPU captures no CUDA graphs",
     "Gpu.dispatcher_sms": _ONE_PROCESS,
     "Parallel.bucket_parameters": _ONE_PROCESS,

@@ -208,3 +208,65 @@ def test_lowered_state_begins_with_the_weights_where_a_checkpoint_has_no_masters
     for (key, offset), value in masters:
         weight = before[key.removeprefix("optimizer.master."), offset]
         torch.testing.assert_close(value, weight, rtol=2**-22, atol=0)
+
+
+def share_in_host_memory(share: float) -> AdamW:
+    return AdamW(offload_share=share)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "format"),
+    sampled(
+        [
+            *product((0.0, 0.5), (0.001, 1.0), (FP32, BF16)),
+            *((1.0, 0.0, format) for format in (FP32, BF16)),
+        ],
+        *((0.5, 1.0, BF16), (0.0, 0.001, FP32), (1.0, 0.0, BF16)),
+    ),
+)
+def test_a_run_goes_on_to_the_bit_with_another_share_in_host_memory(
+    groups: Any, tmp_path: Path, before: float, after: float, format: GemmFormat
+) -> None:
+    saved = engine_of(groups, seed=1, steps=2, format=format, adamw=share_in_host_memory(before))
+    loaded = engine_of(groups, seed=2, steps=1, format=format, adamw=share_in_host_memory(after))
+    through_a_file(groups, tmp_path, saved, loaded)
+    old, new = named(saved, groups), named(loaded, groups)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(value, old[key]) for key, value in new.items())
+    assert take(saved, 3) == take(loaded, 3)
+    old, new = named(saved, groups), named(loaded, groups)
+    assert all(torch.equal(value, old[key]) for key, value in new.items())
+
+
+@pytest.mark.parametrize("format", [FP32, BF16])
+def test_a_share_in_host_memory_begins_with_loaded_weights_alone(
+    groups: Any, tmp_path: Path, format: GemmFormat
+) -> None:
+    from hybrid_train.checkpoint import store
+    from hybrid_train.training.hooks.checkpointing import load_weights
+
+    saved = engine_of(groups, seed=1, steps=2, format=format)
+    folder = store.save(tmp_path, content_of(saved, groups), {"step": 2}, keep=1)
+    losses = []
+    for share in (0.0, 0.5, 1.0):
+        begun = engine_of(groups, seed=2, format=format, adamw=share_in_host_memory(share))
+        load_weights(folder, begun)
+        losses.append(take(begun, 3))
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_copy_that_is_written_meanwhile_is_not_changed_by_the_next_step(
+    groups: Any, tmp_path: Path, share: float
+) -> None:
+    from hybrid_train.checkpoint import layout, store
+
+    saved = engine_of(groups, seed=1, steps=2, format=BF16, adamw=share_in_host_memory(share))
+    before = named(saved, groups)
+    saving = store.start(tmp_path, content_of(saved, groups), {"step": 2}, keep=1, copy=True)
+    take(saved, 2)
+    loaded = engine_of(groups, seed=2, format=BF16)
+    store.load(layout.locate(saving.finish()), content_of(loaded, groups))
+    after = named(loaded, groups)
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    assert any(not torch.equal(value, before[key]) for key, value in named(saved, groups).items())

@@ -9,6 +9,7 @@ from hybrid_train.schema.problems import ConfigError
 
 HYBRID = ("experiment=tiny_cpu", "model.pattern=MEM*-E", "processes=4", "train.global_batch=8")
 FULL_WIDTH = "model.moe.latent_size=null"
+HOSTED = "optimizer.offload_share=0.5"
 GRAPHS = "gpu.cuda_graphs=layers"
 DENSE = "model.pattern=MM*-"
 SELECTIVE = "parallel.recompute=selective"
@@ -101,6 +102,14 @@ REFUSED: list[tuple[tuple[str, ...], str, str, object]] = [
      "[qkv_linear]"),
     (("recovery.checksum_interval=10", "parallel.fsdp=true"), "recovery.checksum_interval",
      "keeps no weight twice", 0),
+    ((HOSTED, "parallel.distributed_optimizer=false"), "optimizer.offload_share",
+     "distributed_optimizer=true", 0),
+    ((HOSTED, "parallel.fsdp=true"), "optimizer.offload_share", "fsdp=false", 0),
+    ((HOSTED, "optimizer.second_moment=bfloat16"), "optimizer.offload_share", "second_moment", 0),
+    ((HOSTED, "precision=bf16", "precision.reduce_gradients_in_fp32=false"),
+     "optimizer.offload_share", "reduce_gradients_in_fp32=true", 0),
+    ((HOSTED, "precision=fp8_tensorwise", "precision.fp8_param_gather=true"),
+     "optimizer.offload_share", "fp8_param_gather=false", 0),
 ]  # fmt: skip
 
 
@@ -129,6 +138,13 @@ def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
         ("parallel.overlap_tensor=true", "parallel.tensor=2"),
         ("precision=fp8_tensorwise", "precision.fp8_attention=true"),
         ("gpu.offloaded_parts=[core_attn,attn_proj,expert_fc1]",),
+        (
+            HOSTED,
+            "precision=bf16",
+            "parallel.overlap_grad_reduce=true",
+            "parallel.overlap_param_gather=true",
+        ),
+        (HOSTED, "precision.reduce_gradients_in_fp32=false"),  # a float32 run reduces float32
     ],
 )
 def test_a_switch_with_what_it_needs_is_accepted(words: tuple[str, ...]) -> None:
