@@ -23,6 +23,7 @@ from hybrid_train.training.network import Network
 
 _NOBODY = -1  # the number of a request that nobody made
 PROMPT_CHUNK = 512  # tokens of each prompt that are read between two steps of the other rows
+SHORT_PIECE = 64  # tokens of each that cost little more than the pass itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +164,10 @@ class _Loop:
         """Read a piece of each prompt; give rows that are through with theirs a first token."""
         rows, reading = self._of_pass(self._answering, len(self._rows))
         had = self._model.lengths[rows]
-        counts = [
-            min(len(row.tokens) - start, PROMPT_CHUNK)
-            for row, start in zip(reading, had, strict=True)
-        ]
+        left = [len(row.tokens) - start for row, start in zip(reading, had, strict=True)]
+        # No longer than the shortest prompt: the places behind its end would be for nothing.
+        piece = min(max(min(left), SHORT_PIECE), PROMPT_CHUNK)
+        counts = [min(one, piece) for one in left]
         width = max(counts)
         pieces = list(zip(reading, had, counts, strict=True))
         window = [_piece(row.tokens, start, count, width) for row, start, count in pieces]
