@@ -19,8 +19,10 @@ class GrowingText:
     tokens that are kept have some text in front of what is not yet given.
     """
 
-    def __init__(self, tokenizer: FolderTokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: FolderTokenizer, prompt: Sequence[int], *, skip_special: bool = True
+    ) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._tokens = list(prompt)
         text = self._decode(self._tokens)
         self._given = len(text) - _held(text)  # characters
@@ -43,7 +45,7 @@ class GrowingText:
         return piece, rest
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special=True)
+        return self._tokenizer.decode(tokens, skip_special=self._skip_special)
 
     def _settled(self, text: str) -> int:
         """Count the characters of the kept tokens that no token to come can change."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrid_train.data.any_tokenizer import FolderTokenizer
+from hybrid_train.generation.text import GrowingText
 
 _MOST_BLANKS = 8  # tokens of white space that may follow the opening marker
 
@@ -54,6 +55,8 @@ class ThinkingWatcher:
         self._blanks = list(blanks or ())
         self._tokens: list[int] = []  # of the thinking part
         self._left: list[int] = []  # of the forced end
+        self._text = GrowingText(tokenizer, self._blanks, skip_special=False)
+        self._last = ""  # of the text, as much as the closing marker has
 
     def forced(self) -> int | None:
         """Return the token of the end that must come next, if it is due."""
@@ -70,9 +73,10 @@ class ThinkingWatcher:
             del self._left[0]
             self._is_open = bool(self._left)
             return
-        # Each token has at least one letter of the marker, however it is cut into tokens.
-        last = self._tokens[-len(self._budget.closed.encode()) :]
-        self._is_open = self._budget.closed not in self._tokenizer.decode(last)
+        piece, rest = self._text.add(token)  # the marker is a token, or several, or parts of some
+        self._last += piece
+        self._is_open = self._budget.closed not in self._last + rest
+        self._last = self._last[-len(self._budget.closed) :]
 
     def _is_due(self) -> bool:
         count = len(self._tokens)
