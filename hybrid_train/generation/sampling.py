@@ -169,7 +169,7 @@ def fractions(places: Sequence[Place]) -> Tensor:
     """
     seeds = np.array([place.sampling.seed for place in places], dtype=np.uint64)
     numbers = np.array([place.number for place in places], dtype=np.uint64)
-    # Seeds are mixed before the numbers are added, else seed 1 would repeat what seed 0 draws.
+    # Seeds are mixed before numbers count on, else some seeds would repeat others a token later.
     mixed = mix64(mix64(seeds + GOLDEN) + (numbers + np.uint64(1)) * GOLDEN)
     return torch.from_numpy((mixed >> np.uint64(64 - _FRACTION_BITS)) * 2.0**-_FRACTION_BITS)
 

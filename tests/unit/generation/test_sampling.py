@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hybrid_train.data.order import GOLDEN
 from hybrid_train.generation.sampling import (
     Place,
     Sampling,
@@ -169,6 +170,13 @@ def test_the_draws_of_two_seeds_and_of_two_numbers_are_independent() -> None:
             some = fractions([Place(one, number, ()) for one in sampling])
             cells = cells * 8 + (some * 8).long()
         assert chi_square(cells, torch.full((64,), 1 / 64)) < far(63)
+
+
+def test_no_seed_repeats_the_draws_of_another_a_token_later() -> None:
+    """As it would where numbers count on from the seed itself, in steps of the golden ratio."""
+    one = fractions([Place(Sampling(seed=int(GOLDEN)), number, ()) for number in range(9)])
+    other = fractions([Place(Sampling(seed=0), number + 1, ()) for number in range(9)])
+    assert not set(one.tolist()) & set(other.tolist())
 
 
 def test_a_choice_depends_on_seed_and_number_and_not_on_the_batch() -> None:

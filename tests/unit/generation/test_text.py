@@ -106,6 +106,13 @@ def test_text_of_many_bytes_is_given_whole(tokenizer: FolderTokenizer) -> None:
         assert given(tokenizer, prompt, answer) == expected(tokenizer, prompt, answer)
 
 
+def test_a_blank_behind_many_tokens_without_text_is_kept(tokenizer: FolderTokenizer) -> None:
+    """Where a text begins, such a tokenizer drops it; here none begins."""
+    prompt = tokenizer.encode("ab")
+    answer = [tokenizer.end_of_document] * 40 + tokenizer.encode("  ab")
+    assert given(tokenizer, prompt, answer) == expected(tokenizer, prompt, answer) != "ab"
+
+
 def test_the_end_of_a_prompt_is_not_shown_again(tokenizer: FolderTokenizer) -> None:
     """Not even a newline that is a byte, which one behind it might still change."""
     prompt = tokenizer.encode("ab\n\n")
