@@ -139,7 +139,7 @@ COMMANDS = {
         "writes text with a trained model",
         "generate:run",
         GenerateJob,
-        texts=("prompt",),
+        texts=("prompt", "messages", "stop"),
         says_what_starts=True,
     ),
     "study": Command(

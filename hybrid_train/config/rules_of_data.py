@@ -431,12 +431,18 @@ FILE_RULES = (
 def generation_problems(job: GenerateJob) -> Iterator[Problem]:
     """Yield what a generation job lacks on disk or in its prompts."""
     yield from _checkpoint_problems("checkpoint", job.checkpoint)
-    if not job.prompt and job.prompt_file is None:
+    if not job.prompt and not job.messages and job.prompt_file is None:
         yield Problem(
-            "prompt", "[]", "needs prompt=TEXT (repeat it for several) or prompt_file=PATH"
+            "prompt",
+            "[]",
+            "needs prompt=TEXT (repeat it for several), messages=JSON or prompt_file=PATH",
         )
     if job.prompt_file is not None and not Path(job.prompt_file).is_file():
         yield Problem("prompt_file", job.prompt_file, "there is no such file")
+    if job.output is not None and not Path(job.output).absolute().parent.is_dir():
+        yield Problem("output", job.output, "is in a folder that is not there; make it first")
+    if job.output is not None and Path(job.output).is_dir():
+        yield Problem("output", job.output, "is a folder; it must be a file", f"{job.output}.jsonl")
 
 
 def conversion_problems(job: object) -> Iterator[Problem]:

@@ -72,6 +72,12 @@ class FolderTokenizer(AnyTokenizer, Protocol):
             special: take special tokens that are spelt out in it for what they are.
         """
 
+    def is_joined_byte(self, token: int) -> bool:
+        """Tell whether a token is a byte that is text only together with all bytes beside it.
+
+        Then what is written for it may change with each byte that follows.
+        """
+
 
 def open_tokenizer(path: str | Path) -> FolderTokenizer:
     """Read a tokenizer.json folder, a folder with a tokenizer.model, or a SentencePiece file.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 3  # of two half rounds each
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 _CHUNK = 2**20  # rows that are counted at once
 
 Indices = NDArray[np.int64]
@@ -53,12 +53,12 @@ class Permutation:
     def _once(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         high, low = values >> self._low_bits, values & self._low_mask
         for number in range(0, 2 * _ROUNDS, 2):
-            high = high ^ (_mix(low + self._keys[number]) & self._high_mask)
-            low = low ^ (_mix(high + self._keys[number + 1]) & self._low_mask)
+            high = high ^ (mix64(low + self._keys[number]) & self._high_mask)
+            low = low ^ (mix64(high + self._keys[number + 1]) & self._low_mask)
         return (high << self._low_bits) | low
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Scramble 64 bits (the finaliser of SplitMix64: Steele, Lea, Flood, OOPSLA 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -92,7 +92,7 @@ class BlendOrder:
     def sources(self, first: int, last: int) -> Indices:
         """Return the source of each row in [first, last)."""
         rows = np.arange(first, last, dtype=np.uint64)
-        fractions = rows * _GOLDEN + self._offset
+        fractions = rows * GOLDEN + self._offset
         return np.searchsorted(self._ends, fractions, side="right").astype(np.int64)
 
     def counts(self, rows: int) -> Indices:

@@ -130,6 +130,10 @@ class SentencePieceTokenizer:
                 run.append(one)
         return "".join([*parts, str(self._processor.decode(run))])
 
+    def is_joined_byte(self, token: int) -> bool:
+        """Tell that no byte is one: the library writes each character as soon as it is whole."""
+        return False
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.model and the name of the end-of-document token; copy a whole folder."""
         place = Path(folder)

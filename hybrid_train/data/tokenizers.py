@@ -115,6 +115,21 @@ class Tokenizer:
         """Turn token ids into text; `skip_special` leaves out tokens such as end of document."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
+    @cached_property
+    def _joined_bytes(self) -> frozenset[int]:
+        """Tokens <0x00> to <0xFF>, where the decoder joins them: one that fits nowhere spoils all.
+
+        tokenizers 0.23.3, decoders/byte_fallback.rs.
+        """
+        if '"ByteFallback"' not in json.dumps(json.loads(self._text).get("decoder")):
+            return frozenset()
+        ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(one for one in ids if one is not None)
+
+    def is_joined_byte(self, token: int) -> bool:
+        """Tell whether a token is a byte that is text only together with all bytes beside it."""
+        return token in self._joined_bytes
+
     def save(self, folder: str | Path) -> None:
         """Write the folder in the Hugging Face format; one that was read is copied as it is."""
         path = Path(folder)

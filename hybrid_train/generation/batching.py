@@ -106,10 +106,9 @@ class _Row:
             forced = self.watcher.forced()
             token = token if forced is None else forced
             self.tokens.append(token)
-            stops = self.watcher.take(token)
             if token in self.request.ends:
                 self.finish = Finish.end
-            elif stops:
+            elif self.watcher.take(token):
                 self.finish = Finish.stop
             elif self.answered >= self.request.max_new_tokens:
                 self.finish = Finish.length

@@ -23,7 +23,7 @@ class Watcher(Protocol):
         """Return the token that must come next, as at the end of a thinking budget; None: any."""
 
     def take(self, token: int) -> bool:
-        """Take the next token of the answer; return whether the answer is over with it."""
+        """Take the next token, but not an end token; return whether the answer is over with it."""
 
 
 class _Nothing:

@@ -1,202 +1,321 @@
-"""The job `generate`: continues prompts, and shows each text as it grows."""
+"""The job `generate`: answers prompts and chats, shows each text as it grows or writes a file."""
 
+import contextlib
+import functools
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.style import Style
 
+from hybrid_train.checkpoint import layout
+from hybrid_train.config import frozen
 from hybrid_train.config.launcher import require_alone
-from hybrid_train.data.any_tokenizer import AnyTokenizer
+from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
+from hybrid_train.generation.answers import Answer, AnswerFile, Question, all_of
+from hybrid_train.generation.chat import open_template
+from hybrid_train.generation.prompts import Prompt, read_prompts
+from hybrid_train.generation.requests import NewTokens, Request
+from hybrid_train.generation.thinking import Budget, blanks_of
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.origin import Origin
 from hybrid_train.jobs.fetched_checkpoint import folder_of
 from hybrid_train.runtime.logs import start_logging
 from hybrid_train.runtime.start import process
-from hybrid_train.schema.job_roots import GenerateJob
+from hybrid_train.schema.job_roots import AnswerSettings, GenerateJob, Reasoning
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 if TYPE_CHECKING:
-    from hybrid_train.jobs.networks import LoadedModel
+    from hybrid_train.generation.drafting import Record
 
-_INCOMPLETE = "\ufffd"  # what the bytes of a character read like before its last one is there
 _log = logging.getLogger(__name__)
 
 
-class GrowingText:
-    """The continuation of one prompt, given out in pieces that will not change any more.
-
-    It is decoded together with its prompt: a tokenizer may write a token differently where a text
-    begins.
-    """
-
-    def __init__(self, tokenizer: AnyTokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = list(prompt)
-        self._given = self._decode()
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special=True)
-
-    def add(self, token: int | None) -> None:
-        """Append a token; None appends nothing."""
-        if token is not None:
-            self._tokens.append(token)
-
-    def fresh(self, *, last: bool = False) -> str:
-        """Return what has come since the last call.
-
-        Args:
-            last: whether nothing follows; if not, the bytes of an unfinished character are held
-                back.
-        """
-        text = self._decode()
-        if not last and text.endswith(_INCOMPLETE):
-            return ""
-        piece = text[len(self._given) :]
-        self._given = text
-        return piece
-
-
 def run(job: GenerateJob) -> None:
-    """Write each prompt with its continuation to stdout, and the speed to stderr."""
-    texts = _prompts(job)
+    """Write each prompt with its answers to stdout or to a file, and the speed to stderr."""
+    prompts = read_prompts(job)
     require_alone("generate")
     start_logging()
     checkpoint = folder_of(job.checkpoint, "checkpoint")
     with process(job.runtime, job.seed):
-        from hybrid_train.generation.decode import Settings, stream  # needs the process
+        from hybrid_train.generation.batching import Batching, stream  # these need the process
+        from hybrid_train.generation.drafting import Record
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.megatron.data_parallel import destroy_groups
 
         try:
             with refusals_named(checkpoint=checkpoint):
+                reader = PromptReader.of(checkpoint)
+                questions = [reader.question(prompt) for prompt in prompts]
+                file = _file_of(job, reader)
+                wanted = list(file.missing(questions) if file else all_of(questions))
+                if not wanted:
+                    return
                 loaded = load_model(str(checkpoint), job.runtime)
-                origin = Origin.of(loaded.run_dir)
-                ends = origin.ends(loaded.tokenizer)
-            prompts = _encoded(job, texts, loaded, origin)
-            settings = Settings(
-                temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, seed=job.seed,
-                max_new_tokens=job.max_new_tokens, vocab_size=_known_tokens(loaded), ends=ends,
+            answering, record = Answering(reader.tokenizer, wanted), Record()
+            batching = Batching(
+                vocab_size=reader.known_tokens, rows=job.batch, drafts=job.drafts,
+                log_probs=job.log_probs,
             )  # fmt: skip
-            growing = [GrowingText(loaded.tokenizer, prompt) for prompt in prompts]
-            write_continuations(texts, growing, stream(loaded.model, prompts, settings))
+            steps = stream(loaded.network, answering.requests(), batching, record)
+            with answering.timed(record):
+                answering.write(steps, file) if file else answering.show(steps)
         finally:
             destroy_groups()
 
 
-def _prompts(job: GenerateJob) -> list[str]:
-    """Return the prompts of the command line, then those of the file."""
-    if job.prompt_file is None:
-        return job.prompt
-    try:
-        lines = Path(job.prompt_file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file = {job.prompt_file}: cannot be read: {error}") from error
-    prompts = job.prompt + [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"prompt_file = {job.prompt_file}: needs one prompt per line; it is empty")
-    return prompts
+def _file_of(job: GenerateJob, reader: "PromptReader") -> AnswerFile | None:
+    if job.output is None:
+        return None
+    return AnswerFile(Path(job.output), reader.checkpoint, job.log_probs)
 
 
-def _encoded(
-    job: GenerateJob, texts: Sequence[str], loaded: "LoadedModel", origin: Origin
-) -> list[list[int]]:
-    """Turn the prompts into token ids.
+@dataclass(frozen=True)
+class PromptReader:
+    """Turns prompts into the tokens of a run, without its weights.
 
-    Raises:
-        UserError: if one of them has no token, or one that the model does not know.
+    Attributes:
+        job: of the run.
+        tokenizer: of the run.
+        origin: what the run says of special tokens.
+        checkpoint: name of run and checkpoint.
     """
-    tokenizer = loaded.tokenizer
-    begin = job.bos if job.bos is not None else origin.is_same_tokenizer
-    around = tokenizer.encode_prompt("", begin=True, special=False)
-    if job.bos is None and around and not begin:
-        _log.info(
-            "the tokenizer puts %r around a text; what this run was trained on has none, nor have "
-            "the prompts: bos=true puts it there",
-            tokenizer.decode(around),
-        )
-    found = []
-    for number, text in enumerate(texts, start=1):
-        ids = tokenizer.encode_prompt(text, begin=begin, special=job.special_tokens)
+
+    job: TrainJob
+    tokenizer: FolderTokenizer
+    origin: Origin
+    checkpoint: str
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> "PromptReader":
+        """Open what lies beside the weights of a run folder or checkpoint.
+
+        Raises:
+            UserError: if there is no checkpoint, or a file is damaged.
+        """
+        found = layout.locate(checkpoint)
+        tokenizer = open_tokenizer(found.run_dir / layout.TOKENIZER)
+        name = f"{found.run_dir.name}/{found.path.name}"
+        return cls(frozen.load(found.run_dir), tokenizer, Origin.of(found.run_dir), name)
+
+    @property
+    def known_tokens(self) -> int:
+        """The number of ids that model and tokenizer both know."""
+        rows = self.job.model.vocab_size or self.tokenizer.vocab_size
+        return min(rows, self.tokenizer.vocab_size)
+
+    def question(self, prompt: Prompt) -> Question:
+        """Return a prompt as the model reads it.
+
+        Raises:
+            UserError: if it has no token, one that the model does not know, or no room to think in.
+        """
+        text, tokens = self._encoded(prompt)
+        self._check_tokens(prompt.where, tokens)
+        ends = frozenset[int]() if prompt.settings.ignore_end else self._ends
+        budget = self._budget(prompt, tokens)
+        return Question(prompt=prompt, text=text, tokens=tokens, budget=budget, ends=ends)
+
+    @functools.cached_property
+    def _ends(self) -> frozenset[int]:
+        return self.origin.ends(self.tokenizer)
+
+    def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Return the text of a prompt and its tokens."""
+        content, settings = prompt.content, prompt.settings
+        if isinstance(content, str):
+            return content, self._of_text(prompt.where, content, settings)
+        if not isinstance(content[0], dict):
+            return None, [int(token) for token in content]
+        text = self._chat(prompt)
+        return text, self.tokenizer.encode_prompt(text, begin=False, special=True)
+
+    def _of_text(self, where: str, text: str, settings: AnswerSettings) -> list[int]:
+        begin = self._begin if settings.bos is None else settings.bos
+        around = self.tokenizer.encode_prompt("", begin=True, special=False)
+        ids = self.tokenizer.encode_prompt(text, begin=begin, special=settings.special_tokens)
         if text and len(ids) == len(around) * begin:
             raise UserError(
-                f"prompt {number} = {text!r}: the tokenizer makes no token of it; write another "
-                "text, or none (prompt=) for one that begins anew"
+                f"{where} = {text!r}: the tokenizer makes no token of it; write another text, or "
+                "none (prompt=) for one that begins anew"
             )
-        found.append(ids or [tokenizer.end_of_document])  # behind the end of the one before
-        _check_tokens(f"prompt {number}", found[-1], loaded)
-    return found
+        return ids or [self.tokenizer.end_of_document]  # behind the end of the one before
+
+    @functools.cached_property
+    def _begin(self) -> bool:
+        """Whether prompts begin as the tokenizer says: as what the model was trained on did."""
+        around = self.tokenizer.encode_prompt("", begin=True, special=False)
+        if around and not self.origin.is_same_tokenizer:
+            _log.info(
+                "the tokenizer puts %r around a text; what this run was trained on has none, nor "
+                "have the prompts: bos=true puts it there",
+                self.tokenizer.decode(around),
+            )
+        return self.origin.is_same_tokenizer
+
+    def _chat(self, prompt: Prompt) -> str:
+        """Write messages by the template of the tokenizer's folder."""
+        folders = [self.origin.run_dir / layout.TOKENIZER]
+        if self.origin.folder is not None and self.origin.is_same_tokenizer:
+            folders.insert(0, self.origin.folder)
+        settings, variables = prompt.settings, prompt.variables
+        try:
+            template = open_template(folders, settings.template, has_tools=prompt.tools is not None)
+            template.require_variables(list(variables))
+            if settings.reasoning is not None:
+                is_on = settings.reasoning is Reasoning.on
+                variables |= template.with_reasoning(is_on=is_on)
+            return template.render(prompt.content, variables, prompt.tools)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{prompt.where}: {error}") from error
+
+    def _budget(self, prompt: Prompt, tokens: Sequence[int]) -> Budget | None:
+        """Return the budget of thinking; say where there is no thought to end."""
+        settings = prompt.settings
+        if settings.thinking_budget is None:
+            return None
+        opened, closed = settings.thinking_markers
+        end = self.tokenizer.encode_prompt(settings.thinking_end, begin=False, special=True)
+        budget = Budget(
+            tokens=settings.thinking_budget, grace=settings.thinking_grace, opened=opened,
+            closed=closed, end=end,
+        )  # fmt: skip
+        if settings.max_new_tokens <= budget.longest:
+            raise UserError(
+                f"{prompt.where}: max_new_tokens = {settings.max_new_tokens}: leaves no room to "
+                f"answer behind thinking_budget + thinking_grace + {counted(len(end), 'token')} "
+                f"of thinking_end = {budget.longest}; set it above that"
+            )
+        if blanks_of(self.tokenizer, tokens, opened) is None:
+            _log.warning(
+                "%s does not end with %s, so the model may not be thinking: thinking_budget does "
+                "nothing there",
+                *(prompt.where, opened),
+            )
+            return None
+        return budget
+
+    def _check_tokens(self, where: str, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model does not know; say what it has not learned to go on from.
+
+        Raises:
+            UserError: if the embedding has no row for a token.
+        """
+        rows, length = self.job.model.vocab_size, self.job.train.sequence_length
+        rows = self.tokenizer.vocab_size if rows is None else rows
+        if max(ids) >= rows:
+            raise UserError(
+                f"{where}: token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}) is beyond the "
+                f"vocabulary of the model, which has {rows}"
+            )
+        if len(ids) > length:
+            _log.warning(
+                "%s has %s, and the model was trained on sequences of %d: what follows is "
+                "beyond what it has learned",
+                *(where, counted(len(ids), "token"), length),
+            )
+        begin = self.tokenizer.special_ids.get("bos_token")
+        if len(ids) > 1 and ids[0] == ids[1] == begin:
+            _log.warning(
+                "%s begins with %r twice, since the tokenizer puts it there, too: bos=false "
+                "does not",
+                *(where, self.tokenizer.decode([begin])),
+            )
 
 
-def _check_tokens(prompt: str, ids: Sequence[int], loaded: "LoadedModel") -> None:
-    """Refuse tokens that the model does not know; say what it has not learned to go on from.
+class Answering:
+    """All answers of a job: those that grow, by the number of their request."""
 
-    Raises:
-        UserError: if the embedding has no row for a token.
-    """
-    rows, length = loaded.job.model.vocab_size, loaded.job.train.sequence_length
-    if rows is not None and max(ids) >= rows:
-        raise UserError(
-            f"{prompt}: token {max(ids)} ({loaded.tokenizer.decode([max(ids)])!r}) is beyond the "
-            f"vocabulary of the model, which has {rows}"
-        )
-    if len(ids) > length:
-        _log.warning(
-            "%s has %s, and the model was trained on sequences of %d: what follows is "
-            "beyond what it has learned",
-            *(prompt, counted(len(ids), "token"), length),
-        )
-    begin = loaded.tokenizer.special_ids.get("bos_token")
-    if len(ids) > 1 and ids[0] == ids[1] == begin:
-        _log.warning(
-            "%s begins with %r twice, since the tokenizer puts it there, too: bos=false does not",
-            *(prompt, loaded.tokenizer.decode([begin])),
-        )
+    def __init__(self, tokenizer: FolderTokenizer, wanted: Sequence[tuple[Question, int]]) -> None:
+        """Begin.
 
+        Args:
+            tokenizer: makes text of tokens.
+            wanted: questions, each with the number of an answer.
+        """
+        self._tokenizer, self._wanted = tokenizer, wanted
+        self._num_prompts = len({question.prompt.name for question, _ in wanted})
+        self._growing: dict[int, Answer] = {}
+        self._tokens = 0
 
-def _known_tokens(loaded: "LoadedModel") -> int:
-    """Return the number of ids that model and tokenizer both know."""
-    rows = loaded.job.model.vocab_size or loaded.tokenizer.vocab_size
-    return min(rows, loaded.tokenizer.vocab_size)
+    def requests(self) -> Iterator[Request]:
+        """Yield what the engine is asked for, as it has room."""
+        for number, (question, answer) in enumerate(self._wanted):
+            self._growing[number] = Answer(question, answer, self._tokenizer)
+            yield self._growing[number].request
 
+    def _taken(self, steps: Iterable[NewTokens]) -> Iterator[tuple[int, Answer, str]]:
+        """Yield number, answer and new text of each step; let go of answers that are over."""
+        for new in steps:
+            answer = self._growing[new.request]
+            self._tokens += len(new.tokens)
+            text = answer.add(new)
+            if new.finish is not None:
+                del self._growing[new.request]
+            yield new.request, answer, text
 
-def write_continuations(
-    prompts: Sequence[str], texts: Sequence[GrowingText], steps: Iterable[Sequence[int | None]]
-) -> None:
-    """Write prompts with their continuations to stdout, and the speed to stderr.
+    def write(self, steps: Iterable[NewTokens], file: AnswerFile) -> None:
+        """Write the line of each answer as soon as it is over."""
+        for _, answer, _ in self._taken(steps):
+            if answer.finish is not None:
+                file.write(answer)
 
-    On a terminal prompts are bold, and a single text is written as it grows.
+    def show(self, steps: Iterable[NewTokens]) -> None:
+        """Write prompts with their answers to stdout, in their order, each as soon as it can be.
 
-    Args:
-        prompts: what the texts continue.
-        texts: one for each prompt; they take the tokens.
-        steps: a token, or None, for each prompt, as `generation.decode.stream` yields them.
-    """
-    bold = Style(bold=Console().is_terminal)
-    live = Console().is_terminal and len(texts) == 1
-    if live:
-        _put(bold.render(prompts[0]))
-    start, count = time.perf_counter(), 0
-    for step in steps:
-        for text, token in zip(texts, step, strict=True):
-            text.add(token)
-            count += token is not None
+        On a terminal prompts are bold, and a single text is written as it grows. Of a chat the
+        answer alone is shown.
+        """
+        live = Console().is_terminal and len(self._wanted) == 1
         if live:
-            _put(texts[0].fresh())
-    seconds = time.perf_counter() - start
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
-        if len(texts) > 1:
-            _put(f"--- prompt {number} of {len(texts)} ---\n")
-        _put(("" if live else bold.render(prompt)) + text.fresh(last=True) + "\n")
-    sys.stderr.write(
-        f"{counted(count, 'token')} in {seconds:.1f} s: {count / seconds:.0f} tokens/s\n"
-    )
+            _put(self._shown(0))
+        waiting: dict[int, str] = {}
+        following = 0
+        for number, answer, text in self._taken(steps):
+            if live:
+                _put(text)
+            if answer.finish is not None:
+                waiting[number] = answer.text
+            while following in waiting:
+                text = waiting.pop(following)
+                _put("\n" if live else self._shown(following) + text + "\n")
+                following += 1
+
+    def _shown(self, number: int) -> str:
+        """Return what stands in front of an answer."""
+        question, answer = self._wanted[number]
+        bold = Style(bold=Console().is_terminal)
+        prompt = question.prompt
+        text = bold.render(prompt.content) if isinstance(prompt.content, str) else ""
+        if len(self._wanted) == 1:
+            return text
+        of = f", answer {answer + 1} of {prompt.settings.n}" if prompt.settings.n > 1 else ""
+        count = "" if "id" in prompt.fields else f" of {self._num_prompts}"
+        return f"--- prompt {prompt.name}{count}{of} ---\n{text}"
+
+    @contextlib.contextmanager
+    def timed(self, record: "Record") -> Iterator[None]:
+        """Say on stderr how fast tokens came, and what became of drafts."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        sys.stderr.write(
+            f"{counted(self._tokens, 'token')} in {seconds:.1f} s: "
+            f"{self._tokens / seconds:.0f} tokens/s\n"
+        )
+        if record.row_steps:
+            shares = ", ".join(f"{share:.0%}" for share in record.shares)
+            sys.stderr.write(
+                f"drafts: {record.acceptance_length:.2f} tokens a step; accepted by place: "
+                f"{shares}\n"
+            )
 
 
 def _put(text: str) -> None:

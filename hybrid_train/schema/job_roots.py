@@ -18,6 +18,7 @@ from hybrid_train.schema.limits import (
     Factor,
     FileName,
     Length,
+    Name,
     Processes,
     Range,
     Seed,
@@ -31,6 +32,7 @@ from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 
 Bandwidth = Annotated[float, Range(1e-6, 1e6)]  # in 1e9 bytes a second
+Drafts = Annotated[int, Range(0, 64)]
 COLDEST = 1e-4  # lowest temperature that divides logits; a much lower one is 0 in float32
 
 
@@ -169,27 +171,84 @@ class VerifyJob:
     runtime: Runtime = field(default_factory=Runtime)
 
 
-@dataclass(kw_only=True)
-class GenerateJob:
-    """Text from a checkpoint. Without temperature the most likely token is taken each time."""
+class Reasoning(enum.Enum):
+    """Whether a model thinks before it answers, where its chat template can say so."""
 
-    checkpoint: FileName = MISSING  # a run folder, one checkpoint of it, or the URL of either
-    prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
-    prompt_file: FileName | None = None  # one prompt per line
-    bos: bool | None = None  # begin as the tokenizer does; None: if the model was imported
-    special_tokens: bool = False  # <|im_start|> in a prompt is that token, not its letters
-    max_new_tokens: Annotated[int, Range(1, 2**20)] = 128
+    on = "on"
+    off = "off"
+
+
+@dataclass(kw_only=True)
+class AnswerSettings:
+    """How prompts are answered: what a line of a prompt file may set for itself, too."""
+
+    max_new_tokens: Annotated[int, Range(1, 2**20)] = 128  # of each answer, its end token counted
+    n: Annotated[int, Range(1, 2**16)] = 1  # answers of each prompt; each has a seed of its own
     temperature: Factor = 0.0  # 0: greedy
     top_k: CountOrNone = 0  # 0: all tokens
     top_p: Share = 1.0
-    seed: Seed = 1234
-    runtime: Runtime = field(default_factory=Runtime)
+    min_p: Share = 0.0  # of the probability of the likeliest token; 0: all tokens
+    repetition_penalty: Annotated[float, Range(0.01, 100)] = 1.0  # of prompt and answer; 1: none
+    seed: Seed = 1234  # of the first answer; the next ones count on from it
+    stop: list[str] = field(default_factory=list)  # stop=TEXT ends an answer; repeat it for several
+    include_stop: bool = False  # the text has the stop that ended it, too
+    ignore_end: bool = False  # go on behind the end tokens, up to max_new_tokens
+    bos: bool | None = None  # begin as the tokenizer does; None: if the model was imported
+    special_tokens: bool = False  # <|im_start|> in a prompt is that token, not its letters
+    reasoning: Reasoning | None = None  # of a chat; None: as its template has it
+    template: Name | None = None  # the chat template of this name; None: default, or tool_use
+    template_variables: str | None = None  # JSON object, what the template reads: {"effort": "low"}
+    thinking_budget: CountOrNone | None = None  # tokens of thinking, then the next newline ends it
+    thinking_grace: CountOrNone = 500  # tokens more, then thinking ends without a newline
+    thinking_end: str = "\n</think>\n\n"  # what is forced there; with the closing marker
+    thinking_markers: list[str] = field(default_factory=lambda: ["<think>", "</think>"])
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         if 0 < self.temperature < COLDEST:
             rule = f"must be 0, the most likely token, or at least {COLDEST}"
             yield Problem("temperature", self.temperature, rule, 0)
+        if self.n > 1 and self.temperature == 0:
+            rule = "must be 1 at temperature 0, where all answers of a prompt are equal"
+            yield Problem("n", self.n, rule, 1)
+        for stop in self.stop:
+            if not stop:
+                yield Problem("stop", '""', "must be a text; without stop= there is none")
+            elif stop.startswith('["') and stop.endswith('"]'):
+                yield Problem(
+                    "stop", stop, "is one text as it stands; repeat stop=TEXT for several"
+                )
+        if len(self.thinking_markers) != 2 or not all(self.thinking_markers):  # noqa: PLR2004
+            rule = "must be two texts: what opens thinking, and what closes it"
+            yield Problem("thinking_markers", self.thinking_markers, rule, "[<think>,</think>]")
+        elif self.thinking_markers[1] not in self.thinking_end:
+            rule = f"must have {self.thinking_markers[1]} in it, which closes thinking"
+            yield Problem("thinking_end", repr(self.thinking_end), rule)
+        if self.thinking_budget is not None and self.reasoning is Reasoning.off:
+            rule = "must be null where reasoning=off: there is no thinking to end"
+            yield Problem("thinking_budget", self.thinking_budget, rule, "null")
+
+
+@dataclass(kw_only=True)
+class GenerateJob(AnswerSettings):
+    """Text from a checkpoint. Without temperature the most likely token is taken each time."""
+
+    checkpoint: FileName = MISSING  # a run folder, one checkpoint of it, or the URL of either
+    prompt: list[str] = field(default_factory=list)  # prompt=TEXT; repeat it for several
+    messages: list[str] = field(default_factory=list)  # JSON, a conversation; repeat for several
+    prompt_file: FileName | None = None  # one prompt per line, or .jsonl with settings of each
+    output: FileName | None = None  # a line of JSON per answer; None: text on stdout
+    log_probs: bool = False  # output has those of the new tokens, in nats
+    batch: Annotated[int, Range(1, 4096)] = 8  # answers that grow together
+    drafts: Drafts | None = 0  # tokens that an MTP block drafts ahead; null: as many as pay
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        if self.log_probs and self.output is None:
+            rule = "must be false without output=FILE.jsonl, where they would stand"
+            yield Problem("log_probs", True, rule, False)
 
 
 @dataclass(kw_only=True)

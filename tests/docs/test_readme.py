@@ -31,6 +31,7 @@ CHAPTERS = (
     "layouts",
     "precision",
     "run_folder",
+    "generation",
     "studies",
     "hugging_face",
     "data",

@@ -1,0 +1,218 @@
+"""Answers: what is asked of the engine for each, what has come of it, and the file of all."""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybrid_train.data.any_tokenizer import FolderTokenizer
+from hybrid_train.generation.prompts import GENERATED, Prompt, seed_of
+from hybrid_train.generation.requests import Finish, NewTokens, Request
+from hybrid_train.generation.sampling import Sampling
+from hybrid_train.generation.text import AnswerText
+from hybrid_train.generation.thinking import Budget, ThinkingWatcher, blanks_of
+from hybrid_train.schema.problems import UserError
+
+_KEY_LETTERS = 16  # of a SHA-256 in hexadecimal
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt as the model reads it.
+
+    Attributes:
+        prompt: what was given.
+        text: what is encoded; None: token ids were given.
+        tokens: of it.
+        budget: of thinking; None: there is none.
+        ends: tokens that end an answer.
+    """
+
+    prompt: Prompt
+    text: str | None
+    tokens: Sequence[int]
+    budget: Budget | None
+    ends: frozenset[int]
+
+    def key(self, answer: int, checkpoint: str) -> str:
+        """Return a digest of all that decides an answer: whether a file has this very one."""
+        settings = dataclasses.asdict(self.prompt.settings)
+        del settings["seed"], settings["n"]  # in their place stands the seed of the answer
+        decides = [checkpoint, list(self.tokens), sorted(self.ends), settings]
+        text = json.dumps([*decides, seed_of(self.prompt, answer)], default=_plain, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LETTERS]
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, enum.Enum) else str(value)
+
+
+class Answer:
+    """One answer to a question while it grows; it watches its own tokens."""
+
+    def __init__(self, question: Question, number: int, tokenizer: FolderTokenizer) -> None:
+        """Begin an answer.
+
+        Args:
+            question: what is answered.
+            number: of the answer among those to the question, from 0.
+            tokenizer: makes text of tokens.
+        """
+        settings = question.prompt.settings
+        self.question, self.number = question, number
+        self.tokens: list[int] = []
+        self._num_taken = 0
+        self.log_probs: list[float] = []
+        self.finish: Finish | None = None
+        self._text = AnswerText(
+            tokenizer, question.tokens, settings.stop, include_stop=settings.include_stop
+        )
+        self._thinking = None
+        if question.budget is not None:
+            blanks = blanks_of(tokenizer, question.tokens, question.budget.opened)
+            self._thinking = ThinkingWatcher(tokenizer, question.budget, blanks)
+
+    @property
+    def request(self) -> Request:
+        """What the engine is asked for."""
+        one = self.question.prompt.settings
+        sampling = Sampling(
+            repetition_penalty=one.repetition_penalty, temperature=one.temperature,
+            top_k=one.top_k, top_p=one.top_p, min_p=one.min_p,
+            seed=seed_of(self.question.prompt, self.number),
+        )  # fmt: skip
+        return Request(
+            prompt=self.question.tokens, sampling=sampling, max_new_tokens=one.max_new_tokens,
+            ends=self.question.ends, watch=lambda: self,
+        )  # fmt: skip
+
+    def forced(self) -> int | None:
+        """Return the token that must come next; None: any."""
+        return self._thinking.forced() if self._thinking else None
+
+    def take(self, token: int) -> bool:
+        """Take the next token; return whether a stop string ends the answer with it."""
+        self._num_taken += 1
+        if self._thinking:
+            self._thinking.take(token)
+        return self._text.take(token)
+
+    def add(self, new: NewTokens) -> str:
+        """Note what a step has added; return the text that it brought for good."""
+        self.tokens += new.tokens
+        self.log_probs += new.log_probs
+        self.finish = new.finish
+        # The end token no watcher sees, nor what another data-parallel rank has chosen.
+        for token in self.tokens[self._num_taken :]:
+            self.take(token)
+        if new.finish is not None:
+            self._text.close()
+        return self._text.fresh()
+
+    @property
+    def text(self) -> str:
+        """All of the text that will stay."""
+        return self._text.text
+
+    def record(self, key: str, *, log_probs: bool) -> dict[str, Any]:
+        """Return the line of an answer that is over."""
+        assert self.finish is not None
+        prompt = self.question.prompt
+        made = {
+            "answer": self.number,
+            "text": self.text,
+            "tokens": self.tokens,
+            **({"log_probs": [_finite(one) for one in self.log_probs]} if log_probs else {}),
+            "finish": self.finish.value,
+            "prompt_tokens": len(self.question.tokens),
+            "new_tokens": len(self.tokens),
+            "seed": seed_of(prompt, self.number),
+            "key": key,
+        }
+        return {"id": prompt.name, **prompt.fields, GENERATED: made}
+
+
+def _finite(number: float) -> float | None:
+    """Return a number that JSON has; a forced token may have a probability of 0."""
+    return number if math.isfinite(number) else None
+
+
+@dataclass
+class AnswerFile:
+    """A file with a line of JSON for each answer, written whole as soon as the answer is over.
+
+    A batch that was killed leaves whole lines, but perhaps for the last one, which is taken away
+    when the same batch is started again; then it goes on with the answers that are missing.
+    """
+
+    path: Path
+    checkpoint: str  # name of the run and of its checkpoint
+    log_probs: bool = False
+    _there: dict[tuple[str | int, int], tuple[str, int]] = field(default_factory=dict)
+    _whole: int = 0  # bytes of whole lines
+
+    def __post_init__(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            name, made = self._made(line, number)
+            self._there[name, made["answer"]] = (made["key"], number)
+        self._whole = whole
+
+    def _made(self, line: bytes, number: int) -> tuple[str | int, dict[str, Any]]:
+        try:
+            read = json.loads(line)
+            made = read[GENERATED]
+            (made["answer"], made["key"], hash(read["id"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"output = {self.path}: line {number} is no answer that was generated; choose "
+                "another output"
+            ) from error
+        return read["id"], made
+
+    def missing(self, questions: Sequence[Question]) -> Iterator[tuple[Question, int]]:
+        """Yield what is not answered yet: questions, with the numbers of answers.
+
+        Raises:
+            UserError: at once, if the file has answers to anything else.
+        """
+        asked = [(one, number) for one in questions for number in range(one.prompt.settings.n)]
+        keys = {
+            (one.prompt.name, number): one.key(number, self.checkpoint) for one, number in asked
+        }
+        for (name, number), (key, line) in self._there.items():
+            if keys.get((name, number)) != key:
+                raise UserError(
+                    f"output = {self.path}: line {line} answers another prompt than id "
+                    f"{json.dumps(name)} of now, or with other settings or another checkpoint; "
+                    "choose another output, or remove the file"
+                )
+        if self.path.exists() and self.path.stat().st_size > self._whole:
+            _log.info("%s ends with a part of a line; that answer is written again", self.path)
+            with self.path.open("r+b") as file:
+                file.truncate(self._whole)
+        if self._there:
+            _log.info("%s has %d of %d answers already", self.path, len(self._there), len(asked))
+        return ((one, n) for one, n in asked if (one.prompt.name, n) not in self._there)
+
+    def write(self, answer: Answer) -> None:
+        """Append the line of an answer that is over."""
+        key = answer.question.key(answer.number, self.checkpoint)
+        line = json.dumps(answer.record(key, log_probs=self.log_probs), ensure_ascii=False)
+        with self.path.open("ab") as file:
+            file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+
+
+def all_of(questions: Iterable[Question]) -> Iterator[tuple[Question, int]]:
+    """Yield every question with the number of each of its answers."""
+    return ((one, number) for one in questions for number in range(one.prompt.settings.n))
