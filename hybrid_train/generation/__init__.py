@@ -1,4 +1,4 @@
-"""Text from a model: requests in a batch, choice of tokens, chats, files of answers; scores of texts.
+"""Text from a model: requests in a batch, choice of tokens, chats, answers; scores of texts.
 
 Not here: reading checkpoints (`checkpoint`), tokenizers (`data/any_tokenizer.py`), the command
 (`jobs/generate.py`).

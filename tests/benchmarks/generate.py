@@ -30,6 +30,7 @@ def main() -> None:
 
 def measure(job: TrainJob, device: torch.device) -> None:
     from hybrid_train.generation.decode import Cache
+
     from hybrid_train.megatron.data_parallel import build_groups
     from hybrid_train.model.build import build_model
 
