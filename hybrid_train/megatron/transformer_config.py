@@ -19,7 +19,7 @@ from torch import Tensor
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import gpu_switches, native_recipes
-from hybrid_train.megatron.layers import MambaLayer
+from hybrid_train.megatron.cached_layers import MambaLayer
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
