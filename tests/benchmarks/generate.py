@@ -14,8 +14,9 @@ Times are milliseconds by the clock / of the processor, all threads counted; wit
 latter is what neighbours disturb least. Of each step the best round, and the median of the rounds,
 are averaged over the steps. The share of bandwidth is that of the bytes that a step cannot avoid
 (weights, with those experts that were chosen; states, read and written; keys and values), divided
-by the time of the step, in the rate at which as many threads read a buffer beyond all caches. Last,
-greedy answers to prompts of unequal length are compared; in float32 it ends with 1 if one differs.
+by the time of the step, in the rate at which as many threads read a buffer beyond all caches, right
+after the steps. Last, greedy answers to prompts of unequal length are compared; in float32 it ends
+with 1 if one differs.
 """
 
 import argparse
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 PREFILLS = ((1, 512), (8, 256))  # batch, tokens of each
 BATCHES, PAST, STEPS = (1, 8), 128, 12  # of decoding; STEPS in a round
 PROMPTS, ANSWER = (5, 40, 17, 64), 24  # tokens of what is answered greedily
-BUFFER_BYTES = 2 * 2**30
+BUFFER_BYTES, PIECE_BYTES = 2 * 2**30, 64 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 Prompts = Sequence[Sequence[int]]
@@ -190,14 +191,19 @@ def mean_of(turns: list[list[Seconds]], pick: Callable[[Iterable[float]], float]
     )
 
 
-def bandwidth() -> Seconds:
-    """Return what reading a byte of the memory takes."""
+def second_per_byte() -> Seconds:
+    """Return what reading a byte of the memory takes, in the best of many pieces of a buffer.
+
+    A piece takes milliseconds, in which a neighbour seldom comes between: a rate that it had slowed
+    would make a share of it too large.
+    """
     buffer = torch.ones(BUFFER_BYTES // 4)
-    ways: list[Callable[[], Any]] = [buffer.sum, buffer.max, lambda: torch.dot(buffer, buffer)]
-    found = [timed(way) for _ in range(3) for way in ways]
+    ways: list[Callable[[torch.Tensor], Any]] = [torch.sum, torch.max, lambda x: torch.dot(x, x)]
+    pieces = buffer.chunk(BUFFER_BYTES // PIECE_BYTES)
+    found = [timed(lambda: way(piece)) for way in ways for piece in pieces]  # noqa: B023
     return Seconds(
-        min(one.wall for one in found) / BUFFER_BYTES,
-        min(one.processor for one in found) / BUFFER_BYTES,
+        min(one.wall for one in found) / PIECE_BYTES,
+        min(one.processor for one in found) / PIECE_BYTES,
     )
 
 
@@ -251,7 +257,7 @@ class Compared:
         )
         show(f"prefill {batch} x {length}", found)
 
-    def steps(self, batch: int, byte: Seconds) -> None:
+    def steps(self, batch: int) -> None:
         prompts = some_tokens(self.vocab_size, batch, PAST)
         ways = [Theirs(self.model, experts) for experts in EXPERTS]
 
@@ -262,9 +268,13 @@ class Compared:
         found = in_turns([Ours(self.loaded, batch), *ways], self.rounds, turn)
         experts = ways[0].chosen_experts(prompts)
         moved = bytes_of_step(self.model, self.loaded.job.model, batch, experts)
+        byte = second_per_byte()
         least = Seconds(byte.wall * moved, byte.processor * moved)
         show(f"step, batch {batch}", found, least)
-        print(f"{'':16} {moved / 1e6:.1f} MB a step, {experts:.1f} experts of a layer")
+        print(
+            f"{'':16} {moved / 1e6:.1f} MB a step, {experts:.1f} experts of a layer; memory "
+            f"{1e-9 / byte.wall:.1f} / {1e-9 / byte.processor:.1f} GB/s"
+        )
 
     def same_answers(self) -> bool:
         """Compare greedy answers, and say where they part."""
@@ -348,7 +358,6 @@ def compare(options: argparse.Namespace, folder: Path, runtime: Runtime) -> bool
     from hybrid_train.megatron.data_parallel import destroy_groups
 
     their_logging.disable_progress_bar()
-    byte = bandwidth()
     make(options.settings, folder)
     dtype = DTYPES[options.precision]
     model = NemotronHForCausalLM.from_pretrained(folder / "hf", dtype=dtype).eval()
@@ -357,15 +366,14 @@ def compare(options: argparse.Namespace, folder: Path, runtime: Runtime) -> bool
         compared = Compared(loaded, model, options.rounds)
         print(
             f"{' '.join(options.settings)}, {options.precision}, {options.threads} thread(s), "
-            f"{options.rounds} rounds; memory {1e-9 / byte.wall:.1f} / "
-            f"{1e-9 / byte.processor:.1f} GB/s; load {os.getloadavg()[0]:.1f}"
+            f"{options.rounds} rounds, load {os.getloadavg()[0]:.1f}"
         )
         heads = ("best ms", "median ms", "over ours", "medians", "of bandwidth")
         print(f"{'':28} {heads[0]:>17} {heads[1]:>17}", *(f"{head:>13}" for head in heads[2:]))
         for batch, length in PREFILLS:
             compared.prefill(batch, length)
         for batch in BATCHES:
-            compared.steps(batch, byte)
+            compared.steps(batch)
         return compared.same_answers()
     finally:
         destroy_groups()
