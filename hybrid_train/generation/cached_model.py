@@ -5,6 +5,7 @@ Dimensions: R rows, B rows of a pass, W tokens of a window, H hidden, V vocabula
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,10 +40,10 @@ class CachedModel:
         Raises:
             UserError: if the layout does not let tokens be read one by one.
         """
-        _require_whole(network)
+        self._chunks: list[Hybrid] = [unwrapped(chunk) for chunk in network.chunks]  # type: ignore[misc]
+        _require_whole(network, self._chunks[0].config)
         if network.optimizer is not None:
             complete_parameters(network.chunks)  # as some of them are read before any pass
-        self._chunks: list[Hybrid] = [unwrapped(chunk) for chunk in network.chunks]  # type: ignore[misc]
         self.device = network.device
         self._pipeline = network.groups.pp
         self._weights = sum(p.numel() for chunk in self._chunks for p in chunk.parameters())
@@ -212,13 +213,13 @@ def _threads_for(multiplications: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _require_whole(network: Network) -> None:
-    """Refuse layouts that split tokens or weights in ways which a window of few tokens rules out.
+def _require_whole(network: Network, config: Any) -> None:
+    """Refuse layouts that split tokens, keep weights elsewhere, or know one shape of a pass.
 
     Raises:
         UserError: on all processes.
     """
-    config, reason = unwrapped(network.chunks[0]).config, ""
+    reason = ""
     if network.groups.cp.size() > 1:
         reason = f"parallel.context = {network.groups.cp.size()}: a token that is read by itself "
         reason += "cannot be split over processes; set parallel.context=1"

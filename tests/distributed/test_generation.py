@@ -130,6 +130,8 @@ def _under_layouts(run_dir: Path, layouts: dict[str, Parallel]) -> dict[str, dic
     from hybrid_train.megatron.data_parallel import destroy_groups
 
     found = {}
+    with pytest.raises(UserError, match=r"parallel.tensor = 8: must divide .*; nearest: 2"):
+        load_model(str(run_dir), SHORT, parallel=Parallel(tensor=8))
     for name, parallel in layouts.items():
         found[name] = all_texts(load_model(str(run_dir), SHORT, parallel=parallel).network)
         destroy_groups()
