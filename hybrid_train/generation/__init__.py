@@ -1,5 +1,5 @@
-"""Text from a model: decoding, sampling, the cache of its layers (`decode.py`); scores of texts.
+"""Text from a model: requests in batches, drafts, the choice of a token; scores of texts.
 
-Not here: reading checkpoints (`checkpoint`), tokenizers (`data/any_tokenizer.py`), the command
-(`jobs/generate.py`).
+Not here: what layers remember (`megatron/row_cache.py`), reading checkpoints (`checkpoint`),
+tokenizers (`data/any_tokenizer.py`), the command (`jobs/generate.py`).
 """
