@@ -50,10 +50,13 @@ ON_FOUR = {
 }
 OVERLAPPED = Parallel(overlap_grad_reduce=True, overlap_param_gather=True, bucket_parameters=4096)
 TRAINED = {
-    "TP2, bfloat16": (Parallel(tensor=2), GemmFormat.bf16),
-    "VPP": (Parallel(pipeline=2, virtual_pipeline=2), GemmFormat.fp32),
-    "DP2, weights gathered late": (OVERLAPPED, GemmFormat.fp32),
-    "EP2, quantized": (Parallel(expert=2), GemmFormat.fp8_delayed),
+    "TP2, bfloat16": (Parallel(tensor=2), Precision(format=GemmFormat.bf16)),
+    "VPP": (ON_TWO["VPP"], Precision(format=GemmFormat.fp32)),
+    "DP2, weights gathered late": (OVERLAPPED, Precision(format=GemmFormat.fp32)),
+    "EP2, weights in FP8": (
+        Parallel(expert=2),
+        Precision(format=GemmFormat.fp8_delayed, fp8_param_gather=True),
+    ),
 }
 REFUSED = {
     "parallel.context=1": Parallel(context=2),
@@ -285,8 +288,8 @@ def _train() -> dict[str, tuple[Trained, Trained]]:
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     found = {}
-    for name, (parallel, number_format) in TRAINED.items():
-        job = tiny_job(parallel=parallel, precision=Precision(format=number_format))
+    for name, (parallel, precision) in TRAINED.items():
+        job = tiny_job(parallel=parallel, precision=precision)
         job.train.microbatch = 1
         job.schedule.peak_lr = 1e-2
         groups = build_groups(parallel, timeout_s=60)
