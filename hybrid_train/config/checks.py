@@ -26,6 +26,7 @@ from hybrid_train.config.rules_of_hardware import HARDWARE_RULES
 from hybrid_train.config.rules_of_layout import (
     LAYOUT_RULES,
     MEMORY_RULES,
+    SPLIT_RULES,
     fsdp_runs,
     layer_rules_decide,
     pattern_is_legal,
@@ -62,6 +63,12 @@ def check(job: Job, started: int) -> Iterator[Problem]:
         yield from found
     known = {problem.path for problem in found}
     yield from (problem for problem in _of_files(job) if problem.path not in known)
+
+
+def split_problems(job: TrainJob, processes: int) -> Iterator[Problem]:
+    """Yield what keeps a model, as it is, from a layout on so many processes."""
+    for rule in SPLIT_RULES:
+        yield from (_of_torchrun(problem, "...") for problem in rule(job, processes))
 
 
 def across(
@@ -118,13 +125,18 @@ def _of_sections(job: Job) -> Iterator[Problem]:
     yield from (one for one in collect(job) if not (pattern and one.path.startswith(absent)))
 
 
-def _of_torchrun(problem: Problem) -> Problem:
-    """Return a problem with a number of processes that no setting holds as a command."""
+def _of_torchrun(problem: Problem, words: str = "-m hybrid_train train ...") -> Problem:
+    """Return a problem with a number of processes that no setting holds as a command.
+
+    Args:
+        problem: any.
+        words: of the command, behind those of torchrun.
+    """
 
     def command(path: str, value: object) -> object:
         if path != suggestions.PROCESSES or not isinstance(value, int):
             return value
-        return f"torchrun --nproc-per-node {value} -m hybrid_train train ..."
+        return f"torchrun --nproc-per-node {value} {words}"
 
     along = tuple((path, command(path, value)) for path, value in problem.along)
     return replace(problem, nearest=command(problem.path, problem.nearest), along=along)

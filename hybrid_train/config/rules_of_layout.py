@@ -232,6 +232,12 @@ def _vocabulary_is_split(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem("model.vocab_multiple", multiple, rule, legal)
 
 
+def _padded_rows_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
+    if job.model.vocab_size is not None:
+        padded = degrees.padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
+        yield from _divides("parallel.tensor", job.parallel.tensor, {"the vocabulary": padded})
+
+
 def _vocabulary_holds_the_tokens(job: TrainJob, _: int) -> Iterator[Problem]:
     size = job.model.vocab_size
     if size is None or not isinstance(job.data, Quickstart) or size >= job.data.vocab_size:
@@ -308,6 +314,16 @@ LAYOUT_RULES = (
     _overlaps_build_on_each_other,
     _processes_fit_the_degrees,
     _profiled_processes_exist,
+)
+# What a model that is loaded has to keep: its sizes are what they are.
+SPLIT_RULES = (
+    _stages_match_the_pattern,
+    _tensor_splits_every_layer,
+    _tensor_fits_alternating_parts,
+    _context_splits_heads,
+    _experts_are_split,
+    _padded_rows_are_split,
+    _processes_fit_the_degrees,
 )
 
 

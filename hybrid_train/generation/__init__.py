@@ -1,5 +1,5 @@
 """Text from a model: requests in a batch, choice of tokens, chats, answers; scores of texts.
 
-Not here: reading checkpoints (`checkpoint`), tokenizers (`data/any_tokenizer.py`), the command
-(`jobs/generate.py`).
+Not here: what layers remember (`megatron/row_cache.py`), reading checkpoints (`checkpoint`),
+tokenizers (`data/any_tokenizer.py`), the command (`jobs/generate.py`).
 """

@@ -19,6 +19,7 @@ from hybrid_train.generation.cached_model import CachedModel
 from hybrid_train.generation.drafting import Drafting, Record
 from hybrid_train.generation.requests import Finish, NewTokens, Request
 from hybrid_train.generation.sampling import Place, choose
+from hybrid_train.megatron.hybrid import whole_sequences
 from hybrid_train.training.network import Network
 
 _NOBODY = -1  # the number of a request that nobody made
@@ -54,16 +55,20 @@ def stream(
     Requests are taken as rows become free.
 
     Args:
-        network: a model under any layout without context parallelism; it comes back in the mode
-            (training or not) that it is in. Every process calls this with equal arguments.
+        network: a model under any layout without context parallelism or FSDP, also one that is
+            being trained; it comes back as it is. Every process calls this with equal arguments,
+            and reads to the end what it yields.
         requests: prompts with what is asked for.
         settings: how they are worked on.
-        record: where steps, drafts and times are counted.
+        record: where steps and drafts are counted, those of all data-parallel ranks.
 
     Raises:
-        ValueError: if a prompt is empty, or drafts are wanted of a model without an MTP block.
+        ValueError: if a prompt is empty.
+        UserError: if drafts are wanted of a model without an MTP block, or the layout does not let
+            tokens be read one by one.
     """
-    with network.evaluating():
+    # Passes alone are without gradients: between them runs what the reader does with the tokens.
+    with network.in_eval_mode(), whole_sequences(network.chunks):
         yield from _Loop(network, requests, settings, record or Record()).steps()
 
 
@@ -140,7 +145,9 @@ class _Loop:
             if not (reads or answers):
                 return
             if answers:
-                yield from self._everywhere(self._answer())
+                new = self._everywhere(self._answer())
+                self._drafting.end_step([len(one.tokens) for one in new])
+                yield from new
             if reads:
                 yield from self._everywhere(self._read_prompts())
 
@@ -210,7 +217,6 @@ class _Loop:
             following = [_padded(one.tokens, length + 1) for one in new]
             self._model.learn(rows, hidden, following, counts)
         if rows.start != self._idle:
-            self._drafting.end_step(counts)
             self._leave()
         return new
 
@@ -306,14 +312,14 @@ class _Loop:
         dist.all_reduce(sums, group=dp)
         return (sums > 0).tolist()
 
-    def _everywhere(self, new: list[NewTokens]) -> Iterator[NewTokens]:
-        """Yield what all data-parallel ranks have found, without what nobody asked for."""
+    def _everywhere(self, new: list[NewTokens]) -> list[NewTokens]:
+        """Return what all data-parallel ranks have found, without what nobody asked for."""
         dp = self._groups.dp
         parts: list[list[NewTokens]] = [new]
         if dp.size() > 1:
             parts = [[] for _ in range(dp.size())]
             dist.all_gather_object(parts, new, group=dp)
-        return (one for part in parts for one in part if one.request != _NOBODY)
+        return [one for part in parts for one in part if one.request != _NOBODY]
 
 
 def _piece(tokens: Sequence[int], start: int, count: int, width: int) -> list[int]:

@@ -5,14 +5,17 @@ Dimensions: R rows, B rows of a pass, W tokens of a window, H hidden, V vocabula
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybrid_train.megatron.data_parallel import complete_parameters, is_fsdp
 from hybrid_train.megatron.hybrid import Hybrid, inference, row_cache
 from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.model.quantized import unwrapped
+from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
 
 # Below so many multiplications a pass is a row of operations that are each over before several
@@ -33,8 +36,14 @@ class CachedModel:
         Args:
             network: in eval mode while this is in use; its weights do not change meanwhile.
             rows: R.
+
+        Raises:
+            UserError: if the layout does not let tokens be read one by one.
         """
         self._chunks: list[Hybrid] = [unwrapped(chunk) for chunk in network.chunks]  # type: ignore[misc]
+        _require_whole(network, self._chunks[0].config)
+        if network.optimizer is not None:
+            complete_parameters(network.chunks)  # as some of them are read before any pass
         self.device = network.device
         self._pipeline = network.groups.pp
         self._weights = sum(p.numel() for chunk in self._chunks for p in chunk.parameters())
@@ -202,3 +211,26 @@ def _threads_for(multiplications: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _require_whole(network: Network, config: Any) -> None:
+    """Refuse layouts that split tokens, keep weights elsewhere, or know one shape of a pass.
+
+    Raises:
+        UserError: on all processes.
+    """
+    reason = ""
+    if network.groups.cp.size() > 1:
+        reason = f"parallel.context = {network.groups.cp.size()}: a token that is read by itself "
+        reason += "cannot be split over processes; set parallel.context=1"
+    elif any(map(is_fsdp, network.chunks)):
+        reason = "parallel.fsdp = true: no process holds the weights between two steps; set "
+        reason += "parallel.fsdp=false, or generate from a checkpoint of the run"
+    elif config.tp_comm_overlap or config.cuda_graph_impl != "none":
+        reason = "parallel.overlap_tensor and gpu.cuda_graphs keep memory for passes of a fixed "
+        reason += "number of tokens; set parallel.overlap_tensor=false gpu.cuda_graphs=none, or "
+        reason += "generate from a checkpoint of the run"
+    if reason:
+        error = UserError(f"generation cannot use this layout: {reason}")
+        error.on_all_ranks = True
+        raise error

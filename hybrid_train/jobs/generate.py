@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.style import Style
 
-from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint import layout as files
 from hybrid_train.config import frozen
-from hybrid_train.config.launcher import require_alone
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.generation.answers import Answer, AnswerFile, Question, all_of
 from hybrid_train.generation.chat import open_template
@@ -25,9 +24,10 @@ from hybrid_train.generation.thinking import Budget, blanks_of
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.origin import Origin
 from hybrid_train.jobs.fetched_checkpoint import folder_of
-from hybrid_train.runtime.logs import start_logging
+from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.job_roots import AnswerSettings, GenerateJob, Reasoning
+from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
@@ -41,24 +41,21 @@ _log = logging.getLogger(__name__)
 def run(job: GenerateJob) -> None:
     """Write each prompt with its answers to stdout or to a file, and the speed to stderr."""
     prompts = read_prompts(job)
-    require_alone("generate")
-    start_logging()
-    checkpoint = folder_of(job.checkpoint, "checkpoint")
     with process(job.runtime, job.seed):
         from hybrid_train.generation.batching import Batching, stream  # these need the process
         from hybrid_train.generation.drafting import Record
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.megatron.data_parallel import destroy_groups
 
+        checkpoint = folder_of(job.checkpoint, "checkpoint")
         try:
             with refusals_named(checkpoint=checkpoint):
                 reader = PromptReader.of(checkpoint)
-                questions = [reader.question(prompt) for prompt in prompts]
-                file = _file_of(job, reader)
-                wanted = list(file.missing(questions) if file else all_of(questions))
+                file, wanted = _wanted(job, reader, prompts)
                 if not wanted:
                     return
-                loaded = load_model(str(checkpoint), job.runtime)
+                layout = Parallel(**vars(job.parallel))
+                loaded = load_model(str(checkpoint), job.runtime, parallel=layout)
             answering, record = Answering(reader.tokenizer, wanted), Record()
             batching = Batching(
                 vocab_size=reader.known_tokens, rows=job.batch, drafts=job.drafts,
@@ -66,15 +63,29 @@ def run(job: GenerateJob) -> None:
             )  # fmt: skip
             steps = stream(loaded.network, answering.requests(), batching, record)
             with answering.timed(record):
-                answering.write(steps, file) if file else answering.show(steps)
+                answering.show(steps) if job.output is None else answering.write(steps, file)
         finally:
             destroy_groups()
 
 
-def _file_of(job: GenerateJob, reader: "PromptReader") -> AnswerFile | None:
+def _wanted(
+    job: GenerateJob, reader: "PromptReader", prompts: Sequence[Prompt]
+) -> tuple[AnswerFile | None, list[tuple[Question, int]]]:
+    """Return the file of answers, which the main process writes, and what is not in it yet."""
+    questions = [reader.question(prompt) for prompt in prompts]
+    wanted, file = list(all_of(questions)), None
     if job.output is None:
-        return None
-    return AnswerFile(Path(job.output), reader.checkpoint, job.log_probs)
+        return None, wanted
+    output = Path(job.output)
+
+    def places() -> list[int]:
+        nonlocal file
+        file = AnswerFile(output, reader.checkpoint, job.log_probs)
+        missing = {(id(one), number) for one, number in file.missing(questions)}
+        found = ((id(one), number) in missing for one, number in wanted)
+        return [place for place, is_missing in enumerate(found) if is_missing]
+
+    return file, [wanted[place] for place in ranks.broadcast_from_main(places)]
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,8 @@ class PromptReader:
         Raises:
             UserError: if there is no checkpoint, or a file is damaged.
         """
-        found = layout.locate(checkpoint)
-        tokenizer = open_tokenizer(found.run_dir / layout.TOKENIZER)
+        found = files.locate(checkpoint)
+        tokenizer = open_tokenizer(found.run_dir / files.TOKENIZER)
         name = f"{found.run_dir.name}/{found.path.name}"
         return cls(frozen.load(found.run_dir), tokenizer, Origin.of(found.run_dir), name)
 
@@ -162,7 +173,7 @@ class PromptReader:
 
     def _chat(self, prompt: Prompt) -> str:
         """Write messages by the template of the tokenizer's folder."""
-        folders = [self.origin.run_dir / layout.TOKENIZER]
+        folders = [self.origin.run_dir / files.TOKENIZER]
         if self.origin.folder is not None and self.origin.is_same_tokenizer:
             folders.insert(0, self.origin.folder)
         settings, variables = prompt.settings, prompt.variables
@@ -261,10 +272,10 @@ class Answering:
                 del self._growing[new.request]
             yield new.request, answer, text
 
-    def write(self, steps: Iterable[NewTokens], file: AnswerFile) -> None:
-        """Write the line of each answer as soon as it is over."""
+    def write(self, steps: Iterable[NewTokens], file: AnswerFile | None) -> None:
+        """Write the line of each answer as soon as it is over; None: another process does."""
         for _, answer, _ in self._taken(steps):
-            if answer.finish is not None:
+            if answer.finish is not None and file is not None:
                 file.write(answer)
 
     def show(self, steps: Iterable[NewTokens]) -> None:
@@ -306,6 +317,8 @@ class Answering:
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
+        if not ranks.is_main():
+            return
         sys.stderr.write(
             f"{counted(self._tokens, 'token')} in {seconds:.1f} s: "
             f"{self._tokens / seconds:.0f} tokens/s\n"
@@ -319,5 +332,6 @@ class Answering:
 
 
 def _put(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if ranks.is_main():  # all processes have all texts
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -102,6 +102,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "batch": "This many answers grow together.",
         "drafts": "The model's MTP block drafts this many tokens ahead, which one pass verifies; "
         "null: as many as pay, none where none do.",
+        **{f"parallel.{one}": _RUN[f"parallel.{one}"] for one in ("tensor", "pipeline", "expert")},
         "runtime.device": "The model runs on a GPU where there is one (auto), or cpu, or cuda.",
     },
     "study": {

@@ -12,7 +12,7 @@ import torch
 from hybrid_train.anatomy.layers import layers
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.save_load import read_weights
-from hybrid_train.config import frozen
+from hybrid_train.config import checks, frozen
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.data_parallel import ProcessGroups, build_groups
@@ -24,13 +24,15 @@ from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.edits import Edit, apply_edits
 from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.groups import describe as describe_decay
+from hybrid_train.runtime import ranks
 from hybrid_train.schema.extension import built_from, implementation_of
+from hybrid_train.schema.gpu import CudaGraphs
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Backend, GemmFormat, Precision
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.problems import ConfigError, UserError
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, tokens
@@ -216,7 +218,8 @@ def load_model(
         network: which one of a run that trained several; None: its first.
 
     Raises:
-        UserError: if there is no complete checkpoint, or no such network in it.
+        UserError: if there is no complete checkpoint, no such network in it, or the layout that is
+            to be built does not fit model and processes.
     """
     found = layout.locate(Path(checkpoint))
     job = frozen.load(found.run_dir)
@@ -224,9 +227,12 @@ def load_model(
         job.model.vocab_size = open_tokenizer(found.run_dir / layout.TOKENIZER).vocab_size
     name, key, job.model = _network_of(job, network, found.path)
     job.parallel, job.runtime = parallel or Parallel(), runtime
+    # A captured graph is of passes of one shape, and of a training step.
+    job.gpu = dataclasses.replace(job.gpu, cuda_graphs=CudaGraphs.none, cuda_graph_parts=None)
     # A GPU does not quantize the GEMMs of a single token, and no gradient asks for them.
     job.precision = Precision(format=format or GemmFormat(job.precision.base.value))
     if groups is None:
+        _require_split(job)
         groups = build_groups(job.parallel, runtime.timeout_s)
     assert job.model.vocab_size is not None
     built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
@@ -240,6 +246,18 @@ def load_model(
     )
     loaded.freeze()
     return LoadedModel(loaded, job, found.run_dir)
+
+
+def _require_split(job: TrainJob) -> None:
+    """Refuse a layout that the model cannot be split into.
+
+    Raises:
+        ConfigError: on all processes.
+    """
+    if problems := list(checks.split_problems(job, ranks.world_size())):
+        error = ConfigError(problems)
+        error.on_all_ranks = True
+        raise error
 
 
 def _network_of(job: TrainJob, wanted: str | None, checkpoint: Path) -> tuple[str, str, Model]:

@@ -316,3 +316,28 @@ def inference() -> Iterator[None]:
     """Let core's layers use the cache they are given, without gradients, for one forward pass."""
     with torch.inference_mode(), InferenceMode.active():
         yield
+
+
+@contextlib.contextmanager
+def whole_sequences(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let every tensor-parallel rank see all tokens: a single one cannot be split among them.
+
+    Core's switch for this (0.19.2, transformer/utils.py 352) misses configs that layers have of
+    their own, switches on again what was never on, and knows a model by an id that a later one may
+    have. Marks of weights stay as they are: they say how gradients are summed.
+    """
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    holders = [*modules, *(one.config for one in modules if hasattr(one, "config"))]
+    split = [
+        (holder, name)
+        for holder in {id(holder): holder for holder in holders}.values()
+        for name in ("sequence_parallel", "reduce_scatter_embeddings")
+        if getattr(holder, name, False) is True
+    ]
+    for holder, name in split:
+        setattr(holder, name, False)
+    try:
+        yield
+    finally:
+        for holder, name in split:
+            setattr(holder, name, True)

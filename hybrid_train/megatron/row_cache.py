@@ -270,8 +270,10 @@ class AttentionPast:
         heads = attention.num_query_groups_per_partition
         weight = attention.linear_qkv.weight
         shape = (rows, heads, 0, attention.hidden_size_per_attention_head)
-        self.keys, self.values = weight.new_empty(shape), weight.new_empty(shape)
-        self.device = weight.device
+        self.device, kind = weight.device, attention.config.params_dtype  # weights may be FP8 codes
+        self.keys, self.values = (
+            torch.empty(shape, dtype=kind, device=self.device) for _ in range(2)
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: Window) -> Tensor:
         """Add the keys and values of a window, and attend.

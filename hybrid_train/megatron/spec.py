@@ -30,8 +30,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import mamba, plain
-from hybrid_train.megatron.hybrid import MtpLayer
 from hybrid_train.megatron.cached_layers import AttentionLayer, MambaLayer, MlpLayer, MoeLayer
+from hybrid_train.megatron.hybrid import MtpLayer
 from hybrid_train.megatron.mamba import MambaMixer, SelfAttention
 from hybrid_train.megatron.router import ExpertLayer, TopKRouter
 from hybrid_train.megatron.transformer_config import layer_config

@@ -26,6 +26,7 @@ from hybrid_train.schema.limits import (
 )
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import listed_paths
+from hybrid_train.schema.parallel import Degrees
 from hybrid_train.schema.pattern import parse, repair
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Runtime
@@ -241,6 +242,7 @@ class GenerateJob(AnswerSettings):
     log_probs: bool = False  # output has those of the new tokens, in nats
     batch: Annotated[int, Range(1, 4096)] = 8  # answers that grow together
     drafts: Drafts | None = 0  # tokens that an MTP block drafts ahead; null: as many as pay
+    parallel: Degrees = field(default_factory=Degrees)
     runtime: Runtime = field(default_factory=Runtime)
 
     def problems(self) -> Iterator[Problem]:

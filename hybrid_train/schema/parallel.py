@@ -48,14 +48,20 @@ class Dispatcher(enum.Enum):
 
 
 @dataclass(kw_only=True)
-class Parallel:
-    """Degrees of parallelism. What is left of the processes is data parallel."""
+class Degrees:
+    """How a model is split. What is left of the processes is data parallel."""
 
     tensor: Processes = 1
     pipeline: Processes = 1
-    virtual_pipeline: Processes = 1  # model chunks per pipeline stage (interleaved schedule)
     expert: Processes = 1
     expert_tensor: Processes | None = None  # None: the same as tensor
+
+
+@dataclass(kw_only=True)
+class Parallel(Degrees):
+    """The layout of a training run."""
+
+    virtual_pipeline: Processes = 1  # model chunks per pipeline stage (interleaved schedule)
     context: Processes = 1
     sequence: bool | None = None  # split norms along the sequence too; None: when tensor > 1
     distributed_optimizer: bool = True  # split the optimizer state over data-parallel ranks

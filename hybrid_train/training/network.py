@@ -196,20 +196,25 @@ class Network:
             chunk.train(mode)
 
     @contextlib.contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Let its layers know that they are not trained, for a while."""
+        modes = [chunk.training for chunk in self.chunks]
+        self.train(False)
+        try:
+            yield
+        finally:
+            for chunk, mode in zip(self.chunks, modes, strict=True):
+                chunk.train(mode)
+
+    @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run forward passes without gradients, and be as before afterwards.
 
         Routers record nothing without gradients, and the family has no dropout: a run that is
         evaluated in between trains on as one that is not.
         """
-        modes = [chunk.training for chunk in self.chunks]
-        self.train(False)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for chunk, mode in zip(self.chunks, modes, strict=True):
-                chunk.train(mode)
+        with self.in_eval_mode(), torch.no_grad():
+            yield
 
     def freeze(self) -> None:
         """Let gradients flow through it from now on, and none stay in it."""

@@ -2,8 +2,11 @@
 
 import pytest
 
+from hybrid_train.config.checks import split_problems
 from hybrid_train.config.compose import compose
+from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.problems import ConfigError
+from tests.tiny import tiny_job
 from tests.unit.config.test_checks import broken
 
 # rules of model.layers on a model M-M-E*, processes and degrees, path of the problem, part of it
@@ -44,3 +47,25 @@ def test_a_count_refuses_sizes_of_layers_that_there_are_not() -> None:
     lines = ["model=tiny", "model.vocab_size=64", "model.layers=[{layers:999,mamba:{heads:16}}]"]
     with pytest.raises(ConfigError, match="matches no layer with such sizes"):
         compose("count", lines)
+
+
+# A model of 4 heads, 2 groups, 4 experts and 7 rows: degrees, processes, what is said.
+SPLITS = [
+    (Parallel(), 3, []),
+    (Parallel(tensor=2, pipeline=2), 4, ["tensor = 2: must divide the vocabulary (7); nearest: 1"]),
+    (Parallel(pipeline=7), 7, ["pipeline = 7: makes 7 stages of 6 main layers"]),
+    (Parallel(expert=3), 3, ["expert = 3: must divide model.moe.experts (4); nearest: 2"]),
+    (Parallel(pipeline=2), 3, ["needs a multiple of 2 processes", "torchrun --nproc-per-node 4"]),
+]
+
+
+@pytest.mark.parametrize(("parallel", "processes", "words"), SPLITS)
+def test_a_model_that_is_loaded_is_held_against_its_layout(
+    parallel: Parallel, processes: int, words: list[str]
+) -> None:
+    job = tiny_job(parallel=parallel)
+    job.model.vocab_size, job.model.vocab_multiple = 7, 1
+    job.train.sequence_length = 3  # the run's own, of no matter here
+    found = "\n".join(map(str, split_problems(job, processes)))
+    assert all(one in found for one in words), found
+    assert bool(found) == bool(words)
