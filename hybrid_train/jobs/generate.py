@@ -81,11 +81,12 @@ def _wanted(
     def places() -> list[int]:
         nonlocal file
         file = AnswerFile(output, reader.checkpoint, job.log_probs)
-        missing = {(id(one), number) for one, number in file.missing(questions)}
-        found = ((id(one), number) in missing for one, number in wanted)
+        left = {(id(one), number) for one, number in file.missing(questions)}
+        found = ((id(one), number) in left for one, number in wanted)
         return [place for place, is_missing in enumerate(found) if is_missing]
 
-    return file, [wanted[place] for place in ranks.broadcast_from_main(places)]
+    missing = [wanted[place] for place in ranks.broadcast_from_main(places)]
+    return file, missing
 
 
 @dataclass(frozen=True)
