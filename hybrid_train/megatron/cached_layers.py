@@ -59,11 +59,11 @@ class AttentionLayer(_OfOnePart, transformer_layer.TransformerLayer):
 
 
 class MlpLayer(_OfOnePart, mlp_layer.MLPLayer):
-    """An MLP; the norm is in its first linear layer."""
+    """An MLP, or what stands in its place; a norm before it, where its first layer has none."""
 
     def part(self, x: Tensor, cache: RowCache) -> Tensor:
         """Apply the MLP."""
-        y: Tensor = self.mlp(x)[0]
+        y: Tensor = self.mlp(self.pre_mlp_layernorm(x))[0]
         return y
 
 
