@@ -11,6 +11,7 @@ HYBRID = ("experiment=tiny_cpu", "model.pattern=MEM*-E", "processes=4", "train.g
 FULL_WIDTH = "model.moe.latent_size=null"
 GRAPHS = "gpu.cuda_graphs=layers"
 DENSE = "model.pattern=MM*-"
+STEPS = ("gpu.cuda_graphs=step", DENSE)
 SELECTIVE = "parallel.recompute=selective"
 PHASES = "train.phases=[{name: a}, {name: b, start: '50%', sequence_length: 32}]"
 LAYOUTS = "train.phases=[{name: a}, {name: b, start: '50%', tensor: 2}]"
@@ -99,6 +100,19 @@ REFUSED: list[tuple[tuple[str, ...], str, str, object]] = [
     (("gpu.offloaded_parts=[core_attn,qkv_linear]", SELECTIVE,
       "parallel.recompute_modules=[core_attn]"), "gpu.offloaded_parts", "core_attn",
      "[qkv_linear]"),
+    (("gpu.cuda_graphs=step",), "gpu.cuda_graphs", "no expert layers", "none"),
+    ((*STEPS, PHASES), "gpu.cuda_graphs", "phases have other lengths", "none"),
+    ((*STEPS, "data.packing=best_fit"), "gpu.cuda_graphs", "documents end", "none"),
+    ((*STEPS, "parallel.pipeline=2"), "gpu.cuda_graphs", "waits between stages", "none"),
+    ((*STEPS, "parallel.recompute=full"), "gpu.cuda_graphs", "parallel.recompute", "none"),
+    ((*STEPS, "gpu.offloaded_parts=[qkv_linear]"), "gpu.cuda_graphs", "hooks move", "none"),
+    ((*STEPS, "precision=mxfp8", "precision.backend=emulated"), "gpu.cuda_graphs", "emulated",
+     "none"),
+    ((*STEPS, "precision=mxfp8"), "precision.statistics_interval", "no hooks", 0),
+    ((*STEPS, "parallel.overlap_param_gather=true"), "parallel.overlap_param_gather", "no note",
+     "false"),
+    ((*STEPS, "gpu.cuda_graph_parts=[mamba]"), "gpu.cuda_graph_parts", "cuda_graphs=layers",
+     "null"),
     (("recovery.checksum_interval=10", "parallel.fsdp=true"), "recovery.checksum_interval",
      "keeps no weight twice", 0),
 ]  # fmt: skip
@@ -123,6 +137,8 @@ def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
     [
         (GRAPHS, "gpu.cuda_graph_parts=[attn,mamba,moe_router,moe_preprocess]"),
         (GRAPHS, DENSE),
+        STEPS,
+        (*STEPS, "model.pattern=M*-/*-", "parallel.tensor=2", "precision.statistics_interval=0"),
         (GRAPHS, SELECTIVE, "parallel.recompute_modules=[moe]"),
         ("parallel.dispatcher=hybridep", "parallel.expert=2", "gpu.dispatcher_sms=16"),
         ("parallel.overlap_shared_experts=true", FULL_WIDTH),
