@@ -172,7 +172,7 @@ def _steps_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
     if gpu.cuda_graphs is not CudaGraphs.step:
         return
     for rule, broken in (
-        # The counts go to the host (transformer/moe/token_dispatcher.py 950, experts.py 640, 769).
+        # The counts go to the host (transformer/moe/token_dispatcher.py 950, experts.py 769).
         ("captures no expert layers (E): the host waits for their tokens", _has(job, "E")),
         # p2p_communication.py 419.
         ("needs parallel.pipeline=1: the host waits between stages", plan.pipeline > 1),

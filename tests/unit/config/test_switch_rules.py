@@ -1,10 +1,13 @@
 """What a switch of speed needs is refused in words where it is missing, with what is accepted."""
 
+from typing import Any
+
 import pytest
 from omegaconf import OmegaConf
 
 from hybrid_train.config.compose import compose, draft
 from hybrid_train.config.rules_of_switches import SWITCH_RULES
+from hybrid_train.schema.objective import NextToken
 from hybrid_train.schema.problems import ConfigError
 
 HYBRID = ("experiment=tiny_cpu", "model.pattern=MEM*-E", "processes=4", "train.global_batch=8")
@@ -149,6 +152,19 @@ def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
 )
 def test_a_switch_with_what_it_needs_is_accepted(words: tuple[str, ...]) -> None:
     compose("check", [*HYBRID, *words])
+
+
+def test_steps_of_another_objective_are_not_captured() -> None:
+    """Its turns would be one graph, and what it reads on the host would be read once."""
+
+    class Other(NextToken):
+        pass
+
+    job: Any = OmegaConf.to_object(draft("check", [*HYBRID, *STEPS]).config)
+    assert [one for rule in SWITCH_RULES for one in rule(job, 4)] == []
+    job.objective = Other()
+    (problem,) = [one for rule in SWITCH_RULES for one in rule(job, 4)]
+    assert "objective.kind=next_token alone" in problem.rule
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:
