@@ -10,9 +10,10 @@ from hybrid_train.planning import degrees
 from hybrid_train.planning.phases import views_of
 from hybrid_train.schema.data import Packing
 from hybrid_train.schema.gpu import LETTERS, CudaGraphs, GraphPart, OffloadedPart, captured_parts
+from hybrid_train.schema.objective import NextToken
 from hybrid_train.schema.parallel import Dispatcher, Recompute, RecomputeModule
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.precision import GemmFormat, NumberFormat
+from hybrid_train.schema.precision import Backend, GemmFormat, NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Kernels
 from hybrid_train.schema.train import TrainJob
@@ -133,6 +134,13 @@ def _graphs_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
     if job.data.packing is not Packing.none:
         rule = "needs data.packing=none: documents end elsewhere in each row"
         yield Problem(path, value, rule, "none")
+
+
+def _layers_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
+    gpu, plan = job.gpu, job.parallel
+    if gpu.cuda_graphs is not CudaGraphs.layers:
+        return
+    path, value = "gpu.cuda_graphs", gpu.cuda_graphs.value
     if plan.recompute is Recompute.full:  # transformer_config.py
         yield Problem(path, value, "does not go with parallel.recompute=full", "none")
     captured = set(captured_parts(gpu, parse(job.model.pattern).main))
@@ -156,6 +164,46 @@ def _graphs_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
             rule = f"holds what parallel.recompute_modules computes again ({module.value})"
             near = _left(captured, *parts)
             yield Problem("gpu.cuda_graph_parts", _shown(captured), rule, near)
+
+
+def _steps_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
+    """What Python does in the passes happens once, at the capture; a replay is of kernels alone."""
+    gpu, plan = job.gpu, job.parallel
+    if gpu.cuda_graphs is not CudaGraphs.step:
+        return
+    for rule, broken in (
+        # The counts go to the host (transformer/moe/token_dispatcher.py 950, experts.py 769).
+        ("captures no expert layers (E): the host waits for their tokens", _has(job, "E")),
+        # p2p_communication.py 419.
+        ("needs parallel.pipeline=1: the host waits between stages", plan.pipeline > 1),
+        # It asks for random states (tensor_parallel/random.py 527), which a capture does not allow.
+        ("does not go with parallel.recompute", plan.recompute is not Recompute.none),
+        # It was read for this one; others may have turns, or look at values on the host.
+        ("captures objective.kind=next_token alone", type(job.objective) is not NextToken),
+        ("needs gpu.offloaded_parts=[]: hooks move them", bool(gpu.offloaded_parts)),
+        # Numbers that are rounded to depend on the step.
+        ("does not go with precision.backend=emulated", _emulated(job)),
+    ):
+        if broken:
+            yield Problem("gpu.cuda_graphs", gpu.cuda_graphs.value, rule, "none")
+    if plan.overlap_param_gather:
+        # What is gathered is noted in Python, and the note taken back in the reduction
+        # (param_and_grad_buffer.py 798): a validation would see weights of an earlier one.
+        rule = "does not go with gpu.cuda_graphs=step, whose replays take back no note of a gather"
+        yield Problem("parallel.overlap_param_gather", True, rule, "false")
+    if _quantizes(job) and job.precision.statistics_interval:
+        rule = "does not go with gpu.cuda_graphs=step: a replay runs no hooks that measure"
+        interval = job.precision.statistics_interval
+        yield Problem("precision.statistics_interval", interval, rule, 0)
+
+
+def _emulated(job: TrainJob) -> bool:
+    return _quantizes(job) and job.precision.backend is Backend.emulated
+
+
+def _quantizes(job: TrainJob) -> bool:
+    asked = {job.precision.format, *(one.format for one in job.precision.exceptions)}
+    return bool(asked - {GemmFormat.fp32, GemmFormat.bf16})
 
 
 def _shown(parts: Iterable[GraphPart]) -> str:
@@ -289,6 +337,8 @@ SWITCH_RULES = (
     _shapes_stay,
     _named_parts_exist,
     _graphs_can_be_captured,
+    _layers_can_be_captured,
+    _steps_can_be_captured,
     _offloaded_parts_are_kept,
     _attention_has_the_format,
     _switches_have_kernels,

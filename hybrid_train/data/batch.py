@@ -94,6 +94,14 @@ class Batch:
 
         return self._map(cut)
 
+    def by_name(self) -> dict[str, Any]:
+        """Return the fields, of which `Batch(**fields)` makes the same batch again."""
+        return {
+            one.name: dict(value) if isinstance(value, Mapping) else value
+            for one in fields(self)
+            for value in (getattr(self, one.name),)
+        }
+
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
         def changed(name: str, value: Any) -> Any:
             if isinstance(value, Mapping):

@@ -19,6 +19,7 @@ from hybrid_train.megatron.data_parallel import ProcessGroups, build_groups
 from hybrid_train.megatron.forward_backward import Finalizer
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.optimizers import build_optimizer
+from hybrid_train.megatron.step_graphs import StepGraph, captures_steps
 from hybrid_train.megatron.transformer_config import DTYPES
 from hybrid_train.model.build import BuiltModel, build_model
 from hybrid_train.model.edits import Edit, apply_edits
@@ -141,6 +142,9 @@ def build_network(
         optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
         rate=Rate(job.schedule, tokens(job.train.tokens)),
         finalizer=Finalizer(built.config),
+        step_graph=(
+            StepGraph(job.gpu.cuda_graph_warmup_steps) if captures_steps(built.config) else None
+        ),
     )
 
 

@@ -132,14 +132,32 @@ def wrap(
         patches.gather_one_by_one(precision.fp8_param_gather)
     if parallel.fsdp:
         return _wrap_fsdp(chunks, config, precision)
-    wrapped = [
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
-    ]
+    with _on_a_stream_to_capture(config):
+        wrapped = [
+            DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
     if parallel.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return wrapped
+
+
+@contextlib.contextmanager
+def _on_a_stream_to_capture(config: TransformerConfig) -> Iterator[None]:
+    """Build beside the default stream what is to run in a captured step.
+
+    The nodes of autograd that sum gradients run on the stream on which the wrapper makes them, and
+    the default one cannot be captured.
+    """
+    if config.cuda_graph_impl != "full_iteration":
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _wrap_fsdp(

@@ -31,6 +31,7 @@ def run_schedule(
     *,
     shape: tuple[int, int],
     forward_only: bool,
+    schedule: Callable[..., Any] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run all microbatches of a step through Megatron's schedule for this layout.
 
@@ -40,12 +41,14 @@ def run_schedule(
         batches: the microbatches.
         shape: sequences and tokens per sequence of a microbatch, [B, S].
         forward_only: no gradients.
+        schedule: what takes the place of Megatron's, with its arguments.
 
     Returns:
         What the loss function reported for each microbatch; empty but on the last pipeline stage.
     """
     iterators: list[Iterator[Any]] = [iter(batches) for _ in chunks]
-    return get_forward_backward_func()(
+    run = schedule or get_forward_backward_func()
+    reports: list[dict[str, Tensor]] = run(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -54,6 +57,7 @@ def run_schedule(
         micro_batch_size=shape[0],
         forward_only=forward_only,
     )
+    return reports
 
 
 class Finalizer:
@@ -64,12 +68,24 @@ class Finalizer:
     less than one of them (schedules.py 749, finalize_model_grads.py 693).
     """
 
-    denominator: Tensor  # of the losses of the step, in all processes
-
     def __init__(self, config: TransformerConfig) -> None:
+        self._denominator: Tensor | None = None
         self.expert_counts: dict[tuple[bool, int], Tensor] = {}  # (in MTP, layer from 1) -> counts
         self._biases: list[tuple[Tensor, Tensor]] = []  # of each router, and a copy from before
         config.finalize_model_grads_func = self
+
+    @property
+    def denominator(self) -> Tensor:
+        """Of the losses of the step, in all processes; it stays where captured steps read it."""
+        assert self._denominator is not None, "nothing says what the gradients are divided by"
+        return self._denominator
+
+    @denominator.setter
+    def denominator(self, value: Tensor) -> None:
+        if self._denominator is None:
+            self._denominator = value.clone()
+        else:
+            self._denominator.copy_(value)
 
     def __call__(self, chunks: Chunks, tokens: Tensor | None, **kwargs: Any) -> None:
         """Take the place of `finalize_model_grads`; `tokens` are core's own count."""

@@ -90,11 +90,14 @@ def _dispatcher(job: TrainJob) -> Fields:
 
 
 def _graphs(job: TrainJob) -> Fields:
+    warmup: Fields = {"cuda_graph_warmup_steps": job.gpu.cuda_graph_warmup_steps}
+    if job.gpu.cuda_graphs is CudaGraphs.step:
+        return {"cuda_graph_impl": "full_iteration", **warmup}
     captured = captured_parts(job.gpu, parse(job.model.pattern).main)
     return {
         "cuda_graph_impl": "transformer_engine",
         "cuda_graph_modules": [part.value for part in captured],
-        "cuda_graph_warmup_steps": job.gpu.cuda_graph_warmup_steps,
+        **warmup,
     }
 
 

@@ -179,8 +179,11 @@ class MambaPast:
         self._d, self._dt_bias = mixer.D.float(), mixer.dt_bias.float()
         self._groups, self._chunk = mixer.ngroups_local_tp, mixer.chunk_size
         heads, width, state = mixer.nheads_local_tp, mixer.headdim, mixer.d_state
-        self._inner, self._width = heads * width, width
         weight = mixer.conv1d_weight
+        of_groups = self._groups * state  # channels of b, and of c
+        self._inner, self._heads, self._width, self._state = heads * width, heads, width, state
+        self._packed = [self._inner, self._inner + 2 * of_groups, heads]  # z, x and b and c, dt
+        self._convolved = [self._inner, of_groups, of_groups]
         self.inputs = weight.new_zeros(rows, len(self._taps) - 1, len(weight))  # [R, K-1, C]
         self.state = torch.zeros(rows, heads, width, state, device=weight.device)  # [R, H, P, N]
         self._unkept: tuple[Tensor, ...] = ()
@@ -191,19 +194,22 @@ class MambaPast:
 
         The same map as `ops.mixer.mixer_forward`.
         """
+        width, batch = packed.shape[:2]
         packed = packed.transpose(0, 1)
-        heads, inner = len(self._a), self._inner
-        z, xbc, dt = packed.split([inner, packed.shape[-1] - inner - heads, heads], dim=-1)
+        z, xbc, dt = packed.split(self._packed, dim=-1)
         past = self.inputs[window.rows]
         inputs = torch.cat((past, xbc.to(past.dtype)), dim=1)
         convolved = window_conv(inputs, self._taps, self._bias)
-        state = (convolved.shape[-1] - inner) // 2
-        x, b, c = convolved.split([inner, state, state], dim=-1)
-        dt = F.softplus(dt.float() + self._dt_bias)
-        x = x.unflatten(-1, (heads, self._width))
-        b, c = (part.unflatten(-1, (self._groups, -1)) for part in (b, c))
-        y = self._scan(x, dt, b, c, inputs, window)
-        gated = y.flatten(2) * F.silu(z.float())
+        x, b, c = convolved.split(self._convolved, dim=-1)
+        y = self._scan(
+            x.view(batch, width, self._heads, self._width),
+            F.softplus(dt.float() + self._dt_bias),
+            b.view(batch, width, self._groups, self._state),
+            c.view(batch, width, self._groups, self._state),
+            inputs,
+            window,
+        )
+        gated = y.reshape(batch, width, self._inner) * F.silu(z.float())
         return gated.to(packed.dtype).transpose(0, 1)
 
     def _scan(

@@ -178,9 +178,12 @@ def window_conv(inputs: Tensor, weight: Tensor, bias: Tensor, *, activation: boo
     taps = len(weight)
     width = inputs.shape[1] - taps + 1
     inputs = inputs.to(weight.dtype)
-    y = torch.addcmul(bias, inputs[:, :width], weight[0])
-    for tap in range(1, taps):
-        y.addcmul_(inputs[:, tap : tap + width], weight[tap])
+    if width == 1:
+        y = (inputs * weight).sum(dim=1, keepdim=True).add_(bias)
+    else:
+        y = torch.addcmul(bias, inputs[:, :width], weight[0])
+        for tap in range(1, taps):
+            y.addcmul_(inputs[:, tap : tap + width], weight[tap])
     return F.silu(y) if activation else y
 
 

@@ -58,7 +58,7 @@ def gated_rms_norm(
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled():  # a token's norm costs less than what records it
-        return (x * _inverse(x, eps)).mul_(weight)
+        return F.rms_norm(x, x.shape[-1:], eps=eps).mul_(weight)
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -71,7 +71,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = _inverse(x, eps)
+        inverse = torch.rsqrt(_dot(x, x) / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
@@ -84,11 +84,6 @@ class _RmsNorm(torch.autograd.Function):
         scaled = grad * weight
         along = _dot(scaled, unit) / x.shape[-1]
         return scaled.addcmul_(unit, along, value=-1).mul_(inverse), grad_weight, None
-
-
-def _inverse(x: Tensor, eps: float) -> Tensor:
-    """Return one over the root mean square of the last dimension, kept with size one."""
-    return torch.rsqrt(_dot(x, x) / x.shape[-1] + eps)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -118,14 +118,14 @@ def window_scan(
     bs, cs = b.to(kind).transpose(1, 2), c.to(kind).transpose(1, 2)  # [B, G, W, N]
     decay = (dts * a).cumsum(1).transpose(1, 2)  # log, up to and with each token, [B, H, W]
     grouped = state.reshape(batch, groups, -1, state.shape[-1])
-    of_state = (grouped @ cs.mT).view(batch, heads, head_width, width)
+    of_state = (cs @ grouped.mT).view(batch, groups, width, -1, head_width).transpose(2, 3)
     weights = (cs @ bs.mT)[:, :, None] * dts.transpose(1, 2).view(batch, groups, -1, 1, width)
     weights = weights.reshape(batch, heads, width, width)  # of input i in output j, [.., j, i]
     if width > 1:
         between = decay[..., :, None] - decay[..., None, :]
         weights = weights * torch.exp(between.masked_fill(_later(width, x.device), -torch.inf))
     y = weights @ xs.transpose(1, 2)  # [B, H, W, P]
-    y = y + of_state.mT * torch.exp(decay)[..., None]
+    y = y + of_state.reshape(y.shape) * torch.exp(decay)[..., None]
     y = y.transpose(1, 2)
     return y if d is None else y + d.to(kind)[:, None] * xs
 
@@ -147,7 +147,8 @@ def step(
     xs = x[:, 0].to(kind)
     fresh = (xs * dts).reshape(batch * groups, -1, 1)
     flat.baddbmm_(fresh, b.to(kind).reshape(batch * groups, 1, -1))
-    y = (flat @ c.to(kind).reshape(batch * groups, -1, 1)).view(batch, heads, head_width)
+    # A row times a matrix: a matrix times a column takes twice as long.
+    y = (c.to(kind).reshape(batch * groups, 1, -1) @ flat.mT).view(batch, heads, head_width)
     return (y if d is None else torch.addcmul(y, d.to(kind)[:, None], xs))[:, None]
 
 

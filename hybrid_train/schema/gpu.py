@@ -13,6 +13,7 @@ class CudaGraphs(enum.Enum):
 
     none = "none"
     layers = "layers"  # each layer, or the parts of it that `cuda_graph_parts` names
+    step = "step"  # all passes of a step and the reduction of gradients; no expert layers
 
 
 class GraphPart(enum.Enum):
@@ -70,7 +71,7 @@ class Gpu:
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         parts = self.cuda_graph_parts
-        if parts is not None and self.cuda_graphs is CudaGraphs.none:
+        if parts is not None and self.cuda_graphs is not CudaGraphs.layers:
             rule = "needs gpu.cuda_graphs=layers"
             yield Problem("cuda_graph_parts", _shown(parts), rule, "null")
         elif parts is not None and not parts:
@@ -113,7 +114,7 @@ def captured_parts(gpu: Gpu, letters: str) -> list[GraphPart]:
         gpu: the section.
         letters: of the main layers; those of MTP blocks are not captured.
     """
-    if gpu.cuda_graphs is CudaGraphs.none:
+    if gpu.cuda_graphs is not CudaGraphs.layers:
         return []
     if gpu.cuda_graph_parts is not None:
         return gpu.cuda_graph_parts

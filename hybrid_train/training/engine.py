@@ -95,13 +95,18 @@ def run_objective(
     if not forward_only:
         network.normalise(counts[0], counts[-1])
 
-    def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+    def forward_step(iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> Any:
         heartbeat.enter(heartbeat.last().part)  # still there
-        return objective.forward(model, next(iterator), counts[: len(terms)])
+        one = next(iterator)  # with all that a captured step reads, and nothing beside it
+        return objective.forward(model, Batch(**one["batch"]), one["totals"])
 
-    reports = run_schedule(
-        network.chunks, forward_step, microbatches, shape=shape, forward_only=forward_only
-    )
+    given = [{"batch": one.by_name(), "totals": counts[: len(terms)]} for one in microbatches]
+    if network.step_graph is None or forward_only:
+        reports = run_schedule(
+            network.chunks, forward_step, given, shape=shape, forward_only=forward_only
+        )
+    else:
+        reports = network.step_graph.run(network.chunks, forward_step, given, shape=shape)
     sums = torch.zeros_like(counts[:told])
     if reports and network.groups.tp.rank() == 0:  # tensor ranks hold the same losses
         sums[: len(terms)] += torch.stack([report["sums"] for report in reports]).sum(dim=0)

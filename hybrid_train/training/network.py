@@ -19,6 +19,7 @@ from hybrid_train.megatron.optimizers import (
     working_parts,
 )
 from hybrid_train.megatron.router import BalanceLosses
+from hybrid_train.megatron.step_graphs import StepGraph
 from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.schedules import learning_rate
 from hybrid_train.schema.objective import MAIN
@@ -115,6 +116,7 @@ class Network:
         optimizer: None: it is not trained.
         rate: of the optimizer.
         finalizer: reduces the gradients.
+        step_graph: runs the passes of its steps in one CUDA graph; None: each kernel is launched.
     """
 
     chunks: list[Any]
@@ -127,6 +129,7 @@ class Network:
     optimizer: MegatronOptimizer | None = None
     rate: Rate | None = None
     finalizer: forward_backward.Finalizer | None = None
+    step_graph: StepGraph | None = None
 
     @property
     def vocab_size(self) -> int:

@@ -1,10 +1,13 @@
 """What a switch of speed needs is refused in words where it is missing, with what is accepted."""
 
+from typing import Any
+
 import pytest
 from omegaconf import OmegaConf
 
 from hybrid_train.config.compose import compose, draft
 from hybrid_train.config.rules_of_switches import SWITCH_RULES
+from hybrid_train.schema.objective import NextToken
 from hybrid_train.schema.problems import ConfigError
 
 HYBRID = ("experiment=tiny_cpu", "model.pattern=MEM*-E", "processes=4", "train.global_batch=8")
@@ -12,6 +15,7 @@ FULL_WIDTH = "model.moe.latent_size=null"
 HOSTED = "optimizer.offload_share=0.5"
 GRAPHS = "gpu.cuda_graphs=layers"
 DENSE = "model.pattern=MM*-"
+STEPS = ("gpu.cuda_graphs=step", DENSE)
 SELECTIVE = "parallel.recompute=selective"
 PHASES = "train.phases=[{name: a}, {name: b, start: '50%', sequence_length: 32}]"
 LAYOUTS = "train.phases=[{name: a}, {name: b, start: '50%', tensor: 2}]"
@@ -100,6 +104,19 @@ REFUSED: list[tuple[tuple[str, ...], str, str, object]] = [
     (("gpu.offloaded_parts=[core_attn,qkv_linear]", SELECTIVE,
       "parallel.recompute_modules=[core_attn]"), "gpu.offloaded_parts", "core_attn",
      "[qkv_linear]"),
+    (("gpu.cuda_graphs=step",), "gpu.cuda_graphs", "no expert layers", "none"),
+    ((*STEPS, PHASES), "gpu.cuda_graphs", "phases have other lengths", "none"),
+    ((*STEPS, "data.packing=best_fit"), "gpu.cuda_graphs", "documents end", "none"),
+    ((*STEPS, "parallel.pipeline=2"), "gpu.cuda_graphs", "waits between stages", "none"),
+    ((*STEPS, "parallel.recompute=full"), "gpu.cuda_graphs", "parallel.recompute", "none"),
+    ((*STEPS, "gpu.offloaded_parts=[qkv_linear]"), "gpu.cuda_graphs", "hooks move", "none"),
+    ((*STEPS, "precision=mxfp8", "precision.backend=emulated"), "gpu.cuda_graphs", "emulated",
+     "none"),
+    ((*STEPS, "precision=mxfp8"), "precision.statistics_interval", "no hooks", 0),
+    ((*STEPS, "parallel.overlap_param_gather=true"), "parallel.overlap_param_gather", "no note",
+     "false"),
+    ((*STEPS, "gpu.cuda_graph_parts=[mamba]"), "gpu.cuda_graph_parts", "cuda_graphs=layers",
+     "null"),
     (("recovery.checksum_interval=10", "parallel.fsdp=true"), "recovery.checksum_interval",
      "keeps no weight twice", 0),
     ((HOSTED, "parallel.distributed_optimizer=false"), "optimizer.offload_share",
@@ -132,6 +149,8 @@ def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
     [
         (GRAPHS, "gpu.cuda_graph_parts=[attn,mamba,moe_router,moe_preprocess]"),
         (GRAPHS, DENSE),
+        STEPS,
+        (*STEPS, "model.pattern=M*-/*-", "parallel.tensor=2", "precision.statistics_interval=0"),
         (GRAPHS, SELECTIVE, "parallel.recompute_modules=[moe]"),
         ("parallel.dispatcher=hybridep", "parallel.expert=2", "gpu.dispatcher_sms=16"),
         ("parallel.overlap_shared_experts=true", FULL_WIDTH),
@@ -149,6 +168,19 @@ def test_a_switch_without_what_it_needs_is_refused_with_what_is_accepted(
 )
 def test_a_switch_with_what_it_needs_is_accepted(words: tuple[str, ...]) -> None:
     compose("check", [*HYBRID, *words])
+
+
+def test_steps_of_another_objective_are_not_captured() -> None:
+    """Its turns would be one graph, and what it reads on the host would be read once."""
+
+    class Other(NextToken):
+        pass
+
+    job: Any = OmegaConf.to_object(draft("check", [*HYBRID, *STEPS]).config)
+    assert [one for rule in SWITCH_RULES for one in rule(job, 4)] == []
+    job.objective = Other()
+    (problem,) = [one for rule in SWITCH_RULES for one in rule(job, 4)]
+    assert "objective.kind=next_token alone" in problem.rule
 
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:

@@ -75,3 +75,10 @@ def test_extra_fields_move_with_the_batch() -> None:
     moved = extended().to("meta")
     fields = (*moved.token_extras.values(), *moved.row_extras.values(), moved.padding)
     assert [one.device.type for one in fields if one is not None] == ["meta"] * 4
+
+
+def test_a_batch_is_made_again_of_its_fields() -> None:
+    batch = replace(packed_batch([documents(5, 4)], 16), row_extras={"id": torch.arange(1)})
+    again = Batch(**batch.by_name())
+    assert again == batch
+    assert again.by_name().keys() == batch.by_name().keys()

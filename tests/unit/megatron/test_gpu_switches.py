@@ -105,6 +105,13 @@ def test_captured_parts_are_cores_modules(config_on_gpu: Any) -> None:
     assert [one.name for one in with_mtp.cuda_graph_modules] == ["mamba"]
 
 
+def test_captured_steps_are_cores_full_iteration_and_need_no_parts(config_on_gpu: Any) -> None:
+    config = config_on_gpu(tiny_job("M*-/*-", gpu=Gpu(cuda_graphs=CudaGraphs.step)))
+    assert (config.cuda_graph_impl, config.cuda_graph_modules) == ("full_iteration", [])
+    assert config.cuda_graph_warmup_steps == 3
+    assert not config.recompute_granularity
+
+
 def test_the_fused_activation_is_the_one_that_core_looks_for(config_on_gpu: Any) -> None:
     from megatron.core.activations import squared_relu
 
