@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ def expert_mlp(
     _require_counts(x, up_weights, counts)
     _require_counts(x, down_weights, counts)
     if not torch.is_grad_enabled():  # the bookkeeping of so many weights costs a token's GEMMs
-        return _expert_mlp(x, up_weights, down_weights, counts, probs)[0]
+        inner = _linears(x, up_weights, counts).relu_().square_().mul_(probs[:, None])
+        return _linears(inner.to(x.dtype), down_weights, counts)
     y: Tensor = _ExpertMlp.apply(x, probs, tuple(counts), *up_weights, *down_weights)  # type: ignore[no-untyped-call]
     return y
 
@@ -138,6 +140,15 @@ class _ExpertMlp(torch.autograd.Function):
         grad_up = shared.mul_(2 * probs[:, None])
         grads_up = _weight_grads(grad_up, x, counts)
         return _gemms(grad_up, ups, counts), grad_probs, None, *grads_up, *grads_down
+
+
+def _linears(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Multiply as `grouped_linear`, without gradients; an expert without tokens costs nothing."""
+    hit = [(count, weight) for count, weight in zip(counts, weights, strict=True) if count]
+    if not hit:
+        return x.new_empty(0, len(weights[0]))
+    parts = x.split([count for count, _ in hit])
+    return torch.cat([linear(part, weight) for part, (_, weight) in zip(parts, hit, strict=True)])
 
 
 def _gemms(

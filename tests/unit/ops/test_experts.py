@@ -81,3 +81,16 @@ def test_squared_relu_is_the_square_of_relu_and_passes_gradcheck() -> None:
     x = torch.tensor([-2.0, -0.5, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
     assert squared_relu(x).tolist() == [0.0, 0.0, 0.25, 9.0]
     assert torch.autograd.gradcheck(squared_relu, (x,))
+
+
+def test_without_gradients_the_mlp_is_the_same_and_experts_without_tokens_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = [0, 3, 0, 1, 4, 0]
+    x, probs = torch.randn(8, 5, generator=generator), torch.rand(8, generator=generator)
+    ups = [torch.randn(7, 5, generator=generator) for _ in counts]
+    downs = [torch.randn(6, 7, generator=generator) for _ in counts]
+    expected = expert_mlp(x, ups, downs, counts, probs)
+    with torch.no_grad():
+        torch.testing.assert_close(expert_mlp(x, ups, downs, counts, probs), expected)
+        nothing = expert_mlp(x[:0], ups, downs, [0] * 6, probs[:0])
+    assert nothing.shape == (0, 6)
