@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hybrid_train.data.any_tokenizer import FolderTokenizer
 from hybrid_train.generation.prompts import GENERATED, Prompt, seed_of
-from hybrid_train.generation.requests import Finish, NewTokens, Request
+from hybrid_train.generation.requests import Finish, NewTokens, Request, Watcher
 from hybrid_train.generation.sampling import Sampling
 from hybrid_train.generation.text import AnswerText
 from hybrid_train.generation.thinking import Budget, ThinkingWatcher, blanks_of
@@ -41,11 +41,23 @@ class Question:
     budget: Budget | None
     ends: frozenset[int]
 
-    def key(self, answer: int, checkpoint: str) -> str:
+    def request(self, answer: int, watch: Callable[[], Watcher]) -> Request:
+        """Return what the engine is asked for: an answer by its number, and who watches it."""
+        one = self.prompt.settings
+        sampling = Sampling(
+            repetition_penalty=one.repetition_penalty, temperature=one.temperature,
+            top_k=one.top_k, top_p=one.top_p, min_p=one.min_p, seed=seed_of(self.prompt, answer),
+        )  # fmt: skip
+        return Request(
+            prompt=self.tokens, sampling=sampling, max_new_tokens=one.max_new_tokens,
+            ends=self.ends, watch=watch,
+        )  # fmt: skip
+
+    def key(self, answer: int, checkpoint: str, *, log_probs: bool) -> str:
         """Return a digest of all that decides an answer: whether a file has this very one."""
         settings = dataclasses.asdict(self.prompt.settings)
         del settings["seed"], settings["n"]  # in their place stands the seed of the answer
-        decides = [checkpoint, list(self.tokens), sorted(self.ends), settings]
+        decides = [checkpoint, log_probs, list(self.tokens), sorted(self.ends), settings]
         text = json.dumps([*decides, seed_of(self.prompt, answer)], default=_plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LETTERS]
 
@@ -78,20 +90,6 @@ class Answer:
         if question.budget is not None:
             blanks = blanks_of(tokenizer, question.tokens, question.budget.opened)
             self._thinking = ThinkingWatcher(tokenizer, question.budget, blanks)
-
-    @property
-    def request(self) -> Request:
-        """What the engine is asked for."""
-        one = self.question.prompt.settings
-        sampling = Sampling(
-            repetition_penalty=one.repetition_penalty, temperature=one.temperature,
-            top_k=one.top_k, top_p=one.top_p, min_p=one.min_p,
-            seed=seed_of(self.question.prompt, self.number),
-        )  # fmt: skip
-        return Request(
-            prompt=self.question.tokens, sampling=sampling, max_new_tokens=one.max_new_tokens,
-            ends=self.question.ends, watch=lambda: self,
-        )  # fmt: skip
 
     def forced(self) -> int | None:
         """Return the token that must come next; None: any."""
@@ -188,7 +186,8 @@ class AnswerFile:
         """
         asked = [(one, number) for one in questions for number in range(one.prompt.settings.n)]
         keys = {
-            (one.prompt.name, number): one.key(number, self.checkpoint) for one, number in asked
+            (one.prompt.name, number): one.key(number, self.checkpoint, log_probs=self.log_probs)
+            for one, number in asked
         }
         for (name, number), (key, line) in self._there.items():
             if keys.get((name, number)) != key:
@@ -207,7 +206,8 @@ class AnswerFile:
 
     def write(self, answer: Answer) -> None:
         """Append the line of an answer that is over."""
-        key = answer.question.key(answer.number, self.checkpoint)
+        question, number = answer.question, answer.number
+        key = question.key(number, self.checkpoint, log_probs=self.log_probs)
         line = json.dumps(answer.record(key, log_probs=self.log_probs), ensure_ascii=False)
         with self.path.open("ab") as file:
             file.write(line.encode("utf-8", "surrogatepass") + b"\n")

@@ -20,9 +20,11 @@ from hybrid_train.generation.drafting import Drafting, Record
 from hybrid_train.generation.requests import Finish, NewTokens, Request
 from hybrid_train.generation.sampling import Place, choose
 from hybrid_train.megatron.hybrid import whole_sequences
+from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
 
 _NOBODY = -1  # the number of a request that nobody made
+_NOT_FINITE = -1  # the token that is chosen among numbers that are none
 PROMPT_CHUNK = 512  # tokens of each prompt that are read between two steps of the other rows
 SHORT_PIECE = 64  # tokens of each that cost little more than the pass itself
 
@@ -42,6 +44,12 @@ class Batching:
     rows: int = 8
     drafts: int | None = 0
     log_probs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1 or self.rows < 1 or (self.drafts is not None and self.drafts < 0):
+            raise ValueError(
+                f"{self}: needs vocab_size and rows of at least 1, drafts of at least 0"
+            )
 
 
 def stream(
@@ -63,9 +71,9 @@ def stream(
         record: where steps and drafts are counted, those of all data-parallel ranks.
 
     Raises:
-        ValueError: if a prompt is empty.
-        UserError: if drafts are wanted of a model without an MTP block, or the layout does not let
-            tokens be read one by one.
+        ValueError: if the model does not know a token of a prompt.
+        UserError: if drafts are wanted of a model without an MTP block, the layout does not let
+            tokens be read one by one, logits are not finite, or another process has failed.
     """
     # Passes alone are without gradients: between them runs what the reader does with the tokens.
     with network.in_eval_mode(), whole_sequences(network.chunks):
@@ -76,8 +84,6 @@ class _Row:
     """One request at work."""
 
     def __init__(self, number: int, request: Request) -> None:
-        if not request.prompt:
-            raise ValueError(f"request {number} has an empty prompt; it needs at least one token")
         self.number = number
         self.request = request
         self.watcher = request.watch()
@@ -100,13 +106,18 @@ class _Row:
             for number in range(len(drafts) + 1)
         ]
 
-    def take(self, chosen: Sequence[int], drafts: Sequence[int]) -> None:
+    def take(self, chosen: Sequence[int], drafts: Sequence[int]) -> tuple[int, int]:
         """Append the token chosen at each place, as long as the drafts before it were right.
+
+        Returns:
+            How many drafts were right or wrong, and how many of them were right. A wrong one makes
+            all behind it wrong, but none is judged behind a forced token or the end of the answer.
 
         Args:
             chosen: the token behind all it has, and behind each draft.
             drafts: what those behind it were guessed to be.
         """
+        accepted = 0
         for number, token in enumerate(chosen):
             forced = self.watcher.forced()
             token = token if forced is None else forced
@@ -117,8 +128,14 @@ class _Row:
                 self.finish = Finish.stop
             elif self.answered >= self.request.max_new_tokens:
                 self.finish = Finish.length
-            if self.finish or number == len(drafts) or token != drafts[number]:
-                return
+            if number == len(drafts):
+                break
+            if token != drafts[number]:
+                return (number if forced is not None else len(drafts)), accepted
+            accepted += 1
+            if self.finish:
+                break
+        return accepted, accepted
 
 
 class _Loop:
@@ -129,35 +146,52 @@ class _Loop:
     ) -> None:
         self._groups = network.groups
         self._settings = settings
-        self._idle = settings.rows  # the row of a rank that has nothing to do while others have
-        self._model = CachedModel(network, settings.rows + 1)
-        self._drafting = Drafting(network, settings.drafts, record)
         dp = network.groups.dp
+        self._idle = settings.rows  # the row of a rank that has nothing to do while others have
+        self._model = CachedModel(network, settings.rows + (dp.size() > 1))
+        self._vocab_size = min(settings.vocab_size, network.vocab_size)
+        self._drafting = Drafting(network, settings.drafts, record)
         self._waiting = itertools.islice(enumerate(requests), dp.rank(), None, dp.size())
         self._rows: list[_Row] = []
         self._answering = 0  # how many of the rows
+        self._failure: Exception | None = None  # of this process, which ends all in the next round
 
     def steps(self) -> Iterator[NewTokens]:
         """Work until no process has anything left."""
         while True:
-            self._admit()
-            reads, answers = self._anywhere(len(self._rows) > self._answering, self._answering > 0)
+            failure = self._failure or self._admit()
+            reads, answers, fails = self._anywhere(
+                len(self._rows) > self._answering, self._answering > 0, failure is not None
+            )
+            if fails:  # all processes end here: none waits for the one that has
+                raise failure or UserError("generation ended: a request of another process is bad")
             if not (reads or answers):
                 return
             if answers:
                 new = self._everywhere(self._answer())
-                self._drafting.end_step([len(one.tokens) for one in new])
+                self._drafting.end_step(new)
                 yield from new
             if reads:
                 yield from self._everywhere(self._read_prompts())
 
-    def _admit(self) -> None:
-        while len(self._rows) < self._settings.rows:
-            following = next(self._waiting, None)
-            if following is None:
-                return
-            self._model.clear(len(self._rows))
-            self._rows.append(_Row(*following))
+    def _admit(self) -> Exception | None:
+        """Give free rows to requests that wait; return what is wrong with the next one."""
+        try:
+            while len(self._rows) < self._settings.rows:
+                following = next(self._waiting, None)
+                if following is None:
+                    return None
+                number, request = following
+                if max(request.prompt) >= self._vocab_size:
+                    raise ValueError(
+                        f"request {number} has token {max(request.prompt)}; the vocabulary ends at "
+                        f"{self._vocab_size - 1}"
+                    )
+                self._rows.append(_Row(number, request))
+                self._model.clear(len(self._rows) - 1)
+        except Exception as error:
+            return error
+        return None
 
     def _of_pass(self, first: int, last: int) -> tuple[slice, list[_Row]]:
         """Return some rows of a pass, or the idle one where there are none."""
@@ -205,8 +239,8 @@ class _Loop:
         length = self._drafting.start_step()
         drafts: list[list[int]] = [[] for _ in answering]
         if length:
-            proposed = self._model.propose(rows, length, self._settings.vocab_size)
-            drafts = self._from_last_stage(proposed, (len(answering), length)).tolist()
+            proposed = self._model.propose(rows, length, self._vocab_size)
+            drafts = self._decided(proposed, (len(answering), length)).tolist()
         window = [[row.tokens[-1], *ahead] for row, ahead in zip(answering, drafts, strict=True)]
         hidden = self._model.read(rows, window, None if length else [1] * len(window))
         new = self._choose(hidden, answering, drafts)
@@ -215,7 +249,8 @@ class _Loop:
             self._model.keep(counts)
         if self._drafting.on:
             following = [_padded(one.tokens, length + 1) for one in new]
-            self._model.learn(rows, hidden, following, counts)
+            with self._drafting.learning():
+                self._model.learn(rows, hidden, following, counts)
         if rows.start != self._idle:
             self._leave()
         return new
@@ -234,23 +269,39 @@ class _Loop:
         shape = (len(rows), len(drafts[0]) + 1)
         logits = chosen = None
         if hidden is not None:
-            logits = self._model.logits(hidden)[..., : self._settings.vocab_size]
+            logits = self._model.logits(hidden)[..., : self._vocab_size]
             places = [
                 place
                 for row, ahead in zip(rows, drafts, strict=True)
                 for place in row.places(ahead)
             ]
             chosen = choose(logits.flatten(0, 1), places).view(shape)
-        tokens = self._from_last_stage(chosen, shape).tolist()
+            chosen = chosen.where(logits.amax(-1).isfinite(), _NOT_FINITE)
+        tokens = self._found_finite(rows, self._decided(chosen, shape))
         had = [len(row.tokens) for row in rows]
-        for row, one, ahead in zip(rows, tokens, drafts, strict=True):
-            row.take(one, ahead)
+        judged = [row.take(*one) for row, *one in zip(rows, tokens, drafts, strict=True)]
         new = [row.tokens[start:] for row, start in zip(rows, had, strict=True)]
         log_probs = self._log_probs(logits, new, shape)
         return [
-            NewTokens(request=row.number, tokens=one, log_probs=each, finish=row.finish)
-            for row, one, each in zip(rows, new, log_probs, strict=True)
-        ]
+            NewTokens(
+                request=row.number, tokens=one, log_probs=each, finish=row.finish, drafted=drafted,
+                accepted=accepted,
+            )
+            for row, one, each, (drafted, accepted) in zip(
+                rows, new, log_probs, judged, strict=True
+            )
+        ]  # fmt: skip
+
+    def _found_finite(self, rows: Sequence[_Row], chosen: Tensor) -> list[list[int]]:
+        """Return chosen tokens [B, W]; remember a choice among numbers that are none."""
+        tokens: list[list[int]] = chosen.tolist()
+        for row, one in zip(rows, tokens, strict=True):
+            if _NOT_FINITE in one and row.number != _NOBODY:
+                self._failure = UserError(
+                    f"request {row.number}: logits behind token {len(row.tokens)} are not finite; "
+                    "the weights of the model are damaged, or too large for its number format"
+                )
+        return [[max(token, 0) for token in one] for one in tokens]
 
     def _log_probs(
         self, logits: Tensor | None, new: Sequence[Sequence[int]], shape: tuple[int, int]
@@ -262,21 +313,28 @@ class _Loop:
         if logits is not None:
             ids = torch.tensor([_padded(one, shape[1]) for one in new], device=logits.device)
             found = logits.float().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-        values = self._from_last_stage(found, shape, torch.float32).tolist()
+        values = self._decided(found, shape, torch.float32).tolist()
         return [one[: len(tokens)] for one, tokens in zip(values, new, strict=True)]
 
-    def _from_last_stage(
+    def _decided(
         self, known: Tensor | None, shape: tuple[int, int], dtype: torch.dtype = torch.int64
     ) -> Tensor:
-        """Return what the last pipeline stage knows, on all stages."""
-        pipeline = self._groups.pp
-        if pipeline.size() == 1:
+        """Return what the last pipeline stage knows, on all ranks of the model alike.
+
+        Tensor-parallel ranks may sum in another order, so the first one's word counts.
+        """
+        tensor, pipeline = self._groups.tp, self._groups.pp
+        if tensor.size() == pipeline.size() == 1:
             assert known is not None, "one stage is the last one"
             return known
         if known is None:
             known = torch.empty(shape, dtype=dtype, device=self._model.device)
-        known = known.contiguous()
-        dist.broadcast(known, group=pipeline, group_src=pipeline.size() - 1)
+        elif tensor.size() > 1:
+            known = known.contiguous()
+            dist.broadcast(known, group=tensor, group_src=0)
+        if pipeline.size() > 1:
+            known = known.contiguous()
+            dist.broadcast(known, group=pipeline, group_src=pipeline.size() - 1)
         return known
 
     def _swap(self, one: int, other: int) -> None:

@@ -1,13 +1,16 @@
 """How many tokens the MTP block drafts ahead, and what becomes of them."""
 
+import contextlib
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
+from hybrid_train.generation.requests import NewTokens
 from hybrid_train.megatron.hybrid import mtp_blocks
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
@@ -17,6 +20,8 @@ _TRIED_FIRST = (0, 1, 3)
 _TRIALS = 4  # steps of each at first, and again now and then
 _EVERY = 64  # steps between trials
 _KEPT = 8  # latest durations of each length
+_PATIENCE = 3  # times that no drafts are the best choice before they are over for good
+_OFF = -1
 
 
 @dataclass
@@ -24,11 +29,11 @@ class Record:
     """What was drafted and accepted.
 
     Attributes:
-        row_steps: steps of single rows in which drafts were verified.
+        row_steps: steps of single rows of which all drafts were judged.
         tokens: that these steps added, the verifier's own ones counted.
-        drafted: tokens by their place ahead, from 0.
+        drafted: drafts that were right or wrong, by their place ahead, from 0.
         accepted: of these.
-        lengths: of drafts, by step, as `auto` chose them: how many steps had each.
+        lengths: how many steps had drafts of each length.
     """
 
     row_steps: int = 0
@@ -46,21 +51,21 @@ class Record:
     def shares(self) -> list[float]:
         """Share of drafts at each place that were accepted with all those before them."""
         pairs = zip(self.accepted, self.drafted, strict=True)
-        return [accepted / drafted for accepted, drafted in pairs]
+        return [accepted / max(drafted, 1) for accepted, drafted in pairs]
 
-    def count(self, length: int, counts: list[int]) -> None:
-        """Add a step in which rows drafted `length` tokens and grew by `counts`."""
+    def count(self, length: int, new: Sequence[NewTokens]) -> None:
+        """Add a step in which rows drafted `length` tokens."""
         self.lengths[length] = self.lengths.get(length, 0) + 1
-        if not length:
-            return
-        self.row_steps += len(counts)
-        self.tokens += sum(counts)
-        missing = length - len(self.drafted)
-        self.drafted += [0] * missing
-        self.accepted += [0] * missing
-        for place in range(length):
-            self.drafted[place] += len(counts)
-            self.accepted[place] += sum(count > place + 1 for count in counts)
+        missing = [0] * (length - len(self.drafted))
+        self.drafted += missing
+        self.accepted += missing
+        for one in new:
+            if length and one.drafted == length:
+                self.row_steps += 1
+                self.tokens += one.accepted + 1
+            for place in range(one.drafted):
+                self.drafted[place] += 1
+                self.accepted[place] += place < one.accepted
 
 
 class Drafting:
@@ -83,8 +88,8 @@ class Drafting:
         self._seconds: dict[int, deque[float]] = {}
         self._plan: deque[int] = deque(length for length in _TRIED_FIRST for _ in range(_TRIALS))
         self._best = 0
-        self._length = self._steps = 0
-        self._began = 0.0
+        self._length = self._steps = self._useless = 0
+        self._began = self._learning_s = 0.0
         depths, repeated = mtp_blocks(network.chunks)
         self.on = wanted != 0 and depths > 0
         if wanted and not depths:
@@ -105,22 +110,37 @@ class Drafting:
         elif self._wanted is not None:
             self._length = self._wanted
         else:
-            self._length = self._agreed(self._next())
-        self._began = time.perf_counter()
+            length = self._agreed(self._next())
+            self.on, self._length = length != _OFF, max(length, 0)
+        self._began, self._learning_s = time.perf_counter(), 0.0
         return self._length
 
-    def end_step(self, counts: list[int]) -> None:
-        """Note by how many tokens each row grew in this step."""
-        self._record.count(self._length, counts)
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """Take the time in which the block reads true states: without drafts there is none."""
+        start = time.perf_counter()
+        yield
+        self._learning_s += time.perf_counter() - start
+
+    def end_step(self, new: Sequence[NewTokens]) -> None:
+        """Note what this step has added to each row."""
+        self._record.count(self._length, new)
         if self.on and self._wanted is None:
-            seconds = self._seconds.setdefault(self._length, deque(maxlen=_KEPT))
-            seconds.append(time.perf_counter() - self._began)
+            seconds = time.perf_counter() - self._began
+            seconds -= 0 if self._length else self._learning_s
+            self._seconds.setdefault(self._length, deque(maxlen=_KEPT)).append(seconds)
             self._steps += 1
 
     def _next(self) -> int:
-        """Choose: what is still to be tried, else the length that promises most tokens a second."""
+        """Choose: what is still to be tried, else the length that promises most tokens a second.
+
+        Where drafts have not paid for long, the block does not even read on.
+        """
         if not self._plan and self._steps % _EVERY == 0:
             self._best = self._promising()
+            self._useless = 0 if self._best else self._useless + 1
+            if self._useless == _PATIENCE:
+                return _OFF
             place = LENGTHS.index(self._best)
             near = {0, *LENGTHS[max(place - 1, 0) : place + 2]} - {self._best}
             self._plan.extend(sorted(near))

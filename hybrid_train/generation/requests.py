@@ -52,6 +52,14 @@ class Request:
     ends: frozenset[int] = frozenset()
     watch: Callable[[], Watcher] = _Nothing
 
+    def __post_init__(self) -> None:
+        if not self.prompt or min(self.prompt) < 0:
+            raise ValueError(
+                f"prompt = {list(self.prompt)}: needs at least one token, none negative"
+            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
@@ -63,9 +71,13 @@ class NewTokens:
             answer is among them.
         log_probs: of each, in nats, as the model has it (temperature 1, nothing left out).
         finish: why the answer is over; None while it goes on.
+        drafted: drafts that were right or wrong; those behind the end of an answer are neither.
+        accepted: of these.
     """
 
     request: int
     tokens: list[int]
     log_probs: list[float]
     finish: Finish | None = None
+    drafted: int = 0
+    accepted: int = 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.data.order import GOLDEN, mix64
+from hybrid_train.schema.job_roots import COLDEST
 
 _FRACTION_BITS = 53  # of a float64: so many bits make an even fraction in [0, 1)
 _Settings = tuple[float, float, int, float, float]
@@ -45,14 +46,15 @@ class Sampling:
         # A comparison with NaN is false.
         if not (
             0 < self.repetition_penalty < np.inf
-            and 0 <= self.temperature < np.inf
+            and (self.temperature == 0 or COLDEST <= self.temperature < np.inf)
             and self.top_k >= 0
             and 0 <= self.top_p <= 1
             and 0 <= self.min_p <= 1
+            and 0 <= self.seed < 2**64
         ):
             raise ValueError(
-                f"{self}: repetition_penalty must be above 0, temperature and top_k must not be "
-                "negative, top_p and min_p must lie in [0, 1]"
+                f"{self}: repetition_penalty must be above 0, temperature 0 or at least {COLDEST}, "
+                "top_k not negative, top_p and min_p in [0, 1], seed in [0, 2^64)"
             )
 
 

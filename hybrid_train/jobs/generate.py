@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import sys
 import time
@@ -97,7 +98,7 @@ class PromptReader:
         job: of the run.
         tokenizer: of the run.
         origin: what the run says of special tokens.
-        checkpoint: name of run and checkpoint.
+        checkpoint: name of run and checkpoint, and a digest of its checksums.
     """
 
     job: TrainJob
@@ -114,7 +115,9 @@ class PromptReader:
         """
         found = files.locate(checkpoint)
         tokenizer = open_tokenizer(found.run_dir / files.TOKENIZER)
-        name = f"{found.run_dir.name}/{found.path.name}"
+        sums = found.path / files.CHECKSUMS
+        digest = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else ""
+        name = f"{found.run_dir.name}/{found.path.name}/{digest}"
         return cls(frozen.load(found.run_dir), tokenizer, Origin.of(found.run_dir), name)
 
     @property
@@ -260,13 +263,18 @@ class Answering:
     def requests(self) -> Iterator[Request]:
         """Yield what the engine is asked for, as it has room."""
         for number, (question, answer) in enumerate(self._wanted):
-            self._growing[number] = Answer(question, answer, self._tokenizer)
-            yield self._growing[number].request
+            yield question.request(answer, functools.partial(self._answer, number))
+
+    def _answer(self, number: int) -> Answer:
+        """Return an answer that grows, here or on another data-parallel rank."""
+        if number not in self._growing:
+            self._growing[number] = Answer(*self._wanted[number], self._tokenizer)
+        return self._growing[number]
 
     def _taken(self, steps: Iterable[NewTokens]) -> Iterator[tuple[int, Answer, str]]:
         """Yield number, answer and new text of each step; let go of answers that are over."""
         for new in steps:
-            answer = self._growing[new.request]
+            answer = self._answer(new.request)
             self._tokens += len(new.tokens)
             text = answer.add(new)
             if new.finish is not None:

@@ -387,7 +387,7 @@ class Attention(MegatronModule):
     ) -> Tensor:
         """Attend: query [S, B, heads, D], key and value [S', B, kv_heads, D] -> [S, B, heads*D].
 
-        The last query stands at the last key, as in cached decoding.
+        The last query stands at the last key.
         """
         group = self.context_group
         index = None if packed_seq_params is None else packed_seq_params.seq_idx

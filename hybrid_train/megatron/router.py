@@ -123,7 +123,7 @@ class TopKRouter(core.TopKRouter):
         self._apply_expert_bias(chosen, padding)
         return weights, chosen
 
-    def of_few(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def as_lists(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts of tokens [T, H], as `routing`, in lists: weights and numbers, [T, k]."""
         return self._choose(functional.linear(x.float(), self.weight.float()), in_lists=True)
 
@@ -245,9 +245,10 @@ class TopKRouter(core.TopKRouter):
 
 
 class ExpertLayer(MoELayer):
-    """Core's layer, with a short way for a pass of few tokens whose experts are all here.
+    """Core's layer, with a short way for passes of generation whose experts are all here.
 
-    Its dispatcher makes lists for other ranks, which cost a token more than its experts do.
+    Its dispatcher makes lists for other ranks, which cost a token more than its experts do. What
+    only a timed training step has, as routing that is forced to be even, is left out.
     """
 
     def forward(
@@ -260,7 +261,7 @@ class ExpertLayer(MoELayer):
         if not (InferenceMode.is_active() and self._takes_lists()):
             return super().forward(hidden_states, intermediate_tensors, padding_mask)
         shared = self.shared_experts_compute(hidden_states)
-        weights, chosen = self.router.of_few(hidden_states.flatten(0, 1))
+        weights, chosen = self.router.as_lists(hidden_states.flatten(0, 1))
         x, latent = hidden_states, self.config.moe_latent_size is not None
         if latent:
             x, _ = self.fc1_latent_proj(x)

@@ -68,6 +68,11 @@ class Window:
         return len(set(self.starts)) == 1
 
     @cached_property
+    def begins(self) -> bool:
+        """Whether all rows begin with it."""
+        return self.even and self.starts[0] == 0
+
+    @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """The row and the position of each token, [B, 1] and [B, W]."""
         rows = torch.arange(self.rows.start, self.rows.stop, device=self.device)[:, None]
@@ -306,7 +311,8 @@ class AttentionPast:
             query.permute(1, 2, 0, 3),
             self.keys[window.rows, :, seen],
             self.values[window.rows, :, seen],
-            window.seen,
+            None if window.begins else window.seen,
+            causal=window.begins,
         )
 
     def keep(self, window: Window, kept: Tensor | None) -> None:

@@ -15,7 +15,7 @@ SHORT = 256  # tokens up to which consecutive documents share one masked product
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, sequence_index: Tensor | None = None
 ) -> Tensor:
-    """Attend to what is not later; the last query stands at the last key, as in cached decoding.
+    """Attend to what is not later; the last query stands at the last key, as on a context rank.
 
     Args:
         query: [S, B, heads, D], S <= K.
@@ -53,7 +53,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor | None) -> 
     return out.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+def cached_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, *, causal: bool = False
+) -> Tensor:
     """Attend to kept keys and values, of which each query sees a part.
 
     Args:
@@ -61,12 +63,14 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | N
         key: [B, kv_heads, K, D]; kv_heads divides heads.
         value: like key.
         seen: whether a query sees a key, [B, 1, W, K]; None: all do.
+        causal: no query sees a later key; W = K, and `seen` is None.
 
     Returns:
         [W, B, heads * D].
     """
+    grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=grouped
     )
     return out.permute(2, 0, 1, 3).flatten(2)
 

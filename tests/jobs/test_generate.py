@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.jobs import cli
-from tests.jobs.command import train
+from tests.jobs.command import finish, start, train
 from tests.tiny import MEGATRON_WARNINGS
 
 pytestmark = [*MEGATRON_WARNINGS, pytest.mark.xdist_group("generate")]
@@ -223,3 +223,23 @@ def test_a_stop_ends_the_text_and_is_not_shown(
     cut = text.index(stop, len("import os"))
     assert generate("prompt=import os", "max_new_tokens=20", "ignore_end=true", f"stop={stop}") == 0
     assert capsys.readouterr().out == text[:cut] + "\n"
+
+
+@pytest.mark.slow
+def test_several_processes_write_what_one_does(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["generate", f"checkpoint={checkpoint}", "runtime=cpu", "runtime.threads=1", "batch=1"]
+    words += ["prompt=import os", "prompt=def", "prompt=class A:", "max_new_tokens=6", "n=3"]
+    words += ["temperature=0.8"]
+    alone = finish(start(*words))
+    assert alone.code == 0, alone.said
+    for degrees in (["parallel.tensor=2"], ["parallel.pipeline=2"], []):
+        several = finish(start(*words, *degrees, processes=2))
+        assert several.out == alone.out, several.said
+    written = tmp_path / "answers.jsonl"
+    several = finish(start(*words, f"output={written}", processes=2))
+    assert several.code == 0, several.said
+    assert len(written.read_text().splitlines()) == 9
+    wrong = finish(start(*words, "parallel.tensor=4", processes=2))
+    assert wrong.code != 0
+    assert "parallel.tensor = 4: must divide model.mamba.groups (2); nearest: 2" in wrong.err
+    assert not wrong.out

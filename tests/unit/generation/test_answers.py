@@ -68,7 +68,7 @@ def test_a_line_says_what_was_asked_and_what_came(tokenizer: Tokenizer, tmp_path
     (line,) = written(file.path)
     made = line.pop("generated")
     assert line == {"id": 1, "prompt": "a\u20ac"}
-    assert made.pop("key") == question.key(0, "run/step")
+    assert made.pop("key") == question.key(0, "run/step", log_probs=True)
     assert made == {
         "answer": 0, "text": "b\u20ac", "tokens": tokenizer.encode("b\u20ac"),
         "log_probs": [-1.0, None, -1.0, -1.0], "finish": "length", "prompt_tokens": 4,
@@ -131,7 +131,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(
 def test_an_end_token_has_its_text_and_a_stop_has_none(tokenizer: Tokenizer) -> None:
     (question,) = questions(tokenizer, "a", stop=["st"])
     answer = Answer(question, 0, tokenizer)
-    watch = answer.request.watch()
+    watch = question.request(0, lambda: answer).watch()
     b, s, t, exclamation = tokenizer.encode("bst!")
     assert [watch.take(token) for token in (b, s)] == [False, False]
     assert answer.add(NewTokens(request=0, tokens=[b, s], log_probs=[0, 0])) == "b"
@@ -152,8 +152,9 @@ def test_the_request_has_the_settings_of_the_prompt(tokenizer: Tokenizer) -> Non
         tokenizer, "<think>", budget=budget, n=2, seed=3, max_new_tokens=9, **settings
     )
     first, second = (Answer(*one, tokenizer) for one in all_of([question]))
-    assert vars(second.request.sampling) == settings | {"seed": 4}
-    assert second.request.max_new_tokens == 9
+    request = question.request(second.number, lambda: second)
+    assert vars(request.sampling) == settings | {"seed": 4}
+    assert request.max_new_tokens == 9
     assert first.forced() == 1
     first.take(1)
     assert first.forced() == 2

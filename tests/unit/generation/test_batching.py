@@ -1,5 +1,6 @@
 """Requests in one batch against each alone, without a cache and without drafts."""
 
+import gc
 import random
 from dataclasses import replace
 from functools import cache
@@ -194,23 +195,70 @@ def test_requests_are_taken_as_rows_become_free(build: Build) -> None:
     assert taken == 2
 
 
-def test_the_past_does_not_grow_with_the_number_of_requests(build: Build) -> None:
-    from hybrid_train.generation.batching import Batching, _Loop
+def live_bytes() -> int:
+    """Bytes of all tensors that anything still refers to."""
+    gc.collect()
+    return sum(one.nbytes for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+
+
+def test_memory_is_flat_over_1000_requests(build: Build) -> None:
+    from hybrid_train.generation.batching import Batching, stream
+
+    asked = requests(1000, 12, max_new_tokens=2)
+    over, seen = 0, []
+    for new in stream(build("MEM*M-"), iter(asked), Batching(vocab_size=VOCAB, rows=50)):
+        over += new.finish is not None
+        if new.finish is not None and over % 100 == 0:
+            seen.append(live_bytes())
+    assert len(seen) == 10
+    assert max(seen[5:]) <= max(seen[:5])
+
+
+def test_logits_that_are_not_finite_end_the_generation_with_the_request(build: Build) -> None:
+    network = build("M*")
+    decay = network.chunks[0].decoder.layers[0].mixer.A_log
+    kept = decay.data.clone()
+    decay.data.fill_(float("nan"))
+    try:
+        with pytest.raises(UserError, match=r"request 0: logits behind token \d+ are not finite"):
+            answers(network, requests(1, 3))
+    finally:
+        decay.data.copy_(kept)
+
+
+@pytest.mark.parametrize("new", [4, 12])
+def test_drafts_behind_the_end_of_an_answer_are_neither_right_nor_wrong(
+    build: Build, new: int
+) -> None:
+    """All weights are zero: the first token is always the likeliest, and every draft is right."""
+    from hybrid_train.generation.batching import Batching, stream
     from hybrid_train.generation.drafting import Record
 
-    network, sizes = build("MEM*M-"), set()
-    asked = requests(1000, 12, max_new_tokens=2)
-    loop = _Loop(network, asked, Batching(vocab_size=VOCAB, rows=50), Record())
-    for _ in loop.steps():
-        sizes.add(loop._model.bytes)
-    assert len(sizes) == 1
+    network, record = build(ONE_BLOCK), Record()
+    head = network.chunks[0].output_layer.weight
+    kept = head.data.clone()
+    head.data.zero_()
+    try:
+        asked = requests(3, 5, max_new_tokens=new)
+        found = list(stream(network, asked, Batching(vocab_size=VOCAB, drafts=7), record))
+    finally:
+        head.data.copy_(kept)
+    assert sum(len(one.tokens) for one in found) == 3 * new
+    assert record.accepted == record.drafted
+    assert record.acceptance_length == (8.0 if new == 12 else 1.0)
 
 
 def test_an_empty_prompt_and_drafts_without_a_block_are_refused(build: Build) -> None:
     from hybrid_train.generation.requests import Request
 
-    with pytest.raises(ValueError, match="request 0 has an empty prompt"):
-        answers(build("M*"), [Request(prompt=[])])
+    with pytest.raises(ValueError, match="needs at least one token, none negative"):
+        Request(prompt=[])
+    with pytest.raises(ValueError, match="max_new_tokens = 0: must be at least 1"):
+        Request(prompt=[1], max_new_tokens=0)
+    with pytest.raises(ValueError, match="request 0 has token 61; the vocabulary ends at 60"):
+        answers(build("M*"), [Request(prompt=[VOCAB])])
+    with pytest.raises(ValueError, match="rows of at least 1"):
+        answers(build("M*"), requests(1, 3), rows=0)
     with pytest.raises(UserError, match="has no MTP block that could draft; set drafts=0"):
         answers(build("M*"), requests(1, 3), drafts=2)
 
