@@ -3,7 +3,6 @@
 Dimensions: B batch, L sequence, C channels, K kernel width.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ def causal_conv(
     bias: Tensor | None,
     *,
     activation: bool = True,
-    initial_state: Tensor | None = None,
     sequence_index: Tensor | None = None,
 ) -> Tensor:
     """Convolve every channel with its own kernel; no output sees a later input.
@@ -30,7 +28,6 @@ def causal_conv(
         weight: kernels, [C, K]; the last tap meets the present input.
         bias: [C], or None.
         activation: whether SiLU follows.
-        initial_state: inputs before the first, oldest first, [B, C, K-1 or more]; None is zero.
         sequence_index: number of the document of each token, [B, L], non-decreasing; a document but
             the first sees zeros before its start. None is one document.
 
@@ -38,11 +35,10 @@ def causal_conv(
         Outputs, [B, L, C], in the type of `x`.
     """
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    past = None if initial_state is None else _past(x, weight.shape[1], initial_state).to(kind)
     offset = x.new_zeros(x.shape[2]) if bias is None else bias
     heads = None if sequence_index is None else _heads(sequence_index, weight.shape[1] - 1)
     y: Tensor = _CausalConv.apply(  # type: ignore[no-untyped-call]
-        x.to(kind), weight.to(kind), offset.to(kind), past, heads, activation
+        x.to(kind), weight.to(kind), offset.to(kind), heads, activation
     )
     return y.to(x.dtype)
 
@@ -73,8 +69,8 @@ def _heads(index: Tensor, last: int) -> _Heads:
 class _CausalConv(torch.autograd.Function):
     """K shifted multiply-adds; on a CPU three times as fast as a depthwise conv1d.
 
-    The inputs before the first one only reach the first K-1 outputs and are added there. Outputs
-    that reach back into another document are computed anew from what they may see: they are few.
+    Outputs that reach back into another document are computed anew from what they may see: they
+    are few.
     """
 
     @staticmethod
@@ -83,7 +79,6 @@ class _CausalConv(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        past: Tensor | None,
         heads: _Heads | None,
         activation: bool,
     ) -> Tensor:
@@ -92,19 +87,16 @@ class _CausalConv(torch.autograd.Function):
         y = torch.addcmul(bias, x, taps[last])
         for shift in range(1, min(last + 1, x.shape[1])):
             y[:, shift:].addcmul_(x[:, :-shift], taps[last - shift])
-        if past is not None:
-            for t, k, s in _reach_of_past(x.shape[1], last):
-                y[:, t].addcmul_(past[:, :, s], taps[k])
         if heads is not None:
             y.view(-1, y.shape[2])[heads.places] = _head_outputs(x, taps, bias, heads)
-        ctx.save_for_backward(x, taps, past, y if activation else None)
+        ctx.save_for_backward(x, taps, y if activation else None)
         ctx.heads = heads
         return F.silu(y) if activation else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, taps, past, before = ctx.saved_tensors
+        x, taps, before = ctx.saved_tensors
         if before is not None:
             grad = torch.ops.aten.silu_backward(grad, before)
         elif ctx.heads is not None:
@@ -123,15 +115,9 @@ class _CausalConv(torch.autograd.Function):
             for shift in range(1, min(last + 1, x.shape[1])):
                 out[:, :-shift].addcmul_(late[:, shift:], taps[last - shift])
                 grad_taps[last - shift] += (late[:, shift:] * early[:, :-shift]).sum((0, 1))
-        grad_past = None
-        if past is not None:
-            grad_past = torch.zeros_like(past)
-            for t, k, s in _reach_of_past(x.shape[1], last):
-                grad_past[:, :, s].addcmul_(grad[:, t], taps[k])
-                grad_taps[k] += (grad[:, t] * past[:, :, s]).sum(0)
         if grad_heads is not None:
             _heads_backward(grad_heads, x, taps, ctx.heads, grad_x, grad_taps)
-        return grad_x, grad_taps.T, grad_bias, grad_past, None, None
+        return grad_x, grad_taps.T, grad_bias, None, None
 
 
 def _head_outputs(x: Tensor, taps: Tensor, bias: Tensor, heads: _Heads) -> Tensor:
@@ -156,13 +142,6 @@ def _heads_backward(
         grad_taps[last - shift] += (grad[seen] * rows[places]).sum(0)
 
 
-def _reach_of_past(length: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (output, tap, past input) for every output that sees an input before the first."""
-    for t in range(min(last, length)):
-        for k in range(last - t):
-            yield t, k, t + k
-
-
 def window_conv(inputs: Tensor, weight: Tensor, bias: Tensor, *, activation: bool = True) -> Tensor:
     """Convolve tokens behind K-1 kept inputs, for generation.
 
@@ -185,11 +164,3 @@ def window_conv(inputs: Tensor, weight: Tensor, bias: Tensor, *, activation: boo
         for tap in range(1, taps):
             y.addcmul_(inputs[:, tap : tap + width], weight[tap])
     return F.silu(y) if activation else y
-
-
-def _past(x: Tensor, taps: int, given: Tensor) -> Tensor:
-    """Return the K-1 inputs before the first one, [B, C, K-1]."""
-    shape = (x.shape[0], x.shape[2], taps - 1)
-    if given.shape[:2] != shape[:2] or given.shape[2] < shape[2]:
-        raise ValueError(f"initial_state has shape {tuple(given.shape)}; needs {shape}")
-    return given[:, :, given.shape[2] - taps + 1 :].to(x.dtype)
