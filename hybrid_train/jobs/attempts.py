@@ -223,12 +223,12 @@ def conclude(run_dir: Path) -> None:
 
 
 def complete(run_dir: Path) -> None:
-    """Note that nothing is left to do, where the last attempt ended otherwise than finished.
+    """Note that nothing is left to do, where the last attempt failed.
 
     It was killed behind its last save, say, or could not copy it; the copy is there by now.
     """
     known = history.attempts(history.read(run_dir))
-    if not known or known[-1].outcome == history.FINISHED:
+    if not known or known[-1].outcome != history.FAILED:
         return
     last = known[-1]
     text = f"all tokens are trained; the attempt ended as {last.kind}: {last.cause}"

@@ -27,14 +27,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
+import torch
 
-import torch  # noqa: E402
-
-from hybrid_train.config import frozen  # noqa: E402
-from hybrid_train.runtime.start import process  # noqa: E402
-from tests.benchmarks.parents import held_out  # noqa: E402
+from hybrid_train.config import frozen
+from hybrid_train.runtime.start import process
+from tests.benchmarks.parents import held_out
 
 if TYPE_CHECKING:
     from hybrid_train.generation.drafting import Record
@@ -187,6 +184,8 @@ def measure(run_dir: Path, prompts: int, new: int) -> bool:
 
 
 def main() -> int:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description="what drafts of MTP blocks are worth")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--prompts", type=int, default=200)

@@ -23,18 +23,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from hybrid_train.config import frozen  # noqa: E402
-from hybrid_train.data.batch import Batch  # noqa: E402
-from hybrid_train.data.run_data import open_data  # noqa: E402
-from hybrid_train.planning.phases import lay_out  # noqa: E402
-from hybrid_train.runtime.start import process  # noqa: E402
-from hybrid_train.schema.train import TrainJob  # noqa: E402
+from hybrid_train.config import frozen
+from hybrid_train.data.batch import Batch
+from hybrid_train.data.run_data import open_data
+from hybrid_train.planning.phases import lay_out
+from hybrid_train.runtime.start import process
+from hybrid_train.schema.train import TrainJob
 
 SHARE = 0.25
 DEVIATIONS = 5.0
@@ -109,6 +106,8 @@ def before_and_after(run_dir: Path) -> tuple[float, float]:
 
 
 def main() -> int:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description="compare a parent with itself cut by a quarter")
     parser.add_argument("runs", nargs="+", type=Path)
     found = [before_and_after(run) for run in parser.parse_args().runs]

@@ -19,22 +19,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from hybrid_train.hf.write import export_checkpoint  # noqa: E402
-from hybrid_train.runtime.start import process  # noqa: E402
-from hybrid_train.schema.precision import GemmFormat  # noqa: E402
-from hybrid_train.schema.runtime import Device, Kernels, Runtime  # noqa: E402
+from hybrid_train.hf.write import export_checkpoint
+from hybrid_train.runtime.start import process
+from hybrid_train.schema.precision import GemmFormat
+from hybrid_train.schema.runtime import Device, Kernels, Runtime
 
 SHORTEST, LONGEST = 20, 300
 BATCHES = (1, 2, 4, 8, 16)
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--texts", type=int, default=200)

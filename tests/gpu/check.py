@@ -65,6 +65,7 @@ STAGES = (
     Stage("test_fused_adam", 40, "optimizer state in fewer bits against FusedAdam", test=True),
     Stage("test_packed", 40, "documents of a packed row do not see each other", test=True),
     Stage("test_profiling", 30, "memory snapshots, marks, traces", test=True),
+    Stage("test_captured_steps", 60, "whole steps in a CUDA graph against none", test=True),
     Stage("test_health", 30, "the measurement of `doctor`", test=True),
     Stage("test_checkpoint", 60, "the loss curve of a run that moves between devices", test=True),
 )
