@@ -17,7 +17,8 @@ from hybrid_train.training.network import Network
 
 LENGTHS = (0, 1, 2, 3, 5, 7)  # that `auto` chooses from
 _TRIED_FIRST = (0, 1, 3)
-_TRIALS = 4  # steps of each at first, and again now and then
+_TRIALS = 12  # steps of each, as a single row needs them to tell what is accepted
+_TRIALS_AGAIN = 4  # of lengths near the best, now and then
 _EVERY = 64  # steps between trials
 _KEPT = 8  # latest durations of each length
 _PATIENCE = 3  # times that no drafts are the best choice before they are over for good
@@ -142,8 +143,8 @@ class Drafting:
             if self._useless == _PATIENCE:
                 return _OFF
             place = LENGTHS.index(self._best)
-            near = {0, *LENGTHS[max(place - 1, 0) : place + 2]} - {self._best}
-            self._plan.extend(sorted(near))
+            near = {0, *LENGTHS[max(place - 1, 0) : place + 2]} if place else {*_TRIED_FIRST}
+            self._plan.extend(sorted(near - {self._best}) * _TRIALS_AGAIN)
         if self._plan:
             return min(self._plan.popleft(), self._limit)
         self._best = self._promising()
