@@ -87,7 +87,8 @@ class ChatTemplate:
             "tools": tools, "documents": None, "add_generation_prompt": True,
         }  # fmt: skip
         try:
-            return self._compiled.render(given)
+            text = self._compiled.render(given)
+            text.encode()
         except SecurityError as error:
             raise UserError(
                 f"{self.where} tries what no template may do: {_said(error)}; do not trust the "
@@ -95,8 +96,14 @@ class ChatTemplate:
             ) from error
         except UserError:
             raise
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(f"{self.where} writes {half!r}, which is no character") from error
         except Exception as error:  # it is foreign code, which may fail in any way
             raise UserError(f"{self.where} refuses the messages: {_said(error)}") from error
+        if not text:
+            raise UserError(f"{self.where} makes an empty text of the messages; repair the file")
+        return text
 
     def with_reasoning(self, *, is_on: bool) -> dict[str, bool]:
         """Return the variable that switches reasoning.

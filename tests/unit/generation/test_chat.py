@@ -198,6 +198,9 @@ def test_what_no_template_may_do_is_refused(source: str) -> None:
         ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
         ("{% for i in range(10000000) %}{% endfor %}", "refuses the messages"),
         ("{% include '/etc/passwd' %}", "refuses the messages"),
+        ("", "makes an empty text of the messages"),
+        ("{% if false %}a{% endif %}", "makes an empty text of the messages"),
+        (r"{{ '\ud800' }}", "which is no character"),
     ],
 )
 def test_what_goes_wrong_in_a_template_is_a_sentence(source: str, message: str) -> None:
