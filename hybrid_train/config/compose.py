@@ -107,7 +107,7 @@ def draft(job_name: str, lines: Sequence[str]) -> Draft:
     for override in given.values:
         problems.extend(overrides.set_value(config, override, groups))
     for key, texts in given.texts.items():
-        OmegaConf.update(config, key, texts)
+        OmegaConf.update(config, key, [overrides.as_it_stands(text) for text in texts])
     problems += registry.type_lists(config)
     unreadable = _take_loaded_model(config, given, groups)
     found, wrong = _in_words(job_name, [*problems, *unreadable], groups)

@@ -37,6 +37,7 @@ _DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
 _MOST = 500  # settings of a command line; each takes milliseconds to read
 _MOST_BRACKETS = 1000
 _NOT_TEXT = re.compile("[\udc80-\udcff\0]")  # bytes of the command line that are not UTF-8
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # \${ is a plain ${, and \\ before it one backslash
 # Of a list: texts in quotes, letters that structure it, and what stands between.
 _PARTS = re.compile(
     r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[\[\]{}(),]|[^\[\]{}(),"']+|.)""", re.DOTALL
@@ -225,6 +226,13 @@ def _as_it_was(node: Node) -> object | None:
     if not is_plain or node._is_missing() or node._is_interpolation():
         return None
     return "null" if node._is_none() else node._value()
+
+
+def as_it_stands(text: str) -> str:
+    r"""Write a text so that OmegaConf reads it back: ${x} names no other setting, ??? is no gap."""
+    if text == "???":
+        return "${oc.decode:'\"???\"'}"
+    return _INTERPOLATION.sub(lambda found: "\\" + 2 * found[1] + "${", text)
 
 
 def _at_home(value: Any) -> Any:

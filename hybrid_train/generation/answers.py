@@ -2,14 +2,16 @@
 
 import dataclasses
 import enum
+import fcntl
 import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from hybrid_train.data.any_tokenizer import FolderTokenizer
 from hybrid_train.generation.prompts import GENERATED, Prompt, seed_of
@@ -134,7 +136,7 @@ class Answer:
             "seed": seed_of(prompt, self.number),
             "key": key,
         }
-        return {"id": prompt.name, **prompt.fields, GENERATED: made}
+        return {**_given(prompt), GENERATED: made}
 
 
 def _finite(number: float) -> float | None:
@@ -142,41 +144,74 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-@dataclass
 class AnswerFile:
     """A file with a line of JSON for each answer, written whole as soon as the answer is over.
 
     A batch that was killed leaves whole lines, but perhaps for the last one, which is taken away
-    when the same batch is started again; then it goes on with the answers that are missing.
+    when the same batch is started again; then it goes on with the answers that are missing. The
+    file is locked while it is open: two batches would write each answer twice.
     """
 
-    path: Path
-    checkpoint: str  # name of the run and of its checkpoint
-    log_probs: bool = False
-    _there: dict[tuple[str | int, int], tuple[str, int]] = field(default_factory=dict)
-    _whole: int = 0  # bytes of whole lines
+    def __init__(self, path: Path, checkpoint: str, log_probs: bool = False) -> None:
+        """Open a file, or make it, and read the answers in it.
 
-    def __post_init__(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            name, made = self._made(line, number)
-            self._there[name, made["answer"]] = (made["key"], number)
-        self._whole = whole
+        Args:
+            path: of the file.
+            checkpoint: name of the run and of its checkpoint.
+            log_probs: whether lines have those of the new tokens.
 
-    def _made(self, line: bytes, number: int) -> tuple[str | int, dict[str, Any]]:
+        Raises:
+            UserError: if it cannot be written, another job writes it, or it has anything else.
+        """
+        self.path, self.checkpoint, self.log_probs = path, checkpoint, log_probs
+        self._there: dict[tuple[str | int, int], tuple[str, int]] = {}  # key and line of each
+        self._tail = b""  # a line without its end
+        self._file = _opened(path)
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file and of its lock."""
+        self._file.close()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._tail = line
+                break
+            name, answer, key = self._made(line, number)
+            if (name, answer) in self._there:
+                raise UserError(
+                    f"output = {self.path}: line {number} is answer {answer} to id "
+                    f"{json.dumps(name)}, as is line {self._there[name, answer][1]}; choose "
+                    "another output, or remove one of the lines"
+                )
+            self._there[name, answer] = (key, number)
+
+    def _made(self, line: bytes, number: int) -> tuple[str | int, int, str]:
+        """Return id, number and key of the answer in a line."""
         try:
             read = json.loads(line)
-            made = read[GENERATED]
-            (made["answer"], made["key"], hash(read["id"]))
-        except (ValueError, TypeError, KeyError) as error:
+            name, made = read["id"], read[GENERATED]
+            answer, key = made["answer"], made["key"]
+            if type(name) not in (str, int) or type(answer) is not int or type(key) is not str:
+                raise TypeError("id, answer or key is of another type")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"output = {self.path}: line {number} is no answer that was generated; choose "
                 "another output"
             ) from error
-        return read["id"], made
+        return name, answer, key
 
     def missing(self, questions: Sequence[Question]) -> Iterator[tuple[Question, int]]:
         """Yield what is not answered yet: questions, with the numbers of answers.
@@ -196,21 +231,76 @@ class AnswerFile:
                     f"{json.dumps(name)} of now, or with other settings or another checkpoint; "
                     "choose another output, or remove the file"
                 )
-        if self.path.exists() and self.path.stat().st_size > self._whole:
-            _log.info("%s ends with a part of a line; that answer is written again", self.path)
-            with self.path.open("r+b") as file:
-                file.truncate(self._whole)
+        self._cut_tail(questions)
         if self._there:
             _log.info("%s has %d of %d answers already", self.path, len(self._there), len(asked))
         return ((one, n) for one, n in asked if (one.prompt.name, n) not in self._there)
+
+    def _cut_tail(self, questions: Sequence[Question]) -> None:
+        """Take a part of a line away, if it is one of an answer to these questions.
+
+        Raises:
+            UserError: if it may be anything else, which is not lost.
+        """
+        tail = self._tail
+        if not tail:
+            return
+        begins = (_json(_given(one.prompt))[:-1] + f', "{GENERATED}": {{' for one in questions)
+        if not any(one.startswith(tail) or tail.startswith(one) for one in map(str.encode, begins)):
+            raise UserError(
+                f"output = {self.path}: ends with a part of a line with which no answer to these "
+                "prompts begins; choose another output"
+            )
+        _log.info("%s ends with a part of a line; that answer is written again", self.path)
+        self._file.truncate(self._file.seek(0, os.SEEK_END) - len(tail))
+        self._tail = b""
 
     def write(self, answer: Answer) -> None:
         """Append the line of an answer that is over."""
         question, number = answer.question, answer.number
         key = question.key(number, self.checkpoint, log_probs=self.log_probs)
-        line = json.dumps(answer.record(key, log_probs=self.log_probs), ensure_ascii=False)
-        with self.path.open("ab") as file:
-            file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+        line = _json(answer.record(key, log_probs=self.log_probs))
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+
+def _given(prompt: Prompt) -> dict[str, Any]:
+    """Return what a line repeats of its prompt."""
+    return {"id": prompt.name, **prompt.fields}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to read and append, and lock it until it is closed.
+
+    Raises:
+        UserError: if it is none, cannot be written, or another job has it.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            kind = "folder" if path.is_dir() else "device or a pipe"
+            raise UserError(f"output = {path}: is a {kind}; it must be a file, or a new one")
+        file = path.open("a+b")
+    except OSError as error:
+        raise UserError(
+            f"output = {path}: cannot be written: {error.strerror}; choose another output"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"output = {path}: another job writes into it now; wait for its end, or choose "
+            "another output"
+        ) from error
+    except OSError as error:  # some network file systems have no locks
+        _log.warning(
+            "%s cannot be locked (%s): let no other job write into it", path, error.strerror
+        )
+    return file
 
 
 def all_of(questions: Iterable[Question]) -> Iterator[tuple[Question, int]]:

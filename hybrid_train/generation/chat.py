@@ -1,27 +1,21 @@
 """Gateway to Jinja for chat templates: messages become the text that a model was taught to answer.
 
 A template is code that comes with a model, of whoever made it. It runs in Jinja's sandbox, which
-shows it messages and variables as plain data and lets it call nothing else; what it may call is
-what transformers offers to it (5.23, utils/chat_template_utils.py), so that it writes the same.
+shows it messages and variables as plain data and lets it call nothing else.
 """
 
-import datetime
-import json
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import meta
 from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from hybrid_train.data.any_tokenizer import CONFIG, named_tokens, read_settings
+from hybrid_train.generation.sandbox import TooLargeError, sandbox
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import UserError
 
@@ -34,7 +28,7 @@ _REASONING = (
     "reasoning",
 )  # of a message; templates read the first
 _SWITCHES = ("enable_thinking", "thinking")  # variables that switch reasoning on and off
-_LARGEST = 10**7  # letters or entries that a product in a template may make
+_LONGEST_SAID = 1000  # letters of what a template says
 
 Message = Mapping[str, Any]
 
@@ -53,18 +47,18 @@ class ChatTemplate:
     source: str
     special: Mapping[str, str]
 
-    @cached_property
+    @functools.cached_property
     def _compiled(self) -> jinja2.Template:
         try:
-            return _environment().from_string(self.source)
+            return sandbox().from_string(self.source)
         except TemplateError as error:
             raise UserError(f"{self.where} is no template: {_said(error)}") from error
 
-    @cached_property
+    @functools.cached_property
     def variables(self) -> frozenset[str]:
         """The names that the template reads and does not set itself."""
         try:
-            found = meta.find_undeclared_variables(_environment().parse(self.source))
+            found = meta.find_undeclared_variables(sandbox().parse(self.source))
         except TemplateError as error:
             raise UserError(f"{self.where} is no template: {_said(error)}") from error
         return frozenset(found)
@@ -87,16 +81,25 @@ class ChatTemplate:
             "tools": tools, "documents": None, "add_generation_prompt": True,
         }  # fmt: skip
         try:
-            return self._compiled.render(given)
+            text = self._compiled.render(given)
+            text.encode()
         except SecurityError as error:
+            advice = "do not trust the folder that it came with"
+            if isinstance(error, TooLargeError):
+                advice = f"shorten the messages, if they are so long, or {advice}"
             raise UserError(
-                f"{self.where} tries what no template may do: {_said(error)}; do not trust the "
-                "folder that it came with"
+                f"{self.where} tries what no template may do: {_said(error)}; {advice}"
             ) from error
         except UserError:
             raise
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(f"{self.where} writes {half!r}, which is no character") from error
         except Exception as error:  # it is foreign code, which may fail in any way
             raise UserError(f"{self.where} refuses the messages: {_said(error)}") from error
+        if not text:
+            raise UserError(f"{self.where} makes an empty text of the messages; repair the file")
+        return text
 
     def with_reasoning(self, *, is_on: bool) -> dict[str, bool]:
         """Return the variable that switches reasoning.
@@ -220,87 +223,6 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 def _said(error: Exception) -> str:
     line = getattr(error, "lineno", None)
-    text = str(error) or type(error).__name__
+    text = str(error)[:_LONGEST_SAID] or type(error).__name__
+    text = "".join(one if one.isprintable() else " " for one in text)
     return f"{text} (line {line})" if line else text
-
-
-class _Generation(Extension):
-    """The block `{% generation %}`, which marks what a model learns from; here it is its text."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own form)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which makes no text beyond all memory either."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and abs(right) > 100:  # noqa: PLR2004 (no template needs as much)
-            raise SecurityError(f"a power of {right}")
-        sizes = [len(one) for one in (left, right) if hasattr(one, "__len__")]
-        times = [one for one in (left, right) if isinstance(one, int)]
-        if operator == "*" and sizes and times and sizes[0] * times[0] > _LARGEST:
-            raise SecurityError(f"a text or list of {sizes[0] * times[0]:,} entries")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Dict:
-    """The function `dict` for templates, and nothing else of the type."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args, **kwargs)
-
-
-class _Namespace(Namespace):
-    """The object `namespace` for templates, without the names that Python keeps for itself."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        own, *rest = args
-        for name in (values := dict(*rest, **kwargs)):
-            _require_plain(name)
-        Namespace.__init__(own, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _require_plain(name)
-        super().__setitem__(name, value)
-
-
-def _require_plain(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a name that begins with an underscore: {name}")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    functions: dict[str, Callable[..., Any]] = {
-        "raise_exception": _raise_exception, "strftime_now": _strftime_now,
-        "dict": _Dict(), "namespace": _Namespace,
-    }  # fmt: skip
-    environment.globals.update(functions)
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Write JSON without the escapes for HTML that Jinja's own filter puts in."""
-    known = {"indent": None, "separators": None, "sort_keys": False} | options
-    return json.dumps(value, ensure_ascii=ensure_ascii, **known)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)

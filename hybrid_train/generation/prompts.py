@@ -3,6 +3,8 @@
 import dataclasses
 import enum
 import json
+import logging
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -12,13 +14,18 @@ from typing import Any
 
 from hybrid_train.generation.chat import require_messages
 from hybrid_train.schema.job_roots import AnswerSettings, GenerateJob
+from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import UserError, collect
 
 GENERATED = "generated"  # the field of an output line that an input line must not have
 _FORMS = ("prompt", "messages", "tokens")  # one of them is what is answered
 _SETTINGS = {one.name: one for one in dataclasses.fields(AnswerSettings)}
+_KNOWN = {*_FORMS, *_SETTINGS, "id", "tools"}  # fields of a line that mean something
+_OF_JOB = {one.name for one in dataclasses.fields(GenerateJob)} - _KNOWN
+_OF_CHAT = ("reasoning", "template", "template_variables")  # settings that a template alone reads
 _SEEDS_APART = 2**32  # between the seeds of prompts that have none of their own
 _SEEDS = 2**64
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ def read_prompts(job: GenerateJob) -> list[Prompt]:
     Raises:
         UserError: naming the prompt, or file and line, and what is wrong.
     """
+    _require_other_output(job)
     common = AnswerSettings(**{name: getattr(job, name) for name in _SETTINGS})
     given: list[tuple[str, dict[str, Any]]] = [
         (f"prompt {number}", {"prompt": text}) for number, text in enumerate(job.prompt, start=1)
@@ -77,13 +85,32 @@ def read_prompts(job: GenerateJob) -> list[Prompt]:
         for number, (where, fields) in enumerate(given, start=1)
     ]
     _require_unlike_names(prompts)
+    _require_chat(prompts, common)
+    _warn_of_fields(prompts)
     return prompts
+
+
+def _require_other_output(job: GenerateJob) -> None:
+    """Refuse to write answers into the file of the prompts."""
+    if job.prompt_file is None or job.output is None:
+        return
+    prompts, output = Path(job.prompt_file), Path(job.output)
+    try:
+        is_same = output.samefile(prompts)
+    except OSError:  # one is not there, or cannot be looked at, which is said where it is opened
+        return
+    if is_same:
+        raise UserError(
+            f"output = {output}: is the file of the prompts, {prompts}; choose another output"
+        )
 
 
 def _lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the prompts of a file, each with what a message calls it."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        if path.is_dir():
+            raise UserError(f"prompt_file = {path}: is a folder; name a file of prompts")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file = {path}: cannot be read: {error}") from error
     if not any(line.strip() for line in lines):
@@ -102,13 +129,37 @@ def _lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(text: str, where: str) -> Any:
-    def refuse(word: str) -> None:
+    """Read JSON that can be written again as UTF-8, and of which nothing is lost."""
+
+    def constant(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
 
+    def number(digits: str) -> float:
+        if not math.isfinite(found := float(digits)):
+            raise UserError(f"{where}: the number {digits} is beyond those of float64")
+        return found
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise UserError(f"{where}: the field {json.dumps(key)} is there twice")
+            found[key] = value
+        return found
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        found = json.loads(
+            text, parse_constant=constant, parse_float=number, object_pairs_hook=fields
+        )
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: has half of a surrogate pair, {error.object[error.start]!r}, which is no "
+            "character"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no JSON: {error}") from error
+    return found
 
 
 def _prompt(fields: dict[str, Any], where: str, number: int, common: AnswerSettings) -> Prompt:
@@ -173,7 +224,8 @@ def _typed(hint: Any, value: Any, what: str) -> Any:
     kinds = typing.get_args(hint) if is_union else (hint,)
     for kind in kinds:
         if kind is float and type(value) is int:
-            return float(value)
+            is_far = abs(value) > _SEEDS  # beyond every limit, perhaps beyond float64
+            return float(value) if not is_far else math.copysign(math.inf, (value > 0) - 0.5)
         if kind == list[str] and isinstance(value, list):
             if all(isinstance(one, str) for one in value):
                 return value
@@ -194,6 +246,37 @@ def _name_of(kind: Any) -> str:
         types.NoneType: "null",
     }  # fmt: skip
     return words.get(kind, "a list of texts")
+
+
+def _require_chat(prompts: Sequence[Prompt], common: AnswerSettings) -> None:
+    """Refuse what a template alone reads where there are no messages: it would do nothing."""
+    for prompt in prompts:
+        own = [name for name in (*_OF_CHAT, "tools") if prompt.fields.get(name) is not None]
+        if own and "messages" not in prompt.fields:
+            raise UserError(
+                f"{prompt.where}: {own[0]} is for messages alone; leave it out, or write messages"
+            )
+    given = [name for name in _OF_CHAT if getattr(common, name) is not None]
+    if given and not any("messages" in prompt.fields for prompt in prompts):
+        raise UserError(
+            f"{given[0]}: is for messages alone, and no prompt has them; leave it out, or write "
+            "messages"
+        )
+
+
+def _warn_of_fields(prompts: Sequence[Prompt]) -> None:
+    """Name fields that look like settings and are none, each once: the output repeats them."""
+    seen = set(_KNOWN)
+    for prompt in prompts:
+        for name in [one for one in prompt.fields if one not in seen]:
+            seen.add(name)
+            if name in _OF_JOB:
+                hint = "is a setting of the whole job, and sets nothing for one prompt"
+            elif near := nearest(name, _KNOWN):
+                hint = f"sets nothing; if {near} is meant, write that"
+            else:
+                continue
+            _log.warning("%s: the field %s %s", prompt.where, name, hint)
 
 
 def _require_unlike_names(prompts: Sequence[Prompt]) -> None:

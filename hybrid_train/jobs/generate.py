@@ -48,11 +48,13 @@ def run(job: GenerateJob) -> None:
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.megatron.data_parallel import destroy_groups
 
-        checkpoint = folder_of(job.checkpoint, "checkpoint")
+        checkpoint, opened = folder_of(job.checkpoint, "checkpoint"), contextlib.ExitStack()
         try:
             with refusals_named(checkpoint=checkpoint):
                 reader = PromptReader.of(checkpoint)
                 file, wanted = _wanted(job, reader, prompts)
+                if file is not None:
+                    opened.enter_context(file)
                 if not wanted:
                     return
                 layout = Parallel(**vars(job.parallel))
@@ -66,6 +68,7 @@ def run(job: GenerateJob) -> None:
             with answering.timed(record):
                 answering.show(steps) if job.output is None else answering.write(steps, file)
         finally:
+            opened.close()
             destroy_groups()
 
 
@@ -81,8 +84,10 @@ def _wanted(
 
     def places() -> list[int]:
         nonlocal file
-        file = AnswerFile(output, reader.checkpoint, job.log_probs)
-        left = {(id(one), number) for one, number in file.missing(questions)}
+        with contextlib.ExitStack() as unfit:
+            file = unfit.enter_context(AnswerFile(output, reader.checkpoint, job.log_probs))
+            left = {(id(one), number) for one, number in file.missing(questions)}
+            unfit.pop_all()  # it stays open
         found = ((id(one), number) in left for one, number in wanted)
         return [place for place, is_missing in enumerate(found) if is_missing]
 
@@ -150,7 +155,10 @@ class PromptReader:
         if not isinstance(content[0], dict):
             return None, [int(token) for token in content]
         text = self._chat(prompt)
-        return text, self.tokenizer.encode_prompt(text, begin=False, special=True)
+        ids = self.tokenizer.encode_prompt(text, begin=False, special=True)
+        if not ids:
+            raise UserError(f"{prompt.where}: the tokenizer makes no token of its text, {text!r}")
+        return text, ids
 
     def _of_text(self, where: str, text: str, settings: AnswerSettings) -> list[int]:
         begin = self._begin if settings.bos is None else settings.bos
@@ -205,8 +213,9 @@ class PromptReader:
         if settings.max_new_tokens <= budget.longest:
             raise UserError(
                 f"{prompt.where}: max_new_tokens = {settings.max_new_tokens}: leaves no room to "
-                f"answer behind thinking_budget + thinking_grace + {counted(len(end), 'token')} "
-                f"of thinking_end = {budget.longest}; set it above that"
+                f"answer, since thinking may take {budget.longest} tokens: thinking_budget "
+                f"{budget.tokens}, thinking_grace {budget.grace}, and {len(end)} for thinking_end; "
+                f"set max_new_tokens to {budget.longest + 1} or more"
             )
         if blanks_of(self.tokenizer, tokens, opened) is None:
             _log.warning(
@@ -225,10 +234,12 @@ class PromptReader:
         """
         rows, length = self.job.model.vocab_size, self.job.train.sequence_length
         rows = self.tokenizer.vocab_size if rows is None else rows
-        if max(ids) >= rows:
+        if (last := max(ids)) >= rows:
+            is_known = last < self.tokenizer.vocab_size
+            text = f" ({self.tokenizer.decode([last])!r})" if is_known else ""
             raise UserError(
-                f"{where}: token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}) is beyond the "
-                f"vocabulary of the model, which has {rows}"
+                f"{where}: token {last}{text} is beyond the vocabulary of the model, which has "
+                f"{rows}"
             )
         if len(ids) > length:
             _log.warning(

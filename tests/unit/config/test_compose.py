@@ -167,6 +167,14 @@ def test_prompts_are_taken_as_they_stand(tmp_path: Path) -> None:
     assert job.top_k == 5
 
 
+@pytest.mark.parametrize("key", ["prompt", "messages", "stop"])
+def test_a_dollar_in_a_prompt_names_no_setting(tmp_path: Path, key: str) -> None:
+    texts = ["${x}", "$HOME", "${oc.env:HOME}", r"\${top_k} \\${", "$${", "a${b", "???", "a\\"]
+    given = [] if key == "prompt" else ["prompt=a"]
+    lines = [f"checkpoint={tmp_path}", *given, *(f"{key}={text}" for text in texts)]
+    assert getattr(compose("generate", lines), key) == texts
+
+
 def test_generation_names_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     found = problems(f"checkpoint={tmp_path}/quikstart", job="generate")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,19 +53,20 @@ def written(path: Path) -> list[dict[str, Any]]:
 
 def fill(path: Path, tokenizer: Tokenizer, some: Sequence[Question]) -> list[tuple[int, int]]:
     """Answer what is missing; return what that was."""
-    file, done = AnswerFile(path, "run/step"), []
-    for question, number in file.missing(some):
-        file.write(answered(tokenizer, question, number, f"{question.text}{number}"))
-        done.append((int(question.prompt.name), number))
+    done = []
+    with AnswerFile(path, "run/step") as file:
+        for question, number in file.missing(some):
+            file.write(answered(tokenizer, question, number, f"{question.text}{number}"))
+            done.append((int(question.prompt.name), number))
     return done
 
 
 def test_a_line_says_what_was_asked_and_what_came(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (question,) = questions(tokenizer, "a\u20ac", seed=7)
-    file = AnswerFile(tmp_path / "out.jsonl", "run/step", log_probs=True)
     answer = answered(tokenizer, question, 0, "b\u20ac")
     answer.log_probs[1] = -math.inf
-    file.write(answer)
+    with AnswerFile(tmp_path / "out.jsonl", "run/step", log_probs=True) as file:
+        file.write(answer)
     (line,) = written(file.path)
     made = line.pop("generated")
     assert line == {"id": 1, "prompt": "a\u20ac"}
@@ -126,6 +128,70 @@ def test_a_file_of_something_else_is_refused_and_left_alone(
     with pytest.raises(UserError, match="line 1 is no answer that was generated"):
         AnswerFile(path, "run/step")
     assert path.read_text() == "my notes\nmore"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["notes", '{"id": "x", "prompt": "a"}', '{"id": 1, "prompt": "a", "generated": 3}', '{"id": 2'],
+)
+def test_a_tail_that_is_of_no_answer_is_refused_and_left_alone(
+    tokenizer: Tokenizer, tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match="ends with a part of a line with which no answer"):
+        fill(path, tokenizer, questions(tokenizer, "a"))
+    assert path.read_text() == content
+
+
+def test_an_output_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in [
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe", "is a device or a pipe"),
+        (Path("/dev/full"), "is a device or a pipe"),
+        (Path("/proc/x.jsonl"), "cannot be written: No such file"),
+        (tmp_path / "none" / "x.jsonl", "cannot be written: No such file"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            AnswerFile(path, "run/step")
+
+
+def test_a_file_is_of_one_job_at_a_time(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, some = tmp_path / "out.jsonl", questions(tokenizer, "a")
+    with (
+        AnswerFile(path, "run/step"),
+        pytest.raises(UserError, match="another job writes into it now"),
+    ):
+        fill(path, tokenizer, some)
+    assert fill(path, tokenizer, some) == [(1, 0)]
+
+
+def test_an_answer_that_is_there_twice_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path, some = tmp_path / "out.jsonl", questions(tokenizer, "a")
+    fill(path, tokenizer, some)
+    path.write_bytes(2 * path.read_bytes())
+    with pytest.raises(UserError, match="line 2 is answer 0 to id 1, as is line 1"):
+        fill(path, tokenizer, some)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"id": 1, "generated": {"answer": [1], "key": "x"}},
+        {"id": 1, "generated": {"answer": True, "key": "x"}},
+        {"id": 1.0, "generated": {"answer": 1, "key": "x"}},
+        {"id": 1, "generated": {"answer": 1, "key": None}},
+        {"id": 1, "generated": [1]},
+        [1],
+    ],
+    ids=str,
+)
+def test_a_line_of_other_types_is_refused(tmp_path: Path, line: object) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="line 1 is no answer that was generated"):
+        AnswerFile(path, "run/step")
 
 
 def test_an_end_token_has_its_text_and_a_stop_has_none(tokenizer: Tokenizer) -> None:

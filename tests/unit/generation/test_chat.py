@@ -1,4 +1,4 @@
-"""Chat templates against transformers, and what a template may not do."""
+"""Chat templates against transformers, and what is wrong with templates and messages."""
 
 import json
 from pathlib import Path
@@ -168,36 +168,18 @@ def test_switches_and_variables_that_do_nothing_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.__class__.__base__ }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ namespace.__init__.__globals__ }}",
-        "{{ dict.__class__.__mro__ }}",
-        "{{ self.__init__.__globals__ }}",
-        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
-        "{{ namespace(__class__=1) }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update({'role': 'x'}) }}",
-        "{{ 'a' * 10000000000 }}",
-        "{{ 9 ** 999999999 }}",
-    ],
-)
-def test_what_no_template_may_do_is_refused(source: str) -> None:
-    with pytest.raises(UserError, match="tries what no template may do"):
-        template(source).render([USER], {})
-
-
-@pytest.mark.parametrize(
     ("source", "message"),
     [
         ("{% for %}", r"is no template: .*\(line 1\)"),
         ("{{ raise_exception('Only users, please') }}", "refuses the messages: Only users, please"),
+        (r"{{ raise_exception('a\x1b[2Jb\nc') }}", "refuses the messages: a \\[2Jb c"),
         ("{{ messages[0].content + 1 }}", "refuses the messages"),
         ("{{ 1 / 0 }}", "refuses the messages: division by zero"),
         ("{% for i in range(10000000) %}{% endfor %}", "refuses the messages"),
         ("{% include '/etc/passwd' %}", "refuses the messages"),
+        ("", "makes an empty text of the messages"),
+        ("{% if false %}a{% endif %}", "makes an empty text of the messages"),
+        (r"{{ '\ud800' }}", "which is no character"),
     ],
 )
 def test_what_goes_wrong_in_a_template_is_a_sentence(source: str, message: str) -> None:

@@ -10,6 +10,8 @@ from hybrid_train.generation.prompts import Prompt, read_prompts, seed_of
 from hybrid_train.schema.job_roots import GenerateJob, Reasoning
 from hybrid_train.schema.problems import UserError
 
+HI = [{"role": "user", "content": "hi"}]
+
 
 def job(**settings: Any) -> GenerateJob:
     return GenerateJob(checkpoint="unused", **settings)
@@ -34,7 +36,7 @@ def test_command_line_and_file_count_on_and_empty_lines_are_no_prompts(tmp_path:
 def test_a_line_sets_what_it_names_and_the_rest_is_that_of_the_command(tmp_path: Path) -> None:
     one, other = of_lines(
         tmp_path,
-        {"prompt": "a", "temperature": 1, "stop": ["\n"], "reasoning": "off", "bos": None},
+        {"messages": HI, "temperature": 1, "stop": ["\n"], "reasoning": "off", "bos": None},
         {"prompt": "b"},
         top_k=7,
         bos=True,
@@ -48,7 +50,7 @@ def test_a_line_sets_what_it_names_and_the_rest_is_that_of_the_command(tmp_path:
 def test_a_line_is_text_messages_or_tokens_and_keeps_its_fields(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"prompt": "a", "id": "x", "label": [1, {"b": None}]},
-        {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]},
+        {"messages": HI, "tools": [{"name": "f"}]},
         {"tokens": [3, 4]},
     ]
     found = of_lines(tmp_path, *lines)
@@ -59,12 +61,13 @@ def test_a_line_is_text_messages_or_tokens_and_keeps_its_fields(tmp_path: Path) 
 
 
 def test_variables_of_a_template_are_json(tmp_path: Path) -> None:
-    (found,) = of_lines(tmp_path, {"prompt": "a", "template_variables": {"effort": "low"}})
+    (found,) = of_lines(tmp_path, {"messages": HI, "template_variables": {"effort": "low"}})
     assert found.variables == {"effort": "low"}
-    (found,) = read_prompts(job(prompt=["a"], template_variables='{"b": 1}'))
+    chat = [json.dumps(HI)]
+    (found,) = read_prompts(job(messages=chat, template_variables='{"b": 1}'))
     assert found.variables == {"b": 1}
     with pytest.raises(UserError, match="must be a JSON object"):
-        _ = read_prompts(job(prompt=["a"], template_variables="[1]"))[0].variables
+        _ = read_prompts(job(messages=chat, template_variables="[1]"))[0].variables
 
 
 def test_each_answer_has_a_seed_of_its_own(tmp_path: Path) -> None:
@@ -81,6 +84,18 @@ def test_each_answer_has_a_seed_of_its_own(tmp_path: Path) -> None:
         ("{", "is no JSON"),
         ('{"prompt": "a", "temperature": NaN}', "NaN is no JSON"),
         ("[1]", "must be a JSON object"),
+        ('{"prompt": "a", "x": 1e999}', "the number 1e999 is beyond those of float64"),
+        ('{"prompt": "a", "prompt": "b"}', 'the field "prompt" is there twice'),
+        ('{"prompt": "a", "x": {"y": 1, "y": 1}}', 'the field "y" is there twice'),
+        ('{"prompt": "\\ud800 a"}', "half of a surrogate pair, '\\ud800'"),
+        ('{"prompt": "a", "x": [{"\\udfff": 1}]}', "half of a surrogate pair"),
+        (
+            '{"prompt": "a", "temperature": 1' + 400 * "0" + "}",
+            "temperature = inf: must be at most",
+        ),
+        ('{"prompt": "a", "top_p": -1' + 400 * "0" + "}", "top_p = -inf: must be at least"),
+        ({"prompt": "a", "tools": []}, "tools is for messages alone"),
+        ({"tokens": [1], "reasoning": "on"}, "reasoning is for messages alone"),
         ({}, "needs one of prompt, messages, tokens; it has none"),
         ({"prompt": "a", "tokens": [1]}, "it has prompt and tokens"),
         ({"prompt": 3}, "prompt must be a text"),
@@ -112,3 +127,39 @@ def test_a_bad_line_is_refused_with_file_and_number(
 def test_two_prompts_of_one_id_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 3: id 1 is that of .*line 1"):
         of_lines(tmp_path, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "id": 1})
+
+
+def test_a_text_beyond_ascii_and_a_mark_of_byte_order_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\ufeff{"prompt": "\\ud83d\\ude00 \u20ac"}', encoding="utf-8")
+    (found,) = read_prompts(job(prompt_file=str(path)))
+    assert found.content == "\U0001f600 \u20ac"
+
+
+def test_a_folder_and_the_output_are_no_prompt_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        read_prompts(job(prompt_file=str(tmp_path)))
+    path, link = tmp_path / "p.jsonl", tmp_path / "link"
+    path.write_text('{"prompt": "a"}')
+    link.symlink_to(path)
+    with pytest.raises(UserError, match="is the file of the prompts"):
+        read_prompts(job(prompt_file=str(path), output=str(link)))
+    assert read_prompts(job(prompt_file=str(path), output=str(tmp_path / "out.jsonl")))
+
+
+def test_what_a_template_alone_reads_needs_messages() -> None:
+    with pytest.raises(UserError, match="reasoning: is for messages alone, and no prompt has them"):
+        read_prompts(job(prompt=["a"], reasoning=Reasoning.on))
+    found = read_prompts(job(prompt=["a"], messages=[json.dumps(HI)], reasoning=Reasoning.on))
+    assert len(found) == 2
+
+
+def test_fields_that_look_like_settings_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = {"prompt": "a", "temprature": 1, "drafts": 3, "label": 1, "top_k": 2}
+    with caplog.at_level("WARNING", logger="hybrid_train"):
+        of_lines(tmp_path, line, line)
+    first, other = [record.getMessage() for record in caplog.records]
+    assert "line 1: the field temprature sets nothing; if temperature is meant" in first
+    assert "line 1: the field drafts is a setting of the whole job" in other
