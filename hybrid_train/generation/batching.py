@@ -109,13 +109,13 @@ class _Row:
     def take(self, chosen: Sequence[int], drafts: Sequence[int]) -> tuple[int, int]:
         """Append the token chosen at each place, as long as the drafts before it were right.
 
-        Returns:
-            How many drafts were right or wrong, and how many of them were right. A wrong one makes
-            all behind it wrong, but none is judged behind a forced token or the end of the answer.
-
         Args:
             chosen: the token behind all it has, and behind each draft.
             drafts: what those behind it were guessed to be.
+
+        Returns:
+            How many drafts were right or wrong, and how many of them were right. A wrong one makes
+            all behind it wrong, but none is judged behind a forced token or the end of the answer.
         """
         accepted = 0
         for number, token in enumerate(chosen):
@@ -373,6 +373,7 @@ class _Loop:
     def _everywhere(self, new: list[NewTokens]) -> list[NewTokens]:
         """Return what all data-parallel ranks have found, without what nobody asked for."""
         dp = self._groups.dp
+        new = [] if self._failure else new  # a token among them may be none
         parts: list[list[NewTokens]] = [new]
         if dp.size() > 1:
             parts = [[] for _ in range(dp.size())]
