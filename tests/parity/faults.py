@@ -88,9 +88,10 @@ def _balance_loss_is_of_the_own_share(_: Any, patch: pytest.MonkeyPatch) -> None
 
 def _in_proj_is_split_in_one_piece(engine: Any, _: pytest.MonkeyPatch) -> None:
     """Split the rows z, x, B, C, dt of in_proj as if they were one part."""
-    from hybrid_train.megatron.hybrid import mamba_mixers
+    from hybrid_train.megatron.mamba import MambaMixer
 
-    mixer = mamba_mixers(engine.network.chunks[0])[0]
+    parts_of_model = engine.network.chunks[0].modules()
+    mixer = next(one for one in parts_of_model if isinstance(one, MambaMixer))
     weight, tp = _parameter(engine, _IN_PROJ), engine.network.groups.tp
     ranks = [torch.empty_like(weight) for _ in range(tp.size())]
     dist.all_gather(ranks, weight.detach(), group=tp)
