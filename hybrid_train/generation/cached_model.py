@@ -61,11 +61,6 @@ class CachedModel:
         """Tokens that each row has read."""
         return self._caches[0].lengths
 
-    @property
-    def bytes(self) -> int:
-        """What the past of all rows takes."""
-        return sum(cache.bytes for cache in self._all_caches())
-
     def read(
         self, rows: slice, tokens: Sequence[Sequence[int]], counts: Sequence[int] | None
     ) -> Tensor | None:

@@ -45,8 +45,9 @@ class _OfOnePart:
         return hidden_states + self.part(hidden_states, inference_context), None
 
     def part(self, x: Tensor, cache: RowCache) -> Tensor:
-        """Return what is added."""
-        raise NotImplementedError
+        """Apply what stands in the place of the MLP, and the norm before it, where there is one."""
+        y: Tensor = self.mlp(self.pre_mlp_layernorm(x))[0]  # type: ignore[attr-defined]
+        return y
 
 
 class AttentionLayer(_OfOnePart, transformer_layer.TransformerLayer):
@@ -59,18 +60,8 @@ class AttentionLayer(_OfOnePart, transformer_layer.TransformerLayer):
 
 
 class MlpLayer(_OfOnePart, mlp_layer.MLPLayer):
-    """An MLP, or what stands in its place; a norm before it, where its first layer has none."""
-
-    def part(self, x: Tensor, cache: RowCache) -> Tensor:
-        """Apply the MLP."""
-        y: Tensor = self.mlp(self.pre_mlp_layernorm(x))[0]
-        return y
+    """An MLP; the norm is in its first linear layer."""
 
 
 class MoeLayer(_OfOnePart, transformer_layer.MoETransformerLayer):
     """A norm and experts."""
-
-    def part(self, x: Tensor, cache: RowCache) -> Tensor:
-        """Apply the experts."""
-        y: Tensor = self.mlp(self.pre_mlp_layernorm(x))[0]
-        return y

@@ -165,11 +165,6 @@ class RowCache(BaseInferenceContext):
         pasts = [past for past in self._pasts.values() if isinstance(past, MambaPast)]
         return [state for past in pasts for state in (past.inputs, past.state)]
 
-    @property
-    def bytes(self) -> int:
-        """What it holds."""
-        return sum(one.nbytes for past in self._pasts.values() for one in past.tensors())
-
 
 class MambaPast:
     """Of a Mamba mixer: the latest inputs of the convolution, and the state of the scan.
