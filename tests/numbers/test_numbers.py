@@ -31,10 +31,10 @@ _ROUNDING = 1e-5  # relative: a few float32 steps in a sum of some hundred terms
 IDLE = {
     "Data.warn_epochs": "when the console says that a source is repeated",
     **dict.fromkeys(
-        ("Parallel.tensor", "Parallel.pipeline", "Parallel.virtual_pipeline", "Parallel.expert"),
+        ("Degrees.tensor", "Degrees.pipeline", "Degrees.expert", "Degrees.expert_tensor"),
         _ONE_PROCESS,
     ),
-    **dict.fromkeys(("Parallel.expert_tensor", "Parallel.context"), _ONE_PROCESS),
+    **dict.fromkeys(("Parallel.virtual_pipeline", "Parallel.context"), _ONE_PROCESS),
     **dict.fromkeys(
         ("Phase.tensor", "Phase.pipeline", "Phase.context", "Phase.expert"), _ONE_PROCESS
     ),
