@@ -261,7 +261,7 @@ class _Loop:
         """Choose the tokens behind the last one of each row and behind its drafts.
 
         Args:
-            hidden: of these tokens, [W, B, H], on the last pipeline stage.
+            hidden: of these tokens, [B, W, H], on the last pipeline stage.
             rows: B of them.
             drafts: of each row, W - 1; none is W = 1.
         """
@@ -391,6 +391,6 @@ def _padded(tokens: Sequence[int], width: int) -> list[int]:
 
 
 def _at(hidden: Tensor, places: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Take the last kept token of some rows of a window: [W, B, H] -> [1, places, H]."""
+    """Take the last kept token of some rows of a window: [B, W, H] -> [places, 1, H]."""
     last = [counts[place] - 1 for place in places]
-    return hidden[last, list(places)][None]
+    return hidden[list(places), last][:, None]

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_train.megatron.data_parallel import complete_parameters, is_fsdp
-from hybrid_train.megatron.hybrid import Hybrid, inference, row_cache
+from hybrid_train.megatron.hybrid import Hybrid, inference
 from hybrid_train.megatron.row_cache import RowCache
+from hybrid_train.megatron.window_pass import ChunkPass, DraftPass, bound_head
 from hybrid_train.model.quantized import unwrapped
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
@@ -48,18 +49,19 @@ class CachedModel:
         self._pipeline = network.groups.pp
         self._weights = sum(p.numel() for chunk in self._chunks for p in chunk.parameters())
         with inference():
-            self._caches = [row_cache(chunk.decoder, rows) for chunk in self._chunks]
+            self._passes = [ChunkPass(chunk, rows) for chunk in self._chunks]
             last = self._chunks[-1]
+            self._head = bound_head(last) if last.post_process else None
             has_block = last.post_process and last.mtp_process
-            self._drafts = row_cache(last.mtp, rows) if has_block else None
-            shape = (1, rows, last.config.hidden_size)
+            self._drafts = DraftPass(last, rows) if has_block else None
+            shape = (rows, 1, last.config.hidden_size)
             # What the MTP block made of the last token of each row: a chain of drafts begins there.
             self._latest = torch.zeros(shape, dtype=last.config.params_dtype, device=self.device)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens that each row has read."""
-        return self._caches[0].lengths
+        return self._passes[0].cache.lengths
 
     def read(
         self, rows: slice, tokens: Sequence[Sequence[int]], counts: Sequence[int] | None
@@ -72,29 +74,28 @@ class CachedModel:
             counts: how many each row keeps; None: `keep` says it.
 
         Returns:
-            Hidden states after the final norm, [W, B, H], on the last pipeline stage.
+            Hidden states after the final norm, [B, W, H], on the last pipeline stage.
         """
         ids = torch.tensor(tokens, device=self.device)
         hidden = None
         with self._working(ids.numel()):
-            for chunk, cache in zip(self._chunks, self._caches, strict=True):
-                cache.open(rows, ids.shape[1], counts)
-                hidden = self._through(chunk, ids, cache)
+            for chunk, run in zip(self._chunks, self._passes, strict=True):
+                run.cache.open(rows, ids.shape[1], counts)
+                hidden = self._through(chunk, run, ids)
         if counts is not None:
             self._close(counts)
         return hidden
 
-    def _through(self, chunk: Hybrid, ids: Tensor, cache: RowCache) -> Tensor | None:
+    def _through(self, chunk: Hybrid, run: ChunkPass, ids: Tensor) -> Tensor | None:
         """Run a chunk of the pipeline: hidden states of the last one, None of the others."""
+        given = ids
         if not chunk.pre_process:
-            shape = (ids.shape[1], ids.shape[0], chunk.config.hidden_size)
+            shape = (*ids.shape, chunk.config.hidden_size)
             given = torch.empty(shape, dtype=chunk.config.params_dtype, device=self.device)
             dist.recv(given, group=self._pipeline, group_src=self._beside(-1))
-            chunk.set_input_tensor(given)
-        made = chunk(ids, inference_context=cache)
+        made = run(given)
         if chunk.post_process:
-            hidden: Tensor = made.hidden
-            return hidden
+            return made
         dist.send(made.contiguous(), group=self._pipeline, group_dst=self._beside(1))
         return None
 
@@ -107,13 +108,14 @@ class CachedModel:
             self._close(counts)
 
     def _close(self, counts: Sequence[int]) -> None:
-        for cache in self._caches:
-            cache.close(counts)
+        for run in self._passes:
+            run.cache.close(counts)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [B, W, V] of hidden states [W, B, H]; on the last pipeline stage."""
+        """Return logits [B, W, V] of hidden states [B, W, H]; on the last pipeline stage."""
+        assert self._head is not None, "the head is on the last stage"
         with self._working(hidden.shape[0] * hidden.shape[1]):
-            return self._chunks[-1].head().logits(hidden)
+            return self._head(hidden)
 
     def learn(
         self,
@@ -126,7 +128,7 @@ class CachedModel:
 
         Args:
             rows: which.
-            hidden: of the window, [W, B, H]; None on a stage that has no block.
+            hidden: of the window, [B, W, H]; None on a stage that has no block.
             following: the token behind each, [B, W].
             counts: how many each row has kept.
         """
@@ -135,32 +137,31 @@ class CachedModel:
         assert self._drafts is not None, "the model has no MTP block"
         ids = torch.tensor(following, device=self.device)
         with self._working(ids.numel()):
-            self._drafts.open(rows, ids.shape[1], counts)
-            made = self._chunks[-1].draft(hidden, ids, self._drafts)
-            self._drafts.close(counts)
+            self._drafts.cache.open(rows, ids.shape[1], counts)
+            made = self._drafts(hidden, ids)
+            self._drafts.cache.close(counts)
             last = torch.tensor(counts, device=self.device) - 1
-            self._latest[0, rows] = made[last, torch.arange(len(counts), device=self.device)]
+            self._latest[rows, 0] = made[torch.arange(len(counts), device=self.device), last]
 
     def propose(self, rows: slice, length: int, vocab_size: int) -> Tensor | None:
         """Draft so many tokens for each of some rows, [B, length]: the most likely ones.
 
         The block is fed its own states; what its cache learns on the way is forgotten.
         """
-        if self._drafts is None:
+        if self._drafts is None or self._head is None:
             return None
-        batch = rows.stop - rows.start
-        hidden, lengths = self._latest[:, rows], list(self._drafts.lengths)
+        batch, cache = rows.stop - rows.start, self._drafts.cache
+        hidden, lengths = self._latest[rows], list(cache.lengths)
         drafts: list[Tensor] = []
         with self._working(batch):
-            states = [(state, state[rows].clone()) for state in self._drafts.states()]
+            states = [(state, state[rows].clone()) for state in cache.states()]
             for number in range(length):
                 if number:
-                    self._drafts.open(rows, 1, [1] * batch)
-                    hidden = self._chunks[-1].draft(hidden, drafts[-1], self._drafts)
-                    self._drafts.close([1] * batch)
-                logits = self._chunks[-1].head().logits(hidden)[..., :vocab_size]
-                drafts.append(logits.argmax(-1))
-            self._drafts.lengths[:] = lengths
+                    cache.open(rows, 1, [1] * batch)
+                    hidden = self._drafts(hidden, drafts[-1])
+                    cache.close([1] * batch)
+                drafts.append(self._head(hidden)[..., :vocab_size].argmax(-1))
+            cache.lengths[:] = lengths
             for state, before in states:
                 state[rows] = before
         return torch.cat(drafts, dim=1)
@@ -176,17 +177,18 @@ class CachedModel:
         with inference():
             for cache in self._all_caches():
                 cache.move(source, target)
-            self._latest[:, target] = self._latest[:, source]
+            self._latest[target] = self._latest[source]
 
     def swap(self, one: int, other: int) -> None:
         """Let two rows change places."""
         with inference():
             for cache in self._all_caches():
                 cache.swap(one, other)
-            self._latest[:, [one, other]] = self._latest[:, [other, one]]
+            self._latest[[one, other]] = self._latest[[other, one]]
 
     def _all_caches(self) -> list[RowCache]:
-        return self._caches + ([] if self._drafts is None else [self._drafts])
+        drafts = [] if self._drafts is None else [self._drafts.cache]
+        return [run.cache for run in self._passes] + drafts
 
     @contextlib.contextmanager
     def _working(self, tokens: int) -> Iterator[None]:

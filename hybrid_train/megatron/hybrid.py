@@ -1,4 +1,4 @@
-"""Our hybrid model and its MTP layer, what a pass of it ends in, and its cache for decoding.
+"""Our hybrid model and its MTP layer, and what a pass of it ends in.
 
 Dimensions: S sequence, B batch, V vocabulary with its padding, H hidden.
 """
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from hybrid_train.anatomy.kinds import possible_parameters
 from hybrid_train.megatron import mamba
-from hybrid_train.megatron.mamba import MambaMixer, PackedRows, SelfAttention
+from hybrid_train.megatron.mamba import PackedRows
 from hybrid_train.megatron.plain import ColumnParallelLinear
 from hybrid_train.megatron.router import routers
-from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.ops.logits import (
     HeadPart,
     Reading,
@@ -182,7 +181,6 @@ class Hybrid(HybridModel):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        inference_context: Any = None,
         *,
         sequence_index: Tensor | None = None,
         padding: Tensor | None = None,
@@ -193,7 +191,6 @@ class Hybrid(HybridModel):
         Args:
             input_ids: tokens, [B, S].
             position_ids: positions, [B, S]; only MTP looks at them, and is not run without.
-            inference_context: cache of a running generation.
             sequence_index: number of the document of each token of the whole rows, [B, L], where
                 several share one and must not see each other; None where a row is one sequence.
             padding: tokens that routers do not count, [B, S], bool.
@@ -219,7 +216,6 @@ class Hybrid(HybridModel):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            inference_context=inference_context,
             **packing,
         )
         if not self.post_process:
@@ -237,22 +233,6 @@ class Hybrid(HybridModel):
             hidden, *depths = states.chunk(1 + self.mtp_num_depths, dim=0)
         outputs = Outputs(hidden, tuple(depths), self.head())
         return outputs if read is None else read(outputs)
-
-    def draft(self, hidden: Tensor, tokens: Tensor, cache: RowCache) -> Tensor:
-        """Run the first MTP block on a window of the rows that its cache has.
-
-        Args:
-            hidden: of the token before each, as the final norm or this block gave it, [W, B, H].
-            tokens: the ones behind those, [B, W].
-            cache: of `self.mtp`, with a window that is open.
-
-        Returns:
-            Hidden states of which the head makes logits of the tokens thereafter, [W, B, H].
-        """
-        block = self.mtp.layers[0]
-        embedded = self.embedding(input_ids=tokens, position_ids=None)
-        mixed: Tensor = block._proj_and_transformer_layer(hidden, embedded, inference_params=cache)
-        return mixed
 
     def head(self) -> Head:
         """Return the head of the last pipeline stage."""
@@ -296,13 +276,6 @@ class MtpLayer(MultiTokenPredictionLayer):
             input_ids, position_ids, embed, hidden_states
         )
         return within(tokens), within(positions), padding_mask, embedded, hidden
-
-
-def row_cache(module: torch.nn.Module, rows: int) -> RowCache:
-    """Return a cache of empty rows for the mixers and attention layers of a module."""
-    parts = list(module.modules())
-    mixers = [one for one in parts if isinstance(one, MambaMixer)]
-    return RowCache(mixers, [one for one in parts if isinstance(one, SelfAttention)], rows)
 
 
 def mtp_blocks(chunks: Sequence[Any]) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""Our Mamba mixer and attention layer, and how they run on rows of several documents.
+"""Our Mamba mixer, and how it and attention run on rows of several documents.
 
 The boundaries of documents travel as core's `packed_seq_params`, through every pipeline stage and
 recomputed layer, but rows stay rows: [S, B, H], cut for context parallelism wherever documents end.
@@ -19,12 +19,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.ssm.mamba_mixer import MambaMixer as CoreMixer
-from megatron.core.transformer.attention import SelfAttention as CoreAttention
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.ops.context import continues
 from hybrid_train.schema.problems import UserError
 
@@ -93,54 +91,13 @@ def shift(x: Tensor, context_group: Any, continued: Tensor | None) -> Tensor:
 
 
 class MambaMixer(CoreMixer):
-    """Core's mixer, but for two of its faults (core 0.19.2), and with a cache of ours."""
+    """Core's mixer, but for two of its faults (core 0.19.2)."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         # Core gives the gated norm 1e-5 whatever the config says (mamba_mixer.py 419).
         self.norm.eps = config.layernorm_epsilon
         self.cp.__class__ = _WholeRows  # whose class core names itself
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        inference_context: Any = None,
-        *,
-        inference_params: Any = None,
-        packed_seq_params: Any = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mix [S, B, H]; with a cache the tokens are a window behind its past, see `RowCache`."""
-        if not isinstance(inference_context, RowCache):
-            return super().forward(
-                hidden_states,
-                inference_context,
-                inference_params=inference_params,
-                packed_seq_params=packed_seq_params,
-            )
-        packed, _ = self.in_proj(hidden_states)
-        y = inference_context.of(self).read(packed, inference_context.window)
-        return self.out_proj(self.norm(y))
-
-
-class SelfAttention(CoreAttention):
-    """Core's attention layer, which can read a window behind the past of its rows."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        inference_context: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend within [S, B, H], or to the past of a cache, too."""
-        if not isinstance(inference_context, RowCache):
-            return super().forward(
-                hidden_states, attention_mask, *args, inference_context=inference_context, **kwargs
-            )
-        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
-        past = inference_context.of(self)
-        return self.linear_proj(past.attend(query, key, value, inference_context.window))
 
 
 class _WholeRows(MambaContextParallel):

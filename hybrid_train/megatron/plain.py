@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.inference.utils import InferenceMode
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import layers
@@ -107,16 +106,6 @@ class _SplitLinear:
 
     edited: EditedLinear | None = None  # set by edits
 
-    def _is_bare(self) -> bool:
-        """Tell whether a pass is nothing but a GEMM: whatever else core does costs a token more."""
-        return (
-            InferenceMode.is_active()
-            and self.edited is None
-            and self.tp_group.size() == 1  # type: ignore[attr-defined]
-            and self.weight is not None  # type: ignore[attr-defined]
-            and self.bias is None  # type: ignore[attr-defined]
-        )
-
     def _forward_impl(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Multiply; what core wraps around that is left out where no other rank takes part.
 
@@ -126,8 +115,6 @@ class _SplitLinear:
         if self.edited is not None:
             return _edited(self.edited, input, weight, **kwargs)
         bias = kwargs["bias"]
-        if InferenceMode.is_active():  # by `inference` alone, where no sequence is split
-            return functional.linear(input, weight, bias)
         meets_others = kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]
         if input.is_cuda or bias is not None or meets_others or not weight.requires_grad:
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
@@ -175,8 +162,6 @@ class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Multiply [S, B, I] by the part of this rank; see core."""
-        if self._is_bare() and not args and not kwargs:
-            return functional.linear(input_, self.weight), None
         return super().forward(input_, *args, **kwargs)
 
 
@@ -185,8 +170,6 @@ class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Multiply the part of this rank, [S, B, I / tp], and sum up over the ranks; see core."""
-        if self._is_bare():
-            return functional.linear(input_, self.weight), None
         return super().forward(input_)
 
 
@@ -418,6 +401,35 @@ def _sharded(
         tp_group=tp_group,
         dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
     )
+
+
+def bare_weight(module: Module, tied: Tensor | None = None) -> Tensor | None:
+    """Return the weight [O, I] of a linear layer that is a GEMM of the whole matrix and no more.
+
+    Args:
+        module: any.
+        tied: the weight that it is given in each call, where it has none of its own.
+
+    Returns:
+        None of one that is edited, split over ranks, has a bias, or is no class of this file.
+    """
+    if not isinstance(module, (_SplitLinear, DuplicatedLinear)) or module.edited is not None:
+        return None
+    if isinstance(module, _SplitLinear):
+        held: Any = module
+        if held.tp_group.size() > 1 or held.bias is not None:
+            return None
+    weight: Tensor | None = module.weight if tied is None else tied
+    return weight
+
+
+def bare_experts(module: Module) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Return both weights, [F, I] and [O, F], of the experts on this rank; see `bare_weight`."""
+    if not isinstance(module, Experts):
+        return None
+    up, down = module.linear_fc1, module.linear_fc2
+    is_edited = up.edited is not None or down.edited is not None
+    return None if is_edited else (up(), down())
 
 
 def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:

@@ -1,4 +1,4 @@
-"""Expert layers and their router: Megatron-Core's, with the family's weights and our records.
+"""The router of expert layers: Megatron-Core's, with the family's weights and our records.
 
 Core 0.19.2 sums balance losses of everything in the process in one table (router.py 596), which has
 one slot per MTP depth, though a depth may hold several layers: an IndexError with "*E*E/*E"
@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.moe import router as core
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
@@ -24,8 +22,6 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 from torch.nn import functional
-
-from hybrid_train.megatron.plain import Experts
 
 
 class BalanceLosses:
@@ -124,10 +120,18 @@ class TopKRouter(core.TopKRouter):
         return weights, chosen
 
     def as_lists(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose experts of tokens [T, H], as `routing`, in lists: weights and numbers, [T, k]."""
-        return self._choose(functional.linear(x.float(), self.weight.float()), in_lists=True)
+        """Choose experts of tokens [T, H], as `routing`, in lists: weights and numbers, [T, k].
 
-    def _choose(self, logits: Tensor, *, in_lists: bool = False) -> tuple[Tensor, Tensor]:
+        The rule of the family and nothing else: core's questions cost a token as much.
+        """
+        scores = functional.linear(x.float(), self.weight.float()).sigmoid_()
+        chosen = torch.topk(scores + self.expert_bias, self.topk)[1]
+        weights = scores.gather(1, chosen)
+        weights.div_(weights.sum(dim=-1, keepdim=True).add_(1e-20))
+        scale = self.config.moe_router_topk_scaling_factor
+        return (weights if scale is None else weights.mul_(scale)), chosen
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weigh the chosen experts as the family does, in one order.
 
         Without gradients, as in the first pass of a recomputed layer, core leaves the experts
@@ -143,8 +147,7 @@ class TopKRouter(core.TopKRouter):
                 scaling_factor=scale if self.topk > 1 else None,
                 score_function=self.score_function,
                 expert_bias=self.expert_bias,
-                fused=self.config.moe_router_fusion and not in_lists,
-                dense_output=in_lists,
+                fused=self.config.moe_router_fusion,
             )
             if self.topk == 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -242,47 +245,6 @@ class TopKRouter(core.TopKRouter):
             aux_loss = aux_loss * self.balance_losses.scale
         attached: Tensor = MoEAuxLossAutoScaler.apply(activation, aux_loss)
         return attached
-
-
-class ExpertLayer(MoELayer):
-    """Core's layer, with a short way for passes of generation whose experts are all here.
-
-    Its dispatcher makes lists for other ranks, which cost a token more than its experts do. What
-    only a timed training step has, as routing that is forced to be even, is left out.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        intermediate_tensors: Any = None,
-        padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Send each token of [S, B, H] through its experts and those that all share."""
-        if not (InferenceMode.is_active() and self._takes_lists()):
-            return super().forward(hidden_states, intermediate_tensors, padding_mask)
-        shared = self.shared_experts_compute(hidden_states)
-        weights, chosen = self.router.as_lists(hidden_states.flatten(0, 1))
-        x, latent = hidden_states, self.config.moe_latent_size is not None
-        if latent:
-            x, _ = self.fc1_latent_proj(x)
-        tokens, of_pairs = x.flatten(0, 1), chosen.flatten()
-        pairs = of_pairs.argsort(stable=True)  # token by expert, sorted by expert
-        places = pairs // chosen.shape[1]
-        counts = torch.bincount(of_pairs, minlength=self.config.num_moe_experts)
-        made, _ = self.experts(tokens[places], counts, weights.flatten()[pairs])
-        y = torch.zeros_like(tokens).index_add_(0, places, made).view_as(x)
-        if latent:
-            y, _ = self.fc2_latent_proj(y)
-        return (y if shared is None else y + shared), None
-
-    def _takes_lists(self) -> bool:
-        """Tell whether all experts are here, as plain lists of weights."""
-        return (
-            isinstance(self.experts, Experts)
-            and self.ep_group.size() == 1
-            and self.config.expert_tensor_parallel_size == 1
-            and not self.shared_expert_overlap
-        )
 
 
 def share_record(chunks: Sequence[torch.nn.Module]) -> BalanceLosses:

@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
+from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.ops.attention import cached_attention
 from hybrid_train.ops.conv import window_conv
 from hybrid_train.ops.scan import advance, chunked_scan, step, window_scan
@@ -88,32 +88,20 @@ class Window:
         return (keys <= self.places[1][..., None])[:, None]
 
 
-class RowCache(BaseInferenceContext):
-    """The past of R rows in the layers of some modules."""
+class RowCache:
+    """The past of R rows in the layers of a module."""
 
-    def __init__(self, mixers: Sequence[Any], attentions: Sequence[Any], rows: int) -> None:
-        """Make room for rows that are all empty.
-
-        Args:
-            mixers: Mamba mixers of the model whose past it is.
-            attentions: its attention layers.
-            rows: R.
-        """
-        super().__init__(InferenceConfig())
+    def __init__(self, module: torch.nn.Module, rows: int) -> None:
+        """Make room for R rows, all empty, in the mixers and attention layers of a module."""
         self.lengths = [0] * rows
         self._room = 0
         self._pasts: dict[Any, MambaPast | AttentionPast] = {}
-        self._pasts |= {one: MambaPast(one, rows) for one in mixers}
-        self._pasts |= {one: AttentionPast(one, rows) for one in attentions}
+        for one in module.modules():
+            if isinstance(one, MambaMixer):
+                self._pasts[one] = MambaPast(one, rows)
+            elif isinstance(one, SelfAttention):
+                self._pasts[one] = AttentionPast(one, rows)
         self.window: Window | None = None
-        # Core's stack reads them of a static context; nothing is made of them here.
-        self.max_sequence_length = self.sequence_len_offset = 0
-
-    def is_static_batching(self) -> bool:
-        return True
-
-    def is_decode_only(self) -> bool:
-        return False
 
     def of(self, layer: Any) -> Any:
         """Return the past of a layer."""
@@ -190,13 +178,15 @@ class MambaPast:
         self.device = weight.device
 
     def read(self, packed: Tensor, window: Window) -> Tensor:
-        """Map z, x, b, c, dt of a window, [W, B, width], to the gated scan output [W, B, H * P].
+        """Map z, x, b, c, dt of a window, [B * W, width], to the gated scan output [B * W, H * P].
 
         The same map as `ops.mixer.mixer_forward`.
         """
-        width, batch = packed.shape[:2]
-        packed = packed.transpose(0, 1)
-        z, xbc, dt = packed.split(self._packed, dim=-1)
+        width = window.width
+        if width == 1 and window.counts is not None and window.kept is None:
+            return self._read_one(packed, window)
+        batch = len(packed) // width
+        z, xbc, dt = packed.view(batch, width, -1).split(self._packed, dim=-1)
         past = self.inputs[window.rows]
         inputs = torch.cat((past, xbc.to(past.dtype)), dim=1)
         convolved = window_conv(inputs, self._taps, self._bias)
@@ -210,15 +200,31 @@ class MambaPast:
             window,
         )
         gated = y.reshape(batch, width, self._inner) * F.silu(z.float())
-        return gated.to(packed.dtype).transpose(0, 1)
+        return gated.to(packed.dtype).view(batch * width, self._inner)
+
+    def _read_one(self, packed: Tensor, window: Window) -> Tensor:
+        """Do what `read` does where each row keeps the one token that it is given."""
+        batch = len(packed)
+        z, xbc, dt = packed.split(self._packed, dim=-1)
+        past = self.inputs[window.rows]
+        inputs = torch.cat((past, xbc.to(past.dtype)[:, None]), dim=1)
+        past.copy_(inputs[:, 1:])
+        x, b, c = window_conv(inputs, self._taps, self._bias).split(self._convolved, dim=-1)
+        y = step(
+            self.state[window.rows],
+            x.view(batch, self._heads, self._width),
+            F.softplus(dt.float() + self._dt_bias),
+            self._a,
+            b.reshape(batch * self._groups, 1, self._state),
+            c.reshape(batch * self._groups, 1, self._state),
+            self._d,
+        )
+        return (y.view(batch, self._inner) * F.silu(z.float())).to(packed.dtype)
 
     def _scan(
         self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, inputs: Tensor, window: Window
     ) -> Tensor:
         state = self.state[window.rows]
-        if window.width == 1 and window.counts is not None and window.kept is None:
-            self._keep_inputs(window, inputs, None)
-            return step(state, x, dt, self._a, b, c, self._d)
         if window.counts is None or window.width <= FEW:
             y = window_scan(state, x, dt, self._a, b, c, self._d)
             self._unkept = (x, dt, b, inputs)
@@ -285,25 +291,28 @@ class AttentionPast:
         """Add the keys and values of a window, and attend.
 
         Args:
-            query: [W, B, heads, D].
-            key: [W, B, kv_heads, D].
+            query: of B rows and W tokens, one row after the other: whatever has the elements of
+                [B * W, heads * D] in that order.
+            key: likewise, of [B * W, kv_heads * D].
             value: like key.
             window: of the pass.
 
         Returns:
-            [W, B, heads * D].
+            [B * W, heads * D].
         """
+        width = window.width
         for kept, new in ((self.keys, key), (self.values, value)):
+            by_row = new.reshape(-1, width, kept.shape[1], kept.shape[3])
             if window.even:
                 start = window.starts[0]
-                place = kept[window.rows, :, start : start + window.width]
-                place.copy_(new.permute(1, 2, 0, 3))
+                kept[window.rows, :, start : start + width] = by_row.transpose(1, 2)
             else:
                 rows, positions = window.places
-                kept[rows, :, positions] = new.transpose(0, 1)
-        seen = slice(window.seen_keys)
+                kept[rows, :, positions] = by_row
+        seen, heads_width = slice(window.seen_keys), self.keys.shape[3]
+        batch = window.rows.stop - window.rows.start
         return cached_attention(
-            query.permute(1, 2, 0, 3),
+            query.reshape(batch, width, -1, heads_width).transpose(1, 2),
             self.keys[window.rows, :, seen],
             self.values[window.rows, :, seen],
             None if window.begins else window.seen,

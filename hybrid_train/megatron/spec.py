@@ -11,13 +11,14 @@ from typing import Any
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
@@ -26,14 +27,17 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import mamba, plain
-from hybrid_train.megatron.cached_layers import AttentionLayer, MambaLayer, MlpLayer, MoeLayer
 from hybrid_train.megatron.hybrid import MtpLayer
-from hybrid_train.megatron.mamba import MambaMixer, SelfAttention
-from hybrid_train.megatron.router import ExpertLayer, TopKRouter
+from hybrid_train.megatron.mamba import MambaMixer
+from hybrid_train.megatron.router import TopKRouter
 from hybrid_train.megatron.transformer_config import layer_config
 
 
@@ -169,7 +173,7 @@ def _attention_layer(parts: Parts) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=AttentionLayer,
+        module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=attention, self_attn_bda=get_bias_dropout_add
         ),
@@ -179,7 +183,7 @@ def _attention_layer(parts: Parts) -> ModuleSpec:
 def _mlp_layer(parts: Parts) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=parts.norm_column_linear, linear_fc2=parts.row_linear)
     return ModuleSpec(
-        module=MlpLayer,
+        module=MLPLayer,
         submodules=TransformerLayerSubmodules(
             mlp=partial(MLP.as_mlp_submodule, submodules=linears), mlp_bda=get_bias_dropout_add
         ),
@@ -189,7 +193,7 @@ def _mlp_layer(parts: Parts) -> ModuleSpec:
 def _moe_layer(parts: Parts) -> ModuleSpec:
     shared = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
     layer = partial(
-        ExpertLayer,
+        MoELayer,
         submodules=MoESubmodules(
             experts=parts.experts,
             shared_experts=partial(SharedExpertMLP, submodules=shared),
@@ -197,7 +201,7 @@ def _moe_layer(parts: Parts) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=MoeLayer,
+        module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=parts.norm, mlp=layer, mlp_bda=get_bias_dropout_add
         ),

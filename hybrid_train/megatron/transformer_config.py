@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch import Tensor
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import gpu_switches, native_recipes
-from hybrid_train.megatron.cached_layers import MambaLayer
 from hybrid_train.ops.experts import squared_relu
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule

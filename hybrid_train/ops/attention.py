@@ -66,13 +66,13 @@ def cached_attention(
         causal: no query sees a later key; W = K, and `seen` is None.
 
     Returns:
-        [W, B, heads * D].
+        [B * W, heads * D], the tokens of a row one after the other.
     """
     grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=grouped
     )
-    return out.permute(2, 0, 1, 3).flatten(2)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _attend_by_spans(query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -17,6 +16,9 @@ def squared_relu(x: Tensor) -> Tensor:
 
     Source: So et al., arXiv:2109.08668, section 3 (Primer).
     """
+    if not torch.is_grad_enabled():
+        positive = torch.relu(x)
+        return positive.mul_(positive)
     y: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
     return y
 
@@ -96,9 +98,6 @@ def expert_mlp(
     """
     _require_counts(x, up_weights, counts)
     _require_counts(x, down_weights, counts)
-    if not torch.is_grad_enabled():  # the bookkeeping of so many weights costs a token's GEMMs
-        inner = _linears(x, up_weights, counts).relu_().square_().mul_(probs[:, None])
-        return _linears(inner.to(x.dtype), down_weights, counts)
     y: Tensor = _ExpertMlp.apply(x, probs, tuple(counts), *up_weights, *down_weights)  # type: ignore[no-untyped-call]
     return y
 
@@ -142,13 +141,55 @@ class _ExpertMlp(torch.autograd.Function):
         return _gemms(grad_up, ups, counts), grad_probs, None, *grads_up, *grads_down
 
 
-def _linears(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Multiply as `grouped_linear`, without gradients; an expert without tokens costs nothing."""
-    hit = [(count, weight) for count, weight in zip(counts, weights, strict=True) if count]
-    if not hit:
-        return x.new_empty(0, len(weights[0]))
-    parts = x.split([count for count, _ in hit])
-    return torch.cat([linear(part, weight) for part, (_, weight) in zip(parts, hit, strict=True)])
+def chosen_experts(
+    x: Tensor,
+    ups: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    chosen: Tensor,
+    probs: Tensor,
+) -> Tensor:
+    """Send each token through its experts and sum up, without gradients; for generation.
+
+    Args:
+        x: tokens in any order, [T, I].
+        ups: a matrix [I, F] of each expert.
+        downs: a matrix [F, O] of each expert.
+        chosen: numbers of the k experts of each token, [T, k].
+        probs: their router weights, [T, k].
+
+    Returns:
+        [T, O].
+    """
+    if len(x) == 1:
+        hit = chosen[0].tolist()
+        weighed = _weighed(torch.cat([x.mm(ups[number]) for number in hit]), probs.t())
+        rows = weighed.split(1)
+        y: Tensor = rows[0].mm(downs[hit[0]])
+        for row, number in zip(rows[1:], hit[1:], strict=True):
+            y.addmm_(row, downs[number])
+        return y
+    of_pairs = chosen.flatten()
+    pairs = of_pairs.argsort(stable=True)  # token by expert, sorted by expert
+    places = pairs // chosen.shape[1]
+    counts = torch.bincount(of_pairs).tolist()
+    hit = [number for number, count in enumerate(counts) if count]
+    counts = [counts[number] for number in hit]
+    inner = _each(x[places], ups, hit, counts)
+    made = _each(_weighed(inner, probs.flatten()[pairs, None]), downs, hit, counts)
+    y = made.new_zeros(len(x), made.shape[1])
+    return y.index_add_(0, places, made)
+
+
+def _each(x: Tensor, matrices: Sequence[Tensor], hit: Sequence[int], counts: list[int]) -> Tensor:
+    """Multiply rows [N, I], sorted by expert, by the [I, O] of those that are hit."""
+    parts = zip(x.split(counts), hit, strict=True)
+    return torch.cat([part.mm(matrices[number]) for part, number in parts])
+
+
+def _weighed(inner: Tensor, probs: Tensor) -> Tensor:
+    """Return max(inner, 0)^2 * probs, [N, F] and [N, 1], in the type of `inner`, overwriting it."""
+    weighed = inner.relu_().square() * probs
+    return weighed.to(inner.dtype)
 
 
 def _gemms(

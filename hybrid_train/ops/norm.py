@@ -1,5 +1,6 @@
 """RMSNorm, and RMSNorm over groups of channels behind a gate (Mamba-2)."""
 
+import functools
 from typing import Any
 
 import torch
@@ -58,9 +59,20 @@ def gated_rms_norm(
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled():  # a token's norm costs less than what records it
-        return F.rms_norm(x, x.shape[-1:], eps=eps).mul_(weight)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        square = torch.addcmul(
+            _scalar(eps, x.dtype, x.device), length, length, value=1 / x.shape[-1]
+        )
+        return (x * square.rsqrt_()).mul_(weight)
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
+
+
+@functools.cache
+def _scalar(value: float, kind: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number as a tensor: a Python number is made one in each call, by a copy."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=kind, device=device)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -137,19 +137,29 @@ def step(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    d: Tensor | None = None,
+    d: Tensor,
 ) -> Tensor:
-    """Do the work of `window_scan` and `advance` for one token that is kept; W = 1."""
-    (batch, _, heads, head_width), groups, kind = x.shape, b.shape[2], state.dtype
-    dts = dt.to(kind)[:, 0, :, None]
-    state.mul_(torch.exp(dts * a[:, None])[..., None])
-    flat = state.view(batch * groups, -1, state.shape[-1])
-    xs = x[:, 0].to(kind)
-    fresh = (xs * dts).reshape(batch * groups, -1, 1)
-    flat.baddbmm_(fresh, b.to(kind).reshape(batch * groups, 1, -1))
+    """Do the work of `window_scan` and `advance` for one token of each row, in fewest operations.
+
+    Args:
+        state: before the token, [B, H, P, N], overwritten with the one behind it.
+        x: inputs in the type of the state, as all operands are, [B, H, P].
+        dt: step sizes, [B, H].
+        a: decay rates, [H].
+        b: input projections, [B * G, 1, N].
+        c: output projections, [B * G, 1, N].
+        d: weight of the direct path, [H].
+
+    Returns:
+        Outputs, [B, H, P].
+    """
+    of_groups = len(b)
+    state.mul_(torch.exp(dt * a)[..., None, None])
+    flat = state.view(of_groups, -1, state.shape[-1])
+    flat.baddbmm_((x * dt[..., None]).view(of_groups, -1, 1), b)
     # A row times a matrix: a matrix times a column takes twice as long.
-    y = (c.to(kind).reshape(batch * groups, 1, -1) @ flat.mT).view(batch, heads, head_width)
-    return (y if d is None else torch.addcmul(y, d.to(kind)[:, None], xs))[:, None]
+    y = torch.bmm(c, flat.mT).view(x.shape)
+    return torch.addcmul(y, d[:, None], x)
 
 
 def advance(

@@ -107,7 +107,8 @@ class Ours:
     def _take(self, tokens: Prompts) -> None:
         hidden = self._model.read(self._rows, tokens, [len(tokens[0])] * len(tokens))
         assert hidden is not None, "one stage is the last one"
-        self._chosen = self._model.logits(hidden[-1:])[..., : self._vocab_size].argmax(-1).tolist()
+        logits = self._model.logits(hidden[:, -1:])[..., : self._vocab_size]
+        self._chosen = logits.argmax(-1).tolist()
 
 
 class Theirs:

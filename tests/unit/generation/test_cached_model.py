@@ -161,7 +161,7 @@ def test_the_state_of_a_bfloat16_model_is_float32(build: Build) -> None:
     hidden = cached.read(slice(0, 2), some_tokens(2, 9).tolist(), [9, 4])
     assert hidden is not None
     assert hidden.dtype == torch.bfloat16
-    inputs, state = cached._caches[0].states()
+    inputs, state = cached._passes[0].cache.states()
     assert (inputs.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     assert cached.logits(hidden).isfinite().all()
 

@@ -150,9 +150,12 @@ def test_single_steps_from_a_carried_state_equal_the_whole_sequence() -> None:
     whole, last = chunked_scan(**inputs, chunk=4)
     x, dt, a, b, c, d, state = inputs.values()
     state = state.clone()
-    parts = zip(*(part.split(1, dim=1) for part in (x, dt, b, c)), strict=True)
-    outputs = [step(state, xs, dts, a, bs, cs, d) for xs, dts, bs, cs in parts]
-    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+    parts = zip(*(part.unbind(1) for part in (x, dt, b, c)), strict=True)
+    outputs = [
+        step(state, xs, dts, a, bs.flatten(0, 1)[:, None], cs.flatten(0, 1)[:, None], d)
+        for xs, dts, bs, cs in parts
+    ]
+    torch.testing.assert_close(torch.stack(outputs, dim=1), whole)
     torch.testing.assert_close(state, last)
 
 
