@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,11 +13,12 @@ from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, some_rows, tiny_job
 pytestmark = MEGATRON_WARNINGS
 
 
-def built(groups: Any, scale: float = 0.1) -> Any:
+def built(groups: Any, scale: float = 0.1, top_k: int = 2) -> Any:
     from hybrid_train.model.build import build_model
 
     job = tiny_job("ME-E")
     job.objective.moe_aux_loss_scale = scale
+    job.model.moe.top_k = top_k
     return build_model(job, groups, VOCAB, on_gpu=False)
 
 
@@ -89,3 +91,15 @@ def test_equal_load_gives_each_expert_its_share_whatever_the_router_says(groups:
     routed, forced = loads
     assert routed > 1.5
     assert forced < 1.25
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_lists_of_chosen_experts_say_what_cores_table_says(groups: Any, top_k: int) -> None:
+    router = built(groups, top_k=top_k).chunks[0].decoder.layers[1].mlp.router
+    router.expert_bias.copy_(torch.randn(len(router.expert_bias)) / 4)
+    x = torch.randn(50, 1, router.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        weights, chosen = router.eval()(x)
+        few, numbers = router.as_lists(x.squeeze(1))
+    assert torch.zeros_like(chosen).scatter(1, numbers, True).equal(chosen)
+    torch.testing.assert_close(torch.zeros_like(weights).scatter(1, numbers, few), weights)

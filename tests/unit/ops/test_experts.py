@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
+from hybrid_train.ops.experts import chosen_experts, expert_mlp, grouped_linear, squared_relu
 
 COUNTS = [3, 0, 4]  # the middle expert has no tokens
 
@@ -83,14 +83,20 @@ def test_squared_relu_is_the_square_of_relu_and_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(squared_relu, (x,))
 
 
-def test_without_gradients_the_mlp_is_the_same_and_experts_without_tokens_are_left_out() -> None:
-    generator = torch.Generator().manual_seed(0)
-    counts = [0, 3, 0, 1, 4, 0]
-    x, probs = torch.randn(8, 5, generator=generator), torch.rand(8, generator=generator)
-    ups = [torch.randn(7, 5, generator=generator) for _ in counts]
-    downs = [torch.randn(6, 7, generator=generator) for _ in counts]
-    expected = expert_mlp(x, ups, downs, counts, probs)
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_chosen_experts_of_a_token_are_summed_up_with_its_weights(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x, probs = torch.randn(tokens, 5, generator=generator), torch.rand(tokens, 2)
+    ups = [torch.randn(5, 7, generator=generator) for _ in range(6)]
+    downs = [torch.randn(7, 4, generator=generator) for _ in range(6)]
+    chosen = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(tokens)])
+    expected = torch.stack([
+        sum(
+            (F.relu(x[token] @ ups[expert]) ** 2 * prob @ downs[expert]
+             for expert, prob in zip(chosen[token].tolist(), probs[token], strict=True)),
+            torch.zeros(4),
+        )
+        for token in range(tokens)
+    ])  # fmt: skip
     with torch.no_grad():
-        torch.testing.assert_close(expert_mlp(x, ups, downs, counts, probs), expected)
-        nothing = expert_mlp(x[:0], ups, downs, [0] * 6, probs[:0])
-    assert nothing.shape == (0, 6)
+        torch.testing.assert_close(chosen_experts(x, ups, downs, chosen, probs), expected)
