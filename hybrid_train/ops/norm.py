@@ -1,6 +1,5 @@
 """RMSNorm, and RMSNorm over groups of channels behind a gate (Mamba-2)."""
 
-import functools
 from typing import Any
 
 import torch
@@ -59,20 +58,19 @@ def gated_rms_norm(
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled():  # a token's norm costs less than what records it
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        square = torch.addcmul(
-            _scalar(eps, x.dtype, x.device), length, length, value=1 / x.shape[-1]
-        )
-        return (x * square.rsqrt_()).mul_(weight)
+        return (x * _inverse(x, eps)).mul_(weight)
     y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
-@functools.cache
-def _scalar(value: float, kind: torch.dtype, device: torch.device) -> Tensor:
-    """Return a number as a tensor: a Python number is made one in each call, by a copy."""
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=kind, device=device)
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(mean(x^2) + eps) over the last dimension, kept with size one.
+
+    A Python number beside a tensor costs a small one more than the rest; a `value` does not.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    square = torch.full_like(length, eps).addcmul_(length, length, value=1 / x.shape[-1])
+    return square.rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -83,7 +81,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.rsqrt(_dot(x, x) / x.shape[-1] + eps)
+        inverse = _inverse(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
