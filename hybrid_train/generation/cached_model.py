@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_train.megatron.data_parallel import complete_parameters, is_fsdp
-from hybrid_train.megatron.hybrid import Hybrid, inference
+from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.megatron.window_pass import ChunkPass, DraftPass, bound_head
 from hybrid_train.model.quantized import unwrapped
+from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
 
@@ -39,7 +40,8 @@ class CachedModel:
             rows: R.
 
         Raises:
-            UserError: if the layout does not let tokens be read one by one.
+            UserError: on all processes, if the layout does not let tokens be read one by one, or
+                it is not said how a layer reads them.
         """
         self._chunks: list[Hybrid] = [unwrapped(chunk) for chunk in network.chunks]  # type: ignore[misc]
         _require_whole(network, self._chunks[0].config)
@@ -48,12 +50,14 @@ class CachedModel:
         self.device = network.device
         self._pipeline = network.groups.pp
         self._weights = sum(p.numel() for chunk in self._chunks for p in chunk.parameters())
-        with inference():
-            self._passes = [ChunkPass(chunk, rows) for chunk in self._chunks]
+        with torch.inference_mode():
+            self._passes = ranks.all_or_none(
+                lambda: [ChunkPass(chunk, rows) for chunk in self._chunks]
+            )
             last = self._chunks[-1]
-            self._head = bound_head(last) if last.post_process else None
             has_block = last.post_process and last.mtp_process
-            self._drafts = DraftPass(last, rows) if has_block else None
+            self._head = bound_head(last) if last.post_process else None
+            self._drafts = ranks.all_or_none(lambda: DraftPass(last, rows) if has_block else None)
             shape = (rows, 1, last.config.hidden_size)
             # What the MTP block made of the last token of each row: a chain of drafts begins there.
             self._latest = torch.zeros(shape, dtype=last.config.params_dtype, device=self.device)
@@ -104,7 +108,7 @@ class CachedModel:
 
     def keep(self, counts: Sequence[int]) -> None:
         """Say how many tokens of the window that was read last each row keeps."""
-        with inference():
+        with torch.inference_mode():
             self._close(counts)
 
     def _close(self, counts: Sequence[int]) -> None:
@@ -168,20 +172,20 @@ class CachedModel:
 
     def clear(self, row: int) -> None:
         """Empty a row."""
-        with inference():
+        with torch.inference_mode():
             for cache in self._all_caches():
                 cache.clear(row)
 
     def move(self, source: int, target: int) -> None:
         """Give a row the past of another one."""
-        with inference():
+        with torch.inference_mode():
             for cache in self._all_caches():
                 cache.move(source, target)
             self._latest[target] = self._latest[source]
 
     def swap(self, one: int, other: int) -> None:
         """Let two rows change places."""
-        with inference():
+        with torch.inference_mode():
             for cache in self._all_caches():
                 cache.swap(one, other)
             self._latest[[one, other]] = self._latest[[other, one]]
@@ -192,7 +196,7 @@ class CachedModel:
 
     @contextlib.contextmanager
     def _working(self, tokens: int) -> Iterator[None]:
-        with inference(), _threads_for(self._weights * tokens):
+        with torch.inference_mode(), _threads_for(self._weights * tokens):
             yield
 
 

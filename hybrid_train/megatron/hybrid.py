@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
@@ -282,13 +281,6 @@ def mtp_blocks(chunks: Sequence[Any]) -> tuple[int, bool]:
     """Return how many MTP depths a model has, and whether one block of weights serves them all."""
     config = get_model_config(chunks[0])
     return config.mtp_num_layers or 0, bool(config.mtp_use_repeated_layer)
-
-
-@contextlib.contextmanager
-def inference() -> Iterator[None]:
-    """Let core's layers use the cache they are given, without gradients, for one forward pass."""
-    with torch.inference_mode(), InferenceMode.active():
-        yield
 
 
 @contextlib.contextmanager

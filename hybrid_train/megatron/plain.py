@@ -109,8 +109,8 @@ class _SplitLinear:
     def _forward_impl(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
         """Multiply; what core wraps around that is left out where no other rank takes part.
 
-        It serves tensor parallelism (layers.py 755), and costs a small model on a CPU a sixth of
-        each decoding step; the GEMM itself is the fastest one we know.
+        It serves tensor parallelism (layers.py 755), and costs a small model on a CPU as much as
+        its GEMMs, which are the fastest ones we know.
         """
         if self.edited is not None:
             return _edited(self.edited, input, weight, **kwargs)
@@ -160,17 +160,9 @@ class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
     It has core's name, by which Megatron-FSDP knows its split (mcore_fsdp_adapter.py 70).
     """
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Multiply [S, B, I] by the part of this rank; see core."""
-        return super().forward(input_, *args, **kwargs)
-
 
 class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
     """Core's linear split by rows, with core's name for the same reason."""
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Multiply the part of this rank, [S, B, I / tp], and sum up over the ranks; see core."""
-        return super().forward(input_)
 
 
 class NormColumnLinear(ColumnParallelLinear):

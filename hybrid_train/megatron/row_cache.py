@@ -309,10 +309,9 @@ class AttentionPast:
             else:
                 rows, positions = window.places
                 kept[rows, :, positions] = by_row
-        seen, heads_width = slice(window.seen_keys), self.keys.shape[3]
-        batch = window.rows.stop - window.rows.start
+        seen, batch = slice(window.seen_keys), window.rows.stop - window.rows.start
         return cached_attention(
-            query.reshape(batch, width, -1, heads_width).transpose(1, 2),
+            query.reshape(batch, width, -1, self.keys.shape[3]).transpose(1, 2),
             self.keys[window.rows, :, seen],
             self.values[window.rows, :, seen],
             None if window.begins else window.seen,

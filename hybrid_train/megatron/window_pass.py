@@ -10,10 +10,12 @@ after the other; H hidden, V vocabulary with its padding, k experts of a token.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.enums import Fp8Recipe
 from megatron.core.fp4_utils import get_fp4_context
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.ssm.mamba_layer import MambaLayer
@@ -101,17 +103,34 @@ def bound_head(chunk: Hybrid) -> Map:
 
 def _stack(stack: Any, cache: RowCache) -> Map:
     """Return a stack as a map of [T, H], reading the window that its cache has open."""
-    parts = [_part(layer, cache) for layer in stack.layers]
+    parts = [(_part(layer, cache), _formats_of(layer)) for layer in stack.layers]
+    around = _formats_of(stack)
     end = _norm(stack.final_norm) if stack.post_process and stack.post_layer_norm else None
 
     def run(x: Tensor) -> Tensor:
         window = cache.window
         assert window is not None, "no pass has begun"
-        for part in parts:
-            x = x + part(x, window)
+        with around():
+            for part, formats in parts:
+                with formats():
+                    x = x + part(x, window)
         return x if end is None else end(x)
 
     return run
+
+
+def _formats_of(module: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """Return the context in which Transformer Engine multiplies as a stack or layer is to.
+
+    Delayed scaling has one around the stack, any other format one for each layer, as in core's
+    stack (hybrid_block.py 327).
+    """
+    config, number = module.config, getattr(module, "layer_number", None)
+    if config.fp8 and (config.fp8_recipe == Fp8Recipe.delayed) == (number is None):
+        return partial(get_fp8_context, config, *(() if number is None else (number - 1,)))
+    if config.fp4 and number is not None:
+        return partial(get_fp4_context, config, number - 1)
+    return nullcontext
 
 
 def _part(layer: Any, cache: RowCache) -> Part:
@@ -131,16 +150,7 @@ def _part(layer: Any, cache: RowCache) -> Part:
         def part(x: Tensor, _: Window) -> Tensor:
             return inner(norm(x))
 
-    config = layer.config
-    if not (config.fp8 or config.fp4):
-        return part
-    formats = get_fp8_context if config.fp8 else get_fp4_context
-
-    def in_formats(x: Tensor, window: Window) -> Tensor:
-        with formats(config, layer.layer_number - 1):
-            return part(x, window)
-
-    return in_formats
+    return part
 
 
 def _mixer(mixer: MambaMixer, past: MambaPast) -> Part:
@@ -171,12 +181,10 @@ def _of_tokens(module: Module) -> Map:
         return _experts(module)
     if isinstance(module, MLP):
         return _mlp(module)
-    error = UserError(
+    raise UserError(
         f"generation does not know how a layer with {type(module).__name__} reads tokens behind "
         "others: say it in hybrid_train/megatron/window_pass.py (docs/adding.md)"
     )
-    error.on_all_ranks = True
-    raise error
 
 
 def _mlp(mlp: MLP) -> Map:
@@ -213,9 +221,11 @@ def _experts(layer: MoELayer) -> Map:
 def _join(block: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """Return how an MTP block makes one [T, H] of embeddings and hidden states, [T, H] each."""
     if plain.bare_weight(block.eh_proj) is None:
+        formats = partial(get_fp8_context, block.config) if block.config.fp8 else nullcontext
 
         def core(embedded: Tensor, hidden: Tensor) -> Tensor:
-            joined: Tensor = block._concat_embeddings(hidden[:, None], embedded[:, None])
+            with formats():
+                joined: Tensor = block._concat_embeddings(hidden[:, None], embedded[:, None])
             return joined.squeeze(1)
 
         return core
@@ -228,7 +238,7 @@ def _join(block: Any) -> Callable[[Tensor, Tensor], Tensor]:
 def _embedding(chunk: Hybrid) -> Map:
     """Return the map of tokens [B, W] to embeddings [T, H]."""
     embedding = chunk.embedding
-    if embedding.word_embeddings.tp_group.size() > 1 or chunk.config.fp32_residual_connection:
+    if embedding.word_embeddings.tp_group.size() > 1:
         return lambda tokens: (
             embedding(input_ids=tokens, position_ids=None).transpose(0, 1).flatten(0, 1)
         )

@@ -194,12 +194,8 @@ DERIVED = (
     Replacement(
         "megatron.core.ssm.mamba_mixer",
         (),
-        "`MambaMixer` sets epsilon and context parallelism, and turns batches that decode",
-        {
-            "MambaMixer.__init__": "164d59e24d12",
-            "MambaMixer._decode": "53c6bbc5f691",
-            "MambaMixer.forward": "fa7c22ea2474",
-        },
+        "`MambaMixer` sets epsilon and context parallelism; `window_pass` reads windows by itself",
+        {"MambaMixer.__init__": "164d59e24d12", "MambaMixer.forward": "fa7c22ea2474"},
     ),
     Replacement(
         "megatron.core.ssm.mamba_context_parallel",
@@ -225,7 +221,7 @@ DERIVED = (
     Replacement(
         "megatron.core.transformer.moe.moe_utils",
         (),
-        "`TopKRouter` calls these as core's own router does",
+        "`TopKRouter` calls these as core's own router does; `as_lists` is the first one's rule",
         {
             "topk_routing_with_score_function": "9dff04113448",
             "get_tokens_per_expert_and_token_count": "18c79473a58f",
@@ -242,6 +238,25 @@ DERIVED = (
             "MultiTokenPredictionBlock.forward": "6a6ab1577758",
             "roll_tensor": "93af4c1b2612",
         },
+    ),
+    *(
+        Replacement(module, (), "`window_pass` says with fewer calls what a layer computes", read)
+        for module, read in {
+            "megatron.core.ssm.mamba_layer": {"MambaLayer.forward": "7e8928f2bb68"},
+            "megatron.core.ssm.mlp_layer": {"MLPLayer": "2923771d2859"},
+            "megatron.core.transformer.transformer_layer": {
+                "TransformerLayer.forward": "0170f6488236"
+            },
+            "megatron.core.transformer.attention": {
+                "SelfAttention.get_query_key_value_tensors": "63c8a6821f2d"
+            },
+            "megatron.core.transformer.mlp": {"MLP.forward": "ffe0ebc9e200"},
+            "megatron.core.transformer.moe.moe_layer": {"MoELayer.forward": "d3a947522750"},
+            "megatron.core.transformer.multi_token_prediction": {
+                "MultiTokenPredictionLayer._concat_embeddings": "3384f6309ebd",
+                "MultiTokenPredictionLayer._proj_and_transformer_layer": "05fa1c4d155c",
+            },
+        }.items()
     ),
     Replacement(
         "megatron.core.tensor_parallel.layers",

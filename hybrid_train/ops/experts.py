@@ -98,6 +98,8 @@ def expert_mlp(
     """
     _require_counts(x, up_weights, counts)
     _require_counts(x, down_weights, counts)
+    if not torch.is_grad_enabled():  # the bookkeeping of so many weights costs as much as few GEMMs
+        return _expert_mlp(x, up_weights, down_weights, counts, probs)[0]
     y: Tensor = _ExpertMlp.apply(x, probs, tuple(counts), *up_weights, *down_weights)  # type: ignore[no-untyped-call]
     return y
 
@@ -160,13 +162,12 @@ def chosen_experts(
     Returns:
         [T, O].
     """
-    if len(x) == 1:
-        hit = chosen[0].tolist()
-        weighed = _weighed(torch.cat([x.mm(ups[number]) for number in hit]), probs.t())
-        rows = weighed.split(1)
-        y: Tensor = rows[0].mm(downs[hit[0]])
-        for row, number in zip(rows[1:], hit[1:], strict=True):
-            y.addmm_(row, downs[number])
+    if len(x) == 1:  # in fewer operations, and summed up as below: once, in one order
+        numbers, order = chosen[0].sort()
+        hit = numbers.tolist()
+        inner = torch.cat([x.mm(ups[number]) for number in hit])
+        parts = zip(_weighed(inner, probs[0, order, None]).split(1), hit, strict=True)
+        y: Tensor = torch.cat([part.mm(downs[number]) for part, number in parts]).sum(0, True)
         return y
     of_pairs = chosen.flatten()
     pairs = of_pairs.argsort(stable=True)  # token by expert, sorted by expert

@@ -21,10 +21,9 @@ def chunk_of(groups: Any) -> Any:
 
 def by_windows(chunk: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits behind each token [B, L, V], and the drafts' behind all but the last, [B, L-1, V]."""
-    from hybrid_train.megatron.hybrid import inference
     from hybrid_train.megatron.window_pass import ChunkPass, DraftPass, bound_head
 
-    with inference():
+    with torch.inference_mode():
         read, draft, head = ChunkPass(chunk, 2), DraftPass(chunk, 2), bound_head(chunk)
 
         def run(one: Any, *given: Tensor) -> Tensor:

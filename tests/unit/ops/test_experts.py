@@ -100,3 +100,22 @@ def test_chosen_experts_of_a_token_are_summed_up_with_its_weights(tokens: int) -
     ])  # fmt: skip
     with torch.no_grad():
         torch.testing.assert_close(chosen_experts(x, ups, downs, chosen, probs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_token_alone_has_the_bits_that_it_has_among_others(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 16, generator=generator).to(dtype)
+    probs = torch.rand(5, 4, generator=generator)
+    ups, downs = (
+        [torch.randn(*shape, generator=generator).to(dtype) for _ in range(8)]
+        for shape in ((16, 24), (24, 16))
+    )
+    # Experts apart for each token: GEMMs of several rows may round otherwise.
+    chosen = torch.tensor([[3, 0, 2, 1], [5, 7, 6, 4]])
+    both = chosen_experts(x[:2], ups, downs, chosen, probs[:2])
+    for row in range(2):
+        alone = chosen_experts(
+            x[row : row + 1], ups, downs, chosen[row : row + 1], probs[row : row + 1]
+        )
+        assert torch.equal(alone, both[row : row + 1])
