@@ -1,0 +1,52 @@
+"""What a task is: questions with answers, and how an answer is graded.
+
+A task needs no model and no torch; who runs it scores the choices of an item, or lets the model
+write an answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a task.
+
+    Where it has choices, the log-probability of each behind the prompt is compared; prompt and
+    choice are put together as they stand, so a choice brings the space before it. Where it has
+    none, the model writes an answer of at most `max_tokens`, up to the first string of `stop`.
+    """
+
+    name: str  # unique within the task; the same settings give the same items
+    prompt: str
+    answer: str  # one of the choices, or what a verifier compares a written answer with
+    choices: tuple[str, ...] = ()
+    group: str = ""  # by which results are split, too, as "length=512 depth=0.5"
+    max_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    document: str = ""  # what it was taken from; items of one document are not independent
+
+    def __post_init__(self) -> None:
+        if self.choices and (
+            self.choices.count(self.answer) != 1 or len(set(self.choices)) < len(self.choices)
+        ):
+            raise ValueError(f"{self.name}: choices must differ, and one of them be the answer")
+        if not self.choices and self.max_tokens < 1:
+            raise ValueError(f"{self.name}: a written answer needs max_tokens")
+
+
+class Task(Protocol):
+    """A list of items and the way to grade answers to them."""
+
+    name: str
+
+    def items(self) -> Sequence[Item]:
+        """Return the items, in an order that a limit may cut anywhere.
+
+        Raises:
+            UserError: if what they are made from is missing or too little.
+        """
+
+    def grade(self, item: Item, answer: str) -> float:
+        """Grade an answer from 0 to 1; of an item with choices, the choice that was taken."""
