@@ -1,0 +1,1 @@
+"""Placeholder until the tasks of the other part are here."""

@@ -1,0 +1,290 @@
+"""Models that are measured: opened, loaded one after the other, asked; and those in training."""
+
+import functools
+import gc
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hybrid_train.checkpoint import layout as files
+from hybrid_train.config import frozen
+from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary
+from hybrid_train.data.documents import Joined
+from hybrid_train.data.run_data import RunData, open_held_out
+from hybrid_train.evaluation import heldout
+from hybrid_train.evaluation.results import (
+    Checkpoint,
+    Result,
+    ResultFolder,
+    overall,
+)
+from hybrid_train.evaluation.runner import ItemResult, Measure, Reader, Subject
+from hybrid_train.hf.files import refusals_named
+from hybrid_train.jobs.fetched_checkpoint import folder_of
+from hybrid_train.jobs.networks import load_model
+from hybrid_train.jobs.provenance import libraries
+from hybrid_train.megatron.data_parallel import ProcessGroups
+from hybrid_train.runtime import heartbeat, ranks
+from hybrid_train.schema.data import Data, Packing, Source
+from hybrid_train.schema.evaluation import Asking, HeldOut
+from hybrid_train.schema.job_roots import EvaluateJob
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import counted
+from hybrid_train.training.loop import Run
+from hybrid_train.training.network import Network
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured, known without its weights.
+
+    Attributes:
+        label: what the command calls it.
+        place: its run folder or checkpoint.
+        job: of its run.
+        reader: of its run.
+        checkpoint: what a result says of it.
+    """
+
+    label: str
+    place: Path
+    job: TrainJob
+    reader: Reader
+    checkpoint: Checkpoint
+
+    @classmethod
+    def of(cls, source: str, setting: str) -> "Candidate":
+        """Open what lies beside the weights.
+
+        Raises:
+            UserError: if there is no checkpoint or no tokenizer, or a file is damaged.
+        """
+        place = folder_of(source, setting)
+        with refusals_named(**{setting: place}):
+            found = files.locate(place)
+            if not has_vocabulary(found.run_dir / files.TOKENIZER):
+                raise UserError(
+                    f"{found.run_dir} has no tokenizer, which tasks are written with; import it "
+                    "again with tokenizer=FOLDER"
+                )
+            job = frozen.load(found.run_dir)
+            is_packed = job.data.packing is not Packing.none
+            reader = Reader.of(found.run_dir, is_packed=is_packed)
+            name = f"{found.run_dir.name}/{found.path.name}"
+            known = Checkpoint(name, _digest_of(found.path), reader.tokenizer.fingerprint)
+        return cls(source, place, job, reader, known)
+
+
+def _digest_of(checkpoint: Path) -> str:
+    """Return a digest of the checksums of a checkpoint, or of names and sizes of its files."""
+    sums = checkpoint / files.CHECKSUMS
+    if sums.is_file():
+        return hashlib.sha256(sums.read_bytes()).hexdigest()
+    sizes = [(one.name, one.stat().st_size) for one in sorted(checkpoint.iterdir())]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
+def _require_alike(one: Candidate, other: Candidate) -> None:
+    """Refuse two models whose next tokens are not the same tokens.
+
+    Raises:
+        UserError: naming both.
+    """
+    if one.checkpoint.tokenizer != other.checkpoint.tokenizer:
+        raise _refused(
+            f"against = {other.label}: has another tokenizer than {one.label}; the next tokens of "
+            "both can only be compared where they are the same tokens"
+        )
+    mine, theirs = (
+        (model.vocab_size, model.vocab_multiple) for model in (one.job.model, other.job.model)
+    )
+    if mine != theirs:
+        raise _refused(
+            f"against = {other.label}: has another vocabulary than {one.label}: model.vocab_size "
+            f"and model.vocab_multiple are {theirs[0]} and {theirs[1]}, not {mine[0]} and {mine[1]}"
+        )
+
+
+def _refused(text: str) -> UserError:
+    error = UserError(text)
+    error.on_all_ranks = True  # every process reads the same files
+    return error
+
+
+def _measures_of(job: EvaluateJob, first: Candidate, against: Candidate | None) -> list[Measure]:
+    """Make what is measured; held-out text is that of the first model."""
+    other = None if against is None else f"{against.checkpoint.name} {against.checkpoint.digest}"
+    tokenizer = first.reader.tokenizer
+    data = first.job.data
+    if job.task.heldout.files:
+        sources = {Path(one).name: Source(validation=[one]) for one in job.task.heldout.files}
+        data = Data(sources=sources, tokenizer=str(first.place))
+
+    def text() -> dict[str, Joined]:
+        return open_held_out(data, tokenizer)
+
+    length = first.job.train.sequence_length
+    return measures(job, text, tokenizer, length=length, against=other)
+
+
+def measures(
+    asking: Asking,
+    text: Callable[[], Mapping[str, Joined]],
+    tokenizer: AnyTokenizer,
+    *,
+    length: int,
+    against: str | None = None,
+) -> list[Measure]:
+    """Make what is measured, each with its items.
+
+    Args:
+        asking: which tasks, and how.
+        text: opens held-out documents, by source.
+        tokenizer: that made their tokens.
+        length: tokens that a model has learned to read at once.
+        against: name of the model that held-out text compares with.
+
+    Raises:
+        UserError: on all processes, if what a task is made from is missing.
+    """
+    found: list[Measure] = []
+    try:
+        for name in asking.task_names:
+            settings = getattr(asking.task, name)
+            if isinstance(settings, HeldOut):
+                found.append(heldout.HeldOut(
+                    text(), tokenizer, settings, length=settings.length or length,
+                    seed=asking.seed, limit=asking.limit, against=against,
+                ))  # fmt: skip
+    except UserError as error:
+        error.on_all_ranks = True
+        raise
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All measures on all models: those that are there are read, the others computed."""
+
+    job: EvaluateJob
+    candidates: Sequence[Candidate]
+    against: Candidate | None
+    measures: Sequence[Measure]
+
+    @classmethod
+    def of(
+        cls, job: EvaluateJob, candidates: Sequence[Candidate], against: Candidate | None
+    ) -> "Evaluation":
+        """Make what is measured, before any weights are read.
+
+        Raises:
+            UserError: on all processes, if a task cannot be made, or models cannot be compared.
+        """
+        if against is not None:
+            for one in candidates:
+                _require_alike(one, against)
+        return cls(job, candidates, against, _measures_of(job, candidates[0], against))
+
+    def results(self) -> list[list[Result]]:
+        """Return the results of each measure, a model each; every process calls this."""
+        folder = None if self.job.output is None else ResultFolder(Path(self.job.output))
+        wanted, versions = self._wanted(), libraries()
+        found = ranks.broadcast_from_main(
+            lambda: [None if folder is None else folder.read(one) for one in wanted]
+        )
+        done, groups, other = dict(enumerate(found)), None, None
+        for candidate in self.candidates:
+            missing = [
+                place
+                for place, one in enumerate(wanted)
+                if done[place] is None and one.checkpoint == candidate.checkpoint
+            ]
+            if not missing:
+                continue
+            network = self._loaded(candidate, groups)
+            groups = network.groups
+            if self.against is not None and other is None:
+                other = self._loaded(self.against, groups)
+            for place in missing:
+                measure = self.measures[place // len(self.candidates)]
+                items = self._asked(measure, Subject(network, candidate.reader, other), candidate)
+                result = replace(wanted[place], items=items, versions=versions)
+                done[place] = result
+                if folder is not None:
+                    ranks.run_on_main_first(functools.partial(folder.write, result))
+            del network
+            gc.collect()  # models are full of cycles, and two of them may not fit
+        return [
+            [one for one in done.values() if one is not None and one.task == measure.name]
+            for measure in self.measures
+        ]
+
+    def _wanted(self) -> list[Result]:
+        """Return all results without their items: measure by measure, of each candidate."""
+        return [
+            Result(
+                measure.name, one.checkpoint, measure.settings, measure.items_hash, self.job.seed
+            )
+            for measure in self.measures
+            for one in self.candidates
+        ]
+
+    def _loaded(self, candidate: Candidate, groups: ProcessGroups | None) -> Network:
+        """Load a model into the layout of the job; the first one builds its process groups."""
+        parallel = Parallel(**vars(self.job.parallel))
+        runtime = self.job.runtime
+        with refusals_named(checkpoint=candidate.place):
+            place = str(candidate.place)
+            return load_model(place, runtime, parallel=parallel, groups=groups).network
+
+    def _asked(
+        self, measure: Measure, subject: Subject, candidate: Candidate
+    ) -> tuple[ItemResult, ...]:
+        """Ask a loaded model; say how long it took."""
+        start = time.perf_counter()
+        items = measure.run(subject)
+        _log.info(
+            "%s of %s: %s in %.1f s",
+            *(measure.name, candidate.label, counted(len(items), "item")),
+            time.perf_counter() - start,
+        )
+        return tuple(items)
+
+
+def in_training(job: TrainJob, data: RunData) -> Callable[[Run], dict[str, float]]:
+    """Return what asks the model of a run that trains, and names its metrics.
+
+    Args:
+        job: of the run; its tokenizer lies in its folder.
+        data: of the run, open.
+
+    Raises:
+        UserError: on all processes, if what a task is made from is missing, or a task has answers
+            that the layout cannot write.
+    """
+    is_packed = job.data.packing is not Packing.none
+    reader = ranks.all_or_none(lambda: Reader.of(Path(job.run_dir), is_packed=is_packed))
+    made = measures(
+        job.evaluate, lambda: data.held_out.documents, data.tokenizer,
+        length=job.train.sequence_length,
+    )  # fmt: skip
+
+    def ask(run: Run) -> dict[str, float]:
+        heartbeat.enter(heartbeat.VALIDATION)
+        subject = Subject(run.engine.network, reader)
+        found = {
+            f"evaluation/{one.name}/{metric}": value
+            for one in made
+            for metric, value in overall(one.run(subject)).items()
+        }
+        heartbeat.enter(heartbeat.BETWEEN)
+        return found
+
+    return ask
