@@ -93,7 +93,7 @@ class Result:
 
     def figures(self) -> Iterator[Figure]:
         """Yield every metric over all items, then by group."""
-        for group in ("", *sorted({one.group for one in self.items} - {""})):
+        for group in dict.fromkeys(("", *(one.group for one in self.items))):
             items = self.of_group(group)
             for metric in _metrics(items):
                 found = self._interval(items, metric)
@@ -334,4 +334,6 @@ def _interval_shown(figure: Figure) -> str:
 
 
 def _ends(low: float, high: float, digits: int) -> str:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "-"  # too few items say nothing of it
     return f"{low:.{digits}f} to {high:.{digits}f}"

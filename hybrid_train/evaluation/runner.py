@@ -164,7 +164,8 @@ class Questions:
         self._task, self._asking = task, asking
         self.items = list(task.items())[: asking.limit]
         self.settings = dict(settings)
-        if any(not one.choices for one in self.items):
+        self.has_written = any(not one.choices for one in self.items)
+        if self.has_written:
             self.settings |= {"samples": asking.samples, "temperature": asking.temperature}
         self.items_hash = digest([asdict(one) for one in self.items])
 

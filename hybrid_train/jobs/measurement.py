@@ -5,7 +5,7 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,15 +21,17 @@ from hybrid_train.evaluation.results import (
     ResultFolder,
     overall,
 )
-from hybrid_train.evaluation.runner import ItemResult, Measure, Reader, Subject
+from hybrid_train.evaluation.runner import ItemResult, Measure, Questions, Reader, Subject
+from hybrid_train.evaluation.tasks import build_tasks
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.jobs.fetched_checkpoint import folder_of
 from hybrid_train.jobs.networks import load_model
 from hybrid_train.jobs.provenance import libraries
 from hybrid_train.megatron.data_parallel import ProcessGroups
-from hybrid_train.runtime import heartbeat, ranks
+from hybrid_train.planning.phases import PhaseSpan
+from hybrid_train.runtime import ranks
 from hybrid_train.schema.data import Data, Packing, Source
-from hybrid_train.schema.evaluation import Asking, HeldOut
+from hybrid_train.schema.evaluation import Asking
 from hybrid_train.schema.job_roots import EvaluateJob
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.problems import UserError
@@ -154,19 +156,24 @@ def measures(
     Raises:
         UserError: on all processes, if what a task is made from is missing.
     """
-    found: list[Measure] = []
+    own = [name for name in asking.task_names if name != heldout.NAME]
+
+    def made() -> Iterator[Measure]:
+        if heldout.NAME in asking.task_names:
+            settings = asking.task.heldout
+            yield heldout.HeldOut(
+                text(), tokenizer, settings, length=settings.length or length, seed=asking.seed,
+                limit=asking.limit, against=against,
+            )  # fmt: skip
+        for task in build_tasks(own, asking.task):
+            yield Questions(task, frozen.to_dict(getattr(asking.task, task.name)), asking)
+
     try:
-        for name in asking.task_names:
-            settings = getattr(asking.task, name)
-            if isinstance(settings, HeldOut):
-                found.append(heldout.HeldOut(
-                    text(), tokenizer, settings, length=settings.length or length,
-                    seed=asking.seed, limit=asking.limit, against=against,
-                ))  # fmt: skip
+        found = {one.name: one for one in made()}
     except UserError as error:
         error.on_all_ranks = True
         raise
-    return found
+    return [found[name] for name in asking.task_names]
 
 
 @dataclass(frozen=True)
@@ -258,33 +265,51 @@ class Evaluation:
         return tuple(items)
 
 
-def in_training(job: TrainJob, data: RunData) -> Callable[[Run], dict[str, float]]:
+def in_training(
+    job: TrainJob, phases: Sequence[PhaseSpan], data: RunData
+) -> Callable[[Run], dict[str, float]]:
     """Return what asks the model of a run that trains, and names its metrics.
 
     Args:
         job: of the run; its tokenizer lies in its folder.
+        phases: of the run, under whose layouts it is asked.
         data: of the run, open.
 
     Raises:
         UserError: on all processes, if what a task is made from is missing, or a task has answers
-            that the layout cannot write.
+            that a layout cannot write.
     """
     is_packed = job.data.packing is not Packing.none
     reader = ranks.all_or_none(lambda: Reader.of(Path(job.run_dir), is_packed=is_packed))
     made = measures(
-        job.evaluate, lambda: data.held_out.documents, data.tokenizer,
+        job.evaluate, lambda: data.held_out.documents, reader.tokenizer,
         length=job.train.sequence_length,
     )  # fmt: skip
+    for one in made:
+        if isinstance(one, Questions) and one.has_written:
+            _require_writing(one.name, phases)
 
     def ask(run: Run) -> dict[str, float]:
-        heartbeat.enter(heartbeat.VALIDATION)
         subject = Subject(run.engine.network, reader)
-        found = {
+        return {
             f"evaluation/{one.name}/{metric}": value
             for one in made
             for metric, value in overall(one.run(subject)).items()
         }
-        heartbeat.enter(heartbeat.BETWEEN)
-        return found
 
     return ask
+
+
+def _require_writing(task: str, phases: Sequence[PhaseSpan]) -> None:
+    """Refuse a task whose answers a layout cannot write, since it does not read token by token.
+
+    Raises:
+        UserError: with the setting.
+    """
+    for name, plan in ((phase.name, phase.job.parallel) for phase in phases):
+        if plan.context > 1 or plan.fsdp:
+            setting = "parallel.fsdp=true" if plan.fsdp else f"parallel.context={plan.context}"
+            raise _refused(
+                f"evaluate.tasks: {task} has answers that the model writes, which {setting} of "
+                f"phase {name} does not let it do; leave it out, or evaluate a checkpoint afterwards"
+            )

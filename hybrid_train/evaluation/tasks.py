@@ -1,1 +1,0 @@
-"""Placeholder until the tasks of the other part are here."""
