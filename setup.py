@@ -68,6 +68,7 @@ setup(
         "gpu": ["transformer-engine[pytorch,core_cu13]", "mamba-ssm", "causal-conv1d"],
         "hf": ["transformers>=5.8", "safetensors"],
         "eval": ["lm-eval"],
+        "reasoning_gym": ["reasoning-gym==0.1.*"],  # tasks with scorers of their own
         "s3": ["s3fs"],  # checkpoint.url=s3://, and token files behind one
         "dev": [
             "ruff",

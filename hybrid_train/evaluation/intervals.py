@@ -92,7 +92,7 @@ def score_difference(
     return Interval(mean, _edge(is_outside, mean, -1.0), _edge(is_outside, mean, 1.0))
 
 
-def mean_interval(  # noqa: PLR0913 - the last two are for tests and long lists
+def mean_interval(
     totals: ArrayLike,
     sizes: ArrayLike | None = None,
     documents: Sequence[str] | None = None,
@@ -165,7 +165,7 @@ def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> Floats:
     n, c = np.asarray(samples), np.asarray(correct)
     whole = np.issubdtype(n.dtype, np.integer) and np.issubdtype(c.dtype, np.integer)
     if not whole or n.shape != c.shape or np.any((c < 0) | (c > n) | (n < k)) or k < 1:
-        raise ValueError("pass@k needs whole numbers, 0 <= correct <= samples and 1 <= k <= samples")
+        raise ValueError("pass@k needs whole numbers, 0 <= correct <= samples, 1 <= k <= samples")
     log_factorial = np.array([lgamma(i + 1) for i in range(int(n.max(initial=0)) + 1)])
     wrong = n - c
     left = np.maximum(wrong - k, 0)  # where fewer than k are wrong, one of k is right

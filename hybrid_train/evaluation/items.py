@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Item:
@@ -50,3 +52,27 @@ class Task(Protocol):
 
     def grade(self, item: Item, answer: str) -> float:
         """Grade an answer from 0 to 1; of an item with choices, the choice that was taken."""
+
+
+class ExactTask:
+    """Grades by equality: of a choice to the letter, of a written answer word by word.
+
+    A written answer is right as a whole or not at all: nothing for a part, for the right words
+    among others, or for all that there are.
+    """
+
+    def grade(self, item: Item, answer: str) -> float:
+        if item.choices:
+            return float(answer == item.answer)
+        return float(answer.split() == item.answer.split())
+
+
+def mixed(answer: str, others: Sequence[str], random: np.random.Generator) -> tuple[str, ...]:
+    """Return choices in random order, so that a model without a preference is right by chance."""
+    choices = [answer, *others]
+    return tuple(choices[place] for place in random.permutation(len(choices)))
+
+
+def dealt[Group](groups: Sequence[Group], items: int) -> list[Group]:
+    """Deal items to groups in turn, so that a limit leaves each its share."""
+    return [groups[number % len(groups)] for number in range(items)]

@@ -54,6 +54,7 @@ LIBRARIES: dict[str, OptionalLibrary] = {
     "mamba_ssm": OptionalLibrary("mamba-ssm", f"{_NO_ISOLATION} mamba-ssm"),
     "causal_conv1d": OptionalLibrary("causal-conv1d", f"{_NO_ISOLATION} causal-conv1d"),
     "apex": OptionalLibrary("apex", f"{_NO_ISOLATION} 'apex @ git+https://github.com/NVIDIA/apex'"),
+    "reasoning_gym": OptionalLibrary("reasoning-gym", "pip install reasoning-gym"),
     "tensorboard": OptionalLibrary("tensorboard", "pip install tensorboard"),
     "transformers": OptionalLibrary("transformers", "pip install transformers"),
     "wandb": OptionalLibrary("wandb", "pip install wandb"),

@@ -1,5 +1,10 @@
-"""What is asked of a model to see how good it is: tasks with their settings, and how many items."""
+"""Settings of the tasks of evaluation: how many questions, how long, how hard.
 
+Each field of `Tasks` is a task; `hybrid_train/evaluation/tasks.py` has the class behind it. Names
+of settings say their unit: words are what stands between white space, whatever the tokenizer.
+"""
+
+import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated
@@ -11,12 +16,157 @@ from hybrid_train.schema.limits import (
     Factor,
     FileName,
     Length,
+    Name,
     Range,
     Seed,
+    Share,
     TokenCount,
 )
 from hybrid_train.schema.names import listed, nearest
 from hybrid_train.schema.problems import Problem
+
+CHOICES = 4  # of a question with choices: one is right
+
+Questions = Annotated[int, Range(1, 10**6)]
+Lines = Annotated[int, Range(1, 10**4)]
+Shots = Annotated[int, Range(0, 1000)]
+DrawnItems = Annotated[int, Range(1, 2**16)]  # words to copy, pairs of brackets
+Pairs = Annotated[int, Range(CHOICES, 2**16)]  # of key and value: all choices stand in the prompt
+Symbols = Annotated[int, Range(CHOICES, 2**20)]  # so many that there are others to choose from
+BracketTypes = Annotated[int, Range(2, 64)]  # all of them are choices
+Words = Annotated[int, Range(64, 2**22)]
+Digits = Annotated[int, Range(1, 100)]
+
+
+@dataclass(kw_only=True)
+class TaskSettings:
+    """What the settings of every task have."""
+
+    items: Questions = 200  # questions, of all groups together
+    seed: Seed = 0
+
+    def problems(self) -> Iterator[Problem]:
+        """Check that each list of groups has some, and none twice."""
+        for one in fields(self):
+            groups = getattr(self, one.name)
+            if not isinstance(groups, list) or one.name == "files":
+                continue
+            if not groups or len({str(group) for group in groups}) < len(groups):
+                rule = "must name one group or more, none of them twice"
+                yield Problem(one.name, groups, rule, list(dict.fromkeys(groups)) or None)
+
+
+@dataclass(kw_only=True)
+class CodeTask(TaskSettings):
+    """Questions from code that was held out.
+
+    `files` are text files, or folders of Python files. None: the validation part of the standard
+    library, which the quickstart corpus does not train on.
+    """
+
+    files: list[FileName] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class NextLine(CodeTask):
+    """Which of four lines of a file comes next; the others have its indent and about its length."""
+
+    context_lines: Lines = 16  # at most, before the line
+
+
+@dataclass(kw_only=True)
+class FillIn(CodeTask):
+    """Which of four words of a file stands in a line; the rest of the line is scored with it."""
+
+    context_lines: Lines = 16  # at most, before the line
+
+
+@dataclass(kw_only=True)
+class Copying(TaskSettings):
+    """Repeat a list of random words; documents of the synthetic stream `copy`."""
+
+    words: list[DrawnItems] = field(default_factory=lambda: [4, 8, 16, 32])
+    symbols: Symbols = 32  # different words
+
+
+@dataclass(kw_only=True)
+class Recall(TaskSettings):
+    """Which value a key has, among pairs of them; documents of the synthetic stream `recall`."""
+
+    pairs: list[Pairs] = field(default_factory=lambda: [4, 8, 16, 32])
+    keys: Symbols = 64
+    values: Symbols = 64
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        for place, pairs in enumerate(self.pairs):
+            if pairs > self.keys:
+                rule = "must be at most keys: the keys of a document differ"
+                yield Problem(f"pairs.{place}", pairs, rule, self.keys)
+
+
+@dataclass(kw_only=True)
+class Brackets(TaskSettings):
+    """Which bracket closes the one that is open; documents of the synthetic stream `brackets`."""
+
+    pairs: list[DrawnItems] = field(default_factory=lambda: [4, 8, 16, 32])
+    types: BracketTypes = 4
+
+
+@dataclass(kw_only=True)
+class Sums(TaskSettings):
+    """Which number a sum gives, modulo another; documents of the synthetic stream `sums`."""
+
+    shots: list[Shots] = field(default_factory=lambda: [3, 15])  # whole sums before the one asked
+    modulus: Symbols = 23
+    terms: DrawnItems = 2  # numbers that one sum adds
+
+
+class Filler(enum.Enum):
+    """What a needle hides in."""
+
+    code = "code"  # lines of held-out code
+    prose = "prose"  # sentences of a fixed list
+
+
+@dataclass(kw_only=True)
+class Needle(CodeTask):
+    """Which value a key has that was told once, in filler, by length and depth.
+
+    Three other keys stand elsewhere; their values are the wrong choices.
+    """
+
+    words: list[Words] = field(default_factory=lambda: [128, 512, 2048])  # of a whole prompt
+    depths: list[Share] = field(default_factory=lambda: [0.0, 0.5, 1.0])  # 0: at its beginning
+    filler: Filler = Filler.code
+
+
+class Operation(enum.Enum):
+    """What is computed of two numbers."""
+
+    sum = "sum"
+    product = "product"
+    modulus = "modulus"
+
+
+@dataclass(kw_only=True)
+class Arithmetic(TaskSettings):
+    """Sums, products and remainders of two whole numbers; the model writes the result."""
+
+    operations: list[Operation] = field(default_factory=lambda: list(Operation))
+    digits: list[Digits] = field(default_factory=lambda: [1, 2, 3])  # of each of the two numbers
+    shots: Shots = 4  # solved ones of the same kind before it
+
+
+@dataclass(kw_only=True)
+class ReasoningGym(TaskSettings):
+    """A task of the library reasoning-gym, which also grades; extra `reasoning_gym`."""
+
+    name: Name = "chain_sum"
+    # Its attributes, each as Python writes it: {min_terms: 2, operators: "['+']"}.
+    difficulty: dict[str, str] = field(default_factory=dict)
+    max_tokens: Annotated[int, Range(1, 2**20)] = 64  # of a written answer
 
 
 @dataclass(kw_only=True)
@@ -30,9 +180,18 @@ class HeldOut:
 
 @dataclass(kw_only=True)
 class Tasks:
-    """The settings of every task, by its name."""
+    """Settings of every task, under its name."""
 
     heldout: HeldOut = field(default_factory=HeldOut)
+    next_line: NextLine = field(default_factory=NextLine)
+    fill_in: FillIn = field(default_factory=FillIn)
+    copying: Copying = field(default_factory=Copying)
+    recall: Recall = field(default_factory=Recall)
+    brackets: Brackets = field(default_factory=Brackets)
+    sums: Sums = field(default_factory=Sums)
+    needle: Needle = field(default_factory=Needle)
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    reasoning_gym: ReasoningGym = field(default_factory=ReasoningGym)
 
 
 @dataclass(kw_only=True)

@@ -133,7 +133,7 @@ def test_what_does_not_vary_has_no_width_and_one_item_says_nothing() -> None:
 def test_values_that_are_no_numbers_are_refused(
     interval: Callable[..., Interval], values: list[Any]
 ) -> None:
-    with pytest.raises(ValueError, match="an interval needs|not NaN"):
+    with pytest.raises(ValueError, match=r"an interval needs|not NaN"):
         interval(values)
 
 
@@ -146,7 +146,7 @@ def test_scores_and_sizes_out_of_bounds_are_refused() -> None:
         lambda: mean_interval([1.0, 1.0], [1.0]),
         lambda: mean_interval([1.0, 1.0], documents=["a"]),
     ):
-        with pytest.raises(ValueError, match="values must be|size above|has a document"):
+        with pytest.raises(ValueError, match=r"values must be|size above|has a document"):
             call()
 
 
@@ -164,7 +164,14 @@ def test_pass_at_k_takes_numbers_of_samples_of_each_problem() -> None:
 
 @pytest.mark.parametrize(
     ("samples", "correct", "k"),
-    [([4], [5], 1), ([4], [-1], 1), ([4], [2], 5), ([4], [2], 0), ([4], [0.5], 1), ([4], [1, 1], 1)],
+    [
+        ([4], [5], 1),
+        ([4], [-1], 1),
+        ([4], [2], 5),
+        ([4], [2], 0),
+        ([4], [0.5], 1),
+        ([4], [1, 1], 1),
+    ],
 )
 def test_counts_that_cannot_be_are_refused(samples: Any, correct: Any, k: int) -> None:
     with pytest.raises(ValueError, match="whole numbers"):
