@@ -33,6 +33,7 @@ from hybrid_train.schema.units import tokens
 
 NAME = "heldout"
 PER_TOKEN = ("loss", "perplexity", "accuracy", "agreement", "divergence")
+_SHORTEST = 2  # tokens of a document: its end alone is no text
 _ROW_TOKENS = 2048  # of a microbatch; few fit into the caches of a CPU
 
 
@@ -84,7 +85,7 @@ class HeldOut:
         self._has_groups = len(sources) > 1
         budget = tokens(settings.tokens)
         self.documents = [
-            Document(name, number, ids, tokenizer.decode(ids, skip_special=True))
+            Document(name, number, ids, _text(tokenizer, ids))
             for name, source in sources.items()
             for number, ids in _drawn(name, source, seed, budget, limit)
         ]
@@ -117,7 +118,9 @@ class HeldOut:
     def _encoded(self, reader: Reader, document: Document) -> Sequence[int]:
         if reader.tokenizer.fingerprint == self._tokenizer.fingerprint:
             return document.tokens
-        return [*reader.tokenizer.encode(document.text), reader.tokenizer.end_of_document]
+        is_whole = document.tokens[-1] == self._tokenizer.end_of_document
+        end = [reader.tokenizer.end_of_document] if is_whole else []
+        return [*reader.tokenizer.encode(document.text), *end]
 
     def _result(self, subject: Subject, document: Document, scores: Sequence[Scores]) -> ItemResult:
         count = float(sum(len(one.log_probs) for one in scores))
@@ -138,23 +141,21 @@ class HeldOut:
         whole = len(document.text.encode())
         if reader.before_document:
             return whole
-        first = reader.tokenizer.decode(self._encoded(reader, document)[:1], skip_special=True)
-        # Of a token that is part of a letter nothing is counted: a letter is whole with its last.
-        return whole - len(first.rstrip("\ufffd").encode())
+        return whole - len(_text(reader.tokenizer, self._encoded(reader, document)[:1]).encode())
 
 
 def _drawn(
     name: str, source: Joined, seed: int, budget: int, limit: int | None
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield numbers and tokens of documents in a random order until there are enough."""
+    """Yield numbers and tokens of documents in a random order; the last is cut at the budget."""
     order = Permutation(len(source), ("evaluation", seed, name))
     taken = given = 0
     for place in range(len(source)):
-        if taken >= budget or given == limit:
+        if budget - taken < _SHORTEST or given == limit:
             return
         (number,) = order(np.array([place])).tolist()
-        length = int(source.lengths[number])
-        if length > 1:  # the end alone is no text
+        length = min(int(source.lengths[number]), budget - taken)
+        if length >= _SHORTEST:
             yield number, source.read(Span(number, 0, length)).tolist()
             taken, given = taken + length, given + 1
 
@@ -162,6 +163,11 @@ def _drawn(
 def _total(parts: Iterable[Tensor | None]) -> float:
     """Add up the values of the windows of a document, in float64."""
     return math.fsum(float(one.double().sum()) for one in parts if one is not None)
+
+
+def _text(tokenizer: AnyTokenizer, ids: Sequence[int]) -> str:
+    """Return the text of tokens without the letter that they end in the middle of."""
+    return tokenizer.decode(ids, skip_special=True).rstrip("\ufffd")
 
 
 def _sha(text: str) -> str:

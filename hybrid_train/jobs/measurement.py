@@ -311,5 +311,5 @@ def _require_writing(task: str, phases: Sequence[PhaseSpan]) -> None:
             setting = "parallel.fsdp=true" if plan.fsdp else f"parallel.context={plan.context}"
             raise _refused(
                 f"evaluate.tasks: {task} has answers that the model writes, which {setting} of "
-                f"phase {name} does not let it do; leave it out, or evaluate a checkpoint afterwards"
+                f"phase {name} does not let it do; leave it out, or evaluate checkpoints afterwards"
             )

@@ -174,7 +174,7 @@ class HeldOut:
     """Loss, bits per byte and accuracy of the next token on held-out documents, by source."""
 
     files: list[FileName] = field(default_factory=list)  # prefixes; empty: validation of the run
-    tokens: TokenCount = "200k"  # of each source, in whole documents that the seed draws
+    tokens: TokenCount = "200k"  # of each source, in documents that the seed draws
     length: Length | None = None  # tokens that are read at once; null: as the run was trained
 
 

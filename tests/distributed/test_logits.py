@@ -24,11 +24,7 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
     head = 500 * torch.randn(rows, WIDTH, **kind)  # far apart: exp alone would overflow
     labels = torch.randint(vocab_size, (LENGTH * SEQUENCES,), generator=generator)
     weights = torch.rand(LENGTH * SEQUENCES, **kind)
-    # Another model, as one process has it and as this rank does.
-    other = torch.randn(rows, WIDTH, **kind)
-    theirs = torch.randn(LENGTH * SEQUENCES, WIDTH, **kind)
-    own_part = HeadPart(other.chunk(size)[rank], vocab_size, dist.group.WORLD)
-    one, here = Reference(theirs, HeadPart(other, vocab_size)), Reference(theirs, own_part)
+    one, here = _references(rows, vocab_size)
     of_both: list[tuple[Any, Any]] = [(each, each) for each in (CrossEntropy(labels), entropy)]
     for alone, term in (*of_both, (Divergence(one), Divergence(here))):
         for chunk in (LENGTH * SEQUENCES, 5):
@@ -59,9 +55,21 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
         own = hidden.chunk(size)[rank] if split else hidden
         part = HeadPart(weight, vocab_size, dist.group.WORLD, split)
         _assert_close(read(own, part, reading, places), expected)
-    alone, here = (Reference(theirs[places], each.head) for each in (one, here))
-    expected = read(hidden, HeadPart(head, vocab_size), Comparison(alone), places)
-    _assert_close(read(own, part, Comparison(here), places), expected)
+    alone, term = (Comparison(Reference(each.hidden[places], each.head)) for each in (one, here))
+    expected = read(hidden, HeadPart(head, vocab_size), alone, places)
+    _assert_close(read(own, part, term, places), expected)
+
+
+def _references(rows: int, vocab_size: int) -> tuple[Reference, Reference]:
+    """Another model, as one process has it and as this rank does."""
+    kind: dict[str, Any] = {"generator": torch.Generator().manual_seed(1), "dtype": torch.float64}
+    head = torch.randn(rows, WIDTH, **kind)
+    hidden = torch.randn(LENGTH * SEQUENCES, WIDTH, **kind)
+    own = head.chunk(dist.get_world_size())[dist.get_rank()]
+    return (
+        Reference(hidden, HeadPart(head, vocab_size)),
+        Reference(hidden, HeadPart(own, vocab_size, dist.group.WORLD)),
+    )
 
 
 def _assert_close(found: Any, expected: Any) -> None:

@@ -108,7 +108,8 @@ def test_the_first_token_is_no_label_where_documents_did_not_see_each_other(grou
 
 def test_documents_are_drawn_by_the_seed_and_a_limit_cuts_the_same_list() -> None:
     many = {"many": Joined("many", [Texts([f"text {number}\n" for number in range(50)])])}
-    drawn = [[one.number for one in held_out(sources=many, seed=seed).documents] for seed in (1, 1, 2)]
+    made = [held_out(sources=many, seed=seed) for seed in (1, 1, 2)]
+    drawn = [[document.number for document in one.documents] for one in made]
     assert drawn[0] == drawn[1] != drawn[2]
     assert sorted(drawn[0]) == list(range(50)) != drawn[0]
     limited = held_out(sources=many, limit=7)
@@ -120,9 +121,12 @@ def test_documents_end_when_there_are_tokens_enough() -> None:
     from hybrid_train.evaluation.heldout import HeldOut
 
     texts = Joined("many", [Texts(["12345\n"] * 50)])
-    length = int(texts.lengths[0])
-    found = HeldOut({"many": texts}, tokenizer(), Settings(tokens="20"), length=4, seed=0)
-    assert len(found.documents) == math.ceil(20 / length)
+    length, budget = int(texts.lengths[0]), 20
+    found = HeldOut({"many": texts}, tokenizer(), Settings(tokens=str(budget)), length=4, seed=0)
+    *whole, last = found.documents
+    assert [len(one.tokens) for one in whole] == [length] * (budget // length)
+    assert len(last.tokens) == budget % length
+    assert whole[0].text.startswith(last.text)
 
 
 def test_without_held_out_text_the_setting_that_names_some_is_said() -> None:

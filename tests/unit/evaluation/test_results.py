@@ -82,9 +82,11 @@ def test_a_difference_is_paired_so_it_is_surer_than_two_intervals() -> None:
     alone = next(iter(one.figures()))
     assert found.high - found.low < (alone.high - alone.low) / 10  # documents vary far more
     better = difference(result("a"), result("b", better=0.2), "", "accuracy")
-    assert better is not None and 0 < better.low < better.estimate
+    assert better is not None
+    assert 0 < better.low < better.estimate
     same = difference(result("a"), result("b"), "shots=1", "accuracy")
-    assert same is not None and same.low <= 0 == same.estimate <= same.high
+    assert same is not None
+    assert same.low <= 0 == same.estimate <= same.high
 
 
 def test_what_is_one_per_token_is_not_compared_across_tokenizers_and_is_marked() -> None:

@@ -189,7 +189,7 @@ def test_two_models_are_compared_as_their_whole_logits_are(groups: Any) -> None:
         same += int(scores.agrees.sum())
     assert 0 < same < sum(text.scored for text in texts)  # not the trivial answer
     assert largest(found, [each.log_probs for each in plainly(one, texts)]) < ROUNDING
-    assert one.chunks[0].training and other.chunks[0].training
+    assert all(network.chunks[0].training for network in (one, other))
 
 
 def _logits(network: Any, text: Any) -> Tensor:
