@@ -336,7 +336,8 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
         self, requests: list[tuple[Any, list[int], list[int]]], **_kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score continuations, each given its context: sums of log-probabilities, nats."""
-        from hybrid_train.generation.scoring import Text, score
+        from hybrid_train.generation.scoring import Rows, Text
+        from hybrid_train.generation.shared_contexts import score_continuations
 
         texts, cut, most = [], 0, self._reader.max_length + 1
         for said, context, continuation in requests:
@@ -349,7 +350,8 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
             cut += len(context) + len(continuation) > most
             texts.append(Text(tokens, len(tokens) - len(continuation)))
         self._say_cut(cut, len(requests))
-        scores = score(self._network, texts)
+        rows = Rows(tokens=self._settings.batch_tokens)
+        scores = score_continuations(self._network, texts, rows=rows)
         return [(float(one.log_probs.double().sum()), bool(one.greedy.all())) for one in scores]
 
     def loglikelihood_rolling(

@@ -111,7 +111,7 @@ def score(
             does not know.
         UserError: if a score is not a finite number, as of a model that has diverged.
     """
-    _require_sound(texts, network.vocab_size)
+    require_sound(texts, network.vocab_size)
     before = heartbeat.last().part
     heartbeat.enter(heartbeat.VALIDATION)
     counts = [text.scored for text in texts]
@@ -123,7 +123,7 @@ def score(
         dist.all_reduce(found)
     heartbeat.enter(before)
     by_text = found.cpu().split(counts)
-    _require_finite(by_text)
+    require_finite(by_text)
     return [
         Scores(one[:, 0].clone(), one[:, 1] == 1, one[:, 2].clone() if entropy else None)
         for one in by_text
@@ -239,7 +239,12 @@ def _padded(used: int, unit: int) -> int:
     return used + -used % step
 
 
-def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+def require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+    """Refuse texts that cannot be scored.
+
+    Raises:
+        ValueError: see `score`.
+    """
     for number, text in enumerate(texts):
         tokens = np.asarray(text.tokens)
         if not len(tokens) or not 1 <= text.start <= len(tokens):
@@ -255,7 +260,15 @@ def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
             )
 
 
-def _require_finite(by_text: Sequence[Tensor]) -> None:
+def require_finite(by_text: Sequence[Tensor]) -> None:
+    """Refuse scores that are no numbers.
+
+    Args:
+        by_text: values of the scored tokens of each text, [n, K].
+
+    Raises:
+        UserError: on all processes.
+    """
     for number, one in enumerate(by_text):
         if not one.isfinite().all():
             error = UserError(

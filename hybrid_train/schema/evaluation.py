@@ -24,6 +24,7 @@ class Harness:
     max_length: Length | None = None  # tokens that the model reads at once; None: as trained
     seed: Seed = 1234  # chooses worked examples, and what tasks draw
     batch: Annotated[int, Range(1, 4096)] = 8  # answers that grow together
+    batch_tokens: Length = 2048  # that are read at once where log-probabilities are asked for
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
