@@ -29,6 +29,7 @@ from hybrid_train.training.network import Network
 _SLOT = "slot"  # of a place: the number of the token that it predicts among the N, or none
 _NONE = -1
 _LEAST_STEP = 16  # places; rows are a multiple of it
+_Others = Mapping[int, Sequence[tuple[int, int]]]  # slot -> further labels there, and their slots
 _STEPS = 8  # lengths of rows lie at most an eighth of the next power of two apart
 
 
@@ -93,8 +94,8 @@ def score(
 ) -> list[Scores]:
     """Score texts; every process of the layout calls this with the same texts.
 
-    The network may be in training: it comes back in its mode, and training goes on as if nothing
-    had been. No logits of more than a chunk of scored tokens exist, and none of a vocabulary that
+    Texts that are equal, but for their last token perhaps, are read once. The network may be in
+    training: it comes back in its mode, and training goes on as if nothing had been. No logits of more than a chunk of scored tokens exist, and none of a vocabulary that
     tensor ranks share.
 
     Args:
@@ -114,15 +115,17 @@ def score(
     require_sound(texts, network.vocab_size)
     before = heartbeat.last().part
     heartbeat.enter(heartbeat.VALIDATION)
-    counts = [text.scored for text in texts]
-    found = torch.zeros(sum(counts), 2 + entropy, device=network.device)
+    read, spans, others = _read_once(texts)
+    count = sum(text.scored for text in texts)
+    found = torch.zeros(count, 2 + entropy, device=network.device)
     if len(found):
         with network.evaluating():
-            for batches in _microbatches(network, texts, rows):
-                _run(network, batches, found, entropy=entropy)
+            for batches in _microbatches(network, read, rows):
+                _run(network, batches, found, others, entropy=entropy)
         dist.all_reduce(found)
     heartbeat.enter(before)
-    by_text = found.cpu().split(counts)
+    values = found.cpu()
+    by_text = [values[span] for span in spans]
     require_finite(by_text)
     return [
         Scores(one[:, 0].clone(), one[:, 1] == 1, one[:, 2].clone() if entropy else None)
@@ -130,7 +133,36 @@ def score(
     ]
 
 
-def _run(network: Network, batches: list[Batch], found: Tensor, *, entropy: bool) -> None:
+def _read_once(texts: Sequence[Text]) -> tuple[list[Text], list[slice], _Others]:
+    """Find texts that differ by their last token at most, which no place sees.
+
+    Returns:
+        One text of each kind; the slots of each given text, those of the first ones in front, in
+        their order; and which further labels, with their slots, a place of these is scored for.
+    """
+    kinds: dict[tuple[int, tuple[int, ...]], int] = {}
+    kind_of = [
+        kinds.setdefault((text.start, tuple(text.tokens[:-1])), len(kinds)) for text in texts
+    ]
+    read: list[Text] = []
+    for text, kind in zip(texts, kind_of, strict=True):
+        if kind == len(read):
+            read.append(text)
+    begins = np.cumsum([0, *(text.scored for text in read)]).tolist()
+    free, spans, others = begins[-1], [], defaultdict(list)
+    for text, kind in zip(texts, kind_of, strict=True):
+        begin = begins[kind]
+        if text is not read[kind]:
+            for number, token in enumerate(text.tokens[text.start :]):
+                others[begin + number].append((token, free + number))
+            begin, free = free, free + text.scored
+        spans.append(slice(begin, begin + text.scored))
+    return read, spans, others
+
+
+def _run(
+    network: Network, batches: list[Batch], found: Tensor, others: _Others, *, entropy: bool
+) -> None:
     """Write the values of microbatches of one shape to their slots of [N, K].
 
     A token is written by one process: the first tensor rank of a last pipeline stage.
@@ -141,7 +173,15 @@ def _run(network: Network, batches: list[Batch], found: Tensor, *, entropy: bool
         batch = next(iterator)
         slots = batch.token_extras[_SLOT].t().flatten()  # sequence before batch, as hidden states
         places = (slots != _NONE).nonzero().squeeze(1)
-        labels = batch.labels.t().flatten()[places]
+        labels, slots = batch.labels.t().flatten()[places], slots[places]
+        if others:
+            more = [
+                (place, token, slot)
+                for place, first in zip(places.tolist(), slots.tolist(), strict=True)
+                for token, slot in others.get(first, ())
+            ]
+            added = places.new_tensor(more).view(-1, 3).unbind(1)
+            places, labels, slots = map(torch.cat, zip((places, labels, slots), added, strict=True))
         reading = LabelScores(labels, with_entropy=entropy)
         output = model(  # no positions: MTP layers are not run
             batch.tokens,
@@ -149,7 +189,7 @@ def _run(network: Network, batches: list[Batch], found: Tensor, *, entropy: bool
             padding=batch.padding,
             read=lambda outputs: outputs.head.read(outputs.hidden, reading, places),
         )
-        return output, _reporter(slots[places])
+        return output, _reporter(slots)
 
     rows, length = batches[0].tokens.shape
     reports = run_schedule(

@@ -51,7 +51,7 @@ class _Context:
     @property
     def is_worth_sharing(self) -> bool:
         """Whether reading it once saves much of reading each text."""
-        apart = sum((len(self.tokens) + len(one)) * len(of) for one, of in self.texts.items())
+        apart = sum(len(self.tokens) + len(window) for window in self.texts)
         return bool(self.tokens) and len(self.tokens) + sum(map(len, self.texts)) < _WORTH * apart
 
 
@@ -60,8 +60,8 @@ def score_continuations(
 ) -> list[Scores]:
     """Score texts as `scoring.score` does, but read contexts that several share once.
 
-    Equal texts are scored once. Where the layout cannot read on behind a context (it splits
-    sequences, or is FSDP), all texts go into packed rows.
+    Where the layout cannot read on behind a context (it splits sequences, or is FSDP), all texts go
+    into packed rows, as do those whose context nobody else has.
 
     Args:
         network: under any layout, trained or frozen; every process calls this with equal texts.
@@ -76,16 +76,13 @@ def score_continuations(
         UserError: if a score is not a finite number.
     """
     require_sound(texts, network.vocab_size)
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    places = [numbers.setdefault((one.start, tuple(one.tokens)), len(numbers)) for one in texts]
-    unlike = [Text(tokens, start) for start, tokens in numbers]
     config = unwrapped(network.chunks[0]).config
-    contexts = [] if why_not_cached(network, config) else _contexts(unlike)
-    found = _Shared(network, unlike, rows).scores(contexts) if contexts else {}
-    rest = [number for number in range(len(unlike)) if number not in found]
-    packed = score(network, [unlike[number] for number in rest], rows=rows)
+    contexts = [] if why_not_cached(network, config) else _contexts(texts)
+    found = _Shared(network, texts, rows).scores(contexts) if contexts else {}
+    rest = [number for number in range(len(texts)) if number not in found]
+    packed = score(network, [texts[number] for number in rest], rows=rows)
     found |= dict(zip(rest, packed, strict=True))
-    return [found[place] for place in places]
+    return [found[number] for number in range(len(texts))]
 
 
 def _contexts(texts: Sequence[Text]) -> list[_Context]:
