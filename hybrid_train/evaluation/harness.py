@@ -67,7 +67,6 @@ class Reader:
         begin: whether a text begins as the tokenizer says.
         prefix: the token that an empty context is: BOS, or the end of a document.
         ends: tokens that end an answer.
-        known_tokens: ids that the model and the tokenizer both know.
         max_length: tokens that the model reads at once.
         template: of conversations; None: prompts are texts.
     """
@@ -76,7 +75,6 @@ class Reader:
     begin: bool
     prefix: int
     ends: frozenset[int]
-    known_tokens: int
     max_length: int
     template: ChatTemplate | None
 
@@ -85,10 +83,17 @@ class Reader:
         """Read what lies beside the weights of a run.
 
         Raises:
-            UserError: if a file is missing or damaged, or there is no chat template.
+            UserError: if a file is missing or damaged, the model does not know all tokens of the
+                tokenizer, or there is no chat template.
         """
         tokenizer, origin = open_tokenizer(run_dir / layout.TOKENIZER), Origin.of(run_dir)
         job, template = frozen.load(run_dir), None
+        known = job.model.vocab_size
+        if known is not None and tokenizer.vocab_size > known:
+            raise _refused(
+                f"{run_dir / layout.TOKENIZER} has {tokenizer.vocab_size} tokens, but the model "
+                f"knows {known}: this is not the tokenizer that it was trained with; put that there"
+            )
         if settings.apply_chat_template:
             folders = [run_dir / layout.TOKENIZER]
             if origin.folder is not None and origin.is_same_tokenizer:
@@ -99,7 +104,6 @@ class Reader:
             begin=origin.is_same_tokenizer if settings.bos is None else settings.bos,
             prefix=tokenizer.special_ids.get("bos_token", tokenizer.end_of_document),
             ends=origin.ends(tokenizer),
-            known_tokens=min(job.model.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size),
             max_length=settings.max_length or job.train.sequence_length,
             template=template,
         )
@@ -111,20 +115,11 @@ class Reader:
             text: in which special tokens that are spelt out are these tokens.
             begin: begin as the tokenizer does; None: as the run says, where the text does not
                 begin so already.
-
-        Raises:
-            UserError: if the model does not know one of the tokens.
         """
         if begin is None:
             spelt = self.tokenizer.decode([self.prefix])
             begin = self.begin and not (spelt and text.startswith(spelt))
-        ids = self.tokenizer.encode_prompt(text, begin=begin, special=True)
-        if ids and max(ids) >= self.known_tokens:
-            raise _refused(
-                f"a prompt has the token {max(ids)}, but the model knows {self.known_tokens}: the "
-                "tokenizer is not the one that it was trained with"
-            )
-        return ids
+        return self.tokenizer.encode_prompt(text, begin=begin, special=True)
 
 
 @dataclass(frozen=True)
@@ -198,12 +193,15 @@ def _loaded(manager: TaskManager, name: str) -> dict[str, Any]:
         return dict(manager.load([name]))
     except Exception as error:  # of lm-eval, of datasets, or of code beside a YAML file
         what = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise _refused(
-            f"harness.tasks = {name}: cannot be loaded without a network: {what}\n"
-            "Data of stock tasks must be in the cache of Hugging Face's datasets on this machine "
-            f"({datasets.config.HF_DATASETS_CACHE}): load them once where there is a network, and "
-            "copy the cache. Paths of local data are relative to the folder of the command"
-        ) from error
+        advice = "repair the task"
+        if isinstance(error, OSError):  # as are all of a missing file, data set, or network
+            advice = (
+                "nothing is downloaded, so data of a stock task must be in the cache of Hugging "
+                f"Face's datasets on this machine ({datasets.config.HF_DATASETS_CACHE}): load it "
+                "once where there is a network, and copy the cache; paths of local data are "
+                "relative to the folder of the command"
+            )
+        raise _refused(f"harness.tasks = {name}: cannot be loaded: {what}; {advice}") from error
 
 
 def _require_fit(name: str, task: Any, reader: Reader) -> None:
@@ -386,7 +384,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
             stops.append([one for one in kwargs["until"] if one])
             asked.append(self._request(tokens[-room:], kwargs, stops[-1], times[key]))
         self._say_cut(cut, len(requests))
-        batching = Batching(vocab_size=self._reader.known_tokens, rows=self._settings.batch)
+        batching = Batching(vocab_size=self._reader.tokenizer.vocab_size, rows=self._settings.batch)
         answers: list[list[int]] = [[] for _ in asked]
         for new in stream(self._network, asked, batching):
             answers[new.request] += new.tokens
