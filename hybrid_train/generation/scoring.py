@@ -33,6 +33,7 @@ _SLOT = "slot"  # of a place: the number of the token that it predicts among the
 _NONE = -1
 _LEAST_STEP = 16  # places; rows are a multiple of it
 _AT_ONCE = 4  # microbatches of a stage whose hidden states wait for those of another model
+_Others = Mapping[int, Sequence[tuple[int, int]]]  # slot -> further labels there, and their slots
 _STEPS = 8  # lengths of rows lie at most an eighth of the next power of two apart
 
 
@@ -102,9 +103,9 @@ def score(
 ) -> list[Scores]:
     """Score texts; every process of the layout calls this with the same texts.
 
-    The network may be in training: it comes back in its mode, and training goes on as if nothing
-    had been. No logits of more than a chunk of scored tokens exist, and none of a vocabulary that
-    tensor ranks share.
+    Texts that are equal, but for their last token perhaps, are read once. The network may be in
+    training: it comes back in its mode, and training goes on as if nothing had been. No logits of
+    more than a chunk of scored tokens exist, and none of a vocabulary that tensor ranks share.
 
     Args:
         network: under any layout, trained or frozen.
@@ -121,21 +122,50 @@ def score(
             does not know; if the model that it is compared with has another vocabulary.
         UserError: if a score is not a finite number, as of a model that has diverged.
     """
-    _require_sound(texts, network.vocab_size)
+    require_sound(texts, network.vocab_size)
     before = heartbeat.last().part
     heartbeat.enter(heartbeat.VALIDATION)
-    counts = [text.scored for text in texts]
-    readers = _Readers(entropy, against)
-    found = torch.zeros(sum(counts), readers.num_values, device=network.device)
+    read, spans, others = _read_once(texts)
+    readers = _Readers(entropy, against, others)
+    count = sum(text.scored for text in texts)
+    found = torch.zeros(count, readers.num_values, device=network.device)
     if len(found):
         with readers.evaluating(network):
-            for batches in _microbatches(network, texts, rows):
+            for batches in _microbatches(network, read, rows):
                 _write(network, found, readers.run(network, batches))
         dist.all_reduce(found)
     heartbeat.enter(before)
-    by_text = found.cpu().split(counts)
-    _require_finite(by_text)
+    values = found.cpu()
+    by_text = [values[span] for span in spans]
+    require_finite(by_text)
     return [readers.scores(one) for one in by_text]
+
+
+def _read_once(texts: Sequence[Text]) -> tuple[list[Text], list[slice], _Others]:
+    """Find texts that differ by their last token at most, which no place sees.
+
+    Returns:
+        One text of each kind; the slots of each given text, those of the first ones in front, in
+        their order; and which further labels, with their slots, a place of these is scored for.
+    """
+    kinds: dict[tuple[int, tuple[int, ...]], int] = {}
+    kind_of = [
+        kinds.setdefault((text.start, tuple(text.tokens[:-1])), len(kinds)) for text in texts
+    ]
+    read: list[Text] = []
+    for text, kind in zip(texts, kind_of, strict=True):
+        if kind == len(read):
+            read.append(text)
+    begins = np.cumsum([0, *(text.scored for text in read)]).tolist()
+    free, spans, others = begins[-1], [], defaultdict(list)
+    for text, kind in zip(texts, kind_of, strict=True):
+        begin = begins[kind]
+        if text is not read[kind]:
+            for number, token in enumerate(text.tokens[text.start :]):
+                others[begin + number].append((token, free + number))
+            begin, free = free, free + text.scored
+        spans.append(slice(begin, begin + text.scored))
+    return read, spans, others
 
 
 # (what a last stage makes of a microbatch, places of scored tokens, labels) -> their values.
@@ -148,6 +178,7 @@ class _Readers:
 
     entropy: bool
     against: Network | None
+    others: _Others
 
     @property
     def num_values(self) -> int:
@@ -169,7 +200,7 @@ class _Readers:
     def run(self, network: Network, batches: list[Batch]) -> list[dict[str, Tensor]]:
         """Run microbatches of one shape; return slots and values of each, on a last stage."""
         if self.against is None:
-            return _run(network, batches, self._own)
+            return _run(network, batches, self._own, self.others)
         # The hidden states of one model wait for those of the other, few microbatches at a time.
         step = _AT_ONCE * network.passes_multiple * network.groups.pp.size()
         parts = [batches[first : first + step] for first in range(0, len(batches), step)]
@@ -188,7 +219,7 @@ class _Readers:
             return heads[-1].gathered(outputs.hidden)[places]
 
         assert self.against is not None
-        reports = _run(self.against, batches, hidden)
+        reports = _run(self.against, batches, hidden, self.others)
         pairs = zip([one["values"] for one in reports], heads, strict=True)
 
         def both(outputs: Outputs, places: Tensor, labels: Tensor) -> Tensor:
@@ -196,10 +227,12 @@ class _Readers:
             values = outputs.head.read(outputs.hidden, reading, places)
             return torch.cat([self._own(outputs, places, labels), values], dim=-1)
 
-        return _run(network, batches, both)
+        return _run(network, batches, both, self.others)
 
 
-def _run(network: Network, batches: list[Batch], read: _Read) -> list[dict[str, Tensor]]:
+def _run(
+    network: Network, batches: list[Batch], read: _Read, others: _Others
+) -> list[dict[str, Tensor]]:
     """Run microbatches of one shape; return slots and values of each, on a last stage."""
 
     def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -207,14 +240,22 @@ def _run(network: Network, batches: list[Batch], read: _Read) -> list[dict[str, 
         batch = next(iterator)
         slots = batch.token_extras[_SLOT].t().flatten()  # sequence before batch, as hidden states
         places = (slots != _NONE).nonzero().squeeze(1)
-        labels = batch.labels.t().flatten()[places]
+        labels, slots = batch.labels.t().flatten()[places], slots[places]
+        if others:
+            more = [
+                (place, token, slot)
+                for place, first in zip(places.tolist(), slots.tolist(), strict=True)
+                for token, slot in others.get(first, ())
+            ]
+            added = places.new_tensor(more).view(-1, 3).unbind(1)
+            places, labels, slots = map(torch.cat, zip((places, labels, slots), added, strict=True))
         output = model(  # no positions: MTP layers are not run
             batch.tokens,
             sequence_index=batch.sequence_index,
             padding=batch.padding,
             read=lambda outputs: read(outputs, places, labels),
         )
-        return output, _reporter(slots[places])
+        return output, _reporter(slots)
 
     rows, length = batches[0].tokens.shape
     return run_schedule(
@@ -308,7 +349,12 @@ def _padded(used: int, unit: int) -> int:
     return used + -used % step
 
 
-def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+def require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+    """Refuse texts that cannot be scored.
+
+    Raises:
+        ValueError: see `score`.
+    """
     for number, text in enumerate(texts):
         tokens = np.asarray(text.tokens)
         if not len(tokens) or not 1 <= text.start <= len(tokens):
@@ -324,7 +370,15 @@ def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
             )
 
 
-def _require_finite(by_text: Sequence[Tensor]) -> None:
+def require_finite(by_text: Sequence[Tensor]) -> None:
+    """Refuse scores that are no numbers.
+
+    Args:
+        by_text: values of the scored tokens of each text, [n, K].
+
+    Raises:
+        UserError: on all processes.
+    """
     for number, one in enumerate(by_text):
         if not one.isfinite().all():
             error = UserError(

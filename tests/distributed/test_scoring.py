@@ -52,6 +52,7 @@ def _scores(layouts: dict[str, Parallel]) -> dict[str, list[list[Tensor]]]:
 
 def _score(engine: Any, other: Any) -> list[list[Tensor]]:
     from hybrid_train.generation.scoring import Rows, Text, score
+    from hybrid_train.generation.shared_contexts import score_continuations
 
     generator = torch.Generator().manual_seed(3)
     texts = [
@@ -62,7 +63,11 @@ def _score(engine: Any, other: Any) -> list[list[Tensor]]:
     found = score(engine.network, texts, rows=Rows(32, 64), entropy=True, against=against)
     own = [[one.log_probs, one.greedy.float(), one.entropy] for one in found]
     both = [] if other is None else [[one.divergence, one.agrees.float()] for one in found]
-    return [[*one, *pair] for one, pair in zip(own, both or [()] * len(own), strict=True)]
+    values = [[*one, *pair] for one, pair in zip(own, both or [()] * len(own), strict=True)]
+    # Each text but the shortest with another end, so that contexts are shared.
+    texts += [Text([*text.tokens[:-2], 5, 7, 9], text.start) for text in texts if text.scored > 1]
+    shared = score_continuations(engine.network, texts, rows=Rows(32, 64))
+    return values + [[one.log_probs, one.greedy.float(), one.log_probs] for one in shared]
 
 
 @pytest.fixture(scope="module")
