@@ -19,7 +19,8 @@ from hybrid_train.evaluation.items import Item, Task
 from hybrid_train.generation.answers import Answer, Question
 from hybrid_train.generation.batching import Batching, stream
 from hybrid_train.generation.prompts import Prompt
-from hybrid_train.generation.scoring import Text, score
+from hybrid_train.generation.scoring import Text
+from hybrid_train.generation.shared_contexts import score_continuations
 from hybrid_train.hf.origin import Origin
 from hybrid_train.runtime import heartbeat
 from hybrid_train.schema.evaluation import Asking
@@ -182,7 +183,7 @@ class Questions:
         return [found[one.name] for one in self.items]
 
     def _chosen(self, subject: Subject, items: Sequence[Item]) -> Iterator[ItemResult]:
-        """Score every choice of items, each text once."""
+        """Score every choice of items; each text, and each context, is read once."""
         encoded = [
             [subject.reader.continued(one.prompt, choice) for choice in one.choices]
             for one in items
@@ -197,7 +198,8 @@ class Questions:
         texts = {_key(text): text for of_item in encoded for text, _ in of_item}
         for text in texts.values():
             _require_known(self.name, text.tokens, subject.vocab_size)
-        scores = dict(zip(texts, score(subject.network, list(texts.values())), strict=True))
+        found = score_continuations(subject.network, list(texts.values()))
+        scores = dict(zip(texts, found, strict=True))
         for item, of_item in zip(items, encoded, strict=True):
             sums = [float(scores[_key(text)].log_probs.double().sum()) for text, _ in of_item]
             yield self._of_choice(item, sums)
