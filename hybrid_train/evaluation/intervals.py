@@ -50,7 +50,7 @@ def score_interval(
 
     Args:
         scores: of each item, 0 to 1, [items].
-        documents: which document an item is of, [items]; None: all are independent.
+        documents: which document an item is of, "" for none, [items]; None: all are independent.
         confidence: share of the intervals that are to cover the truth.
 
     Raises:
@@ -112,7 +112,7 @@ def mean_interval(
     Args:
         totals: summed loss of each item, or a difference of such, [items].
         sizes: tokens or bytes of each, positive, [items]; None: 1 each.
-        documents: which document an item is of, [items]; None: all are independent.
+        documents: which document an item is of, "" for none, [items]; None: all are independent.
         confidence: share of the intervals that are to cover the truth.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -185,12 +185,13 @@ def _checked(values: ArrayLike, low: float, high: float) -> Floats:
 
 
 def _by_document(values: Floats, documents: Sequence[str] | None) -> Floats:
-    """Add up the values of each document."""
+    """Add up the values of each document; an item without one stands for itself."""
     if documents is None:
         return values
     if len(documents) != len(values):
         raise ValueError("each item has a document")
-    numbers = np.unique(np.asarray(documents), return_inverse=True)[1]
+    names = [name or f"\0{place}" for place, name in enumerate(documents)]
+    numbers = np.unique(np.asarray(names), return_inverse=True)[1]
     return np.bincount(numbers, weights=values)
 
 

@@ -27,7 +27,7 @@ class Item:
     group: str = ""  # by which results are split, too, as "length=512 depth=0.5"
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
-    document: str = ""  # what it was taken from; items of one document are not independent
+    document: str = ""  # what it was taken from: items of one are not independent; "": of none
 
     def __post_init__(self) -> None:
         if self.choices and (

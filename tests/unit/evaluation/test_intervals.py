@@ -81,6 +81,8 @@ def test_items_of_one_document_count_as_one_where_they_are_all_alike(
     length = expected.high - expected.low
     assert found.high - found.low == pytest.approx(length, rel=0.02)
     naive = interval(repeated)
+    alone = interval(repeated, documents=[""] * len(repeated))
+    assert alone.high - alone.low == pytest.approx(naive.high - naive.low, rel=0.02)
     assert naive.high - naive.low < 0.5 * length
 
 

@@ -109,7 +109,10 @@ def test_a_hole_would_be_found_if_nobody_knew_of_it(name: str) -> None:
 
 @needs_library
 @pytest.mark.slow
-def test_every_other_task_of_the_library_has_a_scorer_without_holes() -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its unclosed files
+def test_every_other_task_of_the_library_has_a_scorer_without_holes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     import reasoning_gym
 
     names = sorted(set(reasoning_gym.factory.DATASETS) - set(REFUSED) - SLOW)
@@ -117,3 +120,4 @@ def test_every_other_task_of_the_library_has_a_scorer_without_holes() -> None:
     for name in names:
         task = ReasoningGymTask(ReasoningGym(name=name, items=12))
         assert all(task.grade(item, "") == 0 for item in task.items()), name
+    assert capsys.readouterr().out == ""
