@@ -95,8 +95,8 @@ def score(
     """Score texts; every process of the layout calls this with the same texts.
 
     Texts that are equal, but for their last token perhaps, are read once. The network may be in
-    training: it comes back in its mode, and training goes on as if nothing had been. No logits of more than a chunk of scored tokens exist, and none of a vocabulary that
-    tensor ranks share.
+    training: it comes back in its mode, and training goes on as if nothing had been. No logits of
+    more than a chunk of scored tokens exist, and none of a vocabulary that tensor ranks share.
 
     Args:
         network: under any layout, trained or frozen.

@@ -56,6 +56,7 @@ LIBRARIES: dict[str, OptionalLibrary] = {
     "apex": OptionalLibrary("apex", f"{_NO_ISOLATION} 'apex @ git+https://github.com/NVIDIA/apex'"),
     "tensorboard": OptionalLibrary("tensorboard", "pip install tensorboard"),
     "transformers": OptionalLibrary("transformers", "pip install transformers"),
+    "lm_eval": OptionalLibrary("lm-eval", "pip install 'lm-eval>=0.4.13,<0.5'"),
     "wandb": OptionalLibrary("wandb", "pip install wandb"),
 }
 
