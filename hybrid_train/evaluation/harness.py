@@ -184,13 +184,12 @@ def run(prepared: Prepared, network: "Network") -> dict[str, Any]:
             fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
         )  # fmt: skip
     plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
-    plain["config_hashes"] = {name: _digest(one) for name, one in plain["configs"].items()}
+    plain["config_hashes"] = {
+        name: hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()
+        for name, one in plain["configs"].items()
+    }
     plain["cut"] = model.cut
     return plain
-
-
-def _digest(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 class LiveModel(TemplateLM):
@@ -201,13 +200,6 @@ class LiveModel(TemplateLM):
     """
 
     def __init__(self, reader: Reader, network: "Network", settings: Harness) -> None:
-        """Take a network.
-
-        Args:
-            reader: makes tokens of texts.
-            network: answers; its weights may change between two requests.
-            settings: seed, batch.
-        """
         super().__init__()
         self.cut = 0
         self._reader, self._network, self._settings = reader, network, settings
@@ -225,7 +217,6 @@ class LiveModel(TemplateLM):
         return self._reader.tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the source of the template that conversations are written by."""
         template = self._reader.template
         return template.source if template is not None and chat_template else None
 
@@ -397,18 +388,12 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep lm-eval in this process and off stdout, which is for results."""
-    before = os.environ.get(_SINGLE_PROCESS)
-    os.environ[_SINGLE_PROCESS] = "1"
+    os.environ[_SINGLE_PROCESS] = "1"  # nothing else reads it
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not ranks.is_main():
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars of progress
-        try:
-            yield
-        finally:
-            del os.environ[_SINGLE_PROCESS]
-            if before is not None:
-                os.environ[_SINGLE_PROCESS] = before
+        yield
 
 
 def _refused(text: str) -> UserError:
