@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-WORDS = "hello world good line system user assistant a of words and one more".split()
+WORDS = ["hello", "world", "good", "line", "system", "user", "assistant", "a", "of", "words"]
+WORDS += ["and", "one", "more"]
 TASKS = ("choices", "letters", "last_word", "texts", "answers")
 LONGEST = 96  # tokens that the model of a test reads at once; some documents are longer
 

@@ -4,8 +4,8 @@ Every process of a layout asks the same requests; `generation` shares them out a
 ranks and gives all of them the same answers. So lm-eval sees one process, and the layout does not
 matter to it. Nothing is downloaded: a task whose data is not on this machine is refused.
 
-Source: lm-eval 0.4.13, api/model.py (the interface) and models/huggingface.py, whose tokens, windows
-and stops ours are.
+Source: lm-eval 0.4.13, api/model.py (the interface) and models/huggingface.py, whose tokens,
+windows and stops ours are.
 """
 
 import contextlib
@@ -34,12 +34,8 @@ from lm_eval.utils import (
     make_disjoint_window,
 )
 
-from hybrid_train.checkpoint import layout
-from hybrid_train.config import frozen
-from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
-from hybrid_train.generation.chat import ChatTemplate, open_template
+from hybrid_train.evaluation.reader import Reader
 from hybrid_train.generation.text import AnswerText
-from hybrid_train.hf.origin import Origin
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.evaluation import Harness
 from hybrid_train.schema.names import nearest
@@ -56,70 +52,6 @@ _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "multiple_
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SAID = ("until", "max_gen_toks", "do_sample", *_SAMPLING)  # what a task may say of answers
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How texts become tokens of a run, without its weights.
-
-    Attributes:
-        tokenizer: of the run.
-        begin: whether a text begins as the tokenizer says.
-        prefix: the token that an empty context is: BOS, or the end of a document.
-        ends: tokens that end an answer.
-        max_length: tokens that the model reads at once.
-        template: of conversations; None: prompts are texts.
-    """
-
-    tokenizer: FolderTokenizer
-    begin: bool
-    prefix: int
-    ends: frozenset[int]
-    max_length: int
-    template: ChatTemplate | None
-
-    @classmethod
-    def of(cls, run_dir: Path, settings: Harness) -> "Reader":
-        """Read what lies beside the weights of a run.
-
-        Raises:
-            UserError: if a file is missing or damaged, the model does not know all tokens of the
-                tokenizer, or there is no chat template.
-        """
-        tokenizer, origin = open_tokenizer(run_dir / layout.TOKENIZER), Origin.of(run_dir)
-        job, template = frozen.load(run_dir), None
-        known = job.model.vocab_size
-        if known is not None and tokenizer.vocab_size > known:
-            raise _refused(
-                f"{run_dir / layout.TOKENIZER} has {tokenizer.vocab_size} tokens, but the model "
-                f"knows {known}: this is not the tokenizer that it was trained with; put that there"
-            )
-        if settings.apply_chat_template:
-            folders = [run_dir / layout.TOKENIZER]
-            if origin.folder is not None and origin.is_same_tokenizer:
-                folders.insert(0, origin.folder)
-            template = open_template(folders, settings.template, has_tools=False)
-        return cls(
-            tokenizer=tokenizer,
-            begin=origin.is_same_tokenizer if settings.bos is None else settings.bos,
-            prefix=tokenizer.special_ids.get("bos_token", tokenizer.end_of_document),
-            ends=origin.ends(tokenizer),
-            max_length=settings.max_length or job.train.sequence_length,
-            template=template,
-        )
-
-    def encode(self, text: str, *, begin: bool | None = None) -> list[int]:
-        """Turn text into tokens as lm-eval's transformers backend does.
-
-        Args:
-            text: in which special tokens that are spelt out are these tokens.
-            begin: begin as the tokenizer does; None: as the run says, where the text does not
-                begin so already.
-        """
-        if begin is None:
-            spelt = self.tokenizer.decode([self.prefix])
-            begin = self.begin and not (spelt and text.startswith(spelt))
-        return self.tokenizer.encode_prompt(text, begin=begin, special=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +83,7 @@ def prepare(settings: Harness, run_dir: Path) -> Prepared:
     reader = Reader.of(run_dir, settings)
     with _offline(), _seeded(settings.seed):
         manager = _manager(settings)
-        loaded = {"tasks": {}, "groups": {}}
+        loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
         for name in settings.tasks:
             for part, found in _loaded(manager, name).items():
                 loaded.setdefault(part, {}).update(found)
@@ -252,16 +184,15 @@ def run(prepared: Prepared, network: "Network") -> dict[str, Any]:
             fewshot_as_multiturn=settings.apply_chat_template and settings.fewshot_as_multiturn,
         )  # fmt: skip
     plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
-    plain["config_hashes"] = {name: _digest(one) for name, one in plain["configs"].items()}
+    plain["config_hashes"] = {
+        name: hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()
+        for name, one in plain["configs"].items()
+    }
     plain["cut"] = model.cut
     return plain
 
 
-def _digest(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-class LiveModel(TemplateLM):  # type: ignore[misc]
+class LiveModel(TemplateLM):
     """lm-eval's model interface on a network, under any layout.
 
     Attributes:
@@ -269,13 +200,6 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(self, reader: Reader, network: "Network", settings: Harness) -> None:
-        """Take a network.
-
-        Args:
-            reader: makes tokens of texts.
-            network: answers; its weights may change between two requests.
-            settings: seed, batch.
-        """
         super().__init__()
         self.cut = 0
         self._reader, self._network, self._settings = reader, network, settings
@@ -293,7 +217,6 @@ class LiveModel(TemplateLM):  # type: ignore[misc]
         return self._reader.tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the source of the template that conversations are written by."""
         template = self._reader.template
         return template.source if template is not None and chat_template else None
 
@@ -435,15 +358,15 @@ class _Stops(AnswerText):
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Let no data set be looked for in the network: both libraries read this at their import."""
-    places = ((datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE"))
-    before = [getattr(*place) for place in places]
-    for place in places:
-        setattr(*place, True)
+    libraries: list[Any] = [datasets.config, huggingface_hub.constants]
+    before = [one.HF_HUB_OFFLINE for one in libraries]
+    for one in libraries:
+        one.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(*place, value)
+        for one, value in zip(libraries, before, strict=True):
+            one.HF_HUB_OFFLINE = value
 
 
 @contextlib.contextmanager
@@ -465,18 +388,12 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep lm-eval in this process and off stdout, which is for results."""
-    before = os.environ.get(_SINGLE_PROCESS)
-    os.environ[_SINGLE_PROCESS] = "1"
+    os.environ[_SINGLE_PROCESS] = "1"  # nothing else reads it
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not ranks.is_main():
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars of progress
-        try:
-            yield
-        finally:
-            del os.environ[_SINGLE_PROCESS]
-            if before is not None:
-                os.environ[_SINGLE_PROCESS] = before
+        yield
 
 
 def _refused(text: str) -> UserError:

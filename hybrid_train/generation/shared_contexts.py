@@ -29,6 +29,7 @@ from hybrid_train.model.quantized import unwrapped
 from hybrid_train.runtime import heartbeat
 from hybrid_train.training.network import Network
 
+_ROWS = Rows()
 _MOST_ROWS = 32  # contexts, and continuations, of a pass
 _PIECE = 512  # tokens of each context that a pass reads
 _WORTH = 0.75  # of the tokens of packed rows: with more there is little to gain by sharing
@@ -56,7 +57,7 @@ class _Context:
 
 
 def score_continuations(
-    network: Network, texts: Sequence[Text], *, rows: Rows = Rows()
+    network: Network, texts: Sequence[Text], *, rows: Rows = _ROWS
 ) -> list[Scores]:
     """Score texts as `scoring.score` does, but read contexts that several share once.
 

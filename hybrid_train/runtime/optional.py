@@ -57,6 +57,7 @@ LIBRARIES: dict[str, OptionalLibrary] = {
     "reasoning_gym": OptionalLibrary("reasoning-gym", "pip install reasoning-gym"),
     "tensorboard": OptionalLibrary("tensorboard", "pip install tensorboard"),
     "transformers": OptionalLibrary("transformers", "pip install transformers"),
+    "lm_eval": OptionalLibrary("lm-eval", "pip install 'lm-eval>=0.4.13,<0.5'"),
     "wandb": OptionalLibrary("wandb", "pip install wandb"),
 }
 

@@ -86,7 +86,9 @@ def requests_of(kind: Kind, items: int, words: Sequence[str]) -> list[Instance]:
     for number in range(items):
         context = some(*kind.context)
         for choice in range(kind.choices):
-            continuation = some(*kind.continuation) if kind.continuation[1] else " " + "ABCD"[choice]
+            continuation = (
+                some(*kind.continuation) if kind.continuation[1] else " " + "ABCD"[choice]
+            )
             found.append(
                 Instance("loglikelihood", {}, (context, continuation), choice, ("t", number, 1))
             )
@@ -120,7 +122,8 @@ def make(settings: Sequence[str], folder: Path, words: Sequence[str]) -> None:
 
 
 def our_ways(folder: Path, runtime: Runtime) -> dict[str, Way]:
-    from hybrid_train.evaluation.harness import LiveModel, Reader
+    from hybrid_train.evaluation.harness import LiveModel
+    from hybrid_train.evaluation.reader import Reader
     from hybrid_train.jobs.networks import load_model
 
     network = load_model(str(folder / "run"), runtime, format=GemmFormat.fp32).network
@@ -141,9 +144,7 @@ def their_ways(folder: Path) -> dict[str, Way]:
     found: dict[str, Way] = {}
     for batch in THEIR_BATCHES:
         for experts in EXPERTS:
-            side = HFLM(
-                pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=LONGEST
-            )
+            side = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=LONGEST)
 
             def way(requests: list[Instance], side: Any = side, experts: str = experts) -> Answers:
                 model.set_experts_implementation(experts)
@@ -191,11 +192,10 @@ def race(sides: Sequence[Mapping[str, Way]], requests: list[Instance], rounds: i
     for name, one in found.items():
         rate = len(requests) / one.processor
         print(f"  {name:32} {one.processor:7.2f} / {one.wall:7.2f} s {rate:8.1f} requests/s")
-    best_of = [
+    return [
         min((one for name, one in found.items() if name in side), key=lambda one: one.processor)
         for side in sides
     ]
-    return best_of
 
 
 def compare(options: argparse.Namespace, folder: Path, runtime: Runtime) -> bool:
