@@ -109,7 +109,7 @@ class Result:
     def _interval(self, items: Sequence[ItemResult], metric: str) -> Interval:
         having = _having(items, metric)
         totals, sizes = _columns(having, metric)
-        if _are_scores(self, sizes):
+        if _are_scores(totals, sizes):
             return score_interval(totals, _documents(having))
         return mean_interval(totals, sizes, _documents(having), seed=self.seed)
 
@@ -126,7 +126,7 @@ def difference(first: Result, other: Result, group: str, metric: str) -> Interva
     if not sizes or sizes != same or not is_comparable(metric, [first, other]):
         return None
     apart = [after - before for before, after in zip(totals, others, strict=True)]
-    if _are_scores(first, sizes):
+    if _are_scores([*totals, *others], sizes):
         return score_difference(apart, _documents(one))
     return mean_interval(apart, sizes, _documents(one), seed=first.seed)
 
@@ -286,9 +286,9 @@ def _columns(items: Sequence[ItemResult], metric: str) -> tuple[list[float], lis
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
-def _are_scores(result: Result, sizes: Sequence[float]) -> bool:
+def _are_scores(totals: Sequence[float], sizes: Sequence[float]) -> bool:
     """Tell whether each item has one grade, from 0 to 1; documents have sums."""
-    return result.task != heldout.NAME and all(one == 1 for one in sizes)
+    return all(one == 1 for one in sizes) and all(0 <= one <= 1 for one in totals)
 
 
 def _documents(items: Sequence[ItemResult]) -> list[str] | None:

@@ -94,11 +94,13 @@ class Subject:
         network: in training, or loaded and frozen.
         reader: of its run.
         against: another model of the same tokenizer that held-out text compares it with.
+        run_dir: its run folder, for tasks that read more of it.
     """
 
     network: Network
     reader: Reader
     against: Network | None = None
+    run_dir: Path | None = None
 
     @property
     def vocab_size(self) -> int:

@@ -112,8 +112,10 @@ MOST_USED: dict[str, dict[str, str]] = {
     "evaluate": {
         "checkpoint": "The models come from these runs or checkpoints, with commas between them.",
         "tasks": "The models are asked these tasks, with commas between them: " + _TASKS + ".",
-        "task.heldout.files": "Held-out text is in these token files; empty: that of the first run.",
+        "task.heldout.files": "Held-out text is in these token files; []: the first run's.",
         "task.heldout.tokens": "Held-out text has this many tokens of each source.",
+        "harness.tasks": "The models are asked these tasks of lm-eval.",
+        "harness.include": "This folder has one's own tasks of lm-eval, in YAML files.",
         "against": "Held-out text compares each model with this one: divergence, agreement.",
         "limit": "Each task has at most this many items; null: all of its own.",
         "samples": "Each item that is answered in writing gets this many answers, for pass@k.",
@@ -122,7 +124,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "output": "Each result becomes a JSON file in this folder; what is there is not run again.",
         "batch": "This many answers grow together.",
         **{f"parallel.{one}": _RUN[f"parallel.{one}"] for one in ("tensor", "pipeline", "expert")},
-        "runtime.device": "The model runs on a GPU where there is one (auto), or cpu, or cuda.",
+        "runtime.device": _RUN["runtime.device"],
     },
     "study": {
         "run_dir": "Each run of the study gets the folder run_dir/VARIANT/seed_N.",

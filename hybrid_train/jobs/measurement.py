@@ -3,11 +3,14 @@
 import functools
 import gc
 import hashlib
+import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hybrid_train.checkpoint import layout as files
 from hybrid_train.config import frozen
@@ -21,7 +24,14 @@ from hybrid_train.evaluation.results import (
     ResultFolder,
     overall,
 )
-from hybrid_train.evaluation.runner import ItemResult, Measure, Questions, Reader, Subject
+from hybrid_train.evaluation.runner import (
+    ItemResult,
+    Measure,
+    Questions,
+    Reader,
+    Subject,
+    digest,
+)
 from hybrid_train.evaluation.tasks import build_tasks
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.jobs.fetched_checkpoint import folder_of
@@ -30,8 +40,9 @@ from hybrid_train.jobs.provenance import libraries
 from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.runtime import ranks
+from hybrid_train.runtime.optional import require
 from hybrid_train.schema.data import Data, Packing, Source
-from hybrid_train.schema.evaluation import Asking
+from hybrid_train.schema.evaluation import Asking, Harness
 from hybrid_train.schema.job_roots import EvaluateJob
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.problems import UserError
@@ -40,6 +51,12 @@ from hybrid_train.schema.units import counted
 from hybrid_train.training.loop import Run
 from hybrid_train.training.network import Network
 
+# Of lm-eval's metrics by word or byte: what is shown, and its unit in nats.
+_BY_LENGTH = {
+    "word_perplexity": ("nats_per_word", 1.0),
+    "byte_perplexity": ("nats_per_byte", 1.0),
+    "bits_per_byte": ("bits_per_byte", math.log(2)),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -176,6 +193,65 @@ def measures(
     return [found[name] for name in asking.task_names]
 
 
+class HarnessTasks:
+    """Tasks of lm-eval, put to models; one `Measure`, whose groups are the tasks."""
+
+    def __init__(self, settings: Harness, run_dirs: Sequence[Path]) -> None:
+        """Load the tasks with their data.
+
+        Args:
+            settings: which tasks.
+            run_dirs: of the models that will be asked.
+
+        Raises:
+            UserError: if lm-eval is not installed, or a task does not fit a run.
+        """
+        require("lm_eval", "harness.tasks")
+        from hybrid_train.evaluation import harness  # an extra
+
+        self.name, self._harness, self._asked = "lm_eval", harness, settings
+        self._prepared = {one: harness.prepare(settings, one) for one in dict.fromkeys(run_dirs)}
+        self.settings: dict[str, Any] = frozen.to_dict(settings)
+        first = self._prepared[run_dirs[0]].loaded["tasks"]
+        self.items_hash = digest(
+            [
+                [name, [repr(one) for one in itertools.islice(task.eval_docs, settings.limit)]]
+                for name, task in first.items()
+            ]
+        )
+
+    def run(self, subject: Subject) -> list[ItemResult]:
+        """Ask a model; see `Measure`."""
+        run_dir = subject.run_dir
+        assert run_dir is not None, "tasks of lm-eval read what lies in a run folder"
+        # The tasks hold their answers, so another checkpoint of a run has them made anew.
+        prepared = self._prepared.pop(run_dir, None) or self._harness.prepare(self._asked, run_dir)
+        samples = self._harness.run(prepared, subject.network)["samples"]
+        return [
+            ItemResult(
+                f"{task}/{one['doc_id']}", dict(_values_of(one)), task,
+                said={name: one[name] for name in ("doc_hash", "prompt_hash", "filtered_resps")},
+            )
+            for task, of_task in samples.items()
+            for one in of_task
+        ]  # fmt: skip
+
+
+def _values_of(sample: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield the metrics of a document: grades, or log-likelihoods by word or byte.
+
+    What lm-eval calls the perplexity of a word is shown as nats, which add up over documents. A
+    metric that is none of one document, such as F1, is left out.
+    """
+    for name in sample["metrics"]:
+        found = sample[name]
+        if name in _BY_LENGTH:
+            label, unit = _BY_LENGTH[name]
+            yield label, (-float(found[0]) / unit, float(found[1]))
+        elif isinstance(found, int | float):
+            yield name, (float(found), 1.0)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All measures on all models: those that are there are read, the others computed."""
@@ -197,7 +273,11 @@ class Evaluation:
         if against is not None:
             for one in candidates:
                 _require_alike(one, against)
-        return cls(job, candidates, against, _measures_of(job, candidates[0], against))
+        made = _measures_of(job, candidates[0], against) if job.task_names else []
+        if job.harness.tasks:
+            folders = [files.locate(one.place).run_dir for one in candidates]
+            made.append(HarnessTasks(job.harness, folders))
+        return cls(job, candidates, against, made)
 
     def results(self) -> list[list[Result]]:
         """Return the results of each measure, a model each; every process calls this."""
@@ -221,7 +301,9 @@ class Evaluation:
                 other = self._loaded(self.against, groups)
             for place in missing:
                 measure = self.measures[place // len(self.candidates)]
-                items = self._asked(measure, Subject(network, candidate.reader, other), candidate)
+                run_dir = files.locate(candidate.place).run_dir
+                subject = Subject(network, candidate.reader, other, run_dir)
+                items = self._asked(measure, subject, candidate)
                 result = replace(wanted[place], items=items, versions=versions)
                 done[place] = result
                 if folder is not None:

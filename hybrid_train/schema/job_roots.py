@@ -11,7 +11,7 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from hybrid_train.schema.cluster import Cluster
-from hybrid_train.schema.evaluation import Asking
+from hybrid_train.schema.evaluation import Asking, Harness
 from hybrid_train.schema.limits import (
     COLDEST,
     FILE,
@@ -259,6 +259,7 @@ class EvaluateJob(Asking):
     """How good models are: tasks and held-out text, with intervals; several side by side."""
 
     checkpoint: list[str] = MISSING  # runs, checkpoints, URLs of either: checkpoint=runs/a,runs/b
+    harness: Harness = field(default_factory=Harness)  # tasks of lm-eval, beside those of `tasks`
     against: FileName | None = None  # a run whose next tokens heldout compares with the model's
     output: FileName | None = None  # folder of results: a JSON file for each model and task
     parallel: Degrees = field(default_factory=Degrees)
@@ -273,7 +274,7 @@ class EvaluateJob(Asking):
         for number, name in enumerate(names):
             if name in names[:number]:
                 yield Problem("checkpoint", name, "is there twice")
-        if not self.task_names:
+        if not self.task_names and not self.harness.tasks:
             yield Problem("tasks", "[]", "must name at least one task", "heldout")
         if self.against is not None and "heldout" not in self.task_names:
             rule = "must be null without the task heldout, which compares both models"
