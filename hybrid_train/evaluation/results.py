@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _LETTERS = 8  # of a hash in the name of a file
 _DIGITS = {"perplexity": 2}
 _USUAL_DIGITS = 4
+_FEWEST = 5  # documents that a bootstrap resamples: of fewer it says nothing
 HEADS = ("task", "group", "metric")
 
 
@@ -111,7 +112,7 @@ class Result:
         totals, sizes = _columns(having, metric)
         if _are_scores(totals, sizes):
             return score_interval(totals, _documents(having))
-        return mean_interval(totals, sizes, _documents(having), seed=self.seed)
+        return _of_ratio(totals, sizes, _documents(having), self.seed)
 
 
 def difference(first: Result, other: Result, group: str, metric: str) -> Interval | None:
@@ -128,7 +129,7 @@ def difference(first: Result, other: Result, group: str, metric: str) -> Interva
     apart = [after - before for before, after in zip(totals, others, strict=True)]
     if _are_scores([*totals, *others], sizes):
         return score_difference(apart, _documents(one))
-    return mean_interval(apart, sizes, _documents(one), seed=first.seed)
+    return _of_ratio(apart, sizes, _documents(one), first.seed)
 
 
 def is_comparable(metric: str, results: Sequence[Result]) -> bool:
@@ -284,6 +285,15 @@ def _having(items: Sequence[ItemResult], metric: str) -> list[ItemResult]:
 def _columns(items: Sequence[ItemResult], metric: str) -> tuple[list[float], list[float]]:
     pairs = [one.values[metric] for one in items]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _of_ratio(
+    totals: Sequence[float], sizes: Sequence[float], documents: list[str] | None, seed: int
+) -> Interval:
+    """Return the interval of a ratio; without ends where there are too few items to resample."""
+    if len(set(documents) if documents else totals) < _FEWEST:
+        return Interval(math.fsum(totals) / math.fsum(sizes), -math.inf, math.inf)
+    return mean_interval(totals, sizes, documents, seed=seed)
 
 
 def _are_scores(totals: Sequence[float], sizes: Sequence[float]) -> bool:

@@ -153,6 +153,7 @@ def asked(run_dir: Path, corpus: Path, *overrides: str) -> Finished:
     return train(run_dir, *given, *overrides)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_trains_as_one_that_is_not_to_the_bit_and_so_it_resumes(
     tmp_path: Path, corpus: Path
 ) -> None:
@@ -193,6 +194,7 @@ def leave_out(run_dir: Path, *prefixes: str) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
 
 
+@pytest.mark.slow
 def test_the_report_draws_what_a_run_was_asked(tmp_path: Path, corpus: Path) -> None:
     done = asked(tmp_path / "run", corpus, "evaluate.interval=3", *IN_TRAINING)
     assert done.code == 0, done.said

@@ -101,6 +101,17 @@ def test_what_is_one_per_token_is_not_compared_across_tokenizers_and_is_marked()
     assert lines["bits_per_byte"][-2].startswith("+")
 
 
+def test_few_documents_have_figures_without_an_interval() -> None:
+    from hybrid_train.evaluation.results import difference, rows
+
+    few = [replace(one, items=one.items[:4]) for one in (heldout("a"), heldout("b", worse=2.0))]
+    assert [line[4] for line in rows(few[:1])] == ["-"] * 3
+    apart = difference(*few, "", "loss")
+    assert apart is not None
+    assert apart.estimate > 0
+    assert apart.high == -apart.low == math.inf
+
+
 def test_results_of_other_items_or_settings_are_refused_by_name() -> None:
     from hybrid_train.evaluation.results import difference
 
