@@ -31,7 +31,7 @@ from hybrid_train.runtime import heartbeat
 from hybrid_train.training.network import Network
 
 _ROWS = Rows()
-_MOST_ROWS = 32  # contexts, and continuations, of a pass
+_MOST_ROWS = 16  # contexts, and continuations, of a pass; what each keeps takes memory
 _PIECE = 512  # tokens of each context that a pass reads
 _LEAST_STEM = 0.25  # of a text that shares it
 _WORTH = 0.75  # of the tokens of packed rows: with more there is little to gain by sharing
