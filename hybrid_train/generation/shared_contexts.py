@@ -33,6 +33,7 @@ from hybrid_train.training.network import Network
 _ROWS = Rows()
 _MOST_ROWS = 16  # contexts, and continuations, of a pass; what each keeps takes memory
 _PIECE = 512  # tokens of each context that a pass reads
+_FULL = 0.8  # of the longest context of a pass has the shortest: the rest is padding
 _LEAST_STEM = 0.25  # of a text that shares it
 _WORTH = 0.75  # of the tokens of packed rows: with more there is little to gain by sharing
 
@@ -98,32 +99,37 @@ def _contexts(texts: Sequence[Text]) -> list[_Context]:
             found.setdefault(before, _Context(before)).texts[window].append(number)
     worth = [one for one in found.values() if one.is_worth_sharing]
     rest = [one for one in found.values() if not one.is_worth_sharing]
-    worth += _stems(texts, [n for one in rest for of in one.texts.values() for n in of])
+    worth += _stems(texts, [alike for one in rest for alike in one.texts.values()])
     return sorted(worth, key=lambda one: -len(one.tokens))
 
 
-def _stems(texts: Sequence[Text], numbers: Sequence[int]) -> list[_Context]:
+def _stems(texts: Sequence[Text], kinds: Sequence[list[int]]) -> list[_Context]:
     """Return what contexts begin with that are not shared as a whole, as with worked examples.
 
     In the order of their tokens, a text joins those before it as long as it has much in common with
     them, and more is saved with it than without.
+
+    Args:
+        texts: all.
+        kinds: numbers of texts, those that differ by their last token alone together.
     """
-    runs: list[tuple[int, list[int]]] = []  # how long a stem is, and whose
+    runs: list[tuple[int, list[list[int]]]] = []  # how long a stem is, and whose
     before: Sequence[int] = ()
-    for number in sorted(numbers, key=lambda one: list(texts[one].tokens)):
-        text = texts[number]
+    for kind in sorted(kinds, key=lambda one: list(texts[one[0]].tokens)):
+        text = texts[kind[0]]
         length, run = runs[-1] if runs else (0, [])
         common = min(length, text.start - 1, _in_common(before, text.tokens))
         is_much = common > _LEAST_STEM * len(text.tokens)
         if is_much and common * len(run) > length * (len(run) - 1):
-            runs[-1] = (common, [*run, number])
+            runs[-1] = (common, [*run, kind])
         else:
-            runs.append((text.start - 1, [number]))
+            runs.append((text.start - 1, [kind]))
         before = text.tokens
-    found = [_Context(tuple(texts[run[0]].tokens[:length])) for length, run in runs]
-    for one, (length, run) in zip(found, runs, strict=True):
-        for number in run:
-            one.texts[tuple(texts[number].tokens[length:-1])].append(number)
+    found = []
+    for length, run in runs:
+        found.append(_Context(tuple(texts[run[0][0]].tokens[:length])))
+        for kind in run:
+            found[-1].texts[tuple(texts[kind[0]].tokens[length:-1])] += kind
     return [one for one in found if one.is_worth_sharing]
 
 
@@ -170,8 +176,10 @@ class _Shared:
         """Yield the contexts of each data-parallel rank that are worked on together."""
         ranks, first = self._network.groups.dp.size(), 0
         while first < len(contexts):
-            most = max(1, min(_MOST_ROWS, self._tokens // len(contexts[first].tokens)))
+            longest = len(contexts[first].tokens)
+            most = max(1, min(_MOST_ROWS, self._tokens // longest))
             part = contexts[first : first + ranks * most]
+            part = [one for one in part if len(one.tokens) >= _FULL * longest]
             yield [part[rank::ranks] for rank in range(ranks)]
             first += len(part)
 

@@ -86,12 +86,12 @@ def test_what_contexts_begin_with_is_read_once(
 
     generator = torch.Generator().manual_seed(4)
     examples, *questions = (
-        torch.randint(VOCAB, (length,), generator=generator).tolist() for length in (50, 9, 3, 20)
+        torch.randint(VOCAB, (length,), generator=generator).tolist() for length in (50, 39, 3, 20)
     )
     texts = [
         Text([*examples, *question, answer], 50 + len(question) - more)
         for question, more in zip(questions, (0, 2, 5), strict=True)
-        for answer in (1, 7)
+        for answer in (1, 7, 11, 12)  # the longest question alone would save more than the stem
     ]
     wanted = each_alone(engine.network, texts)
     seen = []
@@ -103,7 +103,7 @@ def test_what_contexts_begin_with_is_read_once(
 
     monkeypatch.setattr(CachedModel, "read", counting)
     found = score_continuations(engine.network, texts)
-    assert sum(seen) == 50 + 9 + 3 + 20
+    assert sum(seen) == 50 + 39 + 3 + 20
     assert largest(found, wanted) < ROUNDING
     assert all(torch.equal(a.greedy, b.greedy) for a, b in zip(found, wanted, strict=True))
 
