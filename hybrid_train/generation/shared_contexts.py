@@ -1,6 +1,7 @@
 """Log-probabilities of continuations, where several follow one context: it is read once.
 
-A question with four answers is four texts that begin alike. What layers keep of the context is
+A question with four answers is four texts that begin alike, as are questions behind the same worked
+examples. What layers keep of the context is
 copied for each continuation (`cached_model`), so it costs as much as one text. Texts that share
 nothing go into packed rows (`scoring`), which is faster for them.
 
@@ -30,19 +31,21 @@ from hybrid_train.runtime import heartbeat
 from hybrid_train.training.network import Network
 
 _ROWS = Rows()
-_MOST_ROWS = 32  # contexts, and continuations, of a pass
+_MOST_ROWS = 16  # contexts, and continuations, of a pass; what each keeps takes memory
 _PIECE = 512  # tokens of each context that a pass reads
+_FULL = 0.8  # of the longest context of a pass has the shortest: the rest is padding
+_LEAST_STEM = 0.25  # of a text that shares it
 _WORTH = 0.75  # of the tokens of packed rows: with more there is little to gain by sharing
 
 
 @dataclass
 class _Context:
-    """Tokens that several texts begin with, all but the last one before what is scored.
+    """Tokens that several texts begin with; at least one stands between them and what is scored.
 
     Attributes:
         tokens: at least one.
         texts: window -> the numbers of texts that are scored behind it. The window is what is read
-            behind the context: its last token and all tokens of the continuation but the last, so
+            behind the context, up to the last token of a text, which no place sees. So
             continuations of one token share it.
     """
 
@@ -95,7 +98,45 @@ def _contexts(texts: Sequence[Text]) -> list[_Context]:
             window = tuple(text.tokens[text.start - 1 : -1])
             found.setdefault(before, _Context(before)).texts[window].append(number)
     worth = [one for one in found.values() if one.is_worth_sharing]
+    rest = [one for one in found.values() if not one.is_worth_sharing]
+    worth += _stems(texts, [alike for one in rest for alike in one.texts.values()])
     return sorted(worth, key=lambda one: -len(one.tokens))
+
+
+def _stems(texts: Sequence[Text], kinds: Sequence[list[int]]) -> list[_Context]:
+    """Return what contexts begin with that are not shared as a whole, as with worked examples.
+
+    In the order of their tokens, a text joins those before it as long as it has much in common with
+    them, and more is saved with it than without.
+
+    Args:
+        texts: all.
+        kinds: numbers of texts, those that differ by their last token alone together.
+    """
+    runs: list[tuple[int, list[list[int]]]] = []  # how long a stem is, and whose
+    before: Sequence[int] = ()
+    for kind in sorted(kinds, key=lambda one: list(texts[one[0]].tokens)):
+        text = texts[kind[0]]
+        length, run = runs[-1] if runs else (0, [])
+        common = min(length, text.start - 1, _in_common(before, text.tokens))
+        is_much = common > _LEAST_STEM * len(text.tokens)
+        if is_much and common * len(run) > length * (len(run) - 1):
+            runs[-1] = (common, [*run, kind])
+        else:
+            runs.append((text.start - 1, [kind]))
+        before = text.tokens
+    found = []
+    for length, run in runs:
+        found.append(_Context(tuple(texts[run[0][0]].tokens[:length])))
+        for kind in run:
+            found[-1].texts[tuple(texts[kind[0]].tokens[length:-1])] += kind
+    return [one for one in found if one.is_worth_sharing]
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class _Shared:
@@ -135,8 +176,10 @@ class _Shared:
         """Yield the contexts of each data-parallel rank that are worked on together."""
         ranks, first = self._network.groups.dp.size(), 0
         while first < len(contexts):
-            most = max(1, min(_MOST_ROWS, self._tokens // len(contexts[first].tokens)))
+            longest = len(contexts[first].tokens)
+            most = max(1, min(_MOST_ROWS, self._tokens // longest))
             part = contexts[first : first + ranks * most]
+            part = [one for one in part if len(one.tokens) >= _FULL * longest]
             yield [part[rank::ranks] for rank in range(ranks)]
             first += len(part)
 
@@ -201,7 +244,8 @@ class _Shared:
             for number in contexts[row].texts[window]:
                 text = self._texts[number]
                 labels += text.tokens[text.start :]
-                places += [place * len(asked) + column for place in range(len(window))]
+                scored = range(len(window) - text.scored, len(window))
+                places += [place * len(asked) + column for place in scored]
                 slots += range(self._slots[number], self._slots[number + 1])
         device = self._found.device
         values = self._model.label_scores(

@@ -5,9 +5,9 @@
 Overrides name the model, by default model=ladder_60m; its weights are untrained, in float32, and
 lm-eval's backend (HFLM) gets our export of them. Requests are Python source of this machine's
 standard library, tokenized by a tokenizer that is trained on it: questions with worked examples
-before them (200 to 600 tokens, 4 choices), the same with choices of one token, short ones (15 to 40
-tokens, 4 choices), and single continuations. Both sides get the same list through lm-eval's
-interface, so tokenization counts.
+before them (200 to 600 tokens, 4 choices), the same with choices of one token, these with the same
+examples before all, short ones (15 to 40 tokens, 4 choices), and single continuations. Both sides
+get the same list through lm-eval's interface, so tokenization counts.
 
 Each side runs with several batch sizes (of ours: tokens of a microbatch), theirs with each way of
 computing experts that is of use; a first round, not counted, drops those that take more than 1.3
@@ -57,11 +57,13 @@ class Kind:
     context: tuple[int, int]
     choices: int
     continuation: tuple[int, int]
+    examples: int = 0  # words that all contexts begin with
 
 
 KINDS = {
     "4 choices, worked examples": Kind((70, 200), 4, (1, 5)),
     "4 letters, worked examples": Kind((70, 200), 4, (0, 0)),
+    "4 letters, one set of worked examples": Kind((15, 30), 4, (0, 0), 100),
     "4 choices, short": Kind((5, 13), 4, (1, 5)),
     "1 continuation": Kind((30, 100), 1, (2, 8)),
 }
@@ -83,8 +85,9 @@ def requests_of(kind: Kind, items: int, words: Sequence[str]) -> list[Instance]:
         first = draw.randrange(len(words) - count)
         return "".join(words[first : first + count])
 
+    examples = some(kind.examples, kind.examples)
     for number in range(items):
-        context = some(*kind.context)
+        context = examples + some(*kind.context)
         for choice in range(kind.choices):
             continuation = (
                 some(*kind.continuation) if kind.continuation[1] else " " + "ABCD"[choice]

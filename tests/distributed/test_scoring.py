@@ -66,6 +66,7 @@ def _score(engine: Any, other: Any) -> list[list[Tensor]]:
     values = [[*one, *pair] for one, pair in zip(own, both or [()] * len(own), strict=True)]
     # Each text but the shortest with another end, so that contexts are shared.
     texts += [Text([*text.tokens[:-2], 5, 7, 9], text.start) for text in texts if text.scored > 1]
+    texts += [Text([*texts[5].tokens[:40], n, n, n], 42) for n in (3, 4, 6)]  # a stem of 40
     shared = score_continuations(engine.network, texts, rows=Rows(32, 64))
     return values + [[one.log_probs, one.greedy.float(), one.log_probs] for one in shared]
 

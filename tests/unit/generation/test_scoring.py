@@ -65,6 +65,14 @@ def score(engine: Any, texts: list[Any], **settings: int) -> list[Any]:
     return score(engine.network, texts, rows=rows, entropy=True)
 
 
+def score_alike(engine: Any) -> None:
+    """Score continuations of one context, which is read once."""
+    from hybrid_train.generation.scoring import Text
+    from hybrid_train.generation.shared_contexts import score_continuations
+
+    score_continuations(engine.network, [Text([*range(40), n, n], 40) for n in range(4)])
+
+
 def expected(model: Any, text: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, greedy matches and entropies by the definition, from whole logits."""
     tokens = torch.tensor([text.tokens])
@@ -146,11 +154,13 @@ def trained(groups: Any, *, scores: bool) -> list[Tensor]:
     for step in range(2):
         if scores:
             score(engine, some_texts())
+            score_alike(engine)
         report = engine.step(batches, tokens_seen=64 * step)
         metrics = [report.loss, report.grad_norm, *report.metrics.values()]
         found.append(torch.tensor(metrics, dtype=torch.float64))
     if scores:
         score(engine, some_texts())
+        score_alike(engine)
     network = engine.network
     assert all(module.training for module in network.chunks[0].modules())
     assert network.balance_losses.take() is None

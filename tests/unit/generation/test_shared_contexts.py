@@ -76,6 +76,38 @@ def test_continuations_have_the_scores_of_whole_texts(engine: Any, tokens: int) 
     assert engine.network.chunks[0].training
 
 
+def test_what_contexts_begin_with_is_read_once(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions behind the same worked examples, with answers of one token."""
+    from hybrid_train.generation.cached_model import CachedModel
+    from hybrid_train.generation.scoring import Text
+    from hybrid_train.generation.shared_contexts import score_continuations
+
+    generator = torch.Generator().manual_seed(4)
+    examples, *questions = (
+        torch.randint(VOCAB, (length,), generator=generator).tolist() for length in (50, 39, 3, 20)
+    )
+    texts = [
+        Text([*examples, *question, answer], 50 + len(question) - more)
+        for question, more in zip(questions, (0, 2, 5), strict=True)
+        for answer in (1, 7, 11, 12)  # the longest question alone would save more than the stem
+    ]
+    wanted = each_alone(engine.network, texts)
+    seen = []
+    read = CachedModel.read
+
+    def counting(self: Any, rows: Any, tokens: Any, counts: Any) -> Any:
+        seen.append(sum(counts))
+        return read(self, rows, tokens, counts)
+
+    monkeypatch.setattr(CachedModel, "read", counting)
+    found = score_continuations(engine.network, texts)
+    assert sum(seen) == 50 + 39 + 3 + 20
+    assert largest(found, wanted) < ROUNDING
+    assert all(torch.equal(a.greedy, b.greedy) for a, b in zip(found, wanted, strict=True))
+
+
 def test_a_context_is_read_once_where_that_saves_tokens(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
