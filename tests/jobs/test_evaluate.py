@@ -182,6 +182,25 @@ def test_a_run_that_is_asked_trains_as_one_that_is_not_to_the_bit_and_so_it_resu
     assert_equal_to_the_bit(plain, resumed, STEPS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"]
+)
+def test_a_run_of_two_processes_is_asked_under_its_layout_and_trains_on_to_the_bit(
+    layout: str, tmp_path: Path, corpus: Path
+) -> None:
+    pattern = "ME|*-" if "pipeline" in layout else "ME*-"
+    given = (f"data.folder={corpus}", "train.tokens=1024", f"model.pattern={pattern}", layout)
+    runs = {name: tmp_path / name for name in ("plain", "asked")}
+    extra = {"plain": (), "asked": ("evaluate.interval=2", *IN_TRAINING)}
+    for name, run_dir in runs.items():
+        done = train(run_dir, *given, *extra[name], processes=2)
+        assert done.code == 0, done.said
+    assert len(answers(metrics(runs["asked"])[-1])) > 5
+    leave_out(runs["asked"], "evaluation/")
+    assert_equal_to_the_bit(runs["plain"], runs["asked"], 4)
+
+
 def answers(line: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name.startswith("evaluation/")}
 
