@@ -67,7 +67,8 @@ setup(
         # core_cu13: torch 2.11 comes with CUDA 13
         "gpu": ["transformer-engine[pytorch,core_cu13]", "mamba-ssm", "causal-conv1d"],
         "hf": ["transformers>=5.8", "safetensors"],
-        "eval": ["lm-eval"],
+        "evaluate": ["lm-eval>=0.4.13,<0.5"],  # tasks of others: harness.tasks
+        "reasoning_gym": ["reasoning-gym==0.1.*"],  # tasks with scorers of their own
         "s3": ["s3fs"],  # checkpoint.url=s3://, and token files behind one
         "dev": [
             "ruff",
@@ -77,6 +78,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "transformers>=5.8",  # the reference that some tests compare with
+            "lm-eval[hf]>=0.4.13,<0.5",  # with its own backend for transformers, another reference
             "torchao==0.18.*",  # another: quantized operands, by functions that it calls prototypes
             "s3fs",
             "fiddle",  # reads what NeMo 2 would read of an export

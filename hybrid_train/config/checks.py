@@ -16,6 +16,7 @@ from hybrid_train.config.rules_of_data import (
     as_problem_of,
     conversion_problems,
     data_is_chosen,
+    evaluation_problems,
     generation_problems,
     packed_rows_run,
     phases_are_in_order,
@@ -35,7 +36,14 @@ from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
 from hybrid_train.config.rules_of_switches import SWITCH_RULES
 from hybrid_train.config.suggestions import Rule
 from hybrid_train.planning.phases import views_of
-from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, IndexJob, SubmitJob
+from hybrid_train.schema.job_roots import (
+    CheckJob,
+    CountJob,
+    EvaluateJob,
+    GenerateJob,
+    IndexJob,
+    SubmitJob,
+)
 from hybrid_train.schema.model import SECTIONS
 from hybrid_train.schema.problems import Problem, collect
 from hybrid_train.schema.train import TrainJob
@@ -146,6 +154,8 @@ def _of_files(job: Job) -> Iterator[Problem]:
     """Yield what is wrong with what a job reads: data, folders, prompts."""
     if isinstance(job, GenerateJob):
         yield from generation_problems(job)
+    elif isinstance(job, EvaluateJob):
+        yield from evaluation_problems(job)
     elif not isinstance(job, TrainJob):  # no parallel plan; a study composes its runs one by one
         yield from conversion_problems(job)
     else:

@@ -18,6 +18,7 @@ from hybrid_train.schema.job_roots import (
     ConvertJob,
     CountJob,
     DoctorJob,
+    EvaluateJob,
     GenerateJob,
     IndexJob,
     RehearseJob,
@@ -140,6 +141,13 @@ COMMANDS = {
         "generate:run",
         GenerateJob,
         texts=("prompt", "messages", "stop"),
+        says_what_starts=True,
+    ),
+    "evaluate": Command(
+        "measures models: held-out text and tasks, with intervals; several side by side",
+        "evaluate:run",
+        EvaluateJob,
+        texts=("checkpoint", "tasks"),
         says_what_starts=True,
     ),
     "study": Command(

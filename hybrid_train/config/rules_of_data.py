@@ -21,8 +21,15 @@ from hybrid_train.schema.data import (
     named_sources,
     needs_tokenizer,
 )
-from hybrid_train.schema.job_roots import CheckJob, ConvertJob, GenerateJob, IndexJob, VerifyJob
-from hybrid_train.schema.names import nearest
+from hybrid_train.schema.job_roots import (
+    CheckJob,
+    ConvertJob,
+    EvaluateJob,
+    GenerateJob,
+    IndexJob,
+    VerifyJob,
+)
+from hybrid_train.schema.names import listed_paths, nearest
 from hybrid_train.schema.optimizer import Wsd
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import Problem
@@ -455,3 +462,13 @@ def conversion_problems(job: object) -> Iterator[Problem]:
     elif isinstance(job, VerifyJob):
         yield from _checkpoint_problems("checkpoint", job.checkpoint)
         yield from _folder_problems("hf", job.hf)
+
+
+def evaluation_problems(job: EvaluateJob) -> Iterator[Problem]:
+    """Yield what an evaluation lacks on disk."""
+    for name in listed_paths(job.checkpoint):
+        yield from _checkpoint_problems("checkpoint", name)
+    if job.against is not None:
+        yield from _checkpoint_problems("against", job.against)
+    if job.output is not None and Path(job.output).is_file():
+        yield Problem("output", job.output, "is a file; it must be a folder")

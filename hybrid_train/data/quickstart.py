@@ -186,6 +186,15 @@ def split(source: Path, files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return [f for f in files if f not in chosen], [f for f in files if f in chosen]
 
 
+def read_sources(files: Sequence[Path]) -> list[str]:
+    """Read Python files in the encoding that each declares; empty ones are left out."""
+    texts: list[str] = []
+    for path in files:
+        with tokenize.open(path) as file:
+            texts.append(file.read())
+    return [text for text in texts if text]
+
+
 class _Position:
     """How far the texts of a corpus are; reports it where somebody wants to know."""
 
@@ -227,7 +236,7 @@ def _build(
         )
     train_files, validation_files = split(source, files)
     # Of the library alone: the same ids with and without packages.
-    texts = _read(train_files)
+    texts = read_sources(train_files)
     _log.info("training a tokenizer on %s of them", show_bytes(_num_bytes(texts)))
     tokenizer = train_byte_level_bpe(texts, vocab_size)
     tokenizer.save(folder / "tokenizer")
@@ -238,7 +247,7 @@ def _build(
         more = split(root, files)
         train_files, validation_files = train_files + more[0], validation_files + more[1]
         pinned[package.name] = {"version": package.version, "sha256": _hash_of(root, files)}
-    train, validation = _read(train_files), _read(validation_files)
+    train, validation = read_sources(train_files), read_sources(validation_files)
     position.begin(_num_bytes(train) + _num_bytes(validation))
     manifest = Manifest(
         python=platform.python_version(),
@@ -289,14 +298,6 @@ def _publish(building: Path, folder: Path) -> None:
         if not folder.exists():
             raise
         read_manifest(folder)  # another process finished first; its files are as good
-
-
-def _read(files: Sequence[Path]) -> list[str]:
-    texts: list[str] = []
-    for path in files:
-        with tokenize.open(path) as file:  # obeys the encoding that the source declares
-            texts.append(file.read())
-    return [text for text in texts if text]
 
 
 def _write(prefix: Path, texts: Sequence[str], tokenizer: Tokenizer, position: _Position) -> int:

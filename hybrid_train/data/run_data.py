@@ -26,7 +26,7 @@ from hybrid_train.data.plan import (
 from hybrid_train.data.prepare.manifest import read_manifest
 from hybrid_train.data.quickstart import Report, folder_of, prepare
 from hybrid_train.data.quickstart import read_manifest as read_quickstart
-from hybrid_train.data.sources import open_source, tokenizer_of
+from hybrid_train.data.sources import open_source, own_vocabulary, tokenizer_of
 from hybrid_train.data.token_files import beyond_vocabulary, place_beyond, spaced_parts, verify
 from hybrid_train.planning.phases import PhaseSpan, global_batch
 from hybrid_train.schema.data import Data, Quickstart, Split, named_sources, needs_tokenizer
@@ -200,22 +200,43 @@ def _open(data: Data) -> tuple[AnyTokenizer, OpenSources, OpenSources]:
     tokenizer = tokenizer_of(data)
     _require_same_tokenizer(data, tokenizer)
     cache = IndexCache(_cache_folder(data))
-    size = tokenizer.vocab_size
     longest = {name: one.longest for name, one in sources.items() if one.longest is not None}
     train, held_out = (
-        OpenSources(
-            {
-                name: _joined(name, open_source(source, split, tokenizer, data.remote), split, size)
-                for name, source in sources.items()
-                if source.has(split)
-            },
-            longest,
-            tokenizer.end_of_document,
-            cache,
-        )
+        OpenSources(_documents(data, split, tokenizer), longest, tokenizer.end_of_document, cache)
         for split in (Split.train, Split.validation)
     )
     return tokenizer, train, held_out
+
+
+def _documents(data: Data, split: Split, tokenizer: AnyTokenizer) -> dict[str, Joined]:
+    size = tokenizer.vocab_size
+    return {
+        name: _joined(name, open_source(source, split, tokenizer, data.remote), split, size)
+        for name, source in named_sources(data).items()
+        if source.has(split)
+    }
+
+
+def open_held_out(data: Data, tokenizer: AnyTokenizer) -> dict[str, Joined]:
+    """Open the validation split of a run that is over, by source; without one there is nothing.
+
+    Args:
+        data: the section of the run; nothing is built that is not there any more.
+        tokenizer: of the run; streams have their own words.
+
+    Raises:
+        UserError: if files are missing, or their tokenizer is another one.
+    """
+    if isinstance(data, Quickstart):
+        if not os.path.lexists(folder_of(data)):
+            raise UserError(
+                f"the quickstart corpus {folder_of(data)} is not there any more; name token files: "
+                "task.heldout.files=[PREFIX]"
+            )
+        data = prepare(data)
+    _require_same_tokenizer(data, tokenizer)
+    words = own_vocabulary(named_sources(data).values())
+    return _documents(data, Split.validation, words or tokenizer)
 
 
 def _joined(name: str, parts: Sequence[Documents], split: Split, vocab_size: int) -> Joined:

@@ -16,6 +16,7 @@ from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.row_cache import RowCache
 from hybrid_train.megatron.window_pass import ChunkPass, DraftPass, bound_head
 from hybrid_train.model.quantized import unwrapped
+from hybrid_train.ops.logits import LabelScores
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
@@ -121,6 +122,20 @@ class CachedModel:
         with self._working(hidden.shape[0] * hidden.shape[1]):
             return self._head(hidden)
 
+    def label_scores(self, hidden: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+        """Return what the distributions at some places say of labels; on the last pipeline stage.
+
+        Args:
+            hidden: of a window, [B, W, H].
+            labels: token ids, [T].
+            places: numbers of tokens, rows before window; one may come with several labels, [T].
+
+        Returns:
+            Log-probability, nats, and 1 where the label is the greedy token, [T, 2].
+        """
+        with self._working(len(labels)):
+            return self._chunks[-1].head().read(hidden, LabelScores(labels), places)
+
     def learn(
         self,
         rows: slice,
@@ -215,10 +230,25 @@ def _threads_for(multiplications: int) -> Iterator[None]:
 
 
 def _require_whole(network: Network, config: Any) -> None:
-    """Refuse layouts that split tokens, keep weights elsewhere, or know one shape of a pass.
+    """Refuse layouts under which tokens cannot be read one by one.
 
     Raises:
         UserError: on all processes.
+    """
+    if reason := why_not_cached(network, config):
+        error = UserError(f"generation cannot use this layout: {reason}")
+        error.on_all_ranks = True
+        raise error
+
+
+def why_not_cached(network: Network, config: Any) -> str:
+    """Say why a layout cannot read tokens one by one; an empty text where it can.
+
+    Such layouts split tokens, keep weights elsewhere, or know one shape of a pass.
+
+    Args:
+        network: under that layout.
+        config: of its model, as Megatron has it.
     """
     reason = ""
     if network.groups.cp.size() > 1:
@@ -231,7 +261,4 @@ def _require_whole(network: Network, config: Any) -> None:
         reason = "parallel.overlap_tensor and gpu.cuda_graphs keep memory for passes of a fixed "
         reason += "number of tokens; set parallel.overlap_tensor=false gpu.cuda_graphs=none, or "
         reason += "generate from a checkpoint of the run"
-    if reason:
-        error = UserError(f"generation cannot use this layout: {reason}")
-        error.on_all_ranks = True
-        raise error
+    return reason

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.data.order import GOLDEN, mix64
-from hybrid_train.schema.job_roots import COLDEST
+from hybrid_train.schema.limits import COLDEST
 
 _FRACTION_BITS = 53  # of a float64: so many bits make an even fraction in [0, 1)
 _Settings = tuple[float, float, int, float, float]

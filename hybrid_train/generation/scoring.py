@@ -8,6 +8,7 @@ scored tokens of all texts, K values of each. A text of n tokens takes n - 1 pla
 the token behind it.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from torch import Tensor
 from hybrid_train.data.batch import Batch, Row, stack
 from hybrid_train.data.packing import best_fit, fill_row
 from hybrid_train.megatron.forward_backward import run_schedule
-from hybrid_train.ops.logits import LabelScores
+from hybrid_train.megatron.hybrid import Outputs
+from hybrid_train.ops.divergence import Comparison, Reference
+from hybrid_train.ops.logits import HeadPart, LabelScores
 from hybrid_train.runtime import heartbeat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
@@ -29,6 +32,8 @@ from hybrid_train.training.network import Network
 _SLOT = "slot"  # of a place: the number of the token that it predicts among the N, or none
 _NONE = -1
 _LEAST_STEP = 16  # places; rows are a multiple of it
+_AT_ONCE = 4  # microbatches of a stage whose hidden states wait for those of another model
+_Others = Mapping[int, Sequence[tuple[int, int]]]  # slot -> further labels there, and their slots
 _STEPS = 8  # lengths of rows lie at most an eighth of the next power of two apart
 
 
@@ -59,11 +64,15 @@ class Scores:
         log_probs: of the token given those before it, nats, float32.
         greedy: whether it is the most likely one, the first of equals, bool.
         entropy: of the distribution that it is drawn from, nats, float32; None: not asked for.
+        divergence: KL(against || model) of this distribution, nats, float32; None: not asked for.
+        agrees: whether both models hold the same token for the most likely one, bool; likewise.
     """
 
     log_probs: Tensor
     greedy: Tensor
     entropy: Tensor | None = None
+    divergence: Tensor | None = None
+    agrees: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,75 +99,176 @@ def score(
     *,
     rows: Rows = Rows(),
     entropy: bool = False,
+    against: Network | None = None,
 ) -> list[Scores]:
     """Score texts; every process of the layout calls this with the same texts.
 
-    The network may be in training: it comes back in its mode, and training goes on as if nothing
-    had been. No logits of more than a chunk of scored tokens exist, and none of a vocabulary that
-    tensor ranks share.
+    Texts that are equal, but for their last token perhaps, are read once. The network may be in
+    training: it comes back in its mode, and training goes on as if nothing had been. No logits of
+    more than a chunk of scored tokens exist, and none of a vocabulary that tensor ranks share.
 
     Args:
         network: under any layout, trained or frozen.
         texts: of any lengths.
         rows: how they are packed; changes speed and memory alone.
         entropy: whether the entropies are wanted, too.
+        against: another model under the same layout that the distributions are compared with.
 
     Returns:
         The scores of each text, in the order given, the same on every process.
 
     Raises:
         ValueError: if a text has no token, a start that it does not have, or a token that the model
-            does not know.
+            does not know; if the model that it is compared with has another vocabulary.
         UserError: if a score is not a finite number, as of a model that has diverged.
     """
-    _require_sound(texts, network.vocab_size)
+    require_sound(texts, network.vocab_size)
     before = heartbeat.last().part
     heartbeat.enter(heartbeat.VALIDATION)
-    counts = [text.scored for text in texts]
-    found = torch.zeros(sum(counts), 2 + entropy, device=network.device)
+    read, spans, others = _read_once(texts)
+    readers = _Readers(entropy, against, others)
+    count = sum(text.scored for text in texts)
+    found = torch.zeros(count, readers.num_values, device=network.device)
     if len(found):
-        with network.evaluating():
-            for batches in _microbatches(network, texts, rows):
-                _run(network, batches, found, entropy=entropy)
+        with readers.evaluating(network):
+            for batches in _microbatches(network, read, rows):
+                _write(network, found, readers.run(network, batches))
         dist.all_reduce(found)
     heartbeat.enter(before)
-    by_text = found.cpu().split(counts)
-    _require_finite(by_text)
-    return [
-        Scores(one[:, 0].clone(), one[:, 1] == 1, one[:, 2].clone() if entropy else None)
-        for one in by_text
-    ]
+    values = found.cpu()
+    by_text = [values[span] for span in spans]
+    require_finite(by_text)
+    return [readers.scores(one) for one in by_text]
 
 
-def _run(network: Network, batches: list[Batch], found: Tensor, *, entropy: bool) -> None:
-    """Write the values of microbatches of one shape to their slots of [N, K].
+def _read_once(texts: Sequence[Text]) -> tuple[list[Text], list[slice], _Others]:
+    """Find texts that differ by their last token at most, which no place sees.
 
-    A token is written by one process: the first tensor rank of a last pipeline stage.
+    Returns:
+        One text of each kind; the slots of each given text, those of the first ones in front, in
+        their order; and which further labels, with their slots, a place of these is scored for.
     """
+    kinds: dict[tuple[int, tuple[int, ...]], int] = {}
+    kind_of = [
+        kinds.setdefault((text.start, tuple(text.tokens[:-1])), len(kinds)) for text in texts
+    ]
+    read: list[Text] = []
+    for text, kind in zip(texts, kind_of, strict=True):
+        if kind == len(read):
+            read.append(text)
+    begins = np.cumsum([0, *(text.scored for text in read)]).tolist()
+    free, spans, others = begins[-1], [], defaultdict(list)
+    for text, kind in zip(texts, kind_of, strict=True):
+        begin = begins[kind]
+        if text is not read[kind]:
+            for number, token in enumerate(text.tokens[text.start :]):
+                others[begin + number].append((token, free + number))
+            begin, free = free, free + text.scored
+        spans.append(slice(begin, begin + text.scored))
+    return read, spans, others
+
+
+# (what a last stage makes of a microbatch, places of scored tokens, labels) -> their values.
+_Read = Callable[[Outputs, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """What is read of each scored token: of one model, or also of both together."""
+
+    entropy: bool
+    against: Network | None
+    others: _Others
+
+    @property
+    def num_values(self) -> int:
+        return 2 + self.entropy + 2 * (self.against is not None)
+
+    def scores(self, values: Tensor) -> Scores:
+        """Return the scores of a text of its values, [tokens, K]."""
+        columns = [one.clone() for one in values.unbind(-1)]
+        both = [columns[-2], columns[-1] == 1] if self.against is not None else []
+        return Scores(columns[0], columns[1] == 1, columns[2] if self.entropy else None, *both)
+
+    @contextlib.contextmanager
+    def evaluating(self, network: Network) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for one in (network, *([] if self.against is None else [self.against])):
+                stack.enter_context(one.evaluating())
+            yield
+
+    def run(self, network: Network, batches: list[Batch]) -> list[dict[str, Tensor]]:
+        """Run microbatches of one shape; return slots and values of each, on a last stage."""
+        if self.against is None:
+            return _run(network, batches, self._own, self.others)
+        # The hidden states of one model wait for those of the other, few microbatches at a time.
+        step = _AT_ONCE * network.passes_multiple * network.groups.pp.size()
+        parts = [batches[first : first + step] for first in range(0, len(batches), step)]
+        return [report for part in parts for report in self._compared(network, part)]
+
+    def _own(self, outputs: Outputs, places: Tensor, labels: Tensor) -> Tensor:
+        reading = LabelScores(labels, with_entropy=self.entropy)
+        return outputs.head.read(outputs.hidden, reading, places)
+
+    def _compared(self, network: Network, batches: list[Batch]) -> list[dict[str, Tensor]]:
+        """Run the other model, then this one, which reads what the other has made."""
+        heads: list[HeadPart] = []
+
+        def hidden(outputs: Outputs, places: Tensor, _: Tensor) -> Tensor:
+            heads.append(outputs.head.part)
+            return heads[-1].gathered(outputs.hidden)[places]
+
+        assert self.against is not None
+        reports = _run(self.against, batches, hidden, self.others)
+        pairs = zip([one["values"] for one in reports], heads, strict=True)
+
+        def both(outputs: Outputs, places: Tensor, labels: Tensor) -> Tensor:
+            reading = Comparison(Reference(*next(pairs)))
+            values = outputs.head.read(outputs.hidden, reading, places)
+            return torch.cat([self._own(outputs, places, labels), values], dim=-1)
+
+        return _run(network, batches, both, self.others)
+
+
+def _run(
+    network: Network, batches: list[Batch], read: _Read, others: _Others
+) -> list[dict[str, Tensor]]:
+    """Run microbatches of one shape; return slots and values of each, on a last stage."""
 
     def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         heartbeat.enter(heartbeat.last().part)  # still there
         batch = next(iterator)
         slots = batch.token_extras[_SLOT].t().flatten()  # sequence before batch, as hidden states
         places = (slots != _NONE).nonzero().squeeze(1)
-        labels = batch.labels.t().flatten()[places]
-        reading = LabelScores(labels, with_entropy=entropy)
+        labels, slots = batch.labels.t().flatten()[places], slots[places]
+        if others:
+            more = [
+                (place, token, slot)
+                for place, first in zip(places.tolist(), slots.tolist(), strict=True)
+                for token, slot in others.get(first, ())
+            ]
+            added = places.new_tensor(more).view(-1, 3).unbind(1)
+            places, labels, slots = map(torch.cat, zip((places, labels, slots), added, strict=True))
         output = model(  # no positions: MTP layers are not run
             batch.tokens,
             sequence_index=batch.sequence_index,
             padding=batch.padding,
-            read=lambda outputs: outputs.head.read(outputs.hidden, reading, places),
+            read=lambda outputs: read(outputs, places, labels),
         )
-        return output, _reporter(slots[places])
+        return output, _reporter(slots)
 
     rows, length = batches[0].tokens.shape
-    reports = run_schedule(
+    return run_schedule(
         network.chunks,
         forward_step,
         [network.own(batch) for batch in batches],
         shape=(rows, length),
         forward_only=True,
     )
+
+
+def _write(network: Network, found: Tensor, reports: list[dict[str, Tensor]]) -> None:
+    """Write values to their slots of [N, K]; each token is written by one process."""
     if network.groups.tp.rank() == 0:
         for report in reports:
             found[report["slots"]] = report["values"]
@@ -239,7 +349,12 @@ def _padded(used: int, unit: int) -> int:
     return used + -used % step
 
 
-def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+def require_sound(texts: Sequence[Text], vocab_size: int) -> None:
+    """Refuse texts that cannot be scored.
+
+    Raises:
+        ValueError: see `score`.
+    """
     for number, text in enumerate(texts):
         tokens = np.asarray(text.tokens)
         if not len(tokens) or not 1 <= text.start <= len(tokens):
@@ -255,7 +370,15 @@ def _require_sound(texts: Sequence[Text], vocab_size: int) -> None:
             )
 
 
-def _require_finite(by_text: Sequence[Tensor]) -> None:
+def require_finite(by_text: Sequence[Tensor]) -> None:
+    """Refuse scores that are no numbers.
+
+    Args:
+        by_text: values of the scored tokens of each text, [n, K].
+
+    Raises:
+        UserError: on all processes.
+    """
     for number, one in enumerate(by_text):
         if not one.isfinite().all():
             error = UserError(

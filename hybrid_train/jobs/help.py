@@ -5,12 +5,14 @@ means in detail stands beside its field in `schema/`; `--help=all` shows that, a
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
 
 from hybrid_train.config import describe
 from hybrid_train.config.commands import Command
+from hybrid_train.schema.evaluation import Tasks
 
 _RUN = {
     "run_dir": "The run lives in this folder; the same folder goes on with the same run.",
@@ -48,6 +50,8 @@ _TEXT = {
     "format": "The files hold jsonl, parquet, text or lines; auto goes by their names.",
     "text_key": "The text stands under this key of a JSON line, or in this Parquet column.",
 }
+
+_TASKS = ", ".join(one.name for one in fields(Tasks))
 
 MOST_USED: dict[str, dict[str, str]] = {
     "train": _RUN,
@@ -104,6 +108,23 @@ MOST_USED: dict[str, dict[str, str]] = {
         "null: as many as pay, none where none do.",
         **{f"parallel.{one}": _RUN[f"parallel.{one}"] for one in ("tensor", "pipeline", "expert")},
         "runtime.device": "The model runs on a GPU where there is one (auto), or cpu, or cuda.",
+    },
+    "evaluate": {
+        "checkpoint": "The models come from these runs or checkpoints, with commas between them.",
+        "tasks": "The models are asked these tasks, with commas between them: " + _TASKS + ".",
+        "task.heldout.files": "Held-out text is in these token files; []: the first run's.",
+        "task.heldout.tokens": "Held-out text has this many tokens of each source.",
+        "harness.tasks": "The models are asked these tasks of lm-eval.",
+        "harness.include": "This folder has one's own tasks of lm-eval, in YAML files.",
+        "against": "Held-out text compares each model with this one: divergence, agreement.",
+        "limit": "Each task has at most this many items; null: all of its own.",
+        "samples": "Each item that is answered in writing gets this many answers, for pass@k.",
+        "temperature": "Answers are drawn at this temperature; 0 takes the most likely tokens.",
+        "seed": "Which text is held out, and what is drawn, follow from this number.",
+        "output": "Each result becomes a JSON file in this folder; what is there is not run again.",
+        "batch": "This many answers grow together.",
+        **{f"parallel.{one}": _RUN[f"parallel.{one}"] for one in ("tensor", "pipeline", "expert")},
+        "runtime.device": _RUN["runtime.device"],
     },
     "study": {
         "run_dir": "Each run of the study gets the folder run_dir/VARIANT/seed_N.",

@@ -29,7 +29,7 @@ from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.hf import origin
-from hybrid_train.jobs import attempts, fetched_checkpoint, mirrored_run, run_folder
+from hybrid_train.jobs import attempts, fetched_checkpoint, measurement, mirrored_run, run_folder
 from hybrid_train.jobs.phase_builder import PhaseBuilder
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
@@ -73,7 +73,7 @@ from hybrid_train.training.hooks.processes import (
     StopOnSignal,
 )
 from hybrid_train.training.hooks.profiling import profiling_hooks
-from hybrid_train.training.hooks.reporting import LogMetrics, Validate
+from hybrid_train.training.hooks.reporting import AskTasks, LogMetrics, Validate
 from hybrid_train.training.hooks.rounding import AuditPrecision, MeasureRounding
 from hybrid_train.training.loop import Hook, HookList, Run, TrainState, fit
 
@@ -183,6 +183,7 @@ def _hooks(
         AuditPrecision(run_dir, lambda seen: phase_at(phases, seen).job),
         *_rounding(job.precision.statistics_interval, phases, run_dir, own_step),
         *_validation(validation_interval(job.train.validation_interval, phases), run, builder.data),
+        *_evaluation(job, phases, builder.data),
         *built_from(job.hooks),
         _metrics(job, run, builder.data, peak),
         CollectGarbage(job.runtime.gc_interval),
@@ -218,6 +219,11 @@ def _validation(interval: int, run: Run, data: RunData) -> list[Hook]:
         return []
     baseline = (lambda: data.unigram_cross_entropy) if ranks.is_main() else (lambda: None)
     return [Validate(interval, baseline)]
+
+
+def _evaluation(job: TrainJob, phases: list[PhaseSpan], data: RunData) -> list[Hook]:
+    interval = job.evaluate.interval
+    return [AskTasks(interval, measurement.in_training(job, phases, data))] if interval else []
 
 
 def _metrics(job: TrainJob, run: Run, data: RunData, peak: Peak) -> Hook:

@@ -116,6 +116,7 @@ def pictures(state: RunState) -> Iterator[Picture]:
         for name, title, axes in METRICS:
             curve = _curve(series, name, _SHORT[name], "c0", smooths=name != "lr")
             yield from _picture(title, [replace(curve, faint=True)], replace(axes, marks=marks))
+        yield from _evaluations(series, marks)
         yield from _expert_loads(series)
     if state.attempts:
         yield _attempts(state)
@@ -237,6 +238,21 @@ def _sources(
         lines.append(_curve(series, name, source, colour, smooths=smooths, dash=dash))
     axes = replace(_LOSS, marks=marks)
     yield from _picture(title, lines, axes, legend=[_entry(line, axes) for line in lines])
+
+
+def _evaluations(series: Series, marks: Sequence[tuple[float, str, str]]) -> Iterator[Picture]:
+    """Yield a picture of each metric of evaluation, with a curve for each task that has it."""
+    names = series.family("evaluation/")
+    for metric in dict.fromkeys(name.rpartition("/")[2] for name in names):
+        lines = []
+        for number, name in enumerate(one for one in names if one.endswith(f"/{metric}")):
+            colour, dash = style(number)
+            task = name.split("/")[1]
+            lines.append(_curve(series, name, task, colour, smooths=False, dash=dash))
+        axes = Axes(".4f", marks=marks)
+        legend = [_entry(line, axes) for line in lines]
+        title = f"Evaluation, {metric.replace('_', ' ')}"
+        yield from _picture(title, lines, axes, legend=legend)
 
 
 def _expert_loads(series: Series) -> Iterator[Picture]:

@@ -40,6 +40,7 @@ _MAY_CHANGE = (
     "train.tokens",
     "train.microbatch",
     "train.validation_",
+    "evaluate.",
     "schedule.warmup_tokens",  # as a share of train.tokens, they grow with it
     "schedule.decay_tokens",
     "model.mamba.chunk_size",

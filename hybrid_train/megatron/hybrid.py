@@ -62,13 +62,14 @@ class OutputLayer(ColumnParallelLinear):
         """
         if reading is not None:
             assert places is not None, "a reading needs places"
-            return read(input_, self._part(weight), reading, places)
+            return read(input_, self.part(weight), reading, places)
         if term is None:
             return super().forward(input_, weight, runtime_gather_output)
         assert weights is not None, "a term needs weights"
-        return weighted_sum(input_, self._part(weight), term, weights)
+        return weighted_sum(input_, self.part(weight), term, weights)
 
-    def _part(self, tied_weight: Any) -> HeadPart:
+    def part(self, tied_weight: Any) -> HeadPart:
+        """Return this rank's rows, or those of the embedding that the head shares."""
         weight = self.weight if tied_weight is None else tied_weight
         group = self.tp_group if self.tp_group.size() > 1 else None
         buffer = getattr(weight, "main_grad", None) if self.gradient_accumulation_fusion else None
@@ -93,6 +94,11 @@ class Head:
         return gather_from_tensor_model_parallel_region(
             logits.transpose(0, 1), group=self.layer.tp_group
         )
+
+    @property
+    def part(self) -> HeadPart:
+        """This rank's rows; with FSDP they are there in the forward pass alone."""
+        return self.layer.part(self.tied_weight)
 
     def weighted_sum(self, hidden: Tensor, term: Term, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Sum up a term of the logits, which are never there all at once; see `ops.logits`.

@@ -116,7 +116,7 @@ class HeadPart:
         dist.all_reduce(token, op=dist.ReduceOp.MIN, group=self.group)
         return token
 
-    def _gathered(self, hidden: Tensor) -> Tensor:
+    def gathered(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of all tokens, [T, H]."""
         if self.group is None or not self.sequence_split:
             return hidden.reshape(-1, hidden.shape[-1])
@@ -269,7 +269,7 @@ def read(hidden: Tensor, head: HeadPart, reading: Reading, places: Tensor) -> Te
     Returns:
         [n, K], the same on all tensor ranks.
     """
-    rows, weight = head._gathered(hidden)[places], head.weight
+    rows, weight = head.gathered(hidden)[places], head.weight
     if not len(rows):
         return rows.new_empty(0, reading.num_values, dtype=torch.float32)
     return torch.cat([
@@ -299,7 +299,7 @@ class _WeightedSum(torch.autograd.Function):
         weights: Tensor,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = head._gathered(hidden)
+        rows = head.gathered(hidden)
         values, of_rows, of_weight = [], None, None
         for chunk in chunks(len(rows), rows.shape[1], len(weight)):
             value, pullback = term(gemm(rows[chunk], weight), chunk, head)

@@ -54,8 +54,10 @@ LIBRARIES: dict[str, OptionalLibrary] = {
     "mamba_ssm": OptionalLibrary("mamba-ssm", f"{_NO_ISOLATION} mamba-ssm"),
     "causal_conv1d": OptionalLibrary("causal-conv1d", f"{_NO_ISOLATION} causal-conv1d"),
     "apex": OptionalLibrary("apex", f"{_NO_ISOLATION} 'apex @ git+https://github.com/NVIDIA/apex'"),
+    "reasoning_gym": OptionalLibrary("reasoning-gym", "pip install reasoning-gym"),
     "tensorboard": OptionalLibrary("tensorboard", "pip install tensorboard"),
     "transformers": OptionalLibrary("transformers", "pip install transformers"),
+    "lm_eval": OptionalLibrary("lm-eval", "pip install 'lm-eval>=0.4.13,<0.5'"),
     "wandb": OptionalLibrary("wandb", "pip install wandb"),
 }
 

@@ -140,9 +140,15 @@ RATES = Format(
     ("rates.json in the folder of the study; no number", "rates.json has the number"),
     "remove the file, and the rates are chosen again",
 )
+EVALUATION = Format(
+    "result of an evaluation",
+    ("a JSON file of each checkpoint and task, which has the number",),
+    "remove the file, and the task is run again",
+)
 
 FORMATS = (
     RUN_FOLDER, CHECKPOINT, TOKEN_FILES, TOKENIZATION, TOKENIZER, QUICKSTART, INDEX, STAGE, RATES,
+    EVALUATION,
 )  # fmt: skip
 
 

@@ -11,7 +11,9 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from hybrid_train.schema.cluster import Cluster
+from hybrid_train.schema.evaluation import Asking, Harness
 from hybrid_train.schema.limits import (
+    COLDEST,
     FILE,
     Count,
     CountOrNone,
@@ -34,7 +36,6 @@ from hybrid_train.schema.train import TrainJob
 
 Bandwidth = Annotated[float, Range(1e-6, 1e6)]  # in 1e9 bytes a second
 Drafts = Annotated[int, Range(0, 64)]
-COLDEST = 1e-4  # lowest temperature that divides logits; a much lower one is 0 in float32
 
 
 @dataclass(kw_only=True)
@@ -251,6 +252,33 @@ class GenerateJob(AnswerSettings):
         if self.log_probs and self.output is None:
             rule = "must be false without output=FILE.jsonl, where they would stand"
             yield Problem("log_probs", True, rule, False)
+
+
+@dataclass(kw_only=True)
+class EvaluateJob(Asking):
+    """How good models are: tasks and held-out text, with intervals; several side by side."""
+
+    checkpoint: list[str] = MISSING  # runs, checkpoints, URLs of either: checkpoint=runs/a,runs/b
+    harness: Harness = field(default_factory=Harness)  # tasks of lm-eval, beside those of `tasks`
+    against: FileName | None = None  # a run whose next tokens heldout compares with the model's
+    output: FileName | None = None  # folder of results: a JSON file for each model and task
+    parallel: Degrees = field(default_factory=Degrees)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        yield from super().problems()
+        names = listed_paths(self.checkpoint)
+        if not names:
+            yield Problem("checkpoint", "[]", "must name at least one run or checkpoint")
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                yield Problem("checkpoint", name, "is there twice")
+        if not self.task_names and not self.harness.tasks:
+            yield Problem("tasks", "[]", "must name at least one task", "heldout")
+        if self.against is not None and "heldout" not in self.task_names:
+            rule = "must be null without the task heldout, which compares both models"
+            yield Problem("against", self.against, rule, "null")
 
 
 @dataclass(kw_only=True)

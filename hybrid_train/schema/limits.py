@@ -93,6 +93,7 @@ def _cut(name: str, most: int) -> str:
     return name.encode("utf-8", "surrogateescape")[:most].decode("utf-8", "ignore")
 
 
+COLDEST = 1e-4  # lowest temperature that divides logits; a much lower one is 0 in float32
 MOST_TOKENS = 10**15  # a hundred times what any model has seen; exact as a float64
 
 Size = Annotated[int, Range(1, 2**20)]  # widths and parts of a layer; the widest known have 2^17

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from hybrid_train.schema.checkpoint import Checkpoint, Recovery
 from hybrid_train.schema.data import Data, blend_problems
+from hybrid_train.schema.evaluation import Evaluation
 from hybrid_train.schema.gpu import Gpu
 from hybrid_train.schema.limits import (
     Batch,
@@ -104,3 +105,4 @@ class TrainJob:
     runtime: Runtime = field(default_factory=Runtime)
     gpu: Gpu = field(default_factory=Gpu)
     profile: Profile = field(default_factory=Profile)
+    evaluate: Evaluation = field(default_factory=Evaluation)

@@ -92,6 +92,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             "unigram",
         ),
     ),
+    "evaluation": (Metric("evaluation/{}", "", "of a task, by its name", "{:.4g}".format),),
     "optimizer": (
         Metric("lr", "", "learning rate of the step", "{:.2e}".format),
         Metric("grad_norm", "", "norm of the gradient before clipping", "{:.3f}".format),

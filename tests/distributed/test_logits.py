@@ -7,6 +7,7 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.ops import logits as core
+from hybrid_train.ops.divergence import Comparison, Divergence, Reference
 from hybrid_train.ops.logits import CrossEntropy, HeadPart, LabelScores, read, weighted_sum
 from tests.distributed.launch import RankFailedError, run_distributed
 from tests.unit.ops.test_logits import entropy
@@ -23,12 +24,14 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
     head = 500 * torch.randn(rows, WIDTH, **kind)  # far apart: exp alone would overflow
     labels = torch.randint(vocab_size, (LENGTH * SEQUENCES,), generator=generator)
     weights = torch.rand(LENGTH * SEQUENCES, **kind)
-    for term in (CrossEntropy(labels), entropy):
+    one, here = _references(rows, vocab_size)
+    of_both: list[tuple[Any, Any]] = [(each, each) for each in (CrossEntropy(labels), entropy)]
+    for alone, term in (*of_both, (Divergence(one), Divergence(here))):
         for chunk in (LENGTH * SEQUENCES, 5):
             core.CHUNK_ELEMENTS = chunk * rows
             whole = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
             part = HeadPart(whole[1], vocab_size)
-            total, expected = weighted_sum(whole[0], part, term, weights)
+            total, expected = weighted_sum(whole[0], part, alone, weights)
             total.backward()
 
             core.CHUNK_ELEMENTS = chunk * (rows // size)
@@ -52,6 +55,21 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
         own = hidden.chunk(size)[rank] if split else hidden
         part = HeadPart(weight, vocab_size, dist.group.WORLD, split)
         _assert_close(read(own, part, reading, places), expected)
+    alone, term = (Comparison(Reference(each.hidden[places], each.head)) for each in (one, here))
+    expected = read(hidden, HeadPart(head, vocab_size), alone, places)
+    _assert_close(read(own, part, term, places), expected)
+
+
+def _references(rows: int, vocab_size: int) -> tuple[Reference, Reference]:
+    """Another model, as one process has it and as this rank does."""
+    kind: dict[str, Any] = {"generator": torch.Generator().manual_seed(1), "dtype": torch.float64}
+    head = torch.randn(rows, WIDTH, **kind)
+    hidden = torch.randn(LENGTH * SEQUENCES, WIDTH, **kind)
+    own = head.chunk(dist.get_world_size())[dist.get_rank()]
+    return (
+        Reference(hidden, HeadPart(head, vocab_size)),
+        Reference(hidden, HeadPart(own, vocab_size, dist.group.WORLD)),
+    )
 
 
 def _assert_close(found: Any, expected: Any) -> None:

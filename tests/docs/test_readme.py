@@ -32,6 +32,7 @@ CHAPTERS = (
     "precision",
     "run_folder",
     "generation",
+    "evaluation",
     "studies",
     "hugging_face",
     "data",

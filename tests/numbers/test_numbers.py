@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config.registry import SCHEMAS
+from hybrid_train.schema.evaluation import Evaluation
 from hybrid_train.schema.problems import collect
 from tests.numbers import answers
 from tests.numbers.answers import Pair, pairs, refusals
@@ -29,6 +30,7 @@ ROUNDED = {"Model.vocab_multiple"}
 _ROUNDING = 1e-5  # relative: a few float32 steps in a sum of some hundred terms, twice
 # Fields that change no metric and no file of the tiny run, and why.
 IDLE = {
+    **dict.fromkeys(numeric_owners(Evaluation), "the tiny run asks no tasks"),
     "Data.warn_epochs": "when the console says that a source is repeated",
     **dict.fromkeys(
         ("Degrees.tensor", "Degrees.pipeline", "Degrees.expert", "Degrees.expert_tensor"),

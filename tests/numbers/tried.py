@@ -43,6 +43,7 @@ BASES = {
     "submit": ("experiment=tiny_cpu", "cluster=slurm_cpu"),
     "study": ("study=precision",),
     "generate": ("checkpoint=tests", "prompt=a"),
+    "evaluate": ("checkpoint=tests", "tasks=sums"),
     "count": ("model=tiny", "model.vocab_size=256"),
     "convert": ("import=tests", "output=unused"),
     "verify": ("checkpoint=tests", "hf=tests"),

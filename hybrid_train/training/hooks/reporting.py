@@ -1,4 +1,4 @@
-"""Hooks that tell the trackers what each step did, and measure the validation loss."""
+"""Hooks that tell the trackers what each step did, measure validation losses, and ask tasks."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -100,3 +100,27 @@ class Validate(Hook):
         baseline = self._baseline()
         if baseline is not None:
             report.metrics["unigram_loss"] = baseline
+
+
+class AskTasks(Hook):
+    """Asks the model the tasks of evaluation at an interval and at the end; the report gets them.
+
+    It takes the time of validation.
+    """
+
+    def __init__(self, interval: int, ask: Callable[[Run], Mapping[str, float]]) -> None:
+        """Take the settings.
+
+        Args:
+            interval: in steps.
+            ask: asks the model of a run, which trains on as if it had not been asked; returns
+                metrics by their names.
+        """
+        self._interval, self._ask = interval, ask
+
+    def step_end(self, run: Run, report: StepReport) -> None:
+        if run.state.step % self._interval and not run.is_complete:
+            return
+        heartbeat.enter(heartbeat.VALIDATION)
+        report.metrics.update(self._ask(run))
+        heartbeat.enter(heartbeat.BETWEEN)

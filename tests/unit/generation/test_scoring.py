@@ -65,6 +65,14 @@ def score(engine: Any, texts: list[Any], **settings: int) -> list[Any]:
     return score(engine.network, texts, rows=rows, entropy=True)
 
 
+def score_alike(engine: Any) -> None:
+    """Score continuations of one context, which is read once."""
+    from hybrid_train.generation.scoring import Text
+    from hybrid_train.generation.shared_contexts import score_continuations
+
+    score_continuations(engine.network, [Text([*range(40), n, n], 40) for n in range(4)])
+
+
 def expected(model: Any, text: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, greedy matches and entropies by the definition, from whole logits."""
     tokens = torch.tensor([text.tokens])
@@ -146,11 +154,13 @@ def trained(groups: Any, *, scores: bool) -> list[Tensor]:
     for step in range(2):
         if scores:
             score(engine, some_texts())
+            score_alike(engine)
         report = engine.step(batches, tokens_seen=64 * step)
         metrics = [report.loss, report.grad_norm, *report.metrics.values()]
         found.append(torch.tensor(metrics, dtype=torch.float64))
     if scores:
         score(engine, some_texts())
+        score_alike(engine)
     network = engine.network
     assert all(module.training for module in network.chunks[0].modules())
     assert network.balance_losses.take() is None
@@ -167,6 +177,48 @@ def test_a_run_that_scores_between_its_steps_is_equal_to_the_bit(groups: Any) ->
         found = trained(groups, scores=True)
     assert len(found) == len(expected) > 50
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_two_models_are_compared_as_their_whole_logits_are(groups: Any) -> None:
+    from hybrid_train.generation.scoring import Rows
+    from hybrid_train.generation.scoring import score as plainly
+
+    one, other = (tiny_engine(tiny_job("M*-M-"), groups).network for _ in range(2))
+    for network, factor in ((one, 2.0), (other, 1.5)):
+        for weight in network.chunks[0].parameters():
+            weight.data.mul_(factor)
+    texts = some_texts()
+    found = plainly(one, texts, rows=Rows(32, 64), against=other)
+    same = 0
+    for text, scores in zip(texts, found, strict=True):
+        mine, theirs = (_logits(network, text) for network in (one, other))
+        log_p, log_q = theirs.log_softmax(-1), mine.log_softmax(-1)
+        wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(scores.divergence, wanted.float(), rtol=0, atol=ROUNDING)
+        assert torch.equal(scores.agrees, theirs.argmax(-1) == mine.argmax(-1))
+        same += int(scores.agrees.sum())
+    assert 0 < same < sum(text.scored for text in texts)  # not the trivial answer
+    assert largest(found, [each.log_probs for each in plainly(one, texts)]) < ROUNDING
+    assert all(network.chunks[0].training for network in (one, other))
+
+
+def _logits(network: Any, text: Any) -> Tensor:
+    """Those behind which the scored tokens come, [scored, V], in float64."""
+    with network.evaluating():
+        logits = network.chunks[0].module(torch.tensor([text.tokens])).logits()
+    return logits[0, text.start - 1 : -1, :VOCAB].double()
+
+
+def test_a_model_of_another_vocabulary_is_not_compared(groups: Any) -> None:
+    from hybrid_train.generation.scoring import score as plainly
+    from hybrid_train.jobs.networks import build_engine
+    from hybrid_train.model.build import build_model
+
+    job = tiny_job("M")
+    built = build_model(job, groups, VOCAB - 1, on_gpu=False)
+    other = build_engine(job, built, groups, torch.device("cpu")).network
+    with pytest.raises(ValueError, match="60 from 0 of 60 in the reference"):
+        plainly(tiny_engine(tiny_job("M"), groups).network, some_texts(), against=other)
 
 
 def test_a_frozen_network_is_scored_and_stays_frozen(engine: Any) -> None:
