@@ -240,12 +240,12 @@ class _Shared:
         labels: list[int] = []
         places: list[int] = []
         slots: list[int] = []
-        for column, (row, window) in enumerate(asked):
+        for line, (row, window) in enumerate(asked):
             for number in contexts[row].texts[window]:
                 text = self._texts[number]
                 labels += text.tokens[text.start :]
                 scored = range(len(window) - text.scored, len(window))
-                places += [column * hidden.shape[1] + place for place in scored]
+                places += [line * hidden.shape[1] + place for place in scored]
                 slots += range(self._slots[number], self._slots[number + 1])
         device = self._found.device
         values = self._model.label_scores(
