@@ -223,12 +223,7 @@ class LiveModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Write a conversation as the prompt of the next answer.
-
-        Args:
-            chat_history: messages, with `role` and `content`.
-            add_generation_prompt: False: the last message is what the answer begins with.
-        """
+        """Write messages as a prompt; without `add...`, the answer begins with the last one."""
         assert self._reader.template is not None, "lm-eval asks only where there is one"
         if add_generation_prompt:
             return self._reader.template.render(chat_history, {})

@@ -33,7 +33,7 @@ from hybrid_train.training.network import Network
 _ROWS = Rows()
 _MOST_ROWS = 16  # contexts, and continuations, of a pass; what each keeps takes memory
 _PIECE = 512  # tokens of each context that a pass reads
-_FULL = 0.8  # of the longest context of a pass has the shortest: the rest is padding
+_SHORT = 64  # tokens of each row that cost little more than the pass itself
 _LEAST_STEM = 0.25  # of a text that shares it
 _WORTH = 0.75  # of the tokens of packed rows: with more there is little to gain by sharing
 
@@ -179,7 +179,8 @@ class _Shared:
             longest = len(contexts[first].tokens)
             most = max(1, min(_MOST_ROWS, self._tokens // longest))
             part = contexts[first : first + ranks * most]
-            part = [one for one in part if len(one.tokens) >= _FULL * longest]
+            least = longest - max(_SHORT, longest // 4)  # what is missing is padding
+            part = [one for one in part if len(one.tokens) >= least]
             yield [part[rank::ranks] for rank in range(ranks)]
             first += len(part)
 

@@ -74,9 +74,10 @@ def assert_same(ours: dict[str, Any], theirs: Any) -> float:
             if name == "answers":
                 assert mine["resps"] == other["resps"]
                 continue
-            pairs = zip(log_probs(mine), log_probs(other), strict=True)
-            # Theirs adds up in float32, which rounds a sum of hundreds of nats by as much.
-            apart += [abs(a - b) - ROUNDING * abs(b) for a, b in pairs]
+            for a, b in zip(log_probs(mine), log_probs(other), strict=True):
+                apart.append(abs(a - b))
+                # Theirs adds up in float32, which rounds a sum of hundreds of nats by 6e-5.
+                assert apart[-1] < SAME + ROUNDING * abs(b)
         for metric, value in theirs["results"][name].items():
             if isinstance(value, float):
                 assert ours["results"][name][metric] == pytest.approx(value, rel=SCORES), metric
@@ -89,7 +90,7 @@ def test_tasks_have_the_log_likelihoods_and_scores_of_lm_eval_on_our_export(
     ours, theirs = both(folders, network(folders), folders.settings())
     largest = assert_same(ours, theirs)
     print(f"largest difference from lm-eval's transformers backend: {largest:.2g} nats")
-    assert 0 < largest < SAME
+    assert largest > 0
     assert ours["cut"] > 0  # some contexts were longer than the model reads
     assert any(any(sample["resps"][0]) for sample in ours["samples"]["answers"])
 
@@ -101,7 +102,7 @@ def test_conversations_have_the_same_prompts_and_answers(
         tasks=["choices", "answers"], apply_chat_template=True, system="a good line", limit=3
     )
     ours, theirs = both(one, network(one), settings)
-    assert assert_same(ours, theirs) < SAME
+    assert_same(ours, theirs)
     (context, _), *_ = ours["samples"]["choices"][0]["arguments"]
     assert context.startswith("<turn>system\na good line</turn>\n<turn>user\n")
     assert context.endswith("<turn>assistant\n")
