@@ -148,6 +148,47 @@ def test_a_run_without_its_validation_data_says_what_to_name_instead(
         hidden.rename(prefix.parent)
 
 
+CAPITALS = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.slow
+def test_tasks_of_lm_eval_stand_beside_the_others_and_are_read_again(
+    evaluate: Evaluate, runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    documents = [
+        {"question": "2 + 2 =", "choices": [" 4", " 5"], "answer": n % 2} for n in range(6)
+    ]
+    file = tmp_path / "capitals.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in documents))
+    (tmp_path / "capitals.yaml").write_text(CAPITALS.replace("FILE", str(file)))
+    words = (
+        *(f"checkpoint={runs[0]},{runs[1]}", "tasks=sums", f"output={tmp_path / 'results'}"),
+        *("harness.tasks=[capitals]", f"harness.include={tmp_path}"),
+    )
+    assert evaluate(*words) == 0
+    first = capsys.readouterr()
+    lines = [line.split() for line in first.out.splitlines()]
+    figures = next(line for line in lines if line[:3] == ["lm_eval", "capitals", "acc"])
+    assert figures[3] == "0.5000"  # each choice is right in half of the documents
+    assert evaluate(*words) == 0
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert second.err.count("is read from") == 4
+    assert evaluate("tasks=sums", "harness.tasks=[captials]", f"harness.include={tmp_path}") == 2
+    assert "nearest: capitals" in capsys.readouterr().err
+
+
 def asked(run_dir: Path, corpus: Path, *overrides: str) -> Finished:
     given = (f"data.folder={corpus}", f"train.tokens={256 * STEPS}", "checkpoint.interval=3")
     return train(run_dir, *given, *overrides)
