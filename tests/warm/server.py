@@ -34,8 +34,12 @@ AT_IMPORT = (
     *("PYTHON", "LD_", "LC_", "LANG", "TORCH", "CUDA", "NVIDIA", "TRITON"),
     *("MKL", "KMP_", "GOMP_", "OPENBLAS_", "MALLOC_", "MPL"),
 )
-# Read where they are used: what torchrun sets, and what torch._dynamo sets in a test.
-AT_CALL = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCHINDUCTOR_")
+# Read where they are used: what torchrun sets, and what torch._dynamo sets in a test. The last two
+# scikit-learn sets when a test imports lm-eval; torch's OpenMP, which is GNU's, does not read them.
+AT_CALL = (
+    *("TORCHELASTIC_", "TORCH_NCCL_", "TORCHINDUCTOR_"),
+    *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
+)
 THREADS = "OMP_NUM_THREADS"
 AT_START = dict(os.environ)  # an import may set more: torch._dynamo does
 HIGH = 500  # descriptors above those that a command is given
