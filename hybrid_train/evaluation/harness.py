@@ -34,7 +34,7 @@ from lm_eval.utils import (
     make_disjoint_window,
 )
 
-from hybrid_train.evaluation.reader import Reader
+from hybrid_train.evaluation.reader import LmEvalReader
 from hybrid_train.generation.text import AnswerText
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.evaluation import Harness
@@ -65,7 +65,7 @@ class Prepared:
     """
 
     settings: Harness
-    reader: Reader
+    reader: LmEvalReader
     loaded: Mapping[str, Any]
 
 
@@ -80,7 +80,7 @@ def prepare(settings: Harness, run_dir: Path) -> Prepared:
         UserError: on all processes, if a task is not there, asks for what is not supported, or its
             data is not on this machine; or if a file of the run is damaged.
     """
-    reader = Reader.of(run_dir, settings)
+    reader = LmEvalReader.of(run_dir, settings)
     with _offline(), _seeded(settings.seed):
         manager = _manager(settings)
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
@@ -136,7 +136,7 @@ def _loaded(manager: TaskManager, name: str) -> dict[str, Any]:
         raise _refused(f"harness.tasks = {name}: cannot be loaded: {what}; {advice}") from error
 
 
-def _require_fit(name: str, task: Any, reader: Reader) -> None:
+def _require_fit(name: str, task: Any, reader: LmEvalReader) -> None:
     """Refuse a task that cannot be answered, before a model is loaded."""
     what = ""
     if task.OUTPUT_TYPE not in _KINDS:
@@ -199,7 +199,7 @@ class LiveModel(TemplateLM):
         cut: requests whose beginning was left out, since they are longer than what the model reads.
     """
 
-    def __init__(self, reader: Reader, network: "Network", settings: Harness) -> None:
+    def __init__(self, reader: LmEvalReader, network: "Network", settings: Harness) -> None:
         super().__init__()
         self.cut = 0
         self._reader, self._network, self._settings = reader, network, settings

@@ -17,7 +17,7 @@ from hybrid_train.schema.problems import UserError
 
 
 @dataclass(frozen=True)
-class Reader:
+class LmEvalReader:
     """How texts become tokens of a run, without its weights.
 
     Attributes:
@@ -37,7 +37,7 @@ class Reader:
     template: ChatTemplate | None
 
     @classmethod
-    def of(cls, run_dir: Path, settings: Harness) -> "Reader":
+    def of(cls, run_dir: Path, settings: Harness) -> "LmEvalReader":
         """Read what lies beside the weights of a run.
 
         Raises:

@@ -126,14 +126,14 @@ def make(settings: Sequence[str], folder: Path, words: Sequence[str]) -> None:
 
 def our_ways(folder: Path, runtime: Runtime) -> dict[str, Way]:
     from hybrid_train.evaluation.harness import LiveModel
-    from hybrid_train.evaluation.reader import Reader
+    from hybrid_train.evaluation.reader import LmEvalReader
     from hybrid_train.jobs.networks import load_model
 
     network = load_model(str(folder / "run"), runtime, format=GemmFormat.fp32).network
     found: dict[str, Way] = {}
     for tokens in OUR_TOKENS:
         settings = Harness(batch_tokens=tokens)
-        model = LiveModel(Reader.of(folder / "run", settings), network, settings)
+        model = LiveModel(LmEvalReader.of(folder / "run", settings), network, settings)
         found[f"ours, {tokens} tokens"] = model.loglikelihood
     return found
 

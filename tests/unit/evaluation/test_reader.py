@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_train.evaluation.harness import LiveModel
-from hybrid_train.evaluation.reader import Reader
+from hybrid_train.evaluation.reader import LmEvalReader
 from hybrid_train.schema.problems import UserError
 from tests.harness_folders import AROUND, Folders, written
 from tests.tiny import MEGATRON_WARNINGS
@@ -22,7 +22,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_texts_have_the_tokens_of_lm_evals_backend(folders: Folders) -> None:
     theirs = folders.theirs()
-    reader = Reader.of(folders.run, folders.settings())
+    reader = LmEvalReader.of(folders.run, folders.settings())
     ours = LiveModel(reader, None, folders.settings())  # type: ignore[arg-type]
     texts = ["hello world", " a  b", "<s>line", "<turn>user\nü</turn>", "x \n ", "one</s>two", ""]
     for text in texts:
@@ -39,7 +39,7 @@ def test_texts_have_the_tokens_of_lm_evals_backend(folders: Folders) -> None:
 
 
 def test_a_conversation_goes_on_from_what_the_answer_begins_with(folders: Folders) -> None:
-    reader = Reader.of(folders.run, folders.settings(apply_chat_template=True))
+    reader = LmEvalReader.of(folders.run, folders.settings(apply_chat_template=True))
     ours = LiveModel(reader, None, folders.settings())  # type: ignore[arg-type]
     history = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a good"}]
     for add in (True, False):
@@ -57,4 +57,4 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
     config = run_dir / "config.yaml"
     config.write_text(re.sub(r"vocab_size: \d+", "vocab_size: 61", config.read_text()))
     with pytest.raises(UserError, match=r"has \d+ tokens, but the model knows 61"):
-        Reader.of(run_dir, folders.settings())
+        LmEvalReader.of(run_dir, folders.settings())
