@@ -8,6 +8,7 @@ read, not computed again.
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -201,6 +202,22 @@ class ResultFolder:
                 f"output = {path}: holds {strange[0]}, which is no result; choose another folder"
             )
 
+    def open(self, wanted: Sequence[Result]) -> list[Result | None]:
+        """Make the folder, before anything is measured, and read what is there of some results.
+
+        Raises:
+            UserError: as of `read`, or if nothing can be written there.
+        """
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._path):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"output = {self._path}: cannot be written to ({error.strerror}); choose another"
+            ) from error
+        return [self.read(one) for one in wanted]
+
     def read(self, wanted: Result) -> Result | None:
         """Return the result with the hashes of this one; None: it is not there yet.
 
@@ -235,7 +252,6 @@ class ResultFolder:
             "items": [asdict(one) for one in result.items],
         }
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; make room") from error

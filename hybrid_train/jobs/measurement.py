@@ -284,7 +284,7 @@ class Evaluation:
         folder = None if self.job.output is None else ResultFolder(Path(self.job.output))
         wanted, versions = self._wanted(), libraries()
         found = ranks.broadcast_from_main(
-            lambda: [None if folder is None else folder.read(one) for one in wanted]
+            lambda: [None] * len(wanted) if folder is None else folder.open(wanted)
         )
         done, groups, other = dict(enumerate(found)), None, None
         for candidate in self.candidates:

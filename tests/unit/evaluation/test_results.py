@@ -124,9 +124,9 @@ def test_a_file_is_read_as_it_was_written_and_has_what_a_reader_needs(tmp_path: 
     from hybrid_train.evaluation.results import ResultFolder
 
     folder, one = ResultFolder(tmp_path / "new"), result()
-    assert folder.read(one) is None
+    assert folder.open([one]) == [None]
     folder.write(one)
-    assert folder.read(replace(one, items=(), versions={})) == one
+    assert folder.open([replace(one, items=(), versions={})]) == [one]
     (path,) = (tmp_path / "new").iterdir()
     assert path.name == "a-step_00000001-aaaaaaaa-sums.json"
     found = json.loads(path.read_text())
@@ -146,6 +146,7 @@ def test_a_file_with_other_content_is_refused_and_stays(
     from hybrid_train.evaluation.results import ResultFolder
 
     folder, one = ResultFolder(tmp_path), result()
+    folder.open([])
     folder.write(one)
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
@@ -159,6 +160,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, harm: str) -> None:
     from hybrid_train.evaluation.results import ResultFolder
 
     folder, one = ResultFolder(tmp_path), result()
+    folder.open([])
     folder.write(one)
     (path,) = tmp_path.iterdir()
     text = path.read_text()
@@ -176,3 +178,10 @@ def test_a_folder_of_anything_else_is_no_folder_of_results(tmp_path: Path) -> No
         ResultFolder(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         ResultFolder(tmp_path / "thesis.txt")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured() -> None:
+    from hybrid_train.evaluation.results import ResultFolder
+
+    with pytest.raises(UserError, match="output = /proc/results: cannot be written to"):
+        ResultFolder(Path("/proc/results")).open([])
