@@ -391,7 +391,8 @@ def _require_writing(task: str, phases: Sequence[PhaseSpan]) -> None:
     for name, plan in ((phase.name, phase.job.parallel) for phase in phases):
         if plan.context > 1 or plan.fsdp:
             setting = "parallel.fsdp=true" if plan.fsdp else f"parallel.context={plan.context}"
+            where = f"{setting} of phase {name}" if name else setting
             raise _refused(
-                f"evaluate.tasks: {task} has answers that the model writes, which {setting} of "
-                f"phase {name} does not let it do; leave it out, or evaluate checkpoints afterwards"
+                f"evaluate.tasks: {task} has answers that the model writes, which {where} does not "
+                "let it do; leave it out, or evaluate checkpoints afterwards"
             )

@@ -255,6 +255,18 @@ def leave_out(run_dir: Path, *prefixes: str) -> None:
 
 
 @pytest.mark.slow
+def test_answers_that_a_layout_cannot_write_are_refused_before_the_first_step(
+    tmp_path: Path, corpus: Path
+) -> None:
+    asked = ("evaluate.interval=2", "evaluate.tasks=[sums,copying]", "parallel.fsdp=true")
+    done = train(tmp_path / "run", f"data.folder={corpus}", "train.tokens=512", *asked)
+    assert done.code == 2
+    assert (
+        "copying has answers that the model writes, which parallel.fsdp=true does not" in done.err
+    )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_the_report_draws_what_a_run_was_asked(tmp_path: Path, corpus: Path) -> None:
     done = asked(tmp_path / "run", corpus, "evaluate.interval=3", *IN_TRAINING)
     assert done.code == 0, done.said
