@@ -41,7 +41,7 @@ def promised(kind: str) -> list[str]:
     extras = {"cpu": (), "gpu": ("gpu",)}[kind]
     names = []
     for line in metadata.requires("hybrid_train") or ():
-        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
         if extra is None or extra[1] in extras:
             names.append(plain_name(re.split(r"[\s\[<>=!~;]", line, maxsplit=1)[0]))
     return names
