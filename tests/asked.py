@@ -59,7 +59,8 @@ def subject(
     groups: Any, *, coarse: bool = False, is_packed: bool = False, parallel: Parallel | None = None
 ) -> Any:
     """A model with weights that are large enough that every layer is felt."""
-    from hybrid_train.evaluation.runner import Reader, Subject
+    from hybrid_train.evaluation.reader import Reader
+    from hybrid_train.evaluation.runner import Subject
     from hybrid_train.jobs.networks import build_engine
     from hybrid_train.model.build import build_model
 

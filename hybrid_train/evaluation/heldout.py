@@ -25,7 +25,8 @@ from torch import Tensor
 from hybrid_train.data.any_tokenizer import AnyTokenizer
 from hybrid_train.data.documents import Joined, Span
 from hybrid_train.data.order import Permutation
-from hybrid_train.evaluation.runner import ItemResult, Reader, Subject, digest
+from hybrid_train.evaluation.reader import Reader
+from hybrid_train.evaluation.runner import ItemResult, Subject, digest
 from hybrid_train.generation.scoring import Rows, Scores, Text, score
 from hybrid_train.schema.evaluation import HeldOut as Settings
 from hybrid_train.schema.problems import UserError

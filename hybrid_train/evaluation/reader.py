@@ -1,7 +1,8 @@
-"""How texts become tokens of a run, as lm-eval's backend for transformers makes them; no weights.
+"""How texts become tokens of a run, without its weights: for our tasks, and for those of lm-eval.
 
-Not here: prompts of the command `generate`, whose special tokens are letters unless asked for
-(`jobs/generate.py`).
+`Reader` treats special tokens that are spelt out in a text as letters, as the command `generate`
+does. `LmEvalReader` makes the tokens of lm-eval's backend for transformers, to which they are
+special tokens.
 """
 
 from dataclasses import dataclass
@@ -11,14 +12,68 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.generation.chat import ChatTemplate, open_template
+from hybrid_train.generation.scoring import Text
 from hybrid_train.hf.origin import Origin
 from hybrid_train.schema.evaluation import Harness
 from hybrid_train.schema.problems import UserError
 
 
 @dataclass(frozen=True)
+class Reader:
+    """What turns text into the tokens of a run and back, without its weights.
+
+    Attributes:
+        tokenizer: of the run.
+        begins: whether a prompt begins with what the tokenizer puts around a text, as what the
+            model was trained on did.
+        ends: tokens that end an answer.
+        is_packed: whether the model was trained on documents that do not see each other.
+    """
+
+    tokenizer: FolderTokenizer
+    begins: bool
+    ends: frozenset[int]
+    is_packed: bool = False
+
+    @classmethod
+    def of(cls, run_dir: Path, *, is_packed: bool) -> "Reader":
+        """Open what lies in a run folder.
+
+        Raises:
+            UserError: if there is no tokenizer, or a file is damaged.
+        """
+        tokenizer, origin = open_tokenizer(run_dir / layout.TOKENIZER), Origin.of(run_dir)
+        return cls(tokenizer, origin.is_same_tokenizer, origin.ends(tokenizer), is_packed)
+
+    @property
+    def before_document(self) -> list[int]:
+        """What stands before a document: a BOS token, the end of the one before, or nothing."""
+        around = self.tokenizer.encode_prompt("", begin=self.begins, special=False)
+        return around or ([] if self.is_packed else [self.tokenizer.end_of_document])
+
+    def prompt(self, text: str) -> list[int]:
+        """Encode a prompt; behind an empty one a text begins anew."""
+        ids = self.tokenizer.encode_prompt(text, begin=self.begins, special=False)
+        return ids or [self.tokenizer.end_of_document]
+
+    def continued(self, prompt: str, choice: str) -> tuple[Text, bool]:
+        """Encode a prompt with what follows it, which is what is scored.
+
+        Returns:
+            The text, and whether it is encoded as one. Where tokens merge across the border, both
+            are encoded apart, as lm-eval does: a token of both would belong to neither.
+        """
+        before = self.prompt(prompt)
+        whole = self.tokenizer.encode_prompt(prompt + choice, begin=self.begins, special=False)
+        is_joint = bool(prompt) and len(whole) > len(before) and whole[: len(before)] == before
+        if not is_joint:
+            whole = before + self.tokenizer.encode(choice)
+        return Text(whole, len(before)), is_joint or not prompt
+
+
+@dataclass(frozen=True)
 class LmEvalReader:
-    """How texts become tokens of a run, without its weights.
+    """How texts of lm-eval's tasks become tokens of a run.
 
     Attributes:
         tokenizer: of the run.

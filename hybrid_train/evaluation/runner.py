@@ -12,16 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from hybrid_train.checkpoint import layout
-from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.evaluation.intervals import pass_at_k
 from hybrid_train.evaluation.items import Item, Task
+from hybrid_train.evaluation.reader import Reader
 from hybrid_train.generation.answers import Answer, Question
 from hybrid_train.generation.batching import Batching, stream
 from hybrid_train.generation.prompts import Prompt
 from hybrid_train.generation.scoring import Text
 from hybrid_train.generation.shared_contexts import score_continuations
-from hybrid_train.hf.origin import Origin
 from hybrid_train.runtime import heartbeat
 from hybrid_train.schema.evaluation import Asking
 from hybrid_train.schema.job_roots import AnswerSettings
@@ -31,59 +29,6 @@ from hybrid_train.training.network import Network
 
 _log = logging.getLogger(__name__)
 _SEED_BYTES = 7  # of a hash: seeds of answers count on from it and stay below 2^64
-
-
-@dataclass(frozen=True)
-class Reader:
-    """What turns text into the tokens of a run and back, without its weights.
-
-    Attributes:
-        tokenizer: of the run.
-        begins: whether a prompt begins with what the tokenizer puts around a text, as what the
-            model was trained on did.
-        ends: tokens that end an answer.
-        is_packed: whether the model was trained on documents that do not see each other.
-    """
-
-    tokenizer: FolderTokenizer
-    begins: bool
-    ends: frozenset[int]
-    is_packed: bool = False
-
-    @classmethod
-    def of(cls, run_dir: Path, *, is_packed: bool) -> "Reader":
-        """Open what lies in a run folder.
-
-        Raises:
-            UserError: if there is no tokenizer, or a file is damaged.
-        """
-        tokenizer, origin = open_tokenizer(run_dir / layout.TOKENIZER), Origin.of(run_dir)
-        return cls(tokenizer, origin.is_same_tokenizer, origin.ends(tokenizer), is_packed)
-
-    @property
-    def before_document(self) -> list[int]:
-        """What stands before a document: a BOS token, the end of the one before, or nothing."""
-        around = self.tokenizer.encode_prompt("", begin=self.begins, special=False)
-        return around or ([] if self.is_packed else [self.tokenizer.end_of_document])
-
-    def prompt(self, text: str) -> list[int]:
-        """Encode a prompt; behind an empty one a text begins anew."""
-        ids = self.tokenizer.encode_prompt(text, begin=self.begins, special=False)
-        return ids or [self.tokenizer.end_of_document]
-
-    def continued(self, prompt: str, choice: str) -> tuple[Text, bool]:
-        """Encode a prompt with what follows it, which is what is scored.
-
-        Returns:
-            The text, and whether it is encoded as one. Where tokens merge across the border, both
-            are encoded apart, as lm-eval does: a token of both would belong to neither.
-        """
-        before = self.prompt(prompt)
-        whole = self.tokenizer.encode_prompt(prompt + choice, begin=self.begins, special=False)
-        is_joint = bool(prompt) and len(whole) > len(before) and whole[: len(before)] == before
-        if not is_joint:
-            whole = before + self.tokenizer.encode(choice)
-        return Text(whole, len(before)), is_joint or not prompt
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Log-probabilities of continuations, where several follow one context: it is read once.
 
 A question with four answers is four texts that begin alike, as are questions behind the same worked
-examples. What layers keep of the context is
-copied for each continuation (`cached_model`), so it costs as much as one text. Texts that share
-nothing go into packed rows (`scoring`), which is faster for them.
+examples. What layers keep of the context is copied for each continuation (`cached_model`), so it
+costs as much as one text. Texts that share nothing go into packed rows (`scoring`), which is faster
+for them.
 
 Dimensions: N scored tokens of all texts, T of one pass, B rows of a pass, W tokens of its window.
 """

@@ -18,6 +18,7 @@ from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary
 from hybrid_train.data.documents import Joined
 from hybrid_train.data.run_data import RunData, open_held_out
 from hybrid_train.evaluation import heldout
+from hybrid_train.evaluation.reader import Reader
 from hybrid_train.evaluation.results import (
     Checkpoint,
     Result,
@@ -28,7 +29,6 @@ from hybrid_train.evaluation.runner import (
     ItemResult,
     Measure,
     Questions,
-    Reader,
     Subject,
     digest,
 )

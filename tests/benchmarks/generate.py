@@ -328,16 +328,23 @@ def show(work: str, found: dict[str, list[list[Seconds]]], least: Seconds | None
 
 def make(settings: Sequence[str], folder: Path) -> None:
     """Write an untrained run, and its export."""
+    from hybrid_train.hf.write import export_checkpoint
+
+    untrained_run(["train.sequence_length=1024", *settings], folder)
+    export_checkpoint(folder / "run", folder / "hf", None, 2**40)
+
+
+def untrained_run(settings: Sequence[str], folder: Path) -> int:
+    """Write an untrained run to `run` in a folder; return the size of its vocabulary."""
     from hybrid_train.checkpoint import store
     from hybrid_train.config import frozen
-    from hybrid_train.hf.write import export_checkpoint
     from hybrid_train.jobs.networks import build_engine
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
     from hybrid_train.model.build import build_model
     from hybrid_train.training.hooks.checkpointing import content_of
 
     base = ["experiment=tiny_cpu", "precision=fp32", f"run_dir={folder / 'run'}"]
-    job = compose("train", [*base, "train.sequence_length=1024", *settings])
+    job = compose("train", [*base, *settings])
     assert job.model.vocab_size is not None, "the model needs a vocabulary"
     groups = build_groups(job.parallel, job.runtime.timeout_s)
     try:
@@ -347,7 +354,7 @@ def make(settings: Sequence[str], folder: Path) -> None:
         store.save(folder / "run", content_of(engine), {"step": 0, "tokens": 0}, keep=1)
     finally:
         destroy_groups()
-    export_checkpoint(folder / "run", folder / "hf", None, 2**40)
+    return job.model.vocab_size
 
 
 def compare(options: argparse.Namespace, folder: Path, runtime: Runtime) -> bool:

@@ -30,15 +30,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import torch
 from lm_eval.api.instance import Instance
 
-from hybrid_train.config.compose import compose
 from hybrid_train.data.tokenizers import train_byte_level_bpe
 from hybrid_train.runtime.start import process
 from hybrid_train.schema.evaluation import Harness
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.runtime import Device, Runtime
+from tests.benchmarks.generate import untrained_run
 
 THEIR_BATCHES = (1, 4, 16, 64)
 OUR_TOKENS = (512, 2048, 8192)
@@ -100,26 +102,10 @@ def requests_of(kind: Kind, items: int, words: Sequence[str]) -> list[Instance]:
 
 def make(settings: Sequence[str], folder: Path, words: Sequence[str]) -> None:
     """Write an untrained run with a tokenizer, and its export."""
-    from hybrid_train.checkpoint import store
-    from hybrid_train.config import frozen
     from hybrid_train.hf.write import export_checkpoint
-    from hybrid_train.jobs.networks import build_engine
-    from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
-    from hybrid_train.model.build import build_model
-    from hybrid_train.training.hooks.checkpointing import content_of
 
-    base = ["experiment=tiny_cpu", "precision=fp32", f"run_dir={folder / 'run'}"]
-    job = compose("train", [*base, f"train.sequence_length={LONGEST}", *settings])
-    assert job.model.vocab_size is not None, "the model needs a vocabulary"
-    groups = build_groups(job.parallel, job.runtime.timeout_s)
-    try:
-        built = build_model(job, groups, job.model.vocab_size, on_gpu=False)
-        engine = build_engine(job, built, groups, torch.device("cpu"))
-        frozen.freeze(job, folder / "run")
-        store.save(folder / "run", content_of(engine), {"step": 0, "tokens": 0}, keep=1)
-    finally:
-        destroy_groups()
-    tokenizer = train_byte_level_bpe(words, job.model.vocab_size)
+    vocab_size = untrained_run([f"train.sequence_length={LONGEST}", *settings], folder)
+    tokenizer = train_byte_level_bpe(words, vocab_size)
     tokenizer.save(folder / "run" / "tokenizer")
     export_checkpoint(folder / "run", folder / "hf", None, 2**40)
 

@@ -57,10 +57,7 @@ def build() -> Iterator[Build]:
             job.model.layers = UNEQUAL if unequal else []
             on_gpu = torch.cuda.is_available()
             built = build_model(job, groups, VOCAB, on_gpu=on_gpu)
-            # New weights are small: every layer would be a faint echo of the embedding.
-            for name, weight in built.chunks[0].named_parameters():
-                if weight.dim() == 2 and "conv" not in name:
-                    weight.data.mul_(2)
+            let_every_layer_be_felt(built.chunks[0])
             device = torch.device(torch.cuda.current_device())
             network = Network(
                 list(built.chunks), groups, device, Routing((), 0), built.balance_losses
@@ -70,6 +67,13 @@ def build() -> Iterator[Build]:
 
         yield build
         destroy_groups()
+
+
+def let_every_layer_be_felt(chunk: torch.nn.Module) -> None:
+    """Enlarge new weights: every layer would be a faint echo of the embedding."""
+    for name, weight in chunk.named_parameters():
+        if weight.dim() == 2 and "conv" not in name:
+            weight.data.mul_(2)
 
 
 def tiny_job(pattern: str, number_format: GemmFormat) -> TrainJob:

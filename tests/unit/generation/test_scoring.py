@@ -25,6 +25,7 @@ from tests.tiny import (
     tiny_engine,
     tiny_job,
 )
+from tests.unit.generation.conftest import let_every_layer_be_felt
 
 pytestmark = MEGATRON_WARNINGS
 LENGTHS = (2, 9, 33, 1, 17, 70, 16, 5, 24)  # 33 places and more are beyond a row
@@ -41,9 +42,7 @@ def groups() -> Iterator[Any]:
 def engine(request: pytest.FixtureRequest, groups: Any) -> Any:
     """An engine whose weights are large enough that every layer is felt."""
     engine = tiny_engine(tiny_job(request.param), groups)
-    for name, weight in engine.network.chunks[0].named_parameters():
-        if weight.dim() == 2 and "conv" not in name:
-            weight.data.mul_(2)
+    let_every_layer_be_felt(engine.network.chunks[0])
     return engine
 
 

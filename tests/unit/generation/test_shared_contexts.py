@@ -8,6 +8,7 @@ import torch
 
 from hybrid_train.schema.problems import UserError
 from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, VOCAB, alone, tiny_engine, tiny_job
+from tests.unit.generation.conftest import let_every_layer_be_felt
 
 pytestmark = MEGATRON_WARNINGS
 ROUNDING = 2e-5  # nats: float32 sums of another order, through six layers
@@ -25,9 +26,7 @@ def groups() -> Iterator[Any]:
 def engine(request: pytest.FixtureRequest, groups: Any) -> Any:
     """An engine whose weights are large enough that every layer is felt."""
     engine = tiny_engine(tiny_job(request.param), groups)
-    for name, weight in engine.network.chunks[0].named_parameters():
-        if weight.dim() == 2 and "conv" not in name:
-            weight.data.mul_(2)
+    let_every_layer_be_felt(engine.network.chunks[0])
     return engine
 
 
