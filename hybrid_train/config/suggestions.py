@@ -114,7 +114,7 @@ class _Search:
             path = found[0].path
             others = _without(values, path)
             numbers = self._candidates(path) if self._takes(found[0]) else []
-            candidates = dict.fromkeys([*self._hints[path], *numbers[:_TRIES]] if numbers else ())
+            candidates = [*self._hints[path], *numbers[:_TRIES]] if numbers else []
             tried = ({**others, path: value} for value in candidates)
             best = min(tried, key=lambda one: len(self._unsound(one)), default=others)
             values = best

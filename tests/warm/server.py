@@ -259,7 +259,11 @@ def run(program: list[str]) -> None:
 def leave(code: int) -> None:
     """End as Python does, but leave the taking apart of every module and object to the system.
 
-    That takes 1.5 s after a run. An end by an exception goes the whole way.
+    That takes 1.5 s after a run. An end by an exception goes the whole way, but Ctrl-C: Python
+    forgets it when what runs at its exit evaluates a string (as a named tuple does).
+
+    Args:
+        code: exit status; below zero the signal to end by.
     """
     threading._shutdown()  # type: ignore[attr-defined] # waits for threads
     atexit._run_exitfuncs()
@@ -268,6 +272,9 @@ def leave(code: int) -> None:
         sys.stderr.flush()
     except OSError:  # Python has words and a code for it
         sys.exit(code)
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code & 0xFF)
 
 
@@ -326,4 +333,7 @@ def main(listening: int) -> None:
             if not isinstance(end.code, int | None):
                 raise
             code = end.code or 0
+        except KeyboardInterrupt:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            code = -signal.SIGINT
         leave(code)

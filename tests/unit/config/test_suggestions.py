@@ -213,6 +213,11 @@ def test_what_has_no_legal_value_is_offered_none_and_the_rest_is_mended_beside_i
     assert found == {"train.phases.1.start": None, "train.phases.1.sequence_length": 64}
 
 
+def test_a_list_is_offered_as_a_list() -> None:
+    (one,) = problems("tiny", ("evaluate.task.recall.pairs", [4, 4, 16]))
+    assert str(one).endswith("; nearest: [4, 16]")
+
+
 @pytest.mark.parametrize(
     ("pattern", "path", "value"),
     [
