@@ -85,8 +85,17 @@ def register(job_name: str) -> None:
     """
     _register_groups()
     if ("job", job_name) in SCHEMAS:
-        schema = SCHEMAS["job", job_name]
-        ConfigStore.instance().store(group="schema/job", name=job_name, node=schema)
+        root = _root(SCHEMAS["job", job_name])
+        ConfigStore.instance().store(group="schema/job", name=job_name, node=root)
+
+
+def _root(schema: type[Any]) -> DictConfig:
+    """Return the schema of a job whose sections of several kinds have none yet, but take any."""
+    root = cast("DictConfig", OmegaConf.structured(schema))
+    for place, (base, _) in EXTENSION_SECTIONS.items():
+        if place in root:
+            root[place] = base
+    return root
 
 
 @cache
@@ -129,14 +138,14 @@ def sections_of(job_name: str, sections: dict[str, DictConfig]) -> Iterator[None
     if schema is None or not sections:
         yield
         return
-    root = OmegaConf.structured(schema)
+    root = _root(schema)
     for place, section in sections.items():
         root[place] = section
     store.store(group="schema/job", name=job_name, node=root)
     try:
         yield
     finally:
-        store.store(group="schema/job", name=job_name, node=schema)
+        store.store(group="schema/job", name=job_name, node=_root(schema))
 
 
 def kinds(group: str) -> dict[str, type[Any]]:

@@ -206,7 +206,7 @@ def test_a_kind_in_a_frozen_config_that_is_no_kind_is_refused(tmp_path: Path) ->
     job = compose("train", [TINY])
     job.objective.kind = "nex_token"
     freeze(job, tmp_path / "run")
-    with pytest.raises(ConfigError, match="must be one of next_token, or package"):
+    with pytest.raises(ConfigError, match="must be one of next_token, distill, or package"):
         load(tmp_path / "run")
 
 
