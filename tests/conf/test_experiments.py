@@ -26,11 +26,15 @@ OWN_DATA = (
 RECIPES = [name for name in FILES if name not in OWN_DATA]
 MODELS = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
 GPU_BYTES = 80e9
+TAUGHT = [name for name in FILES if name.startswith("distill_")]  # they need a teacher
 BLENDED = ("nemotron3_nano", "nemotron3_super", "nemotron3_ultra")  # with published weights
 PROCESSES = re.compile(r"^# processes: (\d+)", re.MULTILINE)
 LONG = {  # published tokens and sequence length of the last phases
     "nemotron_nano_v2_12b": {"long": (18.9e9, 524288)},
     "nemotron_nano_v2_9b": {"long": (2.5e9, 524288)},
+    "distill_nano_v2_9b_base": {"long": (2.5e9, 524288)},
+    "distill_nano_v2_9b": {"48k": (25e9, 49152), "256k": (1e9, 262144)},
+    "distill_nano_v2_9b_long": {"": (0.4e9, 262144)},
     "nemotron3_nano_4b": {"long": (150e9, 49152)},
     "nemotron3_nano": {"long": (121e9, 524288)},
     "nemotron3_super": {"long": (34e9, 1048576), "mixed": (17e9, 1048576)},
@@ -41,6 +45,10 @@ SHORT = {  # published tokens of the phases before
     "nemotron_h_56b": {"diverse": 12e12, "better": 4e12, "best": 3.62e12, "final": 380e9},
     "nemotron_nano_v2_12b": {"1": 12e12, "2": 6e12, "3": 2e12},
     "nemotron_nano_v2_9b": {"narrowed": 360e9},
+    "distill_nano_v2_9b_base": {"narrowed": 360e9},
+    "distill_nano_v2_9b_depth": {"shortened": 60e9},
+    "distill_nano_v2_9b": {"narrowed": 50e9},
+    "distill_nano_v2_9b_long": {},
     "nemotron3_nano_4b": {"short": 63e9},
     "nemotron3_nano": {"1": 23.5e12, "2": 1.5e12},
     "nemotron3_super": {"1": 20e12, "2": 5e12},
@@ -65,7 +73,12 @@ def data(tmp_path: Path) -> list[str]:
 
 def composed(name: str, data: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainJob:
     monkeypatch.setenv("WORLD_SIZE", str(processes(name)))
-    return compose("train", [f"experiment={name}", *data])
+    return compose("train", [f"experiment={name}", *teacher(name), *data])
+
+
+def teacher(name: str) -> list[str]:
+    """The override that names a teacher, where an experiment has one."""
+    return ["objective.teacher=runs/parent"] if name in TAUGHT else []
 
 
 def with_sources(name: str, data: list[str]) -> list[str]:
@@ -79,7 +92,8 @@ def with_sources(name: str, data: list[str]) -> list[str]:
 
 def drafted(name: str) -> list[Phase]:
     """The phases of an experiment; a plan composes without data."""
-    return compose("check", [f"experiment={name}", f"processes={processes(name)}"]).train.phases
+    lines = [f"experiment={name}", *teacher(name), f"processes={processes(name)}"]
+    return compose("check", lines).train.phases
 
 
 @pytest.mark.parametrize("name", OWN_DATA)
@@ -108,6 +122,8 @@ def test_a_recipe_mixes_the_sources_that_its_phases_name(
     if name in BLENDED:
         assert read[:3] == stated[:3]
         assert all(read)
+    elif any(stated):  # one blend for all phases
+        assert read == [stated[0]] * len(read)
     else:  # by size
         assert not any(read)
 
@@ -129,7 +145,7 @@ def test_a_source_that_a_blend_names_and_the_run_lacks_is_a_problem(data: list[s
 
 
 def test_every_named_model_has_a_recipe_of_the_same_name() -> None:
-    assert MODELS - {"tiny"} == set(FILES) - {"tiny_cpu"}
+    assert MODELS - {"tiny"} == set(FILES) - {"tiny_cpu", *TAUGHT}
 
 
 @pytest.mark.parametrize("name", RECIPES)
