@@ -23,6 +23,8 @@ _EVERY = 64  # steps between trials
 _KEPT = 8  # latest durations of each length
 _PATIENCE = 3  # times that no drafts are the best choice before they are over for good
 _OFF = -1
+_MARGIN = 1.05  # that drafts must promise over none: trials take time, and rows end within drafts
+_HOPELESS = 0.8  # of the tokens a second without drafts: they are over at once
 
 
 @dataclass
@@ -135,8 +137,10 @@ class Drafting:
     def _next(self) -> int:
         """Choose: what is still to be tried, else the length that promises most tokens a second.
 
-        Where drafts have not paid for long, the block does not even read on.
+        Where drafts have not paid for long, or are far from it, the block does not even read on.
         """
+        if not self._plan and self._hopeless():
+            return _OFF
         if not self._plan and self._steps % _EVERY == 0:
             self._best = self._promising()
             self._useless = 0 if self._best else self._useless + 1
@@ -152,9 +156,21 @@ class Drafting:
 
     def _promising(self) -> int:
         """Return the length with the most tokens a second, by what has been measured."""
-        known = {length: statistics.median(kept) for length, kept in self._seconds.items()}
+        rates = self._rates()
+        return max(rates, key=lambda length: rates[length] * (1 if length else _MARGIN))
+
+    def _hopeless(self) -> bool:
+        """Tell whether every length of drafts is far slower than none."""
+        rates = self._rates()
+        return max(rate for length, rate in rates.items() if length) < _HOPELESS * rates[0]
+
+    def _rates(self) -> dict[int, float]:
+        """Return tokens a second of a row with drafts of each length that was tried."""
         shares = self._record.shares
-        return max(known, key=lambda length: (1 + sum(shares[:length])) / known[length])
+        return {
+            length: (1 + sum(shares[:length])) / statistics.median(kept)
+            for length, kept in self._seconds.items()
+        }
 
     def _agreed(self, value: int) -> int:
         """Return what the last stage of the first ranks says: clocks differ."""

@@ -83,7 +83,12 @@ def test_auto_switches_drafts_off_where_they_do_not_pay(monkeypatch: pytest.Monk
     assert lengths[0] > 0.8 * sum(lengths.values())
 
 
-def test_the_block_reads_on_only_while_drafts_may_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("draft_s", "longest"), [(0.15, 200), (1.0, 40)], ids=["nearly pays", "far from it"]
+)
+def test_the_block_reads_on_only_while_drafts_may_pay(
+    draft_s: float, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hybrid_train.generation import drafting
 
     clock, chosen = Clock(), drafting.Drafting(network(), None, drafting.Record())
@@ -91,12 +96,12 @@ def test_the_block_reads_on_only_while_drafts_may_pay(monkeypatch: pytest.Monkey
     reads = []
     for _ in range(300):
         length = chosen.start_step()
-        clock.now += 1.0 + length
+        clock.now += 1.0 + draft_s * length
         reads.append(chosen.on)
         chosen.end_step(grown(length, [0]))
     assert reads == sorted(reads, reverse=True)
-    assert all(reads[:128])
-    assert not any(reads[200:])
+    assert all(reads[: 128 if longest == 200 else 36])  # which the first trials take
+    assert not any(reads[longest:])
 
 
 def test_auto_comes_back_to_drafts_when_the_text_becomes_easy(
