@@ -76,14 +76,24 @@ class Curve:
 
 
 def curve(lines: Sequence[Mapping[str, float]]) -> Curve:
-    """Take the losses of a run from the lines of its metrics.jsonl."""
-    validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    """Take the losses of a run from the lines of its metrics.jsonl.
+
+    Of a run whose loss is something else, as of a student, these are its cross-entropies: what runs
+    of other objectives can be compared with.
+    """
+    validated = (line for line in lines if "validation_loss" in line)
+    validations = [_cross_entropy(line, "validation_") for line in validated]
     return Curve(
         tokens=[line["tokens"] for line in lines],
-        losses=[line["loss"] for line in lines],
+        losses=[_cross_entropy(line) for line in lines],
         validation=validations[-1] if validations else math.nan,
         seconds=sum(line.get("step_time_s", 0.0) for line in lines),
     )
+
+
+def _cross_entropy(line: Mapping[str, float], part: str = "") -> float:
+    loss = line[f"{part}loss"]
+    return line.get(f"{part}cross_entropy", loss) if math.isfinite(loss) else loss
 
 
 @dataclass(frozen=True)

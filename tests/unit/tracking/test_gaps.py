@@ -130,3 +130,13 @@ def test_a_curve_is_read_from_what_a_run_logs(tmp_path: Path) -> None:
     assert (found.tokens, found.validation, found.seconds) == ([8, 16], 6.0, 0.75)
     assert found.losses[0] == 5.0
     assert math.isnan(found.mean((0.5, 1.0)))
+
+
+def test_a_student_is_compared_by_its_cross_entropy_and_not_by_its_divergence() -> None:
+    student = {"loss": 0.5, "cross_entropy": 3.0, "tokens": 10}
+    lines = [student, {**student, "validation_loss": 0.6, "validation_cross_entropy": 3.5}]
+    found = curve(lines)
+    assert list(found.losses) == [3.0, 3.0]
+    assert found.validation == 3.5
+    diverged = curve([{**student, "loss": math.nan}])
+    assert math.isnan(diverged.losses[0])
