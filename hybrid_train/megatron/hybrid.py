@@ -109,11 +109,11 @@ class Head:
             weights: of each token, [B, S].
 
         Returns:
-            The sum, with gradients; the values [B, S], without.
+            The sum, with gradients; the values [B, S] or [B, S, K], without.
         """
         by_row = weights.transpose(0, 1)
         total, values = self.layer(hidden, self.tied_weight, term=term, weights=by_row)
-        return total, values.view(by_row.shape).transpose(0, 1)
+        return total, values.view(*by_row.shape, *values.shape[1:]).transpose(0, 1)
 
     def read(self, hidden: Tensor, reading: Reading, places: Tensor) -> Tensor:
         """Return what a reading makes of the logits of some tokens, without gradients, [n, K].

@@ -1,10 +1,10 @@
 """The core of every loss on logits: chunks of tokens, a split vocabulary; and cross-entropy.
 
 A loss is a `Term`: it is told the logits of one chunk and answers with a value for each token and
-with the gradient of these logits. `weighted_sum` does the rest by hand: the chunks, their GEMMs
-with the head, and the gradients of these. No collective is differentiated, and no logits of all
-tokens exist. What is only looked at is a `Reading`: several values of each token, no gradient, and
-of the tokens that are asked for alone (`read`).
+with the gradient of these logits; it may add values that are only looked at. `weighted_sum` does
+the rest by hand: the chunks, their GEMMs with the head, and the gradients of these. No collective
+is differentiated, and no logits of all tokens exist. What is only looked at is a `Reading`: several
+values of each token, no gradient, and of the tokens that are asked for alone (`read`).
 
 Dimensions: T tokens, N tokens of a chunk, H hidden, V rows of the head, V/tp those of one rank.
 """
@@ -74,11 +74,16 @@ class HeadPart:
             log_sum = probs.new_full((len(logits),), -math.inf)
         if self.group is None:
             return Softmax(probs, None, log_sum)
-        # Sums over the ranks stay in the log domain's safe range.
-        top = log_sum.clone()
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
-        total = top + torch.log(self.summed(torch.exp(log_sum - top)))
+        total = self.log_summed(log_sum)
         return Softmax(probs, torch.exp(log_sum - total), total)
+
+    def log_summed(self, values: Tensor) -> Tensor:
+        """Return log(sum(exp(value))) over the ranks, of what each found in its columns."""
+        if self.group is None:
+            return values
+        top = values.clone()  # sums stay in the log domain's safe range
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        return top + torch.log(self.summed(torch.exp(values - top)))
 
     def columns_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the columns of tokens [N] here, [N, 1], and of which of them there are any, [N].
@@ -155,7 +160,8 @@ class Softmax:
 
 # Weights of the values, [N] -> gradient of their weighted sum by the logits, [N, V/tp].
 Pullback = Callable[[Tensor], Tensor]
-# (logits [N, V/tp], which tokens of [T] these are, head) -> values [N], pullback.
+# (logits [N, V/tp], which tokens of [T] these are, head) -> values [N] or [N, K], pullback. Of K
+# values the first is the loss, the others are looked at. The logits are the term's to overwrite.
 Term = Callable[[Tensor, slice, HeadPart], tuple[Tensor, Pullback]]
 
 
@@ -177,7 +183,7 @@ def weighted_sum(
         weights: of each token, [T] in any shape.
 
     Returns:
-        The sum, with gradients for hidden states and head; the values, [T], without.
+        The sum, with gradients for hidden states and head; the values, [T] or [T, K], without.
     """
     learns = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     total, values = _WeightedSum.apply(  # type: ignore[no-untyped-call]
@@ -321,7 +327,8 @@ class _WeightedSum(torch.autograd.Function):
                 add_gemm(of_weight, of_logits, rows[chunk])
         found = torch.cat(values)
         ctx.mark_non_differentiable(found)
-        return (found * weights).sum(), found
+        losses = found if found.dim() == 1 else found[:, 0]
+        return (losses * weights).sum(), found
 
     @staticmethod
     @once_differentiable

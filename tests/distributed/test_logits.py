@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.ops import logits as core
-from hybrid_train.ops.divergence import Comparison, Divergence, Reference
+from hybrid_train.ops.divergence import Comparison, Distillation, Reference, aligned
 from hybrid_train.ops.logits import CrossEntropy, HeadPart, LabelScores, read, weighted_sum
 from tests.distributed.launch import RankFailedError, run_distributed
 from tests.unit.ops.test_logits import entropy
@@ -25,8 +25,7 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
     labels = torch.randint(vocab_size, (LENGTH * SEQUENCES,), generator=generator)
     weights = torch.rand(LENGTH * SEQUENCES, **kind)
     one, here = _references(rows, vocab_size)
-    of_both: list[tuple[Any, Any]] = [(each, each) for each in (CrossEntropy(labels), entropy)]
-    for alone, term in (*of_both, (Divergence(one), Divergence(here))):
+    for alone, term in _terms(rows, vocab_size, labels):
         for chunk in (LENGTH * SEQUENCES, 5):
             core.CHUNK_ELEMENTS = chunk * rows
             whole = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
@@ -60,16 +59,40 @@ def _compare_with_one_process(rows: int, vocab_size: int, *, split: bool) -> Non
     _assert_close(read(own, part, term, places), expected)
 
 
-def _references(rows: int, vocab_size: int) -> tuple[Reference, Reference]:
-    """Another model, as one process has it and as this rank does."""
-    kind: dict[str, Any] = {"generator": torch.Generator().manual_seed(1), "dtype": torch.float64}
+def _terms(rows: int, vocab_size: int, labels: torch.Tensor) -> list[tuple[Any, Any]]:
+    """Terms of the logits, each as one process has it and as this rank does."""
+    found: list[tuple[Any, Any]] = [(each, each) for each in (CrossEntropy(labels), entropy)]
+    pairs = _references(rows, vocab_size), _references(rows, vocab_size, 2)
+    for settings in SETTINGS:
+        teachers = ([(0.75, first), (0.25, second)] for first, second in zip(*pairs, strict=True))
+        alone, split_up = (Distillation(each, labels, **settings) for each in teachers)
+        found.append((alone, split_up))
+    return found
+
+
+def _references(rows: int, vocab_size: int, seed: int = 1) -> tuple[Reference, Reference]:
+    """Another model, as one process has it and as this rank does; the second has more padding."""
+    kind: dict[str, Any] = {
+        "generator": torch.Generator().manual_seed(seed),
+        "dtype": torch.float64,
+    }
+    size, rank = dist.get_world_size(), dist.get_rank()
+    rows += (seed - 1) * 3 * size
     head = torch.randn(rows, WIDTH, **kind)
     hidden = torch.randn(LENGTH * SEQUENCES, WIDTH, **kind)
-    own = head.chunk(dist.get_world_size())[dist.get_rank()]
+    own = HeadPart(head.chunk(size)[rank], vocab_size, dist.group.WORLD)
+    model = HeadPart(head[: rows // size - (seed - 1) * 3], vocab_size, dist.group.WORLD)
     return (
         Reference(hidden, HeadPart(head, vocab_size)),
-        Reference(hidden, HeadPart(own, vocab_size, dist.group.WORLD)),
+        Reference(hidden, aligned(own, model)),
     )
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 2.0, "reverse_share": 0.4, "cross_entropy_share": 0.3},
+    {"top_k": 4, "temperature": 2.0, "reverse_share": 0.4, "agreement": True},
+]
 
 
 def _assert_close(found: Any, expected: Any) -> None:

@@ -4,21 +4,23 @@ What several processes make of it is in tests/distributed/test_logits.py.
 """
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.ops.divergence import Comparison, Divergence, Reference
+from hybrid_train.ops import divergence
+from hybrid_train.ops.divergence import Comparison, Distillation, Reference, TopTokens
 from hybrid_train.ops.logits import HeadPart, read, weighted_sum
 from tests.unit.ops.test_logits import ROWS, SPREAD, TOKENS, VOCAB, in_chunks_of, operands
 
 WIDTH = 5  # of the reference, which may be another model than the student
 
 
-def reference(spread: float = SPREAD) -> Reference:
+def reference(spread: float = SPREAD, seed: int = 7) -> Reference:
     """Another model: its hidden states, and a head with large rows of padding."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(TOKENS, WIDTH, generator=generator)
     weight = torch.randn(ROWS, WIDTH, generator=generator) * spread / WIDTH**0.5
     weight[VOCAB:] *= 10
@@ -35,24 +37,131 @@ def by_definition(theirs: Tensor, mine: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-@pytest.mark.parametrize("chunk", [TOKENS, 8, 7], ids="chunk={}".format)
+def exactly(
+    logits: Tensor,
+    targets: list[Tensor],
+    labels: Tensor,
+    *,
+    t: float = 1.0,
+    r: float = 0.0,
+    c: float = 0.0,
+    k: int | None = None,
+) -> Tensor:
+    """The loss of each token in float64, [T], by its definition; targets are logits, [T, V]."""
+    q = (logits / t).log_softmax(-1)
+    cross_entropy = -logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    total = torch.zeros_like(cross_entropy)
+    for weight, target in zip(WEIGHTS, targets, strict=False):
+        p = (target / t).log_softmax(-1)
+        entries = (p, q) if k is None else (entries_of(p, p, k), entries_of(q, p, k))
+        forward = (entries[0].exp() * (entries[0] - entries[1])).sum(-1)
+        backward = (entries[1].exp() * (entries[1] - entries[0])).sum(-1)
+        total += weight * t**2 * ((1 - r) * forward + r * backward)
+    return (1 - c) * total + c * cross_entropy
+
+
+def entries_of(log_probs: Tensor, chosen_by: Tensor, k: int) -> Tensor:
+    """The k tokens that a distribution holds for the most likely, and one entry for all others."""
+    order = chosen_by.argsort(-1, descending=True)
+    ranked = log_probs.gather(-1, order)
+    return torch.cat([ranked[:, :k], ranked[:, k:].logsumexp(-1, keepdim=True)], dim=-1)
+
+
+WEIGHTS = (0.75, 0.25)  # of two teachers
+SETTINGS = {
+    "forward": {},
+    "reverse": {"r": 1.0},
+    "mixed": {"r": 0.3},
+    "warm": {"t": 2.5},
+    "with labels": {"c": 0.4},
+    "all at once": {"r": 0.3, "t": 0.7, "c": 0.4},
+    "top 3": {"k": 3},
+    "top 3 at once": {"k": 3, "r": 0.3, "t": 0.7, "c": 0.4},
+    "top 1 in reverse": {"k": 1, "r": 1.0},
+}
+
+
+def term(targets: list[Reference], labels: Tensor, settings: dict[str, float]) -> Distillation:
+    names = {"t": "temperature", "r": "reverse_share", "c": "cross_entropy_share", "k": "top_k"}
+    given = {names[key]: value for key, value in settings.items()}
+    weights = WEIGHTS if len(targets) > 1 else (1.0,)
+    return Distillation(list(zip(weights, targets, strict=True)), labels, **given)  # type: ignore[arg-type]
+
+
+def some_labels() -> Tensor:
+    return torch.randint(VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("teachers", [1, 2], ids="teachers={}".format)
+@pytest.mark.parametrize("chunk", [TOKENS, 7], ids="chunk={}".format)
+@pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("spread", [1.0, SPREAD])
-def test_divergence_and_its_gradients_equal_those_of_autograd(
-    spread: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+def test_the_loss_and_its_gradients_equal_those_of_autograd(
+    spread: float, name: str, chunk: int, teachers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_chunks_of(chunk, monkeypatch)
-    other, (hidden, weight, weights) = reference(spread), operands()
-    total, values = weighted_sum(hidden, HeadPart(weight, VOCAB), Divergence(other), weights)
+    monkeypatch.setattr(divergence, "_BLOCK_ELEMENTS", 3 * ROWS)
+    settings, labels = SETTINGS[name], some_labels()
+    others = [reference(spread), reference(0.5 * spread, seed=8)][:teachers]
+    hidden, weight, weights = operands()
+    exact = [one.detach().double().requires_grad_() for one in (hidden, weight)]
+    given = WEIGHTS if teachers == 2 else (1.0,)
+    monkeypatch.setattr(sys.modules[__name__], "WEIGHTS", given)
+    loss = term(others, labels, settings)
+    total, values = weighted_sum(hidden, HeadPart(weight, VOCAB), loss, weights)
     found = torch.autograd.grad(3 * total, (hidden, weight))
 
-    exact = [one.detach().double().requires_grad_() for one in (hidden, weight)]
-    expected = by_definition(logits_of(other), exact[0] @ exact[1][:VOCAB].T)
+    expected = exactly(
+        exact[0] @ exact[1][:VOCAB].T, [logits_of(one) for one in others], labels, **settings
+    )
     wanted = torch.autograd.grad(3 * (expected * weights).sum(), exact)
-    rounding = 8 * SPREAD * 3 * torch.finfo(torch.float32).eps  # as for terms of test_logits.py
-    torch.testing.assert_close(values, expected.detach().float(), rtol=1e-5, atol=rounding)
+    rounding = 16 * SPREAD * 3 * torch.finfo(torch.float32).eps  # as for terms of test_logits.py
+    rounding *= max(1.0, settings.get("t", 1.0), 1 / settings.get("t", 1.0)) ** 2
+    torch.testing.assert_close(values[:, 0], expected.detach().float(), rtol=2e-5, atol=rounding)
     for one, gradient in zip(found, wanted, strict=True):
         atol = rounding * max(1.0, gradient.abs().max().item())
         torch.testing.assert_close(one, gradient.float(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("reverse", [0.0, 0.3, 1.0])
+def test_stored_tokens_of_a_teacher_say_what_the_teacher_itself_would(reverse: float) -> None:
+    other, (hidden, weight, weights) = reference(3.0), operands()
+    logits, labels = logits_of(other).float(), some_labels()
+    top = logits.topk(4)
+    stored = TopTokens(top.indices.int(), top.values, logits.logsumexp(-1))
+    head, found = HeadPart(weight, VOCAB), []
+    for target in (other, stored):
+        loss = Distillation([(1.0, target)], labels, reverse_share=reverse, top_k=4)
+        total, values = weighted_sum(hidden, head, loss, weights)
+        found.append((values, *torch.autograd.grad(total, (hidden, weight))))
+    # What is left for the others is 1 - sum here, with the rounding of a float32 that is near 1.
+    for one, same in zip(*found, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="stored tokens have the probabilities of"):
+        Distillation([(1.0, stored)], labels, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SETTINGS if "label" not in name and "once" not in name]
+)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(name: str) -> None:
+    other = reference()
+    hidden = other.hidden.clone().requires_grad_()
+    weight = other.head.weight.clone().requires_grad_()
+    loss = term([other], some_labels(), SETTINGS[name])
+    total, values = weighted_sum(hidden, HeadPart(weight, VOCAB), loss, torch.ones(TOKENS))
+    grads = torch.autograd.grad(total, (hidden, weight))
+    rounding = 8 * SPREAD * torch.finfo(torch.float32).eps if "top" in name else 0.0
+    for one in (values[:, :2], *grads):
+        assert one.abs().max() <= rounding
+
+
+def test_agreement_is_that_of_the_greedy_tokens_with_the_first_teacher() -> None:
+    others, (hidden, weight, weights) = [reference(), reference(seed=8)], operands()
+    loss = Distillation(list(zip(WEIGHTS, others, strict=True)), some_labels(), agreement=True)
+    _, values = weighted_sum(hidden, HeadPart(weight, VOCAB), loss, weights)
+    mine = (hidden.double() @ weight.double()[:VOCAB].T).argmax(-1)
+    assert torch.equal(values[:, 3] == 1, mine == logits_of(others[0]).argmax(-1))
 
 
 @pytest.mark.parametrize("chunk", [TOKENS, 7], ids="chunk={}".format)
