@@ -1,7 +1,7 @@
 """Networks into a checkpoint, and a checkpoint into networks of any layout.
 
-A model and a checkpoint may differ in the layers of multi-token prediction (MTP) alone: they serve
-training, and a run may begin or end with them.
+A model and a checkpoint may differ in what serves training alone, and a run may begin or end with:
+the layers of multi-token prediction (MTP), and the projections of a student's hidden states.
 """
 
 import json
@@ -48,7 +48,7 @@ from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted
 
 _BESIDE_WEIGHTS = ("optimizer.", "random.")
-_MTP = "mtp."
+_OF_TRAINING = ("mtp.", "hidden_projections.")
 _NAMED = 3  # tensors named in an error
 # What reading damaged files raises; CheckpointException is no Exception.
 _DAMAGE_ERRORS = (
@@ -302,12 +302,12 @@ def compare_weights(folder: Path, stored: Stored, shards: Sequence[Shard]) -> Di
     """Compare a checkpoint with the model of all processes; say what differs.
 
     Raises:
-        UserError: if more than MTP differs.
+        UserError: if more differs than what serves training alone.
     """
     wanted = _of_all_processes(shard.weight.key for shard in shards)
     saved = {key for key in stored if not key.startswith(_BESIDE_WEIGHTS)}
     differences = Differences(frozenset(wanted - saved), frozenset(saved - wanted))
-    foreign = [key for key in differences.new | differences.dropped if not _is_of_mtp(key)]
+    foreign = [key for key in differences.new | differences.dropped if not _serves_training(key)]
     if foreign:
         error = UserError(
             f"{folder} is of another model; only MTP may be added or dropped\n"
@@ -328,8 +328,9 @@ def compare_weights(folder: Path, stored: Stored, shards: Sequence[Shard]) -> Di
     return differences
 
 
-def _is_of_mtp(key: str) -> bool:
-    return key.rpartition("/")[2].startswith(_MTP)  # behind the name of the network, if it has one
+def _serves_training(key: str) -> bool:
+    name = key.rpartition("/")[2]  # behind the name of the network, if it has one
+    return name.startswith(_OF_TRAINING)
 
 
 def _of_all_processes(keys: Iterable[str]) -> set[str]:

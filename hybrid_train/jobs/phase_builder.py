@@ -86,6 +86,7 @@ class PhaseBuilder:
         engine = _engine(phase_span.job, groups, self.data, self.device)
         store.load(found, content_of(engine))
         engine.steps_done = run.state.step
+        engine.objective.load_state_dict(run.state.objective)
         run.engine = engine
 
     def _bring_into(self, run: Run, phase_span: PhaseSpan) -> None:

@@ -385,6 +385,7 @@ def restore(start: Start, run: Run) -> None:
     else:
         store.load(start.found, content_of(engine))
         run.batches.load_state_dict(run.state.batches)
+        engine.objective.load_state_dict(run.state.objective)
 
 
 def bad_steps(job: TrainJob, start: Start, phase_start: int) -> BadSteps:

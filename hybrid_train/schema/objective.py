@@ -54,6 +54,24 @@ class MtpTarget(enum.Enum):
     off = "off"  # nothing: no gradient reaches the MTP blocks
 
 
+class HiddenLoss(enum.Enum):
+    """How far a student's hidden states are from its teacher's."""
+
+    mse = "mse"  # mean of the squared differences of channels
+    cosine = "cosine"  # 1 - cosine
+
+
+@dataclass(kw_only=True)
+class HiddenStates:
+    """Layers whose hidden states are drawn to those of layers of the teacher."""
+
+    layers: dict[int, int] = field(
+        default_factory=dict
+    )  # student's: teacher's, from 1; empty: none
+    kind: HiddenLoss = HiddenLoss.mse
+    weight: Factor | None = None  # null: such that they count as much as the divergence
+
+
 @dataclass(kw_only=True)
 class WeighedTeacher:
     """One of several teachers."""
@@ -81,6 +99,7 @@ class Distill(ObjectiveSettings):
     temperature: Annotated[float, Range(0.01, 100)] = 1.0  # divides both logits of a divergence
     cross_entropy_share: Share = 0.0  # of the labels in the loss; the rest is the divergence
     top_k: Size | None = None  # tokens of the teacher, and one entry for all others; null: all
+    hidden: HiddenStates = field(default_factory=HiddenStates)
     mtp: MtpTarget = MtpTarget.divergence
     mtp_loss_scale: Factor = 0.1  # weight of the mean of the MTP losses
 

@@ -112,6 +112,9 @@ def run_objective(
         sums[: len(terms)] += torch.stack([report["sums"] for report in reports]).sum(dim=0)
         for batch, report in zip(microbatches, reports, strict=True):
             _add_by_source(sums[len(terms) :], batch, report["rows"])
+    recorded = objective.recorded()
+    if recorded is not None:
+        sums[: len(terms)] += recorded
     names = (*objective.names, *(f"loss/{name}" for name in sources))
     drawn = dict(zip(sources, map(int, counts[told:-1].tolist()), strict=True))
     return Losses(names, sums, counts[:told], drawn)
@@ -186,6 +189,8 @@ class Engine:
             end = tokens_seen + sequences * self.sequence_length
             where = f"tokens {tokens_seen} to {end}{_sources_in_words(taken.drawn)}"
             raise NonFiniteError(f"step {self.steps_done + 1}: {taken.skipped}; {where}")
+        if not taken.skipped:
+            self.objective.took(taken.metrics)
         loss = taken.metrics.pop(self.objective.names[0], math.nan)
         if bad_steps is not None:
             bad_steps.skipped() if taken.skipped else bad_steps.took(loss)

@@ -27,13 +27,14 @@ class TrainState:
     """Position of a run; saved with every checkpoint.
 
     The tokens say which data is next, where that follows from config and data; another source of
-    batches keeps plain data of its own beside them.
+    batches and an objective may keep plain data of their own beside them.
     """
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens seen by all ranks
     source_tokens: dict[str, int] = field(default_factory=dict)  # the labels of each source
     batches: dict[str, Any] = field(default_factory=dict)  # see data.loader.BatchSource
+    objective: dict[str, float] = field(default_factory=dict)  # see Objective.state_dict
 
     def advance(self, *, tokens: int, source_tokens: Mapping[str, int]) -> None:
         """Count one step."""
@@ -43,10 +44,11 @@ class TrainState:
             self.source_tokens[source] = self.source_tokens.get(source, 0) + count
 
     def position(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; a source of batches without a state takes no place."""
+        """Return what a checkpoint keeps; what has no state takes no place."""
         found = asdict(self)
-        if not self.batches:
-            del found["batches"]
+        for name in ("batches", "objective"):
+            if not found[name]:
+                del found[name]
         return found
 
 

@@ -64,6 +64,24 @@ class Objective(Protocol):
         """Run the model on one microbatch; `totals` are the counts summed over all ranks."""
         ...
 
+    def recorded(self) -> Tensor | None:
+        """Return what passes of this process have summed up of the terms beside their reports.
+
+        [terms], of the tokens that this process alone speaks for, since the last call; None where
+        there is nothing of the kind.
+        """
+        return None
+
+    def took(self, metrics: Mapping[str, float]) -> None:
+        """Hear what a step came to that was taken: the means of the terms, by their names."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what of past steps the next one depends on; it is saved with the position."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a state."""
+
 
 @dataclass(frozen=True)
 class Given:

@@ -136,6 +136,7 @@ class SaveCheckpoints(Hook):
         start = time.perf_counter()
         self._saved_step = run.state.step
         run.state.batches = run.batches.state_dict()
+        run.state.objective = run.engine.objective.state_dict()
         saving = store.start(
             self._run_dir,
             content_of(run.engine),
