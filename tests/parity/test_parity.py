@@ -82,7 +82,13 @@ def test_a_random_legal_case_computes_what_one_process_computes(suite: Suite, se
 
 
 @pytest.mark.parametrize(
-    "name", sampled(FAULTS, "MTP denominator of one rank", "expert counted twice", "slot of the microbatch before")
+    "name",
+    sampled(
+        FAULTS,
+        "MTP denominator of one rank",
+        "expert counted twice",
+        "slot of the microbatch before",
+    ),
 )
 def test_a_planted_fault_is_noticed_where_it_is(suite: Suite, name: str) -> None:
     fault = FAULTS[name]
