@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hybrid_train.checkpoint import layout, store
+from hybrid_train.checkpoint import layout
 from hybrid_train.config import checks, frozen
 from hybrid_train.data import record as data_record
 from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary, open_tokenizer
-from hybrid_train.runtime import ranks
 from hybrid_train.schema.objective import SELF, Distill, MtpTarget, WeighedTeacher
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
@@ -60,30 +59,21 @@ def weighed(settings: Distill) -> list[WeighedTeacher]:
 
 
 def choose(job: TrainJob, *, goes_on: bool) -> list[ChosenTeacher]:
-    """Find the teachers of a run, before anything of it is written; every process calls this.
+    """Find the teachers of a run, before anything of it is written.
 
     Args:
         job: the run.
         goes_on: whether it goes on from a checkpoint of its own.
 
     Raises:
-        UserError: if one is not there, is damaged, or is not the one that the run began with.
+        UserError: if one is not there, or is not the one that the run began with.
     """
     settings = job.objective
     if not isinstance(settings, Distill) or settings.targets is not None:
         return []
-    run_dir = Path(job.run_dir)
-
-    def find() -> list[ChosenTeacher]:
-        if goes_on:
-            return list(_as_recorded(run_dir))
-        return [_found(one.checkpoint, job) for one in weighed(settings)]
-
-    chosen = ranks.broadcast_from_main(find)
-    for one in chosen:
-        if damaged := store.damages(one.found):
-            raise _refused(f"teacher {one.found.path} is damaged: {damaged}; take another one")
-    return chosen
+    if goes_on:
+        return list(_as_recorded(Path(job.run_dir)))
+    return [_found(one.checkpoint, job) for one in weighed(settings)]
 
 
 def _found(source: str, job: TrainJob) -> ChosenTeacher:
@@ -153,7 +143,10 @@ def write_record(run_dir: Path, chosen: Sequence[ChosenTeacher]) -> None:
 
 
 def require_usable(
-    chosen: Sequence[ChosenTeacher], jobs: Sequence[TrainJob], tokenizer: AnyTokenizer
+    chosen: Sequence[ChosenTeacher],
+    jobs: Sequence[TrainJob],
+    tokenizer: AnyTokenizer,
+    processes: int,
 ) -> None:
     """Refuse teachers that a run cannot learn from: of other tokens, or whole where it is split.
 
@@ -161,6 +154,7 @@ def require_usable(
         chosen: the teachers.
         jobs: of the run, one for each phase, with its vocabulary.
         tokenizer: of its data.
+        processes: that it has.
 
     Raises:
         UserError: naming the teacher; on all processes.
@@ -168,7 +162,7 @@ def require_usable(
     for one in chosen:
         _require_same_tokens(one, jobs[0], tokenizer)
         for job in jobs:
-            _require_split(one, job)
+            _require_split(one, job, processes)
 
 
 def _require_same_tokens(one: ChosenTeacher, job: TrainJob, tokenizer: AnyTokenizer) -> None:
@@ -188,14 +182,14 @@ def _require_same_tokens(one: ChosenTeacher, job: TrainJob, tokenizer: AnyTokeni
     _require_depths(one, parse(model.pattern).mtp_depths, job)
 
 
-def _require_split(one: ChosenTeacher, job: TrainJob) -> None:
+def _require_split(one: ChosenTeacher, job: TrainJob, processes: int) -> None:
     """Refuse a layout of the run that a teacher, which has its processes, cannot be split into."""
     teacher = frozen.load(Path(one.run_dir))
     teacher.model.pattern = teacher.model.pattern.replace("|", "")
     has_experts = "E" in teacher.model.pattern
     teacher.parallel = replace(job.parallel, expert=job.parallel.expert if has_experts else 1)
     teacher.runtime = job.runtime
-    if problems := list(checks.split_problems(teacher, ranks.world_size())):
+    if problems := list(checks.split_problems(teacher, processes)):
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise _refused(
             f"teacher {one.source} has the layout of this run, and cannot be split so:\n{lines}"

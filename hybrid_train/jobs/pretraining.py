@@ -106,7 +106,7 @@ class Start:
 def train(job: TrainJob, device: torch.device) -> int:
     """Run a checked job; return 0, or 128 + signal if a signal stopped it after a save."""
     start = claim(job)
-    teachers = teacher_record.choose(job, goes_on=start.is_own)
+    teachers = choose_teachers(job, start)
     if start.found and start.state().tokens >= tokens(job.train.tokens):
         _log.info(
             "%s is complete: %d tokens of train.tokens=%s; a larger train.tokens trains on",
@@ -141,7 +141,9 @@ def _attempt(
     """Open the data, refuse what cannot go on, and train; the history says how it ended."""
     run_dir, state, phases = Path(job.run_dir), start.state(), lay_out(job)
     data = open_run_data(job, phases, start)
-    teacher_record.require_usable(teachers, [one.job for one in phases], data.tokenizer)
+    teacher_record.require_usable(
+        teachers, [one.job for one in phases], data.tokenizer, ranks.world_size()
+    )
     record = same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
@@ -309,6 +311,17 @@ def claim(job: TrainJob) -> Start:
     weights_only = job.checkpoint.load_only is not None
     _log.info("starting from %s of %s", "the weights" if weights_only else "all", found.path)
     return Start(found, weights_only)
+
+
+def choose_teachers(job: TrainJob, start: Start) -> list[ChosenTeacher]:
+    """Find the checkpoints that a student learns from, whole; there are none without a teacher."""
+    chosen = ranks.broadcast_from_main(lambda: teacher_record.choose(job, goes_on=start.is_own))
+    for one in chosen:
+        if damaged := store.damages(one.found):
+            error = UserError(f"teacher {one.found.path} is damaged: {damaged}; take another one")
+            error.on_all_ranks = True
+            raise error
+    return chosen
 
 
 def _set_aside(found: layout.Found, damaged: str) -> None:
