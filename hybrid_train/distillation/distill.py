@@ -3,7 +3,8 @@
 Dimensions: B batch, S sequence, D prediction depths, K values of a token.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.distillation.hidden_states import HiddenStates, TeacherStates
 from hybrid_train.distillation.teacher_record import read_record, weighed
 from hybrid_train.distillation.teachers import Teacher
 from hybrid_train.megatron.hybrid import Outputs
@@ -22,6 +24,8 @@ from hybrid_train.schema.objective import MtpTarget
 from hybrid_train.training.next_token import Depths
 from hybrid_train.training.objective import Given, LossFunction, Objective
 
+_HIDDEN = "hidden_loss"
+_HIDDEN_WEIGHT = "hidden_weight"  # in the state
 _OF_A_TOKEN = ("loss", "divergence", "cross_entropy", "agreement")  # what the main head says of it
 
 
@@ -40,7 +44,18 @@ class Distill(Objective):
         self._depths = Depths(given, settings.mtp_loss_scale)
         if settings.mtp is MtpTarget.off:
             self._depths.number = 0
-        self.names = (*_OF_A_TOKEN, *self._depths.names)
+        self._hidden = self._draw_hidden_states()
+        of_hidden = () if self._hidden is None else (_HIDDEN,)
+        self.names = (*_OF_A_TOKEN, *self._depths.names, *of_hidden)
+
+    def _draw_hidden_states(self) -> HiddenStates | None:
+        """Listen to layers of the first teacher and of the student, if any are named."""
+        settings = self._settings.hidden
+        if not settings.layers:
+            return None
+        teacher = self._teachers[0]
+        teacher.states = states = TeacherStates(teacher.network, settings)
+        return ranks.all_or_none(lambda: HiddenStates(settings, self._student, states))
 
     def prepare(self, batches: Sequence[Batch]) -> list[Batch]:
         if not self._shared:  # not before: the student has got its weights by now
@@ -57,17 +72,36 @@ class Distill(Objective):
         main = by_depth[:1].repeat(len(_OF_A_TOKEN))
         if torch.is_grad_enabled():
             main[-1] = 0.0
-        return torch.cat([main, by_depth[1:]])
+        of_hidden = by_depth[:0] if self._hidden is None else by_depth[:1]
+        return torch.cat([main, by_depth[1:], of_hidden])
 
     def forward(self, model: Module, batch: Batch, totals: Tensor) -> tuple[Tensor, LossFunction]:
-        output = model(
-            batch.tokens,
-            batch.position_ids if self._depths.number else None,
-            sequence_index=batch.sequence_index,
-            padding=batch.padding,
-            read=lambda outputs: self._read(outputs, batch, totals),
-        )
-        return output, _report
+        with contextlib.nullcontext() if self._hidden is None else self._hidden.seeing(batch):
+            output = model(
+                batch.tokens,
+                batch.position_ids if self._depths.number else None,
+                sequence_index=batch.sequence_index,
+                padding=batch.padding,
+                read=lambda outputs: self._read(outputs, batch, totals),
+            )
+        return output, self._report
+
+    def recorded(self) -> Tensor | None:
+        if self._hidden is None:
+            return None
+        of_hidden = self._hidden.take()
+        return torch.cat([of_hidden.new_zeros(len(self.names) - 1), of_hidden[None]])
+
+    def took(self, metrics: Mapping[str, float]) -> None:
+        if self._hidden is not None:
+            self._hidden.balance(metrics["divergence"], metrics[_HIDDEN])
+
+    def state_dict(self) -> dict[str, float]:
+        return {} if self._hidden is None else {_HIDDEN_WEIGHT: self._hidden.weight}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if self._hidden is not None:
+            self._hidden.weight = state.get(_HIDDEN_WEIGHT, self._hidden.weight)
 
     @property
     def _mtp_from_teacher(self) -> bool:
@@ -82,7 +116,8 @@ class Distill(Objective):
             The sum; values of the main head, [B, S, K]; losses of the MTP depths, [D, B, S]; masks
             of all, [1 + D, B, S].
         """
-        by_depth = torch.cat([totals[:1], totals[len(_OF_A_TOKEN) :]])
+        depths = totals[len(_OF_A_TOKEN) : len(_OF_A_TOKEN) + self._depths.number]
+        by_depth = torch.cat([totals[:1], depths])
         factors, masks = self._depths.factors(by_depth), self._depths.masks(batch)
         labels = self._depths(batch.labels, batch)
         found = []
@@ -94,6 +129,15 @@ class Distill(Objective):
         of_depths = [one[..., 0] if one.dim() > masks[0].dim() else one for one in values[1:]]
         losses = torch.stack(of_depths) if of_depths else masks[1:]
         return torch.stack(sums).sum(), values[0], losses, masks
+
+    def _report(self, output: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        total, values, losses, masks = output  # as read
+        weighed = values * masks[0][..., None]
+        sums = weighed.new_zeros(len(self.names))
+        sums[: values.shape[-1]] = weighed.sum(dim=(0, 1))
+        of_depths = (losses * masks[1:]).sum(dim=(1, 2))
+        sums[len(_OF_A_TOKEN) : len(_OF_A_TOKEN) + len(of_depths)] = of_depths
+        return total, masks[0].sum().int(), {"sums": sums, "rows": weighed[..., 0].sum(dim=1)}
 
     def _term(self, batch: Batch, labels: Tensor, head: HeadPart, number: int) -> Term:
         """Return the term of the main head, 0, or of an MTP depth, from 1."""
@@ -111,15 +155,6 @@ class Distill(Objective):
             settings.top_k,
             agreement=not number and not torch.is_grad_enabled(),
         )
-
-
-def _report(output: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    total, values, losses, masks = output  # as read
-    weighed = values * masks[0][..., None]
-    main = weighed.new_zeros(len(_OF_A_TOKEN))
-    main[: values.shape[-1]] = weighed.sum(dim=(0, 1))
-    sums = torch.cat([main, (losses * masks[1:]).sum(dim=(1, 2))])
-    return total, masks[0].sum().int(), {"sums": sums, "rows": weighed[..., 0].sum(dim=1)}
 
 
 def _load_teachers(settings: schema.Distill, given: Given) -> list[Teacher]:

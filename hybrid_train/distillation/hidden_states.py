@@ -17,6 +17,7 @@ Dimensions: B batch, S sequence of this context rank, S/tp with sequence paralle
 channels, H' teacher's.
 """
 
+import contextlib
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -160,9 +161,14 @@ class HiddenStates:
                 projection = getattr(bare, PROJECTIONS)[str(number)]
                 layer.register_forward_hook(self._add(projection, f"{_EXTRA}.{theirs}"))
 
-    def start(self, batch: Batch | None) -> None:
-        """Say which microbatch the layers see next; None: none that has a teacher's states."""
+    @contextlib.contextmanager
+    def seeing(self, batch: Batch) -> Iterator[None]:
+        """Say which microbatch the layers see; outside of this they see none of a teacher's."""
         self._batch = batch
+        try:
+            yield
+        finally:
+            self._batch = None
 
     def _add(self, projection: Module, extra: str) -> Any:
         def hook(_: Module, __: Any, output: Any) -> Any:

@@ -9,7 +9,7 @@ Dimensions: B rows of a microbatch, S places of a row on this context rank, H hi
 teacher, T = S x B tokens, sequence before batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.distillation.hidden_states import TeacherStates
 from hybrid_train.megatron.forward_backward import run_schedule
 from hybrid_train.megatron.hybrid import Head, Hybrid
 from hybrid_train.ops.divergence import Reference, aligned
@@ -37,12 +38,14 @@ class Teacher:
         weight: of its divergence; those of all teachers sum to 1.
         network: frozen, under the layout of the student.
         number: of the teacher, from 0; names its slots.
+        states: keeps what some of its layers hand on; None: nobody asks.
     """
 
     label: str
     weight: float
     network: Network
     number: int = 0
+    states: TeacherStates | None = None
     _head: HeadPart | None = field(default=None, init=False)
 
     def run_ahead(self, batches: Sequence[Batch], *, with_mtp: bool) -> list[Batch]:
@@ -55,7 +58,7 @@ class Teacher:
         Returns:
             The microbatches; on the last pipeline stage each with its slot: token_extras
             `teacher_hidden.{number}` and `teacher_mtp_hidden.{number}.{depth}`, [B, S / tp or S,
-            H], depths from 0.
+            H], depths from 0. Where `states` listens to layers of a stage, their slots, too.
 
         Raises:
             UserError: if a hidden state is not a finite number; on all processes.
@@ -73,11 +76,13 @@ class Teacher:
             )
         slots: list[Any] = [report["hidden"] for report in reports]
         self._require_finite(slots)
-        if not slots:
-            return list(batches)
+        found = [self._named(slot) for slot in slots] or [{} for _ in batches]
+        if self.states is not None:
+            taken = self.states.take(len(batches))
+            found = [{**one, **more} for one, more in zip(found, taken, strict=True)]
         return [
-            replace(batch, token_extras={**batch.token_extras, **self._named(slot)})
-            for batch, slot in zip(batches, slots, strict=True)
+            replace(batch, token_extras={**batch.token_extras, **one})
+            for batch, one in zip(batches, found, strict=True)
         ]
 
     def share_with(self, student: Network) -> None:
@@ -109,7 +114,7 @@ class Teacher:
         whole = replace(self._head, sequence_split=student.sequence_split).gathered(hidden)
         return Reference(whole, self._head)
 
-    def _named(self, slot: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    def _named(self, slot: Sequence[Tensor]) -> dict[str, Tensor]:
         depths = (None, *range(len(slot) - 1))
         return {
             self._name(depth): hidden.transpose(0, 1)

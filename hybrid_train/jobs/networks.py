@@ -14,6 +14,8 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.save_load import read_weights
 from hybrid_train.config import checks, frozen
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
+from hybrid_train.distillation import teacher_record
+from hybrid_train.distillation.hidden_states import AddProjections
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.data_parallel import ProcessGroups, build_groups
 from hybrid_train.megatron.forward_backward import Finalizer
@@ -30,7 +32,7 @@ from hybrid_train.schema.extension import built_from, implementation_of
 from hybrid_train.schema.gpu import CudaGraphs
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
-from hybrid_train.schema.objective import MAIN
+from hybrid_train.schema.objective import MAIN, Distill
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Backend, GemmFormat, Precision
 from hybrid_train.schema.problems import ConfigError, UserError
@@ -154,9 +156,20 @@ def _quantize(job: TrainJob, built: BuiltModel, groups: ProcessGroups) -> Quanti
     return QuantizedGemms(job.model, job.precision, job.train.seed, groups.tp_dp_cp)
 
 
+def _project(job: TrainJob, _: BuiltModel, __: ProcessGroups) -> AddProjections | None:
+    """Give a student whose hidden states are drawn to a teacher's the projections for it."""
+    settings = job.objective
+    if not isinstance(settings, Distill) or not settings.hidden.layers:
+        return None
+    recorded = teacher_record.read_record(Path(job.run_dir))
+    teacher = (recorded or teacher_record.choose(job, goes_on=False))[0]
+    return AddProjections(settings.hidden, frozen.load(Path(teacher.run_dir)).model.hidden_size)
+
+
 # Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
 EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] = {
     "quantize": _quantize,
+    "project": _project,
 }
 
 

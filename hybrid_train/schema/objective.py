@@ -66,9 +66,8 @@ class HiddenLoss(enum.Enum):
 class HiddenStates:
     """Layers whose hidden states are drawn to those of layers of the teacher."""
 
-    layers: dict[int, int] = field(
-        default_factory=dict
-    )  # student's: teacher's, from 1; empty: none
+    # Number of a layer of the student, from 1: of a layer of the teacher. Empty: no such loss.
+    layers: dict[int, int] = field(default_factory=dict)
     kind: HiddenLoss = HiddenLoss.mse
     weight: Factor | None = None  # null: such that they count as much as the divergence
 

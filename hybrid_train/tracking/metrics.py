@@ -80,6 +80,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("mtp_loss_{}", _NATS, "cross-entropy at an MTP depth, from 1", _loss),
         Metric("divergence", _NATS, "of a student from its teachers", _loss),
         Metric("cross_entropy", _NATS, "of the next token, of a student", _loss),
+        Metric("hidden_loss", "", "of hidden states of a student from its teacher's", _loss),
+        Metric("validation_hidden_loss", "", "the same on the validation part", _loss),
         Metric("validation_divergence", _NATS, "the same on the validation part", _loss),
         Metric("validation_cross_entropy", _NATS, "the same on the validation part", _loss),
         Metric(
