@@ -270,7 +270,8 @@ class _Gradient:
                 out += plain.log_probs(block).exp_().mul_(share)
             if self.beside is not None:
                 out += self.beside[block]
-            out = functional.pad(out, (0, logits.shape[1] - width))
+            if width < logits.shape[1]:
+                out = functional.pad(out, (0, logits.shape[1] - width))
             for column, values in self.columns:
                 out.scatter_add_(-1, column[block], values[block])
             logits[block] = out.mul_(weights[block, None])

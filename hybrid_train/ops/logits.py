@@ -325,6 +325,7 @@ class _WeightedSum(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 of_weight = _empty_sum(weight) if of_weight is None else of_weight
                 add_gemm(of_weight, of_logits, rows[chunk])
+            del of_logits  # before the next chunk has some
         found = torch.cat(values)
         ctx.mark_non_differentiable(found)
         losses = found if found.dim() == 1 else found[:, 0]
@@ -355,7 +356,7 @@ def _of_weight(
         return of_logits.t() @ rows
     total = _empty_sum(weight) if buffer is None else buffer
     if before is not None:
-        total.add_(before * grad)
+        total.addcmul_(before, grad)  # without a third tensor of this size
     add_gemm(total, of_logits, rows)
     return total.to(weight.dtype) if buffer is None else torch.zeros_like(weight)
 
