@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from hybrid_train.schema.model import (
     Moe,
     MoeSizes,
 )
-from hybrid_train.schema.objective import Distill
+from hybrid_train.schema.objective import Distill, HiddenStates
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import GemmFormat, NumberFormat, Precision
 from hybrid_train.schema.train import TrainJob
@@ -89,8 +89,13 @@ def packed(case: Case) -> Case:
     return replace(case, packed=True)
 
 
-def taught(case: Case) -> Case:
-    """Return the same case with a teacher, and all that its loss is a mixture of."""
+def taught(case: Case, layers: Mapping[int, int] | None = None) -> Case:
+    """Return the same case with a teacher, and all that its loss is a mixture of.
+
+    Args:
+        case: without one.
+        layers: of the student, and those of the teacher that their hidden states are drawn to.
+    """
     job = copy.deepcopy(case.job)
     job.objective = Distill(
         moe_aux_loss_scale=job.objective.moe_aux_loss_scale,
@@ -98,6 +103,7 @@ def taught(case: Case) -> Case:
         temperature=2.0,
         reverse_share=0.3,
         cross_entropy_share=0.2,
+        hidden=HiddenStates(layers=dict(layers or {}), weight=0.5),
     )
     return replace(case, job=job)
 

@@ -76,6 +76,12 @@ TAUGHT = {
         "TP2", "TP2, whole sequences", "PP2", "VPP2 x PP2", "EP2", "CP2", "DP2", "DP2, FSDP",
         "packed, TP2 x CP2 x PP2",
     )
+} | {
+    f"taught between layers, {name}": taught((LAYOUTS | PACKED)[name], {1: 2, 7: 7})
+    for name in (
+        "TP2", "TP2, whole sequences", "PP2", "VPP2 x PP2", "EP2", "CP2", "DP2",
+        "packed, TP2 x CP2 x PP2",
+    )
 }  # fmt: skip
 _UNEQUAL, _UNEQUAL_STAGES = "M-EM*M-E-*/*E/*E", "M-EM*|M-E-*/*E/*E"
 UNEQUAL = {
