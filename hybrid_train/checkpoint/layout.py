@@ -26,8 +26,8 @@ from hybrid_train.schema.problems import UserError
 
 FOLDER = "checkpoints"
 POSITION = "position.json"
-BATCHES = "batches"  # plain data in the position
-_POSITION_KEYS = ("step", "tokens", "source_tokens", BATCHES)
+_PLAIN = ("batches", "objective")  # that keep data of their own in the position
+_POSITION_KEYS = ("step", "tokens", "source_tokens", *_PLAIN)
 TOKENIZER = "tokenizer"  # folder of a run that holds a copy of its tokenizer
 CHECKSUMS = "checksums.json"
 PARTIAL = ".partial"
@@ -52,7 +52,7 @@ class Found:
     def position(self) -> dict[str, Any]:
         """Read the position of the run: step, tokens, tokens of each source.
 
-        And what the source of its batches keeps, under `BATCHES`, where it keeps something.
+        And what the source of its batches and its objective keep, where they keep something.
 
         Raises:
             UserError: if the file is damaged, or the checkpoint of a format that is not read.
@@ -67,7 +67,7 @@ class Found:
                     f"of then are not read; {formats.CHECKPOINT.too_old}"
                 )
             return {
-                name: dict(value) if name == BATCHES else _numbers(value)
+                name: dict(value) if name in _PLAIN else _numbers(value)
                 for name, value in found.items()
             }
         except (ValueError, TypeError, AttributeError) as error:

@@ -42,7 +42,7 @@ class Distill(Objective):
         self._student, self._shared = given.networks[schema.MAIN], False
         self._teachers = _load_teachers(settings, given)
         self._depths = Depths(given, settings.mtp_loss_scale)
-        if settings.mtp is MtpTarget.off:
+        if not settings.trains_mtp:
             self._depths.number = 0
         self._hidden = self._draw_hidden_states()
         of_hidden = () if self._hidden is None else (_HIDDEN,)

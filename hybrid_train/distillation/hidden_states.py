@@ -82,7 +82,7 @@ class TeacherStates:
         """Listen to the layers of this stage."""
         self._kept: dict[int, list[Tensor]] = {}
         for chunk in teacher.chunks:
-            for number, layer in _layers_of(chunk, list(settings.layers.values())):
+            for number, layer in _layers_of(chunk, set(settings.pairs.values())):
                 self._kept[number] = []
                 layer.register_forward_hook(self._keep(number))
 
@@ -151,7 +151,7 @@ class HiddenStates:
             bare = next(one for one in chunk.modules() if isinstance(one, Hybrid))
             self._splits = bool(bare.config.sequence_parallel)
             for number, layer in _layers_of(bare, settings.layers):
-                theirs = settings.layers[number]
+                theirs = settings.pairs[number]
                 if theirs not in teacher.layers:
                     raise UserError(
                         f"objective.hidden.layers: layer {number} of the student and layer "

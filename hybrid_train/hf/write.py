@@ -36,7 +36,7 @@ from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
-_BESIDE_WEIGHTS = ("optimizer.", "random.")
+_BESIDE_WEIGHTS = ("optimizer.", "random.", "hidden_projections.")
 _log = logging.getLogger(__name__)
 
 

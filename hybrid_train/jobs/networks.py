@@ -24,7 +24,7 @@ from hybrid_train.megatron.optimizers import build_optimizer
 from hybrid_train.megatron.step_graphs import StepGraph, captures_steps
 from hybrid_train.megatron.transformer_config import DTYPES
 from hybrid_train.model.build import BuiltModel, build_model
-from hybrid_train.model.edits import Edit, apply_edits
+from hybrid_train.model.edits import Edit, Freeze, apply_edits
 from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.runtime import ranks
@@ -166,10 +166,16 @@ def _project(job: TrainJob, _: BuiltModel, __: ProcessGroups) -> AddProjections 
     return AddProjections(settings.hidden, frozen.load(Path(teacher.run_dir)).model.hidden_size)
 
 
+def _freeze_mtp(job: TrainJob, _: BuiltModel, __: ProcessGroups) -> Freeze | None:
+    """Keep MTP blocks as they are that are to learn nothing."""
+    return None if job.objective.trains_mtp else Freeze("mtp.")
+
+
 # Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
 EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] = {
     "quantize": _quantize,
     "project": _project,
+    "freeze_mtp": _freeze_mtp,
 }
 
 

@@ -33,6 +33,23 @@ class Edit(Protocol):
         """Change the chunks of this process, as they were built, before they are wrapped."""
 
 
+class Freeze:
+    """The edit that leaves weights as they are: no gradient, no optimizer, no weight decay."""
+
+    stage = Stage.freeze
+
+    def __init__(self, prefix: str) -> None:
+        """Take what the names of these weights begin with."""
+        self._prefix = prefix
+
+    def apply(self, chunks: Sequence[Module]) -> None:
+        """Freeze those of this process."""
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if name.startswith(self._prefix):
+                    parameter.requires_grad_(False)
+
+
 def apply_edits(edits: Iterable[Edit], chunks: Sequence[Module]) -> None:
     """Let edits change a model, in the order of their stages, whatever order they come in."""
     for edit in sorted(edits, key=lambda edit: edit.stage):

@@ -16,6 +16,7 @@ from hybrid_train.schema.model import Model
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import Problem
 
+Layer = Annotated[int, Range(1, 10**4)]
 MAIN = "model"  # the network of a step that trains no other
 SELF = "self"  # the teacher that is what a student starts from
 
@@ -36,6 +37,11 @@ class ObjectiveSettings(Extension):
             model: the section of the run.
         """
         return {MAIN: model}
+
+    @property
+    def trains_mtp(self) -> bool:
+        """Whether MTP blocks are run; else they stay as they are."""
+        return True
 
 
 @dataclass(kw_only=True)
@@ -66,10 +72,24 @@ class HiddenLoss(enum.Enum):
 class HiddenStates:
     """Layers whose hidden states are drawn to those of layers of the teacher."""
 
-    # Number of a layer of the student, from 1: of a layer of the teacher. Empty: no such loss.
-    layers: dict[int, int] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)  # of the student, from 1; none: no such loss
+    teacher_layers: list[Layer] | None = None  # one for each of these; null: of the same numbers
     kind: HiddenLoss = HiddenLoss.mse
     weight: Factor | None = None  # null: such that they count as much as the divergence
+
+    @property
+    def pairs(self) -> dict[int, int]:
+        """Layer of the student -> that of the teacher."""
+        theirs = self.layers if self.teacher_layers is None else self.teacher_layers
+        return dict(zip(self.layers, theirs, strict=True))
+
+    def problems(self) -> Iterator[Problem]:
+        """Check what the lists say together."""
+        if len(set(self.layers)) < len(self.layers):
+            yield Problem("layers", self.layers, "must name no layer twice", sorted({*self.layers}))
+        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.layers):
+            rule = f"must name one layer for each of layers, which are {len(self.layers)}"
+            yield Problem("teacher_layers", self.teacher_layers, rule)
 
 
 @dataclass(kw_only=True)
@@ -102,6 +122,10 @@ class Distill(ObjectiveSettings):
     hidden: HiddenStates = field(default_factory=HiddenStates)
     mtp: MtpTarget = MtpTarget.divergence
     mtp_loss_scale: Factor = 0.1  # weight of the mean of the MTP losses
+
+    @property
+    def trains_mtp(self) -> bool:
+        return self.mtp is not MtpTarget.off
 
     def problems(self) -> Iterator[Problem]:
         """Check what the settings say together."""

@@ -10,8 +10,10 @@ from tests.jobs.command import (
     Finished,
     assert_equal_to_the_bit,
     checkpoints,
+    finish,
     metrics,
     signal_at_step,
+    start,
     train,
 )
 
@@ -99,3 +101,27 @@ def test_the_teacher_of_a_run_cannot_become_another_one(
     assert refused.code != 0
     assert "is another checkpoint than the one that this run" in refused.err
     assert len(metrics(run_dir)) == 4
+
+
+@pytest.mark.slow
+def test_a_student_drawn_between_layers_goes_on_and_leaves_its_projections_behind(
+    parent: Path, steady: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The weight of the hidden states is that of the step before, also behind a resume."""
+    given = (*words(parent, steady), "objective.hidden.layers=[1,4]", "objective.mtp=off")
+    given += ("objective.hidden.teacher_layers=[2,4]",)
+    runs = [tmp_path / "whole", tmp_path / "again"]
+    assert train(runs[0], *given, "checkpoint.keep=3").code == 0
+    shutil.copytree(*runs)
+    for step in (8, 12):
+        shutil.rmtree(runs[1] / "checkpoints" / f"step_{step:08d}")
+    finished = train(runs[1], *given, "checkpoint.keep=3")
+    assert finished.code == 0, finished.err
+    assert_equal_to_the_bit(runs[1], runs[0], STEPS)
+    assert all("hidden_loss" in line for line in metrics(runs[1]))
+    onward = (*steady, f"checkpoint.load={runs[0]}", "checkpoint.load_only=weights", TOKENS)
+    plain = train(tmp_path / "plain", *onward)
+    assert plain.code == 0, plain.err
+    assert "not in the model, dropped with their moments: hidden_projections" in plain.err
+    exported = finish(start("convert", f"export={runs[0]}", f"output={tmp_path / 'exported'}"))
+    assert exported.code == 0, exported.err

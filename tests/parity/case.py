@@ -103,7 +103,9 @@ def taught(case: Case, layers: Mapping[int, int] | None = None) -> Case:
         temperature=2.0,
         reverse_share=0.3,
         cross_entropy_share=0.2,
-        hidden=HiddenStates(layers=dict(layers or {}), weight=0.5),
+        hidden=HiddenStates(
+            layers=list(layers or {}), teacher_layers=list((layers or {}).values()), weight=0.5
+        ),
     )
     return replace(case, job=job)
 

@@ -37,8 +37,9 @@ def gradients(chunks: Sequence[Any]) -> Iterator[Shard]:
             yield from _kept_gradients(chunk)
             continue
         _gather_gradients(chunk)
-        buffers = {p.main_grad.untyped_storage().data_ptr() for p in chunk.module.parameters()}
-        held = [(p, p.data) for p in chunk.module.parameters()]
+        trained = [one for one in chunk.module.parameters() if one.requires_grad]
+        buffers = {one.main_grad.untyped_storage().data_ptr() for one in trained}
+        held = [(one, one.data) for one in trained]
         try:
             # What knows where a weight belongs is asked about its gradient.
             for parameter, _ in held:

@@ -74,6 +74,8 @@ class AuditPrecision(Hook):
         self._observed()
         self._observed = None
         formats = formats_of(self._job.model, self._job.precision)
+        if not self._job.objective.trains_mtp:
+            formats = {linear: one for linear, one in formats.items() if not linear.depth}
         rows = list(audit_rows(formats, self._job.precision, _of_all_ranks(self._audit.stop())))
         wrong = [row for row in rows if not row["as_asked"]]
         if ranks.is_main():

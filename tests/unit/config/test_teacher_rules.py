@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hybrid_train.config import checks
-from hybrid_train.schema.objective import SELF, MtpTarget, NextToken
-from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.objective import SELF, HiddenStates, NextToken
+from hybrid_train.schema.parallel import Parallel, Recompute
 from tests.distilled import student_job
 
 
@@ -35,14 +35,31 @@ def test_a_student_that_starts_from_nothing_cannot_teach_itself() -> None:
     assert of(problems(job), "objective.teacher") == []
 
 
-@pytest.mark.parametrize("mtp", [MtpTarget.off, MtpTarget.divergence])
-def test_a_reduction_does_not_wait_for_depths_that_learn_nothing(
-    tmp_path: Path, mtp: MtpTarget
+@pytest.mark.parametrize(
+    ("given", "path", "words"),
+    [
+        ({"layers": [1, 9]}, "layers.1", "must be at most"),
+        ({"layers": [0]}, "layers.0", "must be at least 1"),
+        ({"layers": [1, 1]}, "layers", "twice"),
+        ({"layers": [1, 2], "teacher_layers": [3]}, "teacher_layers", "which are 2"),
+        ({"layers": [4, 1], "teacher_layers": [30, 3]}, "", ""),
+    ],
+)
+def test_hidden_states_are_those_of_layers_that_there_are(
+    given: dict[str, list[int]], path: str, words: str, tmp_path: Path
 ) -> None:
-    job = student_job(tmp_path, mtp=mtp)
-    job.parallel = Parallel(overlap_grad_reduce=True)
-    found = of(problems(job), "parallel.overlap_grad_reduce")
-    assert bool(found) is (mtp is MtpTarget.off)
+    found = problems(student_job(tmp_path, hidden=HiddenStates(**given)))
+    found = [one for one in found if one.startswith("objective.hidden")]
+    assert len(found) == bool(words)
+    assert all(one.startswith(f"objective.hidden.{path}: ") and words in one for one in found)
+
+
+def test_hidden_states_are_not_drawn_where_they_are_another_microbatchs(tmp_path: Path) -> None:
+    job = student_job(tmp_path, hidden=HiddenStates(layers=[1]))
+    job.parallel = Parallel(recompute=Recompute.full)
+    assert of(problems(job), "parallel.recompute")
+    job.objective.hidden.layers = []
+    assert of(problems(job), "parallel.recompute") == []
 
 
 def test_experts_of_a_teacher_may_be_split_beside_a_student_without_any(tmp_path: Path) -> None:

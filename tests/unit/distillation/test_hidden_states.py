@@ -26,7 +26,9 @@ def teacher(groups: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(groups: Any, teacher: Path, **settings: Any) -> Any:
-    job = student_job(teacher, hidden=HiddenStates(layers=dict(PAIRS), **settings))
+    job = student_job(
+        teacher, hidden=HiddenStates(layers=[*PAIRS], teacher_layers=[*PAIRS.values()], **settings)
+    )
     job.train.microbatch = len(some_rows())
     return tiny_engine(job, groups)
 
