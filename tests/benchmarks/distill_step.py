@@ -4,8 +4,8 @@
 
 The teacher has the size of the student. Engines take turns, one step each, so that a busy machine
 slows all alike; printed is the time of a step as a multiple of next-token prediction, the median of
-the rounds, and the lowest and highest. A forward pass is a third of a step: 1.33 is what can be
-hoped for.
+the rounds, lowest and highest, and the same of the processor time, which others on the machine
+change little. A forward pass is a third of a step: 1.33 is what can be hoped for.
 """
 
 import argparse
@@ -52,17 +52,23 @@ def compare(model: str, rounds: int, teacher: Path, names: list[str]) -> None:
     given = ("objective=distill", f"objective.teacher={teacher}")
     for name in names:
         engines[name] = engine_of(job_of(model, *given, *TAUGHT[name]), groups)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    clocks = {"time": time.perf_counter, "processor time": time.process_time}
+    seconds: dict[tuple[str, str], list[float]] = {
+        (clock, name): [] for clock in clocks for name in engines
+    }
     for _ in range(rounds):
         for name, engine in engines.items():
-            start = time.perf_counter()
+            starts = {clock: read() for clock, read in clocks.items()}
             engine.step(batches(), tokens_seen=10**6)
-            seconds[name].append(time.perf_counter() - start)
+            for clock, read in clocks.items():
+                seconds[clock, name].append(read() - starts[clock])
     print(f"{model}, {BATCH} x {LENGTH} tokens, vocabulary {VOCAB}, float32, {rounds} rounds")
-    for name, times in seconds.items():
-        ratios = [own / other for own, other in zip(times, seconds["next token"], strict=True)]
+    for (clock, name), times in seconds.items():
+        plain_times = seconds[clock, "next token"]
+        ratios = [own / other for own, other in zip(times, plain_times, strict=True)]
         print(
-            f"{name:24} {statistics.median(times):7.3f} s {statistics.median(ratios):6.2f}x "
+            f"{name:24} {clock:15} {statistics.median(times):7.3f} s "
+            f"{statistics.median(ratios):6.2f}x "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
