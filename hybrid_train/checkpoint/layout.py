@@ -9,6 +9,7 @@ before it trains on from what they left.
 """
 
 import contextlib
+import hashlib
 import json
 import operator
 import os
@@ -210,6 +211,15 @@ def write_checksums(folder: Path, known: Mapping[str, Sum]) -> None:
     )
     sums = {name: known.get(name) or sum_of_file(folder / name) for name in names}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=0) + "\n", encoding="utf-8")
+
+
+def digest_of(checkpoint: Path) -> str:
+    """Return a digest of the checksums of a checkpoint, or of names and sizes of its files."""
+    sums = checkpoint / CHECKSUMS
+    if sums.is_file():
+        return hashlib.sha256(sums.read_bytes()).hexdigest()
+    sizes = [(one.name, one.stat().st_size) for one in sorted(checkpoint.iterdir())]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def damages(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:

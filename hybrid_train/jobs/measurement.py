@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import hashlib
 import itertools
 import logging
 import math
@@ -97,17 +96,8 @@ class Candidate:
             is_packed = job.data.packing is not Packing.none
             reader = Reader.of(found.run_dir, is_packed=is_packed)
             name = f"{found.run_dir.name}/{found.path.name}"
-            known = Checkpoint(name, _digest_of(found.path), reader.tokenizer.fingerprint)
+            known = Checkpoint(name, files.digest_of(found.path), reader.tokenizer.fingerprint)
         return cls(source, place, job, reader, known)
-
-
-def _digest_of(checkpoint: Path) -> str:
-    """Return a digest of the checksums of a checkpoint, or of names and sizes of its files."""
-    sums = checkpoint / files.CHECKSUMS
-    if sums.is_file():
-        return hashlib.sha256(sums.read_bytes()).hexdigest()
-    sizes = [(one.name, one.stat().st_size) for one in sorted(checkpoint.iterdir())]
-    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def _require_alike(one: Candidate, other: Candidate) -> None:

@@ -28,6 +28,7 @@ from hybrid_train.checkpoint.layout import TOKENIZER, drop_partial
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
+from hybrid_train.distillation.targets import targets_of
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, fetched_checkpoint, measurement, mirrored_run, run_folder
 from hybrid_train.jobs.phase_builder import PhaseBuilder
@@ -318,15 +319,18 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
     Raises:
         UserError: if the tokenizer has more tokens than the model.
     """
+    stored = targets_of(job.objective)
     with TextProgress(terminal=sys.stderr.isatty()) as shown:
         data = open_data(
             job.data,
             phase_spans,
-            built_from(job.row_transforms),
+            [*built_from(job.row_transforms), *stored],
             barrier=ranks.barrier,
             is_main=ranks.is_main(),
             report=shown.update,
         )
+    for targets in stored:
+        targets.require_fits(phase_spans, record_of(data))
     if job.model.vocab_size is None:
         # Weights keep their vocabulary, also where another one would fit into the same padding.
         loaded = frozen.load(start.found.run_dir).model.vocab_size if start.found else None
