@@ -1,4 +1,4 @@
-"""Distillation: what a teacher says, kept on disk or computed ahead, and what a student learns of it.
+"""Distillation: teachers run ahead of a student, or once and for all; how far it is from them.
 
-Not here: the losses themselves (`ops/divergence.py`), the step (`training/engine.py`).
+Not here: the losses (`ops/divergence.py`), the step (`training/engine.py`).
 """

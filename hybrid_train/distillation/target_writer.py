@@ -11,10 +11,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -35,18 +34,17 @@ from hybrid_train.distillation.targets import (
     Header,
     Part,
     digest_of,
-    mtp_hidden,
     sum_of,
 )
-from hybrid_train.megatron.forward_backward import run_schedule
-from hybrid_train.megatron.hybrid import Outputs
+from hybrid_train.distillation.teachers import Teacher
+from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.ops.context import in_order
 from hybrid_train.ops.divergence import MostLikely
-from hybrid_train.runtime import heartbeat, ranks
-from hybrid_train.schema.formats import STORED_TARGETS, write_stamp
+from hybrid_train.ops.logits import HeadPart, read
+from hybrid_train.runtime import ranks
+from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder, write_stamp
 from hybrid_train.schema.problems import UserError
-from hybrid_train.schema.units import counted, show_bytes
-from hybrid_train.training.network import Network
+from hybrid_train.schema.units import counted, show_bytes, show_tokens
 
 _log = logging.getLogger(__name__)
 _HALF = ".half"  # what the name of a file ends in until it is whole
@@ -69,13 +67,13 @@ class TargetWriter:
     Attributes:
         folder: of the targets.
         header: what it will hold.
-        network: the teacher.
+        teacher: on its layout.
         parts: the rows, in the order of the header.
     """
 
     folder: Path
     header: Header
-    network: Network
+    teacher: Teacher
     parts: Sequence[PartRows]
 
     def write(self) -> bool:
@@ -88,26 +86,29 @@ class TargetWriter:
         missing = ranks.broadcast_from_main(self._begin)
         if missing is None:
             return False
-        with self.network.evaluating():
-            self._say_time(sum(map(len, missing)))
-            started = said = time.monotonic()
-            done, rounds = 0, list(self._rounds(missing))
-            for rows, files in rounds:
-                self._write_round(rows, files)
-                done += 1
-                if time.monotonic() - said > _LINE_S:
-                    said = time.monotonic()
-                    left = (said - started) / done * (len(rounds) - done)
-                    _log.info(
-                        "%d of %d rounds of files, about %.0f s left", done, len(rounds), left
-                    )
+        if any(missing):
+            self._say_time()
+            if self.header.what == HIDDEN:
+                ranks.all_or_none(self._keep_head)
+            self._write_all(missing)
         ranks.run_on_main_first(self._finish)
         return True
+
+    def _write_all(self, missing: Sequence[Sequence[int]]) -> None:
+        started = said = time.monotonic()
+        rounds = list(self._rounds(missing))
+        for done, (rows, files) in enumerate(rounds, start=1):
+            self._write_round(rows, files)
+            now = time.monotonic()
+            if now - said > _LINE_S:
+                said, left = now, (now - started) / done * (len(rounds) - done)
+                _log.info("%d of %d rounds of files, about %.0f s left", done, len(rounds), left)
 
     def _begin(self) -> list[list[int]] | None:
         """Claim the folder; return which files of each part are missing, None if it is whole."""
         for name, state in ((HEADER, "targets"), (UNFINISHED, "unfinished targets")):
             if (self.folder / name).is_file():
+                require_readable_folder(self.folder, STORED_TARGETS)
                 found = Header.read(self.folder / name)
                 if other := self.header.differences(found):
                     raise UserError(
@@ -118,11 +119,11 @@ class TargetWriter:
                     return None
                 break
         else:
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise UserError(f"output={self.folder} is not empty, and holds no targets")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_stamp(self.folder, STORED_TARGETS)
+            if any(not one.name.endswith(_HALF) for one in self.folder.iterdir()):
+                raise UserError(f"output={self.folder} is not empty, and holds no targets")
             write_whole(self.folder / UNFINISHED, self.header.as_text().encode())
+        write_stamp(self.folder, STORED_TARGETS)
         for half in self.folder.rglob(f"*{_HALF}"):
             half.unlink()
         missing = []
@@ -150,44 +151,47 @@ class TargetWriter:
 
     @property
     def _width(self) -> int:
-        return int(self.network.chunks[0].config.hidden_size)
+        return int(self.teacher.network.chunks[0].config.hidden_size)
 
-    def _say_time(self, files: int) -> None:
-        """Run two microbatches, of which the first also gives the head; say how long all take."""
-        if not files:
-            return
-        one = self.parts[0]
-        rows = [one.read(0)] * one.microbatch
-        self._run([stack(rows)], one.part.length, keep_head=True)
+    def _say_time(self) -> None:
+        """Run a microbatch twice, and say how long all of them take."""
+        one, groups = self.parts[0], self.teacher.network.groups
+        batches = [stack([one.read(0)] * one.microbatch)] * self.teacher.network.passes_multiple
+        self._said_of(batches)  # the first pass of a process takes longer
         start = time.monotonic()
-        self._run([stack(rows)], one.part.length)
-        pace = (time.monotonic() - start) / (one.microbatch * one.part.length)
-        ranks_of_data = self.network.groups.dp.size()
+        self._said_of(batches)
+        pace = (time.monotonic() - start) / (len(batches) * one.microbatch * one.part.length)
+        pace /= groups.dp.size()
         tokens = sum(part.rows * part.length for part in self.header.parts)
         _log.info(
-            "%s tokens at %.0f a second: about %.0f s for a folder without any file",
-            *(f"{tokens:,}", ranks_of_data / pace, tokens * pace / ranks_of_data),
+            "%s tokens, %.0f a second: about %.0f s, were nothing there",
+            *(show_tokens(tokens), 1 / pace, tokens * pace),
         )
 
     def _rounds(self, missing: Sequence[Sequence[int]]) -> Iterator[tuple[PartRows, Sequence[int]]]:
         """Yield what data-parallel ranks write at once: files of one part, one each."""
-        size = self.network.groups.dp.size()
+        size = self.teacher.network.groups.dp.size()
         for rows, files in zip(self.parts, missing, strict=True):
             for first in range(0, len(files), size):
                 yield rows, files[first : first + size]
 
     def _write_round(self, rows: PartRows, files: Sequence[int]) -> None:
-        part, rank = rows.part, self.network.groups.dp.rank()
+        part, rank = rows.part, self.teacher.network.groups.dp.rank()
         count = max(len(part.rows_of(file)) for file in files)
         own = part.rows_of(files[rank]) if rank < len(files) else range(0)
         read = [rows.read(number) for number in own]
         fill = (read[0] if read else rows.read(0)).without_labels()
-        step = rows.microbatch * self.network.passes_multiple
+        step = rows.microbatch * self.teacher.network.passes_multiple
         filled = [*read, *[fill] * (-(-count // step) * step - len(read))]
         size = rows.microbatch
         batches = [stack(filled[one : one + size]) for one in range(0, len(filled), size)]
-        found = self._run(batches, part.length)
-        if not own or not found or self.network.groups.tp.rank() or self.network.groups.cp.rank():
+        found = self._said_of(batches)
+        if (
+            not own
+            or not found
+            or self.teacher.network.groups.tp.rank()
+            or self.teacher.network.groups.cp.rank()
+        ):
             ranks.all_or_none(lambda: None)
             return
         tensors = {
@@ -218,74 +222,64 @@ class TargetWriter:
     def _finish(self) -> None:
         (self.folder / UNFINISHED).replace(self.folder / HEADER)
 
-    def _run(
-        self, batches: list[Batch], length: int, *, keep_head: bool = False
-    ) -> list[dict[str, Tensor]]:
-        """Run microbatches; return what is stored of each, [B, L, ...], on a last stage."""
-        depths = self.header.mtp_depths
+    def _said_of(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """Run the teacher; return what is stored of each microbatch, [B, L, ...], on a last stage.
 
-        def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-            heartbeat.enter(heartbeat.last().part)  # still there
-            batch = next(iterator)
-            output = model(
-                batch.tokens,
-                batch.position_ids if depths else None,
-                sequence_index=batch.sequence_index,
-                padding=batch.padding,
-                read=lambda outputs: self._read(outputs, batch.tokens.shape, keep_head=keep_head),
-            )
-            return output, _report
+        Tensor and context ranks have the same.
+        """
+        network, with_mtp = self.teacher.network, self.header.mtp_depths > 0
+        own = [network.own(batch) for batch in batches]
+        slots = self.teacher.run_ahead(own, with_mtp=with_mtp)
+        return [self._stored(slot) for slot in slots] if self._is_last_stage else []
 
-        batches = batches * (self.network.passes_multiple if keep_head else 1)
-        return run_schedule(
-            self.network.chunks,
-            forward_step,
-            [self.network.own(batch) for batch in batches],
-            shape=(len(batches[0].tokens), length),
-            forward_only=True,
-        )
+    @property
+    def _is_last_stage(self) -> bool:
+        group = self.teacher.network.groups.pp
+        return bool(group.rank() == group.size() - 1)
 
-    def _read(self, outputs: Outputs, shape: torch.Size, *, keep_head: bool) -> dict[str, Tensor]:
-        """Return what is stored of a microbatch."""
-        part, (rows, length) = outputs.head.part, shape
-        if keep_head and self.header.what == HIDDEN:
-            self._keep_head(part.weight, part.group)
-
-        def whole(values: Tensor) -> Tensor:
-            """Gather [S x B, ...] of this context rank to [B, L, ...] on the CPU."""
-            values, group = values.view(length, rows, *values.shape[1:]), self.network.groups.cp
-            if group.size() > 1:
-                pieces = [torch.empty_like(values) for _ in range(group.size())]
-                dist.all_gather(pieces, values.contiguous(), group=group)
-                values = in_order(torch.cat(pieces), group.size(), dim=0)
-            return values.transpose(0, 1).cpu()
-
+    def _stored(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what is stored of a microbatch with its slot."""
+        depths = (None, *range(self.header.mtp_depths))
+        found = [self.teacher.reference(batch, self._head, depth) for depth in depths]
+        kind, shape = self.header.torch_dtype, batch.tokens.t().shape
         if self.header.what == HIDDEN:
-            names = [HIDDEN, *(mtp_hidden(depth) for depth in range(self.header.mtp_depths))]
-            states = (outputs.hidden, *outputs.mtp_hidden)
-            kind = self.header.torch_dtype
             return {
-                name: whole(part.gathered(one).to(kind))
-                for name, one in zip(names, states, strict=True)
+                name: self._whole(one.hidden.to(kind).view(*shape, -1))
+                for name, one in zip(self.header.names, found, strict=True)
             }
-        number = self.header.top_k
-        assert number is not None, "top-k without a number"
-        places = torch.arange(rows * length, device=outputs.hidden.device)
-        values = whole(outputs.head.read(outputs.hidden, MostLikely(number), places))
-        tokens, logits, log_sum = values.split([number, number, 1], dim=-1)
-        return {
-            TOKENS: tokens.int(),
-            LOGITS: logits.to(self.header.torch_dtype),
-            LOG_SUM: log_sum.squeeze(-1).float(),
-        }
+        assert self.header.top_k is not None, "top-k without a number"
+        reading, head = MostLikely(self.header.top_k), replace(found[0].head, sequence_split=False)
+        places = torch.arange(batch.tokens.numel(), device=batch.tokens.device)
+        values = self._whole(read(found[0].hidden, head, reading, places).view(*shape, -1))
+        tokens, logits, log_sum = values.split([reading.number, reading.number, 1], dim=-1)
+        return {TOKENS: tokens.int(), LOGITS: logits.to(kind), LOG_SUM: log_sum[..., 0].float()}
 
-    def _keep_head(self, weight: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Write the teacher's head without its padding."""
-        whole = weight
-        if group is not None:
-            whole = weight.new_empty(group.size() * len(weight), weight.shape[1])
-            dist.all_gather_into_tensor(whole, weight.contiguous(), group=group)
-        groups = self.network.groups
+    def _whole(self, values: Tensor) -> Tensor:
+        """Gather what each context rank has, [S, B, ...], to [B, L, ...] on the CPU."""
+        group = self.teacher.network.groups.cp
+        if group.size() > 1:
+            pieces = [torch.empty_like(values) for _ in range(group.size())]
+            dist.all_gather(pieces, values.contiguous(), group=group)
+            values = in_order(torch.cat(pieces), group.size(), dim=0)
+        return values.transpose(0, 1).cpu()
+
+    @property
+    def _head(self) -> HeadPart:
+        """This rank's rows of the teacher's head, on a last stage."""
+        chunk = self.teacher.network.chunks[-1]
+        assert isinstance(chunk, Hybrid), "a frozen network is not wrapped"
+        return chunk.head().part
+
+    def _keep_head(self) -> None:
+        """Write the teacher's head without its padding; the last stages call this together."""
+        groups = self.teacher.network.groups
+        if not self._is_last_stage:
+            return
+        part = self._head
+        whole = part.weight
+        if part.group is not None:
+            whole = whole.new_empty(groups.tp.size() * len(whole), whole.shape[1])
+            dist.all_gather_into_tensor(whole, part.weight.contiguous(), group=part.group)
         if not any(one.rank() for one in (groups.tp, groups.cp, groups.dp)):
             head = whole[: self.header.vocab_size].cpu().contiguous()
             write_whole(self.folder / HEAD, save({HEAD: head}))
@@ -308,8 +302,3 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)
-
-
-def _report(found: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    none = torch.zeros(())
-    return none, none.int(), found

@@ -15,7 +15,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch import distributed as dist
 
-from hybrid_train.data.batch import Row
+from hybrid_train.data.batch import Batch, Row
 from hybrid_train.data.record import changes
 from hybrid_train.ops.divergence import Reference, Target, TopTokens
 from hybrid_train.ops.logits import HeadPart
@@ -124,6 +124,13 @@ class Header:
         assert isinstance(found, torch.dtype)
         return found
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors that a file has of each row."""
+        if self.what == HIDDEN:
+            return [HIDDEN, *(mtp_hidden(depth) for depth in range(self.mtp_depths))]
+        return [TOKENS, LOGITS, LOG_SUM]
+
     def as_text(self) -> str:
         """Return it as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -191,7 +198,7 @@ def targets_of(objective: ObjectiveSettings) -> list["Targets"]:
 
 @dataclass(frozen=True)
 class Targets:
-    """The stored targets of a run: a row transform, and what makes targets of a microbatch."""
+    """The stored targets of a run, a row transform."""
 
     folder: Path
     header: Header
@@ -212,7 +219,7 @@ class Targets:
                     f"{name} is not the row that the teacher of {self.folder} read there: data, "
                     "seed or row transforms are others than those of hybrid-train distill_targets"
                 )
-            found = {one: shard.get_slice(one)[within] for one in self.names}
+            found = {one: shard.get_slice(one)[within] for one in self.header.names}
             damaged = sum_of(found.values()) != int(shard.get_slice(SUMS)[within])
         except (OSError, SafetensorError) as error:
             raise _refused(f"{path} cannot be read: {error}") from error
@@ -220,13 +227,6 @@ class Targets:
             raise _refused(f"{path} is damaged: {name} has other bytes than were written")
         extras = {f"{EXTRA}{key}": _as_array(value) for key, value in found.items()}
         return replace(row, token_extras={**row.token_extras, **extras})
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors that a file has of each row."""
-        if self.header.what == HIDDEN:
-            return [HIDDEN, *(mtp_hidden(depth) for depth in range(self.header.mtp_depths))]
-        return [TOKENS, LOGITS, LOG_SUM]
 
     def require_fits(self, phase_spans: Sequence[PhaseSpan], record: Mapping[str, Any]) -> None:
         """Refuse a run that reads other rows than the teacher did, before anything is written.
@@ -316,28 +316,48 @@ class Targets:
         weight[: len(own)] = own
         return HeadPart(weight, self.header.vocab_size, group if split else None)
 
-    def target(
-        self, extras: Mapping[str, Tensor], head: HeadPart | None, depth: int | None = None
-    ) -> Target:
-        """Return the target of a microbatch, sequence before batch as its loss has them.
 
-        Args:
-            extras: of the tokens of a batch, [B, S, ...].
-            head: what `head_part` returned, on the device of the batch; None with top-k.
-            depth: MTP depth from 0; None: the next token.
+@dataclass
+class StoredTeacher:
+    """What stands for a teacher that has said all; see `teachers.Teacher`."""
+
+    targets: Targets
+    weight: float = 1.0
+    _head: HeadPart | None = field(default=None, init=False)
+
+    def run_ahead(self, batches: Sequence[Batch], *, with_mtp: bool) -> list[Batch]:
+        """Return the microbatches, which have their targets already.
+
+        Raises:
+            UserError: if those of MTP depths are wanted, and are not there; on all processes.
         """
+        if with_mtp and not self.targets.header.mtp_depths:
+            error = UserError(
+                f"objective.targets={self.targets.folder} has none of the MTP depths: "
+                "objective.mtp=cross_entropy or off, or write the hidden states of a teacher that "
+                "has such depths, with objective.mtp=divergence"
+            )
+            error.on_all_ranks = True
+            raise error
+        return list(batches)
+
+    def reference(self, batch: Batch, student: HeadPart, depth: int | None = None) -> Target:
+        """Return what it has said of a microbatch; arguments as of a teacher that is there."""
 
         def taken(name: str) -> Tensor:
-            return extras[f"{EXTRA}{name}"].transpose(0, 1).flatten(0, 1)
+            """Bring values [B, S, ...] into the order of hidden states, [T, ...]."""
+            return batch.token_extras[f"{EXTRA}{name}"].transpose(0, 1).flatten(0, 1)
 
-        if self.header.what != HIDDEN:
+        if self.targets.header.what != HIDDEN:
             assert depth is None, "top-k is of the next token alone"
             return TopTokens(taken(TOKENS), taken(LOGITS), taken(LOG_SUM))
-        assert head is not None, "hidden states need the head of the teacher"
+        if self._head is None:
+            part = self.targets.head_part(student.group, len(student.weight))
+            self._head = replace(part, weight=part.weight.to(student.weight.device))
         hidden = taken(HIDDEN if depth is None else mtp_hidden(depth))
         if hidden.dtype == torch.int16:  # as rows travel, since numpy has no bfloat16
             hidden = hidden.view(torch.bfloat16)
-        return Reference(hidden.to(head.weight.dtype), head)
+        return Reference(hidden.to(self._head.weight.dtype), self._head)
 
 
 @lru_cache(maxsize=_OPEN_FILES)

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.data.record import record_of
@@ -16,15 +16,17 @@ from hybrid_train.runtime.start import process
 from hybrid_train.schema.data import Split
 from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.job_roots import DistillTargetsJob, TargetKind, WeightFormat
-from hybrid_train.schema.objective import Distill
+from hybrid_train.schema.objective import Distill, MtpTarget
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
 
 if TYPE_CHECKING:
     from hybrid_train.distillation.target_writer import PartRows
+    from hybrid_train.distillation.targets import Header
     from hybrid_train.jobs.networks import LoadedModel
 
-_FILE_BYTES = 256 * 2**20  # of rows, about; a file has one at least
+_FILE_BYTES = 256 * 2**20  # at most, unless a row has more
+_FILES, _LEAST_ROWS = 64, 16  # of a part, about: a short one is shared by ranks, and resumed, too
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +38,7 @@ def run(job: DistillTargetsJob) -> None:
     """
     with process(job.runtime, job.train.seed):
         from hybrid_train.distillation.target_writer import TargetWriter  # they need the process
+        from hybrid_train.distillation.teachers import Teacher
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.megatron.data_parallel import destroy_groups
 
@@ -47,9 +50,9 @@ def run(job: DistillTargetsJob) -> None:
                 format=job.objective.teacher_format,
             )  # fmt: skip
             parts = list(_parts(job, data, phases, teacher))
-            header = _header(job, data, teacher, parts)
-            folder = Path(job.output)
-            wrote = TargetWriter(folder, header, teacher.network, parts).write()
+            header, folder = _header(job, data, teacher, parts), Path(job.output)
+            said = Teacher(_teacher_of(job), 1.0, teacher.network)
+            wrote = TargetWriter(folder, header, said, parts).write()
             if ranks.is_main():
                 rows = sum(one.part.rows for one in parts)
                 state = "are in" if wrote else "were in"
@@ -100,8 +103,8 @@ def _parts(
     for phase in phases:
         train, number = phase.job.train, phase.number
         length = train.sequence_length
-        size = max(1, _FILE_BYTES // (width * length))
         rows = phase.length.sequences
+        size = max(1, min(_FILE_BYTES // (width * length), max(_LEAST_ROWS, rows // _FILES)))
         part = Part(f"train-{number}", Split.train.value, length, phase.start, rows, size)
         yield PartRows(part, data.rows(phase), train.microbatch)
         held_out = data.held_out_length(phase)
@@ -114,7 +117,7 @@ def _parts(
 
 def _header(
     job: DistillTargetsJob, data: RunData, teacher: "LoadedModel", parts: "list[PartRows]"
-) -> Any:
+) -> "Header":
     """Say what the folder will hold.
 
     Raises:
@@ -134,13 +137,14 @@ def _header(
     if hidden:
         own = str(next(teacher.network.chunks[0].parameters()).dtype).removeprefix("torch.")
         kind = own if job.dtype is WeightFormat.keep else job.dtype.value
-    depths = parse(teacher.job.model.pattern).mtp_depths
+    wanted = hidden and job.objective.mtp is MtpTarget.divergence
+    depths = parse(teacher.job.model.pattern).mtp_depths if wanted else 0
     return Header(
         what=HIDDEN if hidden else TargetKind.top_k.value,
         top_k=None if hidden else min(job.objective.top_k or 1, teacher.network.vocab_size),
         dtype=kind,
         vocab_size=teacher.network.vocab_size,
-        mtp_depths=depths if hidden else 0,
+        mtp_depths=depths,
         tokenizer=data.tokenizer.fingerprint,
         data=record_of(data),
         seed=job.train.seed,

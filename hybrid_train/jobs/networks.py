@@ -170,11 +170,15 @@ def _routing(model: Model) -> Routing:
     return Routing(expert_layers, len(routed))
 
 
-def teacher_loader(job: TrainJob, groups: ProcessGroups) -> Callable[[str], Network]:
+def teacher_loader(
+    job: TrainJob, groups: ProcessGroups
+) -> Callable[[str, GemmFormat | None], Network]:
     """Return what loads a network from a run onto the layout of a job."""
 
-    def load(checkpoint: str) -> Network:
-        return load_model(checkpoint, job.runtime, parallel=job.parallel, groups=groups).network
+    def load(checkpoint: str, format: GemmFormat | None) -> Network:
+        return load_model(
+            checkpoint, job.runtime, parallel=job.parallel, groups=groups, format=format
+        ).network
 
     return load
 

@@ -78,6 +78,16 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         # Never logged: whoever shows it takes it from the losses.
         Metric("smoothed_loss", _NATS, "mean over the last steps", _loss, "avg loss"),
         Metric("mtp_loss_{}", _NATS, "cross-entropy at an MTP depth, from 1", _loss),
+        Metric("divergence", _NATS, "of a student from its teachers", _loss),
+        Metric("cross_entropy", _NATS, "of the next token, of a student", _loss),
+        Metric("validation_divergence", _NATS, "the same on the validation part", _loss),
+        Metric("validation_cross_entropy", _NATS, "the same on the validation part", _loss),
+        Metric(
+            "validation_agreement",
+            "",
+            "share of tokens for which student and first teacher hold the same to be likeliest",
+            "{:.2%}".format,
+        ),
         Metric("loss/{}", _NATS, "cross-entropy on the rows of a source", _loss),
         Metric("term/{}", "", "a term of an objective", _loss),
         Metric("validation_term/{}", "", "the same on the validation part", _loss),

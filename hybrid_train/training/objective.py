@@ -13,6 +13,7 @@ from hybrid_train.data.loader import BatchSource
 from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.objective import MAIN
+from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.training.network import Network
 
 # output of the model -> (weighted loss sum, valid tokens, report): Megatron's contract for losses
@@ -74,14 +75,15 @@ class Given:
         groups: processes of the layout; the run builds another objective for another layout.
         model: the section of the run.
         run_dir: its folder, with tokenizer and record of the data; a job without one has none.
-        load: run folder or checkpoint -> its network on this layout, frozen: a teacher.
+        load: run folder or checkpoint, format (None: that of its weights) -> its network on this
+            layout, frozen: a teacher.
     """
 
     networks: Mapping[str, Network]
     groups: ProcessGroups
     model: Model
     run_dir: Path
-    load: Callable[[str], Network]
+    load: Callable[[str, GemmFormat | None], Network]
 
 
 @dataclass(frozen=True, eq=False)

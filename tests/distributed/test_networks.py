@@ -58,7 +58,7 @@ def losses_of(loaded: Any) -> dict[str, float]:
     from hybrid_train.training.objective import Given
 
     network = loaded.network
-    given = Given({}, network.groups, loaded.job.model, loaded.run_dir, load=lambda _: network)
+    given = Given({}, network.groups, loaded.job.model, loaded.run_dir, load=lambda *_: network)
     with torch.no_grad():
         found = run_objective(
             network,
