@@ -34,6 +34,7 @@ from hybrid_train.config.rules_of_layout import (
 )
 from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
 from hybrid_train.config.rules_of_switches import SWITCH_RULES
+from hybrid_train.config.rules_of_teachers import TEACHER_RULES, teachers_exist
 from hybrid_train.config.suggestions import Rule
 from hybrid_train.planning.phases import views_of
 from hybrid_train.schema.job_roots import (
@@ -165,7 +166,8 @@ def _of_files(job: Job) -> Iterator[Problem]:
             yield from phases_are_in_order(job, 1)
         yield from (vocabulary_is_known if planned else data_is_chosen)(job)
         yield from sources_are_named_once(job.data)
-        for file_rule in FILE_RULES:
+        # A plan may be for another machine, where the teachers are.
+        for file_rule in FILE_RULES if planned else (*FILE_RULES, teachers_exist):
             yield from file_rule(job)
 
 
@@ -179,6 +181,7 @@ RULES: tuple[Rule, ...] = (
     *PRECISION_RULES,
     *NATIVE_RULES,
     *SWITCH_RULES,
+    *TEACHER_RULES,
     *HARDWARE_RULES,
     cluster_fits_the_run,
 )

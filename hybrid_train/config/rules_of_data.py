@@ -399,7 +399,7 @@ def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:
 
 def no_run(path: str, folder: str, config_name: str) -> Problem:
     """Say why a folder is no run folder, nor a checkpoint of one."""
-    lacking = list(_folder_problems(path, folder))
+    lacking = list(folder_problems(path, folder))
     rule = f"is no run folder, nor a checkpoint of one: it has no {config_name}"
     return lacking[0] if lacking else Problem(path, folder, rule)
 
@@ -407,12 +407,12 @@ def no_run(path: str, folder: str, config_name: str) -> Problem:
 def _checkpoint_problems(path: str, place: str) -> Iterator[Problem]:
     """Say that a folder is not there, or that a URL is none; what it names is known when asked."""
     if "://" not in place:
-        yield from _folder_problems(path, place)
+        yield from folder_problems(path, place)
     elif not URL.fullmatch(place):
         yield Problem(path, place, URL_RULE)
 
 
-def _folder_problems(path: str, folder: str) -> Iterator[Problem]:
+def folder_problems(path: str, folder: str) -> Iterator[Problem]:
     """Say that a folder is not there and which one is alike, or why it cannot be looked at."""
     if "://" in folder:
         yield Problem(path, folder, "must be a folder; copy what lies behind a URL to one first")
@@ -456,12 +456,12 @@ def conversion_problems(job: object) -> Iterator[Problem]:
     """Yield the folders that a conversion or comparison reads and that are not there."""
     if isinstance(job, ConvertJob):
         if job.import_ is not None:
-            yield from _folder_problems("import", job.import_)
+            yield from folder_problems("import", job.import_)
         if job.export is not None:
             yield from _checkpoint_problems("export", job.export)
     elif isinstance(job, VerifyJob):
         yield from _checkpoint_problems("checkpoint", job.checkpoint)
-        yield from _folder_problems("hf", job.hf)
+        yield from folder_problems("hf", job.hf)
 
 
 def evaluation_problems(job: EvaluateJob) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.job_roots import CheckJob, CountJob, SubmitJob
 from hybrid_train.schema.layer_ranges import layers_of
 from hybrid_train.schema.model import SECTIONS
+from hybrid_train.schema.objective import Distill
 from hybrid_train.schema.optimizer import GradientFormat, MasterFormat, MomentFormat
 from hybrid_train.schema.parallel import Recompute, RecomputeMethod, RecomputeModule
 from hybrid_train.schema.pattern import Pattern, parse, repair
@@ -202,7 +203,7 @@ def _experts_are_split(job: TrainJob, _: int) -> Iterator[Problem]:
         for one in _split_sizes(experts, layer.sizes):
             widths[layer.setting(one.axis)] = one.size
     if not numbers:
-        if plan.expert > 1:
+        if plan.expert > 1 and not isinstance(job.objective, Distill):  # a teacher may have some
             yield Problem("parallel.expert", plan.expert, "the pattern has no expert layers (E)", 1)
         return
     yield from _divides("parallel.expert", plan.expert, numbers)

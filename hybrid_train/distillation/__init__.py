@@ -1,4 +1,5 @@
-"""Distillation: teachers run ahead of a student, or once and for all; how far it is from them.
+"""Distillation: teachers run ahead of a student, and how far it is from them is its loss.
 
-Not here: the losses (`ops/divergence.py`), the step (`training/engine.py`).
+Not here: the loss of a token (`ops/divergence.py`), and the step that takes any objective
+(`training`).
 """

@@ -12,10 +12,12 @@ from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.distillation.targets import StoredTeacher, open_targets
+from hybrid_train.distillation.teacher_record import read_record, weighed
 from hybrid_train.distillation.teachers import Teacher
 from hybrid_train.megatron.hybrid import Outputs
 from hybrid_train.ops.divergence import Distillation
 from hybrid_train.ops.logits import CrossEntropy, HeadPart, Term
+from hybrid_train.runtime import ranks
 from hybrid_train.schema import objective as schema
 from hybrid_train.schema.objective import MtpTarget
 from hybrid_train.training.next_token import Depths
@@ -34,6 +36,7 @@ class Distill(Objective):
 
     def __init__(self, settings: schema.Distill, given: Given) -> None:
         self._settings = settings
+        self._student, self._shared = given.networks[schema.MAIN], False
         self._teachers = _load_teachers(settings, given)
         self._depths = Depths(given, settings.mtp_loss_scale)
         if settings.mtp is MtpTarget.off:
@@ -41,6 +44,11 @@ class Distill(Objective):
         self.names = (*_OF_A_TOKEN, *self._depths.names)
 
     def prepare(self, batches: Sequence[Batch]) -> list[Batch]:
+        if not self._shared:  # not before: the student has got its weights by now
+            for teacher in self._teachers:
+                if isinstance(teacher, Teacher):
+                    teacher.share_with(self._student)
+            self._shared = True
         found = list(batches)
         for teacher in self._teachers:
             found = teacher.run_ahead(found, with_mtp=self._mtp_from_teacher)
@@ -117,17 +125,14 @@ def _report(output: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 
 def _load_teachers(settings: schema.Distill, given: Given) -> Sequence[Teacher | StoredTeacher]:
+    """Load the teachers: those that the run has recorded, or as they are named where it has not."""
     if settings.targets is not None:
         return [StoredTeacher(open_targets(settings.targets))]
-    named = settings.teachers or [schema.WeighedTeacher(checkpoint=settings.teacher or "")]
-    total = sum(one.weight for one in named)
-    weighed = [one for one in named if one.weight]
-    return [
-        Teacher(
-            one.checkpoint,
-            one.weight / total,
-            given.load(one.checkpoint, settings.teacher_format),
-            number,
-        )
-        for number, one in enumerate(weighed)
-    ]
+    recorded = ranks.broadcast_from_main(lambda: read_record(given.run_dir))
+    places = None if recorded is None else [str(one.found.path) for one in recorded]
+    found = []
+    for number, one in enumerate(weighed(settings)):
+        place = one.checkpoint if places is None else places[number]
+        network = given.load(place, settings.teacher_format)
+        found.append(Teacher(one.checkpoint, one.weight, network, number))
+    return found

@@ -7,6 +7,7 @@ under any other layout. What is in a folder is said at its end, in `targets.json
 Dimensions: as in `distillation/targets.py`.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -24,18 +25,17 @@ from hybrid_train.data.batch import Batch, Row, RowReader, stack
 from hybrid_train.distillation.targets import (
     DIGESTS,
     HEAD,
-    HEADER,
     HIDDEN,
     LOG_SUM,
     LOGITS,
     SUMS,
     TOKENS,
-    UNFINISHED,
     Header,
     Part,
     digest_of,
     sum_of,
 )
+from hybrid_train.distillation.teacher_record import HEADER, UNFINISHED
 from hybrid_train.distillation.teachers import Teacher
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.ops.context import in_order
@@ -45,6 +45,7 @@ from hybrid_train.runtime import ranks
 from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder, write_stamp
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.units import counted, show_bytes, show_tokens
+from hybrid_train.training.network import Network
 
 _log = logging.getLogger(__name__)
 _HALF = ".half"  # what the name of a file ends in until it is whole
@@ -109,7 +110,8 @@ class TargetWriter:
         for name, state in ((HEADER, "targets"), (UNFINISHED, "unfinished targets")):
             if (self.folder / name).is_file():
                 require_readable_folder(self.folder, STORED_TARGETS)
-                found = Header.read(self.folder / name)
+                text = (self.folder / name).read_text(encoding="utf-8")
+                found = Header.of(json.loads(text), self.folder)
                 if other := self.header.differences(found):
                     raise UserError(
                         f"output={self.folder} holds {state} of another teacher, run or kind "
@@ -135,8 +137,9 @@ class TargetWriter:
         return missing
 
     def _require_space(self, missing: Sequence[Sequence[int]]) -> None:
+        width = bytes_per_token(self.header, hidden_size_of(self.teacher.network))
         needed = sum(
-            len(part.rows_of(file)) * part.length * bytes_per_token(self.header, self._width)
+            len(part.rows_of(file)) * part.length * width
             for part, files in zip(self.header.parts, missing, strict=True)
             for file in files
         )
@@ -148,10 +151,6 @@ class TargetWriter:
                 f"the disk is full: the targets need {show_bytes(needed)}, and {self.folder} has "
                 f"{show_bytes(free)} free; free space, choose another output=..., or what=top_k"
             )
-
-    @property
-    def _width(self) -> int:
-        return int(self.teacher.network.chunks[0].config.hidden_size)
 
     def _say_time(self) -> None:
         """Run a microbatch twice, and say how long all of them take."""
@@ -211,7 +210,7 @@ class TargetWriter:
             for row, one in zip(rows, values, strict=True):
                 if not bool(one.isfinite().all()):
                     raise UserError(
-                        f"the teacher {self.header.teacher['path']} gives numbers that are not "
+                        f"the teacher {self.header.teacher['source']} gives numbers that are not "
                         f"finite ({name} of {row.identity.split.value} row {row.identity.number})"
                     )
         sums = [sum_of(one) for one in zip(*tensors.values(), strict=True)]
@@ -283,6 +282,11 @@ class TargetWriter:
         if not any(one.rank() for one in (groups.tp, groups.cp, groups.dp)):
             head = whole[: self.header.vocab_size].cpu().contiguous()
             write_whole(self.folder / HEAD, save({HEAD: head}))
+
+
+def hidden_size_of(network: Network) -> int:
+    """Return the hidden units of a network."""
+    return int(network.chunks[0].config.hidden_size)
 
 
 def bytes_per_token(header: Header, hidden_size: int) -> int:

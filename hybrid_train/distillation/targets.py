@@ -14,7 +14,7 @@ T = S x B, H hidden units of the teacher, K tokens that are told apart.
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,15 +29,19 @@ from torch import distributed as dist
 
 from hybrid_train.data.batch import Batch, Row
 from hybrid_train.data.record import changes
+from hybrid_train.distillation.teacher_record import read_header
 from hybrid_train.ops.divergence import Reference, Target, TopTokens
 from hybrid_train.ops.logits import HeadPart
 from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.schema.data import Split
-from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder
-from hybrid_train.schema.objective import Distill, ObjectiveSettings
+from hybrid_train.schema.formats import STORED_TARGETS
+from hybrid_train.schema.objective import Distill, MtpTarget, ObjectiveSettings
+from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import counted
 
-HEADER, UNFINISHED, HEAD = "targets.json", "unfinished.json", "head.safetensors"
+HEAD = "head.safetensors"
 DIGESTS, SUMS = "digests", "sums"  # of each row of a file: of what was read, of what was written
 HIDDEN, TOKENS, LOGITS, LOG_SUM = "hidden", "tokens", "logits", "log_sum"
 EXTRA = "target_"  # what the names of a file begin with as extra fields of a batch
@@ -102,7 +106,7 @@ class Header:
         tokenizer: its fingerprint.
         data: the record of the data, see `data/record.py`.
         seed: of the run, which decides the order of rows.
-        teacher: its path, step and the checksum of its checkpoint.
+        teacher: a `ChosenTeacher`.
         parts: the rows.
     """
 
@@ -136,23 +140,25 @@ class Header:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @staticmethod
-    def read(path: Path) -> "Header":
-        """Read one.
+    def of(said: Mapping[str, Any], folder: Path) -> "Header":
+        """Return what was read from JSON.
 
         Raises:
-            UserError: if it is damaged.
+            UserError: if something is missing in it.
         """
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
             return Header(**{**said, "parts": [Part(**one) for one in said["parts"]]})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({error!r}); {STORED_TARGETS.too_old}") from error
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f"what {folder} says of itself is damaged ({error!r}); {STORED_TARGETS.too_old}"
+            ) from error
 
     def differences(self, other: "Header") -> list[str]:
-        """Name what differs; the path of the teacher may."""
+        """Name what differs; the place of the teacher may."""
         mine, theirs = (json.loads(one.as_text()) for one in (self, other))
         for one in (mine, theirs):
-            one["teacher"].pop("path", None)
+            for place in ("source", "run_dir"):
+                one["teacher"].pop(place, None)
         return [one.name for one in fields(Header) if mine[one.name] != theirs[one.name]]
 
 
@@ -180,13 +186,7 @@ def open_targets(folder: str | Path) -> "Targets":
         UserError: if there is nothing, it was never finished, or of a format that is not read.
     """
     path = Path(folder)
-    if not (path / HEADER).is_file():
-        words = "holds no stored targets; hybrid-train distill_targets writes some"
-        if (path / UNFINISHED).is_file():
-            words = "was never finished: the same hybrid-train distill_targets goes on"
-        raise _refused(f"objective.targets={path} {words}")
-    require_readable_folder(path, STORED_TARGETS)
-    return Targets(path, Header.read(path / HEADER))
+    return Targets(path, Header.of(read_header(path), path))
 
 
 def targets_of(objective: ObjectiveSettings) -> list["Targets"]:
@@ -239,7 +239,7 @@ class Targets:
             UserError: with all that is other.
         """
         header = self.header
-        lines = changes(header.data, record)
+        lines = [*changes(header.data, record), *self._other_kind(phase_spans[0].job)]
         seed = phase_spans[0].job.train.seed
         if seed != header.seed:
             lines.append(f"train.seed={seed}; the targets have the order of {header.seed}")
@@ -262,6 +262,31 @@ class Targets:
                 "Train as it was written, or write targets for this run: "
                 "hybrid-train distill_targets"
             )
+
+    def _other_kind(self, job: TrainJob) -> Iterator[str]:
+        """Yield what the objective asks for that is not stored."""
+        settings, header = job.objective, self.header
+        assert isinstance(settings, Distill), "it reads targets"
+        if job.model.vocab_size != header.vocab_size:
+            yield (
+                f"model.vocab_size={job.model.vocab_size}; the teacher has {header.vocab_size} "
+                "tokens"
+            )
+        wanted = parse(job.model.pattern).mtp_depths
+        if settings.mtp is MtpTarget.divergence and wanted > header.mtp_depths:
+            yield (
+                f"objective.mtp=divergence: the model has {counted(wanted, 'MTP depth')}, the "
+                f"targets {header.mtp_depths}; cross_entropy and off need none"
+            )
+        if header.what == HIDDEN:
+            return
+        if settings.temperature != 1:
+            yield (
+                f"objective.temperature={settings.temperature:g}: the most likely tokens alone "
+                "give no other temperature than 1; what=hidden stores what gives any"
+            )
+        if settings.top_k not in (None, header.top_k):
+            yield f"objective.top_k={settings.top_k}; the targets have {header.top_k}"
 
     def _place(self, row: Row) -> tuple[Part, int]:
         """Return the part of a row, and its number there."""

@@ -71,7 +71,7 @@ class Teacher:
                 shape=(rows, length * self.network.groups.cp.size()),
                 forward_only=True,
             )
-        slots = [report["hidden"] for report in reports]
+        slots: list[Any] = [report["hidden"] for report in reports]
         self._require_finite(slots)
         if not slots:
             return list(batches)
@@ -79,6 +79,21 @@ class Teacher:
             replace(batch, token_extras={**batch.token_extras, **self._named(slot)})
             for batch, slot in zip(batches, slots, strict=True)
         ]
+
+    def share_with(self, student: Network) -> None:
+        """Let frozen parameters of the student stand for equal ones of one's own: one copy of both.
+
+        Args:
+            student: with the weights that it starts from.
+        """
+        for mine, theirs in zip(self.network.chunks, student.chunks, strict=True):
+            own = dict(mine.named_parameters())
+            for name, parameter in theirs.module.named_parameters():
+                held = own.get(name)
+                if held is None or parameter.requires_grad or held.shape != parameter.shape:
+                    continue
+                if held.dtype == parameter.dtype and torch.equal(held, parameter):
+                    held.data = parameter.data
 
     def reference(self, batch: Batch, student: HeadPart, depth: int | None = None) -> Reference:
         """Return what it makes of a microbatch; tensor ranks call this together.

@@ -19,6 +19,7 @@ from hybrid_train.checkpoint.writing import InThread
 from hybrid_train.config import frozen
 from hybrid_train.config.secrets import masked
 from hybrid_train.data.record import FILE_NAME as RECORD
+from hybrid_train.distillation.teacher_record import FILE_NAME as TEACHERS
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.runtime import ranks
@@ -31,7 +32,7 @@ from hybrid_train.training.hooks.checkpointing import copied
 
 _CONFIG = (frozen.FROZEN_NAME, formats.FILE_NAME)
 # The metrics are needed, too: the losses before decide which one is a spike.
-_BESIDE = (*_CONFIG, TOKENIZER, RECORD, origin.FOLDER, METRICS, history.FILE_NAME)
+_BESIDE = (*_CONFIG, TOKENIZER, RECORD, TEACHERS, origin.FOLDER, METRICS, history.FILE_NAME)
 _log = logging.getLogger(__name__)
 
 

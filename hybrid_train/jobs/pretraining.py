@@ -14,6 +14,7 @@ import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from hybrid_train.checkpoint.layout import TOKENIZER, drop_partial
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
+from hybrid_train.distillation import teacher_record
 from hybrid_train.distillation.targets import targets_of
+from hybrid_train.distillation.teacher_record import ChosenTeacher
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, fetched_checkpoint, measurement, mirrored_run, run_folder
 from hybrid_train.jobs.phase_builder import PhaseBuilder
@@ -104,6 +107,7 @@ class Start:
 def train(job: TrainJob, device: torch.device) -> int:
     """Run a checked job; return 0, or 128 + signal if a signal stopped it after a save."""
     start = claim(job)
+    teachers = choose_teachers(job, start)
     if start.found and start.state().tokens >= tokens(job.train.tokens):
         _log.info(
             "%s is complete: %d tokens of train.tokens=%s; a larger train.tokens trains on",
@@ -115,7 +119,7 @@ def train(job: TrainJob, device: torch.device) -> int:
                 _say_summary(Path(job.run_dir))
         return 0
     with contextlib.closing(StopOnSignal(job.recovery.time_limit_s)) as stop:
-        _attempt(job, device, start, stop)
+        _attempt(job, device, start, teachers, stop)
     outcome, _, cause, _ = stop.how_it_ended()
     if outcome == history.STOPPED:
         _log.info("%s; the same command goes on", cause)
@@ -128,16 +132,26 @@ def _exit_code(number: signal.Signals) -> int:
     return 0 if asked_by_launcher else 128 + number
 
 
-def _attempt(job: TrainJob, device: torch.device, start: Start, stop: StopOnSignal) -> None:
+def _attempt(
+    job: TrainJob,
+    device: torch.device,
+    start: Start,
+    teachers: Sequence[ChosenTeacher],
+    stop: StopOnSignal,
+) -> None:
     """Open the data, refuse what cannot go on, and train; the history says how it ended."""
     run_dir, state, phases = Path(job.run_dir), start.state(), lay_out(job)
     data = open_run_data(job, phases, start)
+    teacher_record.require_usable(
+        teachers, [one.job for one in phases], data.tokenizer, ranks.world_size()
+    )
     record = same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
             run_folder.take_over(job)
             frozen.freeze(job, run_dir)
             write_record(run_dir, record)
+            teacher_record.write_record(run_dir, teachers)
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
@@ -300,6 +314,17 @@ def claim(job: TrainJob) -> Start:
     return Start(found, weights_only)
 
 
+def choose_teachers(job: TrainJob, start: Start) -> list[ChosenTeacher]:
+    """Find the checkpoints that a student learns from, whole; there are none without a teacher."""
+    chosen = ranks.broadcast_from_main(lambda: teacher_record.choose(job, goes_on=start.is_own))
+    for one in chosen if not targets_of(job.objective) else ():
+        if damaged := store.damages(one.found):
+            error = UserError(f"teacher {one.found.path} is damaged: {damaged}; take another one")
+            error.on_all_ranks = True
+            raise error
+    return chosen
+
+
 def _set_aside(found: layout.Found, damaged: str) -> None:
     place = layout.set_aside(found)
     before = layout.latest(found.run_dir)
@@ -329,8 +354,6 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
             is_main=ranks.is_main(),
             report=shown.update,
         )
-    for targets in stored:
-        targets.require_fits(phase_spans, record_of(data))
     if job.model.vocab_size is None:
         # Weights keep their vocabulary, also where another one would fit into the same padding.
         loaded = frozen.load(start.found.run_dir).model.vocab_size if start.found else None
@@ -354,6 +377,8 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
             f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {data.vocab_size} "
             f"tokens; {remedy}"
         )
+    for targets in stored:
+        targets.require_fits(phase_spans, record_of(data))
     for line in data.description():
         _log.info("%s", line)
     return data

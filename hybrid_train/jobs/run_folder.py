@@ -16,6 +16,7 @@ from hybrid_train.config import frozen
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
+from hybrid_train.distillation.teacher_record import FILE_NAME as TEACHERS
 from hybrid_train.hf import origin
 from hybrid_train.planning.phases import FIXED_SETTINGS, lay_out
 from hybrid_train.schema import formats
@@ -59,10 +60,11 @@ _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weigh
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
     *_SIGNS, formats.FILE_NAME, exit_reports.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
-    METRICS, RECORD, "precision.json", "tensorboard", "wandb", "wandb_run_id",
+    METRICS, RECORD, TEACHERS, "precision.json", "tensorboard", "wandb", "wandb_run_id",
 }  # fmt: skip
 _HALVES = {
-    *(f"{name}.tmp" for name in (frozen.FROZEN_NAME, formats.FILE_NAME, RECORD)), f"{METRICS}.part"
+    *(f"{name}.tmp" for name in (frozen.FROZEN_NAME, formats.FILE_NAME, RECORD, TEACHERS)),
+    f"{METRICS}.part",
 }  # fmt: skip
 # What a run leaves behind before its first step, and what its submission does.
 _OF_A_START = _WRITTEN | _HALVES | {"launch", "logs", "code"}

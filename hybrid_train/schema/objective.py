@@ -17,6 +17,7 @@ from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import Problem
 
 MAIN = "model"  # the network of a step that trains no other
+SELF = "self"  # the teacher that is what a student starts from
 
 
 @dataclass(kw_only=True)

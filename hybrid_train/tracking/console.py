@@ -216,8 +216,15 @@ def _validation(lines: Lines) -> list[str]:
     if not losses:
         return []
     text = [f"Validation loss is {losses[-1]:.3f} nats per token."]
+    of_labels = _values(lines, "validation_cross_entropy")  # of a student, whose loss is another
+    if of_labels:
+        agreement = _values(lines, "validation_agreement")
+        text.append(
+            f"It is the divergence from the teacher; the cross-entropy is {of_labels[-1]:.3f}, and "
+            f"for {agreement[-1]:.1%} of the tokens both hold the same one to be the likeliest."
+        )
     if baselines:
-        gain = baselines[-1] - losses[-1]
+        gain = baselines[-1] - (of_labels or losses)[-1]
         text.append(
             f"The unigram distribution of the train part has a cross-entropy of "
             f"{baselines[-1]:.3f} there: the model is {abs(gain):.3f} nats per token "

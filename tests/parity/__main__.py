@@ -3,6 +3,7 @@
 python -m tests.parity layouts [NAME ...]     every layout against one process
 python -m tests.parity packed [NAME ...]      the same on rows of several documents
 python -m tests.parity quantized [NAME ...]   the same in FP8 and FP4, one step
+python -m tests.parity taught [NAME ...]      the same with a teacher
 python -m tests.parity faults                 planted faults and what found them
 python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from tests.parity.case import Case
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED
+from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED, TAUGHT
 from tests.parity.suite import Suite
 from tests.parity.verdict import Verdict
 
@@ -27,11 +28,12 @@ def main() -> int:
         "layouts": _layouts,
         "packed": _packed,
         "quantized": _quantized,
+        "taught": _taught,
         "faults": _faults,
         "draw": _draws,
     }
     if wanted == "all":
-        return int(not all([_layouts([]), _packed([]), _quantized([]), _faults([])]))
+        return int(not all([_layouts([]), _packed([]), _quantized([]), _taught([]), _faults([])]))
     if wanted not in tables:
         sys.exit(__doc__)
     return int(not tables[wanted](names))
@@ -47,6 +49,10 @@ def _packed(names: Sequence[str]) -> bool:
 
 def _quantized(names: Sequence[str]) -> bool:
     return _compared(QUANTIZED, names)
+
+
+def _taught(names: Sequence[str]) -> bool:
+    return _compared(TAUGHT, [f"taught, {name}" for name in names])
 
 
 def _compared(cases: dict[str, Case], names: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ from hybrid_train.schema.model import (
     Moe,
     MoeSizes,
 )
+from hybrid_train.schema.objective import Distill
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import GemmFormat, NumberFormat, Precision
 from hybrid_train.schema.train import TrainJob
@@ -86,6 +87,19 @@ def full_width(case: Case) -> Case:
 def packed(case: Case) -> Case:
     """Return the same case on packed rows."""
     return replace(case, packed=True)
+
+
+def taught(case: Case) -> Case:
+    """Return the same case with a teacher, and all that its loss is a mixture of."""
+    job = copy.deepcopy(case.job)
+    job.objective = Distill(
+        moe_aux_loss_scale=job.objective.moe_aux_loss_scale,
+        teacher="of the reference",
+        temperature=2.0,
+        reverse_share=0.3,
+        cross_entropy_share=0.2,
+    )
+    return replace(case, job=job)
 
 
 def quantized(case: Case, format: GemmFormat) -> Case:

@@ -5,7 +5,7 @@ All are of the kind that real code bases have had: nothing crashes, and the loss
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -112,6 +112,55 @@ def _expert_bias_is_not_synchronised(_: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(router, "get_updated_expert_bias", by_own_tokens)
 
 
+def _slots_are_changed(change: Callable[[list[Tensor]], list[Tensor]]) -> Plant:
+    """Change what a teacher hands over: the hidden states of the main head, by microbatch."""
+
+    def plant(engine: Any, patch: pytest.MonkeyPatch) -> None:
+        prepare, name = engine.objective.prepare, "teacher_hidden.0"
+
+        def prepare_and_change(batches: Sequence[Any]) -> list[Any]:
+            found = prepare(batches)
+            slots = [one.token_extras[name] for one in found if name in one.token_extras]
+            if not slots:
+                return found
+            return [
+                replace(one, token_extras={**one.token_extras, name: slot})
+                for one, slot in zip(found, change(slots), strict=True)
+            ]
+
+        patch.setattr(engine.objective, "prepare", prepare_and_change)
+
+    return plant
+
+
+def _reduction_is_differentiated(_: Any, patch: pytest.MonkeyPatch) -> None:
+    """Scale the gradient as a collective in the loss does that autograd goes through."""
+    from hybrid_train.ops.logits import HeadPart
+
+    reduced = HeadPart._reduced
+    patch.setattr(
+        HeadPart,
+        "_reduced",
+        lambda head, grad, shape: reduced(head, grad * dist.get_world_size(head.group), shape),
+    )
+
+
+def _padded_rows_have_a_share(engine: Any, patch: pytest.MonkeyPatch) -> None:
+    """Let the teacher's padded rows be tokens that no label names."""
+    from hybrid_train.ops import divergence
+    from hybrid_train.ops.logits import HeadPart
+
+    of_columns = divergence._Columns.of
+
+    def of(logits: Tensor, head: HeadPart, scale: float) -> Any:
+        found = of_columns(logits, head, scale)
+        rest = logits[:, head.width :].float().mul(scale)
+        padded = torch.cat([found.log_sum[:, None], rest], dim=-1).logsumexp(-1)
+        return replace(found, log_sum=padded)
+
+    patch.setattr(divergence._Columns, "of", staticmethod(of))
+
+
 def _counted_twice(name: str) -> Plant:
     """Double one gradient on its way to the optimizer."""
 
@@ -148,6 +197,20 @@ FAULTS = {
     "in_proj split in one piece": Fault(_in_proj_is_split_in_one_piece, "TP2", "loss of step 1"),
     "expert bias of one rank": Fault(
         _expert_bias_is_not_synchronised, "DP2", "copies of decoder.layers.1.mlp.router.expert_bias"
+    ),
+    "slot of the microbatch before": Fault(
+        _slots_are_changed(lambda slots: [slots[-1], *slots[:-1]]), "taught, PP2", "loss of step 1"
+    ),
+    "teacher's places moved by one": Fault(
+        _slots_are_changed(lambda slots: [one.roll(1, dims=1) for one in slots]),
+        "taught, CP2",
+        "loss of step 1",
+    ),
+    "divergence through a differentiated collective": Fault(
+        _reduction_is_differentiated, "taught, TP2", "gradient of decoder.layers.0"
+    ),
+    "padded rows with a share": Fault(
+        _padded_rows_have_a_share, "taught, DP2", "divergence of step 1"
     ),
     "norm counted twice": Fault(_counted_twice(_NORM), "TP2", _NORM),
     "expert counted twice": Fault(_counted_twice(_EXPERT), "EP2", "experts.linear_fc1.weight"),

@@ -2,7 +2,7 @@
 
 from hybrid_train.schema.parallel import Dispatcher, Parallel
 from hybrid_train.schema.precision import GemmFormat
-from tests.parity.case import Case, case_of, full_width, packed, quantized, unequal
+from tests.parity.case import Case, case_of, full_width, packed, quantized, taught, unequal
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
 _DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
@@ -70,6 +70,13 @@ QUANTIZED = {
     }.items()
     for name in names
 }  # fmt: skip
+TAUGHT = {
+    f"taught, {name}": taught((LAYOUTS | PACKED)[name])
+    for name in (
+        "TP2", "TP2, whole sequences", "PP2", "VPP2 x PP2", "EP2", "CP2", "DP2", "DP2, FSDP",
+        "packed, TP2 x CP2 x PP2",
+    )
+}  # fmt: skip
 _UNEQUAL, _UNEQUAL_STAGES = "M-EM*M-E-*/*E/*E", "M-EM*|M-E-*/*E/*E"
 UNEQUAL = {
     "unequal layers, TP2": unequal(Parallel(tensor=2), _UNEQUAL),
@@ -97,4 +104,4 @@ UNEQUAL = {
         unequal(Parallel(), _UNEQUAL, data=2), GemmFormat.nvfp4
     ),
 }
-CASES = LAYOUTS | PACKED | QUANTIZED | UNEQUAL
+CASES = LAYOUTS | PACKED | QUANTIZED | TAUGHT | UNEQUAL

@@ -5,9 +5,10 @@ given in ulps: float32's spacing at the root mean square of the whole gradient.
 """
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch
+from hybrid_train.schema.objective import Distill, NextToken
 from tests.parity.case import Case, microbatches_of
-from tests.tiny import tiny_engine
+from tests.tiny import VOCAB, tiny_engine
 
 EPSILON = torch.finfo(torch.float32).eps
 START, REFERENCE = "checkpoints/step_00000000", "reference.pt"
+TEACHER, TEACHER_SEED = "teacher", 99
 
 
 @dataclass
@@ -43,7 +46,8 @@ def write_reference(case: Case, folder: Path) -> list[dict[str, float]]:
     from hybrid_train.training.hooks.checkpointing import content_of
     from tests.parity import shards
 
-    with _engine(case) as engine:
+    _write_teacher(case, folder / TEACHER)
+    with _engine(case, folder) as engine:
         saved = store.save(folder, content_of(engine), {"step": 0, "tokens": 0}, keep=1)
         assert saved == folder / START
         batches = _batches(case, engine)
@@ -68,7 +72,7 @@ def measure(case: Case, folder: Path, fault: str | None = None) -> Outcome:
     from tests.parity import faults
 
     reference = torch.load(folder / REFERENCE, mmap=True)
-    with _engine(case) as engine:
+    with _engine(case, folder) as engine:
         read_weights(folder / START, engine.network.chunks, engine.network.groups)
         engine.network.optimizer.reload_model_params()
         with faults.planted(fault, engine):
@@ -95,10 +99,29 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
     return outcome
 
 
+def _write_teacher(case: Case, run_dir: Path) -> None:
+    """Write the run of a teacher, if there is one: of another width, padding and first weights."""
+    from hybrid_train.checkpoint import store
+    from hybrid_train.config import frozen
+    from hybrid_train.training.hooks.checkpointing import content_of
+
+    if not isinstance(case.job.objective, Distill):
+        return
+    job = copy.deepcopy(case.job)
+    job.objective, job.train.seed = NextToken(), TEACHER_SEED
+    job.model = replace(job.model, hidden_size=48, vocab_multiple=80, vocab_size=VOCAB)
+    with _engine(replace(case, job=job), run_dir) as engine:
+        frozen.freeze(job, run_dir)
+        store.save(run_dir, content_of(engine), {"step": 0, "tokens": 0}, keep=1)
+
+
 @contextlib.contextmanager
-def _engine(case: Case) -> Iterator[Any]:
+def _engine(case: Case, folder: Path) -> Iterator[Any]:
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
+    if isinstance(case.job.objective, Distill):
+        case = copy.deepcopy(case)
+        case.job.objective.teacher = str(folder / TEACHER)
     groups = build_groups(case.job.parallel, timeout_s=60)
     try:
         yield tiny_engine(case.job, groups)

@@ -36,7 +36,8 @@ class Suite:
 
     def _name(self, case: Case) -> str:
         job = _alone(case).job
-        return measure.digest(repr((job.model, job.train, job.precision, case.packed)).encode())
+        named = (job.model, job.train, job.precision, job.objective, case.packed)
+        return measure.digest(repr(named).encode())
 
 
 def _alone(case: Case) -> Case:

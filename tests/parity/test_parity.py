@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED, UNEQUAL
+from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED, TAUGHT, UNEQUAL
 from tests.parity.suite import Suite
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
@@ -60,6 +60,11 @@ def test_a_layout_quantizes_as_one_process_does(suite: Suite, name: str) -> None
     assert suite.compare(QUANTIZED[name]).problems == []
 
 
+@pytest.mark.parametrize("name", sampled(TAUGHT, "taught, TP2", "taught, VPP2 x PP2"))
+def test_a_student_learns_under_a_layout_as_in_one_process(suite: Suite, name: str) -> None:
+    assert suite.compare(TAUGHT[name]).problems == []
+
+
 @pytest.mark.parametrize(
     "name",
     # Each split of one kind alone stands in the second, or is slow.
@@ -77,7 +82,13 @@ def test_a_random_legal_case_computes_what_one_process_computes(suite: Suite, se
 
 
 @pytest.mark.parametrize(
-    "name", sampled(FAULTS, "MTP denominator of one rank", "expert counted twice")
+    "name",
+    sampled(
+        FAULTS,
+        "MTP denominator of one rank",
+        "expert counted twice",
+        "slot of the microbatch before",
+    ),
 )
 def test_a_planted_fault_is_noticed_where_it_is(suite: Suite, name: str) -> None:
     fault = FAULTS[name]

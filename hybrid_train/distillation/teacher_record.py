@@ -1,0 +1,276 @@
+"""Which checkpoint each teacher of a run is: chosen at its first start, and that very one ever on.
+
+    RUN/teachers.json   [{"source": "runs/parent", "run_dir": ..., "step": 500, "checksum": ...}]
+
+A parent that trains on meanwhile, or a folder that holds another one by now, would make another
+run of it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.config import checks, frozen
+from hybrid_train.data import record as data_record
+from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary, open_tokenizer
+from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder
+from hybrid_train.schema.objective import SELF, Distill, MtpTarget, WeighedTeacher
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
+
+FILE_NAME = "teachers.json"
+HEADER, UNFINISHED = "targets.json", "unfinished.json"  # of stored targets, whole or not yet
+
+
+@dataclass(frozen=True)
+class ChosenTeacher:
+    """The checkpoint that a teacher is.
+
+    Attributes:
+        source: what the command calls it.
+        run_dir: the run folder that it is of.
+        step: of the checkpoint.
+        checksum: of its files.
+    """
+
+    source: str
+    run_dir: str
+    step: int
+    checksum: str
+
+    @property
+    def found(self) -> layout.Found:
+        """The checkpoint, which may be gone by now."""
+        return layout.Found(layout.path_of(Path(self.run_dir), self.step), self.step)
+
+
+def weighed(settings: Distill) -> list[WeighedTeacher]:
+    """Return the teachers that count, with weights that sum to 1; none where targets are stored."""
+    named = list(settings.teachers)
+    if settings.teacher is not None:
+        named = [WeighedTeacher(checkpoint=settings.teacher)]
+    total = sum(one.weight for one in named)
+    return [
+        WeighedTeacher(checkpoint=one.checkpoint, weight=one.weight / total)
+        for one in named
+        if one.weight
+    ]
+
+
+def choose(job: TrainJob, *, goes_on: bool) -> list[ChosenTeacher]:
+    """Find the teachers of a run, before anything of it is written.
+
+    Args:
+        job: the run.
+        goes_on: whether it goes on from a checkpoint of its own.
+
+    Raises:
+        UserError: if one is not there, or is not the one that the run began with.
+    """
+    settings = job.objective
+    if not isinstance(settings, Distill):
+        return []
+    if settings.targets is not None:
+        return [_stored(Path(settings.targets), job, goes_on=goes_on)]
+    if goes_on:
+        return list(_as_recorded(Path(job.run_dir)))
+    return [_found(one.checkpoint, job) for one in weighed(settings)]
+
+
+def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
+    """Find the teacher whose targets are stored; its own folder may be gone.
+
+    Raises:
+        UserError: if there are no targets, or a run that goes on learned from another teacher.
+    """
+    teacher = ChosenTeacher(**read_header(folder)["teacher"])
+    recorded = (read_record(Path(job.run_dir)) or []) if goes_on else [teacher]
+    if [one.checksum for one in recorded] != [teacher.checksum]:
+        raise UserError(
+            f"objective.targets={folder} was written by {teacher.source}, step {teacher.step}; "
+            f"{job.run_dir} has learned from another teacher so far: bring its targets back, or "
+            "start another run"
+        )
+    return teacher
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Read what stored targets say of themselves; see `targets.Header`.
+
+    Raises:
+        UserError: if there are none, they were never finished, or of a format that is not read.
+    """
+    path, words = (
+        folder / HEADER,
+        "holds no stored targets: hybrid-train distill_targets writes some",
+    )
+    if (folder / UNFINISHED).is_file():
+        words = "was never finished: the same hybrid-train distill_targets goes on"
+    if not path.is_file():
+        raise UserError(f"objective.targets={folder} {words}")
+    require_readable_folder(folder, STORED_TARGETS)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); {STORED_TARGETS.too_old}") from error
+
+
+def _found(source: str, job: TrainJob) -> ChosenTeacher:
+    place = job.checkpoint.load if source == SELF else source
+    found = layout.locate(Path(place or ""))
+    return ChosenTeacher(source, str(found.run_dir), found.step, layout.digest_of(found.path))
+
+
+def _as_recorded(run_dir: Path) -> Iterator[ChosenTeacher]:
+    """Yield the teachers that a run began with.
+
+    Raises:
+        UserError: if one is another one by now, or nobody knows which it was.
+    """
+    recorded = read_record(run_dir)
+    if recorded is None:
+        raise UserError(
+            f"{run_dir / FILE_NAME} is missing: nobody knows which checkpoints this run has "
+            "learned from; bring it back, or start another run"
+        )
+    for one in recorded:
+        place = one.found.path
+        if not (place / layout.POSITION).is_file():
+            raise UserError(
+                f"teacher {one.source}: the run learned from {place}, which is gone; bring it back "
+                "(checkpoint.keep of the teacher's run says how many stay)"
+            )
+        if layout.digest_of(place) != one.checksum:
+            raise UserError(
+                f"teacher {one.source}: {place} is another checkpoint than the one that this run "
+                f"learned from (checksum {one.checksum[:12]}); bring that one back, or start "
+                "another run"
+            )
+        yield one
+
+
+def read_record(run_dir: Path) -> list[ChosenTeacher] | None:
+    """Read the record of a run; None if it has none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = run_dir / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            ChosenTeacher(
+                str(one["source"]), str(one["run_dir"]), int(one["step"]), str(one["checksum"])
+            )
+            for one in found
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); bring it back") from error
+
+
+def write_record(run_dir: Path, chosen: Sequence[ChosenTeacher]) -> None:
+    """Write the record of a run, if it has teachers; a reader never sees half of it."""
+    target = run_dir / FILE_NAME
+    if not chosen:
+        target.unlink(missing_ok=True)  # of a run whose folder this one took over
+        return
+    half = run_dir / f"{FILE_NAME}.tmp"
+    half.write_text(json.dumps([asdict(one) for one in chosen], indent=2) + "\n", encoding="utf-8")
+    half.replace(target)
+
+
+def require_usable(
+    chosen: Sequence[ChosenTeacher],
+    jobs: Sequence[TrainJob],
+    tokenizer: AnyTokenizer,
+    processes: int,
+) -> None:
+    """Refuse teachers that a run cannot learn from: of other tokens, or whole where it is split.
+
+    Args:
+        chosen: the teachers.
+        jobs: of the run, one for each phase, with its vocabulary.
+        tokenizer: of its data.
+        processes: that it has.
+
+    Raises:
+        UserError: naming the teacher; on all processes.
+    """
+    settings = jobs[0].objective
+    if isinstance(settings, Distill) and settings.targets is not None:
+        return  # it is not loaded; `targets.Targets.require_fits` compares what it has left
+    for one in chosen:
+        _require_same_tokens(one, jobs[0], tokenizer)
+        for job in jobs:
+            _require_split(one, job, processes)
+
+
+def _require_same_tokens(one: ChosenTeacher, job: TrainJob, tokenizer: AnyTokenizer) -> None:
+    """Refuse a teacher of other tokens, or without a depth that the run wants to learn."""
+    if _tokenizer_of(one) != tokenizer.fingerprint:
+        raise _refused(
+            f"teacher {one.source} ({one.run_dir}) has another tokenizer than the data of this "
+            "run; a divergence can only be taken where tokens are the same tokens: choose a "
+            "teacher of this tokenizer, or data that the teacher's made"
+        )
+    model, own = frozen.load(Path(one.run_dir)).model, job.model
+    if model.vocab_size is not None and model.vocab_size != own.vocab_size:
+        raise _refused(
+            f"teacher {one.source} has a vocabulary of {model.vocab_size} tokens, the model of "
+            f"this run one of {own.vocab_size}; set model.vocab_size={model.vocab_size}"
+        )
+    _require_depths(one, parse(model.pattern).mtp_depths, job)
+
+
+def _require_split(one: ChosenTeacher, job: TrainJob, processes: int) -> None:
+    """Refuse a layout of the run that a teacher, which has its processes, cannot be split into."""
+    teacher = frozen.load(Path(one.run_dir))
+    teacher.model.pattern = teacher.model.pattern.replace("|", "")
+    has_experts = "E" in teacher.model.pattern
+    teacher.parallel = replace(job.parallel, expert=job.parallel.expert if has_experts else 1)
+    teacher.runtime = job.runtime
+    if problems := list(checks.split_problems(teacher, processes)):
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise _refused(
+            f"teacher {one.source} has the layout of this run, and cannot be split so:\n{lines}"
+        )
+
+
+def _tokenizer_of(one: ChosenTeacher) -> str:
+    """Return the fingerprint of a teacher's tokenizer.
+
+    Raises:
+        UserError: if it has none.
+    """
+    run_dir = Path(one.run_dir)
+    recorded = data_record.read_record(run_dir)
+    if recorded is not None:
+        return str(recorded["tokenizer"])
+    if has_vocabulary(run_dir / layout.TOKENIZER):
+        return open_tokenizer(run_dir / layout.TOKENIZER).fingerprint
+    raise _refused(
+        f"teacher {one.source} ({run_dir}) has no tokenizer that could be compared with that of "
+        "the data; import it again with tokenizer=FOLDER"
+    )
+
+
+def _require_depths(one: ChosenTeacher, depths: int, job: TrainJob) -> None:
+    settings, wanted = job.objective, parse(job.model.pattern).mtp_depths
+    assert isinstance(settings, Distill), "it has teachers"
+    if settings.mtp is MtpTarget.divergence and depths < wanted:
+        raise _refused(
+            f"teacher {one.source} has {depths} MTP depths, the model of this run {wanted}; choose "
+            "objective.mtp=cross_entropy or objective.mtp=off"
+        )
+
+
+def _refused(text: str) -> UserError:
+    error = UserError(text)
+    error.on_all_ranks = True  # every process reads the same files
+    return error
