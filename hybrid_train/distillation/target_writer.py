@@ -39,8 +39,7 @@ from hybrid_train.distillation.teacher_record import HEADER, UNFINISHED
 from hybrid_train.distillation.teachers import Teacher
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.ops.context import in_order
-from hybrid_train.ops.divergence import MostLikely
-from hybrid_train.ops.logits import HeadPart, read
+from hybrid_train.ops.logits import HeadPart, MostLikely, read
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder, write_stamp
 from hybrid_train.schema.problems import UserError

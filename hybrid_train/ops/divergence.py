@@ -225,28 +225,6 @@ class Comparison:
         return torch.stack([values, same.to(values.dtype)], dim=-1)
 
 
-@dataclass(frozen=True)
-class MostLikely:
-    """The most likely tokens, which `TopTokens` keeps: a `Reading` of the logits.
-
-    Its values are float64, which holds any token: tokens, their logits, log of the sum of all.
-
-    Attributes:
-        number: how many, K, at most the vocabulary.
-    """
-
-    number: int
-
-    @property
-    def num_values(self) -> int:
-        return 2 * self.number + 1
-
-    def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> Tensor:
-        values, tokens = _most_likely(logits, self.number, head)
-        log_sum = _Columns.of(logits, head, 1.0).log_sum
-        return torch.cat([tokens.double(), values.double(), log_sum.double()[:, None]], dim=-1)
-
-
 _LEAST_REST = 1e-7  # of what stored tokens leave to others: less is the rounding of their sum
 
 
@@ -468,7 +446,7 @@ class _Top:
     @staticmethod
     def of(theirs: _Columns, number: int) -> "_Top":
         """Tell the most likely tokens of a distribution apart, over all ranks."""
-        values, tokens = _most_likely(theirs.logits, number, theirs.head)
+        values, tokens = theirs.head.most_likely(theirs.logits, number)
         log_probs = values.to(theirs.kind) * theirs.scale - theirs.log_sum[:, None]
         return _Top(tokens, log_probs, theirs.rest(tokens))
 
@@ -494,31 +472,6 @@ class _Top:
             others=[_Others(column, here, d[:, -1], r)],
         )
         return _Found((1 - r) * forward + r * backward, gradient)
-
-
-def _most_likely(logits: Tensor, number: int, head: HeadPart) -> tuple[Tensor, Tensor]:
-    """Return logits and numbers of the most likely tokens over all ranks, each [N, K]."""
-    columns = logits[:, : head.width]
-    values, tokens = columns.topk(min(number, head.width), dim=-1)
-    tokens = tokens + head.first
-    if head.group is not None:
-        values, tokens = _gathered(values, number, head), _gathered(tokens, number, head)
-        values, places = values.topk(number, dim=-1)
-        tokens = tokens.gather(-1, places)
-    return values, tokens
-
-
-def _gathered(values: Tensor, number: int, head: HeadPart) -> Tensor:
-    """Bring the candidates of all ranks together, [N, K of this rank] -> [N, K * ranks].
-
-    A rank with fewer tokens than are wanted fills up with what is never chosen.
-    """
-    fill = -math.inf if values.is_floating_point() else 0
-    own = values.new_full((len(values), number), fill)
-    own[:, : values.shape[1]] = values
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(head.group))]
-    dist.all_gather(parts, own, group=head.group)
-    return torch.cat(parts, dim=-1)
 
 
 def _toward(p: Tensor, d: Tensor, log_q: Tensor) -> Tensor:
