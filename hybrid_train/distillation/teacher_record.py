@@ -21,6 +21,7 @@ from hybrid_train.schema.objective import SELF, Distill, MtpTarget, WeighedTeach
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
+from hybrid_train.schema.units import counted
 
 FILE_NAME = "teachers.json"
 HEADER, UNFINISHED = "targets.json", "unfinished.json"  # of stored targets, whole or not yet
@@ -265,8 +266,8 @@ def _require_depths(one: ChosenTeacher, depths: int, job: TrainJob) -> None:
     assert isinstance(settings, Distill), "it has teachers"
     if settings.mtp is MtpTarget.divergence and depths < wanted:
         raise _refused(
-            f"teacher {one.source} has {depths} MTP depths, the model of this run {wanted}; choose "
-            "objective.mtp=cross_entropy or objective.mtp=off"
+            f"teacher {one.source} has {counted(depths, 'MTP depth')}, the model of this run "
+            f"{wanted}; choose objective.mtp=cross_entropy or objective.mtp=off"
         )
 
 

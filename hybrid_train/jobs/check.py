@@ -28,6 +28,7 @@ from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import Train, TrainJob
 from hybrid_train.schema.units import counted, show_bytes, show_tokens, tokens
 from hybrid_train.tracking.metrics import show_duration, show_step_time
@@ -134,6 +135,7 @@ def _facts(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if hosted := plan.most_hosted():
         share = job.optimizer.offload_share
         yield "host memory", f"{show_bytes(hosted)} a process for {share:.0%} of the optimizer"
+    yield from _teachers(plan)
     yield from _experts(plan)
     yield "sequence", f"{train.sequence_length:,} tokens{_sequence_split(plan.first)}"
     yield (
@@ -186,6 +188,19 @@ def _room(kept: int, card: Card) -> str:
         words += f"tight, {show_bytes(whole - kept)} are left for buffers of CUDA and NCCL and for "
         return f"{words}activations, which are not counted"
     return f"{words}fits; activations are not counted"
+
+
+def _teachers(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Say what teachers add to what a process keeps."""
+    try:
+        for one in plan.teachers():
+            yield (
+                "teacher",
+                f"{one.source}: {show_bytes(one.weights)} of weights a process at most, "
+                f"{show_bytes(one.slots)} of hidden states on the last pipeline rank",
+            )
+    except UserError as error:
+        yield "teacher", f"not counted: {error}"
 
 
 def _experts(plan: RunPlan) -> Iterator[tuple[str, str]]:

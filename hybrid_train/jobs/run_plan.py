@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from rich.console import Console
 
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.gemm_formats import formats_of
-from hybrid_train.config import rules_of_cluster
+from hybrid_train.config import frozen, rules_of_cluster
 from hybrid_train.config.rules_of_hardware import card_of
 from hybrid_train.config.rules_of_precision import is_native
 from hybrid_train.config.suggestions import processes_of
+from hybrid_train.distillation import teacher_record
 from hybrid_train.jobs.help import show_numbers
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.memory import Memory, memory
@@ -20,8 +22,11 @@ from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.cluster import Cluster
 from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob
+from hybrid_train.schema.objective import Distill, MtpTarget
 from hybrid_train.schema.optimizer import Wsd
-from hybrid_train.schema.precision import GemmFormat
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.precision import GemmFormat, Precision
+from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_bytes, show_tokens, tokens
 
@@ -36,6 +41,21 @@ class PlannedPeak:
 
     tflops: float
     source: str
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """What the fullest process keeps of a teacher.
+
+    Attributes:
+        source: what the command calls it.
+        weights: bytes; frozen, with neither gradients nor an optimizer.
+        slots: bytes of the hidden states of a step, which the last pipeline rank keeps.
+    """
+
+    source: str
+    weights: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -162,15 +182,58 @@ class RunPlan:
         """Return what a process of a pipeline rank keeps from step to step, in the first phase."""
         return memory(self.first, stages.held_of_rank(self.stages, rank), self.processes)
 
+    def teachers(self) -> Iterator[TeacherMemory]:
+        """Count what each teacher takes beside the student, in the first phase.
+
+        Raises:
+            UserError: if one is not on this machine.
+        """
+        settings = self.job.objective
+        if not isinstance(settings, Distill) or settings.targets is not None:
+            return
+        for one in teacher_record.choose(self.job, goes_on=False):
+            job = frozen.load(Path(one.run_dir))
+            base = settings.teacher_format or GemmFormat(job.precision.base.value)
+            experts = self.first.parallel.expert if "E" in job.model.pattern else 1
+            job.precision = Precision(format=base)
+            # Each process keeps the whole of its part, also where FSDP splits the student's.
+            job.parallel = replace(self.first.parallel, expert=experts, fsdp=False)
+            job.model.pattern = job.model.pattern.replace("|", "")
+            size = job.model.vocab_size or self.job.model.vocab_size or self.rows
+            cut = stages.stages(job, degrees.padded_vocab_size(size, job.model.vocab_multiple))
+            ranks = range(job.parallel.pipeline)
+            kept = (memory(job, stages.held_of_rank(cut, one), self.processes) for one in ranks)
+            depths = 1 + (settings.mtp is MtpTarget.divergence) * self._depths
+            width = depths * job.model.hidden_size * (4 if base is GemmFormat.fp32 else 2)
+            tokens_of_step = self.microbatches * self._tokens_of_microbatch
+            yield TeacherMemory(
+                one.source, max(each.weights for each in kept), width * tokens_of_step
+            )
+
+    @property
+    def _depths(self) -> int:
+        return parse(self.job.model.pattern).mtp_depths
+
+    @property
+    def _tokens_of_microbatch(self) -> int:
+        """Tokens of which a process has hidden states between layers, in the first phase."""
+        train, parallel = self.first.train, self.first.parallel
+        ways = parallel.context * (parallel.tensor if degrees.splits_sequence(parallel) else 1)
+        return train.microbatch * train.sequence_length // ways
+
     def cost_of_rank(self, rank: int) -> float:
         """Return the work of a pipeline rank as a part of the mean."""
         own = [stage.cost for stage in self.stages if stage.rank == rank]
         return sum(own) / len(own)
 
     def most_kept(self) -> int:
-        """Return the bytes that the fullest process keeps, in any phase."""
+        """Return the bytes that the fullest process keeps, in any phase, teachers included."""
         each = (stages.most_kept(one.job, self.processes, self.rows) for one in self.phases)
-        return max(each)
+        try:
+            taught = sum(one.weights + one.slots for one in self.teachers())
+        except UserError:  # a teacher of another machine
+            taught = 0
+        return max(each) + taught
 
     def most_hosted(self) -> int:
         """Return the bytes in host memory of the process with most, in the first phase."""

@@ -187,11 +187,7 @@ class Distillation:
         """Return what a target says of the tokens of a chunk, in the columns of this rank."""
         head = model.head
         if isinstance(target, TopTokens):
-            log_probs = target.logits[rows].to(model.kind) - target.log_sum[rows, None].to(
-                model.kind
-            )
-            rest = torch.log(-torch.expm1(log_probs.logsumexp(-1)).clamp(max=-_LEAST_REST))
-            return _Top(target.tokens[rows].long(), log_probs, rest)
+            return _Top.stored(target, rows, model)
         target.require_alike(head)
         theirs = _Columns.of(target.logits(rows), target.head, model.scale)
         if self.top_k is None or self.top_k >= head.vocab_size:
@@ -436,12 +432,24 @@ class _Top:
     Attributes:
         tokens: in the whole vocabulary, [N, K].
         log_probs: theirs, [N, K].
-        rest: the log-probability of all others, [N].
+        rest: the log-probability of all others, [N]; None where there are no others.
     """
 
     tokens: Tensor
     log_probs: Tensor
-    rest: Tensor
+    rest: Tensor | None
+
+    @staticmethod
+    def stored(target: TopTokens, rows: slice, model: _Columns) -> "_Top":
+        """Read what was stored of a chunk; rounded logits may have more than all probability."""
+        logits, log_sum = (one[rows].to(model.kind) for one in (target.logits, target.log_sum))
+        log_probs, tokens = logits - log_sum[:, None], target.tokens[rows].long()
+        total = log_probs.logsumexp(-1, keepdim=True)
+        if tokens.shape[1] == model.head.vocab_size:
+            return _Top(tokens, log_probs - total, None)
+        log_probs -= total.clamp(min=0)
+        left = -torch.expm1(total.squeeze(-1)).clamp(max=-_LEAST_REST)
+        return _Top(tokens, log_probs, left.log())
 
     @staticmethod
     def of(theirs: _Columns, number: int) -> "_Top":
@@ -452,25 +460,24 @@ class _Top:
 
     @property
     def greedy(self) -> Tensor:
-        return self.tokens.gather(-1, self.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+        equals = self.log_probs == self.log_probs.amax(-1, keepdim=True)
+        return self.tokens.where(equals, torch.iinfo(self.tokens.dtype).max).amin(-1)
 
     def compare(self, model: _Columns, reverse_share: float) -> _Found:
         """Compare the model with it, entry by entry; every rank does so."""
         r = reverse_share
-        log_p = torch.cat([self.log_probs, self.rest[:, None]], dim=-1)
-        log_q = torch.cat(
-            [model.log_probs_of(self.tokens), model.rest(self.tokens)[:, None]], dim=-1
-        )
+        log_p, log_q = self.log_probs, model.log_probs_of(self.tokens)
+        if self.rest is not None:
+            log_p = torch.cat([log_p, self.rest[:, None]], dim=-1)
+            log_q = torch.cat([log_q, model.rest(self.tokens)[:, None]], dim=-1)
         d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
         forward = _toward(p, d, log_q).sum(-1)
         backward = _toward(q, -d, log_p).sum(-1)
         column, here = model.columns_of(self.tokens)
-        of_tokens = (r * q * d - (1 - r) * p)[:, :-1] * here
-        gradient = _Gradient(
-            (1 - r) - r * backward,
-            columns=[(column, of_tokens)],
-            others=[_Others(column, here, d[:, -1], r)],
-        )
+        of_tokens = (r * q * d - (1 - r) * p)[:, : column.shape[1]] * here
+        gradient = _Gradient((1 - r) - r * backward, columns=[(column, of_tokens)])
+        if self.rest is not None:
+            gradient.others.append(_Others(column, here, d[:, -1], r))
         return _Found((1 - r) * forward + r * backward, gradient)
 
 

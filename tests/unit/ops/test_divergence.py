@@ -141,6 +141,46 @@ def test_stored_tokens_of_a_teacher_say_what_the_teacher_itself_would(reverse: f
         Distillation([(1.0, stored)], labels, temperature=2.0)
 
 
+@pytest.mark.parametrize("reverse", [0.0, 0.3, 1.0])
+def test_stored_tokens_that_are_the_whole_vocabulary_leave_nothing_out(reverse: float) -> None:
+    other, (hidden, weight, weights) = reference(3.0), operands()
+    top = logits_of(other).float().topk(VOCAB)
+    stored = TopTokens(top.indices.int(), top.values, top.values.logsumexp(-1))
+    head, found = HeadPart(weight, VOCAB), []
+    for target in (other, stored):
+        loss = Distillation([(1.0, target)], some_labels(), reverse_share=reverse)
+        total, values = weighted_sum(hidden, head, loss, weights)
+        found.append((values, *torch.autograd.grad(total, (hidden, weight))))
+    for one, same in zip(*found, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-4)
+
+
+def test_stored_tokens_that_rounding_gave_more_than_all_probability_keep_their_shares() -> None:
+    """Two tokens of 0.75 and 0.25, whose logits were rounded up by 0.01."""
+    logits = torch.tensor([[0.75, 0.25]]).log()
+    top = TopTokens(torch.tensor([[2, 0]]), logits + 0.01, torch.zeros(1))
+    head = HeadPart(torch.tensor([[0.25], [1e-9], [0.75]]).log().requires_grad_(), 3)
+    loss = Distillation([(1.0, top)], torch.zeros(1, dtype=torch.long), agreement=True)
+    total, values = weighted_sum(torch.ones(1, 1), head, loss, torch.ones(1))
+    (grad,) = torch.autograd.grad(total, head.weight)
+    assert values[0, 0] < 1e-6
+    assert grad.abs().max() < 1e-6
+    assert values[0, 3] == 1
+
+
+@pytest.mark.parametrize("k", [None, 8], ids="k={}".format)
+def test_a_model_agrees_with_itself_where_several_tokens_are_the_most_likely(k: int | None) -> None:
+    """As is common in half precision; the order in which a sort leaves equals is no answer."""
+    generator, tokens = torch.Generator().manual_seed(0), 300
+    hidden, labels = torch.eye(50), torch.zeros(50, dtype=torch.long)
+    weight = torch.randint(4, (tokens, 50), generator=generator).float()
+    weight.scatter_(0, torch.randint(tokens, (3, 50), generator=generator), 9.0)
+    head = HeadPart(weight, tokens)
+    loss = Distillation([(1.0, Reference(hidden, head))], labels, top_k=k, agreement=True)
+    _, values = weighted_sum(hidden, head, loss, torch.ones(50))
+    assert (values[:, 3] == 1).all()
+
+
 @pytest.mark.parametrize(
     "name", [name for name in SETTINGS if "label" not in name and "once" not in name]
 )

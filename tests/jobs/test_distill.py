@@ -1,0 +1,101 @@
+"""A run that learns from another one: by the command, resumed, killed, on another layout."""
+
+import shutil
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+
+from tests.jobs.command import (
+    Finished,
+    assert_equal_to_the_bit,
+    checkpoints,
+    metrics,
+    signal_at_step,
+    train,
+)
+
+pytestmark = pytest.mark.xdist_group("train")
+
+Run = tuple[Path, Finished]
+STEPS = 12
+TOKENS = f"train.tokens={STEPS * 256}"
+
+
+@pytest.fixture(scope="module")
+def parent(long_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run with two of its checkpoints, the newer one under the name of an older."""
+    folder = tmp_path_factory.mktemp("distill") / "parent"
+    shutil.copytree(long_run[0], folder)
+    newer = sorted((folder / "checkpoints").iterdir())[-1]
+    newer.rename(folder / "kept")
+    return folder
+
+
+def words(parent: Path, steady: tuple[str, ...]) -> tuple[str, ...]:
+    own = ("objective=distill", f"objective.teacher={parent}", "checkpoint.interval=4")
+    own += ("checkpoint.async_save=false",)  # a kill finds them written
+    return (*steady, *own, TOKENS, "train.validation_interval=4", "train.seed=5")
+
+
+@pytest.fixture(scope="module")
+def whole(parent: Path, steady: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run_dir = tmp_path_factory.mktemp("distilled") / "whole"
+    return run_dir, train(run_dir, *words(parent, steady), "checkpoint.keep=3")
+
+
+def test_a_student_comes_near_its_teacher(whole: Run) -> None:
+    run_dir, finished = whole
+    assert finished.code == 0, finished.err
+    first, *_, last = metrics(run_dir)
+    assert last["divergence"] < first["divergence"] / 2
+    assert last["validation_agreement"] > 0.2
+    assert "It is the divergence from the teacher; the cross-entropy is" in finished.out
+
+
+@pytest.mark.slow
+def test_a_killed_student_goes_on_with_the_very_teacher_that_it_began_with(
+    whole: Run, parent: Path, steady: tuple[str, ...], tmp_path: Path
+) -> None:
+    given, run_dir = words(parent, steady), tmp_path / "killed"
+    killed = signal_at_step(SIGKILL, 6, run_dir, *given)
+    assert killed.code != 0
+    assert "step_00000004" in checkpoints(run_dir)
+    newer = shutil.move(parent / "kept", parent / "checkpoints" / "step_00000040")
+    try:
+        finished = train(run_dir, *given)
+    finally:
+        shutil.move(newer, parent / "kept")
+    assert finished.code == 0, finished.err
+    assert_equal_to_the_bit(run_dir, whole[0], STEPS)
+
+
+@pytest.mark.slow
+def test_a_student_goes_on_under_another_layout(
+    whole: Run, parent: Path, steady: tuple[str, ...], tmp_path: Path
+) -> None:
+    given, run_dir = words(parent, steady), tmp_path / "moved"
+    shutil.copytree(whole[0], run_dir)
+    for step in (8, 12):
+        shutil.rmtree(run_dir / "checkpoints" / f"step_{step:08d}")
+    layout = ("parallel.pipeline=2", "model.pattern=ME|*-/*E", "train.microbatch=1")
+    finished = train(run_dir, *given, *layout, processes=2)
+    assert finished.code == 0, finished.err
+    for mine, theirs in zip(metrics(run_dir), metrics(whole[0]), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_teacher_of_a_run_cannot_become_another_one(
+    whole: Run, parent: Path, steady: tuple[str, ...], tmp_path: Path
+) -> None:
+    run_dir, own = tmp_path / "again", tmp_path / "parent"
+    shutil.copytree(parent, own)
+    given = words(own, steady)
+    assert train(run_dir, *given, "train.tokens=1024").code == 0
+    sums = next((own / "checkpoints").iterdir()).parent / "step_00000030" / "checksums.json"
+    sums.write_text(sums.read_text() + "\n")
+    refused = train(run_dir, *given)
+    assert refused.code != 0
+    assert "is another checkpoint than the one that this run" in refused.err
+    assert len(metrics(run_dir)) == 4

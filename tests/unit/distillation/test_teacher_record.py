@@ -1,0 +1,136 @@
+"""Which checkpoint a teacher is, and what a run cannot learn from."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hybrid_train.checkpoint import layout
+from hybrid_train.config import frozen
+from hybrid_train.distillation.teacher_record import (
+    FILE_NAME,
+    choose,
+    read_record,
+    require_usable,
+    write_record,
+)
+from hybrid_train.schema.objective import SELF, MtpTarget, WeighedTeacher
+from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.problems import UserError
+from tests.distilled import PATTERN, student_job
+
+TOKENIZER: Any = SimpleNamespace(fingerprint="of all")
+
+
+def teacher(run_dir: Path, step: int = 5, weights: str = "a") -> Path:
+    """A run folder as far as the record looks at it."""
+    job = student_job()
+    frozen.freeze(job, run_dir)
+    (run_dir / "data.json").write_text(json.dumps({"tokenizer": "of all", "sources": {}}))
+    folder = layout.path_of(run_dir, step)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(weights)
+    layout.write_position(folder, {"step": step, "tokens": 0, "source_tokens": {}})
+    layout.write_checksums(folder, {})
+    return run_dir
+
+
+def begun(folder: Path, *named: str, **settings: Any) -> Any:
+    """The job of a run that has chosen its teachers, and wrote them down."""
+    job = student_job(*named, **settings)
+    job.run_dir = str(folder / "child")
+    Path(job.run_dir).mkdir()
+    write_record(Path(job.run_dir), choose(job, goes_on=False))
+    return job
+
+
+def test_the_newest_checkpoint_is_taken_and_that_one_ever_on(tmp_path: Path) -> None:
+    parent = teacher(tmp_path / "parent")
+    job = begun(tmp_path, str(parent))
+    teacher(parent, step=9)
+    (again,) = choose(job, goes_on=True)
+    assert again.found == layout.Found(layout.path_of(parent, 5), 5)
+    (other,) = choose(job, goes_on=False)
+    assert other.step == 9
+
+
+def test_another_checkpoint_in_its_place_is_refused(tmp_path: Path) -> None:
+    parent = teacher(tmp_path / "parent")
+    job = begun(tmp_path, str(parent))
+    place = layout.path_of(parent, 5)
+    (place / "weights").write_text("b")
+    layout.write_checksums(place, {})
+    with pytest.raises(UserError, match=r"step_00000005 is another checkpoint than the one"):
+        choose(job, goes_on=True)
+    place.rename(parent / "elsewhere")
+    with pytest.raises(UserError, match=r"the run learned from .*step_00000005, which is gone"):
+        choose(job, goes_on=True)
+    (Path(job.run_dir) / FILE_NAME).unlink()
+    with pytest.raises(UserError, match="nobody knows which checkpoints"):
+        choose(job, goes_on=True)
+
+
+def test_the_student_itself_is_what_it_was_loaded_from(tmp_path: Path) -> None:
+    parent = teacher(tmp_path / "parent")
+    job = student_job(SELF)
+    job.checkpoint.load = str(layout.path_of(parent, 5))
+    (found,) = choose(job, goes_on=False)
+    assert (found.source, found.run_dir, found.step) == (SELF, str(parent), 5)
+
+
+def test_a_teacher_of_no_weight_is_not_looked_for(tmp_path: Path) -> None:
+    parent = teacher(tmp_path / "parent")
+    named = [
+        WeighedTeacher(checkpoint="nowhere", weight=0.0),
+        WeighedTeacher(checkpoint=str(parent)),
+    ]
+    assert [one.source for one in choose(student_job(teachers=named), goes_on=False)] == [
+        str(parent)
+    ]
+
+
+def test_a_record_is_read_as_it_was_written_and_goes_with_the_teachers(tmp_path: Path) -> None:
+    job = begun(tmp_path, str(teacher(tmp_path / "parent")))
+    run_dir = Path(job.run_dir)
+    chosen = choose(job, goes_on=False)
+    assert read_record(run_dir) == chosen
+    write_record(run_dir, [])
+    assert read_record(run_dir) is None
+    (run_dir / FILE_NAME).write_text('[{"source": "a"}]')
+    with pytest.raises(UserError, match="is damaged"):
+        read_record(run_dir)
+
+
+def usable(job: Any, tokenizer: Any = TOKENIZER, processes: int = 1) -> None:
+    require_usable(choose(job, goes_on=False), [job], tokenizer, processes)
+
+
+def test_other_tokens_are_refused_by_the_name_of_the_teacher(tmp_path: Path) -> None:
+    job = student_job(teacher(tmp_path / "parent"))
+    usable(job)
+    with pytest.raises(UserError, match=r"parent.* has another tokenizer than the data"):
+        usable(job, SimpleNamespace(fingerprint="of nothing"))
+    job.model.vocab_size = 70
+    with pytest.raises(UserError, match=r"vocabulary of 61 tokens.*set model.vocab_size=61"):
+        usable(job)
+    (tmp_path / "parent" / "data.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer that could be compared"):
+        usable(job)
+
+
+def test_depths_that_a_teacher_lacks_are_refused(tmp_path: Path) -> None:
+    job = student_job(teacher(tmp_path / "parent"))
+    job.model.pattern = f"{PATTERN}/*"
+    with pytest.raises(UserError, match=r"has 1 MTP depth, the model of this run 2; choose"):
+        usable(job)
+    job.objective.mtp = MtpTarget.cross_entropy
+    usable(job)
+
+
+def test_a_layout_that_a_teacher_cannot_be_split_into_is_refused(tmp_path: Path) -> None:
+    job = student_job(teacher(tmp_path / "parent"))
+    job.parallel = Parallel(tensor=8)  # of 4 heads
+    with pytest.raises(UserError, match=r"has the layout of this run.*\n.*parallel.tensor = 8"):
+        usable(job, processes=8)
