@@ -119,13 +119,6 @@ COMMANDS = {
         ready=_EXPERIMENTS,
         says_what_starts=True,
     ),
-    "distill_targets": Command(
-        "runs a teacher over the rows of a run once, and keeps what it says of them",
-        "distill_targets:run",
-        DistillTargetsJob,
-        ready=_EXPERIMENTS,
-        says_what_starts=True,
-    ),
     "submit": Command(
         "queues a training run on a cluster with SLURM",
         "submit:run",
@@ -156,6 +149,13 @@ COMMANDS = {
         "evaluate:run",
         EvaluateJob,
         texts=("checkpoint", "tasks"),
+        says_what_starts=True,
+    ),
+    "distill_targets": Command(
+        "runs a teacher over the rows of a run once, and keeps what it says of them",
+        "distill_targets:run",
+        DistillTargetsJob,
+        ready=_EXPERIMENTS,
         says_what_starts=True,
     ),
     "study": Command(
