@@ -8,7 +8,7 @@ With p of the target and q of the model, both at a temperature,
     KL(q || p) = sum_v (p(v) - q(v) + q(v) * d(v)),   d = log q - log p
 
 The last form of each sums terms that are not negative, so that of two models that are nearly equal
-it is not the rounding of a difference of large sums.
+it is not the rounding of a difference of large sums: q - p is p * expm1(d).
 
 Every rank has some columns of the vocabulary. What a token needs of all of them are sums, by plain
 all-reduces; the gradient of a column needs nothing but its own p and q and these sums.
@@ -31,7 +31,7 @@ from torch.nn import functional
 from hybrid_train.ops.linear import gemm
 from hybrid_train.ops.logits import HeadPart, Pullback
 
-_SMALL = 0.5  # of d: below it exp(d) - 1 - d is exact as expm1(d) - d, above as it stands
+_LARGE = 60.0  # of d: with more, p is nearly 0 in float32; exp() of it is finite
 # Elements of a block, which is computed at once: 4 MB in float32, so that what it computes stays in
 # a cache, and adds little to the logits of a chunk.
 _BLOCK_ELEMENTS = 2**20
@@ -141,6 +141,11 @@ class Distillation:
     cross_entropy_share: float = 0.0
     top_k: int | None = None
     agreement: bool = False
+
+    @property
+    def tensors(self) -> int:
+        """How many of the size of its logits a chunk needs: theirs, and one target's."""
+        return 2
 
     def __post_init__(self) -> None:
         """Refuse what stored tokens cannot say.
@@ -270,7 +275,8 @@ class _Gradient:
                 out += plain.log_probs(block).exp_().mul_(share)
             if self.beside is not None:
                 out += self.beside[block]
-            out = functional.pad(out, (0, logits.shape[1] - width))
+            if width < logits.shape[1]:
+                out = functional.pad(out, (0, logits.shape[1] - width))
             for column, values in self.columns:
                 out.scatter_add_(-1, column[block], values[block])
             logits[block] = out.mul_(weights[block, None])
@@ -340,7 +346,7 @@ class _Columns:
     def of(logits: Tensor, head: HeadPart, scale: float) -> "_Columns":
         """Sum up over the vocabulary."""
         whole = _Columns(logits, head, scale, logits.new_zeros(len(logits), dtype=_kind(logits)))
-        sums = [whole.log_probs(block).logsumexp(-1) for block in whole.blocks()]
+        sums = [_log_sum_exp(whole.scaled(block)) for block in whole.blocks()]
         return _Columns(logits, head, scale, head.log_summed(torch.cat(sums)))
 
     @property
@@ -352,10 +358,14 @@ class _Columns:
         size = max(_BLOCK_ELEMENTS // self.logits.shape[1], 1)
         return (slice(start, start + size) for start in range(0, len(self.logits), size))
 
+    def scaled(self, block: slice) -> Tensor:
+        """Return the logits of a block over the temperature, [n, width]."""
+        columns = self.logits[block, : self.head.width].to(self.kind)
+        return columns if self.scale == 1 else columns * self.scale
+
     def log_probs(self, block: slice) -> Tensor:
         """Return the log-probabilities of a block, newly made, [n, width]."""
-        columns = self.logits[block, : self.head.width].to(self.kind)
-        return torch.add(-self.log_sum[block, None], columns, alpha=self.scale)
+        return self.scaled(block) - self.log_sum[block, None]
 
     def log_probs_of(self, tokens: Tensor) -> Tensor:
         """Return those of some tokens, whichever ranks have them, [N, K] -> [N, K]."""
@@ -370,7 +380,7 @@ class _Columns:
         for block in self.blocks():
             others = self.log_probs(block)
             apart = _marked(column[block], here[block], others)
-            sums.append(others.masked_fill_(apart, -math.inf).logsumexp(-1))
+            sums.append(others.masked_fill_(apart, -math.inf).logsumexp(-1))  # maybe of none
         return self.head.log_summed(torch.cat(sums))
 
     def columns_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -482,7 +492,21 @@ class _Top:
 
 
 def _toward(p: Tensor, d: Tensor, log_q: Tensor) -> Tensor:
-    """Return q - p - p * d, not below zero, with q = p * exp(d); same shape."""
-    near = d.abs() < _SMALL
+    """Return q - p - p * d, not below zero, with q = p * exp(d); same shape.
+
+    Where p is 0 in float32 and q is not, d is large, and the first form has no exp(d). A CPU takes
+    it for all elements of a block or for none: choosing among elements is its slowest operation.
+    """
+    if d.device.type == "cpu" and d.numel() and d.amax() <= _LARGE:
+        return torch.expm1(d).sub_(d).mul_(p)
+    near = d <= _LARGE
     close = torch.expm1(d.where(near, 0.0)) - d
     return p * close.where(near, -1 - d) + log_q.exp().where(~near, 0.0)
+
+
+def _log_sum_exp(values: Tensor) -> Tensor:
+    """Return log(sum(exp(value))) of each row, [n, V] -> [n]; -inf of no values."""
+    if not values.shape[1]:
+        return values.new_full((len(values),), -math.inf)
+    top = values.amax(-1, keepdim=True)
+    return (values - top).exp_().sum(-1).log_() + top.squeeze(-1)

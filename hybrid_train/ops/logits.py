@@ -183,7 +183,8 @@ class Softmax:
 # Weights of the values, [N] -> gradient of their weighted sum by the logits, [N, V/tp].
 Pullback = Callable[[Tensor], Tensor]
 # (logits [N, V/tp], which tokens of [T] these are, head) -> values [N] or [N, K], pullback. Of K
-# values the first is the loss, the others are looked at. The logits are the term's to overwrite.
+# values the first is the loss, the others are looked at. The logits are the term's to overwrite. A
+# term that needs several tensors of their size at once says so: `tensors`.
 Term = Callable[[Tensor, slice, HeadPart], tuple[Tensor, Pullback]]
 
 
@@ -328,13 +329,14 @@ def read(hidden: Tensor, head: HeadPart, reading: Reading, places: Tensor) -> Te
     ])  # fmt: skip
 
 
-def chunks(tokens: int, width: int, columns: int) -> Iterator[slice]:
+def chunks(tokens: int, width: int, columns: int, tensors: int = 1) -> Iterator[slice]:
     """Cut tokens into chunks whose logits are small.
 
     A chunk has at least as many tokens as there are hidden units: the gradient of the head, which
-    every chunk adds to, is as large as the logits of so many.
+    every chunk adds to, is as large as the logits of so many. Where several tensors of this size
+    are needed, so much is computed of each that adding up counts for less.
     """
-    size = max(CHUNK_ELEMENTS // columns, width)
+    size = max(CHUNK_ELEMENTS // (columns * tensors), width // tensors**2)
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
@@ -351,7 +353,8 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = head.gathered(hidden)
         values, of_rows, of_weight = [], None, None
-        for chunk in chunks(len(rows), rows.shape[1], len(weight)):
+        tensors = getattr(term, "tensors", 1)
+        for chunk in chunks(len(rows), rows.shape[1], len(weight), tensors):
             value, pullback = term(gemm(rows[chunk], weight), chunk, head)
             values.append(value)
             of_logits = pullback(weights[chunk]) if learns else None
@@ -360,8 +363,9 @@ class _WeightedSum(torch.autograd.Function):
                 continue
             if chunk.stop == len(rows):  # waits for the backward pass
                 own = rows if len(values) == 1 else rows[chunk].clone()
-                ctx.save_for_backward(of_logits, own, weight, of_rows, of_weight)
+                ctx.save_for_backward(of_logits, own, weight, of_rows)
                 ctx.head, ctx.shape, ctx.chunk = head, hidden.shape, chunk
+                ctx.of_weight = of_weight
                 continue
             if ctx.needs_input_grad[0]:
                 of_rows = torch.empty_like(rows) if of_rows is None else of_rows
@@ -369,6 +373,7 @@ class _WeightedSum(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 of_weight = _empty_sum(weight) if of_weight is None else of_weight
                 add_gemm(of_weight, of_logits, rows[chunk])
+            del of_logits  # before the next chunk has some
         found = torch.cat(values)
         ctx.mark_non_differentiable(found)
         losses = found if found.dim() == 1 else found[:, 0]
@@ -377,7 +382,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        of_logits, rows, weight, of_rows, of_weight = ctx.saved_tensors
+        of_logits, rows, weight, of_rows = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
             whole = gemm(of_logits, weight.t())
@@ -386,20 +391,20 @@ class _WeightedSum(torch.autograd.Function):
                 whole = of_rows
             grad_hidden = ctx.head._reduced(whole * grad, ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = _of_weight(ctx.head, of_logits, rows * grad, of_weight, grad)
+            grad_weight = _of_weight(ctx, of_logits, rows * grad, grad)
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _of_weight(
-    head: HeadPart, of_logits: Tensor, rows: Tensor, before: Tensor | None, grad: Tensor
-) -> Tensor:
+def _of_weight(ctx: Any, of_logits: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient of the head, of the last chunk and of those before it."""
-    buffer, weight = head.gradient_buffer, head.weight
+    buffer, weight, before = ctx.head.gradient_buffer, ctx.head.weight, ctx.of_weight
+    assert before is not None or not ctx.chunk.start, "a loss has one backward pass"
     if buffer is None and before is None:
         return of_logits.t() @ rows
     total = _empty_sum(weight) if buffer is None else buffer
     if before is not None:
-        total.add_(before * grad)
+        total.addcmul_(before, grad)
+        before = ctx.of_weight = None  # before there is another tensor of this size
     add_gemm(total, of_logits, rows)
     return total.to(weight.dtype) if buffer is None else torch.zeros_like(weight)
 

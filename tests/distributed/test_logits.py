@@ -1,5 +1,7 @@
 """Losses over a vocabulary split over two processes and more, in one chunk and in several."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +9,13 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.ops import logits as core
-from hybrid_train.ops.divergence import Comparison, Distillation, Reference, aligned
+from hybrid_train.ops.divergence import (
+    Comparison,
+    Distillation,
+    Reference,
+    TopTokens,
+    aligned,
+)
 from hybrid_train.ops.logits import CrossEntropy, HeadPart, LabelScores, read, weighted_sum
 from tests.distributed.launch import RankFailedError, run_distributed
 from tests.unit.ops.test_logits import entropy
@@ -67,7 +75,19 @@ def _terms(rows: int, vocab_size: int, labels: torch.Tensor) -> list[tuple[Any, 
         teachers = ([(0.75, first), (0.25, second)] for first, second in zip(*pairs, strict=True))
         alone, split_up = (Distillation(each, labels, **settings) for each in teachers)
         found.append((alone, split_up))
+    for number in (4, vocab_size):
+        mixed = [[(0.75, one), (0.25, _stored(pairs[1][0], number))] for one in pairs[0]]
+        alone, split_up = (Distillation(each, labels, reverse_share=0.4) for each in mixed)
+        found.append((alone, split_up))
     return found
+
+
+def _stored(reference: Reference, number: int) -> TopTokens:
+    """What is stored of the most likely tokens of a model is the same for every rank."""
+    head = reference.head
+    logits = reference.hidden @ head.weight[: head.vocab_size].t()
+    top = logits.topk(number)
+    return TopTokens(top.indices.int(), top.values, logits.logsumexp(-1))
 
 
 def _references(rows: int, vocab_size: int, seed: int = 1) -> tuple[Reference, Reference]:
@@ -109,6 +129,49 @@ def _compare_padded() -> None:
     _compare_with_one_process(24, 13, split=False)
 
 
+def _compare_planted(plant: str) -> None:
+    """Give every rank, but not the one process that it is compared with, a loss with a fault."""
+    right = Distillation.__call__
+
+    def wrong(self: Any, logits: Any, rows: slice, head: HeadPart) -> Any:
+        if head.group is None:
+            return right(self, logits, rows, head)
+        if plant == "factor of tp":
+            values, pullback = right(self, logits, rows, head)
+            return values, lambda weights: dist.get_world_size() * pullback(weights)
+        return right(*PLANTS[plant](self, logits, rows, head))
+
+    Distillation.__call__ = wrong  # type: ignore[method-assign]
+    _compare_with_one_process(16, 13, split=False)
+
+
+def _with_padded_row(self: Any, logits: Any, rows: slice, head: HeadPart) -> Any:
+    one_more = head.vocab_size + 1
+    targets = [
+        (weight, replace(target, head=replace(target.head, vocab_size=one_more)))
+        for weight, target in self.targets
+    ]
+    return replace(self, targets=targets), logits, rows, replace(head, vocab_size=one_more)
+
+
+def _with_shifted_labels(self: Any, *others: Any) -> Any:
+    return replace(self, labels=self.labels.roll(1)), *others
+
+
+def _without_square(self: Any, *others: Any) -> Any:
+    targets = [(weight / self.temperature**2, target) for weight, target in self.targets]
+    return replace(self, targets=targets), *others
+
+
+PLANTS: dict[str, Any] = {
+    "none": lambda *given: given,
+    "factor of tp": None,  # what autograd makes of an all-reduce in the loss
+    "padded row": _with_padded_row,
+    "label shift": _with_shifted_labels,
+    "temperature without its square": _without_square,
+}
+
+
 def _fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         raise RuntimeError("rank one is broken")
@@ -122,6 +185,18 @@ def test_padding_of_a_split_vocabulary_has_no_influence_even_where_a_rank_holds_
     None
 ):
     run_distributed(_compare_padded, 4)
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_fault_in_a_split_distillation_is_noticed(plant: str) -> None:
+    if plant == "none":
+        run_distributed(_compare_planted, 2, plant)
+        return
+    with pytest.raises(RankFailedError, match="Greatest absolute difference") as error:
+        run_distributed(_compare_planted, 2, plant)
+    (figure,) = re.findall(r"Greatest absolute difference: (\S+)", str(error.value))[:1]
+    print(f"{plant}: off by {figure}")
+    assert float(figure) > 1e-3
 
 
 def test_launcher_raises_the_error_of_a_rank() -> None:

@@ -3,6 +3,7 @@
 What several processes make of it is in tests/distributed.
 """
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -134,6 +135,29 @@ def test_no_logits_of_more_than_a_chunk_are_made_or_kept(monkeypatch: pytest.Mon
         weighted_sum(hidden, HeadPart(weight, VOCAB), watched, weights)
     assert sizes == [8, 8, 5]
     assert [len(tensor) for tensor in kept if tensor.shape[-1] == ROWS] == [5]
+
+
+def test_a_chunk_begins_when_nothing_of_the_one_before_it_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_chunks_of(7, monkeypatch)
+    hidden, weight, weights = operands()
+    made: list[weakref.ref[Tensor]] = []
+    left = []
+
+    def watched(logits: Tensor, rows: slice, head: HeadPart) -> tuple[Tensor, Pullback]:
+        left.append(sum(one() is not None for one in made))
+        values, pullback = CrossEntropy(labels())(logits, rows, head)
+
+        def remembered(weights: Tensor) -> Tensor:
+            gradient = pullback(weights)
+            made.extend(map(weakref.ref, (logits, gradient)))
+            return gradient
+
+        return values, remembered
+
+    weighted_sum(hidden, HeadPart(weight, VOCAB), watched, weights)
+    assert left == [0, 0, 0]
 
 
 def test_without_gradients_no_pullback_is_called() -> None:
