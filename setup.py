@@ -55,6 +55,7 @@ setup(
         "orjson",
         "pyarrow",
         "zstandard",
+        "safetensors",
         "fsspec[http]",
         "rich",
         "matplotlib",
@@ -66,7 +67,7 @@ setup(
     extras_require={
         # core_cu13: torch 2.11 comes with CUDA 13
         "gpu": ["transformer-engine[pytorch,core_cu13]", "mamba-ssm", "causal-conv1d"],
-        "hf": ["transformers>=5.8", "safetensors"],
+        "hf": ["transformers>=5.8"],
         "evaluate": ["lm-eval>=0.4.13,<0.5"],  # tasks of others: harness.tasks
         "reasoning_gym": ["reasoning-gym==0.1.*"],  # tasks with scorers of their own
         "s3": ["s3fs"],  # checkpoint.url=s3://, and token files behind one

@@ -17,6 +17,7 @@ from hybrid_train.schema.job_roots import (
     CheckJob,
     ConvertJob,
     CountJob,
+    DistillTargetsJob,
     DoctorJob,
     EvaluateJob,
     GenerateJob,
@@ -148,6 +149,13 @@ COMMANDS = {
         "evaluate:run",
         EvaluateJob,
         texts=("checkpoint", "tasks"),
+        says_what_starts=True,
+    ),
+    "distill_targets": Command(
+        "runs a teacher over the rows of a run once, and keeps what it says of them",
+        "distill_targets:run",
+        DistillTargetsJob,
+        ready=_EXPERIMENTS,
         says_what_starts=True,
     ),
     "study": Command(

@@ -39,7 +39,9 @@ def _hidden_states_have_a_pair(job: TrainJob, _: int) -> Iterator[Problem]:
 
 
 def teachers_exist(job: TrainJob) -> Iterator[Problem]:
-    """Teachers are folders; what is in them is looked at when the run begins."""
+    """Teachers and targets are folders; what is in them is looked at when the run begins."""
+    if isinstance(job.objective, Distill) and job.objective.targets is not None:
+        yield from folder_problems("objective.targets", job.objective.targets)
     for path, source in _teachers(job):
         if source != SELF:
             yield from folder_problems(path, source)

@@ -74,7 +74,7 @@ class RunData:
             return global_batch(train, phase_span.start + consumed * train.sequence_length)
 
         return Loader(
-            self._reader(self.plans[phase_span.number].mixture, phase_span, Split.train),
+            self.rows(phase_span),
             microbatch=train.microbatch,
             global_batch=batch_at,
             data_rank=data_rank,
@@ -88,14 +88,25 @@ class RunData:
         """Return the validation of a phase for one data-parallel rank; None without data."""
         if not self.held_out.documents:
             return None
-        rows = self._held_out(phase_span)
         return Validation(
-            self._reader(rows, phase_span, Split.validation),
-            num_sequences=len(rows),
+            self.held_out_rows(phase_span),
+            num_sequences=self.held_out_length(phase_span),
             microbatch=phase_span.job.train.microbatch,
             data_rank=data_rank,
             data_size=data_size,
         )
+
+    def rows(self, phase_span: PhaseSpan) -> RowReader:
+        """Return the rows of a phase by number."""
+        return self._reader(self.plans[phase_span.number].mixture, phase_span, Split.train)
+
+    def held_out_rows(self, phase_span: PhaseSpan) -> RowReader:
+        """Return the rows of its validation by number."""
+        return self._reader(self._held_out(phase_span), phase_span, Split.validation)
+
+    def held_out_length(self, phase_span: PhaseSpan) -> int:
+        """Return how many rows its validation has; 0 without data."""
+        return len(self._held_out(phase_span)) if self.held_out.documents else 0
 
     def _reader(self, rows: Sequences, phase_span: PhaseSpan, split: Split) -> RowReader:
         start = phase_span.start if split is Split.train else 0

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.distillation.hidden_states import HiddenStates, TeacherStates
+from hybrid_train.distillation.targets import StoredTeacher, open_targets
 from hybrid_train.distillation.teacher_record import read_record, weighed
 from hybrid_train.distillation.teachers import Teacher
 from hybrid_train.megatron.hybrid import Outputs
@@ -60,7 +61,8 @@ class Distill(Objective):
     def prepare(self, batches: Sequence[Batch]) -> list[Batch]:
         if not self._shared:  # not before: the student has got its weights by now
             for teacher in self._teachers:
-                teacher.share_with(self._student)
+                if isinstance(teacher, Teacher):
+                    teacher.share_with(self._student)
             self._shared = True
         found = list(batches)
         for teacher in self._teachers:
@@ -157,8 +159,10 @@ class Distill(Objective):
         )
 
 
-def _load_teachers(settings: schema.Distill, given: Given) -> list[Teacher]:
+def _load_teachers(settings: schema.Distill, given: Given) -> Sequence[Teacher | StoredTeacher]:
     """Load the teachers: those that the run has recorded, or as they are named where it has not."""
+    if settings.targets is not None:
+        return [StoredTeacher(open_targets(settings.targets))]
     recorded = ranks.broadcast_from_main(lambda: read_record(given.run_dir))
     places = None if recorded is None else [str(one.found.path) for one in recorded]
     found = []

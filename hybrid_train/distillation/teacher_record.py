@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import checks, frozen
 from hybrid_train.data import record as data_record
 from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary, open_tokenizer
+from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder
 from hybrid_train.schema.objective import SELF, Distill, MtpTarget, WeighedTeacher
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
@@ -22,6 +24,7 @@ from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 FILE_NAME = "teachers.json"
+HEADER, UNFINISHED = "targets.json", "unfinished.json"  # of stored targets, whole or not yet
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,51 @@ def choose(job: TrainJob, *, goes_on: bool) -> list[ChosenTeacher]:
         UserError: if one is not there, or is not the one that the run began with.
     """
     settings = job.objective
-    if not isinstance(settings, Distill) or settings.targets is not None:
+    if not isinstance(settings, Distill):
         return []
+    if settings.targets is not None:
+        return [_stored(Path(settings.targets), job, goes_on=goes_on)]
     if goes_on:
         return list(_as_recorded(Path(job.run_dir)))
     return [_found(one.checkpoint, job) for one in weighed(settings)]
+
+
+def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
+    """Find the teacher whose targets are stored; its own folder may be gone.
+
+    Raises:
+        UserError: if there are no targets, or a run that goes on learned from another teacher.
+    """
+    teacher = ChosenTeacher(**read_header(folder)["teacher"])
+    recorded = (read_record(Path(job.run_dir)) or []) if goes_on else [teacher]
+    if [one.checksum for one in recorded] != [teacher.checksum]:
+        raise UserError(
+            f"objective.targets={folder} was written by {teacher.source}, step {teacher.step}; "
+            f"{job.run_dir} has learned from another teacher so far: bring its targets back, or "
+            "start another run"
+        )
+    return teacher
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """Read what stored targets say of themselves; see `targets.Header`.
+
+    Raises:
+        UserError: if there are none, they were never finished, or of a format that is not read.
+    """
+    path, words = (
+        folder / HEADER,
+        "holds no stored targets: hybrid-train distill_targets writes some",
+    )
+    if (folder / UNFINISHED).is_file():
+        words = "was never finished: the same hybrid-train distill_targets goes on"
+    if not path.is_file():
+        raise UserError(f"objective.targets={folder} {words}")
+    require_readable_folder(folder, STORED_TARGETS)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); {STORED_TARGETS.too_old}") from error
 
 
 def _found(source: str, job: TrainJob) -> ChosenTeacher:
@@ -160,6 +203,9 @@ def require_usable(
     Raises:
         UserError: naming the teacher; on all processes.
     """
+    settings = jobs[0].objective
+    if isinstance(settings, Distill) and settings.targets is not None:
+        return  # it is not loaded; `targets.Targets.require_fits` compares what it has left
     for one in chosen:
         _require_same_tokens(one, jobs[0], tokenizer)
         for job in jobs:

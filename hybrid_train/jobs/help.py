@@ -71,6 +71,14 @@ MOST_USED: dict[str, dict[str, str]] = {
         "process_gb_per_s": "Each process writes this many GB (1e9 bytes) a second.",
         **{name: told for name, told in _RUN.items() if name in _OF_A_PLAN},
     },
+    "distill_targets": {
+        "objective.teacher": "The teacher is this run, or one checkpoint of it.",
+        "output": "The targets are written to this folder; the same command goes on after a kill.",
+        "what": "The final hidden states are stored (hidden), or the most likely tokens (top_k).",
+        "objective.top_k": "So many tokens are stored with what=top_k.",
+        "dtype": "Hidden states are stored in this format; keep: as the teacher computes them.",
+        **{name: told for name, told in _RUN.items() if name in _OF_A_PLAN},
+    },
     "status": {
         "run_dir": "The run that is looked at lives in this folder.",
         "json": "The answer is one JSON object if this is true; --json is short for it.",

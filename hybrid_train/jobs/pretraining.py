@@ -30,6 +30,7 @@ from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
 from hybrid_train.distillation import teacher_record
+from hybrid_train.distillation.targets import targets_of
 from hybrid_train.distillation.teacher_record import ChosenTeacher
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, fetched_checkpoint, measurement, mirrored_run, run_folder
@@ -316,7 +317,7 @@ def claim(job: TrainJob) -> Start:
 def choose_teachers(job: TrainJob, start: Start) -> list[ChosenTeacher]:
     """Find the checkpoints that a student learns from, whole; there are none without a teacher."""
     chosen = ranks.broadcast_from_main(lambda: teacher_record.choose(job, goes_on=start.is_own))
-    for one in chosen:
+    for one in chosen if not targets_of(job.objective) else ():
         if damaged := store.damages(one.found):
             error = UserError(f"teacher {one.found.path} is damaged: {damaged}; take another one")
             error.on_all_ranks = True
@@ -343,11 +344,12 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
     Raises:
         UserError: if the tokenizer has more tokens than the model.
     """
+    stored = targets_of(job.objective)
     with TextProgress(terminal=sys.stderr.isatty()) as shown:
         data = open_data(
             job.data,
             phase_spans,
-            built_from(job.row_transforms),
+            [*built_from(job.row_transforms), *stored],
             barrier=ranks.barrier,
             is_main=ranks.is_main(),
             report=shown.update,
@@ -375,6 +377,8 @@ def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> 
             f"model.vocab_size = {job.model.vocab_size}: the tokenizer has {data.vocab_size} "
             f"tokens; {remedy}"
         )
+    for targets in stored:
+        targets.require_fits(phase_spans, record_of(data))
     for line in data.description():
         _log.info("%s", line)
     return data

@@ -391,14 +391,7 @@ class _Top:
     @staticmethod
     def of(theirs: _Columns, number: int) -> "_Top":
         """Tell the most likely tokens of a distribution apart, over all ranks."""
-        head = theirs.head
-        columns = theirs.logits[:, : head.width]
-        values, tokens = columns.topk(min(number, head.width), dim=-1)
-        tokens = tokens + head.first
-        if head.group is not None:
-            values, tokens = _gathered(values, number, head), _gathered(tokens, number, head)
-            values, places = values.topk(number, dim=-1)
-            tokens = tokens.gather(-1, places)
+        values, tokens = theirs.head.most_likely(theirs.logits, number)
         log_probs = values.to(theirs.kind) * theirs.scale - theirs.log_sum[:, None]
         return _Top(tokens, log_probs, theirs.rest(tokens))
 
@@ -423,19 +416,6 @@ class _Top:
         if self.rest is not None:
             gradient.others.append(_Others(column, here, d[:, -1], r))
         return _Found((1 - r) * forward + r * backward, gradient)
-
-
-def _gathered(values: Tensor, number: int, head: HeadPart) -> Tensor:
-    """Bring the candidates of all ranks together, [N, K of this rank] -> [N, K * ranks].
-
-    A rank with fewer tokens than are wanted fills up with what is never chosen.
-    """
-    fill = -math.inf if values.is_floating_point() else 0
-    own = values.new_full((len(values), number), fill)
-    own[:, : values.shape[1]] = values
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(head.group))]
-    dist.all_gather(parts, own, group=head.group)
-    return torch.cat(parts, dim=-1)
 
 
 def _toward(p: Tensor, d: Tensor, log_q: Tensor) -> Tensor:

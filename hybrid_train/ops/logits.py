@@ -121,6 +121,28 @@ class HeadPart:
         dist.all_reduce(token, op=dist.ReduceOp.MIN, group=self.group)
         return token
 
+    def most_likely(self, logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return logits and tokens of the most likely ones: [N, V/tp] -> each [N, K]."""
+        columns = logits[:, : self.width]
+        values, tokens = columns.topk(min(number, self.width), dim=-1)
+        tokens = tokens + self.first
+        if self.group is None:
+            return values, tokens
+        values, places = self._candidates(values, number).topk(number, dim=-1)
+        return values, self._candidates(tokens, number).gather(-1, places)
+
+    def _candidates(self, values: Tensor, number: int) -> Tensor:
+        """Bring the candidates of all ranks together, [N, K of this rank] -> [N, K * ranks].
+
+        A rank with fewer tokens than are wanted fills up with what is never chosen.
+        """
+        fill = -math.inf if values.is_floating_point() else 0
+        own = values.new_full((len(values), number), fill)
+        own[:, : values.shape[1]] = values
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, own, group=self.group)
+        return torch.cat(parts, dim=-1)
+
     def gathered(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of all tokens, [T, H]."""
         if self.group is None or not self.sequence_split:
@@ -261,6 +283,28 @@ class LabelScores:
             mean = found.scaled((found.probs * columns).sum(dim=-1))  # of this rank's logits
             values.append(found.log_sum - head.summed(mean))
         return torch.stack(values, dim=-1)
+
+
+@dataclass(frozen=True)
+class MostLikely:
+    """The most likely tokens: their numbers, their logits, the log of the sum of all exp(logit).
+
+    Its values are float64, which holds any token.
+
+    Attributes:
+        number: how many, K, at most the vocabulary.
+    """
+
+    number: int
+
+    @property
+    def num_values(self) -> int:
+        return 2 * self.number + 1
+
+    def __call__(self, logits: Tensor, rows: slice, head: HeadPart) -> Tensor:
+        values, tokens = head.most_likely(logits, self.number)
+        log_sum = head.softmax(logits).log_sum[:, None]
+        return torch.cat([tokens.double(), values.double(), log_sum.double()], dim=-1)
 
 
 @torch.no_grad()

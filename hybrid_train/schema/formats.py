@@ -145,10 +145,18 @@ EVALUATION = Format(
     ("a JSON file of each checkpoint and task, which has the number",),
     "remove the file, and the task is run again",
 )
+STORED_TARGETS = Format(
+    "folder of stored targets",
+    (
+        "targets.json, head.safetensors, and files of rows in a folder for each phase and "
+        "validation; format.json has the number",
+    ),
+    "write the targets anew: hybrid-train distill_targets",
+)
 
 FORMATS = (
     RUN_FOLDER, CHECKPOINT, TOKEN_FILES, TOKENIZATION, TOKENIZER, QUICKSTART, INDEX, STAGE, RATES,
-    EVALUATION,
+    EVALUATION, STORED_TARGETS,
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from hybrid_train.schema.limits import (
 )
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import listed_paths
+from hybrid_train.schema.objective import Distill
 from hybrid_train.schema.parallel import Degrees
 from hybrid_train.schema.pattern import parse, repair
 from hybrid_train.schema.problems import Problem
@@ -74,6 +75,46 @@ class RehearseJob(CheckJob):
             yield Problem(f"optimizer.{name}", value, rule, "float32")
 
 
+class WeightFormat(enum.Enum):
+    """Number format that weights get; `keep` leaves each as it is."""
+
+    keep = "keep"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class TargetKind(enum.Enum):
+    """What is stored of what a teacher says of a token."""
+
+    hidden = "hidden"  # its final hidden states, of which its head makes all
+    top_k = "top_k"  # its objective.top_k most likely tokens, and the log of the sum of all
+
+
+@dataclass(kw_only=True)
+class DistillTargetsJob(TrainJob):
+    """A training run whose teacher is run ahead of it, over all of its rows."""
+
+    output: FileName = MISSING  # folder of the targets; the same command goes on after a kill
+    what: TargetKind = TargetKind.hidden
+    dtype: WeightFormat = WeightFormat.keep  # of hidden states; keep: as the teacher computes them
+
+    def problems(self) -> Iterator[Problem]:
+        """Check what the job says of the objective."""
+        if not isinstance(self.objective, Distill):
+            yield Problem("objective", self.objective.kind, "must be distill", "distill")
+            return
+        if self.objective.teacher is None:
+            rule = "must name the one teacher whose targets are stored"
+            yield Problem("objective.teacher", None, rule)
+        if self.what is TargetKind.top_k and self.objective.top_k is None:
+            rule = "must say how many tokens are stored, for what=top_k"
+            yield Problem("objective.top_k", None, rule, 64)
+        if self.what is TargetKind.top_k and self.dtype is not WeightFormat.keep:
+            rule = "is that of hidden states; what=top_k stores logits in float32"
+            yield Problem("dtype", self.dtype.value, rule, WeightFormat.keep.value)
+
+
 @dataclass(kw_only=True)
 class SubmitJob(TrainJob):
     """A training run that SLURM is to start."""
@@ -112,15 +153,6 @@ class CountJob:
         except ValueError as error:
             pattern = self.model.pattern
             yield Problem("model.pattern", pattern, str(error), repair(pattern))
-
-
-class WeightFormat(enum.Enum):
-    """Number format that weights get; `keep` leaves each as it is."""
-
-    keep = "keep"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class ExportFormat(enum.Enum):

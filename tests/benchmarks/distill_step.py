@@ -5,7 +5,8 @@
 The teacher has the size of the student. Engines take turns, one step each, so that a busy machine
 slows all alike; printed is the time of a step as a multiple of next-token prediction, the median of
 the rounds, lowest and highest, and the same of the processor time, which others on the machine
-change little. A forward pass is a third of a step: 1.33 is what can be hoped for.
+change little. A forward pass is a third of a step: 1.33 is what can be hoped for. Last come stored
+targets in place of the teacher, read from disk row by row.
 """
 
 import argparse
@@ -22,6 +23,11 @@ TAUGHT = {
     "half cross-entropy": ("objective.cross_entropy_share=0.5",),
     "64 tokens and a rest": ("objective.top_k=64",),
 }
+STORED = {  # what is stored, and with which settings it is read
+    "stored hidden states": ("hidden", ()),
+    "the same, MTP by labels": ("hidden", ("objective.mtp=cross_entropy",)),
+    "stored 64 tokens": ("top_k", ("objective.mtp=cross_entropy",)),
+}
 
 
 def main() -> None:
@@ -30,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="ladder_10m")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--names", nargs="*", default=list(TAUGHT))
+    parser.add_argument("--names", nargs="*", default=[*TAUGHT, *STORED])
     options = parser.parse_args()
 
     from hybrid_train.runtime.start import process
@@ -50,18 +56,24 @@ def compare(model: str, rounds: int, teacher: Path, names: list[str]) -> None:
     engines = {"next token": engine_of(plain, groups)}
     write(engines["next token"], plain, teacher)
     given = ("objective=distill", f"objective.teacher={teacher}")
+    read: dict[str, Any] = {}
     for name in names:
-        engines[name] = engine_of(job_of(model, *given, *TAUGHT[name]), groups)
+        words = (*given, *TAUGHT.get(name, ()))
+        if name in STORED:
+            what, own = STORED[name]
+            read[name] = store_targets(teacher, what, groups)
+            words = ("objective=distill", f"objective.targets={read[name].folder}", *own)
+        engines[name] = engine_of(job_of(model, *words), groups, read.get(name))
     clocks = {"time": time.perf_counter, "processor time": time.process_time}
     seconds: dict[tuple[str, str], list[float]] = {
         (clock, name): [] for clock in clocks for name in engines
     }
     for _ in range(rounds):
         for name, engine in engines.items():
-            starts = {clock: read() for clock, read in clocks.items()}
-            engine.step(batches(), tokens_seen=10**6)
-            for clock, read in clocks.items():
-                seconds[clock, name].append(read() - starts[clock])
+            starts = {clock: now() for clock, now in clocks.items()}
+            engine.step(batches(read.get(name)), tokens_seen=10**6)
+            for clock, now in clocks.items():
+                seconds[clock, name].append(now() - starts[clock])
     print(f"{model}, {BATCH} x {LENGTH} tokens, vocabulary {VOCAB}, float32, {rounds} rounds")
     for (clock, name), times in seconds.items():
         plain_times = seconds[clock, "next token"]
@@ -83,7 +95,7 @@ def job_of(model: str, *words: str) -> Any:
     return compose.compose("train", [*base, *sizes, *words])
 
 
-def engine_of(job: Any, groups: Any) -> Any:
+def engine_of(job: Any, groups: Any, targets: Any = None) -> Any:
     """Build the engine of a job; its first step is taken here."""
     import torch
 
@@ -92,7 +104,7 @@ def engine_of(job: Any, groups: Any) -> Any:
 
     built = build_model(job, groups, VOCAB, on_gpu=False)
     engine = build_engine(job, built, groups, torch.device("cpu"))
-    engine.step(batches(), tokens_seen=10**6)
+    engine.step(batches(targets), tokens_seen=10**6)
     return engine
 
 
@@ -106,11 +118,55 @@ def write(engine: Any, job: Any, run_dir: Path) -> None:
     store.save(run_dir, content_of(engine), {"step": 1, "tokens": 0}, keep=1)
 
 
-def batches() -> Any:
-    """Return one microbatch of fixed tokens."""
+def store_targets(teacher: Path, what: str, groups: Any) -> Any:
+    """Write targets of the fixed rows; return what reads them."""
+    from hybrid_train.distillation.target_writer import PartRows, TargetWriter
+    from hybrid_train.distillation.targets import Header, Part, open_targets
+    from hybrid_train.distillation.teachers import Teacher
+    from hybrid_train.jobs.networks import load_model
+    from hybrid_train.schema.runtime import Runtime
+
+    part = Part("train-0", "train", LENGTH, 0, BATCH, BATCH)
+    network = load_model(str(teacher), Runtime(), groups=groups).network
+    hidden = what == "hidden"
+    header = Header(
+        what=what, top_k=None if hidden else 64, dtype="float32", vocab_size=VOCAB,
+        mtp_depths=network.chunks[0].mtp_num_depths if hidden else 0, tokenizer="", data={},
+        seed=0, teacher={"source": "", "checksum": ""}, parts=[part],
+    )  # fmt: skip
+    rows, folder = [PartRows(part, reader(), BATCH)], teacher.with_name(what)
+    TargetWriter(folder, header, Teacher("", 1.0, network), rows).write()
+    return open_targets(folder)
+
+
+class FixedRows:
+    """The rows of a fixed batch."""
+
+    def fill(self, row: int) -> Any:
+        from fixed_batch import fixed_batch
+
+        names = ("tokens", "labels", "loss_weights", "position_ids")
+        batch = fixed_batch(VOCAB, BATCH, LENGTH)
+        return {name: getattr(batch, name)[row].numpy() for name in names}
+
+
+def reader(*transforms: Any) -> Any:
+    """Return what reads the fixed rows."""
+    from hybrid_train.data.batch import RowReader
+
+    return RowReader(FixedRows(), transforms)
+
+
+def batches(targets: Any = None) -> Any:
+    """Return one microbatch of fixed tokens, with targets where there are any."""
     from fixed_batch import fixed_batch
 
-    return iter([fixed_batch(VOCAB, BATCH, LENGTH)])
+    from hybrid_train.data.batch import stack
+
+    if targets is None:
+        return iter([fixed_batch(VOCAB, BATCH, LENGTH)])
+    read = reader(targets)
+    return iter([stack([read(number) for number in range(BATCH)])])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Makes the examples in this folder, with the code of any checkout of the project.
 
-    python tests/formats/make.py CHECKOUT [run_folder|corpus]
+    python tests/formats/make.py CHECKOUT [run_folder|corpus|targets]
 
 Each is an archive NAME_VERSION.tar.xz of some kilobytes: a run folder after two steps with its
-checkpoint, and a corpus with its tokenizer. The version is the one that the checkout writes; those
-before numbers are 1. Run it with the tag of a release before a format changes.
+checkpoint, a corpus with its tokenizer, and the targets that this run is the teacher of. The
+version is the one that the checkout writes; those before numbers are 1. Run it with the tag of a
+release before a format changes.
 """
 
 import io
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RUN, CORPUS = "run_folder", "corpus"
+RUN, CORPUS, TARGETS = "run_folder", "corpus", "targets"
 STEPS = 2
 ROW, ROWS = 32, 2  # tokens of a row, rows of a step
 # The smallest of everything: each tensor takes a kilobyte of a checkpoint, however small it is.
@@ -44,6 +45,8 @@ def main(checkout: Path, wanted: set[str]) -> None:
             make_run(checkout, folder)
         if CORPUS in wanted:
             make_corpus(checkout, folder)
+        if TARGETS in wanted:
+            make_targets(checkout, folder)
 
 
 def make_run(checkout: Path, folder: Path) -> None:
@@ -59,6 +62,15 @@ def make_corpus(checkout: Path, folder: Path) -> None:
     run(checkout, folder, *TOKENIZER, "vocab_size=280")
     run(checkout, folder, *TOKENS, f"tokenizer={CORPUS}/tokenizer")
     pack(folder / CORPUS, corpus_version(folder / CORPUS))
+
+
+def make_targets(checkout: Path, folder: Path) -> None:
+    run(checkout, folder, *TRAINING)
+    teacher = ("objective=distill", f"objective.teacher={RUN}", f"output={TARGETS}")
+    run(checkout, folder, "distill_targets", *TRAINING[1:], *teacher)
+    path = folder / TARGETS / "targets.json"
+    path.write_text(path.read_text().replace(str(folder), "."))  # the machine's own
+    pack(folder / TARGETS, run_version(folder / TARGETS))
 
 
 def run(checkout: Path, folder: Path, *words: str) -> None:
@@ -98,4 +110,4 @@ def pack(folder: Path, version: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), set(sys.argv[2:]) or {RUN, CORPUS})
+    main(Path(sys.argv[1]), set(sys.argv[2:]) or {RUN, CORPUS, TARGETS})

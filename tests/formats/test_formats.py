@@ -10,8 +10,15 @@ import pytest
 from hybrid_train import __version__
 from hybrid_train.checkpoint import layout
 from hybrid_train.data.prepare.manifest import read_manifest
-from hybrid_train.schema.formats import FILE_NAME, KEY, RUN_FOLDER, TOKEN_FILES, Format
-from tests.formats.make import CORPUS, ROW, ROWS, RUN, STEPS, TRAINING
+from hybrid_train.schema.formats import (
+    FILE_NAME,
+    KEY,
+    RUN_FOLDER,
+    STORED_TARGETS,
+    TOKEN_FILES,
+    Format,
+)
+from tests.formats.make import CORPUS, ROW, ROWS, RUN, STEPS, TARGETS, TRAINING
 from tests.jobs.command import contents, finish, metrics, start, train
 from tests.sampled import sampled
 
@@ -40,7 +47,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("name", "format"), [(RUN, RUN_FOLDER), (CORPUS, TOKEN_FILES)])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [(RUN, RUN_FOLDER), (CORPUS, TOKEN_FILES), (TARGETS, STORED_TARGETS)],
+)
 def test_each_version_that_is_read_has_a_small_example(name: str, format: Format) -> None:
     assert examples(name) == list(range(format.oldest_read, format.version + 1))
     assert all(path.stat().st_size < 100_000 for path in HERE.glob("*.tar.xz"))
@@ -76,6 +86,23 @@ def test_a_corpus_of_any_version_is_checked_and_trained_on(version: int, tmp_pat
     files += ["data=files", f"data.tokenizer={corpus / 'tokenizer'}", "train.tokens=512"]
     done = train(tmp_path / "run", *files)
     assert done.code == 0, done.said
+
+
+@pytest.mark.parametrize("version", examples(TARGETS))
+def test_stored_targets_of_any_version_are_learned_from(version: int, tmp_path: Path) -> None:
+    targets = unpacked(TARGETS, version, tmp_path)
+    words = ("objective=distill", f"objective.targets={targets}", f"run_dir={tmp_path / 'run'}")
+    done = finish(start(*TRAINING[:-1], *words))
+    assert done.code == 0, done.said
+    # The student begins as its teacher did, two steps of which are little.
+    assert 0 < metrics(tmp_path / "run")[0]["loss"] < 0.1
+    path = targets / FILE_NAME
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"version": said["version"] + 1, "written_by": "9.9.9"}))
+    done = finish(start(*TRAINING[:-1], *words[:2], f"run_dir={tmp_path / 'other'}"))
+    assert done.code == 2
+    assert "was written by hybrid_train 9.9.9 (folder of stored targets, format 2)" in done.err
+    assert not (tmp_path / "other").exists()
 
 
 def make_newer(run_dir: Path, what: str) -> None:

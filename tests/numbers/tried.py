@@ -41,6 +41,7 @@ BASES = {
     "check": ("experiment=tiny_cpu",),
     "rehearse": ("experiment=tiny_cpu",),
     "submit": ("experiment=tiny_cpu", "cluster=slurm_cpu"),
+    "distill_targets": ("experiment=tiny_cpu", "objective.teacher=tests", "output=unused"),
     "study": ("study=precision",),
     "generate": ("checkpoint=tests", "prompt=a"),
     "evaluate": ("checkpoint=tests", "tasks=sums"),

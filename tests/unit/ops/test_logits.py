@@ -16,6 +16,7 @@ from hybrid_train.ops.logits import (
     CrossEntropy,
     HeadPart,
     LabelScores,
+    MostLikely,
     Pullback,
     Term,
     read,
@@ -239,6 +240,18 @@ def test_scores_of_labels_are_read_at_the_places_that_are_asked_for(
     torch.testing.assert_close(found, wanted.float(), rtol=0, atol=rounding)
     without = read(hidden, HeadPart(weight, VOCAB), LabelScores(label), places)
     assert torch.equal(without, found[:, :2])
+
+
+def test_the_most_likely_tokens_are_those_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_chunks_of(8, monkeypatch)
+    hidden, weight, _ = operands()
+    found = read(hidden, HeadPart(weight, VOCAB), MostLikely(4), torch.arange(TOKENS))
+    logits = hidden.detach().double() @ weight.detach().double().t()
+    values, tokens = logits[:, :VOCAB].topk(4)  # a row of padding is never among them
+    assert torch.equal(found[:, :4].long(), tokens)
+    rounding = 8 * SPREAD * torch.finfo(torch.float32).eps
+    wanted = torch.cat([values, logits[:, :VOCAB].logsumexp(-1, keepdim=True)], dim=-1)
+    torch.testing.assert_close(found[:, 4:], wanted, rtol=0, atol=rounding)
 
 
 def test_no_places_have_no_values() -> None:
