@@ -55,6 +55,7 @@ class Distill(Objective):
         if not settings.layers:
             return None
         teacher = self._teachers[0]
+        assert isinstance(teacher, Teacher), "stored targets have no hidden states between layers"
         teacher.states = states = TeacherStates(teacher.network, settings)
         return ranks.all_or_none(lambda: HiddenStates(settings, self._student, states))
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn import functional
 
 from hybrid_train.ops.logits import HeadPart, Pullback
