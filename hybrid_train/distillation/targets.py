@@ -30,8 +30,8 @@ from torch import distributed as dist
 from hybrid_train.data.batch import Batch, Row
 from hybrid_train.data.record import changes
 from hybrid_train.distillation.teacher_record import read_header
-from hybrid_train.ops.divergence import Reference, Target, TopTokens
 from hybrid_train.ops.logits import HeadPart
+from hybrid_train.ops.reference import Reference, Target, TopTokens
 from hybrid_train.planning.phases import PhaseSpan
 from hybrid_train.schema.data import Split
 from hybrid_train.schema.formats import STORED_TARGETS

@@ -21,8 +21,8 @@ from torch.nn import Module
 from hybrid_train.data.batch import Batch
 from hybrid_train.megatron.forward_backward import run_schedule
 from hybrid_train.megatron.hybrid import Head, Hybrid
-from hybrid_train.ops.divergence import Reference, aligned
 from hybrid_train.ops.logits import HeadPart
+from hybrid_train.ops.reference import Reference, aligned
 from hybrid_train.runtime import heartbeat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network

@@ -23,8 +23,9 @@ from hybrid_train.data.batch import Batch, Row, stack
 from hybrid_train.data.packing import best_fit, fill_row
 from hybrid_train.megatron.forward_backward import run_schedule
 from hybrid_train.megatron.hybrid import Outputs
-from hybrid_train.ops.divergence import Comparison, Reference
+from hybrid_train.ops.divergence import Comparison
 from hybrid_train.ops.logits import HeadPart, LabelScores
+from hybrid_train.ops.reference import Reference
 from hybrid_train.runtime import heartbeat
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network

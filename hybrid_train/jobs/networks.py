@@ -174,10 +174,12 @@ def teacher_loader(
     job: TrainJob, groups: ProcessGroups
 ) -> Callable[[str, GemmFormat | None], Network]:
     """Return what loads a network from a run onto the layout of a job."""
+    # The buffers of this overlap are of one size, and they are the student's.
+    parallel = dataclasses.replace(job.parallel, overlap_tensor=False)
 
     def load(checkpoint: str, format: GemmFormat | None) -> Network:
         return load_model(
-            checkpoint, job.runtime, parallel=job.parallel, groups=groups, format=format
+            checkpoint, job.runtime, parallel=parallel, groups=groups, format=format
         ).network
 
     return load

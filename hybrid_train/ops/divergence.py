@@ -25,93 +25,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn import functional
 
-from hybrid_train.ops.linear import gemm
 from hybrid_train.ops.logits import HeadPart, Pullback
+from hybrid_train.ops.reference import Reference, Target, TopTokens
 
 _LARGE = 60.0  # of d: with more, p is nearly 0 in float32; exp() of it is finite
 # Elements of a block, which is computed at once: 4 MB in float32, so that what it computes stays in
 # a cache, and adds little to the logits of a chunk.
 _BLOCK_ELEMENTS = 2**20
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What another model makes of the same tokens.
-
-    Attributes:
-        hidden: in the order of the model's tokens, all of them on every tensor rank, [T, H].
-        head: this rank's rows of its head; the same tokens as the rows of the model's.
-    """
-
-    hidden: Tensor
-    head: HeadPart
-
-    def logits(self, rows: slice) -> Tensor:
-        """Return the logits of a chunk, [N, V/tp]."""
-        return gemm(self.hidden[rows], self.head.weight)
-
-    def require_alike(self, head: HeadPart) -> None:
-        """Refuse a head whose rows on this rank are other tokens; see `aligned`.
-
-        Raises:
-            ValueError: if it has another vocabulary, or another padding of it over several ranks.
-        """
-        mine, other = ((one.vocab_size, one.first, one.width) for one in (head, self.head))
-        if mine != other:
-            raise ValueError(
-                f"the heads do not have the same tokens here: {other[2]} from {other[1]} of "
-                f"{other[0]} in the reference, {mine[2]} from {mine[1]} of {mine[0]} in the model"
-            )
-
-
-def aligned(head: HeadPart, model: HeadPart) -> HeadPart:
-    """Return a frozen head with the rows on this rank that the model's has; every rank calls this.
-
-    A vocabulary that is padded otherwise is split otherwise, too: then rows are copied.
-
-    Args:
-        head: of a reference.
-        model: of the model, over the same ranks.
-
-    Raises:
-        ValueError: if the vocabularies differ.
-    """
-    if head.vocab_size != model.vocab_size:
-        raise ValueError(
-            f"the reference has a vocabulary of {head.vocab_size} tokens, the model one of "
-            f"{model.vocab_size}"
-        )
-    if head.group is None or len(head.weight) == len(model.weight):
-        return head
-    whole = head.weight.new_zeros(
-        dist.get_world_size(head.group) * len(head.weight), head.weight.shape[1]
-    )
-    dist.all_gather_into_tensor(whole, head.weight.detach().contiguous(), group=head.group)
-    rows = head.weight.new_zeros(len(model.weight), head.weight.shape[1])
-    own = whole[model.first : model.first + model.width]
-    rows[: len(own)] = own
-    return HeadPart(rows, head.vocab_size, head.group)
-
-
-@dataclass(frozen=True)
-class TopTokens:
-    """The most likely tokens of another model; all others are one entry, with what is left.
-
-    Attributes:
-        tokens: in the whole vocabulary, those of a row all different, [T, K].
-        logits: theirs, [T, K].
-        log_sum: log of the sum of exp(logit) over the whole vocabulary, [T].
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    log_sum: Tensor
-
-
-Target = Reference | TopTokens
+# On a GPU every operation of a block is a launch of a kernel: about 5 us, in which 2**20 elements
+# are long done. 64 MB in float32; calculated, it has not run on a GPU.
+_GPU_BLOCK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -355,7 +280,8 @@ class _Columns:
 
     def blocks(self) -> Iterator[slice]:
         """Cut the tokens into blocks."""
-        size = max(_BLOCK_ELEMENTS // self.logits.shape[1], 1)
+        elements = _GPU_BLOCK_ELEMENTS if self.logits.is_cuda else _BLOCK_ELEMENTS
+        size = max(elements // self.logits.shape[1], 1)
         return (slice(start, start + size) for start in range(0, len(self.logits), size))
 
     def scaled(self, block: slice) -> Tensor:

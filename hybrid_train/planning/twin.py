@@ -4,13 +4,15 @@ Every degree that is above 1 becomes 2, and so does what is left for data parall
 there are at most eight processes. Each pipeline stage has one layer of each kind of the main part;
 MTP keeps its layers and depths. What decides who talks to whom stays: the optimizer, overlap,
 recomputation, tied embeddings, latent and shared experts. GEMMs are not quantized: a CPU would
-share the scales of an emulated format among ranks, in calls that no GPU makes.
+share the scales of an emulated format among ranks, in calls that no GPU makes. A student learns the
+next token instead: its teachers are of their true size.
 """
 
 from dataclasses import fields, replace
 
 from hybrid_train.planning.degrees import data_parallel, processes_unit
 from hybrid_train.schema.model import Attention, LayerRule, Mamba, Mlp, Model
+from hybrid_train.schema.objective import Distill, NextToken
 from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import Pattern, parse
@@ -50,6 +52,8 @@ def twin_of(job: TrainJob, processes: int) -> tuple[TrainJob, int]:
         "schedule": Schedule(peak_lr=1e-3),
         "runtime": Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1),
     }
+    if isinstance(job.objective, Distill):
+        own["objective"] = NextToken(moe_aux_loss_scale=job.objective.moe_aux_loss_scale)
     return TrainJob(**own), number
 
 

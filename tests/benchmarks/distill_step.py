@@ -4,8 +4,9 @@
 
 The teacher has the size of the student. Engines take turns, one step each, so that a busy machine
 slows all alike; printed is the time of a step as a multiple of next-token prediction, the median of
-the rounds, and the lowest and highest. A forward pass is a third of a step: 1.33 is what can be
-hoped for. Last come stored targets in place of the teacher, read from disk row by row.
+the rounds, lowest and highest, and the same of the processor time, which others on the machine
+change little. A forward pass is a third of a step: 1.33 is what can be hoped for. Last come stored
+targets in place of the teacher, read from disk row by row.
 """
 
 import argparse
@@ -55,25 +56,31 @@ def compare(model: str, rounds: int, teacher: Path, names: list[str]) -> None:
     engines = {"next token": engine_of(plain, groups)}
     write(engines["next token"], plain, teacher)
     given = ("objective=distill", f"objective.teacher={teacher}")
-    read: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     for name in names:
         words = (*given, *TAUGHT.get(name, ()))
         if name in STORED:
             what, own = STORED[name]
-            read[name] = store_targets(teacher, what, groups)
-            words = ("objective=distill", f"objective.targets={read[name].folder}", *own)
-        engines[name] = engine_of(job_of(model, *words), groups, read.get(name))
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+            stored[name] = store_targets(teacher, what, groups)
+            words = ("objective=distill", f"objective.targets={stored[name].folder}", *own)
+        engines[name] = engine_of(job_of(model, *words), groups, stored.get(name))
+    clocks = {"time": time.perf_counter, "processor time": time.process_time}
+    seconds: dict[tuple[str, str], list[float]] = {
+        (clock, name): [] for clock in clocks for name in engines
+    }
     for _ in range(rounds):
         for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.step(batches(read.get(name)), tokens_seen=10**6)
-            seconds[name].append(time.perf_counter() - start)
+            starts = {clock: read() for clock, read in clocks.items()}
+            engine.step(batches(stored.get(name)), tokens_seen=10**6)
+            for clock, read in clocks.items():
+                seconds[clock, name].append(read() - starts[clock])
     print(f"{model}, {BATCH} x {LENGTH} tokens, vocabulary {VOCAB}, float32, {rounds} rounds")
-    for name, times in seconds.items():
-        ratios = [own / other for own, other in zip(times, seconds["next token"], strict=True)]
+    for (clock, name), times in seconds.items():
+        plain_times = seconds[clock, "next token"]
+        ratios = [own / other for own, other in zip(times, plain_times, strict=True)]
         print(
-            f"{name:24} {statistics.median(times):7.3f} s {statistics.median(ratios):6.2f}x "
+            f"{name:24} {clock:15} {statistics.median(times):7.3f} s "
+            f"{statistics.median(ratios):6.2f}x "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 

@@ -21,8 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hybrid_train.ops.divergence import Distillation, Reference
+from hybrid_train.ops.divergence import Distillation
 from hybrid_train.ops.logits import HeadPart, weighted_sum
+from hybrid_train.ops.reference import Reference
 
 VOCAB, HIDDEN = 131_072, 512
 PLAIN_TOKENS = 2048  # that the plain way has memory for: nine tensors of 1 GiB

@@ -9,14 +9,9 @@ import torch
 from torch import distributed as dist
 
 from hybrid_train.ops import logits as core
-from hybrid_train.ops.divergence import (
-    Comparison,
-    Distillation,
-    Reference,
-    TopTokens,
-    aligned,
-)
+from hybrid_train.ops.divergence import Comparison, Distillation
 from hybrid_train.ops.logits import CrossEntropy, HeadPart, LabelScores, read, weighted_sum
+from hybrid_train.ops.reference import Reference, TopTokens, aligned
 from tests.distributed.launch import RankFailedError, run_distributed
 from tests.unit.ops.test_logits import entropy
 

@@ -33,6 +33,7 @@ CHAPTERS = (
     "run_folder",
     "generation",
     "evaluation",
+    "distillation",
     "studies",
     "hugging_face",
     "data",

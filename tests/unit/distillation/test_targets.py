@@ -22,8 +22,8 @@ from hybrid_train.distillation.targets import (
     digest_of,
     sum_of,
 )
-from hybrid_train.ops.divergence import Reference, TopTokens
 from hybrid_train.ops.logits import HeadPart
+from hybrid_train.ops.reference import Reference, TopTokens
 from hybrid_train.schema.data import Split
 from hybrid_train.schema.problems import UserError
 

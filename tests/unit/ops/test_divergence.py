@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hybrid_train.ops import divergence
-from hybrid_train.ops.divergence import Comparison, Distillation, Reference, TopTokens
+from hybrid_train.ops.divergence import Comparison, Distillation
 from hybrid_train.ops.logits import HeadPart, read, weighted_sum
+from hybrid_train.ops.reference import Reference, TopTokens
 from tests.unit.ops.test_logits import ROWS, SPREAD, TOKENS, VOCAB, in_chunks_of, operands
 
 WIDTH = 5  # of the reference, which may be another model than the student
@@ -251,7 +252,10 @@ def test_a_token_that_one_model_thinks_impossible_costs_what_the_other_gives_it(
     assert values[0] == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_heads_of_other_vocabularies_are_refused() -> None:
-    other, (hidden, weight, _) = reference(), operands()
-    with pytest.raises(ValueError, match="10 from 0 of 10 in the reference, 9 from 0 of 9"):
-        read(hidden, HeadPart(weight, VOCAB - 1), Comparison(other), torch.arange(TOKENS))
+def test_a_reference_of_another_vocabulary_is_refused() -> None:
+    other, (hidden, weight, weights) = reference(), operands()
+    head, refused = HeadPart(weight, VOCAB - 1), "10 from 0 of 10 in the reference, 9 from 0 of 9"
+    with pytest.raises(ValueError, match=refused):
+        read(hidden, head, Comparison(other), torch.arange(TOKENS))
+    with pytest.raises(ValueError, match=refused):
+        weighted_sum(hidden, head, Distillation([(1.0, other)], some_labels()), weights)

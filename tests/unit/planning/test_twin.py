@@ -7,6 +7,7 @@ from hybrid_train.config.compose import compose
 from hybrid_train.planning.degrees import data_parallel
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.planning.twin import MOST_PROCESSES, in_words, twin_of
+from hybrid_train.schema.objective import Distill, NextToken
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.train import TrainJob
@@ -56,3 +57,9 @@ def test_each_virtual_stage_has_every_kind_of_layer() -> None:
     assert in_words(twin, number).endswith(
         "on 2 processes: tensor 1 x pipeline 2 x context 1 x data 1, expert 1"
     )
+
+
+def test_a_student_has_no_teacher_in_its_twin() -> None:
+    job = tiny_job(objective=Distill(teacher="runs/parent", moe_aux_loss_scale=0.3))
+    twin, _ = twin_of(job, 1)
+    assert twin.objective == NextToken(moe_aux_loss_scale=0.3)

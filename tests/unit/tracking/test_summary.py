@@ -6,14 +6,14 @@ from hybrid_train.tracking.console import summarise
 from hybrid_train.tracking.jsonl import JsonLines
 
 
-def run(folder: Path, validation: float = 3.0, steps: int = 40) -> Path:
+def run(folder: Path, validation: float = 3.0, steps: int = 40, **more: float) -> Path:
     lines = JsonLines(folder / "metrics.jsonl")
     for step in range(1, steps + 1):
         metrics = {"tokens": 50_000 * step, "loss": 6.0 if step <= 20 else 3.5}
         # The first step warms up: it must not spoil the speed.
         metrics |= {"tokens_per_s": 12_000.0, "step_time_s": 30.0 if step == 1 else 2.0, "mfu": 0.3}
         if step % 20 == 0:
-            metrics |= {"validation_loss": validation, "unigram_loss": 6.25}
+            metrics |= {"validation_loss": validation, "unigram_loss": 6.25, **more}
         lines.log(step, metrics)
     lines.close()
     return folder
@@ -38,6 +38,13 @@ def test_validation_is_compared_with_the_unigram_distribution(tmp_path: Path) ->
 
 def test_a_model_worse_than_the_unigram_distribution_is_not_praised(tmp_path: Path) -> None:
     assert "the model is 0.750 nats per token ABOVE it" in summarise(run(tmp_path, validation=7.0))
+
+
+def test_a_student_is_compared_by_its_cross_entropy(tmp_path: Path) -> None:
+    parts = {"validation_cross_entropy": 4.0, "validation_agreement": 0.5}
+    text = summarise(run(tmp_path, validation=0.1, **parts))
+    assert "divergence from the teacher; the cross-entropy is 4.000, and for 50.0% of" in text
+    assert "the model is 2.250 nats per token below it" in text
 
 
 def test_only_what_is_there_is_listed(tmp_path: Path) -> None:
