@@ -56,24 +56,24 @@ def compare(model: str, rounds: int, teacher: Path, names: list[str]) -> None:
     engines = {"next token": engine_of(plain, groups)}
     write(engines["next token"], plain, teacher)
     given = ("objective=distill", f"objective.teacher={teacher}")
-    read: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     for name in names:
         words = (*given, *TAUGHT.get(name, ()))
         if name in STORED:
             what, own = STORED[name]
-            read[name] = store_targets(teacher, what, groups)
-            words = ("objective=distill", f"objective.targets={read[name].folder}", *own)
-        engines[name] = engine_of(job_of(model, *words), groups, read.get(name))
+            stored[name] = store_targets(teacher, what, groups)
+            words = ("objective=distill", f"objective.targets={stored[name].folder}", *own)
+        engines[name] = engine_of(job_of(model, *words), groups, stored.get(name))
     clocks = {"time": time.perf_counter, "processor time": time.process_time}
     seconds: dict[tuple[str, str], list[float]] = {
         (clock, name): [] for clock in clocks for name in engines
     }
     for _ in range(rounds):
         for name, engine in engines.items():
-            starts = {clock: now() for clock, now in clocks.items()}
-            engine.step(batches(read.get(name)), tokens_seen=10**6)
-            for clock, now in clocks.items():
-                seconds[clock, name].append(now() - starts[clock])
+            starts = {clock: read() for clock, read in clocks.items()}
+            engine.step(batches(stored.get(name)), tokens_seen=10**6)
+            for clock, read in clocks.items():
+                seconds[clock, name].append(read() - starts[clock])
     print(f"{model}, {BATCH} x {LENGTH} tokens, vocabulary {VOCAB}, float32, {rounds} rounds")
     for (clock, name), times in seconds.items():
         plain_times = seconds[clock, "next token"]
