@@ -181,3 +181,26 @@ def test_hidden_states_in_fewer_bits_change_a_loss_by_their_rounding(student: St
     ]
     assert first[0] != first[1]
     assert first[0] == pytest.approx(first[1], rel=0.02)  # 8 bits of each hidden state
+
+
+def test_a_run_goes_on_with_the_targets_of_its_teacher_alone(student: Student) -> None:
+    steady = ("schedule=constant", "schedule.peak_lr=1e-3", "schedule.warmup_tokens=0")
+    folder = shutil.copytree(student.folder / "whole", student.folder / "kept")
+    given = (student.targets("kept"), *steady)
+    half = student.train("going on", *given, "train.tokens=1280")
+    assert half.code == 0, half.said
+    text = (folder / "targets.json").read_text()
+    said = json.loads(text)
+    said["teacher"]["checksum"] = "0" * 64
+    (folder / "targets.json").write_text(json.dumps(said))
+    before = contents(student.folder / "going on")
+    refused = student.train("going on", *given)
+    assert refused.code == 2
+    assert "has learned from another teacher so far" in refused.err
+    assert contents(student.folder / "going on") == before
+    (folder / "targets.json").write_text(text)
+    for name in ("going on", "at once"):
+        done = student.train(name, *given)
+        assert done.code == 0, done.said
+    runs = [_trained(student.folder / name, STEPS) for name in ("going on", "at once")]
+    assert [name for name in runs[0] if not runs[0][name].equal(runs[1][name])] == []
