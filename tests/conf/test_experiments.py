@@ -26,15 +26,15 @@ OWN_DATA = (
 RECIPES = [name for name in FILES if name not in OWN_DATA]
 MODELS = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
 GPU_BYTES = 80e9
-TAUGHT = [name for name in FILES if name.startswith("distill_")]  # they need a teacher
+TAUGHT = [name for name in FILES if "_distilled" in name]  # they need a teacher
 BLENDED = ("nemotron3_nano", "nemotron3_super", "nemotron3_ultra")  # with published weights
 PROCESSES = re.compile(r"^# processes: (\d+)", re.MULTILINE)
 LONG = {  # published tokens and sequence length of the last phases
     "nemotron_nano_v2_12b": {"long": (18.9e9, 524288)},
     "nemotron_nano_v2_9b": {"long": (2.5e9, 524288)},
-    "distill_nano_v2_9b_base": {"long": (2.5e9, 524288)},
-    "distill_nano_v2_9b": {"48k": (25e9, 49152), "256k": (1e9, 262144)},
-    "distill_nano_v2_9b_long": {"": (0.4e9, 262144)},
+    "nemotron_nano_v2_9b_distilled_base": {"long": (2.5e9, 524288)},
+    "nemotron_nano_v2_9b_distilled": {"48k": (25e9, 49152), "256k": (1e9, 262144)},
+    "nemotron_nano_v2_9b_distilled_long": {"": (0.4e9, 262144)},
     "nemotron3_nano_4b": {"long": (150e9, 49152)},
     "nemotron3_nano": {"long": (121e9, 524288)},
     "nemotron3_super": {"long": (34e9, 1048576), "mixed": (17e9, 1048576)},
@@ -45,10 +45,10 @@ SHORT = {  # published tokens of the phases before
     "nemotron_h_56b": {"diverse": 12e12, "better": 4e12, "best": 3.62e12, "final": 380e9},
     "nemotron_nano_v2_12b": {"1": 12e12, "2": 6e12, "3": 2e12},
     "nemotron_nano_v2_9b": {"narrowed": 360e9},
-    "distill_nano_v2_9b_base": {"narrowed": 360e9},
-    "distill_nano_v2_9b_depth": {"shortened": 60e9},
-    "distill_nano_v2_9b": {"narrowed": 50e9},
-    "distill_nano_v2_9b_long": {},
+    "nemotron_nano_v2_9b_distilled_base": {"narrowed": 360e9},
+    "nemotron_nano_v2_9b_distilled_depth": {"shortened": 60e9},
+    "nemotron_nano_v2_9b_distilled": {"narrowed": 50e9},
+    "nemotron_nano_v2_9b_distilled_long": {},
     "nemotron3_nano_4b": {"short": 63e9},
     "nemotron3_nano": {"1": 23.5e12, "2": 1.5e12},
     "nemotron3_super": {"1": 20e12, "2": 5e12},

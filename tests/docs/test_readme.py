@@ -34,6 +34,7 @@ CHAPTERS = (
     "generation",
     "evaluation",
     "distillation",
+    "stored_targets",
     "studies",
     "hugging_face",
     "data",

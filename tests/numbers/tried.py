@@ -55,6 +55,11 @@ BASES = {
     "data_inspect": ("input=[tests]",),
     "data_train_tokenizer": FILES,
     "train.quickstart": ("experiment=tiny_cpu",),
+    "train.taught": (
+        "experiment=tiny_cpu",
+        "objective=distill",
+        "objective.teachers=[{checkpoint: tests}]",
+    ),
 }
 # What a setting needs beside it to have something to do.
 BESIDE = {
