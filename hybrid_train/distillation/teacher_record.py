@@ -227,6 +227,7 @@ def _require_same_tokens(one: ChosenTeacher, job: TrainJob, tokenizer: AnyTokeni
             f"this run one of {own.vocab_size}; set model.vocab_size={model.vocab_size}"
         )
     _require_depths(one, parse(model.pattern).mtp_depths, job)
+    _require_layers(one, len(parse(model.pattern).main), job)
 
 
 def _require_split(one: ChosenTeacher, job: TrainJob, processes: int) -> None:
@@ -259,6 +260,17 @@ def _tokenizer_of(one: ChosenTeacher) -> str:
         f"teacher {one.source} ({run_dir}) has no tokenizer that could be compared with that of "
         "the data; import it again with tokenizer=FOLDER"
     )
+
+
+def _require_layers(one: ChosenTeacher, layers: int, job: TrainJob) -> None:
+    settings = job.objective
+    assert isinstance(settings, Distill), "it has teachers"
+    highest = max(settings.hidden.pairs.values(), default=0)
+    if highest > layers:
+        raise _refused(
+            f"objective.hidden names layer {highest} of teacher {one.source}, which has "
+            f"{counted(layers, 'layer')}; set objective.hidden.teacher_layers"
+        )
 
 
 def _require_depths(one: ChosenTeacher, depths: int, job: TrainJob) -> None:

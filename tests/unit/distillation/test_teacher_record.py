@@ -16,7 +16,7 @@ from hybrid_train.distillation.teacher_record import (
     require_usable,
     write_record,
 )
-from hybrid_train.schema.objective import SELF, MtpTarget, WeighedTeacher
+from hybrid_train.schema.objective import SELF, HiddenStates, MtpTarget, WeighedTeacher
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.problems import UserError
 from tests.distilled import PATTERN, student_job
@@ -126,6 +126,15 @@ def test_depths_that_a_teacher_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 1 MTP depth, the model of this run 2; choose"):
         usable(job)
     job.objective.mtp = MtpTarget.cross_entropy
+    usable(job)
+
+
+def test_layers_that_a_teacher_lacks_are_refused(tmp_path: Path) -> None:
+    job = student_job(teacher(tmp_path / "parent"))
+    job.objective.hidden = HiddenStates(layers=[2], teacher_layers=[5])
+    with pytest.raises(UserError, match=r"layer 5 of teacher .* which has 4 layers; set"):
+        usable(job)
+    job.objective.hidden.teacher_layers = [4]
     usable(job)
 
 
