@@ -153,10 +153,15 @@ STORED_TARGETS = Format(
     ),
     "write the targets anew: hybrid-train distill_targets",
 )
+RANKING = Format(
+    "ranking",
+    ("ranking.json and scores.safetensors; format.json has the number",),
+    "make the ranking anew: hybrid-train importance",
+)
 
 FORMATS = (
     RUN_FOLDER, CHECKPOINT, TOKEN_FILES, TOKENIZATION, TOKENIZER, QUICKSTART, INDEX, STAGE, RATES,
-    EVALUATION, STORED_TARGETS,
+    EVALUATION, STORED_TARGETS, RANKING,
 )  # fmt: skip
 
 
