@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from hybrid_train.anatomy import counts
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import checks, frozen
 from hybrid_train.data import record as data_record
 from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary, open_tokenizer
-from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder
+from hybrid_train.distillation.target_folder import read_header
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.objective import SELF, Distill, MtpTarget, WeighedTeacher
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
@@ -24,7 +25,6 @@ from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 FILE_NAME = "teachers.json"
-HEADER, UNFINISHED = "targets.json", "unfinished.json"  # of stored targets, whole or not yet
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
     Raises:
         UserError: if there are no targets, or a run that goes on learned from another teacher.
     """
-    teacher = ChosenTeacher(**read_header(folder)["teacher"])
+    teacher = ChosenTeacher(**read_header(folder).teacher)
     recorded = (read_record(Path(job.run_dir)) or []) if goes_on else [teacher]
     if [one.checksum for one in recorded] != [teacher.checksum]:
         raise UserError(
@@ -97,27 +97,6 @@ def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
             "start another run"
         )
     return teacher
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """Read what stored targets say of themselves; see `targets.Header`.
-
-    Raises:
-        UserError: if there are none, they were never finished, or of a format that is not read.
-    """
-    path, words = (
-        folder / HEADER,
-        "holds no stored targets: hybrid-train distill_targets writes some",
-    )
-    if (folder / UNFINISHED).is_file():
-        words = "was never finished: the same hybrid-train distill_targets goes on"
-    if not path.is_file():
-        raise UserError(f"objective.targets={folder} {words}")
-    require_readable_folder(folder, STORED_TARGETS)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); {STORED_TARGETS.too_old}") from error
 
 
 def _found(source: str, job: TrainJob) -> ChosenTeacher:
@@ -184,6 +163,29 @@ def write_record(run_dir: Path, chosen: Sequence[ChosenTeacher]) -> None:
     half = run_dir / f"{FILE_NAME}.tmp"
     half.write_text(json.dumps([asdict(one) for one in chosen], indent=2) + "\n", encoding="utf-8")
     half.replace(target)
+
+
+def forward_flops(chosen: Sequence[ChosenTeacher], job: TrainJob, rows: int) -> int:
+    """Count what teachers compute of a token ahead of a student; 0 where targets are stored.
+
+    Args:
+        chosen: the teachers.
+        job: of the run, or of one phase.
+        rows: of the student's embedding, padding included.
+    """
+    settings, found = job.objective, 0
+    if not isinstance(settings, Distill) or settings.targets is not None:
+        return found
+    wanted = parse(job.model.pattern).mtp_depths * (settings.mtp is MtpTarget.divergence)
+    for one in chosen:
+        model = frozen.load(Path(one.run_dir)).model
+        own = model.vocab_size and padded_vocab_size(model.vocab_size, model.vocab_multiple)
+        found += counts.forward_flops(
+            *(model, own or rows, job.train.sequence_length),
+            heads=1 + wanted,
+            with_mtp=wanted > 0,
+        )
+    return found
 
 
 def require_usable(

@@ -155,7 +155,7 @@ def _attempt(
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
-        builder = PhaseBuilder(data, device, run_dir)
+        builder = PhaseBuilder(data, device, run_dir, teachers)
         run = builder.build(phase_at(phases, state.tokens), state, tokens(job.train.tokens))
         restore(start, run)
         run.bad_steps = bad_steps(job, start, phase_at(phases, state.tokens).start)

@@ -6,6 +6,8 @@ from signal import SIGKILL
 
 import pytest
 
+from hybrid_train.anatomy import counts
+from hybrid_train.config import frozen
 from tests.jobs.command import (
     Finished,
     assert_equal_to_the_bit,
@@ -43,7 +45,18 @@ def words(parent: Path, steady: tuple[str, ...]) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def whole(parent: Path, steady: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
     run_dir = tmp_path_factory.mktemp("distilled") / "whole"
-    return run_dir, train(run_dir, *words(parent, steady), "checkpoint.keep=3")
+    return run_dir, train(
+        run_dir, *words(parent, steady), "checkpoint.keep=3", "runtime.peak_tflops=1"
+    )
+
+
+def test_the_forward_pass_of_a_teacher_counts_in_mfu(whole: Run) -> None:
+    model = frozen.load(whole[0]).model
+    assert model.vocab_size is not None
+    student = counts.flops_per_token(model, model.vocab_size, 64)  # the teacher is of its shape
+    for line in metrics(whole[0]):
+        flops = line["mfu"] * 1e12 / line["tokens_per_s"]
+        assert flops == pytest.approx(student.training + student.forward)
 
 
 def test_a_student_comes_near_its_teacher(whole: Run) -> None:
