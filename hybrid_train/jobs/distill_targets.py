@@ -11,6 +11,7 @@ from hybrid_train.data.run_data import RunData
 from hybrid_train.distillation import teacher_record
 from hybrid_train.distillation.target_folder import HIDDEN, Header, parts_of
 from hybrid_train.distillation.teacher_record import ChosenTeacher
+from hybrid_train.jobs.fetched_checkpoint import folder_of
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
@@ -33,14 +34,14 @@ def run(job: DistillTargetsJob) -> None:
         # They need the process.
         from hybrid_train.distillation.target_writer import PartRows, TargetWriter, hidden_size_of
         from hybrid_train.distillation.teachers import Teacher
+        from hybrid_train.jobs.chosen_teachers import choose_teachers
         from hybrid_train.jobs.networks import load_model
         from hybrid_train.jobs.pretraining import Start, open_run_data
         from hybrid_train.megatron.data_parallel import destroy_groups
 
         try:
-            phases, load = lay_out(job), job.checkpoint.load
-            data = open_run_data(job, phases, Start(layout.locate(Path(load)) if load else None))
-            (chosen,) = teacher_record.choose(job, goes_on=False)
+            phases, (chosen,) = lay_out(job), choose_teachers(job, goes_on=False)
+            data = open_run_data(job, phases, Start(_loaded(job.checkpoint.load)))
             jobs = [replace(one.job, parallel=job.parallel) for one in phases]
             teacher_record.require_usable([chosen], jobs, data.tokenizer, ranks.world_size())
             assert isinstance(job.objective, Distill), "the settings were checked"
@@ -64,6 +65,11 @@ def run(job: DistillTargetsJob) -> None:
                 print(said)  # noqa: T201  the result of the command
         finally:
             destroy_groups()
+
+
+def _loaded(load: str | None) -> layout.Found | None:
+    """Find the checkpoint that the student would start from; its vocabulary is that of the run."""
+    return None if load is None else layout.locate(folder_of(load, "checkpoint.load"))
 
 
 def _written(writer: "TargetWriter") -> str:

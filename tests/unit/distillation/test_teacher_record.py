@@ -1,5 +1,6 @@
 """Which checkpoint a teacher is, and what a run cannot learn from."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.distillation.teacher_record import (
     FILE_NAME,
     choose,
+    only_moved,
+    places,
     read_record,
     require_usable,
     write_record,
@@ -55,6 +58,44 @@ def test_another_checkpoint_in_its_place_is_refused(tmp_path: Path) -> None:
     (Path(job.run_dir) / FILE_NAME).unlink()
     with pytest.raises(UserError, match="nobody knows which checkpoints"):
         choose(job, goes_on=True)
+
+
+def test_a_teacher_that_has_moved_is_known_by_its_checksum(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = teacher_folder(tmp_path / "parent")
+    job = begun(tmp_path, str(parent))
+    moved, saved = copy.deepcopy(job), copy.deepcopy(job)
+    there = parent.rename(tmp_path / "elsewhere")
+    teacher_folder(there, step=9)  # it has trained on meanwhile
+    moved.objective.teacher = str(there)
+    assert only_moved(saved, moved, Path(job.run_dir))
+    with caplog.at_level("INFO"):
+        (found,) = choose(moved, goes_on=True)
+    assert found.found == layout.Found(layout.path_of(there, 5), 5)
+    assert f"the very checkpoint that this run learned from in {parent}" in caplog.text
+    with pytest.raises(UserError, match=r"which is gone; .* objective.teacher=FOLDER"):
+        choose(job, goes_on=True)
+    heavier = student_job(teachers=[WeighedTeacher(checkpoint=str(there), weight=0.5)] * 2)
+    assert not only_moved(saved, heavier, Path(job.run_dir))
+    place = layout.path_of(there, 5)
+    (place / "weights").write_text("b")
+    layout.write_checksums(place, {})
+    assert not only_moved(saved, moved, Path(job.run_dir))
+    with pytest.raises(UserError, match="which is gone"):
+        choose(moved, goes_on=True)
+
+
+def test_a_teacher_behind_a_url_is_where_it_was_fetched_to(tmp_path: Path) -> None:
+    url, parent = "s3://bucket/runs/parent", teacher_folder(tmp_path / "parent")
+    with pytest.raises(UserError, match="teacher s3://bucket/runs/parent lies behind a URL"):
+        choose(student_job(url), goes_on=False)
+    (found,) = choose(student_job(url), goes_on=False, fetched={url: parent})
+    assert (found.source, found.run_dir, found.step) == (url, str(parent), 5)
+    job = student_job(SELF)
+    job.checkpoint.load = url
+    assert places(job) == [("checkpoint.load", url)]
+    assert choose(job, goes_on=False, fetched={url: parent})[0].run_dir == str(parent)
 
 
 def test_the_student_itself_is_what_it_was_loaded_from(tmp_path: Path) -> None:
