@@ -1,6 +1,7 @@
 """One training run, from its claim to its summary.
 
 claim     the folder, and where the run starts             `claim`, jobs/run_folder.py
+choose    its teachers, if it learns from any              jobs/chosen_teachers.py
 open      its data; other data than before is refused      `open_run_data`, data/
 attempt   is noted in the folder, and watched              jobs/attempts.py
 build     networks, optimizer, objective of the phase      jobs/phase_builder.py
@@ -34,6 +35,7 @@ from hybrid_train.distillation.targets import targets_of
 from hybrid_train.distillation.teacher_record import ChosenTeacher
 from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, fetched_checkpoint, measurement, mirrored_run, run_folder
+from hybrid_train.jobs.chosen_teachers import choose_teachers
 from hybrid_train.jobs.phase_builder import PhaseBuilder
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
@@ -107,7 +109,7 @@ class Start:
 def train(job: TrainJob, device: torch.device) -> int:
     """Run a checked job; return 0, or 128 + signal if a signal stopped it after a save."""
     start = claim(job)
-    teachers = choose_teachers(job, start)
+    teachers = choose_teachers(job, goes_on=start.is_own)
     if start.found and start.state().tokens >= tokens(job.train.tokens):
         _log.info(
             "%s is complete: %d tokens of train.tokens=%s; a larger train.tokens trains on",
@@ -155,7 +157,7 @@ def _attempt(
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
-        builder = PhaseBuilder(data, device, run_dir)
+        builder = PhaseBuilder(data, device, run_dir, teachers)
         run = builder.build(phase_at(phases, state.tokens), state, tokens(job.train.tokens))
         restore(start, run)
         run.bad_steps = bad_steps(job, start, phase_at(phases, state.tokens).start)
@@ -312,17 +314,6 @@ def claim(job: TrainJob) -> Start:
     weights_only = job.checkpoint.load_only is not None
     _log.info("starting from %s of %s", "the weights" if weights_only else "all", found.path)
     return Start(found, weights_only)
-
-
-def choose_teachers(job: TrainJob, start: Start) -> list[ChosenTeacher]:
-    """Find the checkpoints that a student learns from, whole; there are none without a teacher."""
-    chosen = ranks.broadcast_from_main(lambda: teacher_record.choose(job, goes_on=start.is_own))
-    for one in chosen if not targets_of(job.objective) else ():
-        if damaged := store.damages(one.found):
-            error = UserError(f"teacher {one.found.path} is damaged: {damaged}; take another one")
-            error.on_all_ranks = True
-            raise error
-    return chosen
 
 
 def _set_aside(found: layout.Found, damaged: str) -> None:
