@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.block_moves import Cast, Move, move_all, require_shapes
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary, open_tokenizer
@@ -21,15 +22,7 @@ from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.origin import Origin
 from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import (
-    Cast,
-    Move,
-    Theirs,
-    move_all,
-    require_shapes,
-    theirs_from_ours,
-    turn_round,
-)
+from hybrid_train.hf.tensors import Theirs, theirs_from_ours, turn_round
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.train import TrainJob

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hybrid_train.checkpoint.block_moves import Format, require_finite
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.hf import config_json
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder, import_folder
-from hybrid_train.hf.tensors import Format, Theirs, require_finite, theirs_from_ours
+from hybrid_train.hf.tensors import Theirs, theirs_from_ours
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
 from hybrid_train.jobs.fetched_checkpoint import folder_of
 from hybrid_train.nvidia.checkpoint_folders import Trainer, trainer_of
