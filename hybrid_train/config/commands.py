@@ -39,6 +39,7 @@ from hybrid_train.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.schema.pruning import PruneJob
 from hybrid_train.schema.study import StudyJob
 from hybrid_train.schema.train import TrainJob
 
@@ -192,6 +193,12 @@ COMMANDS = {
         "compares a checkpoint with a Hugging Face folder: tensors, logits",
         "convert:run_verify",
         VerifyJob,
+        says_what_starts=True,
+    ),
+    "prune": Command(
+        "cuts a smaller model out of a checkpoint, as a run of its own",
+        "prune:run",
+        PruneJob,
         says_what_starts=True,
     ),
     "data tokenize": Command(

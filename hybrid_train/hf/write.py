@@ -29,7 +29,6 @@ from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
-_BESIDE_WEIGHTS = ("optimizer.", "random.", "hidden_projections.")
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +41,7 @@ class Weights:
     @property
     def names(self) -> set[str]:
         """Names of all weights."""
-        return {name for name in self._stored.names if not name.startswith(_BESIDE_WEIGHTS)}
+        return self._stored.weights
 
     def _name(self, name: str) -> str:
         master = _MASTER + name
