@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint import layout, lineage
-from hybrid_train.checkpoint.block_moves import Format, require_finite
+from hybrid_train.checkpoint.block_moves import Format, Rows, require_finite
 from hybrid_train.checkpoint.lineage import WEIGHTS, Parent, parent_of
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
@@ -178,7 +178,7 @@ def differences(checkpoint: Checkpoint, weights: Weights, folder: Folder) -> Dif
     """Compare every tensor of both sides, a part at a time."""
     theirs = checkpoint.theirs()
     found = Differences()
-    present, stored = folder.names, weights.names
+    present, stored, wide = folder.names, weights.names, checkpoint.padded(weights)
     found.only_theirs = sorted(present - theirs.keys())
     for name, one in theirs.items():
         lacking = [piece.key for piece in one.pieces.values() if piece.key not in stored]
@@ -190,13 +190,13 @@ def differences(checkpoint: Checkpoint, weights: Weights, folder: Folder) -> Dif
             found.shapes.append(f"{name}: {one.shape} here, {folder.shape(name)} there")
         else:
             found.tensors += 1
-            _compare(one, weights, folder, found)
+            _compare(one, wide, folder, found)
     keys = {piece.key for one in theirs.values() for piece in one.pieces.values()}
     found.only_ours += sorted(stored - keys)
     return found
 
 
-def _compare(one: Theirs, weights: Weights, folder: Folder, found: Differences) -> None:
+def _compare(one: Theirs, weights: Rows, folder: Folder, found: Differences) -> None:
     here = weights.dtype(next(iter(one.pieces.values())).key)
     there = folder.dtype(one.name)
     if here != there:
