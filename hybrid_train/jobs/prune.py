@@ -15,6 +15,7 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import slicing
 from hybrid_train.compression.choosing import Chosen, choose
+from hybrid_train.compression.cut_rules import remarks
 from hybrid_train.compression.ranking import Ranking, read
 from hybrid_train.compression.slicing import Accounted, Slice
 from hybrid_train.config import frozen
@@ -211,6 +212,8 @@ def _show(pruned: Pruned) -> None:
         print(f"\nlayers of the parent that are not in the child: {numbers}")  # noqa: T201
     if left := sizes["beside_weights"]:
         print(f"{show_bytes(left)} beside weights stay behind: the optimizer's state")  # noqa: T201
+    for one in remarks(pruned.parent.model, chosen.model):
+        print(f"note: {one}")  # noqa: T201
 
 
 def _sizes(pruned: Pruned) -> Iterator[tuple[str, str, str]]:
