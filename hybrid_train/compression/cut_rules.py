@@ -88,7 +88,7 @@ def _largest(parent: Model, here: Sequence[Layer], axis: Axis) -> int:
 def _beyond(one: Asked, axis: Axis, largest: int, multiple: int) -> Iterator[Problem]:
     """Yield what is wrong with a size by itself."""
     if not largest:
-        yield Problem(one.path, one.size, "is of something that the parent does not have", "null")
+        yield Problem(one.path, one.size, "is of no layer that stays", "null")
     elif one.size > largest:
         rule = f"must be at most {largest}, the parent's: a cut makes nothing larger"
         yield Problem(one.path, one.size, rule, largest)
