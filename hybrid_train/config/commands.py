@@ -22,6 +22,7 @@ from hybrid_train.schema.job_roots import (
     EvaluateJob,
     GenerateJob,
     IndexJob,
+    LineageJob,
     RehearseJob,
     ReportJob,
     ResumeJob,
@@ -131,6 +132,11 @@ COMMANDS = {
         "status:run",
         StatusJob,
         texts=("run_dir",),
+    ),
+    "lineage": Command(
+        "says what the weights of a run come from: parents, teachers, and theirs",
+        "lineage_tree:run",
+        LineageJob,
     ),
     "report": Command(
         "writes a page with the curves of a run, or of several over each other",

@@ -79,6 +79,9 @@ MOST_USED: dict[str, dict[str, str]] = {
         "dtype": "Hidden states are stored in this format; keep: as the teacher computes them.",
         **{name: told for name, told in _RUN.items() if name in _OF_A_PLAN},
     },
+    "lineage": {
+        "run_dir": "The weights lie in this folder, of a run or an exported one.",
+    },
     "status": {
         "run_dir": "The run that is looked at lives in this folder.",
         "json": "The answer is one JSON object if this is true; --json is short for it.",

@@ -11,7 +11,8 @@ from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.kinds import EMBEDDING
 from hybrid_train.anatomy.layers import layers, mtp_blocks
 from hybrid_train.anatomy.selection import CHOSEN
-from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint import layout, lineage
+from hybrid_train.checkpoint.lineage import WEIGHTS, Parent, parent_of
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import slicing
 from hybrid_train.compression.choosing import Chosen, choose
@@ -21,11 +22,13 @@ from hybrid_train.compression.slicing import Accounted, Slice
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import command, setting
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.config.secrets import masked
 from hybrid_train.data.any_tokenizer import copy_tokenizer, has_vocabulary
 from hybrid_train.hf import origin
 from hybrid_train.hf.files import new_folder, refusals_named
 from hybrid_train.hf.read import imported_job
 from hybrid_train.hf.write import Checkpoint, open_checkpoint, trained_length
+from hybrid_train.jobs import provenance
 from hybrid_train.jobs.fetched_checkpoint import folder_of
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.planning.degrees import padded_vocab_size
@@ -95,7 +98,8 @@ def run(job: PruneJob) -> None:
             with StoredTensors(parent.found.path) as stored:
                 pruned, _ = _planned(parent, chosen, stored)
         else:
-            pruned = prune(parent, chosen, output, _asked(job, ranking))
+            came_from = parent_of(WEIGHTS, masked(job.checkpoint), parent.found)
+            pruned = prune(parent, came_from, chosen, output, _asked(job, ranking))
     _show(pruned)
     done = "dry_run=true: nothing was written" if job.dry_run else f"{output} is the child"
     print(f"\n{done}")  # noqa: T201  the result of the command
@@ -119,11 +123,14 @@ def ranking_of(folder: Path, found: layout.Found) -> Ranking:
     return ranking
 
 
-def prune(parent: Checkpoint, chosen: Chosen, output: Path, asked: dict[str, Any]) -> Pruned:
+def prune(
+    parent: Checkpoint, came_from: Parent, chosen: Chosen, output: Path, asked: dict[str, Any]
+) -> Pruned:
     """Write a child as a run folder with one checkpoint, at step 0.
 
     Args:
         parent: the checkpoint that is cut.
+        came_from: the same, for the lineage of the child.
         chosen: the child.
         output: its run folder; must not be there yet.
         asked: how it was chosen, for its report.
@@ -143,7 +150,9 @@ def prune(parent: Checkpoint, chosen: Chosen, output: Path, asked: dict[str, Any
             layout.write_checksums(weights, {})
             _keep_tokenizer(parent.found.run_dir, partial)
             frozen.freeze(imported_job(chosen.model, output, length, dtype), partial)
-            text = json.dumps(_report(pruned, asked), indent=1) + "\n"
+            lineage.write(partial, provenance.made_by("prune"), [came_from])
+            said = {"parent": asdict(came_from), **asked, **_report(pruned)}
+            text = json.dumps(said, indent=1) + "\n"
             (partial / REPORT).write_text(text, encoding="utf-8")
     return pruned
 
@@ -173,16 +182,10 @@ def _asked(job: PruneJob, ranking: Ranking | None) -> dict[str, Any]:
     return {"ranking": made_of, "cut": own}
 
 
-def _report(pruned: Pruned, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return what prune.json says: of the parent, the child, and each tensor."""
-    found, chosen = pruned.parent.found, pruned.chosen
+def _report(pruned: Pruned) -> dict[str, Any]:
+    """Return what prune.json says of both models, and of each tensor."""
+    chosen = pruned.chosen
     return {
-        "parent": {
-            "run": str(found.run_dir),
-            "step": found.step,
-            "checksum": layout.digest_of(found.path),
-        },
-        **asked,
         "sizes": [
             {"setting": name, "parent": theirs, "child": ours}
             for name, theirs, ours in _sizes(pruned)
