@@ -14,10 +14,10 @@ from hybrid_train.schema.limits import (
     CountOrNone,
     FileName,
     Name,
+    Parameters,
     Range,
     Share,
     Size,
-    TokenCount,
 )
 from hybrid_train.schema.model import (
     SECTIONS,
@@ -135,7 +135,7 @@ class Cut:
     depth: Depth = field(default_factory=Depth)
     mtp: MtpBlocks = MtpBlocks.keep
     share: Annotated[float, Range(1e-4, 1)] | None = None  # of the parent's parameters, kept
-    budget: TokenCount | None = None  # parameters of the child at most: 4.5B
+    budget: Parameters | None = None  # of the child at most: 4.5B
     shrink: list[str] = field(
         default_factory=lambda: [
             *("hidden_size", "mlp.intermediate_size", "mamba.heads", "moe.experts"),
