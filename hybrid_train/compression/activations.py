@@ -1,4 +1,4 @@
-"""What of a model is scored while it runs: norms, inner neurons, heads, experts, layers, all at once.
+"""What of a model is scored while it runs, all at once: norms, neurons, heads, experts, layers.
 
     hidden         outputs of each norm over the hidden axis; the scores of all norms are summed
     ffn, shared    inputs of the second linear
@@ -102,7 +102,8 @@ class Activations:
             if layer.depth == 0 or self._settings.mtp_norms:
                 yield from (layer.prefix + one.name for one in layer.parameters if _is_norm(one))
         yield FINAL_NORM.name
-        for depth in range(1, (mtp_blocks(self._model) + 1) * self._settings.mtp_norms):
+        blocks = mtp_blocks(self._model) if self._settings.mtp_norms else 0
+        for depth in range(1, blocks + 1):
             yield from (block_prefix(depth) + one.name for one in MTP_BLOCK if _is_norm(one))
 
     def _specs(self) -> Iterator[tuple[str, Spec]]:

@@ -3,15 +3,16 @@
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
 
 from omegaconf import MISSING
 
 from hybrid_train.schema.evaluation import Asking
-from hybrid_train.schema.limits import Count, CountOrNone, FileName, Length, Range
-from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.limits import Batch, Count, CountOrNone, FileName, Length, Processes
+from hybrid_train.schema.parallel import Degrees
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Runtime
+
+_PUBLISHED_ROWS = 128  # of layers taken out: MiniPuzzle, arXiv:2504.03624
 
 
 class OverTokens(enum.Enum):
@@ -48,7 +49,12 @@ class LayerMetric(enum.Enum):
     accuracy = "accuracy"  # on the first of `tasks`: how much less it is
 
 
-Microbatch = Annotated[int, Range(1, 4096)]
+@dataclass(kw_only=True)
+class Layout(Degrees):
+    """How a model is split that reads whole rows, and is not trained."""
+
+    virtual_pipeline: Processes = 1  # model chunks of a pipeline stage
+    context: Processes = 1
 
 
 @dataclass(kw_only=True)
@@ -59,17 +65,17 @@ class ImportanceJob(Asking):
     output: FileName = MISSING  # new folder of the ranking
     rows: Count = 1024
     sequence_length: Length | None = None  # tokens of a row; null: as the run was trained
-    microbatch: Microbatch = 1  # rows of one pass of one data-parallel rank
+    microbatch: Batch = 1  # rows of one pass of one data-parallel rank
     files: list[FileName] = field(default_factory=list)  # prefixes; empty: train data of the run
     over_tokens: OverTokens = OverTokens.mean
     over_rows: OverRows = OverRows.l2
     mtp_norms: bool = True  # norms in MTP blocks count for the hidden channels, too
     experts: ExpertMetric = ExpertMetric.output
     layers: list[LayerMetric] = field(default_factory=lambda: [LayerMetric.cosine])
-    layer_rows: Count = 128  # rows that the model reads without a layer, at most `rows`
+    layer_rows: Count | None = None  # rows read without a layer; null: 128, or all that there are
     iterative: CountOrNone = 0  # layers taken out one after the other, by each of `layers`
     blocks: list[Count] = field(default_factory=list)  # lengths of blocks taken out as one
-    parallel: Parallel = field(default_factory=Parallel)
+    parallel: Layout = field(default_factory=Layout)
     runtime: Runtime = field(default_factory=Runtime)
 
     def problems(self) -> Iterator[Problem]:
@@ -85,16 +91,17 @@ class ImportanceJob(Asking):
         if self.task_names and not asks:
             rule = "is read by layers=[accuracy] alone, which is not asked for"
             yield Problem("tasks", self.task_names, rule, "[]")
+        if self.layer_rows is not None and self.layer_rows > self.rows:
+            yield Problem("layer_rows", self.layer_rows, "must be at most rows", self.rows)
         if (self.blocks or self.iterative) and not self.removals:
             name, value = ("blocks", self.blocks) if self.blocks else ("iterative", self.iterative)
             rule = "needs one of `layers` that takes layers out: all but cosine do"
             yield Problem(name, value, rule, "[]" if self.blocks else 0)
-        if self.parallel.fsdp:
-            rule = "must be false: frozen weights are not wrapped; use tensor, pipeline or expert"
-            yield Problem("parallel.fsdp", True, rule, False)
-        if self.parallel.dispatcher.is_flex:
-            rule = "must be alltoall or allgather, which leave the weights of experts as they are"
-            yield Problem("parallel.dispatcher", self.parallel.dispatcher.value, rule, "alltoall")
+
+    @property
+    def rows_without(self) -> int:
+        """How many rows are read without a layer."""
+        return min(_PUBLISHED_ROWS, self.rows) if self.layer_rows is None else self.layer_rows
 
     @property
     def removals(self) -> list[LayerMetric]:
