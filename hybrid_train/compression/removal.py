@@ -166,11 +166,11 @@ class LayerRemoval:
         if metric is LayerMetric.hidden_mse:
             return row[_HIDDEN] / (tokens * self.model.hidden_size)
         if metric is LayerMetric.hidden_nmse:
-            return row[_HIDDEN] / whole[_HIDDEN]
+            return _ratio(row[_HIDDEN], whole[_HIDDEN])
         if metric is LayerMetric.logits_mse:
             return row[_LOGITS] / (tokens * self.passes.network.vocab_size)
         if metric is LayerMetric.logits_nmse:
-            return row[_LOGITS] / whole[_LOGITS]
+            return _ratio(row[_LOGITS], whole[_LOGITS])
         return (row[_NATS] - whole[_NATS]) / labels
 
     def _sums(self, sets: Sequence[Without], metrics: Collection[LayerMetric]) -> list[list[float]]:
@@ -188,6 +188,10 @@ class LayerRemoval:
                     total[place] += sums
         dist.all_reduce(total)
         return [[float(one) for one in row] for row in total.cpu()]
+
+
+def _ratio(error: float, whole: float) -> float:
+    return error / whole if whole else math.nan
 
 
 class _Reader:
