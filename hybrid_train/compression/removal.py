@@ -149,8 +149,8 @@ class LayerRemoval:
             found = {one: [self._value(one, row, whole) for row in rows] for one in by_pass}
         if LayerMetric.accuracy in metrics:
             assert self.accuracy is not None, "nobody says how accuracy is measured"
-            whole = self.accuracy()
-            found[LayerMetric.accuracy] = [whole - self._accuracy_without(one) for one in sets]
+            best = self.accuracy()
+            found[LayerMetric.accuracy] = [best - self._accuracy_without(one) for one in sets]
         for metric, values in found.items():
             _require_finite(metric, sets, values)
         return found

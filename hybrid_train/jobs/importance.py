@@ -230,12 +230,10 @@ def _show(job: ImportanceJob, made: Ranking, model: Model) -> None:
     if metrics:
         heads = ["layer", "kind", *(name.removeprefix(ranking.LAYERS) for name in metrics)]
         show_numbers(page, rows, heads, words=2)
-    page.print(
-        f"{counted(len(made.scores), 'set')} of scores of {header.run} at step {header.step} are "
-        f"in {job.output}, by {header.rows:,} rows of {header.sequence_length:,} tokens; "
-        + command(
-            "prune", setting("checkpoint", job.checkpoint), setting("ranking", job.output),
-            "share=0.6", "output=FOLDER",
-        )
-        + " makes a smaller model of it"
-    )  # fmt: skip
+    sets = counted(len(made.scores), "set")
+    rows_read = f"{header.rows:,} rows of {header.sequence_length:,} tokens"
+    page.print(f"{sets} of scores, by {rows_read}, are in {job.output}")
+    asked = (setting("checkpoint", job.checkpoint), setting("ranking", job.output))
+    page.print("\nNext:")
+    words = command("prune", *asked, "output=FOLDER", "share=0.6")
+    page.print(f"  {words}", soft_wrap=True)
