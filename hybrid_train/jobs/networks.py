@@ -182,7 +182,7 @@ EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] =
 def _routing(model: Model) -> Routing:
     routed = [one for one in layers(model) if any(p.of_experts for p in one.parameters)]
     expert_layers = tuple(
-        ExpertLayer(one.depth > 0, one.number, one.sizes.experts)
+        ExpertLayer(one.depth > 0, one.number, one.sizes.experts, one.sizes.experts)
         for one in routed
         if one.depth <= 1  # blocks are alike, and share their records
     )
