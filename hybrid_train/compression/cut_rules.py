@@ -220,7 +220,7 @@ def _of_format(one: GemmFormat) -> int:
 def _uneven(model: Model, multiple: int) -> set[str]:
     """Name the sizes of linear layers that are no multiple of a number: "model.hidden_size=88"."""
     return {
-        f"{layer.setting(axis)}={layer.sizes.along(axis)}"
+        f"{axis.setting}={layer.sizes.along(axis)}"
         for layer in distinct(model)
         for one in layer.parameters
         if one.linear
