@@ -140,6 +140,22 @@ MOST_USED: dict[str, dict[str, str]] = {
         **{f"parallel.{one}": _RUN[f"parallel.{one}"] for one in ("tensor", "pipeline", "expert")},
         "runtime.device": "The model runs on a GPU where there is one (auto), or cpu, or cuda.",
     },
+    "importance": {
+        "checkpoint": "The model that is scored comes from this run or checkpoint.",
+        "output": "The ranking is written to this new folder, which `prune` reads.",
+        "rows": "So many rows are read, of `sequence_length` tokens each.",
+        "sequence_length": "A row has this many tokens; null: as the run was trained.",
+        "files": "The rows are of these token files; []: of the data that the run was trained on.",
+        "over_tokens": "What the tokens of a row show becomes one number: mean, l2, variance.",
+        "over_rows": "The numbers of all rows become the score: l2, mean.",
+        "experts": "Experts are scored by their output, or by their layer without them (without).",
+        "layers": "Layers are scored by these: cosine, hidden_mse, hidden_nmse, logits_mse, "
+        "logits_nmse, loss, accuracy.",
+        "iterative": "So many layers are taken out one after the other, the cheapest first.",
+        "blocks": "Blocks of these lengths are taken out as one: [8,16].",
+        "tasks": "Accuracy is measured on this task.",
+        **{f"parallel.{one}": _RUN[f"parallel.{one}"] for one in ("tensor", "pipeline", "expert")},
+    },
     "evaluate": {
         "checkpoint": "The models come from these runs or checkpoints, with commas between them.",
         "tasks": "The models are asked these tasks, with commas between them: " + _TASKS + ".",
