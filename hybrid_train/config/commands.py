@@ -13,6 +13,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrid_train.schema.importance import ImportanceJob
 from hybrid_train.schema.job_roots import (
     CheckJob,
     ConvertJob,
@@ -22,6 +23,7 @@ from hybrid_train.schema.job_roots import (
     EvaluateJob,
     GenerateJob,
     IndexJob,
+    LineageJob,
     RehearseJob,
     ReportJob,
     ResumeJob,
@@ -39,6 +41,7 @@ from hybrid_train.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.schema.pruning import PruneJob
 from hybrid_train.schema.study import StudyJob
 from hybrid_train.schema.train import TrainJob
 
@@ -131,6 +134,11 @@ COMMANDS = {
         StatusJob,
         texts=("run_dir",),
     ),
+    "lineage": Command(
+        "says what the weights of a run come from: parents, teachers, and theirs",
+        "lineage_tree:run",
+        LineageJob,
+    ),
     "report": Command(
         "writes a page with the curves of a run, or of several over each other",
         "report:run",
@@ -156,6 +164,13 @@ COMMANDS = {
         "distill_targets:run",
         DistillTargetsJob,
         ready=_EXPERIMENTS,
+        says_what_starts=True,
+    ),
+    "importance": Command(
+        "scores what in a trained model matters: channels, neurons, heads, experts, layers",
+        "importance:run",
+        ImportanceJob,
+        texts=("tasks",),
         says_what_starts=True,
     ),
     "study": Command(
@@ -192,6 +207,12 @@ COMMANDS = {
         "compares a checkpoint with a Hugging Face folder: tensors, logits",
         "convert:run_verify",
         VerifyJob,
+        says_what_starts=True,
+    ),
+    "prune": Command(
+        "cuts a smaller model out of a checkpoint, as a run of its own",
+        "prune:run",
+        PruneJob,
         says_what_starts=True,
     ),
     "data tokenize": Command(
