@@ -1,5 +1,6 @@
 """Teachers for the tests: runs of tiny models, written with their first weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ def student_job(teacher: Path | str | None = None, **settings: Any) -> Any:
     return job
 
 
-def write_teacher(run_dir: Path, groups: Any, seed: int | None = None, **model: Any) -> Path:
-    """Write a run with a checkpoint of its first weights."""
+def write_teacher(
+    run_dir: Path,
+    groups: Any,
+    seed: int | None = None,
+    change: Callable[[Any], None] | None = None,
+    **model: Any,
+) -> Path:
+    """Write a run with a checkpoint of its first weights, or of what `change` makes of them."""
     from hybrid_train.checkpoint import store
     from hybrid_train.training.hooks.checkpointing import content_of
 
@@ -30,6 +37,9 @@ def write_teacher(run_dir: Path, groups: Any, seed: int | None = None, **model: 
     for name, value in model.items():
         setattr(job.model, name, value)
     frozen.freeze(job, run_dir)
-    content = content_of(tiny_engine(job, groups))
+    engine = tiny_engine(job, groups)
+    if change is not None:
+        change(engine.network.chunks[0].module)
+    content = content_of(engine)
     store.save(run_dir, content, {"step": 5, "tokens": 320}, keep=1)
     return run_dir

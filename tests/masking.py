@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hybrid_train.runtime import ranks
 from hybrid_train.schema.extension import EditSettings
 from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.tiny import BATCH, LENGTH, VOCAB, tiny_job, tiny_model
@@ -146,3 +147,32 @@ def compare(groups: Any, parallel: Any = None, *, quantizes: bool = True) -> Non
     for name, parameter in edited.named_parameters():
         assert torch.equal(parameter, untouched[name]), name  # nothing is cut off
     assert edited.state_dict().keys() == by_hand.state_dict().keys()
+
+
+@dataclass(kw_only=True)
+class FailOnOneRank(EditSettings):
+    """Settings of `FailingLayer`."""
+
+    implementation: ClassVar[str] = "tests.masking:FailingLayer"
+    kind: str = "tests.masking:FailOnOneRank"
+
+
+class FailingLayer:
+    """Lets a layer in the middle of the model fail on rank 1, which others wait for."""
+
+    def __init__(self, _: FailOnOneRank) -> None:
+        pass
+
+    def apply(self, chunks: Sequence[nn.Module]) -> None:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("a layer that fails")
+
+        if ranks.rank() == 1:
+            layers: Any = chunks[0].decoder.layers  # type: ignore[union-attr]
+            layers[1].register_forward_hook(fail)
+
+    @property
+    def stage(self) -> Any:
+        from hybrid_train.model.edits import Stage
+
+        return Stage.mask

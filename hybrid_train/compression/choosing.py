@@ -17,13 +17,11 @@ from hybrid_train.anatomy.selection import CHOSEN, Indices, KeptLayer, Selection
 from hybrid_train.compression.child_sizes import (
     child_layers,
     child_model,
-    depth_problems,
     listed_layers,
-    multiple_of,
     plan_of,
-    size_problems,
 )
-from hybrid_train.compression.ranking import Ranking, order
+from hybrid_train.compression.cut_rules import depth_problems, multiple_of, size_problems
+from hybrid_train.compression.ranking import NOT_MEASURED, Ranking, order
 from hybrid_train.compression.size_search import Target, searched
 from hybrid_train.schema import model as sections
 from hybrid_train.schema.model import Model
@@ -83,11 +81,20 @@ def choose(parent: Model, ranking: Ranking | None, cut: Cut, vocab_rows: int) ->
     model = child_model(parent, plan)
     count = parameters(model, vocab_rows).total
     if count == total:
-        asked = cut.budget or cut.share or ", ".join(cut.model.given) or "depth"
-        raise ConfigError([Problem("share, budget, model, depth", asked, "cuts nothing")])
+        raise ConfigError([_nothing(cut, total)])
     return Chosen(
         model, _selection(parent, child_layers(parent, plan), model, scores), count, total
     )
+
+
+def _nothing(cut: Cut, total: int) -> Problem:
+    """Return the problem of a child that would be its parent."""
+    rule = f"cuts nothing: the parent has {total:,} parameters"
+    if cut.share is not None or cut.budget is not None:
+        name, asked = ("share", cut.share) if cut.budget is None else ("budget", cut.budget)
+        return Problem(name, asked, rule)
+    name, size = next(iter(cut.model.given.items()), ("layers", "rules"))
+    return Problem(f"model.{name}", size, rule)
 
 
 class _Scores:
@@ -120,7 +127,13 @@ class _Scores:
         """Return those of so many neighbours, by the first of them."""
         name = self._metric("blocks.", metric)
         table = self._sound(self.ranking.blocks(name), (number, number), f"blocks.{name}")
-        return np.diagonal(table, offset=length - 1)
+        found = np.diagonal(table, offset=length - 1)
+        if found.min() >= NOT_MEASURED:
+            raise UserError(
+                f"the ranking of {self.ranking.header.run} has no scores of blocks of {length} "
+                f"layers; make one with blocks=[{length}]"
+            )
+        return found
 
     def _metric(self, kind: str, metric: str | None) -> str:
         there = [name.removeprefix(kind) for name in self.ranking.scores if name.startswith(kind)]
@@ -166,7 +179,8 @@ def kept_main(parent: Model, scores: _Scores, depth: Depth) -> list[int]:
         of_blocks = scores.of_blocks(depth.metric, number, depth.block)
         first = int(order(-of_blocks)[0])
         return [one + 1 for one in range(number) if not first <= one < first + depth.block]
-    if not depth.ways:
+    goes = any(letters.count(letter) > left for letter, left in depth.of_kinds.items())
+    if depth.layers is None and not goes:
         return list(range(1, number + 1))
     of_layers = scores.of_layers(depth.metric, number)
     kinds = np.array(list(letters))

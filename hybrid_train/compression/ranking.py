@@ -24,9 +24,11 @@ from hybrid_train.schema.formats import RANKING, require_readable_folder, write_
 from hybrid_train.schema.problems import UserError
 
 FILE_NAME, SCORES = "ranking.json", "scores.safetensors"
+FOLDER = "ranking"  # of a masked run: what its mask was chosen by
 HIDDEN = "hidden"  # [hidden]; the others begin with the prefix of their layer
 LAYERS = "layers."  # + name of a metric: [main layers]
 BLOCKS = "blocks."  # + name of a metric: [main layers, main layers], first and last of a block
+NOT_MEASURED = float(np.finfo(np.float32).max)  # of a block: its length was not asked for
 Scores = npt.NDArray[np.float32]
 
 

@@ -23,13 +23,8 @@ from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.counts import parameters
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.anatomy.selection import CHOSEN
-from hybrid_train.compression.child_sizes import (
-    CHANNELS,
-    Plan,
-    child_layers,
-    child_model,
-    power_near,
-)
+from hybrid_train.compression.child_sizes import Plan, child_layers, child_model
+from hybrid_train.compression.cut_rules import CHANNELS, LEAST_MULTIPLE
 from hybrid_train.compression.ranking import order
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
@@ -138,10 +133,15 @@ def _legal_sizes(parent: Model, plan: Plan, cut: Cut, axis: Axis) -> tuple[int, 
         step = math.lcm(*(_groups(one, sizes, axis) for one, sizes in here))
         least = max((sizes.top_k for _, sizes in here), default=1) if axis is Axis.experts else 1
     if axis in CHANNELS:
-        step = cut.multiple or power_near(largest)
+        step = cut.multiple or _power_near(largest)
     low = max(math.ceil(cut.narrowest * largest - 1e-9), least)
     first = max(math.ceil(low / step), 1) * step
     return (*range(first, largest, step), largest) if largest else ()
+
+
+def _power_near(size: int) -> int:
+    """Return the largest power of two up to a 32nd of a size: sizes that GEMMs are fast with."""
+    return max(LEAST_MULTIPLE, 2 ** int(math.log2(max(size // 32, 1))))
 
 
 def _groups(layer: Layer, sizes: Sizes, axis: Axis) -> int:

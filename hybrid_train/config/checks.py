@@ -18,6 +18,7 @@ from hybrid_train.config.rules_of_data import (
     data_is_chosen,
     evaluation_problems,
     generation_problems,
+    importance_problems,
     packed_rows_run,
     phases_are_in_order,
     sources_are_named_once,
@@ -37,6 +38,7 @@ from hybrid_train.config.rules_of_switches import SWITCH_RULES
 from hybrid_train.config.rules_of_teachers import TEACHER_RULES, teachers_exist
 from hybrid_train.config.suggestions import Rule
 from hybrid_train.planning.phases import views_of
+from hybrid_train.schema.importance import ImportanceJob
 from hybrid_train.schema.job_roots import (
     CheckJob,
     CountJob,
@@ -157,6 +159,8 @@ def _of_files(job: Job) -> Iterator[Problem]:
         yield from generation_problems(job)
     elif isinstance(job, EvaluateJob):
         yield from evaluation_problems(job)
+    elif isinstance(job, ImportanceJob):
+        yield from importance_problems(job)
     elif not isinstance(job, TrainJob):  # no parallel plan; a study composes its runs one by one
         yield from conversion_problems(job)
     else:

@@ -13,6 +13,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrid_train.schema.importance import ImportanceJob
 from hybrid_train.schema.job_roots import (
     CheckJob,
     ConvertJob,
@@ -163,6 +164,13 @@ COMMANDS = {
         "distill_targets:run",
         DistillTargetsJob,
         ready=_EXPERIMENTS,
+        says_what_starts=True,
+    ),
+    "importance": Command(
+        "scores what in a trained model matters: channels, neurons, heads, experts, layers",
+        "importance:run",
+        ImportanceJob,
+        texts=("tasks",),
         says_what_starts=True,
     ),
     "study": Command(

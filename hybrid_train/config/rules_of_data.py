@@ -21,6 +21,7 @@ from hybrid_train.schema.data import (
     named_sources,
     needs_tokenizer,
 )
+from hybrid_train.schema.importance import ImportanceJob
 from hybrid_train.schema.job_roots import (
     CheckJob,
     ConvertJob,
@@ -462,6 +463,16 @@ def conversion_problems(job: object) -> Iterator[Problem]:
     elif isinstance(job, VerifyJob):
         yield from _checkpoint_problems("checkpoint", job.checkpoint)
         yield from folder_problems("hf", job.hf)
+
+
+def importance_problems(job: ImportanceJob) -> Iterator[Problem]:
+    """Yield what keeps a ranking from being made, on disk."""
+    yield from _checkpoint_problems("checkpoint", job.checkpoint)
+    output = Path(job.output)
+    if output.is_file():
+        yield Problem("output", job.output, "is a file; it must be a folder")
+    elif output.is_dir() and any(output.iterdir()):
+        yield Problem("output", job.output, "is not empty; a ranking gets a folder of its own")
 
 
 def evaluation_problems(job: EvaluateJob) -> Iterator[Problem]:

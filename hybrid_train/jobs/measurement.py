@@ -130,17 +130,30 @@ def _refused(text: str) -> UserError:
 def _measures_of(job: EvaluateJob, first: Candidate, against: Candidate | None) -> list[Measure]:
     """Make what is measured; held-out text is that of the first model."""
     other = None if against is None else f"{against.checkpoint.name} {against.checkpoint.digest}"
-    tokenizer = first.reader.tokenizer
-    data = first.job.data
-    if job.task.heldout.files:
-        sources = {Path(one).name: Source(validation=[one]) for one in job.task.heldout.files}
-        data = Data(sources=sources, tokenizer=str(first.place))
+    return measures_of_run(job, first, against=other)
+
+
+def measures_of_run(asking: Asking, run: Candidate, *, against: str | None = None) -> list[Measure]:
+    """Make what is measured on a run that is over; held-out text is that of the run.
+
+    Args:
+        asking: which tasks, and how.
+        run: the model.
+        against: name of the model that held-out text compares with.
+
+    Raises:
+        UserError: on all processes, if what a task is made from is missing.
+    """
+    tokenizer, data = run.reader.tokenizer, run.job.data
+    if asking.task.heldout.files:
+        sources = {Path(one).name: Source(validation=[one]) for one in asking.task.heldout.files}
+        data = Data(sources=sources, tokenizer=str(run.place))
 
     def text() -> dict[str, Joined]:
         return open_held_out(data, tokenizer)
 
-    length = first.job.train.sequence_length
-    return measures(job, text, tokenizer, length=length, against=other)
+    length = run.job.train.sequence_length
+    return measures(asking, text, tokenizer, length=length, against=against)
 
 
 def measures(

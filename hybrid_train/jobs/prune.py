@@ -16,6 +16,7 @@ from hybrid_train.checkpoint.lineage import WEIGHTS, Parent, parent_of
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import slicing
 from hybrid_train.compression.choosing import Chosen, choose
+from hybrid_train.compression.cut_rules import remarks
 from hybrid_train.compression.ranking import Ranking, read
 from hybrid_train.compression.slicing import Accounted, Slice
 from hybrid_train.config import frozen
@@ -25,6 +26,7 @@ from hybrid_train.config.secrets import masked
 from hybrid_train.data.any_tokenizer import copy_tokenizer, has_vocabulary
 from hybrid_train.hf import origin
 from hybrid_train.hf.files import new_folder, refusals_named
+from hybrid_train.hf.padding import one_width
 from hybrid_train.hf.read import imported_job
 from hybrid_train.hf.write import Checkpoint, open_checkpoint, trained_length
 from hybrid_train.jobs import provenance
@@ -214,6 +216,17 @@ def _show(pruned: Pruned) -> None:
         print(f"\nlayers of the parent that are not in the child: {numbers}")  # noqa: T201
     if left := sizes["beside_weights"]:
         print(f"{show_bytes(left)} beside weights stay behind: the optimizer's state")  # noqa: T201
+    for one in _notes(pruned.parent.model, chosen.model):
+        print(f"note: {one}")  # noqa: T201
+
+
+def _notes(parent: Model, child: Model) -> Iterator[str]:
+    """Yield what takes the parent and not the child: layouts, number formats, an export."""
+    yield from remarks(parent, child)
+    try:
+        one_width(child)
+    except UserError as error:
+        yield str(error)
 
 
 def _sizes(pruned: Pruned) -> Iterator[tuple[str, str, str]]:

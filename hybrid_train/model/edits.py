@@ -5,13 +5,14 @@ parameters stay as they are, so checkpoints know nothing of it. A linear of Tran
 its weight into its own kernels, where nothing can be put before the GEMM: it is refused by name.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
+from torch import Tensor
 from torch.nn import Module
 
 from hybrid_train.anatomy.gemm_formats import Linear
-from hybrid_train.megatron.plain import linear_modules
+from hybrid_train.megatron.plain import GroupedLinear, linear_modules
 from hybrid_train.precision.audit import is_te_linear
 from hybrid_train.precision.emulated import (
     EditedLinear,
@@ -102,3 +103,37 @@ def _install(module: Module, edited: EditedLinear) -> None:
     """Let a layer multiply by way of its edits; without any it is as it was built."""
     idle = not edited.transforms and not edited.emulations
     module.edited = None if idle else edited  # type: ignore[assignment]
+
+
+class _Watch(OperandTransform):
+    """Shows somebody the inputs of a GEMM, and changes nothing."""
+
+    def __init__(self, see: Callable[[Tensor], None]) -> None:
+        self._see = see
+
+    def input(self, x: Tensor) -> Tensor:
+        self._see(x)
+        return x
+
+
+def watch_input(module: Module, see: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Let somebody see what a linear layer multiplies, [..., I] on this rank; return what ends it.
+
+    Plain experts hold weights alone and are asked for them without tokens; there the input is seen
+    where edits see it.
+    """
+    if not isinstance(module, GroupedLinear):
+
+        def show(_: Module, arguments: tuple[Any, ...]) -> None:
+            see(arguments[0])
+
+        return module.register_forward_pre_hook(show).remove
+    edited, watch = edits_of(module) or EditedLinear(), _Watch(see)
+    edited.transforms = [*edited.transforms, watch]
+    _install(module, edited)
+
+    def end() -> None:
+        edited.transforms = [one for one in edited.transforms if one is not watch]
+        _install(module, edited)
+
+    return end

@@ -1,23 +1,24 @@
-"""What a smaller model keeps of its parent: sizes, depth, or how many parameters; and the job."""
+"""What a smaller model keeps of its parent: sizes, depth, or how many parameters; job and edit."""
 
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import MISSING
 
+from hybrid_train.schema.extension import EditSettings
 from hybrid_train.schema.layer_ranges import RULE, is_range
 from hybrid_train.schema.limits import (
     Count,
     CountOrNone,
     FileName,
     Name,
+    Parameters,
     Range,
     Share,
     Size,
-    TokenCount,
 )
 from hybrid_train.schema.model import (
     SECTIONS,
@@ -135,7 +136,7 @@ class Cut:
     depth: Depth = field(default_factory=Depth)
     mtp: MtpBlocks = MtpBlocks.keep
     share: Annotated[float, Range(1e-4, 1)] | None = None  # of the parent's parameters, kept
-    budget: TokenCount | None = None  # parameters of the child at most: 4.5B
+    budget: Parameters | None = None  # of the child at most: 4.5B
     shrink: list[str] = field(
         default_factory=lambda: [
             *("hidden_size", "mlp.intermediate_size", "mamba.heads", "moe.experts"),
@@ -187,3 +188,18 @@ class PruneJob(Cut):
     ranking: FileName | None = None  # of that checkpoint (`importance`); null: no score is needed
     output: FileName = MISSING  # new run folder
     dry_run: bool = False  # print the sizes and counts, and write nothing
+
+
+@dataclass(kw_only=True)
+class Mask(EditSettings, Cut):
+    """Lets the model of a run compute what a child of this cut would; its weights stay as they are.
+
+    The run begins with the checkpoint that the ranking is of.
+    """
+
+    implementation: ClassVar[str] = "hybrid_train.compression.mask:mask_of_run"
+    kind: str = "mask"
+    ranking: FileName | None = None  # of the model (`importance`); null: no score is needed
+
+
+EDITS: dict[str, type[EditSettings]] = {"mask": Mask}  # ours, by the word that `edits` lists

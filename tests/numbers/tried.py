@@ -45,6 +45,7 @@ BASES = {
     "study": ("study=precision",),
     "generate": ("checkpoint=tests", "prompt=a"),
     "evaluate": ("checkpoint=tests", "tasks=sums"),
+    "importance": ("checkpoint=tests", "output=unused"),
     "count": ("model=tiny", "model.vocab_size=256"),
     "convert": ("import=tests", "output=unused"),
     "verify": ("checkpoint=tests", "hf=tests"),
