@@ -25,6 +25,7 @@ from hybrid_train.anatomy.gemm_formats import quantizes
 from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.copier import Copier
 from hybrid_train.checkpoint.layout import TOKENIZER
+from hybrid_train.compression.mask import keep_ranking
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, open_data
@@ -35,7 +36,7 @@ from hybrid_train.hf import origin
 from hybrid_train.jobs import attempts, measurement, mirrored_run, provenance, run_folder
 from hybrid_train.jobs.chosen_teachers import choose_teachers
 from hybrid_train.jobs.phase_builder import PhaseBuilder
-from hybrid_train.jobs.run_start import Start, claim
+from hybrid_train.jobs.run_start import Start, claim, require_masks
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
     PhaseSpan,
@@ -126,6 +127,7 @@ def _attempt(
     teacher_record.require_usable(
         teachers, [one.job for one in phases], data.tokenizer, ranks.world_size()
     )
+    ranks.run_on_main_first(lambda: require_masks(job, start))
     record = same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
@@ -137,6 +139,8 @@ def _attempt(
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
+        if not start.is_own:
+            ranks.run_on_main_first(lambda: keep_ranking(job, run_dir))
         builder = PhaseBuilder(data, device, run_dir, teachers)
         run = builder.build(phase_at(phases, state.tokens), state, tokens(job.train.tokens))
         restore(start, run)

@@ -7,11 +7,14 @@ from pathlib import Path
 from hybrid_train.anatomy import counts
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.layout import drop_partial
+from hybrid_train.compression.mask import selection_of_run
 from hybrid_train.data.run_data import check_data
 from hybrid_train.jobs import attempts, fetched_checkpoint, mirrored_run, run_folder
+from hybrid_train.jobs.prune import ranking_of
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.data import Quickstart
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.pruning import Mask
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.tracking import history
 from hybrid_train.training.loop import TrainState
@@ -86,3 +89,19 @@ def _set_aside(found: layout.Found, damaged: str) -> None:
 
 def _asked_vocab_size(job: TrainJob) -> int:
     return job.data.vocab_size if isinstance(job.data, Quickstart) else 0
+
+
+def require_masks(job: TrainJob, start: Start) -> None:
+    """See that the model can be masked as asked, by a ranking of what the run starts from.
+
+    Raises:
+        UserError: if it cannot, or the ranking is of another checkpoint.
+    """
+    for one in job.edits:
+        if isinstance(one, Mask):
+            if one.ranking is not None and not start.is_own:
+                if start.found is None:
+                    rule = "must be the checkpoint that the ranking of the mask was made of"
+                    raise ConfigError([Problem("checkpoint.load", "null", rule)])
+                ranking_of(Path(one.ranking), start.found)
+            selection_of_run(one, job, Path(job.run_dir) if start.is_own else None)
