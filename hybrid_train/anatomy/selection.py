@@ -157,6 +157,24 @@ def positions(dim: Dim, sizes: Sizes, kept: Kept) -> Indices | None:
     return np.concatenate(places, axis=1).ravel()
 
 
+def held_positions(dim: Dim, sizes: Sizes, rank: int, ranks: int) -> Indices:
+    """Return which elements of a dimension one of the ranks holds that split it, in their order.
+
+    Args:
+        dim: of a tensor.
+        sizes: of the layer.
+        rank: number of the rank.
+        ranks: how many there are.
+    """
+    # Parts that alternate are split as one: each rank has some of the groups.
+    parts = [dim.size(sizes)] if dim.by else [part.size(sizes) for part in dim.parts]
+    starts = np.cumsum([0, *parts])
+    return np.concatenate([
+        start + np.arange(size // ranks * rank, size // ranks * (rank + 1))
+        for start, size in zip(starts, parts, strict=False)
+    ])  # fmt: skip
+
+
 def tensor_positions(one: Parameter, sizes: Sizes, kept: Kept) -> tuple[Indices | None, ...]:
     """Return which elements are kept along each dimension of a tensor; of one expert's.
 

@@ -44,6 +44,7 @@ from hybrid_train.schema.problems import UserError
 
 FILE_BYTES = 4 * 2**30  # of a file that is written; a new one begins behind so many
 _FORMAT, _BACKEND = "metadata.json", "torch_dist"  # Megatron's words
+_BESIDE_WEIGHTS = ("optimizer.", "random.", "hidden_projections.")  # of a training alone
 _SMALL_PICKLE = 4096  # bytes; that of a plain tensor has some 160
 _LARGEST_COMPARED = 64 * 2**20  # bytes of an item for which one of zeros is made, to compare with
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry, up to the lengths of name and extra
@@ -147,6 +148,11 @@ class StoredTensors:
     def names(self) -> set[str]:
         """Names of all tensors, those of the optimizer included."""
         return set(self._entries)
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of the weights of the model."""
+        return {name for name in self._entries if not name.startswith(_BESIDE_WEIGHTS)}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a whole tensor."""

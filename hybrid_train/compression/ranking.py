@@ -27,6 +27,7 @@ FILE_NAME, SCORES = "ranking.json", "scores.safetensors"
 HIDDEN = "hidden"  # [hidden]; the others begin with the prefix of their layer
 LAYERS = "layers."  # + name of a metric: [main layers]
 BLOCKS = "blocks."  # + name of a metric: [main layers, main layers], first and last of a block
+NOT_MEASURED = float(np.finfo(np.float32).max)  # of a block: its length was not asked for
 Scores = npt.NDArray[np.float32]
 
 

@@ -23,6 +23,7 @@ from hybrid_train.schema.job_roots import (
     EvaluateJob,
     GenerateJob,
     IndexJob,
+    LineageJob,
     RehearseJob,
     ReportJob,
     ResumeJob,
@@ -40,6 +41,7 @@ from hybrid_train.schema.prepare import (
     TrainTokenizerJob,
     VerifyTokensJob,
 )
+from hybrid_train.schema.pruning import PruneJob
 from hybrid_train.schema.study import StudyJob
 from hybrid_train.schema.train import TrainJob
 
@@ -132,6 +134,11 @@ COMMANDS = {
         StatusJob,
         texts=("run_dir",),
     ),
+    "lineage": Command(
+        "says what the weights of a run come from: parents, teachers, and theirs",
+        "lineage_tree:run",
+        LineageJob,
+    ),
     "report": Command(
         "writes a page with the curves of a run, or of several over each other",
         "report:run",
@@ -200,6 +207,12 @@ COMMANDS = {
         "compares a checkpoint with a Hugging Face folder: tensors, logits",
         "convert:run_verify",
         VerifyJob,
+        says_what_starts=True,
+    ),
+    "prune": Command(
+        "cuts a smaller model out of a checkpoint, as a run of its own",
+        "prune:run",
+        PruneJob,
         says_what_starts=True,
     ),
     "data tokenize": Command(

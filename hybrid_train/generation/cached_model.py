@@ -56,7 +56,7 @@ class CachedModel:
                 lambda: [ChunkPass(chunk, rows) for chunk in self._chunks]
             )
             last = self._chunks[-1]
-            has_block = last.post_process and last.mtp_process
+            has_block = last.post_process and last.mtp_process and last.runs_mtp
             self._head = bound_head(last) if last.post_process else None
             self._drafts = ranks.all_or_none(lambda: DraftPass(last, rows) if has_block else None)
             shape = (rows, 1, last.config.hidden_size)

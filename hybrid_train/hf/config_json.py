@@ -12,9 +12,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from hybrid_train.anatomy.axes import sizes_of
 from hybrid_train.anatomy.kinds import CONV_WIDTH
-from hybrid_train.anatomy.layers import layers, mtp_blocks
+from hybrid_train.anatomy.layers import mtp_blocks
 from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.problems import UserError, collect
@@ -291,14 +290,7 @@ def to_config(
             "model.moe.shared_intermediate_size is null: transformers' NemotronH always has a "
             "shared expert, so this model cannot be exported"
         )
-    usual = sizes_of(model)
-    for layer in layers(model):
-        if layer.sizes != usual:
-            raise UserError(
-                f"model.layers.{layer.rule} gives layer {layer.number} sizes of its own, and the "
-                "config.json of NemotronH has one size for all layers of a kind, so this model "
-                "cannot be exported"
-            )
+    assert not model.layers, "a config.json has one size for all layers of a kind (`hf/padding.py`)"
     sizes: dict[str, Any] = {}
     for field in _FIELDS:
         sizes[field.theirs] = reduce(getattr, field.ours.split("."), model)

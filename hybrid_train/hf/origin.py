@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
 from hybrid_train.data.any_tokenizer import (
     FolderTokenizer,
     copy_tokenizer,
@@ -48,7 +49,7 @@ def keep(source: Path, run_dir: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     copy_tokenizer(source, run_dir / layout.TOKENIZER)
-    rest = [name for name in _names(source) if name not in kept]
+    rest = [name for name in _names(source) if name not in (*kept, LINEAGE)]
     if rest:
         _log.info("left out, and not part of an export: %s", ", ".join(rest))
 

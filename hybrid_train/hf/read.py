@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.block_moves import Cast, Move, move_all, require_shapes
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, OpenFiles
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary
@@ -21,7 +22,7 @@ from hybrid_train.hf import config_json, origin
 from hybrid_train.hf.files import new_folder
 from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
 from hybrid_train.hf.safetensors import Entry, read_header
-from hybrid_train.hf.tensors import Cast, Move, move_all, ours_from_theirs, require_shapes
+from hybrid_train.hf.tensors import ours_from_theirs
 from hybrid_train.schema.data import Data
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.optimizer import Schedule

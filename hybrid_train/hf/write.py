@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.block_moves import Cast, Move, Rows, move_all, require_shapes
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary, open_tokenizer
@@ -19,24 +20,16 @@ from hybrid_train.hf import config_json
 from hybrid_train.hf.files import new_folder, write_json
 from hybrid_train.hf.names import EMBEDDING, HEAD, table
 from hybrid_train.hf.origin import Origin
+from hybrid_train.hf.padding import Padded, filled_up, one_width
 from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import (
-    Cast,
-    Move,
-    Theirs,
-    move_all,
-    require_shapes,
-    theirs_from_ours,
-    turn_round,
-)
+from hybrid_train.hf.tensors import Theirs, theirs_from_ours, turn_round
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 _MASTER = "optimizer.master."  # before the name of a weight: what a run in bf16 updates
-_BESIDE_WEIGHTS = ("optimizer.", "random.", "hidden_projections.")
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +42,7 @@ class Weights:
     @property
     def names(self) -> set[str]:
         """Names of all weights."""
-        return {name for name in self._stored.names if not name.startswith(_BESIDE_WEIGHTS)}
+        return self._stored.weights
 
     def _name(self, name: str) -> str:
         master = _MASTER + name
@@ -85,9 +78,22 @@ class Checkpoint:
         """The model, without cuts into stages."""
         return self.job.model
 
+    @functools.cached_property
+    def told(self) -> Model:
+        """The model as a config.json says it.
+
+        Raises:
+            UserError: if it cannot be said there.
+        """
+        return one_width(self.model)
+
+    def padded(self, weights: Rows) -> Padded:
+        """Return weights as wide as the model that is told."""
+        return Padded(weights, {one.key: one.shape for one in table(self.told, self.vocab_size)})
+
     def theirs(self) -> dict[str, Theirs]:
         """Return what the tensors of the other side are made of."""
-        made = turn_round(table(self.model, self.vocab_size))
+        made = turn_round(table(self.told, self.vocab_size))
         if self.model.tie_embeddings:  # transformers 5.23 ties nothing: it reads a head of its own
             one = made[EMBEDDING]
             made[HEAD] = Theirs(HEAD, one.shape, one.keeps_float32, one.pieces)
@@ -135,7 +141,7 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
     with StoredTensors(checkpoint.found.path) as stored:
         weights = Weights(stored, best=dtype == torch.float32)
         checkpoint.require_model(weights)
-        theirs, cast = checkpoint.theirs(), Cast(dtype)
+        theirs, cast, side = checkpoint.theirs(), Cast(dtype), checkpoint.padded(weights)
         formats = {
             name: cast.of(_dtype_of(one, weights), keeps_float32=one.keeps_float32)
             for name, one in theirs.items()
@@ -143,11 +149,16 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
         origin = Origin.of(checkpoint.found.run_dir)
         config = _config(checkpoint, origin, _main(theirs, formats))
         with new_folder(output) as partial:
-            shards = _write_shards(partial, theirs, formats, (weights, cast), shard_bytes)
+            shards = _write_shards(partial, theirs, formats, (side, cast), shard_bytes)
             write_json(partial / config_json.FILE, config)
             origin.write_generation_config(partial, config)
             origin.copy_tokenizer(partial)
             has_tokenizer = has_vocabulary(partial)
+    for name, widths in filled_up(checkpoint.model).items():
+        _log.info(
+            "%s is %d in the narrowest layer and %d in the widest: config.json has one width, and "
+            "zeros fill up the others, which compute the same", name, *widths,
+        )  # fmt: skip
     if not has_tokenizer:
         _log.warning("%s has no tokenizer: none was exported", checkpoint.found.run_dir)
     loss = cast.in_words(len(theirs))
@@ -174,7 +185,7 @@ def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any
     length = trained_length(checkpoint)
     make = functools.partial(
         config_json.to_config,
-        checkpoint.model,
+        checkpoint.told,
         vocab_size=checkpoint.vocab_size,
         length=length,
         dtype=dtype,
@@ -183,7 +194,7 @@ def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any
         return make(token_ids=origin.token_ids())
     path = origin.folder / config_json.FILE
     config = config_json.read_config(origin.folder)
-    if changes := config_json.changes(config_json.to_model(config, path), checkpoint.model):
+    if changes := config_json.changes(config_json.to_model(config, path), checkpoint.told):
         _log.info("%s is written anew, since these changed: %s", path.name, ", ".join(changes))
         config = config_json.renewed(config, make(token_ids={}))
     config = config_json.as_trained(config, length=length, dtype=dtype)
@@ -202,7 +213,7 @@ def trained_length(checkpoint: Checkpoint) -> int:
 
 def _write_shards(
     output: Path, theirs: dict[str, Theirs], formats: dict[str, torch.dtype],
-    reading: tuple[Weights, Cast], shard_bytes: int,
+    reading: tuple[Rows, Cast], shard_bytes: int,
 ) -> int:  # fmt: skip
     """Write all tensors, then the index; return the number of files."""
     sizes = {n: math.prod(one.shape) * formats[n].itemsize for n, one in theirs.items()}
@@ -219,24 +230,24 @@ def _write_shards(
 
 def _write_shard(
     path: Path, theirs: list[Theirs], formats: dict[str, torch.dtype],
-    reading: tuple[Weights, Cast],
+    reading: tuple[Rows, Cast],
 ) -> None:  # fmt: skip
-    weights, cast = reading
+    side, cast = reading
     writer = Writer(path, {one.name: (formats[one.name], one.shape) for one in theirs})
     whole = False
     try:
-        move_all(_moves(theirs, formats, weights, writer), weights, cast)
+        move_all(_moves(theirs, formats, side, writer), side, cast)
         whole = True
     finally:
         writer.close(whole=whole)
 
 
 def _moves(
-    theirs: list[Theirs], formats: dict[str, torch.dtype], weights: Weights, writer: Writer
+    theirs: list[Theirs], formats: dict[str, torch.dtype], side: Rows, writer: Writer
 ) -> Iterator[Move]:
     for one in theirs:
         dtype = formats[one.name]
-        for block in theirs_from_ours(one, weights):
+        for block in theirs_from_ours(one, side):
             yield Move(block, dtype, writer.place(math.prod(block.shape) * dtype.itemsize))
 
 

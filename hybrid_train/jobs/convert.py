@@ -11,14 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hybrid_train.checkpoint import layout, lineage
+from hybrid_train.checkpoint.block_moves import Format, Rows, require_finite
+from hybrid_train.checkpoint.lineage import WEIGHTS, Parent, parent_of
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config.launcher import require_alone
+from hybrid_train.config.secrets import masked
 from hybrid_train.hf import config_json
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.hf.read import Folder, import_folder
-from hybrid_train.hf.tensors import Format, Theirs, require_finite, theirs_from_ours
+from hybrid_train.hf.tensors import Theirs, theirs_from_ours
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
 from hybrid_train.jobs.fetched_checkpoint import folder_of
+from hybrid_train.jobs.provenance import made_by
 from hybrid_train.nvidia.checkpoint_folders import Trainer, trainer_of
 from hybrid_train.nvidia.export_checkpoint import export_as
 from hybrid_train.nvidia.import_checkpoint import import_checkpoint
@@ -76,6 +81,9 @@ def run_convert(job: ConvertJob) -> None:
         source = Path(job.import_)
         with refusals_named(**{"import": source, "output": output}):
             done = _import(source, output, dtype, job.tokenizer)
+            parent = Parent(
+                WEIGHTS, job.import_, str(source.absolute()), None, layout.digest_of(source)
+            )
     else:
         assert job.export is not None, "the checks ask for one of them"
         source = folder_of(job.export, "export")
@@ -84,6 +92,8 @@ def run_convert(job: ConvertJob) -> None:
                 done = export_checkpoint(source, output, dtype, int(job.shard_gb * 1e9))
             else:
                 done = export_as(source, output, dtype, Trainer[job.format.name])
+            parent = parent_of(WEIGHTS, masked(job.export), layout.locate(source))
+        lineage.write(output, made_by("convert"), [parent])
     _log.info("%s", done)
 
 
@@ -168,7 +178,7 @@ def differences(checkpoint: Checkpoint, weights: Weights, folder: Folder) -> Dif
     """Compare every tensor of both sides, a part at a time."""
     theirs = checkpoint.theirs()
     found = Differences()
-    present, stored = folder.names, weights.names
+    present, stored, wide = folder.names, weights.names, checkpoint.padded(weights)
     found.only_theirs = sorted(present - theirs.keys())
     for name, one in theirs.items():
         lacking = [piece.key for piece in one.pieces.values() if piece.key not in stored]
@@ -180,13 +190,13 @@ def differences(checkpoint: Checkpoint, weights: Weights, folder: Folder) -> Dif
             found.shapes.append(f"{name}: {one.shape} here, {folder.shape(name)} there")
         else:
             found.tensors += 1
-            _compare(one, weights, folder, found)
+            _compare(one, wide, folder, found)
     keys = {piece.key for one in theirs.values() for piece in one.pieces.values()}
     found.only_ours += sorted(stored - keys)
     return found
 
 
-def _compare(one: Theirs, weights: Weights, folder: Folder, found: Differences) -> None:
+def _compare(one: Theirs, weights: Rows, folder: Folder, found: Differences) -> None:
     here = weights.dtype(next(iter(one.pieces.values())).key)
     there = folder.dtype(one.name)
     if here != there:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import CHECKSUMS, POSITION, TOKENIZER, Found
+from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
 from hybrid_train.checkpoint.mirror import Mirror
 from hybrid_train.config import frozen
 from hybrid_train.config.fsspec import cache_folder, is_remote
@@ -27,7 +28,7 @@ from hybrid_train.runtime import ranks
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 
-_BESIDE = (frozen.FROZEN_NAME, formats.FILE_NAME, TOKENIZER, origin.FOLDER)
+_BESIDE = (frozen.FROZEN_NAME, formats.FILE_NAME, TOKENIZER, LINEAGE, origin.FOLDER)
 _log = logging.getLogger(__name__)
 
 

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.copier import Copier
 from hybrid_train.checkpoint.layout import POSITION, TOKENIZER
+from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
 from hybrid_train.checkpoint.mirror import Mirror
 from hybrid_train.checkpoint.writing import InThread
 from hybrid_train.config import frozen
@@ -32,7 +33,9 @@ from hybrid_train.training.hooks.checkpointing import copied
 
 _CONFIG = (frozen.FROZEN_NAME, formats.FILE_NAME)
 # The metrics are needed, too: the losses before decide which one is a spike.
-_BESIDE = (*_CONFIG, TOKENIZER, RECORD, TEACHERS, origin.FOLDER, METRICS, history.FILE_NAME)
+_BESIDE = (
+    *_CONFIG, TOKENIZER, RECORD, TEACHERS, LINEAGE, origin.FOLDER, METRICS, history.FILE_NAME,
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 

@@ -33,7 +33,14 @@ from hybrid_train.distillation import teacher_record
 from hybrid_train.distillation.targets import targets_of
 from hybrid_train.distillation.teacher_record import ChosenTeacher
 from hybrid_train.hf import origin
-from hybrid_train.jobs import attempts, fetched_checkpoint, measurement, mirrored_run, run_folder
+from hybrid_train.jobs import (
+    attempts,
+    fetched_checkpoint,
+    measurement,
+    mirrored_run,
+    provenance,
+    run_folder,
+)
 from hybrid_train.jobs.phase_builder import PhaseBuilder
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
@@ -152,6 +159,7 @@ def _attempt(
             frozen.freeze(job, run_dir)
             write_record(run_dir, record)
             teacher_record.write_record(run_dir, teachers)
+            provenance.write_lineage(job, start.found, teachers, goes_on=start.is_own)
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)

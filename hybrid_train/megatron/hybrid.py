@@ -6,6 +6,7 @@ Dimensions: S sequence, B batch, V vocabulary with its padding, H hidden.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,14 @@ class Hybrid(HybridModel):
     Core adds each MTP loss to the gradient inside the forward pass, divided by the token count of
     this rank and microbatch alone (Megatron-LM#7452, finding 3, core 0.19.2). Here every depth gets
     the denominator of the whole step from the objective.
+
+    Attributes:
+        channels: of embeddings that are not masked, [H] of 0 and 1; None: all; set by edits.
+        runs_mtp: whether MTP blocks are run where they are there; set by edits.
     """
+
+    channels: Tensor | None = None
+    runs_mtp: bool = True
 
     def __init__(self, *, num_tokens: int, **settings: Any) -> None:
         """Build the chunk.
@@ -208,7 +216,7 @@ class Hybrid(HybridModel):
         """
         if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
             self.preprocess_for_fine_grained_offloading()  # as core's forward does (439)
-        hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        hidden = self.embed(input_ids, position_ids) if self.pre_process else None
         if hidden is not None and torch.is_grad_enabled() and self.config.recompute_granularity:
             # Layers that are computed again get no gradient where their input has none, as that of
             # a frozen embedding (core 0.19.2, tensor_parallel/random.py, CheckpointFunction).
@@ -226,18 +234,23 @@ class Hybrid(HybridModel):
         if not self.post_process:
             return hidden
         depths: tuple[Tensor, ...] = ()
-        if self.mtp_process and position_ids is not None:
+        if self.mtp_process and self.runs_mtp and position_ids is not None:
             states = self.mtp(
                 input_ids=input_ids,
                 position_ids=position_ids,
                 hidden_states=hidden,
                 attention_mask=None,
-                embedding=self.embedding,
+                embedding=self.embed,
                 **packing,
             )
             hidden, *depths = states.chunk(1 + self.mtp_num_depths, dim=0)
         outputs = Outputs(hidden, tuple(depths), self.head())
         return outputs if read is None else read(outputs)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Return embeddings of tokens [B, S], as the layout holds them, [S / tp or S, B, H]."""
+        embedded: Tensor = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        return embedded if self.channels is None else embedded * self.channels
 
     def head(self) -> Head:
         """Return the head of the last pipeline stage."""
@@ -281,6 +294,44 @@ class MtpLayer(MultiTokenPredictionLayer):
             input_ids, position_ids, embed, hidden_states
         )
         return within(tokens), within(positions), padding_mask, embedded, hidden
+
+
+def skip(layer: torch.nn.Module, *, skipped: bool = True) -> None:
+    """Let a layer of a stack hand on what it is given, or compute as it was built."""
+    if skipped:
+        layer.forward = partial(_hand_on, layer)
+    else:
+        vars(layer).pop("forward", None)
+
+
+def is_skipped(layer: torch.nn.Module) -> bool:
+    """Tell whether a layer hands on what it is given."""
+    return "forward" in vars(layer)
+
+
+def _hand_on(layer: torch.nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    """Return hidden states and no context, as core's stack takes it from layers of all kinds."""
+    if torch.is_grad_enabled():
+        weights = [weight for weight in layer.parameters() if weight.requires_grad]
+        handed: Tensor = _HandedOn.apply(hidden_states, *weights)
+        return handed, None
+    return hidden_states, None
+
+
+class _HandedOn(torch.autograd.Function):
+    """Gives weights that took no part a gradient of zeros.
+
+    Data parallelism that reduces gradients while others are computed waits for each of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = weights
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.weights)
 
 
 def mtp_blocks(chunks: Sequence[Any]) -> tuple[int, bool]:

@@ -45,6 +45,8 @@ PLACES = {
 class Norm(torch.nn.Module):
     """RMSNorm over the hidden axis; stands for TENorm."""
 
+    channels: Tensor | None = None  # how many are not masked, []; set by edits
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -57,7 +59,7 @@ class Norm(torch.nn.Module):
         self.weight = _norm_weight(hidden_size, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.channels)
 
 
 def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
@@ -72,6 +74,8 @@ def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
 
 class GatedNorm(torch.nn.Module):
     """Grouped RMSNorm of the Mamba mixer, split over tensor ranks; stands for ExtendedRMSNorm."""
+
+    channels: Tensor | None = None  # how many of a group are not masked, []; set by edits
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class GatedNorm(torch.nn.Module):
         self.tp_group: Any = None  # set by the mixer
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size)
+        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.channels)
 
     def sharded_state_dict(
         self,
@@ -168,12 +172,15 @@ class RowParallelLinear(_SplitLinear, layers.RowParallelLinear):
 class NormColumnLinear(ColumnParallelLinear):
     """RMSNorm, then a linear split by columns; stands for TELayerNormColumnParallelLinear."""
 
+    channels: Tensor | None = None  # of the norm, as its own
+
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **kwargs)
         self.layer_norm_weight = _norm_weight(input_size, self.config)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = rms_norm(input_, self.layer_norm_weight, self.config.layernorm_epsilon)
+        eps = self.config.layernorm_epsilon
+        normed = rms_norm(input_, self.layer_norm_weight, eps, self.channels)
         return super().forward(normed, *args, **kwargs)
 
 

@@ -85,7 +85,12 @@ class TopKRouter(core.TopKRouter):
 
     It has core's name, by which Megatron-FSDP knows that its weights are not split over tensor
     ranks (mcore_fsdp_adapter.py 90).
+
+    Attributes:
+        kept: experts that are there for the choice, [E], bool; None: all; set by edits.
     """
+
+    kept: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,6 +110,8 @@ class TopKRouter(core.TopKRouter):
         """
         length, rows = logits.shape[:2]
         logits = logits.view(-1, self.config.num_moe_experts)
+        if self.kept is not None:
+            logits = logits.masked_fill(~self.kept, -torch.inf)  # a score of 0, and no gradient
         padding = None if padding_mask is None else padding_mask.reshape(-1)
         weights, chosen = self._choose(logits)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
@@ -125,11 +132,17 @@ class TopKRouter(core.TopKRouter):
         The rule of the family and nothing else: core's questions cost a token as much.
         """
         scores = functional.linear(x.float(), self.weight.float()).sigmoid_()
-        chosen = torch.topk(scores + self.expert_bias, self.topk)[1]
+        chosen = torch.topk(scores + self._bias_of_choice, self.topk)[1]
         weights = scores.gather(1, chosen)
         weights.div_(weights.sum(dim=-1, keepdim=True).add_(1e-20))
         scale = self.config.moe_router_topk_scaling_factor
         return (weights if scale is None else weights.mul_(scale)), chosen
+
+    @property
+    def _bias_of_choice(self) -> Tensor:
+        """What is added to scores where experts are chosen, [E]."""
+        bias: Tensor = self.expert_bias
+        return bias if self.kept is None else bias.masked_fill(~self.kept, -torch.inf)
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weigh the chosen experts as the family does, in one order.
@@ -146,7 +159,7 @@ class TopKRouter(core.TopKRouter):
                 self.topk,
                 scaling_factor=scale if self.topk > 1 else None,
                 score_function=self.score_function,
-                expert_bias=self.expert_bias,
+                expert_bias=self._bias_of_choice,
                 fused=self.config.moe_router_fusion,
             )
             if self.topk == 1:
@@ -192,6 +205,8 @@ class TopKRouter(core.TopKRouter):
             # The kernel takes a whole number of tokens; padded rows have a mean.
             fused=self.config.moe_router_fusion and not with_padding_mask,
         )
+        if self.kept is not None:  # the loss is proportional to the number of experts
+            loss = loss * (self.kept.sum() / self.kept.numel())
         return self.attach_and_log_load_balancing_loss(
             probs,
             coefficient,
@@ -282,11 +297,21 @@ def update_expert_biases(
             by_number.setdefault(router.config.num_moe_experts, []).append((router, counts))
     for number in sorted(by_number):
         ones = by_number[number]
+        totals = torch.stack([counts for _, counts in ones])  # core sums them up in place
         updated = get_updated_expert_bias(
-            torch.stack([counts for _, counts in ones]),
+            totals,
             torch.stack([router.expert_bias for router, _ in ones]),
             rate,
             tp_dp_cp_group=group,
         )
-        for (router, _), bias in zip(ones, updated, strict=True):
-            router.expert_bias.copy_(bias)
+        for (router, _), total, bias in zip(ones, totals, updated, strict=True):
+            router.expert_bias.copy_(
+                bias if router.kept is None else _updated_where(router.kept, router, total, rate)
+            )
+
+
+def _updated_where(kept: Tensor, router: TopKRouter, tokens: Tensor, rate: float) -> Tensor:
+    """Update the biases of those experts that are there, by the mean of their tokens."""
+    towards = torch.sign(tokens.sum() / kept.sum() - tokens)
+    updated: Tensor = router.expert_bias + towards * kept * rate
+    return updated

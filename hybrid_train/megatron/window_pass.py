@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Module, functional
 
 from hybrid_train.megatron import plain
-from hybrid_train.megatron.hybrid import Hybrid
+from hybrid_train.megatron.hybrid import Hybrid, is_skipped
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.megatron.row_cache import AttentionPast, MambaPast, RowCache, Window
 from hybrid_train.ops.experts import chosen_experts
@@ -103,7 +103,8 @@ def bound_head(chunk: Hybrid) -> Map:
 
 def _stack(stack: Any, cache: RowCache) -> Map:
     """Return a stack as a map of [T, H], reading the window that its cache has open."""
-    parts = [(_part(layer, cache), _formats_of(layer)) for layer in stack.layers]
+    layers = [layer for layer in stack.layers if not is_skipped(layer)]
+    parts = [(_part(layer, cache), _formats_of(layer)) for layer in layers]
     around = _formats_of(stack)
     end = _norm(stack.final_norm) if stack.post_process and stack.post_layer_norm else None
 
@@ -237,12 +238,10 @@ def _join(block: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _embedding(chunk: Hybrid) -> Map:
     """Return the map of tokens [B, W] to embeddings [T, H]."""
-    embedding = chunk.embedding
-    if embedding.word_embeddings.tp_group.size() > 1:
-        return lambda tokens: (
-            embedding(input_ids=tokens, position_ids=None).transpose(0, 1).flatten(0, 1)
-        )
-    weight = embedding.word_embeddings.weight
+    words = chunk.embedding.word_embeddings
+    if words.tp_group.size() > 1 or chunk.channels is not None:
+        return lambda tokens: chunk.embed(tokens).transpose(0, 1).flatten(0, 1)
+    weight = words.weight
     return lambda tokens: functional.embedding(tokens.flatten(), weight)
 
 
@@ -254,7 +253,8 @@ def _linear(module: Module) -> Map:
     matrix = weight.t()
     if isinstance(module, plain.NormColumnLinear):
         scale, eps = module.layer_norm_weight, module.config.layernorm_epsilon
-        return lambda x: torch.mm(rms_norm(x, scale, eps), matrix)
+        channels = module.channels
+        return lambda x: torch.mm(rms_norm(x, scale, eps, channels), matrix)
     return lambda x: torch.mm(x, matrix)
 
 
@@ -262,5 +262,5 @@ def _norm(module: Module) -> Map:
     if isinstance(module, IdentityOp):
         return lambda x: x
     if type(module) is plain.Norm:
-        return partial(rms_norm, weight=module.weight, eps=module.eps)
+        return partial(rms_norm, weight=module.weight, eps=module.eps, channels=module.channels)
     return lambda x: module(x[:, None]).squeeze(1)

@@ -19,10 +19,10 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from hybrid_train.anatomy.layers import stored_tensors
+from hybrid_train.checkpoint.block_moves import Cast, Copied, move_all, moves
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors, torch_saved
 from hybrid_train.data.any_tokenizer import copy_tokenizer, has_vocabulary
 from hybrid_train.hf.files import new_folder
-from hybrid_train.hf.tensors import Cast, move_all
 from hybrid_train.hf.write import Checkpoint, Weights, open_checkpoint, trained_length
 from hybrid_train.nvidia import arguments
 from hybrid_train.nvidia.checkpoint_folders import (
@@ -39,7 +39,6 @@ from hybrid_train.nvidia.checkpoint_folders import (
     WEIGHTS,
     Trainer,
 )
-from hybrid_train.nvidia.import_checkpoint import Copied, moves
 from hybrid_train.nvidia.nemo_context import CALLED, TARGET, io_json
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.units import counted

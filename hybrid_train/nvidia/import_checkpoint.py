@@ -17,7 +17,6 @@ leaves all state behind.
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,19 @@ from torch import Tensor
 from hybrid_train.anatomy.kinds import EMBEDDING
 from hybrid_train.anatomy.layers import StoredTensor, stored_tensors
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.block_moves import (
+    Cast,
+    Copied,
+    blocks,
+    move_all,
+    moves,
+    require_shapes,
+)
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import copy_tokenizer, open_tokenizer
 from hybrid_train.hf.files import new_folder
 from hybrid_train.hf.read import imported_job
-from hybrid_train.hf.tensors import Block, Cast, Move, blocks, move_all, require_shapes
 from hybrid_train.nvidia import arguments, saved_state
 from hybrid_train.nvidia.checkpoint_folders import Found, look
 from hybrid_train.schema.model import Model
@@ -83,15 +89,6 @@ class Theirs:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows [start, stop) of it."""
         return self._stored.read(self._names[name], start, stop)
-
-
-@dataclass(frozen=True)
-class Copied:
-    """A tensor that is copied: from which name, to which, in which format."""
-
-    source: str
-    key: str
-    dtype: torch.dtype
 
 
 def import_checkpoint(
@@ -268,17 +265,6 @@ def _write(
         writer.finish()
     finally:
         writer.close()
-
-
-def moves(copied: Iterable[Copied], side: Any, writer: CheckpointWriter) -> Iterator[Move]:
-    """Cut what is copied into blocks of rows, each with its place in the new checkpoint."""
-    for one in copied:
-        shape, dtype = side.shape(one.source), side.dtype(one.source)
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        for first, last in blocks(0, shape[0], row_bytes):
-            block = Block(one.source, first, last, (last - first, *shape[1:]), dtype)
-            place = writer.place(one.key, shape, first, block.shape, one.dtype)
-            yield Move(block, one.dtype, place)
 
 
 def _keep_tokenizer(source: Path, target: Path) -> None:

@@ -8,13 +8,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's name for it
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, channels: Tensor | None = None) -> Tensor:
     """Divide each vector by its root mean square and scale it: x / sqrt(mean(x^2) + eps) * weight.
 
     Args:
         x: [..., C].
         weight: [C].
         eps: added to the mean square.
+        channels: how many of C the mean is over, where the others are masked, and 0; [].
 
     Returns:
         [..., C] in the type of `x`; the arithmetic is float32, or float64 if `x` is.
@@ -22,11 +23,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _normed(x.to(kind), weight.to(kind), eps).to(x.dtype)
+    return _normed(x.to(kind), weight.to(kind), eps, channels).to(x.dtype)
 
 
 def gated_rms_norm(
-    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, group_size: int
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    group_size: int,
+    channels: Tensor | None = None,
 ) -> Tensor:
     """Multiply by silu(gate), then apply RMSNorm within each group of channels.
 
@@ -36,6 +42,7 @@ def gated_rms_norm(
         weight: [C].
         eps: added to the mean square.
         group_size: channels that share a root mean square; divides C.
+        channels: how many of a group the mean is over, where the others are masked, and 0; [].
 
     Returns:
         [..., C] in the type of `x`.
@@ -52,24 +59,27 @@ def gated_rms_norm(
     if gate is not None:
         y = y * F.silu(gate.to(kind))
     groups = y.unflatten(-1, (-1, group_size))
-    scaled = _normed(groups, weight.to(kind).unflatten(0, (-1, group_size)), eps)
+    scaled = _normed(groups, weight.to(kind).unflatten(0, (-1, group_size)), eps, channels)
     return scaled.flatten(-2).to(x.dtype)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normed(x: Tensor, weight: Tensor, eps: float, channels: Tensor | None) -> Tensor:
     if not torch.is_grad_enabled():  # a token's norm costs less than what records it
-        return (x * _inverse(x, eps)).mul_(weight)
-    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return (x * _inverse(x, eps, channels)).mul_(weight)
+    y: Tensor = _RmsNorm.apply(x, weight, eps, channels)  # type: ignore[no-untyped-call]
     return y
 
 
-def _inverse(x: Tensor, eps: float) -> Tensor:
+def _inverse(x: Tensor, eps: float, channels: Tensor | None) -> Tensor:
     """Return 1 / sqrt(mean(x^2) + eps) over the last dimension, kept with size one.
 
     A Python number beside a tensor costs a small one more than the rest; a `value` does not.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    square = torch.full_like(length, eps).addcmul_(length, length, value=1 / x.shape[-1])
+    if channels is None:
+        square = torch.full_like(length, eps).addcmul_(length, length, value=1 / x.shape[-1])
+    else:
+        square = length.square() / channels + eps
     return square.rsqrt_()
 
 
@@ -80,20 +90,20 @@ class _RmsNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = _inverse(x, eps)
-        ctx.save_for_backward(x, weight, inverse)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, channels: Tensor | None) -> Tensor:
+        inverse = _inverse(x, eps, channels)
+        ctx.save_for_backward(x, weight, inverse, channels)
         return (x * inverse).mul_(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, inverse, channels = ctx.saved_tensors
         unit = x * inverse
         grad_weight = (grad * unit).flatten(0, -1 - weight.dim()).sum(0)
         scaled = grad * weight
-        along = _dot(scaled, unit) / x.shape[-1]
-        return scaled.addcmul_(unit, along, value=-1).mul_(inverse), grad_weight, None
+        along = _dot(scaled, unit) / (x.shape[-1] if channels is None else channels)
+        return scaled.addcmul_(unit, along, value=-1).mul_(inverse), grad_weight, None, None
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

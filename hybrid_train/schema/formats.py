@@ -158,10 +158,15 @@ RANKING = Format(
     ("ranking.json and scores.safetensors; format.json has the number",),
     "make the ranking anew: hybrid-train importance",
 )
+LINEAGE = Format(
+    "lineage",
+    ("lineage.json in a folder of weights, which has the number",),
+    "remove the file; where the weights come from is not known then",
+)
 
 FORMATS = (
     RUN_FOLDER, CHECKPOINT, TOKEN_FILES, TOKENIZATION, TOKENIZER, QUICKSTART, INDEX, STAGE, RATES,
-    EVALUATION, STORED_TARGETS, RANKING,
+    EVALUATION, STORED_TARGETS, RANKING, LINEAGE,
 )  # fmt: skip
 
 

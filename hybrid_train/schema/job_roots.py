@@ -343,6 +343,13 @@ class ReportJob(RunsJob):
 
 
 @dataclass(kw_only=True)
+class LineageJob:
+    """What the weights of a folder come from: parents, teachers, and theirs."""
+
+    run_dir: FileName = MISSING  # a run folder, or an exported one
+
+
+@dataclass(kw_only=True)
 class ShowJob:
     """The rows of one step of a run: their sources, documents and texts."""
 

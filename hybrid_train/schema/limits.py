@@ -42,14 +42,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts that say a number of tokens: "2M"."""
+    """Texts that say a number of tokens, or of something else: "2M"."""
 
     low: int
+    what: str = "tokens"
 
     def broken(self, text: str) -> tuple[str, str | None] | None:
         """Return the rule that a text breaks and the nearest text that keeps it."""
         if not is_tokens(text):
-            return TOKENS_RULE, None
+            return TOKENS_RULE.replace("tokens", self.what), None
         bad = Range(self.low, MOST_TOKENS).broken(tokens(text))
         return bad and (bad[0], str(bad[1]))
 
@@ -117,4 +118,5 @@ FileName = Annotated[str, FILE]
 Name = Annotated[str, Words("something", _LONGEST_NAME)]
 TokenCount = Annotated[str, Tokens(1)]
 TokenCountOrNone = Annotated[str, Tokens(0)]  # 0: none
+Parameters = Annotated[str, Tokens(1, "parameters")]  # 4.5B
 Place = Annotated[str, TokensOrShare()]

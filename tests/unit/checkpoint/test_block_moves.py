@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_train.hf import tensors
+from hybrid_train.checkpoint import block_moves
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.write import export_checkpoint
 from hybrid_train.schema.problems import UserError
@@ -21,8 +21,8 @@ FIRST, LATER = "backbone.layers.0.mixer.in_proj.weight", "backbone.norm_f.weight
 
 def with_threads(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use so many threads, whatever the machine has, and blocks of a few rows."""
-    monkeypatch.setattr(tensors, "_threads", lambda: number)
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(block_moves, "_threads", lambda: number)
+    monkeypatch.setattr(block_moves, "BLOCK_BYTES", 1000)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
