@@ -26,6 +26,7 @@ from hybrid_train.anatomy.gemm_formats import quantizes
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.copier import Copier
 from hybrid_train.checkpoint.layout import TOKENIZER, drop_partial
+from hybrid_train.compression.mask import keep_ranking, selection_of_run
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
 from hybrid_train.data.run_data import RunData, check_data, open_data
@@ -42,6 +43,7 @@ from hybrid_train.jobs import (
     run_folder,
 )
 from hybrid_train.jobs.phase_builder import PhaseBuilder
+from hybrid_train.jobs.prune import ranking_of
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
     PhaseSpan,
@@ -56,7 +58,8 @@ from hybrid_train.runtime.logs import say_through
 from hybrid_train.schema.checkpoint import Recovery
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.extension import built_from
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.pruning import Mask
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import tokens
 from hybrid_train.tracking import history
@@ -152,6 +155,7 @@ def _attempt(
     teacher_record.require_usable(
         teachers, [one.job for one in phases], data.tokenizer, ranks.world_size()
     )
+    ranks.run_on_main_first(lambda: _require_masks(job, start))
     record = same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
@@ -163,6 +167,8 @@ def _attempt(
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
+        if not start.is_own:
+            ranks.run_on_main_first(lambda: keep_ranking(job, run_dir))
         builder = PhaseBuilder(data, device, run_dir)
         run = builder.build(phase_at(phases, state.tokens), state, tokens(job.train.tokens))
         restore(start, run)
@@ -331,6 +337,22 @@ def choose_teachers(job: TrainJob, start: Start) -> list[ChosenTeacher]:
             error.on_all_ranks = True
             raise error
     return chosen
+
+
+def _require_masks(job: TrainJob, start: Start) -> None:
+    """See that the model can be masked as asked, by a ranking of what the run starts from.
+
+    Raises:
+        UserError: if it cannot, or the ranking is of another checkpoint.
+    """
+    for one in job.edits:
+        if isinstance(one, Mask):
+            if one.ranking is not None and not start.is_own:
+                if start.found is None:
+                    rule = "must be the checkpoint that the ranking of the mask was made of"
+                    raise ConfigError([Problem("checkpoint.load", "null", rule)])
+                ranking_of(Path(one.ranking), start.found)
+            selection_of_run(one, job, Path(job.run_dir) if start.is_own else None)
 
 
 def _set_aside(found: layout.Found, damaged: str) -> None:
