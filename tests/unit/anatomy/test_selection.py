@@ -109,5 +109,12 @@ def test_heads_that_leave_their_groups_are_no_layer(heads: list[int], said: str)
         )
 
 
+def test_channels_that_differ_between_heads_are_no_layer() -> None:
+    child = PARENT._replace(ssm_head_dim=2)
+    by_head = np.tile([[0, 1], [1, 2]], (4, 1))
+    with pytest.raises(AssertionError, match="the same are kept in every head"):
+        KeptLayer(Layer("M", 1, 0, PARENT), Layer("M", 1, 0, child), {Axis.ssm_head_dim: by_head})
+
+
 def named(name: str) -> Parameter:
     return next(one for one in parameters_of("E", PARENT) if one.name == name)
