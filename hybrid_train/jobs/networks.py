@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hybrid_train.anatomy.layers import layers
+from hybrid_train.anatomy.selection import Selection
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.save_load import read_weights
 from hybrid_train.compression.mask import Mask
@@ -128,6 +129,7 @@ def build_network(
     edits += _listed_edits(job, Path(job.run_dir))
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
+    left = _left_by(edits)
     chunks = data_parallel.wrap(
         *(formatted, built.config, job.parallel, job.precision),
         nccl_user_buffers=job.gpu.nccl_user_buffers,
@@ -139,9 +141,10 @@ def build_network(
         chunks=chunks,
         groups=groups,
         device=device,
-        routing=_routing(job.model, edits),
+        routing=_routing(job.model, left),
         balance_losses=built.balance_losses,
         quantized=quantized,
+        left=left,
         name=name,
         optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
         rate=Rate(job.schedule, tokens(job.train.tokens)),
@@ -189,7 +192,12 @@ def _listed_edits(job: TrainJob, run_dir: Path) -> list[Edit]:
     ]
 
 
-def _routing(model: Model, edits: Sequence[Edit]) -> Routing:
+def _left_by(edits: Sequence[Edit]) -> Selection | None:
+    """Return what a mask among the edits leaves of the model; None where there is none."""
+    return next((one.selection for one in edits if isinstance(one, Mask)), None)
+
+
+def _routing(model: Model, left: Selection | None) -> Routing:
     routed = [one for one in layers(model) if any(p.of_experts for p in one.parameters)]
     expert_layers = tuple(
         ExpertLayer(one.depth > 0, one.number, one.sizes.experts, one.sizes.experts)
@@ -197,8 +205,7 @@ def _routing(model: Model, edits: Sequence[Edit]) -> Routing:
         if one.depth <= 1  # blocks are alike, and share their records
     )
     routing = Routing(expert_layers, len(routed))
-    mask = next((one for one in edits if isinstance(one, Mask)), None)
-    return routing if mask is None else routing.masked(mask.selection)
+    return routing if left is None else routing.masked(left)
 
 
 def teacher_loader(
@@ -281,11 +288,12 @@ def load_model(
     # What an edit makes of weights is not in them: without it this would be another model.
     edits = _listed_edits(job, found.run_dir)
     apply_edits(edits, built.chunks)
+    left = _left_by(edits)
     _log.info("loaded %s, trained for %s", found.path, counted(found.step, "step"))
     device = torch.device(torch.cuda.current_device())
     loaded = Network(
-        list(built.chunks), groups, device, _routing(job.model, edits), built.balance_losses,
-        name=name,
+        list(built.chunks), groups, device, _routing(job.model, left), built.balance_losses,
+        left=left, name=name,
     )  # fmt: skip
     loaded.freeze()
     return LoadedModel(loaded, job, found.run_dir)

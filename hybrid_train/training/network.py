@@ -125,6 +125,7 @@ class Network:
         routing: the expert layers.
         balance_losses: the record of its routers.
         quantized: its emulated GEMMs; None: none can be emulated.
+        left: what of it is not masked; None: all.
         name: what a turn calls it by, and a checkpoint where it holds several.
         optimizer: None: it is not trained.
         rate: of the optimizer.
@@ -138,6 +139,7 @@ class Network:
     routing: Routing
     balance_losses: BalanceLosses
     quantized: QuantizedGemms | None = None
+    left: Selection | None = None
     name: str = MAIN
     optimizer: MegatronOptimizer | None = None
     rate: Rate | None = None
