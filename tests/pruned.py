@@ -32,14 +32,14 @@ from hybrid_train.schema.model import (
 from hybrid_train.schema.pattern import parse
 from tests.tiny import VOCAB
 
-SIZES = {  # axis -> what a child of `roomy` may have of it, from the fewest on
+SIZES = {  # axis -> what a child of `roomy` may have of it; its MTP blocks have the first
     Axis.hidden: (12, 20, 28),
     Axis.ssm_heads: (2, 4, 6),
     Axis.ssm_head_dim: (6, 11),
     Axis.kv_groups: (1,),
     Axis.heads: (1, 3),  # of each group
     Axis.ffn: (17, 40),
-    Axis.experts: (2, 3),
+    Axis.experts: (3, 2),
     Axis.expert_ffn: (9, 20),
     Axis.shared_ffn: (13, 30),
     Axis.latent: (7, 12),

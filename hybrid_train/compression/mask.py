@@ -12,8 +12,7 @@ that can be others in every step: nothing waits for the device, or asks it.
 """
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.megatron.router import TopKRouter
 from hybrid_train.model.edits import add_transform, linears_of
-from hybrid_train.model.quantized import unwrapped
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.precision.emulated import OperandTransform, Stage
 from hybrid_train.schema import pruning as schema
@@ -287,26 +285,3 @@ def _pairs_of(
         else (None, None)
         for expert in range(here * rank, here * (rank + 1))
     ]  # fmt: skip
-
-
-@contextmanager
-def without_layers(chunks: Sequence[Module], numbers: Collection[int]) -> Iterator[None]:
-    """Leave main layers out for as long as the block lasts.
-
-    Args:
-        chunks: of the model on this process, in whatever they are wrapped.
-        numbers: of the layers, from 1.
-    """
-    found = [
-        layer
-        for chunk in chunks
-        for depth, number, layer in _layers_of(unwrapped(chunk))
-        if depth == 0 and number in numbers and not hybrid.is_skipped(layer)
-    ]
-    for layer in found:
-        hybrid.skip(layer)
-    try:
-        yield
-    finally:
-        for layer in found:
-            hybrid.skip(layer, skipped=False)

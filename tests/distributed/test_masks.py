@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_train.anatomy.selection import Selection
+from hybrid_train.checkpoint.tensor_files import StoredTensors
+from hybrid_train.compression import slicing
 from hybrid_train.runtime import cpu
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.train import TrainJob
 from tests.distributed.launch import run_distributed
 from tests.distributed.test_packed import gathered, rows, run
 from tests.packed import packed_batch
-from tests.pruned import SIZES, child_of, disturb, roomy, selection_of, sliced
+from tests.pruned import SIZES, child_of, disturb, roomy, selection_of
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, alone, tiny_engine, tiny_job
 
 pytestmark = [*MEGATRON_WARNINGS, pytest.mark.slow]
@@ -28,8 +32,10 @@ LAYOUTS = {
     "tensor, experts by number": Parallel(tensor=2, expert=2, expert_tensor=1),
     "context": Parallel(context=2),
 }
+WHOLE = Path("checkpoints") / "step_00000000"
 DROPPED = (4, 9)
 LENGTH = 16
+ROWS = 64  # of the vocabulary
 
 
 def parent_job(parallel: Parallel, kv_heads: int) -> TrainJob:
@@ -49,6 +55,15 @@ def drawn(parent: Any, seed: int) -> tuple[Any, Any]:
     random = np.random.default_rng(seed)
     child = child_of(parent, axes, random, DROPPED)
     return child, selection_of(parent, child, random, DROPPED)
+
+
+def cut_out(source: Path, parent: Model, child: Model, selection: Selection) -> Path:
+    """Cut the child out of a checkpoint as prune does."""
+    folder = source.with_name("child")
+    folder.mkdir()
+    with StoredTensors(source) as stored:
+        slicing.write(folder, stored, slicing.slices(parent, child, selection, ROWS))
+    return folder
 
 
 def outcome(engine: Any, groups: Any) -> tuple[dict[str, float], Tensor | None]:
@@ -86,8 +101,7 @@ def _masked(weights: Path, seed: int) -> dict[str, Any]:
         job = parent_job(parallel, kv_heads)
         groups = build_groups(parallel, timeout_s=60)
         built = build_model(job, groups, VOCAB, on_gpu=False)
-        folder = weights / str(kv_heads) / "checkpoints" / "step_00000000"
-        read_weights(folder, built.chunks, groups)
+        read_weights(weights / str(kv_heads) / WHOLE, built.chunks, groups)
         selection = drawn(job.model, seed)[1]
         apply_edits([Mask(selection)], built.chunks)
         engine = build_engine(job, built, groups, torch.device("cpu"))
@@ -103,6 +117,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder, small = tmp_path_factory.mktemp("parent"), {}
     with alone() as groups:
         from hybrid_train.checkpoint import store
+        from hybrid_train.checkpoint.save_load import read_weights
         from hybrid_train.jobs.networks import build_engine
         from hybrid_train.model.build import build_model
         from hybrid_train.training.hooks.checkpointing import content_of
@@ -117,8 +132,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
             of_child = parent_job(Parallel(), kv_heads)
             of_child.model = child
             built = build_model(of_child, groups, VOCAB, on_gpu=False)
-            weights = sliced(model.state_dict(), selection)
-            assert not built.chunks[0].load_state_dict(weights, strict=False).unexpected_keys
+            source = folder / str(kv_heads) / WHOLE
+            read_weights(cut_out(source, job.model, child, selection), built.chunks, groups)
             engine = build_engine(of_child, built, groups, torch.device("cpu"))
             small[kv_heads] = outcome(engine, groups)
     return small, run_distributed(_masked, 2, folder, 1)

@@ -206,23 +206,6 @@ def test_without_its_mtp_blocks_a_model_has_no_states_of_their_depths(groups: An
         assert model(batch.tokens, batch.position_ids).mtp_hidden == ()
 
 
-def test_layers_are_left_out_for_a_while(groups: Any) -> None:
-    from hybrid_train.compression.mask import without_layers
-
-    model, tokens = tiny_model(parent_job(), groups), some_rows()[:, :-1]
-    disturb(model)
-    with torch.no_grad():
-        before = model(tokens).logits()
-        with without_layers([model], {2, 4}):
-            without = model(tokens).logits()
-        again = model(tokens).logits()
-    _, small, _ = both(groups, [], seed=0, dropped=(2, 4))
-    with torch.no_grad():
-        close(without, small(tokens).logits())
-    assert torch.equal(before, again)
-    assert (before - without).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("within", [True, False], ids=["within a group", "across groups"])
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
 def test_heads_are_alike_within_their_group_and_not_across(
