@@ -1,9 +1,11 @@
 """Teachers for the tests: runs of tiny models, written with their first weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hybrid_train.checkpoint import layout
 from hybrid_train.config import frozen
 from hybrid_train.schema.objective import Distill, NextToken
 from tests.tiny import VOCAB, tiny_engine, tiny_job
@@ -42,4 +44,17 @@ def write_teacher(
         change(engine.network.chunks[0].module)
     content = content_of(engine)
     store.save(run_dir, content, {"step": 5, "tokens": 320}, keep=1)
+    return run_dir
+
+
+def teacher_folder(run_dir: Path, step: int = 5, weights: str = "a") -> Path:
+    """A run folder as far as the record looks at it."""
+    job = student_job()
+    frozen.freeze(job, run_dir)
+    (run_dir / "data.json").write_text(json.dumps({"tokenizer": "of all", "sources": {}}))
+    folder = layout.path_of(run_dir, step)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(weights)
+    layout.write_position(folder, {"step": step, "tokens": 0, "source_tokens": {}})
+    layout.write_checksums(folder, {})
     return run_dir

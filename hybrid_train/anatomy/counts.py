@@ -182,6 +182,25 @@ def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> Flop
     return FlopCount(by_kind=table)
 
 
+def forward_flops(
+    model: Model, vocab_size: int, sequence_length: int, *, heads: int, with_mtp: bool
+) -> int:
+    """Count the operations of one token in a forward pass of which not all is asked for.
+
+    Args:
+        model: sizes and pattern.
+        vocab_size: V, rows of the head.
+        sequence_length: L.
+        heads: how many times the head is run: 0 for hidden states alone, 1 + D with D depths.
+        with_mtp: whether the MTP blocks are run.
+    """
+    by_kind = flops_per_token(model, vocab_size, sequence_length).by_kind
+    depths = parse(model.pattern).mtp_depths
+    blocks = by_kind.get("mtp", 0) - depths * by_kind["head"]
+    main = sum(flops for kind, flops in by_kind.items() if kind not in ("mtp", "head"))
+    return main + with_mtp * blocks + heads * by_kind["head"]
+
+
 def layer_flops(layer: Layer, sequence_length: int) -> int:
     """Count the forward operations of one layer per token, averaged over the sequence."""
     return _flops(layer.letter, layer.sizes, sequence_length)

@@ -395,7 +395,7 @@ def checkpoint_to_load_exists(job: TrainJob) -> Iterator[Problem]:
         value = job.checkpoint.load_only.name
         yield Problem("checkpoint.load_only", value, "needs checkpoint.load=PATH", "null")
     if load is not None:
-        yield from _checkpoint_problems("checkpoint.load", load)
+        yield from checkpoint_problems("checkpoint.load", load)
 
 
 def no_run(path: str, folder: str, config_name: str) -> Problem:
@@ -405,7 +405,7 @@ def no_run(path: str, folder: str, config_name: str) -> Problem:
     return lacking[0] if lacking else Problem(path, folder, rule)
 
 
-def _checkpoint_problems(path: str, place: str) -> Iterator[Problem]:
+def checkpoint_problems(path: str, place: str) -> Iterator[Problem]:
     """Say that a folder is not there, or that a URL is none; what it names is known when asked."""
     if "://" not in place:
         yield from folder_problems(path, place)
@@ -438,7 +438,7 @@ FILE_RULES = (
 
 def generation_problems(job: GenerateJob) -> Iterator[Problem]:
     """Yield what a generation job lacks on disk or in its prompts."""
-    yield from _checkpoint_problems("checkpoint", job.checkpoint)
+    yield from checkpoint_problems("checkpoint", job.checkpoint)
     if not job.prompt and not job.messages and job.prompt_file is None:
         yield Problem(
             "prompt",
@@ -459,15 +459,15 @@ def conversion_problems(job: object) -> Iterator[Problem]:
         if job.import_ is not None:
             yield from folder_problems("import", job.import_)
         if job.export is not None:
-            yield from _checkpoint_problems("export", job.export)
+            yield from checkpoint_problems("export", job.export)
     elif isinstance(job, VerifyJob):
-        yield from _checkpoint_problems("checkpoint", job.checkpoint)
+        yield from checkpoint_problems("checkpoint", job.checkpoint)
         yield from folder_problems("hf", job.hf)
 
 
 def importance_problems(job: ImportanceJob) -> Iterator[Problem]:
     """Yield what keeps a ranking from being made, on disk."""
-    yield from _checkpoint_problems("checkpoint", job.checkpoint)
+    yield from checkpoint_problems("checkpoint", job.checkpoint)
     output = Path(job.output)
     if output.is_file():
         yield Problem("output", job.output, "is a file; it must be a folder")
@@ -478,8 +478,8 @@ def importance_problems(job: ImportanceJob) -> Iterator[Problem]:
 def evaluation_problems(job: EvaluateJob) -> Iterator[Problem]:
     """Yield what an evaluation lacks on disk."""
     for name in listed_paths(job.checkpoint):
-        yield from _checkpoint_problems("checkpoint", name)
+        yield from checkpoint_problems("checkpoint", name)
     if job.against is not None:
-        yield from _checkpoint_problems("against", job.against)
+        yield from checkpoint_problems("against", job.against)
     if job.output is not None and Path(job.output).is_file():
         yield Problem("output", job.output, "is a file; it must be a folder")

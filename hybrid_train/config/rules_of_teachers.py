@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hybrid_train.config.rules_of_data import folder_problems
+from hybrid_train.config.rules_of_data import checkpoint_problems, folder_problems
 from hybrid_train.schema.objective import SELF, Distill
 from hybrid_train.schema.parallel import Recompute
 from hybrid_train.schema.pattern import parse
@@ -39,12 +39,12 @@ def _hidden_states_have_a_pair(job: TrainJob, _: int) -> Iterator[Problem]:
 
 
 def teachers_exist(job: TrainJob) -> Iterator[Problem]:
-    """Teachers and targets are folders; what is in them is looked at when the run begins."""
+    """Teachers are folders or URLs, targets a folder; what is in them is looked at later."""
     if isinstance(job.objective, Distill) and job.objective.targets is not None:
         yield from folder_problems("objective.targets", job.objective.targets)
     for path, source in _teachers(job):
         if source != SELF:
-            yield from folder_problems(path, source)
+            yield from checkpoint_problems(path, source)
 
 
 def _teachers(job: TrainJob) -> Iterator[tuple[str, str]]:

@@ -163,7 +163,7 @@ class Distill(Objective):
 def _load_teachers(settings: schema.Distill, given: Given) -> Sequence[Teacher | StoredTeacher]:
     """Load the teachers: those that the run has recorded, or as they are named where it has not."""
     if settings.targets is not None:
-        return [StoredTeacher(open_targets(settings.targets))]
+        return [StoredTeacher(open_targets(settings.targets), given.groups)]
     recorded = ranks.broadcast_from_main(lambda: read_record(given.run_dir))
     places = None if recorded is None else [str(one.found.path) for one in recorded]
     found = []

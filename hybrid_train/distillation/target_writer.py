@@ -4,7 +4,7 @@ Data-parallel ranks share the files; what a file holds does not depend on them. 
 when it is whole, so a writer that was killed at any moment goes on with the files that are missing,
 under any other layout. What is in a folder is said at its end, in `targets.json`.
 
-Dimensions: as in `distillation/targets.py`.
+Dimensions: as in `distillation/target_folder.py`.
 """
 
 import json
@@ -22,20 +22,22 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hybrid_train.data.batch import Batch, Row, RowReader, stack
-from hybrid_train.distillation.targets import (
+from hybrid_train.distillation.target_folder import (
     DIGESTS,
     HEAD,
+    HEADER,
     HIDDEN,
     LOG_SUM,
     LOGITS,
     SUMS,
     TOKENS,
+    UNFINISHED,
     Header,
     Part,
-    digest_of,
-    sum_of,
+    bytes_of_head,
+    bytes_of_rows,
 )
-from hybrid_train.distillation.teacher_record import HEADER, UNFINISHED
+from hybrid_train.distillation.targets import digest_of, sum_of
 from hybrid_train.distillation.teachers import Teacher
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.ops.context import in_order
@@ -87,12 +89,19 @@ class TargetWriter:
         if missing is None:
             return False
         if any(missing):
-            self._say_time()
+            _log.info("%s, were nothing there", self._time_in_words())
             if self.header.what == HIDDEN:
                 ranks.all_or_none(self._keep_head)
             self._write_all(missing)
         ranks.run_on_main_first(self._finish)
         return True
+
+    def estimate(self) -> str:
+        """Say how large all files are and how long they take, of a microbatch that is timed."""
+        everything = [range(part.files) for part in self.header.parts]
+        needed = self._bytes_of(everything) + self._bytes_of_head
+        rows = sum(part.rows for part in self.header.parts)
+        return f"{counted(rows, 'row')} take {show_bytes(needed)}; {self._time_in_words()}"
 
     def _write_all(self, missing: Sequence[Sequence[int]]) -> None:
         started = said = time.monotonic()
@@ -135,13 +144,25 @@ class TargetWriter:
         self._require_space(missing)
         return missing
 
-    def _require_space(self, missing: Sequence[Sequence[int]]) -> None:
-        width = bytes_per_token(self.header, hidden_size_of(self.teacher.network))
-        needed = sum(
-            len(part.rows_of(file)) * part.length * width
+    def _bytes_of(self, missing: Sequence[Sequence[int]]) -> int:
+        """Return what files of each part take."""
+        width = self.header.width(hidden_size_of(self.teacher.network))
+        return sum(
+            bytes_of_rows(len(part.rows_of(file)), part.length, width)
             for part, files in zip(self.header.parts, missing, strict=True)
             for file in files
         )
+
+    @property
+    def _bytes_of_head(self) -> int:
+        if self.header.what != HIDDEN:
+            return 0
+        own = dtype_of(self.teacher.network)
+        return bytes_of_head(self.header.vocab_size, hidden_size_of(self.teacher.network), own)
+
+    def _require_space(self, missing: Sequence[Sequence[int]]) -> None:
+        needed = self._bytes_of(missing)
+        needed += 0 if (self.folder / HEAD).is_file() else self._bytes_of_head
         free = shutil.disk_usage(self.folder).free
         count = counted(sum(map(len, missing)), "file")
         _log.info("targets: %s in %s to be written to %s", show_bytes(needed), count, self.folder)
@@ -151,7 +172,7 @@ class TargetWriter:
                 f"{show_bytes(free)} free; free space, choose another output=..., or what=top_k"
             )
 
-    def _say_time(self) -> None:
+    def _time_in_words(self) -> str:
         """Run a microbatch twice, and say how long all of them take."""
         one, groups = self.parts[0], self.teacher.network.groups
         batches = [stack([one.read(0)] * one.microbatch)] * self.teacher.network.passes_multiple
@@ -161,10 +182,7 @@ class TargetWriter:
         pace = (time.monotonic() - start) / (len(batches) * one.microbatch * one.part.length)
         pace /= groups.dp.size()
         tokens = sum(part.rows * part.length for part in self.header.parts)
-        _log.info(
-            "%s tokens, %.0f a second: about %.0f s, were nothing there",
-            *(show_tokens(tokens), 1 / pace, tokens * pace),
-        )
+        return f"{show_tokens(tokens)} tokens, {1 / pace:.0f} a second: about {tokens * pace:.0f} s"
 
     def _rounds(self, missing: Sequence[Sequence[int]]) -> Iterator[tuple[PartRows, Sequence[int]]]:
         """Yield what data-parallel ranks write at once: files of one part, one each."""
@@ -239,7 +257,7 @@ class TargetWriter:
         """Return what is stored of a microbatch with its slot."""
         depths = (None, *range(self.header.mtp_depths))
         found = [self.teacher.reference(batch, self._head, depth) for depth in depths]
-        kind, shape = self.header.torch_dtype, batch.tokens.t().shape
+        kind, shape = getattr(torch, self.header.dtype), batch.tokens.t().shape
         if self.header.what == HIDDEN:
             return {
                 name: self._whole(one.hidden.to(kind).view(*shape, -1))
@@ -288,13 +306,9 @@ def hidden_size_of(network: Network) -> int:
     return int(network.chunks[0].config.hidden_size)
 
 
-def bytes_per_token(header: Header, hidden_size: int) -> int:
-    """Return what a token of a row takes on disk."""
-    size = header.torch_dtype.itemsize
-    if header.what == HIDDEN:
-        return (1 + header.mtp_depths) * hidden_size * size
-    assert header.top_k is not None, "top-k without a number"
-    return header.top_k * (4 + size) + 4
+def dtype_of(network: Network) -> str:
+    """Return what the weights of a network are held in, by its name in torch."""
+    return str(next(network.chunks[0].parameters()).dtype).removeprefix("torch.")
 
 
 def write_whole(path: Path, content: bytes) -> None:

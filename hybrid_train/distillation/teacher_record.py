@@ -7,16 +7,20 @@ run of it.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from hybrid_train.anatomy import counts
 from hybrid_train.checkpoint import layout
 from hybrid_train.config import checks, frozen
+from hybrid_train.config.fsspec import is_remote
+from hybrid_train.config.secrets import masked
 from hybrid_train.data import record as data_record
 from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary, open_tokenizer
-from hybrid_train.schema.formats import STORED_TARGETS, require_readable_folder
+from hybrid_train.distillation.target_folder import read_header
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.objective import SELF, Distill, MtpTarget, WeighedTeacher
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError
@@ -24,7 +28,7 @@ from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted
 
 FILE_NAME = "teachers.json"
-HEADER, UNFINISHED = "targets.json", "unfinished.json"  # of stored targets, whole or not yet
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class ChosenTeacher:
         """The checkpoint, which may be gone by now."""
         return layout.Found(layout.path_of(Path(self.run_dir), self.step), self.step)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this very checkpoint is there still."""
+        place = self.found.path
+        is_whole = (place / layout.POSITION).is_file()
+        return is_whole and layout.digest_of(place) == self.checksum
+
 
 def weighed(settings: Distill) -> list[WeighedTeacher]:
     """Return the teachers that count, with weights that sum to 1; none where targets are stored."""
@@ -62,12 +73,31 @@ def weighed(settings: Distill) -> list[WeighedTeacher]:
     ]
 
 
-def choose(job: TrainJob, *, goes_on: bool) -> list[ChosenTeacher]:
+def places(job: TrainJob) -> list[tuple[str, str]]:
+    """Return, of each teacher that counts, the setting that says where it is, and what it says."""
+    settings = job.objective
+    if not isinstance(settings, Distill):
+        return []
+    named = [
+        (f"objective.teachers.{number}.checkpoint", one.checkpoint)
+        for number, one in enumerate(settings.teachers)
+        if one.weight
+    ]
+    if settings.teacher is not None:
+        named = [("objective.teacher", settings.teacher)]
+    start = ("checkpoint.load", job.checkpoint.load or "")
+    return [start if place == SELF else (setting, place) for setting, place in named]
+
+
+def choose(
+    job: TrainJob, *, goes_on: bool, fetched: Mapping[str, Path] | None = None
+) -> list[ChosenTeacher]:
     """Find the teachers of a run, before anything of it is written.
 
     Args:
         job: the run.
         goes_on: whether it goes on from a checkpoint of its own.
+        fetched: where on this machine is what lies behind URLs.
 
     Raises:
         UserError: if one is not there, or is not the one that the run began with.
@@ -77,9 +107,11 @@ def choose(job: TrainJob, *, goes_on: bool) -> list[ChosenTeacher]:
         return []
     if settings.targets is not None:
         return [_stored(Path(settings.targets), job, goes_on=goes_on)]
+    here = [(fetched or {}).get(place, place) for _, place in places(job)]
+    named = list(zip((one.checkpoint for one in weighed(settings)), here, strict=True))
     if goes_on:
-        return list(_as_recorded(Path(job.run_dir)))
-    return [_found(one.checkpoint, job) for one in weighed(settings)]
+        return list(_as_recorded(Path(job.run_dir), named))
+    return [_found(*one) for one in named]
 
 
 def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
@@ -88,7 +120,7 @@ def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
     Raises:
         UserError: if there are no targets, or a run that goes on learned from another teacher.
     """
-    teacher = ChosenTeacher(**read_header(folder)["teacher"])
+    teacher = ChosenTeacher(**read_header(folder).teacher)
     recorded = (read_record(Path(job.run_dir)) or []) if goes_on else [teacher]
     if [one.checksum for one in recorded] != [teacher.checksum]:
         raise UserError(
@@ -99,35 +131,23 @@ def _stored(folder: Path, job: TrainJob, *, goes_on: bool) -> ChosenTeacher:
     return teacher
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """Read what stored targets say of themselves; see `targets.Header`.
-
-    Raises:
-        UserError: if there are none, they were never finished, or of a format that is not read.
-    """
-    path, words = (
-        folder / HEADER,
-        "holds no stored targets: hybrid-train distill_targets writes some",
+def _found(source: str, place: str | Path) -> ChosenTeacher:
+    if is_remote(str(place)):
+        raise UserError(
+            f"teacher {masked(str(place))} lies behind a URL, and is fetched when a run begins"
+        )
+    found = layout.locate(Path(place))
+    return ChosenTeacher(
+        masked(source), str(found.run_dir), found.step, layout.digest_of(found.path)
     )
-    if (folder / UNFINISHED).is_file():
-        words = "was never finished: the same hybrid-train distill_targets goes on"
-    if not path.is_file():
-        raise UserError(f"objective.targets={folder} {words}")
-    require_readable_folder(folder, STORED_TARGETS)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); {STORED_TARGETS.too_old}") from error
 
 
-def _found(source: str, job: TrainJob) -> ChosenTeacher:
-    place = job.checkpoint.load if source == SELF else source
-    found = layout.locate(Path(place or ""))
-    return ChosenTeacher(source, str(found.run_dir), found.step, layout.digest_of(found.path))
+def _as_recorded(run_dir: Path, named: Sequence[tuple[str, str | Path]]) -> Iterator[ChosenTeacher]:
+    """Yield the teachers that a run began with, from where they are by now.
 
-
-def _as_recorded(run_dir: Path) -> Iterator[ChosenTeacher]:
-    """Yield the teachers that a run began with.
+    Args:
+        run_dir: of the run.
+        named: what its settings call them, and where that is.
 
     Raises:
         UserError: if one is another one by now, or nobody knows which it was.
@@ -138,20 +158,58 @@ def _as_recorded(run_dir: Path) -> Iterator[ChosenTeacher]:
             f"{run_dir / FILE_NAME} is missing: nobody knows which checkpoints this run has "
             "learned from; bring it back, or start another run"
         )
-    for one in recorded:
+    for number, one in enumerate(recorded):
+        moved = _moved(one, *named[number]) if number < len(named) else None
         place = one.found.path
-        if not (place / layout.POSITION).is_file():
+        if moved is not None:
+            if moved.run_dir != one.run_dir:
+                _log.info(
+                    "teacher %s: %s is the very checkpoint that this run learned from in %s",
+                    *(one.source, moved.found.path, one.run_dir),
+                )
+            yield moved
+        elif not (place / layout.POSITION).is_file():
             raise UserError(
                 f"teacher {one.source}: the run learned from {place}, which is gone; bring it back "
-                "(checkpoint.keep of the teacher's run says how many stay)"
+                "(checkpoint.keep of the teacher's run says how many stay), or name the folder "
+                "that it is in by now: objective.teacher=FOLDER"
             )
-        if layout.digest_of(place) != one.checksum:
+        elif not one.is_here:
             raise UserError(
                 f"teacher {one.source}: {place} is another checkpoint than the one that this run "
                 f"learned from (checksum {one.checksum[:12]}); bring that one back, or start "
                 "another run"
             )
-        yield one
+        else:
+            yield one
+
+
+def _moved(one: ChosenTeacher, source: str, place: str | Path) -> ChosenTeacher | None:
+    """Return a recorded teacher as it is called and lies by now; None if it is not there."""
+    if is_remote(str(place)):
+        return None
+    run_dir = str(Path(frozen.run_of(str(place))).absolute())
+    found = replace(one, source=masked(source), run_dir=run_dir)
+    return found if found.is_here else None
+
+
+def only_moved(saved: TrainJob, job: TrainJob, run_dir: Path) -> bool:
+    """Tell whether the teachers of two configs of a run are the same ones in other places.
+
+    Args:
+        saved: the config in its folder.
+        job: that with which it is to go on.
+        run_dir: the folder.
+    """
+    one, other = saved.objective, job.objective
+    recorded, named = read_record(run_dir), places(job)
+    if not isinstance(one, Distill) or not isinstance(other, Distill) or recorded is None:
+        return False
+    weights = [[each.weight for each in weighed(settings)] for settings in (one, other)]
+    if weights[0] != weights[1] or not len(named) == len(recorded) == len(weights[0]):
+        return False
+    pairs = zip(recorded, named, strict=True)
+    return all(_moved(mine, setting, place) for mine, (setting, place) in pairs)
 
 
 def read_record(run_dir: Path) -> list[ChosenTeacher] | None:
@@ -184,6 +242,29 @@ def write_record(run_dir: Path, chosen: Sequence[ChosenTeacher]) -> None:
     half = run_dir / f"{FILE_NAME}.tmp"
     half.write_text(json.dumps([asdict(one) for one in chosen], indent=2) + "\n", encoding="utf-8")
     half.replace(target)
+
+
+def forward_flops(chosen: Sequence[ChosenTeacher], job: TrainJob, rows: int) -> int:
+    """Count what teachers compute of a token ahead of a student; 0 where targets are stored.
+
+    Args:
+        chosen: the teachers.
+        job: of the run, or of one phase.
+        rows: of the student's embedding, padding included.
+    """
+    settings, found = job.objective, 0
+    if not isinstance(settings, Distill) or settings.targets is not None:
+        return found
+    wanted = parse(job.model.pattern).mtp_depths * (settings.mtp is MtpTarget.divergence)
+    for one in chosen:
+        model = frozen.load(Path(one.run_dir)).model
+        own = model.vocab_size and padded_vocab_size(model.vocab_size, model.vocab_multiple)
+        found += counts.forward_flops(
+            *(model, own or rows, job.train.sequence_length),
+            heads=1 + wanted,
+            with_mtp=wanted > 0,
+        )
+    return found
 
 
 def require_usable(

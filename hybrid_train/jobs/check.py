@@ -20,6 +20,7 @@ from hybrid_train.config.rules_of_precision import hardware_notes
 from hybrid_train.jobs.check_json import plan_as_data
 from hybrid_train.jobs.help import console, show_numbers, table
 from hybrid_train.jobs.run_plan import RunPlan, decay_steps, show_phases
+from hybrid_train.jobs.teacher_plan import StorableTargets
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.gpu_formats import native_formats
 from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
@@ -28,7 +29,6 @@ from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob
 from hybrid_train.schema.model import Moe
 from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.train import Train, TrainJob
 from hybrid_train.schema.units import counted, show_bytes, show_tokens, tokens
 from hybrid_train.tracking.metrics import show_duration, show_step_time
@@ -191,16 +191,50 @@ def _room(kept: int, card: Card) -> str:
 
 
 def _teachers(plan: RunPlan) -> Iterator[tuple[str, str]]:
-    """Say what teachers add to what a process keeps."""
-    try:
-        for one in plan.teachers():
-            yield (
-                "teacher",
-                f"{one.source}: {show_bytes(one.weights)} of weights a process at most, "
-                f"{show_bytes(one.slots)} of hidden states on the last pipeline rank",
-            )
-    except UserError as error:
-        yield "teacher", f"not counted: {error}"
+    """Say what teachers add to what a process keeps, and what their targets take on disk."""
+    taught = plan.taught
+    if taught.unknown:
+        yield "teacher", f"not counted: {taught.unknown}"
+    for one in taught.teachers:
+        yield (
+            "teacher",
+            f"{one.source}: {show_bytes(one.weights)} of weights a process at most, "
+            f"{show_bytes(one.slots)} of hidden states on the last pipeline rank",
+        )
+    if taught.read is not None:
+        header = taught.read.header
+        kind = _stored_kind(header.dtype, header.top_k)
+        rows = counted(sum(one.rows for one in header.parts), "row")
+        yield (
+            "targets",
+            f"{taught.read.folder}: {show_bytes(taught.read.bytes)}, {rows} ({kind}) of "
+            f"{header.teacher['source']}, step {header.teacher['step']}; no teacher runs",
+        )
+    if taught.storable is not None:
+        yield "targets", _storable(plan, taught.storable)
+
+
+def _storable(plan: RunPlan, targets: StorableTargets) -> str:
+    """Say what it takes to let the teacher say all once."""
+    by_labels = any(one.mtp_depths for one in targets.kinds)  # tokens say nothing of a depth
+    sizes = " or ".join(
+        f"{show_bytes(one.bytes)} ({_stored_kind(one.dtype, one.top_k)}"
+        f"{', MTP by labels' if one.top_k and by_labels else ''})"
+        for one in targets.kinds
+    )
+    most = max(one.flops for one in targets.kinds)
+    words = (
+        f"would take {sizes}, stored by distill_targets for {counted(targets.rows, 'row')}, "
+        f"{show_tokens(targets.tokens)} tokens; {most:.3g} FLOP of the teacher"
+    )
+    seconds = plan.seconds_of(most)
+    if seconds is None:
+        return f"{words} (distill_targets --dry-run times them)"
+    return f"{words}, more than {show_duration(seconds)} at the whole peak"
+
+
+def _stored_kind(dtype: str, top_k: int | None) -> str:
+    return f"hidden states, {dtype}" if top_k is None else f"top {top_k}"
 
 
 def _experts(plan: RunPlan) -> Iterator[tuple[str, str]]:
@@ -251,7 +285,8 @@ def _length(plan: RunPlan) -> str:
 def _work(plan: RunPlan) -> Iterator[tuple[str, str]]:
     """Say how many operations the run takes, and the time below which it cannot be."""
     of_step = plan.flops_of_a_step / 1e12
-    yield "work", f"{plan.flops:.3g} FLOP in all, {of_step:.4g} TFLOP a step and process"
+    ahead = "; forward passes of teachers are in it" if any(plan.taught.flops) else ""
+    yield "work", f"{plan.flops:.3g} FLOP in all, {of_step:.4g} TFLOP a step and process{ahead}"
     least = plan.least_seconds()
     if least is None:
         yield "time", "not known here; runtime.peak_tflops=N of a GPU gives a lower bound"

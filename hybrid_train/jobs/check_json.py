@@ -19,6 +19,7 @@ from hybrid_train.planning.gpu_formats import native_formats
 from hybrid_train.planning.phases import PhaseSpan, ramps, unread_sources
 from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.model import Moe
+from hybrid_train.schema.objective import Distill
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import Problem
@@ -37,6 +38,7 @@ def plan_as_data(plan: RunPlan) -> dict[str, Any]:
         "batch": _batch(plan),
         "length": _length(plan),
         "flops": _flops(plan),
+        "teachers": _teachers(plan),
         "stages": list(_stages(plan)),
         "pipeline_ranks": list(_ranks(plan)),
         "phases": [_phase(plan, one) for one in plan.phases if job.train.phases],
@@ -169,6 +171,32 @@ def _flops(plan: RunPlan) -> dict[str, Any]:
             plan.first.parallel.pipeline, plan.first.parallel.virtual_pipeline, plan.microbatches
         ),
         "idle_share": 1 - stages.most_work_share(plan.stages, plan.microbatches),
+    }
+
+
+def _teachers(plan: RunPlan) -> dict[str, Any] | None:
+    taught = plan.taught
+    if not isinstance(plan.job.objective, Distill):
+        return None
+    read, storable = taught.read, taught.storable
+    return {
+        "unknown": taught.unknown or None,
+        "kept": [
+            {"teacher": one.source, "weights_bytes": one.weights, "hidden_states_bytes": one.slots}
+            for one in taught.teachers
+        ],
+        "forward_flops_per_token": taught.flops[0],
+        "targets": None if read is None else {"folder": read.folder, "bytes": read.bytes},
+        "storable": None
+        if storable is None
+        else {
+            "rows": storable.rows,
+            "tokens": storable.tokens,
+            "kinds": [
+                {**dataclasses.asdict(one), "least_s": plan.seconds_of(one.flops)}
+                for one in storable.kinds
+            ],
+        },
     }
 
 

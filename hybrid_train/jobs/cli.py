@@ -25,6 +25,7 @@ from hybrid_train.runtime.logs import accept_any_letter
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, UserError, explained_by_the_system
 
+_WITH_DRY_RUN = ("submit", "distill_targets")
 _WITH_JSON = [name for name, one in COMMANDS.items() if one.prints_json]
 FLAGS = {
     "--help": "explains a command: hybrid-train train --help; --help=all shows every setting",
@@ -35,7 +36,8 @@ FLAGS = {
     "--config-dir PATH": "adds a folder with YAML files of your own, as PATH/experiment/mine.yaml; "
     "conf/ of the working folder is one without being named",
     "--json": f"is short for json=true, of {', '.join(_WITH_JSON)}: they print one JSON object",
-    "--dry-run": "is short for dry_run=true, of submit: it prints the batch script and stops",
+    "--dry-run": "is short for dry_run=true, of submit, which prints the batch script and stops, "
+    "and of distill_targets, which says size and time",
     "--version": "prints the version",
 }
 HELP_ALL = "--help=all"
@@ -239,8 +241,8 @@ def _require_useful(name: str, options: argparse.Namespace) -> None:
     """
     if options.help:
         return
-    if options.dry_run and name != "submit":
-        raise UserError(f"{name} has no option --dry-run; submit has")
+    if options.dry_run and name not in _WITH_DRY_RUN:
+        raise UserError(f"{name} has no option --dry-run; {' and '.join(_WITH_DRY_RUN)} have")
     asked = [flag for flag in ("cfg", "info", "multirun", "json") if getattr(options, flag)]
     if options.resolve and not options.cfg:
         raise UserError("--resolve belongs to --cfg: --cfg job --resolve prints values in place")

@@ -1,6 +1,5 @@
 """The job `distill_targets`: runs a teacher over the rows of a run once, and keeps what it says."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,22 +9,19 @@ from hybrid_train.config import frozen
 from hybrid_train.data.record import record_of
 from hybrid_train.data.run_data import RunData
 from hybrid_train.distillation import teacher_record
+from hybrid_train.distillation.target_folder import HIDDEN, Header, parts_of
 from hybrid_train.distillation.teacher_record import ChosenTeacher
-from hybrid_train.planning.phases import PhaseSpan, lay_out
+from hybrid_train.jobs.fetched_checkpoint import folder_of
+from hybrid_train.planning.phases import lay_out
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
-from hybrid_train.schema.data import Split
 from hybrid_train.schema.job_roots import DistillTargetsJob, TargetKind, WeightFormat
 from hybrid_train.schema.objective import Distill, MtpTarget
 from hybrid_train.schema.pattern import parse
 
 if TYPE_CHECKING:
-    from hybrid_train.distillation.target_writer import PartRows
-    from hybrid_train.distillation.targets import Header
+    from hybrid_train.distillation.target_writer import TargetWriter
     from hybrid_train.training.network import Network
-
-_FILE_BYTES = 256 * 2**20  # at most, unless a row has more
-_FILES, _LEAST_ROWS = 64, 16  # of a part, about: a short one is shared by ranks, and resumed, too
 
 
 def run(job: DistillTargetsJob) -> None:
@@ -36,80 +32,67 @@ def run(job: DistillTargetsJob) -> None:
     """
     with process(job.runtime, job.train.seed):
         # They need the process.
-        from hybrid_train.distillation.target_writer import (
-            TargetWriter,
-            bytes_per_token,
-            hidden_size_of,
-        )
+        from hybrid_train.distillation.target_writer import PartRows, TargetWriter, hidden_size_of
         from hybrid_train.distillation.teachers import Teacher
+        from hybrid_train.jobs.chosen_teachers import choose_teachers
         from hybrid_train.jobs.networks import load_model
-        from hybrid_train.jobs.pretraining import Start, open_run_data
+        from hybrid_train.jobs.pretraining import open_run_data
+        from hybrid_train.jobs.run_start import Start
         from hybrid_train.megatron.data_parallel import destroy_groups
 
         try:
-            phases, load = lay_out(job), job.checkpoint.load
-            data = open_run_data(job, phases, Start(layout.locate(Path(load)) if load else None))
-            (chosen,) = teacher_record.choose(job, goes_on=False)
+            phases, (chosen,) = lay_out(job), choose_teachers(job, goes_on=False)
+            data = open_run_data(job, phases, Start(_loaded(job.checkpoint.load)))
             jobs = [replace(one.job, parallel=job.parallel) for one in phases]
             teacher_record.require_usable([chosen], jobs, data.tokenizer, ranks.world_size())
             assert isinstance(job.objective, Distill), "the settings were checked"
             place, format = str(chosen.found.path), job.objective.teacher_format
             network = load_model(place, job.runtime, parallel=job.parallel, format=format).network
             header, folder = _header(job, data, chosen, network), Path(job.output)
-            width = bytes_per_token(header, hidden_size_of(network))
-            parts = list(_parts(data, phases, width))
-            header = replace(header, parts=[one.part for one in parts])
-            teacher = Teacher(chosen.source, 1.0, network)
-            wrote = TargetWriter(folder, header, teacher, parts).write()
-            if ranks.is_main():
-                rows, found = sum(one.part.rows for one in parts), "" if wrote else " already"
-                print(  # noqa: T201  the result of the command
-                    f"targets of {rows:,} rows are in {folder}{found}; a run reads them with "
-                    f"objective.targets={folder}"
+            parts = [
+                PartRows(
+                    part,
+                    (data.held_out_rows if part.is_validation else data.rows)(phase),
+                    phase.job.train.microbatch,
                 )
+                for part, phase in parts_of(
+                    phases, data.held_out_length, header.width(hidden_size_of(network))
+                )
+            ]
+            header = replace(header, parts=[one.part for one in parts])
+            writer = TargetWriter(folder, header, Teacher(chosen.source, 1.0, network), parts)
+            said = f"{writer.estimate()}; nothing was written" if job.dry_run else _written(writer)
+            if ranks.is_main():
+                print(said)  # noqa: T201  the result of the command
         finally:
             destroy_groups()
 
 
-def _parts(data: RunData, phases: Sequence[PhaseSpan], width: int) -> Iterator["PartRows"]:
-    """Yield the rows of each phase and of each kind of validation.
+def _loaded(load: str | None) -> layout.Found | None:
+    """Find the checkpoint that the student would start from; its vocabulary is that of the run."""
+    return None if load is None else layout.locate(folder_of(load, "checkpoint.load"))
 
-    Args:
-        data: of the run.
-        phases: of the run.
-        width: bytes that are stored of a token.
-    """
-    from hybrid_train.distillation.target_writer import PartRows
-    from hybrid_train.distillation.targets import Part
 
-    seen = set()
-    for phase in phases:
-        train, number = phase.job.train, phase.number
-        length = train.sequence_length
-        rows = phase.length.sequences
-        size = max(1, min(_FILE_BYTES // (width * length), max(_LEAST_ROWS, rows // _FILES)))
-        part = Part(f"train-{number}", Split.train.value, length, phase.start, rows, size)
-        yield PartRows(part, data.rows(phase), train.microbatch)
-        held_out = data.held_out_length(phase)
-        if not held_out or (length, held_out) in seen:
-            continue
-        seen.add((length, held_out))
-        part = Part(f"validation-{number}", Split.validation.value, length, 0, held_out, size)
-        yield PartRows(part, data.held_out_rows(phase), train.microbatch)
+def _written(writer: "TargetWriter") -> str:
+    """Write what is missing, and say where all is."""
+    rows, found = sum(one.part.rows for one in writer.parts), "" if writer.write() else " already"
+    return (
+        f"targets of {rows:,} rows are in {writer.folder}{found}; a run reads them with "
+        f"objective.targets={writer.folder}"
+    )
 
 
 def _header(
     job: DistillTargetsJob, data: RunData, chosen: ChosenTeacher, network: "Network"
-) -> "Header":
+) -> Header:
     """Say what the folder will hold, but for the rows."""
-    from hybrid_train.distillation.targets import HIDDEN, Header
+    from hybrid_train.distillation.target_writer import dtype_of
 
     assert isinstance(job.objective, Distill)
     hidden = job.what is TargetKind.hidden
     kind = "float32"
     if hidden:
-        own = str(next(network.chunks[0].parameters()).dtype).removeprefix("torch.")
-        kind = own if job.dtype is WeightFormat.keep else job.dtype.value
+        kind = dtype_of(network) if job.dtype is WeightFormat.keep else job.dtype.value
     wanted = hidden and job.objective.mtp is MtpTarget.divergence
     depths = parse(frozen.load(Path(chosen.run_dir)).model.pattern).mtp_depths if wanted else 0
     return Header(

@@ -77,6 +77,7 @@ MOST_USED: dict[str, dict[str, str]] = {
         "what": "The final hidden states are stored (hidden), or the most likely tokens (top_k).",
         "objective.top_k": "So many tokens are stored with what=top_k.",
         "dtype": "Hidden states are stored in this format; keep: as the teacher computes them.",
+        "dry_run": "Size and time are said and nothing is written if this is true; --dry-run.",
         **{name: told for name, told in _RUN.items() if name in _OF_A_PLAN},
     },
     "prune": {

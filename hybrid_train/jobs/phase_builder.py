@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hybrid_train.anatomy.gemm_formats import fp8_primary_weights
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.data.loader import BatchSource
 from hybrid_train.data.run_data import RunData
+from hybrid_train.distillation.teacher_record import ChosenTeacher, forward_flops
 from hybrid_train.jobs.networks import build_engine
 from hybrid_train.megatron.data_parallel import ProcessGroups, build_groups, destroy_groups
 from hybrid_train.model.build import build_model
@@ -39,11 +41,13 @@ class PhaseBuilder:
         data: what the run reads from.
         device: of this process.
         run_dir: the run folder, through which a run moves to another layout.
+        teachers: that run ahead of the model.
     """
 
     data: RunData
     device: torch.device
     run_dir: Path
+    teachers: Sequence[ChosenTeacher] = ()
 
     def build(self, phase_span: PhaseSpan, state: TrainState, token_budget: int) -> Run:
         """Build a run at a position in a phase, with new weights."""
@@ -102,7 +106,9 @@ class PhaseBuilder:
             phase_span, data_rank=groups.dp.rank(), data_size=groups.dp.size()
         )
         length = job.train.sequence_length
-        run.flops_per_token = counts.flops_per_token(job.model, rows_of(job.model), length).training
+        rows = rows_of(job.model)
+        run.flops_per_token = counts.flops_per_token(job.model, rows, length).training
+        run.flops_per_token += forward_flops(self.teachers, job, rows)
 
     def _batches(self, phase_span: PhaseSpan, engine: Engine, state: TrainState) -> BatchSource:
         groups = engine.network.groups

@@ -19,6 +19,7 @@ from hybrid_train.config.commands import setting, typed
 from hybrid_train.config.secrets import masked, masked_data
 from hybrid_train.data.record import FILE_NAME as RECORD
 from hybrid_train.distillation.teacher_record import FILE_NAME as TEACHERS
+from hybrid_train.distillation.teacher_record import only_moved
 from hybrid_train.hf import origin
 from hybrid_train.planning.phases import FIXED_SETTINGS, lay_out
 from hybrid_train.schema import formats
@@ -74,6 +75,9 @@ _OF_A_START = _WRITTEN | _HALVES | {"launch", "logs", "code"}
 _BYTES_PER_PARAMETER = 16  # weight, float32 master, two moments
 Change = tuple[str, object, object]  # a setting, its value there, its value here
 _log = logging.getLogger(__name__)
+
+
+_TEACHERS = ("objective.teacher", "objective.teachers")
 
 
 def may_change(key: str) -> bool:
@@ -228,6 +232,8 @@ def _foreign(
 ) -> list[Change]:
     """Return the changes that make it another run than the one in a folder."""
     free = (*_MAY_CHANGE, "data.") if job.data.accept_changes else _MAY_CHANGE
+    if any(name in _TEACHERS for name, *_ in changes) and only_moved(saved, job, folder):
+        changes = [change for change in changes if change[0] not in _TEACHERS]
     foreign = [
         change
         for change in changes

@@ -3,18 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from rich.console import Console
 
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.gemm_formats import formats_of
-from hybrid_train.config import frozen, rules_of_cluster
+from hybrid_train.config import rules_of_cluster
 from hybrid_train.config.rules_of_hardware import card_of
 from hybrid_train.config.rules_of_precision import is_native
 from hybrid_train.config.suggestions import processes_of
-from hybrid_train.distillation import teacher_record
 from hybrid_train.jobs.help import show_numbers
+from hybrid_train.jobs.teacher_plan import TeacherPlan, plan_teachers
 from hybrid_train.planning import degrees, stages
 from hybrid_train.planning.memory import Memory, memory
 from hybrid_train.planning.phases import PhaseSpan, lay_out, run_length
@@ -22,11 +21,8 @@ from hybrid_train.planning.stages import Stage
 from hybrid_train.schema.cluster import Cluster
 from hybrid_train.schema.hardware import Card
 from hybrid_train.schema.job_roots import CheckJob
-from hybrid_train.schema.objective import Distill, MtpTarget
 from hybrid_train.schema.optimizer import Wsd
-from hybrid_train.schema.pattern import parse
-from hybrid_train.schema.precision import GemmFormat, Precision
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_bytes, show_tokens, tokens
 
@@ -41,21 +37,6 @@ class PlannedPeak:
 
     tflops: float
     source: str
-
-
-@dataclass(frozen=True)
-class TeacherMemory:
-    """What the fullest process keeps of a teacher.
-
-    Attributes:
-        source: what the command calls it.
-        weights: bytes; frozen, with neither gradients nor an optimizer.
-        slots: bytes of the hidden states of a step, which the last pipeline rank keeps.
-    """
-
-    source: str
-    weights: int
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -132,14 +113,17 @@ class RunPlan:
 
     @property
     def flops(self) -> int:
-        """Operations of the whole run."""
-        of_phases = zip(self.flops_per_token, self.phases, strict=True)
-        return sum(each.training * (one.end - one.start) for each, one in of_phases)
+        """Operations of the whole run, with those of teachers ahead of it."""
+        of_phases = zip(self.flops_per_token, self.taught.flops, self.phases, strict=True)
+        return sum(
+            (each.training + ahead) * (one.end - one.start) for each, ahead, one in of_phases
+        )
 
     @property
     def flops_of_a_step(self) -> float:
-        """Operations of a step and process, in the first phase."""
-        return self.flops_per_token[0].training * self.tokens_per_step / self.processes
+        """Operations of a step and process, in the first phase, with those of teachers."""
+        of_a_token = self.flops_per_token[0].training + self.taught.flops[0]
+        return of_a_token * self.tokens_per_step / self.processes
 
     @cached_property
     def card(self) -> Card | None:
@@ -173,53 +157,22 @@ class RunPlan:
 
     def least_seconds(self) -> tuple[float, float] | None:
         """Return the time of a step and of the run at the whole peak; None for a peak unknown."""
-        if self.peak is None:
-            return None
-        flops = self.peak.tflops * 1e12
-        return self.flops_of_a_step / flops, self.flops / self.processes / flops
+        of_run = self.seconds_of(self.flops)
+        of_step = self.seconds_of(self.flops_of_a_step * self.processes)
+        return None if of_step is None or of_run is None else (of_step, of_run)
+
+    def seconds_of(self, flops: float) -> float | None:
+        """Return how long operations take that all processes share, at the whole peak."""
+        return None if self.peak is None else flops / self.processes / (self.peak.tflops * 1e12)
 
     def kept_of_rank(self, rank: int) -> Memory:
         """Return what a process of a pipeline rank keeps from step to step, in the first phase."""
         return memory(self.first, stages.held_of_rank(self.stages, rank), self.processes)
 
-    def teachers(self) -> Iterator[TeacherMemory]:
-        """Count what each teacher takes beside the student, in the first phase.
-
-        Raises:
-            UserError: if one is not on this machine.
-        """
-        settings = self.job.objective
-        if not isinstance(settings, Distill) or settings.targets is not None:
-            return
-        for one in teacher_record.choose(self.job, goes_on=False):
-            job = frozen.load(Path(one.run_dir))
-            base = settings.teacher_format or GemmFormat(job.precision.base.value)
-            experts = self.first.parallel.expert if "E" in job.model.pattern else 1
-            job.precision = Precision(format=base)
-            # Each process keeps the whole of its part, also where FSDP splits the student's.
-            job.parallel = replace(self.first.parallel, expert=experts, fsdp=False)
-            job.model.pattern = job.model.pattern.replace("|", "")
-            size = job.model.vocab_size or self.job.model.vocab_size or self.rows
-            cut = stages.stages(job, degrees.padded_vocab_size(size, job.model.vocab_multiple))
-            ranks = range(job.parallel.pipeline)
-            kept = (memory(job, stages.held_of_rank(cut, one), self.processes) for one in ranks)
-            depths = 1 + (settings.mtp is MtpTarget.divergence) * self._depths
-            width = depths * job.model.hidden_size * (4 if base is GemmFormat.fp32 else 2)
-            tokens_of_step = self.microbatches * self._tokens_of_microbatch
-            yield TeacherMemory(
-                one.source, max(each.weights for each in kept), width * tokens_of_step
-            )
-
-    @property
-    def _depths(self) -> int:
-        return parse(self.job.model.pattern).mtp_depths
-
-    @property
-    def _tokens_of_microbatch(self) -> int:
-        """Tokens of which a process has hidden states between layers, in the first phase."""
-        train, parallel = self.first.train, self.first.parallel
-        ways = parallel.context * (parallel.tensor if degrees.splits_sequence(parallel) else 1)
-        return train.microbatch * train.sequence_length // ways
+    @cached_property
+    def taught(self) -> TeacherPlan:
+        """What teachers take beside the model."""
+        return plan_teachers(self.job, self.phases, self.rows, self.processes)
 
     def cost_of_rank(self, rank: int) -> float:
         """Return the work of a pipeline rank as a part of the mean."""
@@ -229,11 +182,7 @@ class RunPlan:
     def most_kept(self) -> int:
         """Return the bytes that the fullest process keeps, in any phase, teachers included."""
         each = (stages.most_kept(one.job, self.processes, self.rows) for one in self.phases)
-        try:
-            taught = sum(one.weights + one.slots for one in self.teachers())
-        except UserError:  # a teacher of another machine
-            taught = 0
-        return max(each) + taught
+        return max(each) + sum(one.weights + one.slots for one in self.taught.teachers)
 
     def most_hosted(self) -> int:
         """Return the bytes in host memory of the process with most, in the first phase."""

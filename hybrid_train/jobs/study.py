@@ -46,6 +46,7 @@ from hybrid_train.tracking.metrics import show, show_duration
 _POLL_S = 0.2
 Running = dict[int, tuple["subprocess.Popen[bytes]", float]]  # by number: process, start
 _LAST_LINES = 15  # of the log of a run that failed
+_TAKE_THREADS = ("train", "distill_targets", "generate", "verify")
 Task = PlannedStage | PlannedRun
 _log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def _commands(
     for task, before, depth in zip(tasks, after, depths, strict=True):
         own = alone if at_depth[depth] == 1 and len(tasks) > 1 else threads
         name = "train" if isinstance(task, PlannedRun) else task.command
-        takes = isinstance(task, PlannedRun) or name in ("train", "generate", "verify")
+        takes = name in _TAKE_THREADS
         lines = [*task.lines, *([f"runtime.threads={own}"] if takes else [])]
         commands.append(Command(multirun.command(name, lines), task.log, before, own))
     return commands

@@ -1,7 +1,8 @@
 """What a study found: a table on the console, study.md, study.json and plots/gap.png.
 
-A study with stages says of each variant, too, how many tokens it took with and without them, and
-when the baseline is as low.
+A variant is compared with the baseline, or with another one that it names. A study with stages says
+of each, too, how many tokens it took with and without them, and when the baseline is as low; one
+with a longer baseline, how many tokens are saved.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ from hybrid_train.tracking.gaps import (
     Spread,
     compare,
     curve,
+    spread,
+    tokens_needed,
 )
 from hybrid_train.tracking.metrics import show, show_duration
 from hybrid_train.tracking.plots import plot_gaps
@@ -50,13 +53,20 @@ _VERSIONS = ("python", "torch", "megatron-core")
 
 @dataclass(frozen=True)
 class _Found:
-    """A variant and what its finished runs came to."""
+    """A variant and what its finished runs came to.
+
+    Attributes:
+        saved: share of the tokens that the baseline needs for the validation loss of the variant;
+            None where no longer baseline ran, or its model or data are not those of the baseline.
+    """
 
     variant: Variant
+    against: str  # the variant that it is compared with
     runs: dict[int, PlannedRun]  # finished ones, by seed
     curves: dict[int, Curve]  # of those
     comparison: Comparison
-    paired: bool  # with those of the baseline, so that the same seed means the same batches
+    paired: bool  # with those of `against`, so that the same seed means the same batches
+    saved: Spread | None
 
     @property
     def seen(self) -> float:
@@ -68,12 +78,12 @@ class _Found:
         run = next(iter(self.runs.values()))
         return self.seen + sum(_tokens_of(one) or 0 for one in run.stages().values())
 
-    def tokens_of_baseline(self, baseline: "_Found") -> float:
-        """Return when the baseline is as low as this at its end, mean over seeds; NaN if never."""
+    def tokens_of(self, other: "_Found") -> float:
+        """Return when another is as low as this at its end, mean over seeds; NaN if never."""
         reached = [
-            baseline.curves[seed].tokens_to_reach(one.mean(WINDOWS[TAIL]))
+            other.curves[seed].tokens_to_reach(one.mean(WINDOWS[TAIL]))
             for seed, one in self.curves.items()
-            if seed in baseline.curves
+            if seed in other.curves
         ]
         return sum(reached) / len(reached) if reached else math.nan
 
@@ -88,7 +98,8 @@ def report(study: StudyJob, plan: StudyPlan) -> None:
     folder = Path(study.run_dir)
     missing = [run.name for run in plan.runs if not run.is_finished()]
     facts = _facts(study, found, missing)
-    plots = {name: one.comparison for name, one in found.items()}
+    baseline = found[study.baseline].curves
+    plots = {name: compare(one.curves, baseline) for name, one in found.items()}
     plot_gaps(plots, study.baseline, folder / PLOT, study.title)
     (folder / JSON).write_text(json.dumps(_as_data(study, found, facts, plan), indent=2) + "\n")
     (folder / MARKDOWN).write_text(_markdown(study, found, facts, plan))
@@ -131,17 +142,35 @@ def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
     first = {
         name: frozen.load(next(iter(by_seed.values())).folder) for name, by_seed in finished.items()
     }
-    return {
-        name: _Found(
+    lengths = [curves[name] for name in (study.baseline, *study.longer) if name in curves]
+    found = {}
+    for name, variant in study.chosen().items():
+        if name not in finished:
+            continue
+        against = study.compared_with(name)
+        against = against if against in finished else study.baseline
+        like_baseline = are_paired(first[name], first[study.baseline])
+        found[name] = _Found(
             variant,
+            against,
             finished[name],
             curves[name],
-            compare(curves[name], curves[study.baseline]),
-            are_paired(first[name], first[study.baseline]),
+            compare(curves[name], curves[against]),
+            are_paired(first[name], first[against]),
+            _saved(curves[name], lengths) if like_baseline and len(lengths) > 1 else None,
         )
-        for name, variant in study.chosen().items()
-        if name in finished
-    }
+    return found
+
+
+def _saved(curves: Mapping[int, Curve], lengths: Sequence[Mapping[int, Curve]]) -> Spread:
+    """Describe over seeds the share of tokens that a run saves; 0 and the largest are bounds."""
+    return spread(
+        [
+            1 - one.seen / tokens_needed(one.validation, [runs[seed] for runs in lengths])
+            for seed, one in curves.items()
+            if all(seed in runs for runs in lengths)
+        ]
+    )
 
 
 def _tokens_of(stage: PlannedStage) -> float | None:
@@ -154,28 +183,43 @@ def _tokens_of(stage: PlannedStage) -> float | None:
 
 def _sentences(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[str]:
     """Yield a sentence for each variant but the baseline."""
-    baseline = found[study.baseline]
     for name, one in found.items():
         if name == study.baseline:
             continue
         tail = one.comparison.windows[TAIL]
-        spread = (
+        deviation = (
             f"deviation {_percent(tail.deviation, '{:.2f}')} %" if tail.number > 1 else "no spread"
         )
         few = ", fewer than the three that a claim needs" if tail.number < _SEEDS_OF_A_CLAIM else ""
         word = {True: "within", False: "beyond", None: ""}[one.comparison.within_seeds]
         judged = f", {word} what seeds alone do" if word else ""
         text = (
-            f"{name}: a loss {_percent(tail.mean)} % from that of {study.baseline} ({spread} over "
+            f"{name}: a loss {_percent(tail.mean)} % from that of {one.against} ({deviation} over "
             f"{counted(tail.number, 'seed')}{few}{judged}) after {_count(one.seen)} tokens, "
-            f"{_count(one.seen_with_stages)} with its stages; "
+            f"{_count(one.seen_with_stages)} with its stages"
         )
-        needed = one.tokens_of_baseline(baseline)
-        if math.isnan(needed):
-            yield f"{text}{study.baseline} is never as low in {_count(baseline.seen)} tokens."
-        else:
-            saved = _percent(1 - one.seen / needed, "{:.0f}")
-            yield f"{text}{study.baseline} is as low after {_count(needed)}: {saved} % saved."
+        yield f"{text}{_when(study, one, found[one.against])}."
+
+
+def _when(study: StudyJob, one: _Found, other: _Found) -> str:
+    """Say when the baseline, or what a variant is compared with, is as low."""
+    if one.saved is not None:
+        return f"; saved are {_share(one.saved)} % of the tokens that {study.baseline} needs"
+    if study.longer:
+        return ""
+    needed = one.tokens_of(other)
+    if math.isnan(needed):
+        return f"; {one.against} is never as low in {_count(other.seen)} tokens"
+    saved = _percent(1 - one.seen / needed, "{:.0f}")
+    return f"; {one.against} is as low after {_count(needed)}: {saved} % saved"
+
+
+def _share(saved: Spread | None) -> str:
+    """Show a share over seeds: the mean, the lowest and the highest."""
+    if saved is None or not saved.number:
+        return "-"
+    low, high = _percent(saved.lowest, "{:.0f}"), _percent(saved.highest, "{:.0f}")
+    return f"{_percent(saved.mean, '{:.0f}')} ({low} to {high})"
 
 
 def _count(number: float) -> str:
@@ -184,8 +228,8 @@ def _count(number: float) -> str:
 
 def _heads(study: StudyJob) -> list[str]:
     return [
-        "gap, %", "seeds", *WINDOWS, "deviation", "lowest", "highest", "validation",
-        f"seeds of {study.baseline}",
+        "gap, %", "against", "seeds", *WINDOWS, "deviation", "lowest", "highest", "validation",
+        "its seeds", *(["saved, %"] if study.longer else []),
     ]  # fmt: skip
 
 
@@ -197,6 +241,7 @@ def _rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, .
         tail = one.comparison.windows[TAIL]
         yield (
             name,
+            one.against,
             str(tail.number),
             *(_percent(gap.mean) for gap in one.comparison.windows.values()),
             _percent(tail.deviation, "{:.2f}"),
@@ -204,6 +249,7 @@ def _rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, .
             _percent(tail.highest),
             _percent(one.comparison.validation_gap.mean),
             {True: "within", False: "beyond", None: "not known"}[one.comparison.within_seeds],
+            *([_share(one.saved)] if study.longer else []),
         )
 
 
@@ -212,25 +258,45 @@ def _percent(share: float, form: str = "{:+.2f}") -> str:
 
 
 def _legend(study: StudyJob, found: Mapping[str, _Found]) -> str:
-    """Say what the figures are, and those of the baseline itself."""
-    base = found[study.baseline].comparison
-    windows = "; ".join(f"{name} {show('loss', loss.mean)}" for name, loss in base.losses.items())
-    tail, validation = base.losses[TAIL], base.validation_loss
+    """Say what the figures are, and those of what the variants are compared with."""
+    others = dict.fromkeys([study.baseline, *(one.against for one in found.values())])
     alone = ", ".join(name for name, one in found.items() if not one.paired)
     unpaired = (
-        f"\n\nNot paired: {alone}. Their batches or their models are not those of "
-        f"{study.baseline}, so that their gaps hold what chance does to a run."
+        f"\n\nNot paired: {alone}. Their batches or their models are not those of what they are "
+        f"compared with, so that their gaps hold what chance does to a run."
+    )
+    saved = (
+        f"\nSaved: of the tokens that {study.baseline} needs for the same validation loss, read "
+        f"between {', '.join([study.baseline, *study.longer])}; mean\n(lowest to highest) over "
+        "seeds, of variants with its model and its batches. The least and the most that these can "
+        "show are bounds."
     )
     return (
-        f"Gap: (loss - loss of {study.baseline}) / loss of {study.baseline}, of runs with the same "
-        f"seed, mean over seeds. A loss at a\npoint is the mean over the {WINDOW:.0%} of training "
-        f"before it. Deviation (of the sample), lowest, highest: of the gap of\nthe {TAIL} over "
-        f"seeds. Validation: gap at the end. Seeds of {study.baseline}: whether the gap of the "
-        f"{TAIL} is within the\nrelative deviation of the losses of {study.baseline} over its own "
-        f"seeds, {_percent(tail.relative, '{:.2f}')} %.\n\n"
-        f"{study.baseline}: loss {windows}; validation {show('validation_loss', validation.mean)} "
-        f"(lowest {show('validation_loss', validation.lowest)}, highest "
-        f"{show('validation_loss', validation.highest)}).{unpaired if alone else ''}"
+        "Gap: (loss - loss of the other) / loss of the other, the one under `against`, of runs "
+        "with the same seed, mean over\nseeds. A loss at a point is the mean over the "
+        f"{WINDOW:.0%} of training before it. Deviation (of the sample), lowest,\nhighest: of the "
+        f"gap of the {TAIL} over seeds. Validation: gap at the end. Its seeds: whether the gap of "
+        f"the\n{TAIL} is within the relative deviation of the losses of the other over its own "
+        f"seeds.{saved if study.longer else ''}\n\n"
+        + "\n".join(_losses_of(name, found[name].comparison) for name in others)
+        + (unpaired if alone else "")
+    )
+
+
+def _losses_of(name: str, found: Comparison) -> str:
+    """Say the losses of a variant that others are compared with."""
+    windows = "; ".join(f"{part} {show('loss', loss.mean)}" for part, loss in found.losses.items())
+    mean, lowest, highest = (
+        show("validation_loss", value)
+        for value in (
+            found.validation_loss.mean,
+            found.validation_loss.lowest,
+            found.validation_loss.highest,
+        )
+    )
+    return (
+        f"{name}: loss {windows}; validation {mean} (lowest {lowest}, highest {highest}); "
+        f"deviation over seeds {_percent(found.losses[TAIL].relative, '{:.2f}')} %."
     )
 
 
@@ -266,16 +332,18 @@ def _as_data(
         variants[name] = {
             "overrides": list(one.variant.overrides),
             "published": one.variant.published,
+            "against": one.against,
             "runs": {str(seed): str(run.folder) for seed, run in one.runs.items()},
             "gaps": {key: _spread(gap) for key, gap in one.comparison.windows.items()},
             "losses": {key: _spread(loss) for key, loss in one.comparison.losses.items()},
             "validation_loss": _spread(one.comparison.validation_loss),
             "validation_gap": _spread(one.comparison.validation_gap),
             "paired": one.paired,
-            "within_seeds_of_baseline": one.comparison.within_seeds,
+            "within_seeds_of_the_other": one.comparison.within_seeds,
             "tokens": one.seen,
             "tokens_with_stages": one.seen_with_stages,
-            "tokens_of_baseline_to_reach": _finite(one.tokens_of_baseline(baseline)),
+            "tokens_of_baseline_to_reach": _finite(one.tokens_of(baseline)),
+            "tokens_saved": _spread(one.saved) if one.saved else None,
         }
     return {
         "title": study.title,

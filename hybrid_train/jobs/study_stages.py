@@ -80,7 +80,7 @@ class PlannedStage:
     @property
     def resumes(self) -> bool:
         """Whether the command goes on with what it left half done."""
-        return self.command in ("train", "data tokenize")
+        return self.command in ("train", "data tokenize", "distill_targets")
 
     def record(self) -> dict[str, Any] | None:
         """Return what was written as the stage ended well; None if it has not, or is gone.
@@ -218,7 +218,10 @@ class Stages:
 
     def _lines(self, name: str) -> list[str]:
         stage = self._study.stages[name]
-        return [*stage.overrides, *(self._study.overrides if stage.command == "train" else ())]
+        # Whatever takes the settings of a training: targets are those of the rows of a run.
+        schema = SCHEMAS.get(("job", root_of(stage.command)), object)
+        is_training = issubclass(schema, TrainJob)
+        return [*stage.overrides, *(self._study.overrides if is_training else ())]
 
     def _plan(self, name: str, seed: int | None) -> PlannedStage | None:
         command = self._study.stages[name].command

@@ -98,6 +98,7 @@ class DistillTargetsJob(TrainJob):
     output: FileName = MISSING  # folder of the targets; the same command goes on after a kill
     what: TargetKind = TargetKind.hidden
     dtype: WeightFormat = WeightFormat.keep  # of hidden states; keep: as the teacher computes them
+    dry_run: bool = False  # say size and time of the targets, and write none
 
     def problems(self) -> Iterator[Problem]:
         """Check what the job says of the objective."""

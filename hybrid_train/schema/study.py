@@ -28,6 +28,7 @@ class Variant:
     """What one variant changes, and what somebody found for it."""
 
     overrides: list[str] = field(default_factory=list)  # after those of the base; empty: as base
+    against: Name | None = None  # variant that it is compared with; null: the baseline
     published: str = ""  # figure of a paper with its source, shown beside ours
 
     def problems(self) -> Iterator[Problem]:
@@ -57,6 +58,7 @@ class ShortForm:
     """What short=true changes, to see within a minute that a study works."""
 
     overrides: list[str] = field(default_factory=list)  # of every training, after all others
+    only: list[Name] = field(default_factory=list)  # variants beside the baseline; empty: as asked
     seeds: list[Seed] = field(default_factory=list)  # empty: the first of the study
 
 
@@ -94,6 +96,8 @@ class StudyJob:
     rates: RateChoice = field(default_factory=RateChoice)
     seeds: list[Seed] = MISSING
     baseline: Name = MISSING  # name of the variant that the others are compared with
+    # Variants that are the baseline with more tokens: tokens saved are read between its lengths.
+    longer: list[Name] = field(default_factory=list)
     variants: dict[Name, Variant] = field(default_factory=dict)
     only: list[Name] = field(default_factory=list)  # variants beside the baseline; empty: all
     parts: dict[Name, list[Name]] = field(default_factory=dict)  # variants that part=NAME runs
@@ -112,15 +116,25 @@ class StudyJob:
         return replace(
             asked,
             run_dir=f"{self.run_dir}/{SHORT}",
+            only=asked.only or form.only,
             seeds=form.seeds or self.seeds[:1],
             overrides=[*form.overrides, *self.overrides],
         )
 
     def chosen(self) -> dict[str, Variant]:
-        """Return the variants that take part, in their order, the baseline first."""
+        """Return the variants that take part, in their order, the baseline first.
+
+        With a variant goes what it is compared with.
+        """
         wanted = {self.baseline, *(self.only or self.variants)}
+        while more := {self.compared_with(name) for name in wanted} - wanted:
+            wanted |= more
         rest = {name: one for name, one in self.variants.items() if name in wanted}
         return {self.baseline: rest.pop(self.baseline), **rest}
+
+    def compared_with(self, name: str) -> str:
+        """Return the variant that this one is compared with."""
+        return self.variants[name].against or self.baseline
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
@@ -131,6 +145,10 @@ class StudyJob:
         yield from self._stages()
         yield from self._unknown("baseline", [self.baseline])
         yield from self._unknown("only", self.only)
+        yield from self._unknown("longer", self.longer)
+        yield from self._unknown("short_form.only", self.short_form.only)
+        for name, variant in self.variants.items():
+            yield from self._against(f"variants.{name}.against", name, variant.against)
         yield from self._parts()
         if self.short and not self.short_form.overrides:
             rule = "this study says nothing of it; short_form: {overrides: [train.tokens=4k]} does"
@@ -210,6 +228,15 @@ class StudyJob:
             yield Problem("part", self.part, rule, nearest(self.part, self.parts))
         elif self.only:
             yield Problem("only", self.only, f"part={self.part} names the variants; choose one")
+
+    def _against(self, path: str, name: str, other: str | None) -> Iterator[Problem]:
+        """A variant is compared with another one; the baseline with none."""
+        if other is None:
+            return
+        yield from self._unknown(path, [other])
+        if name in (self.baseline, other):
+            rule = "the baseline is compared with none" if name == self.baseline else "is itself"
+            yield Problem(path, other, rule, None)
 
     def _unknown(self, path: str, names: list[str]) -> Iterator[Problem]:
         for name in names:

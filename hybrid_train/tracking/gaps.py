@@ -75,6 +75,30 @@ class Curve:
         return total / weight if weight else math.nan
 
 
+def tokens_needed(loss: float, lengths: Sequence[Curve]) -> float:
+    """Return how many tokens a run needs for a validation loss, read between runs of some lengths.
+
+    Each has a schedule of its own, so that its last loss is what so many tokens are worth; a curve
+    before its rate has fallen shows less. Between two lengths the loss is a line in the logarithm
+    of tokens.
+
+    Args:
+        loss: nats per token.
+        lengths: runs, from the shortest to the longest.
+
+    Returns:
+        Tokens; those of the shortest where it is as low, of the longest where none is: bounds.
+    """
+    shortest, *others = lengths
+    before = shortest
+    for one in others if loss < shortest.validation else ():
+        if one.validation <= loss:
+            share = (before.validation - loss) / (before.validation - one.validation)
+            return before.seen * (one.seen / before.seen) ** share
+        before = one
+    return before.seen
+
+
 def curve(lines: Sequence[Mapping[str, float]]) -> Curve:
     """Take the losses of a run from the lines of its metrics.jsonl.
 

@@ -136,7 +136,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("pause_s", "s", "before the step, that no step took", show_step_time),
         Metric("save_time_s", "s", "part of that, in which a save was waited for", show_step_time),
         Metric("validation_time_s", "s", "the same, for validation", show_step_time),
-        Metric("mfu", "", "share of the peak that the model's FLOPs reach", "{:.1%}".format, "MFU"),
+        Metric(
+            "mfu",
+            "",
+            "share of the peak that the FLOPs of model and teachers reach",
+            "{:.1%}".format,
+            "MFU",
+        ),
     ),
     "hooks": (Metric("own/{}", "", "of a hook of one's own", "{:.4g}".format),),
 }

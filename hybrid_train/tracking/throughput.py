@@ -86,7 +86,8 @@ class Throughput:
         Args:
             tokens: tokens of the step, over all ranks.
             step_time_s: wall time of the step.
-            flops_per_token: of training; `flops_per_token(...).training` in anatomy/counts.py.
+            flops_per_token: of training, `flops_per_token(...).training` in anatomy/counts.py, and
+                of the forward passes of teachers that run ahead.
         """
         tokens_per_s = tokens / step_time_s
         measured = {"tokens_per_s": tokens_per_s, "step_time_s": step_time_s}

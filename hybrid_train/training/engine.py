@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -60,6 +60,10 @@ class Losses:
     sums: Tensor
     totals: Tensor
     drawn: dict[str, int]
+
+    def plus(self, other: "Losses") -> "Losses":
+        """Return those of both, of other microbatches; what was drawn is not added."""
+        return replace(self, sums=self.sums + other.sums, totals=self.totals + other.totals)
 
     def means(self, sums: Tensor) -> dict[str, float]:
         """Divide sums over all processes; a term or source without any weight has no loss."""
@@ -268,18 +272,28 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the mean of each loss term over batches, and of each source, without gradients."""
         heartbeat.enter(heartbeat.VALIDATION)
-        found: dict[str, float] = {}
+        turns, left = list(dict.fromkeys(self.objective.turns)), iter(batches)
+        losses: dict[Turn, Losses] = {}
         with contextlib.ExitStack() as stack:
             for network in self.networks.values():
                 stack.enter_context(network.evaluating())
-            with self._said_once():
-                microbatches = [self.network.own(batch) for batch in batches]
-            microbatches = self.objective.prepare(self._filled_up(microbatches))
-            for turn in dict.fromkeys(self.objective.turns):
-                one = self._run(turn, microbatches, forward_only=True)
-                found.update(one.means(_sum_over_processes(one.sums)))
+            while microbatches := self._validated_at_once(left):
+                microbatches = self.objective.prepare(self._filled_up(microbatches))
+                for turn in turns:
+                    one = self._run(turn, microbatches, forward_only=True)
+                    losses[turn] = losses[turn].plus(one) if turn in losses else one
+        means = (one.means(_sum_over_processes(one.sums)) for one in losses.values())
+        found = {name: value for of_turn in means for name, value in of_turn.items()}
         heartbeat.enter(heartbeat.BETWEEN)
         return found
+
+    def _validated_at_once(self, left: Iterator[Batch]) -> list[Batch]:
+        """Take microbatches of a validation: as many as a step has, where each has a slot."""
+        if type(self.objective).prepare is not Objective.prepare:
+            of_step = self.sequences_per_step // (self.microbatch * self.network.groups.dp.size())
+            left = islice(left, max(of_step, 1))
+        with self._said_once():
+            return [self.network.own(batch) for batch in left]
 
     def forward_only(self, turn: Turn, microbatches: list[Batch]) -> None:
         """Run the forward pass of a turn alone; for whoever listens with module hooks."""

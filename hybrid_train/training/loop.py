@@ -102,7 +102,7 @@ class Run:
         engine: takes the steps of the present phase.
         batches: what they are taken on.
         validation: what the present phase is validated on; iterate it once for each.
-        flops_per_token: of training, in the present phase.
+        flops_per_token: of training, and of teachers ahead of it, in the present phase.
         token_budget: tokens of the whole run.
         bad_steps: which steps are not taken.
         state: its position.

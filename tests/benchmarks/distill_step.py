@@ -120,8 +120,9 @@ def write(engine: Any, job: Any, run_dir: Path) -> None:
 
 def store_targets(teacher: Path, what: str, groups: Any) -> Any:
     """Write targets of the fixed rows; return what reads them."""
+    from hybrid_train.distillation.target_folder import Header, Part
     from hybrid_train.distillation.target_writer import PartRows, TargetWriter
-    from hybrid_train.distillation.targets import Header, Part, open_targets
+    from hybrid_train.distillation.targets import open_targets
     from hybrid_train.distillation.teachers import Teacher
     from hybrid_train.jobs.networks import load_model
     from hybrid_train.schema.runtime import Runtime

@@ -105,9 +105,9 @@ def words_of(command: str) -> list[str]:
 
 
 def is_training(words: list[str]) -> bool:
-    """Tell whether the command would train."""
-    job = "train" in words[1:] or words[0] == "launch/local.sh"
-    return words[0] != "make" and job and not INFORMATION & set(words)
+    """Tell whether the command would train, or run a teacher over the rows of a training."""
+    job = {"train", "distill_targets"} & set(words[1:]) or words[0] == "launch/local.sh"
+    return words[0] != "make" and bool(job) and not INFORMATION & set(words)
 
 
 def as_run(command: str) -> str:
@@ -220,6 +220,7 @@ def test_commands_run_in_zsh(zsh: str, source_copy: Path, environment: dict[str,
             "A=1 torchrun -m hybrid_train train " + SHORT,
         ),
         ("launch/local.sh --cpu 2", "launch/local.sh --cpu 2 " + SHORT),
+        ("hybrid-train distill_targets output=x", "hybrid-train distill_targets output=x " + SHORT),
     ],
 )
 def test_only_a_training_command_is_shortened(shown: str, run: str) -> None:

@@ -6,6 +6,8 @@ from signal import SIGKILL
 
 import pytest
 
+from hybrid_train.anatomy import counts
+from hybrid_train.config import frozen
 from tests.jobs.command import (
     Finished,
     assert_equal_to_the_bit,
@@ -43,7 +45,18 @@ def words(parent: Path, steady: tuple[str, ...]) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def whole(parent: Path, steady: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run:
     run_dir = tmp_path_factory.mktemp("distilled") / "whole"
-    return run_dir, train(run_dir, *words(parent, steady), "checkpoint.keep=3")
+    return run_dir, train(
+        run_dir, *words(parent, steady), "checkpoint.keep=3", "runtime.peak_tflops=1"
+    )
+
+
+def test_the_forward_pass_of_a_teacher_counts_in_mfu(whole: Run) -> None:
+    model = frozen.load(whole[0]).model
+    assert model.vocab_size is not None
+    student = counts.flops_per_token(model, model.vocab_size, 64)  # the teacher is of its shape
+    for line in metrics(whole[0]):
+        flops = line["mfu"] * 1e12 / line["tokens_per_s"]
+        assert flops == pytest.approx(student.training + student.forward)
 
 
 def test_a_student_comes_near_its_teacher(whole: Run) -> None:
@@ -101,6 +114,54 @@ def test_the_teacher_of_a_run_cannot_become_another_one(
     assert refused.code != 0
     assert "is another checkpoint than the one that this run" in refused.err
     assert len(metrics(run_dir)) == 4
+
+
+@pytest.mark.slow
+def test_a_teacher_behind_a_url_is_fetched_and_the_very_step_again_where_it_is_gone(
+    whole: Run,
+    parent: Path,
+    steady: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    there, run_dir = tmp_path / "there", tmp_path / "child"
+    shutil.copytree(parent, there)
+    given = (*words(parent, steady), "checkpoint.keep=3", f"objective.teacher=file://{there}")
+    first = train(run_dir, *given, "train.tokens=1024")
+    assert first.code == 0, first.err
+    shutil.rmtree(tmp_path / "cache" / "hybrid_train" / "checkpoints")
+    shutil.move(there / "kept", there / "checkpoints" / "step_00000040")  # it has trained on
+    finished = train(run_dir, *given)
+    assert finished.code == 0, finished.err
+    assert "fetching step 30" in finished.err
+    assert_equal_to_the_bit(run_dir, whole[0], STEPS)
+    own = (
+        "objective.teacher=self",
+        f"checkpoint.load=file://{there}",
+        "checkpoint.load_only=weights",
+    )
+    kept = train(tmp_path / "kept", *words(parent, steady), *own, "train.tokens=1024")
+    assert kept.code == 0, kept.err
+    assert metrics(tmp_path / "kept")[0]["divergence"] < 1e-6
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_teacher_in_another_folder(
+    whole: Run, parent: Path, steady: tuple[str, ...], tmp_path: Path
+) -> None:
+    given, run_dir = words(parent, steady), tmp_path / "child"
+    shutil.copytree(whole[0], run_dir)
+    for step in (8, 12):
+        shutil.rmtree(run_dir / "checkpoints" / f"step_{step:08d}")
+    shutil.copytree(parent, tmp_path / "moved")
+    finished = train(run_dir, *given, "checkpoint.keep=3", f"objective.teacher={tmp_path}/moved")
+    assert finished.code == 0, finished.err
+    assert "is the very checkpoint that this run learned from in" in finished.err
+    assert_equal_to_the_bit(run_dir, whole[0], STEPS)
+    text = (run_dir / "teachers.json").read_text()
+    assert str(tmp_path / "moved") in text
+    assert str(parent) not in text.replace(f"{tmp_path}/moved", "")
 
 
 @pytest.mark.slow

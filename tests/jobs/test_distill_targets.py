@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from hybrid_train.schema.units import show_bytes
 from tests.jobs.command import Finished, contents, finish, start, tensors, untimed
 from tests.tiny import MEGATRON_WARNINGS
 
@@ -159,6 +161,32 @@ def test_targets_of_another_kind_are_not_mixed_with_those_that_are_there(student
     assert done.code == 2
     assert "holds targets of another teacher, run or kind (other: what, top_k" in done.err
     assert contents(student.folder / "whole") == before
+
+
+def test_check_and_a_dry_run_say_the_size_of_the_folder_that_is_written(student: Student) -> None:
+    top = ("what=top_k", "objective.top_k=4")
+    assert student.write("top of phases", *top, *PHASES).code == 0
+    for name, number, words in (("whole", 0, ()), ("top of phases", 1, PHASES)):
+        own = (*RUN, student.data, student.teacher, "run_dir=unused", "objective.top_k=4", *words)
+        done = finish(start("check", "--json", *own))
+        assert done.code == 0, done.said
+        said = json.loads(done.out)["teachers"]["storable"]
+        files = list((student.folder / name).rglob("*.safetensors"))
+        values = [one for file in files for one in load_file(file).values()]
+        assert said["kinds"][number]["bytes"] == sum(one.nbytes for one in values)
+        written = json.loads((student.folder / name / "targets.json").read_text())["parts"]
+        assert said["rows"] == sum(one["rows"] for one in written)
+        read = finish(start("check", *RUN, student.targets(name), "run_dir=unused", *words[:1]))
+        size = sum(
+            one.stat().st_size for one in (student.folder / name).rglob("*") if one.is_file()
+        )
+        assert f"{show_bytes(size)}, {said['rows']} rows" in " ".join(read.out.split())
+    dry = student.write("never", *top, "--dry-run")
+    assert dry.code == 0, dry.said
+    assert "48 rows take" in dry.out
+    assert "tokens," in dry.out
+    assert "nothing was written" in dry.out
+    assert not (student.folder / "never").exists()
 
 
 def test_the_header_says_what_the_targets_were_made_of(student: Student) -> None:

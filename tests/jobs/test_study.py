@@ -300,3 +300,18 @@ def test_a_rate_is_chosen_before_the_variants_run(folder: Path, tmp_path: Path) 
     log = (tmp_path / "study" / "plain" / "seed_1" / "config.yaml").read_text()
     assert "peak_lr: 0.003" in log
     assert last_step(tmp_path / "study" / "plain" / "seed_1") == STEPS
+
+
+@pytest.mark.slow
+def test_the_study_of_distillation_works_in_its_short_form(corpus: Path, tmp_path: Path) -> None:
+    places = (f"run_dir={tmp_path}/study", f"stages_dir={tmp_path}/kept")
+    words = (*places, "short=true", f"overrides=data.folder={corpus}")
+    short = finish(start("study", "name=distillation", *words))
+    assert short.code == 0, short.said
+    assert kept(tmp_path).keys() == {"train", "distill_targets"}
+    data = json.loads((tmp_path / "study" / "short" / "study.json").read_text())
+    against = {name: one["against"] for name, one in data["variants"].items()}
+    assert against == {"ce": "ce", "kd": "ce", "top_4": "kd", "hidden_mse": "kd"}
+    assert data["variants"]["kd"]["paired"]
+    log = (tmp_path / "study" / "short" / "hidden_mse" / "seed_1" / "metrics.jsonl").read_text()
+    assert "hidden_loss" in log

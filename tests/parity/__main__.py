@@ -4,7 +4,7 @@ python -m tests.parity layouts [NAME ...]     every layout against one process
 python -m tests.parity packed [NAME ...]      the same on rows of several documents
 python -m tests.parity quantized [NAME ...]   the same in FP8 and FP4, one step
 python -m tests.parity taught [NAME ...]      the same with a teacher
-python -m tests.parity faults                 planted faults and what found them
+python -m tests.parity faults [NAME ...]      planted faults and what found them
 python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
 """
 
@@ -52,7 +52,7 @@ def _quantized(names: Sequence[str]) -> bool:
 
 
 def _taught(names: Sequence[str]) -> bool:
-    return _compared(TAUGHT, [f"taught, {name}" for name in names])
+    return _compared(TAUGHT, [one if one in TAUGHT else f"taught, {one}" for one in names])
 
 
 def _compared(cases: dict[str, Case], names: Sequence[str]) -> bool:
@@ -81,12 +81,14 @@ def _draws(seeds: Sequence[str]) -> bool:
     return all(verdicts)
 
 
-def _faults(_: Sequence[str]) -> bool:
+def _faults(names: Sequence[str]) -> bool:
     print(f"{'planted fault':52} {'layout':11} what found it")
     found = []
     with tempfile.TemporaryDirectory() as folder:
         suite = Suite(Path(folder))
         for name, fault in FAULTS.items():
+            if names and name not in names:
+                continue
             hit = fault.noticed(suite.compare(CASES[fault.layout], name).problems)
             print(f"{name:52} {fault.layout:11} {hit or 'NOT FOUND'}", flush=True)
             found.append(hit is not None)

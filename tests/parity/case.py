@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from hybrid_train.schema.model import (
     Moe,
     MoeSizes,
 )
-from hybrid_train.schema.objective import Distill, HiddenStates
+from hybrid_train.schema.objective import Distill, HiddenStates, WeighedTeacher
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import GemmFormat, NumberFormat, Precision
 from hybrid_train.schema.train import TrainJob
@@ -89,17 +89,25 @@ def packed(case: Case) -> Case:
     return replace(case, packed=True)
 
 
-def taught(case: Case, layers: Mapping[int, int] | None = None) -> Case:
-    """Return the same case with a teacher, and all that its loss is a mixture of.
+def taught(
+    case: Case,
+    layers: Mapping[int, int] | None = None,
+    weights: Sequence[float] = (1.0,),
+    top_k: int | None = None,
+) -> Case:
+    """Return the same case with teachers, and all that its loss is a mixture of.
 
     Args:
         case: without one.
         layers: of the student, and those of the teacher that their hidden states are drawn to.
+        weights: of the teachers.
+        top_k: tokens of each teacher that are told apart; None: all.
     """
     job = copy.deepcopy(case.job)
     job.objective = Distill(
         moe_aux_loss_scale=job.objective.moe_aux_loss_scale,
-        teacher="of the reference",
+        teachers=[WeighedTeacher(checkpoint="of the reference", weight=one) for one in weights],
+        top_k=top_k,
         temperature=2.0,
         reverse_share=0.3,
         cross_entropy_share=0.2,

@@ -112,11 +112,13 @@ def _expert_bias_is_not_synchronised(_: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(router, "get_updated_expert_bias", by_own_tokens)
 
 
-def _slots_are_changed(change: Callable[[list[Tensor]], list[Tensor]]) -> Plant:
-    """Change what a teacher hands over: the hidden states of the main head, by microbatch."""
+def _slots_are_changed(
+    change: Callable[[list[Tensor]], list[Tensor]], name: str = "teacher_hidden.0"
+) -> Plant:
+    """Change what a teacher hands over by microbatch, by default the states of the main head."""
 
     def plant(engine: Any, patch: pytest.MonkeyPatch) -> None:
-        prepare, name = engine.objective.prepare, "teacher_hidden.0"
+        prepare = engine.objective.prepare
 
         def prepare_and_change(batches: Sequence[Any]) -> list[Any]:
             found = prepare(batches)
@@ -133,6 +135,10 @@ def _slots_are_changed(change: Callable[[list[Tensor]], list[Tensor]]) -> Plant:
     return plant
 
 
+def _are_stale(slots: list[Tensor]) -> list[Tensor]:
+    return [slots[-1], *slots[:-1]]
+
+
 def _reduction_is_differentiated(_: Any, patch: pytest.MonkeyPatch) -> None:
     """Scale the gradient as a collective in the loss does that autograd goes through."""
     from hybrid_train.ops.logits import HeadPart
@@ -147,10 +153,10 @@ def _reduction_is_differentiated(_: Any, patch: pytest.MonkeyPatch) -> None:
 
 def _padded_rows_have_a_share(engine: Any, patch: pytest.MonkeyPatch) -> None:
     """Let the teacher's padded rows be tokens that no label names."""
-    from hybrid_train.ops import divergence
+    from hybrid_train.ops.distribution import Columns
     from hybrid_train.ops.logits import HeadPart
 
-    of_columns = divergence._Columns.of
+    of_columns = Columns.of
 
     def of(logits: Tensor, head: HeadPart, scale: float) -> Any:
         found = of_columns(logits, head, scale)
@@ -158,7 +164,7 @@ def _padded_rows_have_a_share(engine: Any, patch: pytest.MonkeyPatch) -> None:
         padded = torch.cat([found.log_sum[:, None], rest], dim=-1).logsumexp(-1)
         return replace(found, log_sum=padded)
 
-    patch.setattr(divergence._Columns, "of", staticmethod(of))
+    patch.setattr(Columns, "of", staticmethod(of))
 
 
 def _counted_twice(name: str) -> Plant:
@@ -199,7 +205,17 @@ FAULTS = {
         _expert_bias_is_not_synchronised, "DP2", "copies of decoder.layers.1.mlp.router.expert_bias"
     ),
     "slot of the microbatch before": Fault(
-        _slots_are_changed(lambda slots: [slots[-1], *slots[:-1]]), "taught, PP2", "loss of step 1"
+        _slots_are_changed(_are_stale), "taught, PP2", "loss of step 1"
+    ),
+    "stale slot of the second teacher": Fault(
+        _slots_are_changed(_are_stale, "teacher_hidden.1"),
+        "taught the top 8 by two, PP2",
+        "divergence of step 1",
+    ),
+    "stale slot of hidden states": Fault(
+        _slots_are_changed(_are_stale, "teacher_layer.2"),
+        "taught between layers, PP2",
+        "hidden_loss of step 1",
     ),
     "teacher's places moved by one": Fault(
         _slots_are_changed(lambda slots: [one.roll(1, dims=1) for one in slots]),

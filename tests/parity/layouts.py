@@ -82,6 +82,11 @@ TAUGHT = {
         "TP2", "TP2, whole sequences", "PP2", "VPP2 x PP2", "EP2", "CP2", "DP2",
         "packed, TP2 x CP2 x PP2",
     )
+} | {
+    f"taught by two, {name}": taught(LAYOUTS[name], weights=(2.0, 1.0)) for name in ("TP2", "PP2")
+} | {
+    f"taught the top 8 by two, {name}": taught(LAYOUTS[name], weights=(2.0, 1.0), top_k=8)
+    for name in ("TP2", "PP2", "EP2", "CP2")
 }  # fmt: skip
 _UNEQUAL, _UNEQUAL_STAGES = "M-EM*M-E-*/*E/*E", "M-EM*|M-E-*/*E/*E"
 UNEQUAL = {

@@ -23,7 +23,7 @@ from tests.tiny import VOCAB, tiny_engine
 
 EPSILON = torch.finfo(torch.float32).eps
 START, REFERENCE = "checkpoints/step_00000000", "reference.pt"
-TEACHER, TEACHER_SEED = "teacher", 99
+TEACHER, TEACHER_SEED = "teacher_{}", 99
 
 
 @dataclass
@@ -46,7 +46,7 @@ def write_reference(case: Case, folder: Path) -> list[dict[str, float]]:
     from hybrid_train.training.hooks.checkpointing import content_of
     from tests.parity import shards
 
-    _write_teacher(case, folder / TEACHER)
+    _write_teachers(case, folder)
     with _engine(case, folder) as engine:
         saved = store.save(folder, content_of(engine), {"step": 0, "tokens": 0}, keep=1)
         assert saved == folder / START
@@ -99,20 +99,22 @@ def _compared(engine: Any, case: Case, reference: dict[str, dict[str, Tensor]]) 
     return outcome
 
 
-def _write_teacher(case: Case, run_dir: Path) -> None:
-    """Write the run of a teacher, if there is one: of another width, padding and first weights."""
+def _write_teachers(case: Case, folder: Path) -> None:
+    """Write the runs of teachers, if there are any: of other widths, padding and first weights."""
     from hybrid_train.checkpoint import store
     from hybrid_train.config import frozen
     from hybrid_train.training.hooks.checkpointing import content_of
 
     if not isinstance(case.job.objective, Distill):
         return
-    job = copy.deepcopy(case.job)
-    job.objective, job.train.seed = NextToken(), TEACHER_SEED
-    job.model = replace(job.model, hidden_size=48, vocab_multiple=80, vocab_size=VOCAB)
-    with _engine(replace(case, job=job), run_dir) as engine:
-        frozen.freeze(job, run_dir)
-        store.save(run_dir, content_of(engine), {"step": 0, "tokens": 0}, keep=1)
+    for number in range(len(case.job.objective.teachers)):
+        job, run_dir = copy.deepcopy(case.job), folder / TEACHER.format(number)
+        job.objective, job.train.seed = NextToken(), TEACHER_SEED + number
+        width, multiple = 48 - 8 * number, 80 + 16 * number
+        job.model = replace(job.model, hidden_size=width, vocab_multiple=multiple, vocab_size=VOCAB)
+        with _engine(replace(case, job=job), run_dir) as engine:
+            frozen.freeze(job, run_dir)
+            store.save(run_dir, content_of(engine), {"step": 0, "tokens": 0}, keep=1)
 
 
 @contextlib.contextmanager
@@ -121,7 +123,8 @@ def _engine(case: Case, folder: Path) -> Iterator[Any]:
 
     if isinstance(case.job.objective, Distill):
         case = copy.deepcopy(case)
-        case.job.objective.teacher = str(folder / TEACHER)
+        for number, one in enumerate(case.job.objective.teachers):
+            one.checkpoint = str(folder / TEACHER.format(number))
     groups = build_groups(case.job.parallel, timeout_s=60)
     try:
         yield tiny_engine(case.job, groups)

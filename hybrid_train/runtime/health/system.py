@@ -136,11 +136,12 @@ def disk(machine: Machine) -> Finding:
         return broken(f"{machine.folder} cannot be written", "work in a folder of your own")
     total, free = machine.space(machine.folder)
     found = f"{show_bytes(free)} of {show_bytes(total)} free in {machine.folder}"
+    figures = {"disk_free_bytes": free}
     if free < _LEAST_FREE:
         return broken(found, "make room, or work on another disk: run_dir=/PATH")
     if free < _GOOD_FREE:
-        return warning(found, "make room, or keep fewer checkpoints: checkpoint.keep=1")
-    return ok(found, {"disk_free_bytes": free})
+        return warning(found, "make room, or keep fewer checkpoints: checkpoint.keep=1", figures)
+    return ok(found, figures)
 
 
 def shared_memory(machine: Machine) -> Finding:

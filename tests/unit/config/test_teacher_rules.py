@@ -21,10 +21,13 @@ def of(found: list[str], path: str) -> list[str]:
     return [one for one in found if one.startswith(f"{path}:")]
 
 
-def test_a_teacher_must_be_a_folder(tmp_path: Path) -> None:
+def test_a_teacher_must_be_a_folder_or_a_url(tmp_path: Path) -> None:
     assert of(problems(student_job(tmp_path)), "objective.teacher") == []
     (found,) = of(problems(student_job(tmp_path / "parnet")), "objective.teacher")
     assert "there is no such folder" in found
+    assert of(problems(student_job("s3://bucket/runs/parent")), "objective.teacher") == []
+    (found,) = of(problems(student_job("s3://")), "objective.teacher")
+    assert "must be the URL of a folder" in found
 
 
 def test_a_student_that_starts_from_nothing_cannot_teach_itself() -> None:

@@ -1,5 +1,7 @@
 """A student's objective: what it is a mean of, and that nothing else has an influence."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +195,32 @@ def test_a_validation_tells_how_often_both_hold_the_same_token_to_be_likeliest(
     assert found["same"]["divergence"] < EPSILON
     assert found["other"]["agreement"] < 0.5
     assert found["same"]["cross_entropy"] == found["other"]["cross_entropy"]
+
+
+def test_a_validation_keeps_no_more_slots_than_a_step(
+    groups: Any, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And measures what one measures that keeps all of them."""
+    engine = tiny_engine(student_job(teachers["other"]), groups)
+    size, (teacher,) = engine.microbatch, engine.objective._teachers
+    held = BATCH // size  # microbatches of a step
+    several = [one for _ in range(3) for one in batches(size)][: 3 * held - 1]
+    run_ahead, slots, numbers = teacher.run_ahead, [], []
+
+    def counted(given: Any, *, with_mtp: bool) -> Any:
+        gc.collect()
+        assert [one for one in slots if one() is not None] == []  # those before are gone
+        found = run_ahead(given, with_mtp=with_mtp)
+        slots.extend(weakref.ref(one.token_extras["teacher_hidden.0"]) for one in found)
+        numbers.append(len(found))
+        return found
+
+    monkeypatch.setattr(teacher, "run_ahead", counted)
+    found = engine.evaluate(several)
+    assert numbers == [held, held, held - 1]
+    monkeypatch.setattr(engine, "sequences_per_step", 3 * BATCH)
+    assert engine.evaluate(several) == pytest.approx(found, rel=4 * EPSILON)
+    assert numbers[3:] == [3 * held - 1]
 
 
 def test_a_teacher_that_is_no_number_ends_the_run_by_its_name(

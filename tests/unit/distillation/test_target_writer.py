@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from hybrid_train.distillation.target_writer import bytes_per_token, write_whole
-from hybrid_train.distillation.targets import Header
+from hybrid_train.distillation.target_folder import DIGESTS, SUMS, Header, bytes_of_rows
+from hybrid_train.distillation.target_writer import write_whole
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -49,9 +49,11 @@ def test_the_size_that_is_said_is_that_of_the_values(
         name: torch.zeros(
             tokens,
             *shapes.get(name, (width,)),
-            dtype=kinds.get(name, header.torch_dtype),
+            dtype=kinds.get(name, getattr(torch, dtype)),
         )
         for name in header.names
     }
-    said = tokens * bytes_per_token(header, width)
-    assert 0 < len(save(values)) - said < 1000  # what is left is the table of the file
+    of_rows = {name: torch.zeros(1, dtype=torch.int64) for name in (DIGESTS, SUMS)}
+    said = bytes_of_rows(1, tokens, header.width(width))
+    assert said == sum(one.nbytes for one in (of_rows | values).values())
+    assert 0 < len(save(of_rows | values)) - said < 1000  # what is left is the table of the file

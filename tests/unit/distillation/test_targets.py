@@ -1,7 +1,9 @@
 """Stored targets of rows: found by position or content, refused where they are of another row."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,21 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybrid_train.data.batch import Batch, Row, RowIdentity, stack
-from hybrid_train.distillation.targets import (
-    DIGESTS,
-    HEAD,
-    SUMS,
-    Header,
-    Part,
-    StoredTeacher,
-    Targets,
-    digest_of,
-    sum_of,
-)
+from hybrid_train.distillation import targets
+from hybrid_train.distillation.target_folder import DIGESTS, HEAD, SUMS, Header, Part
+from hybrid_train.distillation.targets import StoredTeacher, Targets, digest_of, sum_of
+from hybrid_train.ops.context import own_chunks
 from hybrid_train.ops.logits import HeadPart
 from hybrid_train.ops.reference import Reference, TopTokens
 from hybrid_train.schema.data import Split
 from hybrid_train.schema.problems import UserError
+from tests.tiny import MEGATRON_WARNINGS, alone
+
+pytestmark = MEGATRON_WARNINGS
 
 WIDTH, VOCAB, TOP = 6, 256_000, 3
 # A phase of 5 rows of 4 tokens, then one of 3 rows of 8; and a validation of 4 rows.
@@ -84,20 +82,47 @@ def batch_of(targets: Targets, part: Part, *numbers: int) -> Batch:
     return stack([targets(row(part, number)) for number in numbers])
 
 
+def read(targets: Targets, one: Row) -> dict[str, Tensor]:
+    """What the last pipeline stage reads of a row."""
+    return targets.read(targets(one).row_extras["target_row"].tolist(), len(one.tokens))
+
+
+class Rank(SimpleNamespace):
+    """Groups as one process of a layout sees them: (its rank, size) of each."""
+
+    def __init__(self, pp: tuple[int, int] = (0, 1), cp: tuple[int, int] = (0, 1)) -> None:
+        super().__init__(
+            **{
+                name: SimpleNamespace(rank=lambda at=at: at[0], size=lambda at=at: at[1])
+                for name, at in (("pp", pp), ("cp", cp))
+            }
+        )
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    with alone():
+        yield
+
+
+def ahead(targets: Targets, batch: Batch, groups: Any = None) -> tuple[StoredTeacher, Batch]:
+    teacher = StoredTeacher(targets, groups or Rank())
+    (found,) = teacher.run_ahead([batch], with_mtp=False)
+    return teacher, found
+
+
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_each_row_gets_its_own_target_in_whatever_order_rows_are_read(
     part: Part, hidden: Targets
 ) -> None:
     for number in np.random.default_rng(0).permutation(part.rows).tolist():
-        found = hidden(row(part, number)).token_extras["target_hidden"]
-        assert torch.from_numpy(found).view(torch.bfloat16).equal(hidden_of(row(part, number)))
+        assert read(hidden, row(part, number))["hidden"].equal(hidden_of(row(part, number)))
 
 
 def test_a_row_of_a_validation_is_found_by_what_is_in_it(hidden: Targets) -> None:
     one = row(PARTS[2], 3)
     elsewhere = replace(one, identity=replace(one.identity, number=0, position=0))
-    found = hidden(elsewhere).token_extras["target_hidden"]
-    assert torch.from_numpy(found).view(torch.bfloat16).equal(hidden_of(one))
+    assert read(hidden, elsewhere)["hidden"].equal(hidden_of(one))
 
 
 def test_a_row_with_another_token_is_refused(hidden: Targets) -> None:
@@ -105,13 +130,13 @@ def test_a_row_with_another_token_is_refused(hidden: Targets) -> None:
     changed = one.tokens.copy()
     changed[-1] ^= 1
     with pytest.raises(UserError, match="train row 2 is not the row that the teacher"):
-        hidden(replace(one, tokens=changed))
+        read(hidden, replace(one, tokens=changed))
 
 
 def test_a_row_whose_documents_are_cut_otherwise_is_refused(hidden: Targets) -> None:
     index = np.array([0, 0, 1, 1], np.int32)
     with pytest.raises(UserError, match="is not the row"):
-        hidden(replace(row(PARTS[0], 1), sequence_index=index))
+        read(hidden, replace(row(PARTS[0], 1), sequence_index=index))
 
 
 @pytest.mark.parametrize(
@@ -124,12 +149,12 @@ def test_a_row_that_begins_where_none_was_written_is_refused(
     one = row(replace(PARTS[0], length=length), 0)
     identity = RowIdentity(7, position)
     with pytest.raises(UserError, match="train row 7 has no target"):
-        hidden(replace(one, identity=identity))
+        read(hidden, replace(one, identity=identity))
 
 
 def test_a_row_of_a_validation_that_was_not_read_is_refused(hidden: Targets) -> None:
     with pytest.raises(UserError, match="validation row 9 has no target"):
-        hidden(row(PARTS[2], 9))
+        read(hidden, row(PARTS[2], 9))
 
 
 def test_a_turned_bit_is_noticed_in_its_row_alone(hidden: Targets) -> None:
@@ -137,15 +162,38 @@ def test_a_turned_bit_is_noticed_in_its_row_alone(hidden: Targets) -> None:
     content = load_file(path)
     content["hidden"].view(torch.int16)[1, 0, 0] ^= 1
     save_file(content, path)
-    hidden(row(PARTS[0], 2))
+    read(hidden, row(PARTS[0], 2))
     with pytest.raises(UserError, match="is damaged: train row 3"):
-        hidden(row(PARTS[0], 3))
+        read(hidden, row(PARTS[0], 3))
 
 
+@pytest.mark.usefixtures("one_process")
+def test_only_the_last_stage_reads_and_a_context_rank_has_the_targets_of_its_tokens(
+    hidden: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of(hidden, PARTS[1], 2, 0)
+    _, whole = ahead(hidden, batch)
+    for rank in (0, 1):
+        _, found = ahead(hidden, batch.part_of(rank, 2), Rank(pp=(3, 4), cp=(rank, 2)))
+        part = own_chunks(whole.token_extras["target_hidden"], rank, 2, dim=1)
+        assert found.token_extras["target_hidden"].equal(part)
+    monkeypatch.setattr(targets, "_opened", lambda _: pytest.fail("a file was opened"))
+    _, found = ahead(hidden, batch, Rank(pp=(2, 4)))
+    assert not found.token_extras
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_is_wrong_with_a_row_is_said_on_all_processes(hidden: Targets) -> None:
+    with pytest.raises(UserError, match="validation row 9 has no target") as error:
+        ahead(hidden, batch_of(hidden, PARTS[2], 9))
+    assert error.value.on_all_ranks
+
+
+@pytest.mark.usefixtures("one_process")
 def test_targets_of_a_microbatch_are_in_the_order_of_hidden_states(hidden: Targets) -> None:
-    batch = batch_of(hidden, PARTS[0], 3, 0)
+    teacher, batch = ahead(hidden, batch_of(hidden, PARTS[0], 3, 0))
     student = HeadPart(torch.zeros(12, 1), VOCAB)
-    found = StoredTeacher(hidden).reference(batch, student)
+    found = teacher.reference(batch, student)
     assert isinstance(found, Reference)
     both = torch.stack([hidden_of(row(PARTS[0], number)) for number in (3, 0)])
     assert found.hidden.equal(both.transpose(0, 1).reshape(-1, WIDTH))
@@ -155,10 +203,12 @@ def test_targets_of_a_microbatch_are_in_the_order_of_hidden_states(hidden: Targe
     assert not found.head.weight[10:].any()
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_last_token_of_a_large_vocabulary_is_kept(tmp_path: Path) -> None:
-    targets = written(tmp_path, "top_k")
+    stored = written(tmp_path, "top_k")
     student: Any = None  # nobody looks at it
-    found = StoredTeacher(targets).reference(batch_of(targets, PARTS[0], 1), student)
+    teacher, batch = ahead(stored, batch_of(stored, PARTS[0], 1))
+    found = teacher.reference(batch, student)
     assert isinstance(found, TopTokens)
     said = top_of(row(PARTS[0], 1))
     assert found.tokens.equal(said["tokens"])
@@ -169,5 +219,5 @@ def test_the_last_token_of_a_large_vocabulary_is_kept(tmp_path: Path) -> None:
 
 def test_depths_that_were_not_stored_are_missed_on_all_processes(hidden: Targets) -> None:
     with pytest.raises(UserError, match="has none of the MTP depths") as error:
-        StoredTeacher(hidden).run_ahead([], with_mtp=True)
+        StoredTeacher(hidden, Rank()).run_ahead([], with_mtp=True)
     assert error.value.on_all_ranks

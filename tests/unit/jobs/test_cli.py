@@ -95,7 +95,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", "experiment=quikstart"), "nearest: quickstart"),
         (("study", "name=precison"), "nearest: precision"),
         (("train", "--hlep"), "did you mean --help?"),
-        (("train", "--dry-run"), "train has no option --dry-run; submit has"),
+        (("train", "--dry-run"), "train has no option --dry-run; submit and distill_targets have"),
         (("dance",), "there are train, resume, check, rehearse, submit, status"),
         (("--multirun",), "which command?"),
         (("train", "--force"), "unrecognized arguments: --force"),

@@ -8,7 +8,7 @@ import pytest
 from hybrid_train.config import compose, frozen
 from hybrid_train.jobs.study_plan import PlannedRun, are_paired, plan_study
 from hybrid_train.schema.problems import ConfigError, UserError, collect
-from hybrid_train.schema.study import StudyJob, Variant
+from hybrid_train.schema.study import ShortForm, StudyJob, Variant
 from hybrid_train.tracking.jsonl import JsonLines
 
 TINY = ["experiment=tiny_cpu"]
@@ -59,6 +59,25 @@ def test_ones_own_overrides_come_after_those_of_a_variant(tmp_path: Path) -> Non
 def test_a_part_of_the_variants_keeps_the_baseline(tmp_path: Path) -> None:
     runs = runs_of(study(tmp_path, only=["slow"], seeds=(3,)))
     assert [run.name for run in runs] == ["plain seed 3", "slow seed 3"]
+
+
+def test_what_a_variant_is_compared_with_runs_beside_it(tmp_path: Path) -> None:
+    variants = {
+        "plain": Variant(),
+        "last": Variant(against="middle"),
+        "middle": Variant(against="first"),
+        "first": Variant(),
+        "other": Variant(),
+    }
+    job = study(tmp_path, variants=variants, only=["last"], seeds=(3,))
+    assert [run.variant for run in runs_of(job)] == ["plain", "last", "middle", "first"]
+
+
+def test_the_short_form_may_have_fewer_variants_unless_some_are_asked_for(tmp_path: Path) -> None:
+    form = ShortForm(overrides=["train.tokens=512"], only=["fast"])
+    short = {"short": True, "short_form": form}
+    assert set(study(tmp_path, **short).as_asked().chosen()) == {"plain", "fast"}
+    assert set(study(tmp_path, **short, only=["slow"]).as_asked().chosen()) == {"plain", "slow"}
 
 
 def test_problems_of_all_variants_are_reported_with_their_names(tmp_path: Path) -> None:
@@ -141,6 +160,11 @@ def test_a_run_is_finished_when_its_metrics_reach_its_last_token(tmp_path: Path)
         ({"variants": {"plain": Variant(), "Plots": Variant()}}, "variants.Plots"),
         ({"variants": {}}, "baseline"),
         ({"only": ["fast", "fast"]}, "only"),
+        ({"longer": ["fats"]}, "longer"),
+        ({"short_form": ShortForm(only=["fats"])}, "short_form.only"),
+        ({"variants": {"plain": Variant(), "a": Variant(against="b")}}, "variants.a.against"),
+        ({"variants": {"plain": Variant(), "a": Variant(against="a")}}, "variants.a.against"),
+        ({"variants": {"plain": Variant(against="a"), "a": Variant()}}, "variants.plain.against"),
         (
             {"variants": {"plain": Variant(overrides=["runtime.threads=2"])}},
             "variants.plain.overrides",

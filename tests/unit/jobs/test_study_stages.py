@@ -150,6 +150,29 @@ def test_the_short_form_changes_every_training(tmp_path: Path) -> None:
     assert all(run.folder.is_relative_to(tmp_path / "study" / "short") for run in planned.runs)
 
 
+def test_overrides_reach_targets_since_they_are_those_of_the_rows_of_a_training(
+    tmp_path: Path,
+) -> None:
+    told = Stage(
+        command="distill_targets",
+        overrides=[*TINY, "objective.teacher={parent}", "train.seed={seed}"],
+    )
+    learns = Variant(overrides=["objective=distill", "objective.targets={told}"])
+    job = study(
+        tmp_path,
+        {"parent": PARENT, "told": told},
+        variants={"scratch": Variant(), "learns": learns},
+        overrides=["train.tokens=512"],
+    )
+    planned = plan_study(job)
+    lines = {stage.name: stage.lines for stage in planned.stages}
+    assert lines.keys() == {"parent", "told seed 1", "told seed 2"}
+    assert all("train.tokens=512" in one for one in lines.values())
+    seeds = {run.seed: run.inputs[0].name for run in planned.runs if run.variant == "learns"}
+    assert seeds == {1: "told seed 1", 2: "told seed 2"}
+    assert all(stage.resumes for stage in planned.stages)
+
+
 BAD = [
     ({"a": Stage(overrides=["export={nothing}"])}, "stages.a.overrides", "no stage nothing"),
     ({"a": Stage(overrides=["export={a}"])}, "stages.a.overrides", "cannot read itself"),

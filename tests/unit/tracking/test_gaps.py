@@ -14,6 +14,7 @@ from hybrid_train.tracking.gaps import (
     gap,
     gaps,
     spread,
+    tokens_needed,
     validation_gaps,
 )
 from hybrid_train.tracking.jsonl import JsonLines, read_metrics
@@ -119,6 +120,40 @@ def test_a_curve_follows_a_gap_that_opens_half_way() -> None:
     by_share = dict(zip(found.shares, found.curve, strict=True))
     assert by_share[0.5].mean == 0
     assert by_share[0.55].mean == pytest.approx(0.1)
+
+
+def of_length(steps: int, validation: float) -> Curve:
+    return run(*[3.0] * steps, validation=validation)
+
+
+# Half a nat for each doubling: the loss is a line in the logarithm of tokens.
+LENGTHS = [of_length(100, 4.0), of_length(200, 3.5), of_length(400, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens"),
+    [
+        (4.0, 1000),
+        (3.75, 1000 * 2**0.5),
+        (3.5, 2000),
+        (3.125, 1000 * 2**1.75),
+        (3.0, 4000),
+        (4.1, 1000),  # bounds: no shorter run, and no longer one
+        (2.9, 4000),
+    ],
+)
+def test_tokens_for_a_loss_are_read_between_runs_of_several_lengths(
+    loss: float, tokens: float
+) -> None:
+    assert tokens_needed(loss, LENGTHS) == pytest.approx(tokens)
+
+
+def test_a_longer_run_that_is_worse_than_a_shorter_one_is_passed_over_where_it_does_not_help() -> (
+    None
+):
+    worse = [of_length(100, 4.0), of_length(200, 4.2), of_length(400, 3.2)]
+    # Between 200 and 400 steps the loss falls by 1; half of that is at the mean of the logarithms.
+    assert tokens_needed(3.7, worse) == pytest.approx(2000 * 2**0.5)
 
 
 def test_a_curve_is_read_from_what_a_run_logs(tmp_path: Path) -> None:
