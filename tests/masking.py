@@ -158,7 +158,7 @@ class FailOnOneRank(EditSettings):
 
 
 class FailingLayer:
-    """Lets a layer in the middle of the model fail on rank 1, which others wait for."""
+    """Lets the last layer of rank 1 fail, whose output others wait for."""
 
     def __init__(self, _: FailOnOneRank) -> None:
         pass
@@ -169,7 +169,7 @@ class FailingLayer:
 
         if ranks.rank() == 1:
             layers: Any = chunks[0].decoder.layers  # type: ignore[union-attr]
-            layers[1].register_forward_hook(fail)
+            layers[len(layers) - 1].register_forward_hook(fail)
 
     @property
     def stage(self) -> Any:

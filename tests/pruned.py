@@ -1,6 +1,6 @@
 """Children of a model for tests: random sizes, what they keep, and their weights by slicing."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
-from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers, mtp_blocks
+from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers
 from hybrid_train.anatomy.selection import (
     CHOSEN,
     Indices,
+    Kept,
     KeptLayer,
     Selection,
+    chosen,
     of_expert,
     tensor_positions,
 )
@@ -28,15 +30,16 @@ from hybrid_train.schema.model import (
     MoeSizes,
 )
 from hybrid_train.schema.pattern import parse
+from tests.tiny import VOCAB
 
-SIZES = {  # axis -> what a child of `tests.tiny` may have of it, from the fewest on
+SIZES = {  # axis -> what a child of `roomy` may have of it; its MTP blocks have the first
     Axis.hidden: (12, 20, 28),
-    Axis.ssm_heads: (2,),
+    Axis.ssm_heads: (2, 4, 6),
     Axis.ssm_head_dim: (6, 11),
     Axis.kv_groups: (1,),
-    Axis.heads: (1, 2),  # of each group
+    Axis.heads: (1, 3),  # of each group
     Axis.ffn: (17, 40),
-    Axis.experts: (2, 3),
+    Axis.experts: (3, 2),
     Axis.expert_ffn: (9, 20),
     Axis.shared_ffn: (13, 30),
     Axis.latent: (7, 12),
@@ -49,6 +52,14 @@ _RULES: dict[str, tuple[str, Any]] = {
 }
 
 
+def roomy(model: Model) -> Model:
+    """The model of `tests.tiny` with heads enough that some of each group can go."""
+    attention = replace(model.attention, heads=8)
+    return replace(
+        model, attention=attention, mamba=replace(model.mamba, heads=8), vocab_size=VOCAB
+    )
+
+
 def child_of(
     model: Model, axes: Collection[Axis], random: np.random.Generator, dropped: Collection[int] = ()
 ) -> Model:
@@ -58,8 +69,8 @@ def child_of(
     that are dropped are not there.
     """
     pattern = parse(model.pattern)
-    main = [(n, letter) for n, letter in enumerate(pattern.main, start=1) if n not in dropped]
-    text = "".join(letter for _, letter in main) + f"/{pattern.mtp}" * pattern.mtp_depths
+    main = [one for one in main_layers(model) if one.number not in dropped]
+    text = "".join(one.letter for one in main) + f"/{pattern.mtp}" * pattern.mtp_depths
     child = replace(model, pattern=text)
     first = {axis: SIZES[axis][0] for axis in axes}
     if Axis.hidden in axes:
@@ -69,11 +80,11 @@ def child_of(
     for letter, (section, _) in _RULES.items():
         setattr(child, section, replace(getattr(child, section), **_given(letter, first, model)))
     child.layers = []
-    for number, (_, letter) in enumerate(main, start=1):
+    for number, one in enumerate(main, start=1):
         drawn = {axis: int(random.choice(SIZES[axis])) for axis in axes}
-        section, rule = _RULES[letter]
-        given = _given(letter, drawn, model)
-        if given:
+        section, rule = _RULES[one.letter]
+        given = {name.rpartition(".")[2]: one.sizes.along(Axis(name)) for name in one.given}
+        if given := given | _given(one.letter, drawn, model):
             child.layers.append(LayerRule(layers=str(number), **{section: rule(**given)}))
     return child
 
@@ -113,15 +124,13 @@ def _kept(parent: Layer, child: Layer, random: np.random.Generator) -> KeptLayer
             kept[axis] = random.permutation(of.along(axis))[: number.along(axis)]
     if parent.kind.groups is not None:
         groups, members = parent.kind.groups
-        chosen = random.permutation(of.along(groups))[: number.along(groups)]
-        if groups is Axis.ssm_groups:  # stay
-            chosen = np.arange(of.along(groups))
-        else:
-            kept[groups] = chosen
+        stay = np.arange(of.along(groups))
+        if groups is not Axis.ssm_groups:
+            stay = kept[groups] = random.permutation(stay)[: number.along(groups)]
         share = of.along(members) // of.along(groups)
         left = number.along(members) // number.along(groups)
         kept[members] = np.concatenate([
-            group * share + random.permutation(share)[:left] for group in chosen
+            group * share + random.permutation(share)[:left] for group in stay
         ])  # fmt: skip
     if parent.letter == "E":
         kept[Axis.expert_ffn] = np.stack([
@@ -130,36 +139,36 @@ def _kept(parent: Layer, child: Layer, random: np.random.Generator) -> KeptLayer
     return KeptLayer(parent, child, kept)
 
 
-def sliced(weights: Mapping[str, Tensor], selection: Selection, child: Model) -> dict[str, Tensor]:
+def sliced(weights: Mapping[str, Tensor], selection: Selection) -> dict[str, Tensor]:
     """The weights of the child, from those of the whole parent, by the names of one process."""
-    usual, found = selection.layers[0].parent.sizes, {}
-
-    def take(old: str, new: str, one: Parameter, sizes: Sizes, kept: Any) -> None:
-        value = weights[old]
-        for dim, chosen in enumerate(tensor_positions(one, sizes, kept)):
-            if chosen is not None:
-                value = value.index_select(dim, torch.from_numpy(chosen))
-        found[new] = value
-
+    usual, shared = selection.layers[0].parent.sizes, selection.shared
+    found = {}
     for layer in selection.layers:
-        sizes, kept = layer.parent.sizes, selection.of(layer)
-        experts = kept.get(Axis.experts, np.arange(sizes.experts))
-        for one in layer.parent.parameters:
-            old, new = layer.parent.prefix + one.name, layer.child.prefix + one.name
-            if not one.of_experts:
-                take(old, new, one, sizes, kept)
-                continue
-            for number, expert in enumerate(experts.tolist()):
-                own = of_expert(kept, number)
-                take(f"{old}{expert}", f"{new}{number}", one, sizes, own)
-    for one in (EMBEDDING, FINAL_NORM, HEAD):
-        if one.name in weights:
-            take(one.name, one.name, one, usual, selection.shared)
-    for depth in range(1, mtp_blocks(child) + 1):
-        for one in MTP_BLOCK:
-            name = block_prefix(depth) + one.name
-            take(name, name, one, usual, selection.shared)
-    return found
+        for old, new, one, kept in _tensors_of(layer, selection.of(layer)):
+            found[new] = _cut(weights[old], one, layer.parent.sizes, kept)
+    outer = {one.name: one for one in (EMBEDDING, FINAL_NORM, HEAD) if one.name in weights}
+    for depth in {layer.child.depth for layer in selection.layers} - {0}:
+        outer |= {block_prefix(depth) + one.name: one for one in MTP_BLOCK}
+    return found | {name: _cut(weights[name], one, usual, shared) for name, one in outer.items()}
+
+
+def _tensors_of(layer: KeptLayer, kept: Kept) -> Iterator[tuple[str, str, Parameter, Kept]]:
+    """Names in the parent and in the child, kind, and what is kept of each tensor of a layer."""
+    experts = chosen(kept, Axis.experts, layer.parent.sizes).tolist()
+    for one in layer.parent.parameters:
+        old, new = layer.parent.prefix + one.name, layer.child.prefix + one.name
+        if one.of_experts:
+            for number, expert in enumerate(experts):
+                yield f"{old}{expert}", f"{new}{number}", one, of_expert(kept, number)
+        else:
+            yield old, new, one, kept
+
+
+def _cut(value: Tensor, one: Parameter, sizes: Sizes, kept: Kept) -> Tensor:
+    for dim, left in enumerate(tensor_positions(one, sizes, kept)):
+        if left is not None:
+            value = value.index_select(dim, torch.from_numpy(left))
+    return value
 
 
 def disturb(model: torch.nn.Module, seed: int = 0) -> None:
@@ -171,8 +180,3 @@ def disturb(model: torch.nn.Module, seed: int = 0) -> None:
                 continue
             noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator)
             value.add_(noise.to(value.dtype), alpha=0.3 if value.dim() < 2 else 0.05)
-
-
-def names_of(selections: Sequence[Selection]) -> list[str]:
-    """Short names of selections."""
-    return [f"{len(one.layers)} layers" for one in selections]

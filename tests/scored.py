@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 def frozen_network(job: Any, groups: Any) -> "Network":
     """The model of a job on its layout, as it is when it is loaded; its weights are the first."""
-    from hybrid_train.jobs.networks import _routing
     from hybrid_train.model.build import build_model
-    from hybrid_train.training.network import Network
+    from hybrid_train.training.network import Network, Routing
 
     built = build_model(job, groups, VOCAB, on_gpu=False)
     made = Network(
-        list(built.chunks), groups, torch.device("cpu"), _routing(job.model), built.balance_losses
+        list(built.chunks), groups, torch.device("cpu"), Routing((), 0), built.balance_losses
     )
     made.freeze()
     return made

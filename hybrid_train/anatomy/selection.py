@@ -57,6 +57,8 @@ class KeptLayer:
             if chosen is None:
                 assert number == of, f"{axis.value}: {number} of {of}, and nothing says which"
             else:
+                own = chosen.ndim == 1 or axis is Axis.expert_ffn
+                assert own, f"{axis.value}: the same are kept in every head"
                 _require_choice(chosen, number, of, axis)
         self._require_groups()
 

@@ -8,6 +8,7 @@ that they are known where their folders are gone.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hybrid_train.schema.problems import UserError
 
 FILE_NAME = "lineage.json"
 WEIGHTS, TEACHER = "weights", "teacher"  # roles of a parent
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,15 @@ def parent_of(role: str, source: str, found: layout.Found) -> Parent:
 
 
 def write(folder: Path, made: Made, parents: Sequence[Parent]) -> None:
-    """Write the lineage of a folder, with what its parents' folders say; never half of it.
-
-    Raises:
-        UserError: if the lineage of a parent is damaged.
-    """
+    """Write the lineage of a folder, with what its parents' folders say; never half of it."""
     ancestors: dict[str, Record] = {}
     for parent in parents:
-        if known := read(Path(parent.folder)):
+        try:
+            known = read(Path(parent.folder))
+        except UserError as error:  # no reason to end a training
+            _log.warning("%s; %s is named without its ancestors", error, parent.folder)
+            continue
+        if known:
             ancestors |= {**known.ancestors, parent.checksum: known.record}
     _write(folder, Lineage(Record(made, _config_of(folder), tuple(parents)), ancestors))
 

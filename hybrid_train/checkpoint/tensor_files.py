@@ -46,7 +46,7 @@ FILE_BYTES = 4 * 2**30  # of a file that is written; a new one begins behind so 
 _FORMAT, _BACKEND = "metadata.json", "torch_dist"  # Megatron's words
 _BESIDE_WEIGHTS = ("optimizer.", "random.", "hidden_projections.")  # of a training alone
 _SMALL_PICKLE = 4096  # bytes; that of a plain tensor has some 160
-_LARGEST_COMPARED = 64 * 2**20  # bytes of an item for which one of zeros is made, to compare with
+_LARGEST_COMPARED = 8 * 2**20  # bytes of an item for which one of zeros is made, to compare with
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry, up to the lengths of name and extra
 _STORAGES = {
     torch.float32: "FloatStorage",

@@ -22,7 +22,7 @@ from hybrid_train.compression.child_sizes import (
 from hybrid_train.config.checks import split_problems
 from hybrid_train.config.rules_of_precision import MULTIPLES
 from hybrid_train.schema.layer_ranges import layers_of
-from hybrid_train.schema.model import LAYER_KINDS, SECTIONS, Model
+from hybrid_train.schema.model import LAYER_KINDS, SECTIONS, Model, Moe
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import Problem
@@ -189,7 +189,8 @@ def remarks(parent: Model, child: Model) -> Iterator[str]:
         parent: the model that was cut.
         child: what came of it.
     """
-    for name in ("tensor", "expert"):
+    has_experts = Moe.letter in child.pattern
+    for name in ("tensor", "expert") if has_experts else ("tensor",):
         for degree in _DEGREES:
             theirs, ours = (_refusals(model, name, degree) for model in (parent, child))
             if theirs:
@@ -220,7 +221,7 @@ def _of_format(one: GemmFormat) -> int:
 def _uneven(model: Model, multiple: int) -> set[str]:
     """Name the sizes of linear layers that are no multiple of a number: "model.hidden_size=88"."""
     return {
-        f"{layer.setting(axis)}={layer.sizes.along(axis)}"
+        f"{axis.setting}={layer.sizes.along(axis)}"
         for layer in distinct(model)
         for one in layer.parameters
         if one.linear

@@ -77,7 +77,7 @@ class ExpertScores:
         """
         self._mlp, self._ledger, self._groups = mlp, ledger, groups
         self._over, self._metric, self._counted = over, metric, counted
-        self._is_busy = False
+        self._number, self._is_busy = layer.sizes.experts, False
         self._inside: tuple[list[int], Tensor] | None = None  # tokens of each expert; which count
         here = layer.sizes.experts // groups.ep.size()
         own = slice(groups.ep.rank() * here, (groups.ep.rank() + 1) * here)
@@ -155,20 +155,18 @@ class ExpertScores:
         """Run the layer again and again, each time without one expert."""
         if self._is_busy:
             return
-        whole, bias = output[0].float(), mlp.router.expert_bias
+        whole, before = output[0].float(), mlp.router.kept
         counts = self._own(whole[..., 0].numel()).view(whole.shape[:-1])
         errors = []
         self._is_busy = True
         try:
-            for expert in range(len(bias)):
-                kept = bias[expert].clone()
-                bias[expert] = -torch.inf  # it is out before the most likely ones are chosen
+            for others in ~torch.eye(self._number, dtype=torch.bool, device=whole.device):
+                mlp.router.kept = others if before is None else others & before
                 rest = mlp(*arguments, **named)[0].float()
-                bias[expert] = kept
                 apart = torch.where(counts, (rest - whole).square().mean(dim=-1), 0.0)
                 errors.append(apart.sum(dtype=torch.float64))
         finally:
-            self._is_busy = False
+            self._is_busy, mlp.router.kept = False, before
         repeated = self._groups.tp.rank() > 0 and counts.numel() == self._counted().numel()
         if not repeated:
             tokens = counts.sum().expand(len(errors))

@@ -11,9 +11,10 @@ Gradients are those of the child, too, and 0 where it has no weight. Masks are d
 that can be others in every step: nothing waits for the device, or asks it.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,19 @@ from hybrid_train.anatomy.selection import (
     of_expert,
     tensor_positions,
 )
+from hybrid_train.compression.choosing import choose
+from hybrid_train.compression.ranking import FILE_NAME, FOLDER, read, write
 from hybrid_train.megatron import hybrid, plain
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.megatron.router import TopKRouter
 from hybrid_train.model.edits import add_transform, linears_of
-from hybrid_train.model.quantized import unwrapped
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.precision.emulated import OperandTransform, Stage
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema import pruning as schema
+from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.problems import ConfigError, Problem, UserError
+from hybrid_train.schema.train import TrainJob
 
 _Pair = tuple[Tensor | None, Tensor | None]  # of rows [O] and columns [I]; None: all are kept
 _Layers = Mapping[tuple[int, int], KeptLayer]  # by depth and number in the parent
@@ -68,7 +74,7 @@ class Mask:
 
     def __init__(self, selection: Selection) -> None:
         """Take what is kept of the model."""
-        self._selection = selection
+        self.selection = selection
         self._chunks: Sequence[Hybrid] = ()
         self._transforms: dict[Linear, WeightMask] = {}
 
@@ -84,11 +90,11 @@ class Mask:
         for linear, module in linears_of(chunks):
             self._transforms[linear] = WeightMask()
             add_transform(linear, module, self._transforms[linear])
-        self.use(self._selection)
+        self.use(self.selection)
 
     def use(self, selection: Selection) -> None:
         """Mask by another selection from here on; what was masked before is kept again."""
-        self._selection = selection
+        self.selection = selection
         kept = {(one.parent.depth, one.parent.number): one for one in selection.layers}
         for chunk in self._chunks:
             place = _place_of(chunk)
@@ -101,6 +107,54 @@ class Mask:
                     _mask_layer(layer, kept[depth, number], place)
             for linear, _ in linears_of([chunk]):
                 self._transforms[linear].pairs = _pairs_of(linear, selection, kept, place)
+
+
+def mask_of_run(settings: schema.Mask, job: TrainJob, run_dir: Path) -> Mask:
+    """Build the mask that a run lists among its edits."""
+    return Mask(selection_of_run(settings, job, run_dir))
+
+
+def selection_of_run(settings: schema.Mask, job: TrainJob, run_dir: Path | None) -> Selection:
+    """Choose what a mask leaves of the model of a run.
+
+    Args:
+        settings: one of the edits of the job.
+        job: with the vocabulary of its model.
+        run_dir: its folder, which has the ranking that the run began with; None: it begins.
+
+    Raises:
+        ConfigError: if no child of the model is as asked, or the objective trains what is masked.
+        UserError: if there is no such ranking, or it is of another model.
+    """
+    place = f"edits.{job.edits.index(settings)}"
+    if sum(isinstance(one, schema.Mask) for one in job.edits) > 1:
+        raise ConfigError([Problem(place, "mask", "must be the only mask of the run")])
+    drops = settings.mtp is schema.MtpBlocks.drop and parse(job.model.pattern).mtp_depths > 0
+    if drops and job.objective.trains_mtp:
+        rule = f"must be keep: objective {job.objective.kind} trains the MTP blocks"
+        raise ConfigError([Problem(f"{place}.mtp", "drop", rule, "keep")])
+    assert job.model.vocab_size is not None, "the model has no vocabulary yet"
+    rows = padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
+    ranking = None
+    if settings.ranking is not None:
+        own = run_dir is not None and (run_dir / FOLDER / FILE_NAME).is_file()
+        ranking = read(run_dir / FOLDER if run_dir and own else Path(settings.ranking))
+    try:
+        return choose(job.model, ranking, settings, rows).selection
+    except ConfigError as error:
+        raise ConfigError([one.under(place) for one in error.problems]) from error
+
+
+def keep_ranking(job: TrainJob, run_dir: Path) -> None:
+    """Copy the ranking that the mask of a new run is chosen by into its folder.
+
+    So the mask is the same in every later attempt, and wherever the run is loaded.
+    """
+    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    for one in job.edits:
+        if isinstance(one, schema.Mask) and one.ranking is not None:
+            (run_dir / FOLDER).mkdir()
+            write(read(Path(one.ranking)), run_dir / FOLDER)
 
 
 @dataclass(frozen=True)
@@ -231,26 +285,3 @@ def _pairs_of(
         else (None, None)
         for expert in range(here * rank, here * (rank + 1))
     ]  # fmt: skip
-
-
-@contextmanager
-def without_layers(chunks: Sequence[Module], numbers: Collection[int]) -> Iterator[None]:
-    """Leave main layers out for as long as the block lasts.
-
-    Args:
-        chunks: of the model on this process, in whatever they are wrapped.
-        numbers: of the layers, from 1.
-    """
-    found = [
-        layer
-        for chunk in chunks
-        for depth, number, layer in _layers_of(unwrapped(chunk))
-        if depth == 0 and number in numbers and not hybrid.is_skipped(layer)
-    ]
-    for layer in found:
-        hybrid.skip(layer)
-    try:
-        yield
-    finally:
-        for layer in found:
-            hybrid.skip(layer, skipped=False)

@@ -19,7 +19,6 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +30,9 @@ from hybrid_train.compression.activations import modules_of_layers
 from hybrid_train.compression.passes import Passes, counted_tokens
 from hybrid_train.compression.ranking import BLOCKS, LAYERS
 from hybrid_train.data.batch import Batch
+from hybrid_train.megatron import hybrid
 from hybrid_train.megatron.hybrid import Head, Outputs
 from hybrid_train.ops.logits import LabelScores
-from hybrid_train.schema import model as sections
 from hybrid_train.schema.importance import LayerMetric
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
@@ -52,19 +51,11 @@ def without_layers(network: Network, model: Model, numbers: Collection[int]) -> 
     with contextlib.ExitStack() as stack:
         for chunk in network.chunks:
             for layer, module in modules_of_layers(chunk, model):
-                if layer.depth == 0 and layer.number in numbers:
-                    is_mamba = layer.letter == sections.Mamba.letter
-                    vars(module)["forward"] = _hand_on if is_mamba else _hand_on_with_context
-                    stack.callback(vars(module).pop, "forward")
+                is_out = layer.depth == 0 and layer.number in numbers
+                if is_out and not hybrid.is_skipped(module):
+                    hybrid.skip(module)
+                    stack.callback(hybrid.skip, module, skipped=False)
         yield
-
-
-def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
-
-
-def _hand_on_with_context(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return hidden_states, None
 
 
 @dataclass

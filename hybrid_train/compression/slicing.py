@@ -37,6 +37,7 @@ from hybrid_train.checkpoint.block_moves import (
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors
 from hybrid_train.schema.model import Model
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _GAP_BYTES = 2**16  # between rows that are kept; to read so many takes as long as to read twice
 
 
@@ -196,10 +197,11 @@ class SlicedTensors:
 
 def _along(values: Tensor, kept: Iterator[tuple[int, Indices | None]]) -> Tensor:
     """Return what is kept along each dimension."""
+    dtype, bits = values.dtype, values.view(_INTEGERS[values.dtype.itemsize]).numpy()
     for number, places in kept:
-        if places is not None:
-            values = values.index_select(number, torch.from_numpy(places))
-    return values
+        if places is not None:  # numpy takes a quarter of the time of torch's index_select
+            bits = bits.take(places, axis=number, mode="clip")  # none is beyond, or it would check
+    return torch.from_numpy(bits).view(dtype)
 
 
 @dataclass(frozen=True)

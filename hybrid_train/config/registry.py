@@ -5,7 +5,7 @@ again by the `kind` it wrote. Groups with one schema only call it `base`.
 
 The kind of an extension may be an import path: `objective: {kind: "my_package.focal:Focal", gamma:
 2}` makes the objective a `Focal`, in a file or on the command line. `edits`, `hooks` and
-`row_transforms` are lists of such parts.
+`row_transforms` are lists of such parts; one without settings can stand there as its kind alone.
 """
 
 import importlib.util
@@ -39,6 +39,7 @@ from hybrid_train.schema.optimizer import AdamW, Cosine, Schedule, Wsd
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Precision
 from hybrid_train.schema.problems import Problem
+from hybrid_train.schema.pruning import EDITS
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.tracking import Profile, Tracking
 from hybrid_train.schema.units import is_tokens, tokens
@@ -68,11 +69,11 @@ SCHEMAS: dict[tuple[str, str], type[Any]] = {
 EXTENSION_SECTIONS: dict[str, tuple[type[Extension], dict[str, Any]]] = {
     "objective": (ObjectiveSettings, OBJECTIVES)
 }
-# The same for lists, whose entries are all named by import path.
-EXTENSION_LISTS: dict[str, type[Extension]] = {
-    "edits": EditSettings,
-    "hooks": HookSettings,
-    "row_transforms": RowTransformSettings,
+# The same for the entries of lists.
+EXTENSION_LISTS: dict[str, tuple[type[Extension], dict[str, Any]]] = {
+    "edits": (EditSettings, EDITS),
+    "hooks": (HookSettings, {}),
+    "row_transforms": (RowTransformSettings, {}),
 }
 _KIND_RULE = "package.module:Class, the import path of a class of settings"
 
@@ -175,37 +176,48 @@ def typed_section(kind: str, place: str) -> DictConfig:
 
 def type_lists(config: DictConfig) -> Iterator[Problem]:
     """Type the entries of every list of parts, in place; yield what is wrong with them."""
-    for name, base in EXTENSION_LISTS.items():
+    for name, (_, ours) in EXTENSION_LISTS.items():
+        words = f"{', '.join(ours)}, or {_KIND_RULE}" if ours else _KIND_RULE
         entries = config.get(name)
-        for number, entry in enumerate(entries if isinstance(entries, ListConfig) else ()):
+        for number in range(len(entries) if isinstance(entries, ListConfig) else 0):
             path = f"{name}.{number}"
+            if isinstance(entries[number], str):
+                entries[number] = {"kind": entries[number]}
+            entry = entries[number]
             is_typed = isinstance(entry, DictConfig) and is_dataclass(OmegaConf.get_type(entry))
             if is_typed:
                 continue
-            if not isinstance(entry, DictConfig) or not is_import_path(entry.get("kind")):
-                yield Problem(path, entry, f"must have a kind, {_KIND_RULE}")
+            kind = str(entry.get("kind")) if isinstance(entry, DictConfig) else ""
+            if kind not in ours and not is_import_path(kind):
+                yield Problem(path, entry, f"must have a kind, {words}")
                 continue
             try:
-                entries[number] = _typed_entry(entry, base)
+                entries[number] = _typed_entry(entry, name)
             except OmegaConfBaseException as error:
                 key = f"{path}.{error.key}" if error.key else path
-                yield Problem(key, _value_at(entry, error.key), _misfit(error, entry.kind, base))
+                yield Problem(key, _value_at(entry, error.key), _misfit(error, kind, name))
             except ValueError as error:
-                yield Problem(f"{path}.kind", entry.kind, str(error))
+                yield Problem(f"{path}.kind", kind, str(error))
 
 
-def _typed_entry(entry: DictConfig, base: type[Extension]) -> DictConfig:
-    section = OmegaConf.structured(settings_class(entry.kind, base))
+def _typed_entry(entry: DictConfig, list_name: str) -> DictConfig:
+    section = OmegaConf.structured(_entry_class(entry.kind, list_name))
     return cast("DictConfig", OmegaConf.merge(section, entry))
+
+
+def _entry_class(kind: str, list_name: str) -> type[Any]:
+    base, ours = EXTENSION_LISTS[list_name]
+    found: type[Any] | None = ours.get(kind)
+    return settings_class(kind, base) if found is None else found
 
 
 def _value_at(entry: DictConfig, key: Any) -> object:
     return entry.get(key) if key in entry else OmegaConf.to_container(entry)
 
 
-def _misfit(error: OmegaConfBaseException, kind: str, base: type[Extension]) -> str:
+def _misfit(error: OmegaConfBaseException, kind: str, list_name: str) -> str:
     """Say what does not fit; for an unknown setting, which settings there are."""
-    settings = settings_class(kind, base)
+    settings = _entry_class(kind, list_name)
     known = [one.name for one in fields(settings) if one.name != "kind"]
     if error.key is not None and error.key not in known:
         there = f"; it has {', '.join(known)}" if known else "; it has none"

@@ -51,7 +51,7 @@ def _largest(all_layers: tuple[Layer, ...]) -> Iterator[tuple[Axis, int]]:
                     f"and {of_kind[0].setting(axis)} {sizes[0]} in layer {of_kind[0].number}: the "
                     "config.json of NemotronH has one number for all layers of a kind, and zeros "
                     "can fill up the widths of MLPs and experts alone, so this model cannot be "
-                    f"exported; prune with one model.{axis.value} for all layers"
+                    f"exported; one model.{axis.value} for all layers can"
                 )
             if any(sizes):
                 yield axis, max(sizes)

@@ -93,7 +93,7 @@ def run_convert(job: ConvertJob) -> None:
             else:
                 done = export_as(source, output, dtype, Trainer[job.format.name])
             parent = parent_of(WEIGHTS, masked(job.export), layout.locate(source))
-        lineage.write(output, made_by("convert"), [parent])
+    lineage.write(output, made_by("convert"), [parent])
     _log.info("%s", done)
 
 

@@ -36,7 +36,8 @@ def run(job: DistillTargetsJob) -> None:
         from hybrid_train.distillation.teachers import Teacher
         from hybrid_train.jobs.chosen_teachers import choose_teachers
         from hybrid_train.jobs.networks import load_model
-        from hybrid_train.jobs.pretraining import Start, open_run_data
+        from hybrid_train.jobs.pretraining import open_run_data
+        from hybrid_train.jobs.run_start import Start
         from hybrid_train.megatron.data_parallel import destroy_groups
 
         try:

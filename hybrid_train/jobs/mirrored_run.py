@@ -17,6 +17,7 @@ from hybrid_train.checkpoint.layout import POSITION, TOKENIZER
 from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
 from hybrid_train.checkpoint.mirror import Mirror
 from hybrid_train.checkpoint.writing import InThread
+from hybrid_train.compression.ranking import FOLDER as RANKING
 from hybrid_train.config import frozen
 from hybrid_train.config.secrets import masked
 from hybrid_train.data.record import FILE_NAME as RECORD
@@ -34,7 +35,8 @@ from hybrid_train.training.hooks.checkpointing import copied
 _CONFIG = (frozen.FROZEN_NAME, formats.FILE_NAME)
 # The metrics are needed, too: the losses before decide which one is a spike.
 _BESIDE = (
-    *_CONFIG, TOKENIZER, RECORD, TEACHERS, LINEAGE, origin.FOLDER, METRICS, history.FILE_NAME,
+    *_CONFIG, TOKENIZER, RECORD, TEACHERS, LINEAGE, RANKING, origin.FOLDER, METRICS,
+    history.FILE_NAME,
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 

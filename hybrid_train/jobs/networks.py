@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hybrid_train.anatomy.layers import layers
+from hybrid_train.anatomy.selection import Selection
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.save_load import read_weights
+from hybrid_train.compression.mask import Mask
 from hybrid_train.config import checks, frozen
 from hybrid_train.data.any_tokenizer import FolderTokenizer, open_tokenizer
 from hybrid_train.distillation import teacher_record
@@ -28,7 +30,7 @@ from hybrid_train.model.edits import Edit, Freeze, apply_edits
 from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.groups import describe as describe_decay
 from hybrid_train.runtime import ranks
-from hybrid_train.schema.extension import built_from, implementation_of
+from hybrid_train.schema.extension import implementation_of
 from hybrid_train.schema.gpu import CudaGraphs
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
@@ -36,6 +38,7 @@ from hybrid_train.schema.objective import MAIN, Distill
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import Backend, GemmFormat, Precision
 from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.pruning import EDITS as LISTED
 from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import counted, tokens
@@ -123,9 +126,10 @@ def build_network(
     formatted = data_parallel.in_model_format(built.chunks, built.config)
     made = (make(job, built, groups) for make in EDITS.values())
     edits = [edit for edit in made if edit is not None]
-    edits += built_from(job.edits)
+    edits += _listed_edits(job, Path(job.run_dir))
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
+    left = _left_by(edits)
     chunks = data_parallel.wrap(
         *(formatted, built.config, job.parallel, job.precision),
         nccl_user_buffers=job.gpu.nccl_user_buffers,
@@ -137,9 +141,10 @@ def build_network(
         chunks=chunks,
         groups=groups,
         device=device,
-        routing=_routing(job.model),
+        routing=_routing(job.model, left),
         balance_losses=built.balance_losses,
         quantized=quantized,
+        left=left,
         name=name,
         optimizer=build_optimizer(job.optimizer, job.parallel, chunks, dtype, raise_bad_norm),
         rate=Rate(job.schedule, tokens(job.train.tokens)),
@@ -171,7 +176,7 @@ def _freeze_mtp(job: TrainJob, _: BuiltModel, __: ProcessGroups) -> Freeze | Non
     return None if job.objective.trains_mtp else Freeze("mtp.")
 
 
-# Edits by name, each made from a job where the job asks for it; `Edit.stage` orders them.
+# Edits that follow from other settings of a job, by name; `Edit.stage` orders them all.
 EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] = {
     "quantize": _quantize,
     "project": _project,
@@ -179,14 +184,28 @@ EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] =
 }
 
 
-def _routing(model: Model) -> Routing:
+def _listed_edits(job: TrainJob, run_dir: Path) -> list[Edit]:
+    """Build the edits that a job lists: a user's own of their settings, ours of the run, too."""
+    return [
+        implementation_of(one)(*((one, job, run_dir) if one.kind in LISTED else (one,)))
+        for one in job.edits
+    ]
+
+
+def _left_by(edits: Sequence[Edit]) -> Selection | None:
+    """Return what a mask among the edits leaves of the model; None where there is none."""
+    return next((one.selection for one in edits if isinstance(one, Mask)), None)
+
+
+def _routing(model: Model, left: Selection | None) -> Routing:
     routed = [one for one in layers(model) if any(p.of_experts for p in one.parameters)]
     expert_layers = tuple(
-        ExpertLayer(one.depth > 0, one.number, one.sizes.experts)
+        ExpertLayer(one.depth > 0, one.number, one.sizes.experts, one.sizes.experts)
         for one in routed
         if one.depth <= 1  # blocks are alike, and share their records
     )
-    return Routing(expert_layers, len(routed))
+    routing = Routing(expert_layers, len(routed))
+    return routing if left is None else routing.masked(left)
 
 
 def teacher_loader(
@@ -267,12 +286,15 @@ def load_model(
     built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
     read_weights(found.path, built.chunks, groups, key)
     # What an edit makes of weights is not in them: without it this would be another model.
-    apply_edits(built_from(job.edits), built.chunks)
+    edits = _listed_edits(job, found.run_dir)
+    apply_edits(edits, built.chunks)
+    left = _left_by(edits)
     _log.info("loaded %s, trained for %s", found.path, counted(found.step, "step"))
     device = torch.device(torch.cuda.current_device())
     loaded = Network(
-        list(built.chunks), groups, device, _routing(job.model), built.balance_losses, name=name
-    )
+        list(built.chunks), groups, device, _routing(job.model, left), built.balance_losses,
+        left=left, name=name,
+    )  # fmt: skip
     loaded.freeze()
     return LoadedModel(loaded, job, found.run_dir)
 

@@ -1,6 +1,6 @@
 """One training run, from its claim to its summary.
 
-claim     the folder, and where the run starts             `claim`, jobs/run_folder.py
+claim     the folder, and where the run starts             jobs/run_start.py, run_folder.py
 choose    its teachers, if it learns from any              jobs/chosen_teachers.py
 open      its data; other data than before is refused      `open_run_data`, data/
 attempt   is noted in the folder, and watched              jobs/attempts.py
@@ -16,34 +16,27 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.gemm_formats import quantizes
-from hybrid_train.checkpoint import layout, store
+from hybrid_train.checkpoint import store
 from hybrid_train.checkpoint.copier import Copier
-from hybrid_train.checkpoint.layout import TOKENIZER, drop_partial
+from hybrid_train.checkpoint.layout import TOKENIZER
+from hybrid_train.compression.mask import keep_ranking
 from hybrid_train.config import frozen, launcher
 from hybrid_train.data.record import changes, read_record, record_of, write_record
-from hybrid_train.data.run_data import RunData, check_data, open_data
+from hybrid_train.data.run_data import RunData, open_data
 from hybrid_train.distillation import teacher_record
 from hybrid_train.distillation.targets import targets_of
 from hybrid_train.distillation.teacher_record import ChosenTeacher
 from hybrid_train.hf import origin
-from hybrid_train.jobs import (
-    attempts,
-    fetched_checkpoint,
-    measurement,
-    mirrored_run,
-    provenance,
-    run_folder,
-)
+from hybrid_train.jobs import attempts, measurement, mirrored_run, provenance, run_folder
 from hybrid_train.jobs.chosen_teachers import choose_teachers
 from hybrid_train.jobs.phase_builder import PhaseBuilder
+from hybrid_train.jobs.run_start import Start, claim, require_masks
 from hybrid_train.jobs.text_progress import TextProgress
 from hybrid_train.planning.phases import (
     PhaseSpan,
@@ -93,26 +86,6 @@ from hybrid_train.training.loop import Hook, HookList, Run, TrainState, fit
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: nowhere, its own newest checkpoint, or one of another run."""
-
-    found: layout.Found | None
-    weights_only: bool = False
-    is_own: bool = False
-
-    @property
-    def own_step(self) -> int:
-        """Step of the checkpoint in the run's own folder; -1 if it has none yet."""
-        return self.found.step if self.found and self.is_own else -1
-
-    def state(self) -> TrainState:
-        """Return the position to go on from."""
-        if self.found is None or self.weights_only:
-            return TrainState()
-        return TrainState(**self.found.position())
-
-
 def train(job: TrainJob, device: torch.device) -> int:
     """Run a checked job; return 0, or 128 + signal if a signal stopped it after a save."""
     start = claim(job)
@@ -154,6 +127,7 @@ def _attempt(
     teacher_record.require_usable(
         teachers, [one.job for one in phases], data.tokenizer, ranks.world_size()
     )
+    ranks.run_on_main_first(lambda: require_masks(job, start))
     record = same_data(job, data, state) if start.is_own else record_of(data)
     with attempts.attempt(run_dir, state.step, job.runtime.hang_timeout_s) as attempt:
         if ranks.is_main():
@@ -165,6 +139,8 @@ def _attempt(
             data.tokenizer.save(run_dir / TOKENIZER)
             if not start.is_own:
                 origin.pass_on(start.found.run_dir if start.found else None, run_dir)
+        if not start.is_own:
+            ranks.run_on_main_first(lambda: keep_ranking(job, run_dir))
         builder = PhaseBuilder(data, device, run_dir, teachers)
         run = builder.build(phase_at(phases, state.tokens), state, tokens(job.train.tokens))
         restore(start, run)
@@ -286,55 +262,6 @@ def _comparison(recovery: Recovery, run_dir: Path) -> list[Hook]:
 
 def _say_summary(run_dir: Path, peak: str = "") -> None:
     print(summarise(run_dir, peak))  # noqa: T201  the result of the command
-
-
-def claim(job: TrainJob) -> Start:
-    """Refuse what cannot run before anything is written, and find where to start."""
-    run_dir = Path(job.run_dir)
-
-    def check() -> None:
-        run_folder.require_access(run_dir)
-        run_folder.require_readable(run_dir)
-        attempts.require_alone(run_dir)
-        run_folder.require_same_run(job)
-        check_data(job.data)
-        sizes = counts.parameters(job.model, job.model.vocab_size or _asked_vocab_size(job))
-        run_folder.require_space(run_dir, sizes.total)
-        mirrored_run.require_usable(job)
-        for leftover in drop_partial(run_dir):
-            _log.warning("removed %s, which an interrupted save left behind", leftover)
-        attempts.conclude(run_dir)
-
-    ranks.run_on_main_first(check)
-    newest = store.newest_sound(run_dir, _set_aside)
-    own = mirrored_run.fetch_newer(job.checkpoint.url, run_dir, newest)
-    if own is not None:
-        _log.info("going on from %s", own.path)
-        return Start(own, is_own=True)
-    if job.checkpoint.load is None:
-        return Start(None)
-    found = layout.locate(fetched_checkpoint.folder_of(job.checkpoint.load, "checkpoint.load"))
-    run_folder.require_same_model(job, found)
-    if damaged := store.damages(found):
-        error = UserError(f"{found.path} is damaged: {damaged}; take another checkpoint")
-        error.on_all_ranks = True
-        raise error
-    weights_only = job.checkpoint.load_only is not None
-    _log.info("starting from %s of %s", "the weights" if weights_only else "all", found.path)
-    return Start(found, weights_only)
-
-
-def _set_aside(found: layout.Found, damaged: str) -> None:
-    place = layout.set_aside(found)
-    before = layout.latest(found.run_dir)
-    instead = f"step {before.step}" if before else "the start"
-    _log.warning("%s is damaged: %s", found.path, damaged)
-    _log.warning("it is now %s, and the run goes on from %s", place, instead)
-    history.note(found.run_dir, "fallback", step=found.step, damage=damaged, instead=instead)
-
-
-def _asked_vocab_size(job: TrainJob) -> int:
-    return job.data.vocab_size if isinstance(job.data, Quickstart) else 0
 
 
 def open_run_data(job: TrainJob, phase_spans: list[PhaseSpan], start: Start) -> RunData:

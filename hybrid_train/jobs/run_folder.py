@@ -13,6 +13,7 @@ from typing import Any
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
+from hybrid_train.compression.ranking import FOLDER as RANKING
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.config.secrets import masked, masked_data
@@ -62,7 +63,8 @@ _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weigh
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
     *_SIGNS, formats.FILE_NAME, exit_reports.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
-    METRICS, RECORD, TEACHERS, LINEAGE, "precision.json", "tensorboard", "wandb", "wandb_run_id",
+    METRICS, RECORD, TEACHERS, LINEAGE, RANKING, "precision.json", "tensorboard", "wandb",
+    "wandb_run_id",
 }  # fmt: skip
 _HALVES = {
     *(f"{name}.tmp" for name in (frozen.FROZEN_NAME, formats.FILE_NAME, RECORD, TEACHERS, LINEAGE)),

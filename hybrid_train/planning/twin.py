@@ -17,6 +17,7 @@ from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import GemmFormat, Precision
+from hybrid_train.schema.pruning import Mask
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
 from hybrid_train.schema.train import Train, TrainJob
 
@@ -50,6 +51,7 @@ def twin_of(job: TrainJob, processes: int) -> tuple[TrainJob, int]:
             reduce_gradients_in_fp32=job.precision.reduce_gradients_in_fp32,
         ),
         "schedule": Schedule(peak_lr=1e-3),
+        "edits": [one for one in job.edits if not isinstance(one, Mask)],  # of sizes that it lacks
         "runtime": Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1),
     }
     if isinstance(job.objective, Distill):

@@ -1,13 +1,14 @@
-"""What a smaller model keeps of its parent: sizes, depth, or how many parameters; and the job."""
+"""What a smaller model keeps of its parent: sizes, depth, or how many parameters; job and edit."""
 
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import MISSING
 
+from hybrid_train.schema.extension import EditSettings
 from hybrid_train.schema.layer_ranges import RULE, is_range
 from hybrid_train.schema.limits import (
     Count,
@@ -187,3 +188,18 @@ class PruneJob(Cut):
     ranking: FileName | None = None  # of that checkpoint (`importance`); null: no score is needed
     output: FileName = MISSING  # new run folder
     dry_run: bool = False  # print the sizes and counts, and write nothing
+
+
+@dataclass(kw_only=True)
+class Mask(EditSettings, Cut):
+    """Lets the model of a run compute what a child of this cut would; its weights stay as they are.
+
+    The run begins with the checkpoint that the ranking is of.
+    """
+
+    implementation: ClassVar[str] = "hybrid_train.compression.mask:mask_of_run"
+    kind: str = "mask"
+    ranking: FileName | None = None  # of the model (`importance`); null: no score is needed
+
+
+EDITS: dict[str, type[EditSettings]] = {"mask": Mask}  # ours, by the word that `edits` lists

@@ -96,7 +96,7 @@ class TrainJob:
     optimizer: AdamW = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=Schedule)
     objective: ObjectiveSettings = field(default_factory=NextToken)
-    edits: list[Any] = field(default_factory=list)  # of the model, by import path, in their order
+    edits: list[Any] = field(default_factory=list)  # of the model: mask, or by import path
     hooks: list[Any] = field(default_factory=list)  # of the loop, by import path
     row_transforms: list[Any] = field(default_factory=list)  # of the data, by import path
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -62,7 +62,7 @@ class Losses:
     drawn: dict[str, int]
 
     def plus(self, other: "Losses") -> "Losses":
-        """Return those of both, of other microbatches; labels that were drawn are not added."""
+        """Return those of both, of other microbatches; what was drawn is not added."""
         return replace(self, sums=self.sums + other.sums, totals=self.totals + other.totals)
 
     def means(self, sums: Tensor) -> dict[str, float]:
@@ -282,22 +282,18 @@ class Engine:
                 for turn in turns:
                     one = self._run(turn, microbatches, forward_only=True)
                     losses[turn] = losses[turn].plus(one) if turn in losses else one
-        found: dict[str, float] = {}
-        for one in losses.values():
-            found.update(one.means(_sum_over_processes(one.sums)))
+        means = (one.means(_sum_over_processes(one.sums)) for one in losses.values())
+        found = {name: value for of_turn in means for name, value in of_turn.items()}
         heartbeat.enter(heartbeat.BETWEEN)
         return found
 
     def _validated_at_once(self, left: Iterator[Batch]) -> list[Batch]:
-        """Take microbatches of a validation: all, where nothing is prepared that takes memory.
-
-        What runs ahead keeps something of each, so it gets no more of them than a step has.
-        """
-        runs_ahead = type(self.objective).prepare is not Objective.prepare
-        of_step = self.sequences_per_step // (self.microbatch * self.network.groups.dp.size())
+        """Take microbatches of a validation: as many as a step has, where each has a slot."""
+        if type(self.objective).prepare is not Objective.prepare:
+            of_step = self.sequences_per_step // (self.microbatch * self.network.groups.dp.size())
+            left = islice(left, max(of_step, 1))
         with self._said_once():
-            taken = islice(left, max(of_step, 1) if runs_ahead else None)
-            return [self.network.own(batch) for batch in taken]
+            return [self.network.own(batch) for batch in left]
 
     def forward_only(self, turn: Turn, microbatches: list[Batch]) -> None:
         """Run the forward pass of a turn alone; for whoever listens with module hooks."""

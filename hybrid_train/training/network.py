@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybrid_train.anatomy.selection import Selection
 from hybrid_train.data.batch import Batch
 from hybrid_train.megatron import data_parallel, forward_backward
 from hybrid_train.megatron.data_parallel import ProcessGroups
@@ -22,6 +23,7 @@ from hybrid_train.megatron.router import BalanceLosses
 from hybrid_train.megatron.step_graphs import StepGraph
 from hybrid_train.model.quantized import QuantizedGemms
 from hybrid_train.optim.schedules import learning_rate
+from hybrid_train.schema.model import Moe
 from hybrid_train.schema.objective import MAIN
 from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.tracking import metrics
@@ -34,6 +36,7 @@ class ExpertLayer:
     in_mtp: bool
     layer: int  # from 1, of the main layers or of the MTP block
     experts: int
+    left: int  # of these, where some are masked; 0: the layer is skipped
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,15 @@ class Routing:
 
     layers: tuple[ExpertLayer, ...]
     routers: int
+
+    def masked(self, selection: Selection) -> "Routing":
+        """Return what is left of the expert layers under a mask."""
+        kept = [one for one in selection.layers if one.parent.letter == Moe.letter]
+        left = {(one.parent.depth > 0, one.parent.number): one.child.sizes.experts for one in kept}
+        layers = tuple(
+            replace(one, left=left.get((one.in_mtp, one.layer), 0)) for one in self.layers
+        )
+        return Routing(layers, len(kept))
 
     def message(
         self,
@@ -78,12 +90,13 @@ class Routing:
             message: summed over all processes.
             passes: microbatches of all data-parallel ranks.
         """
-        if not self.layers:
+        if not self.routers:
             return {}
         found = {"moe_aux_loss": message[0].item() / (self.routers * passes)}
         loads = message[1:].split([one.experts for one in self.layers])
-        ratios = torch.stack([load.amax() / load.mean() for load in loads]).tolist()
-        for one, ratio in zip(self.layers, ratios, strict=True):
+        left = [(one, load) for one, load in zip(self.layers, loads, strict=True) if one.left]
+        ratios = torch.stack([load.amax() / (load.sum() / one.left) for one, load in left]).tolist()
+        for (one, _), ratio in zip(left, ratios, strict=True):
             found[metrics.expert_load(one.layer, in_mtp=one.in_mtp)] = ratio
         return found
 
@@ -112,6 +125,7 @@ class Network:
         routing: the expert layers.
         balance_losses: the record of its routers.
         quantized: its emulated GEMMs; None: none can be emulated.
+        left: what of it is not masked; None: all.
         name: what a turn calls it by, and a checkpoint where it holds several.
         optimizer: None: it is not trained.
         rate: of the optimizer.
@@ -125,6 +139,7 @@ class Network:
     routing: Routing
     balance_losses: BalanceLosses
     quantized: QuantizedGemms | None = None
+    left: Selection | None = None
     name: str = MAIN
     optimizer: MegatronOptimizer | None = None
     rate: Rate | None = None

@@ -43,7 +43,9 @@ OF_FOUR = {
 PATTERN = "MEM*M-E*/*ME/*ME"
 ROWS = 5  # no multiple of two data-parallel ranks
 METRICS = [one for one in LayerMetric if one not in (LayerMetric.cosine, LayerMetric.accuracy)]
-ROUNDING = 2e-5  # of the largest score of a name: float32 activations, sums of another order
+# Of the largest score of a name: float32 activations, sums of another order. Weights that nobody
+# planted differ by 1e-6; a softmax whose logits are a hundred times as large makes more of it.
+ROUNDING = 1e-4
 # An expert that is not there changes what others get; a variance is of values whose mean counts.
 ASKED = (
     settings(),

@@ -35,6 +35,7 @@ CHAPTERS = (
     "evaluation",
     "distillation",
     "stored_targets",
+    "pruning",
     "studies",
     "hugging_face",
     "data",

@@ -190,6 +190,6 @@ def test_one_rank_that_fails_ends_all_of_them(split: str, corpus: Path, tmp_path
     begin = time.monotonic()
     done = finish(start("importance", f"checkpoint={run_dir}", *words, processes=2))
     assert done.code != 0
-    assert "a layer that fails" in done.said
+    assert "a layer that fails" in done.said, done.said
     assert time.monotonic() - begin < SECONDS
     assert not (tmp_path / "ranking").exists()

@@ -153,10 +153,10 @@ def _reduction_is_differentiated(_: Any, patch: pytest.MonkeyPatch) -> None:
 
 def _padded_rows_have_a_share(engine: Any, patch: pytest.MonkeyPatch) -> None:
     """Let the teacher's padded rows be tokens that no label names."""
-    from hybrid_train.ops import divergence
+    from hybrid_train.ops.distribution import Columns
     from hybrid_train.ops.logits import HeadPart
 
-    of_columns = divergence._Columns.of
+    of_columns = Columns.of
 
     def of(logits: Tensor, head: HeadPart, scale: float) -> Any:
         found = of_columns(logits, head, scale)
@@ -164,7 +164,7 @@ def _padded_rows_have_a_share(engine: Any, patch: pytest.MonkeyPatch) -> None:
         padded = torch.cat([found.log_sum[:, None], rest], dim=-1).logsumexp(-1)
         return replace(found, log_sum=padded)
 
-    patch.setattr(divergence._Columns, "of", staticmethod(of))
+    patch.setattr(Columns, "of", staticmethod(of))
 
 
 def _counted_twice(name: str) -> Plant:

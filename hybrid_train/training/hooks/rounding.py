@@ -76,6 +76,13 @@ class AuditPrecision(Hook):
         formats = formats_of(self._job.model, self._job.precision)
         if not self._job.objective.trains_mtp:
             formats = {linear: one for linear, one in formats.items() if not linear.depth}
+        if (left := run.engine.network.left) is not None:
+            there = {(one.parent.depth, one.parent.number) for one in left.layers}
+            formats = {
+                linear: one
+                for linear, one in formats.items()
+                if linear.layer == 0 or (linear.depth, linear.layer) in there
+            }
         rows = list(audit_rows(formats, self._job.precision, _of_all_ranks(self._audit.stop())))
         wrong = [row for row in rows if not row["as_asked"]]
         if ranks.is_main():

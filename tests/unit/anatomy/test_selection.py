@@ -17,6 +17,7 @@ from hybrid_train.anatomy.layers import Layer
 from hybrid_train.anatomy.selection import (
     Kept,
     KeptLayer,
+    held_positions,
     of_expert,
     positions,
     tensor_positions,
@@ -109,5 +110,31 @@ def test_heads_that_leave_their_groups_are_no_layer(heads: list[int], said: str)
         )
 
 
+def test_channels_that_differ_between_heads_are_no_layer() -> None:
+    child = PARENT._replace(ssm_head_dim=2)
+    by_head = np.tile([[0, 1], [1, 2]], (4, 1))
+    with pytest.raises(AssertionError, match="the same are kept in every head"):
+        KeptLayer(Layer("M", 1, 0, PARENT), Layer("M", 1, 0, child), {Axis.ssm_head_dim: by_head})
+
+
 def named(name: str) -> Parameter:
     return next(one for one in parameters_of("E", PARENT) if one.name == name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_hold_a_run_of_every_part_or_some_of_the_groups(ranks: int) -> None:
+    sizes = PARENT._replace(kv_groups=2)
+    inner, state, heads = 8 * 3, 2 * 5, 8
+    parts = [inner, inner, state, state, heads]  # z, x, B, C, dt
+    starts = np.cumsum([0, *parts])
+    by_rank = [held_positions(MambaKind.packed, sizes, rank, ranks) for rank in range(ranks)]
+    for rank, found in enumerate(by_rank):
+        wanted = [
+            np.arange(start + rank * size // ranks, start + (rank + 1) * size // ranks)
+            for start, size in zip(starts, parts, strict=False)
+        ]
+        assert found.tolist() == np.concatenate(wanted).tolist()
+    alternating = [
+        held_positions(AttentionKind.packed, sizes, rank, ranks) for rank in range(ranks)
+    ]
+    assert np.concatenate(alternating).tolist() == list(range(AttentionKind.packed.size(sizes)))

@@ -137,6 +137,13 @@ def test_a_layout_or_format_that_takes_the_parent_alone_is_named() -> None:
     assert not list(remarks(parent, child_of("model.mamba.head_dim=8")))
 
 
+def test_a_child_without_experts_has_none_to_spread() -> None:
+    cut = cut_of("mtp=drop", "depth.drop=[2]")
+    child = child_model(PARENT, plan_of(PARENT, cut, (1, 3, 4, 5, 6)))
+    assert "E" not in child.pattern
+    assert not list(remarks(PARENT, child))
+
+
 def test_a_child_is_smaller_by_what_was_asked() -> None:
     whole = parameters(PARENT, 64).total
     neurons = 48  # of 64, in one MLP layer: a row and a column of hidden each

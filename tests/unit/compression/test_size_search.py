@@ -22,29 +22,43 @@ def searched(cut: Cut, parent: Model = PARENT) -> Model:
     return choose(parent, random_ranking(parent), cut, ROWS).model
 
 
-def count(hidden: int, ffn: int) -> int:
-    mlp = replace(PARENT.mlp, intermediate_size=ffn)
-    return parameters(replace(PARENT, hidden_size=hidden, mlp=mlp), ROWS).total
+STEP, WIDEST = 4, (32, 64, 32)  # hidden channels, neurons of MLPs, of experts
+THREE = ["hidden_size", "mlp.intermediate_size", "moe.intermediate_size"]
 
 
-@pytest.mark.parametrize("share", [0.97, 0.9, 0.8, 0.7, 0.6])
-def test_near_equal_shares_of_all_widths_no_combination_is_nearer(share: float) -> None:
-    found = searched(Cut(share=share, multiple=4, shrink=["hidden_size", "mlp.intermediate_size"]))
-    most = int(share * TOTAL)
-    hiddens, neurons = range(16, 33, 4), range(32, 65, 4)
-    shares = [*(one / 32 for one in hiddens), *(one / 64 for one in neurons)]
-    even = max(one for one in shares if count(*at(one)) <= most)
-    band = [
-        count(*one)
-        for one in itertools.product(hiddens, neurons)
-        if max(abs(a - b) for a, b in zip(one, at(even), strict=True)) <= 4
+def count(hidden: int, mlp: int, expert: int) -> int:
+    sections = {
+        "mlp": replace(PARENT.mlp, intermediate_size=mlp),
+        "moe": replace(PARENT.moe, intermediate_size=expert),
+    }
+    return parameters(replace(PARENT, hidden_size=hidden, **sections), ROWS).total
+
+
+def near(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Sizes a step up or down, as far as they are legal."""
+    steps = [
+        [one for one in (size - STEP, size, size + STEP) if widest // 2 <= one <= widest]
+        for size, widest in zip(sizes, WIDEST, strict=True)
     ]
-    best = max(number for number in band if number <= most)
-    assert best <= parameters(found, ROWS).total <= most
+    return list(itertools.product(*steps))
 
 
-def at(part: float) -> tuple[int, int]:
-    return int(part * 32) // 4 * 4, int(part * 64) // 4 * 4
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.7, 0.6])
+def test_near_equal_shares_of_all_widths_no_combination_is_nearer(share: float) -> None:
+    found = searched(Cut(share=share, multiple=STEP, shrink=THREE))
+    sizes = (found.hidden_size, found.mlp.intermediate_size, found.moe.intermediate_size)
+    most = int(share * TOTAL)
+    evens = [
+        tuple(max(widest // 2, int(part * widest) // STEP * STEP) for widest in WIDEST)
+        for part in (step / 64 for step in range(32, 65))
+    ]
+    even = max((one for one in evens if count(*one) <= most), key=lambda one: count(*one))
+    best = max(number for one in near(even) if (number := count(*one)) <= most)
+    assert best <= count(*sizes) <= most
+    wider = [one for one in near(sizes) if sum(one) == sum(sizes) + STEP and min(
+        a - b for a, b in zip(one, sizes, strict=True)) == 0]  # fmt: skip
+    assert wider
+    assert min(count(*one) for one in wider) > most, "no width could be larger by a step"
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])

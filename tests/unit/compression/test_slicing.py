@@ -25,7 +25,7 @@ from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import slicing
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
-from tests.pruned import SIZES, child_of, selection_of
+from tests.pruned import SIZES, child_of, roomy, selection_of
 from tests.random_checkpoints import random_tensors, write_checkpoint
 from tests.tiny import tiny_job
 
@@ -87,7 +87,7 @@ class Cut:
     """A random checkpoint of a model, and a child of it in a folder of its own."""
 
     def __init__(self, folder: Path, seed: int, *, pattern: str = "MEM*M-E*/*E/*E") -> None:
-        self.parent = tiny_job(pattern).model
+        self.parent = roomy(tiny_job(pattern).model)
         random, dropped = np.random.default_rng(seed), (2, 4)
         self.child = child_of(self.parent, SIZES, random, dropped)
         self.selection = selection_of(self.parent, self.child, random, dropped)

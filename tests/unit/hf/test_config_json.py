@@ -11,7 +11,7 @@ from transformers import NemotronHConfig
 
 from hybrid_train.config.compose import compose
 from hybrid_train.hf import config_json
-from hybrid_train.schema.model import LayerRule, MambaSizes, Model
+from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
 
 PATH = Path("config.json")
@@ -182,10 +182,3 @@ def test_a_file_of_another_kind_is_refused(text: str, message: str, tmp_path: Pa
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         config_json.read_config(tmp_path)
-
-
-def test_layers_with_sizes_of_their_own_cannot_be_exported() -> None:
-    model = model_named("tiny")
-    model.layers = [LayerRule(layers="1", mamba=MambaSizes(heads=16))]
-    with pytest.raises(UserError, match=r"model\.layers\.0 gives layer 1 sizes of its own"):
-        config_json.to_config(model, vocab_size=4096, length=8192, dtype="bfloat16", token_ids={})

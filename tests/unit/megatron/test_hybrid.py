@@ -121,3 +121,23 @@ def test_every_parameter_gets_a_gradient_from_the_sum_of_all_rows(
     batch = batch_of(some_rows(4))
     losses_of(model, batch)[0].backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_a_skipped_layer_hands_on_what_it_is_given_until_it_is_back(groups: Any) -> None:
+    """Its weights have a gradient of zeros: data parallelism waits for one of each."""
+    from hybrid_train.megatron.hybrid import is_skipped, skip
+
+    model, batch = tiny_model(tiny_job("ME*-"), groups), batch_of(some_rows(3))
+    before = model(batch.tokens).logits().detach()
+    for layer in model.decoder.layers:
+        skip(layer)
+    assert all(map(is_skipped, model.decoder.layers))
+    embedded = model.embedding(batch.tokens, None)
+    outputs = model(batch.tokens)
+    torch.testing.assert_close(outputs.hidden, model.decoder.final_norm(embedded))
+    outputs.logits().sum().backward()
+    assert all(not p.grad.any() for p in model.decoder.layers.parameters())
+    assert model.embedding.word_embeddings.weight.grad.any()
+    for layer in model.decoder.layers:
+        skip(layer, skipped=False)
+    assert torch.equal(model(batch.tokens).logits(), before)

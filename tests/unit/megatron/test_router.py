@@ -103,3 +103,31 @@ def test_lists_of_chosen_experts_say_what_cores_table_says(groups: Any, top_k: i
         few, numbers = router.as_lists(x.squeeze(1))
     assert torch.zeros_like(chosen).scatter(1, numbers, True).equal(chosen)
     torch.testing.assert_close(torch.zeros_like(weights).scatter(1, numbers, few), weights)
+
+
+def test_experts_that_are_masked_are_not_chosen_nor_in_the_lists(groups: Any) -> None:
+    from hybrid_train.megatron.router import routers
+
+    model = built(groups)
+    router = next(routers(model.chunks))
+    router.kept = torch.tensor([False, True, True, True])
+    with torch.no_grad():  # the best of all, by far
+        router.expert_bias.copy_(torch.tensor([9.0, -9.0, -9.0, -9.0]))
+    x = torch.randn(32, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    weights, chosen = router.routing(router.gating(x[:, None]))
+    assert not chosen[:, 0].any()
+    assert (chosen.sum(1) == 2).all()
+    of_lists, numbers = router.as_lists(x)
+    assert (numbers > 0).all()
+    torch.testing.assert_close(weights.gather(1, numbers), of_lists.float())
+
+
+def test_biases_of_the_experts_that_are_left_move_by_the_mean_of_their_tokens(groups: Any) -> None:
+    from hybrid_train.megatron.router import routers, update_expert_biases
+
+    masked, whole = routers(built(groups).chunks)
+    masked.kept = torch.tensor([True, True, False, True])
+    tokens = torch.tensor([6.0, 2.0, 0.0, 4.0])  # 3 of all four, 4 of the three
+    update_expert_biases([(one.train(), tokens) for one in (masked, whole)], 0.5, groups.tp_dp_cp)
+    assert masked.expert_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
+    assert whole.expert_bias.tolist() == [-0.5, 0.5, 0.5, -0.5]

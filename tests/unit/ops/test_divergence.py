@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_train.ops import divergence
+from hybrid_train.ops import distribution
 from hybrid_train.ops.divergence import Comparison, Distillation
 from hybrid_train.ops.logits import HeadPart, read, weighted_sum
 from hybrid_train.ops.reference import Reference, TopTokens
@@ -101,7 +101,7 @@ def test_the_loss_and_its_gradients_equal_those_of_autograd(
     spread: float, name: str, chunk: int, teachers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_chunks_of(chunk, monkeypatch)
-    monkeypatch.setattr(divergence, "_BLOCK_ELEMENTS", 3 * ROWS)
+    monkeypatch.setattr(distribution, "_BLOCK_ELEMENTS", 3 * ROWS)
     settings, labels = SETTINGS[name], some_labels()
     others = [reference(spread), reference(0.5 * spread, seed=8)][:teachers]
     hidden, weight, weights = operands()

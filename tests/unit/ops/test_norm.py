@@ -45,3 +45,27 @@ def test_bfloat16_is_computed_in_float32() -> None:
 def test_a_group_size_that_does_not_divide_the_channels_is_refused() -> None:
     with pytest.raises(ValueError, match="group_size = 3: must divide the 8 channels"):
         gated_rms_norm(torch.ones(1, 8), None, torch.ones(8), 1e-5, 3)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_mean_is_over_the_channels_that_are_not_masked(grouped: bool) -> None:
+    """Tiny inputs beside a large eps: by the mean of all channels eps would weigh more."""
+    left, whole, group = 3, 8, 2 if grouped else 1
+    generator = torch.Generator().manual_seed(0)
+    small = 1e-3 * torch.randn(2, group, left, generator=generator, dtype=torch.float64)
+    weight = torch.randn(group, whole, generator=generator, dtype=torch.float64)
+    x = torch.zeros(2, group, whole, dtype=torch.float64)
+    x[..., 1:4] = small
+    channels = torch.tensor(float(left))
+
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if grouped:
+            return gated_rms_norm(x.flatten(1), None, w.flatten(), 1e-5, whole, channels).view_as(x)
+        return rms_norm(x, w, 1e-5, channels)
+
+    found = norm(x, weight)
+    expected = F.rms_norm(small, (left,), None, 1e-5) * weight[:, 1:4]
+    torch.testing.assert_close(found[..., 1:4], expected)
+    assert found.count_nonzero() == small.numel()
+    assert torch.autograd.gradcheck(norm, (x.requires_grad_(), weight.requires_grad_()))
+    torch.testing.assert_close(found, norm(x, weight))  # recorded or not
