@@ -15,6 +15,7 @@ from hybrid_train.anatomy.counts import parameters
 from hybrid_train.anatomy.layers import Layer, layers
 from hybrid_train.anatomy.selection import CHOSEN, Indices, KeptLayer, Selection
 from hybrid_train.compression.child_sizes import (
+    Plan,
     child_layers,
     child_model,
     listed_layers,
@@ -63,8 +64,37 @@ def choose(parent: Model, ranking: Ranking | None, cut: Cut, vocab_rows: int) ->
         ConfigError: with every size that no child of this parent can have, and the nearest legal.
         UserError: if scores that are needed are not there, not finite, or of another model.
     """
-    problems = list(depth_problems(parent, cut))
     scores = _Scores(ranking)
+    plan = _plan(parent, scores, cut, vocab_rows)
+    model = child_model(parent, plan)
+    total, count = (parameters(one, vocab_rows).total for one in (parent, model))
+    if count == total:
+        raise ConfigError([_nothing(cut, total)])
+    return Chosen(
+        model, _selection(parent, child_layers(parent, plan), model, scores), count, total
+    )
+
+
+def child_of(parent: Model, cut: Cut, vocab_rows: int) -> Model | None:
+    """Return the model of a child before there are scores; None where they say which layers stay.
+
+    Args:
+        parent: the model that is cut.
+        cut: what is asked.
+        vocab_rows: of embedding and head, as they are stored; they count.
+
+    Raises:
+        ConfigError: as `choose` does.
+    """
+    try:
+        return child_model(parent, _plan(parent, _Scores(None), cut, vocab_rows))
+    except _UnrankedError:
+        return None
+
+
+def _plan(parent: Model, scores: "_Scores", cut: Cut, vocab_rows: int) -> Plan:
+    """Return which layers stay, and the sizes; scores are asked for those of layers alone."""
+    problems = list(depth_problems(parent, cut))
     number = len(parse(parent.pattern).main)
     whole = range(1, number + 1)
     main = list(whole) if problems else kept_main(parent, scores, cut.depth)
@@ -72,19 +102,13 @@ def choose(parent: Model, ranking: Ranking | None, cut: Cut, vocab_rows: int) ->
     problems += size_problems(parent, plan, multiple_of(cut))
     if problems:
         raise ConfigError(problems)
-    total = parameters(parent, vocab_rows).total
     if cut.share is not None or cut.budget is not None:
+        total = parameters(parent, vocab_rows).total
         most = int(cut.share * total) if cut.share is not None else tokens(str(cut.budget))
         plan = searched(parent, plan, cut, Target(most, total, vocab_rows), scores.of_layers)
         if problems := list(size_problems(parent, plan, 1)):  # of layers that went
             raise ConfigError(problems)
-    model = child_model(parent, plan)
-    count = parameters(model, vocab_rows).total
-    if count == total:
-        raise ConfigError([_nothing(cut, total)])
-    return Chosen(
-        model, _selection(parent, child_layers(parent, plan), model, scores), count, total
-    )
+    return plan
 
 
 def _nothing(cut: Cut, total: int) -> Problem:
@@ -97,6 +121,10 @@ def _nothing(cut: Cut, total: int) -> Problem:
     return Problem(f"model.{name}", size, rule)
 
 
+class _UnrankedError(ConfigError):
+    """Scores are needed, and there is no ranking."""
+
+
 class _Scores:
     """Scores as they are needed: there, of this model, and finite."""
 
@@ -107,7 +135,7 @@ class _Scores:
     def ranking(self) -> Ranking:
         if self._ranking is None:
             rule = "must name the ranking of the checkpoint: what matters least of it is cut"
-            raise ConfigError([Problem("ranking", "null", rule)])
+            raise _UnrankedError([Problem("ranking", "null", rule)])
         return self._ranking
 
     def of(self, layer: Layer, axis: Axis, shape: tuple[int, ...]) -> Values:

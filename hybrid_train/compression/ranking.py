@@ -40,7 +40,8 @@ class Header:
         run: folder of the run, as it was called.
         step: of the checkpoint.
         checksum: of its files; no other checkpoint is cut by this ranking.
-        rows: that were read.
+        scores: what they were made of: activations, weights or random.
+        rows: that were read; 0: none, and what is said of them is empty.
         sequence_length: tokens of a row.
         over_tokens: how scores of the tokens of a row become one.
         over_rows: how those of rows become one.
@@ -51,12 +52,13 @@ class Header:
     run: str
     step: int
     checksum: str
-    rows: int
-    sequence_length: int
-    over_tokens: str
-    over_rows: str
+    rows: int = 0
+    sequence_length: int = 0
+    over_tokens: str = ""
+    over_rows: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    scores: str = "activations"
 
 
 @dataclass(frozen=True)

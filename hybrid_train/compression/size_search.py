@@ -148,7 +148,7 @@ def _power_near(size: int) -> int:
 
 
 def _shared_out(experts: int) -> int:
-    """Return the largest power of two up to a 16th: so many ranks can share the experts that stay."""
+    """Return the largest power of two up to a 16th: so many ranks can share what stays."""
     return 2 ** int(math.log2(max(experts // 16, 1)))
 
 

@@ -39,7 +39,6 @@ from hybrid_train.config.rules_of_data import no_run
 from hybrid_train.schema.checkpoint import URL
 from hybrid_train.schema.extension import is_import_path
 from hybrid_train.schema.job_roots import CheckJob, CountJob, GenerateJob, ResumeJob, SubmitJob
-from hybrid_train.schema.model import Model
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import ConfigError, Problem, collect
 from hybrid_train.schema.train import TrainJob
@@ -227,13 +226,13 @@ def _take_loaded_model(
     if source is None or any(one.key_or_group == "model" and one.value() for one in given.groups):
         return []
     try:
-        found = _models_of(source)
+        found = runs_of(source)
     except OSError as error:
         return [Problem("checkpoint.load", source, f"cannot be read: {error.strerror}")]
     if not found:  # a rule tells what is wrong with a URL
         missing = no_run("checkpoint.load", source, frozen.FROZEN_NAME)
         return [] if "://" in source else [missing]
-    model = found[0]
+    model = found[0].model
     model.pattern = model.pattern.replace("|", "")  # cuts are of the layout, not of the model
     config.model = OmegaConf.structured(model)
     for override in given.values:
@@ -242,12 +241,12 @@ def _take_loaded_model(
     return []
 
 
-def _models_of(source: str) -> list[Model]:
-    """Return the model of a run from its folder, a checkpoint of it, or the URL of either."""
+def runs_of(source: str) -> list[TrainJob]:
+    """Return a run by its folder, a checkpoint of it, or the URL of either; none if it is none."""
     if URL.fullmatch(source):
-        return [frozen.load_behind(source, "checkpoint.load").model]
+        return [frozen.load_behind(source, "checkpoint.load")]
     places = [Path(source), Path(source).parent.parent]
-    return [frozen.load(place).model for place in places if (place / frozen.FROZEN_NAME).is_file()]
+    return [frozen.load(place) for place in places if (place / frozen.FROZEN_NAME).is_file()]
 
 
 def spelt_out(job_name: str, lines: Sequence[str]) -> list[str]:

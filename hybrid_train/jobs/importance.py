@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_train.anatomy.layers import layers, main_layers
 from hybrid_train.checkpoint import layout
+from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import ranking
+from hybrid_train.compression.plain_scores import random_scores, weight_scores
 from hybrid_train.compression.ranking import Header, Ranking
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import command, setting
 from hybrid_train.data.record import record_of
 from hybrid_train.data.run_data import RunData, open_data
+from hybrid_train.hf.write import open_checkpoint
 from hybrid_train.jobs.help import console, show_numbers
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.planning.phases import PhaseSpan, lay_out
 from hybrid_train.runtime import ranks
 from hybrid_train.runtime.start import process
 from hybrid_train.schema import model as sections
 from hybrid_train.schema.data import Data, Quickstart, Source, Split, named_sources
 from hybrid_train.schema.extension import built_from
-from hybrid_train.schema.importance import ExpertMetric, ImportanceJob
+from hybrid_train.schema.importance import ExpertMetric, ImportanceJob, ScoreSource
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -48,9 +52,7 @@ def run(job: ImportanceJob) -> None:
 
         try:
             found = layout.locate(folder_of(job.checkpoint, "checkpoint"))
-            reads = rows_job(job, frozen.load(found.run_dir), found.run_dir)
-            data, phase = _open(reads)
-            made = Ranking(_header(job, found, reads, data), _scores(job, found, data, phase))
+            made = _made_of_rows(job, found) if job.reads_rows else _made_of_no_rows(job, found)
             folder = Path(job.output)
 
             def write() -> None:
@@ -62,6 +64,26 @@ def run(job: ImportanceJob) -> None:
                 _show(job, made, frozen.load(found.run_dir).model)
         finally:
             destroy_groups()
+
+
+def _made_of_rows(job: ImportanceJob, found: layout.Found) -> Ranking:
+    reads = rows_job(job, frozen.load(found.run_dir), found.run_dir)
+    data, phase = _open(reads)
+    header = replace(
+        _header(job, found), rows=job.rows, sequence_length=reads.train.sequence_length,
+        over_tokens=job.over_tokens.value, over_rows=job.over_rows.value, data=record_of(data),
+    )  # fmt: skip
+    return Ranking(header, _scores(job, found, data, phase))
+
+
+def _made_of_no_rows(job: ImportanceJob, found: layout.Found) -> Ranking:
+    """Return what scores are held against; every process makes the same."""
+    parent = open_checkpoint(found.path)
+    if job.scores is ScoreSource.random:
+        return Ranking(_header(job, found), random_scores(parent.model, job.seed))
+    rows = padded_vocab_size(parent.vocab_size, parent.model.vocab_multiple)
+    with StoredTensors(found.path) as stored:
+        return Ranking(_header(job, found), weight_scores(parent.model, stored, rows))
 
 
 def rows_job(job: ImportanceJob, parent: TrainJob, run_dir: Path) -> TrainJob:
@@ -202,18 +224,11 @@ def _accuracy(
     return lambda: overall(measure.run(subject))["accuracy"]
 
 
-def _header(job: ImportanceJob, found: layout.Found, reads: TrainJob, data: RunData) -> Header:
+def _header(job: ImportanceJob, found: layout.Found) -> Header:
     return Header(
-        run=str(found.run_dir),
-        step=found.step,
-        checksum=layout.digest_of(found.path),
-        rows=job.rows,
-        sequence_length=reads.train.sequence_length,
-        over_tokens=job.over_tokens.value,
-        over_rows=job.over_rows.value,
-        data=record_of(data),
-        seed=job.seed,
-    )
+        run=str(found.run_dir), step=found.step, checksum=layout.digest_of(found.path),
+        scores=job.scores.value, seed=job.seed,
+    )  # fmt: skip
 
 
 def _show(job: ImportanceJob, made: Ranking, model: Model) -> None:
@@ -231,8 +246,9 @@ def _show(job: ImportanceJob, made: Ranking, model: Model) -> None:
         heads = ["layer", "kind", *(name.removeprefix(ranking.LAYERS) for name in metrics)]
         show_numbers(page, rows, heads, words=2)
     sets = counted(len(made.scores), "set")
-    rows_read = f"{header.rows:,} rows of {header.sequence_length:,} tokens"
-    page.print(f"{sets} of scores, by {rows_read}, are in {job.output}")
+    read = f"{header.rows:,} rows of {header.sequence_length:,} tokens"
+    by = read if job.reads_rows else header.scores
+    page.print(f"{sets} of scores, by {by}, are in {job.output}")
     asked = (setting("checkpoint", job.checkpoint), setting("ranking", job.output))
     page.print("\nNext:")
     words = command("prune", *asked, "output=FOLDER", "share=0.6")

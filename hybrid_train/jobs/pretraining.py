@@ -183,7 +183,7 @@ def _hooks(
         # These add to the report of a step, of which the trackers are told after them.
         AuditPrecision(run_dir, lambda seen: phase_at(phases, seen).job),
         *_rounding(job.precision.statistics_interval, phases, run_dir, own_step),
-        *_validation(validation_interval(job.train.validation_interval, phases), run, builder.data),
+        *_validation(job, phases, run, builder.data, is_new=own_step < 0),
         *_evaluation(job, phases, builder.data),
         *built_from(job.hooks),
         _metrics(job, run, builder.data, peak),
@@ -215,11 +215,14 @@ def _rounding(interval: int, phases: list[PhaseSpan], run_dir: Path, own_step: i
     return [MeasureRounding(run_dir, interval, max(own_step, 0))]
 
 
-def _validation(interval: int, run: Run, data: RunData) -> list[Hook]:
+def _validation(
+    job: TrainJob, phases: list[PhaseSpan], run: Run, data: RunData, *, is_new: bool
+) -> list[Hook]:
     if run.validation is None:
         return []
     baseline = (lambda: data.unigram_cross_entropy) if ranks.is_main() else (lambda: None)
-    return [Validate(interval, baseline)]
+    interval = validation_interval(job.train.validation_interval, phases)
+    return [Validate(interval, baseline, at_start=is_new and job.train.validate_start)]
 
 
 def _evaluation(job: TrainJob, phases: list[PhaseSpan], data: RunData) -> list[Hook]:

@@ -46,7 +46,7 @@ from hybrid_train.tracking.metrics import show, show_duration
 _POLL_S = 0.2
 Running = dict[int, tuple["subprocess.Popen[bytes]", float]]  # by number: process, start
 _LAST_LINES = 15  # of the log of a run that failed
-_TAKE_THREADS = ("train", "distill_targets", "generate", "verify")
+_TAKE_THREADS = ("train", "distill_targets", "importance", "generate", "verify")
 Task = PlannedStage | PlannedRun
 _log = logging.getLogger(__name__)
 

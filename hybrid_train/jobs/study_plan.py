@@ -1,9 +1,10 @@
-"""The plan of a study: its stages and runs, and the learning rate of each kind of objective.
+"""The plan of a study: its stages and runs, and the learning rate of each kind of run.
 
-A rate is chosen by trials. The first variant of a kind of objective trains with every candidate,
-each on the same share of the tokens and with a seed that is not reported; the lowest loss wins.
-Trials are stages like others: equal ones run once for all studies. What was chosen is written into
-the folder of the study, which keeps to it.
+A rate is chosen by trials, for each objective, and apart for runs that begin with trained weights,
+which want smaller steps. The first variant of a kind trains with every candidate, each on the same
+share of the tokens and with a seed that is not reported; the lowest loss wins. Trials are stages
+like others: equal ones run once for all studies. What was chosen is written into the folder of the
+study, which keeps to it.
 """
 
 import copy
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The rate of a kind of objective.
+    """The rate of a kind of run.
 
     Attributes:
         chosen: the rate.
@@ -97,7 +98,7 @@ class Rates:
     """Knows the rates that were chosen, and plans trials for those that were not.
 
     Attributes:
-        choices: by kind of objective.
+        choices: by kind of run.
         trials: those that have to end before the others can be chosen.
     """
 
@@ -109,10 +110,10 @@ class Rates:
         self._asked: set[str] = set()
 
     def of(self, kind: str, lines: Sequence[str], run_tokens: int) -> float | None:
-        """Return the rate of a kind of objective; None if it is not chosen yet.
+        """Return the rate of a kind of run; None if it is not chosen yet.
 
         Args:
-            kind: of the objective.
+            kind: of the run.
             lines: overrides of a variant; the first that asks for a kind is tried.
             run_tokens: of a run of it.
         """
@@ -137,7 +138,7 @@ class Rates:
 
 
 def written_rates(run_dir: Path) -> dict[str, Choice]:
-    """Return what a study has chosen so far, by kind of objective."""
+    """Return what a study has chosen so far, by kind of run."""
     path = run_dir / RATES_FILE
     if not path.is_file():
         return {}
@@ -240,7 +241,7 @@ class StudyPlan:
         stages: of them all.
         runs: of all variants and seeds.
         trials: stages, too; what they say chooses rates, and the runs are known only then.
-        rates: that were chosen, by kind of objective.
+        rates: that were chosen, by kind of run.
     """
 
     stages: Sequence[PlannedStage]
@@ -336,7 +337,7 @@ def _names_rate(lines: Sequence[str]) -> bool:
 
 
 def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[str, int]:
-    """Return the kind of objective of a variant and the tokens of a run of it.
+    """Return of which kind a variant is, and the tokens of a run of it.
 
     Raises:
         ConfigError: if the lines say neither, with all that is wrong with them.
@@ -344,7 +345,8 @@ def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[s
     filled = stages.filled(lines, seed, ahead=True)
     stages.checked("train", filled)
     config = compose.draft("train", filled).config
-    return str(config.objective.kind), tokens(str(config.train.tokens))
+    begins = "" if config.checkpoint.load is None else " from trained weights"
+    return f"{config.objective.kind}{begins}", tokens(str(config.train.tokens))
 
 
 def _folder_problems(study: StudyJob, runs: Sequence[PlannedRun]) -> Iterator[Problem]:

@@ -74,6 +74,11 @@ class _Found:
         return next(iter(self.curves.values())).seen
 
     @property
+    def before(self) -> Spread:
+        """Validation losses before the first step."""
+        return spread([one.before for one in self.curves.values()])
+
+    @property
     def seen_with_stages(self) -> float:
         run = next(iter(self.runs.values()))
         return self.seen + sum(_tokens_of(one) or 0 for one in run.stages().values())
@@ -105,7 +110,7 @@ def report(study: StudyJob, plan: StudyPlan) -> None:
     (folder / MARKDOWN).write_text(_markdown(study, found, facts, plan))
     page = console()
     page.print(f"\n{study.title}\n", soft_wrap=True)
-    show_numbers(page, list(_rows(study, found)), _heads(study))
+    show_numbers(page, list(_rows(study, found)), _heads(study, found))
     page.print(f"\n{_legend(study, found)}", soft_wrap=True)
     for kind, one in plan.rates.items():
         page.print(f"\n{one.sentence(kind)}", soft_wrap=True)
@@ -226,11 +231,16 @@ def _count(number: float) -> str:
     return show_tokens(round(number))
 
 
-def _heads(study: StudyJob) -> list[str]:
+def _heads(study: StudyJob, found: Mapping[str, _Found]) -> list[str]:
     return [
         "gap, %", "against", "seeds", *WINDOWS, "deviation", "lowest", "highest", "validation",
         "its seeds", *(["saved, %"] if study.longer else []),
+        *(["before", "after"] if _has_starts(found) else []),
     ]  # fmt: skip
+
+
+def _has_starts(found: Mapping[str, _Found]) -> bool:
+    return any(math.isfinite(one.before.mean) for one in found.values())
 
 
 def _rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, ...]]:
@@ -250,7 +260,14 @@ def _rows(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[tuple[str, .
             _percent(one.comparison.validation_gap.mean),
             {True: "within", False: "beyond", None: "not known"}[one.comparison.within_seeds],
             *([_share(one.saved)] if study.longer else []),
+            *(_starts_and_ends(one) if _has_starts(found) else []),
         )
+
+
+def _starts_and_ends(one: _Found) -> Iterator[str]:
+    """Yield the validation losses before the first step and at the end."""
+    for loss in (one.before, one.comparison.validation_loss):
+        yield show("validation_loss", loss.mean) if math.isfinite(loss.mean) else "-"
 
 
 def _percent(share: float, form: str = "{:+.2f}") -> str:
@@ -271,13 +288,18 @@ def _legend(study: StudyJob, found: Mapping[str, _Found]) -> str:
         "seeds, of variants with its model and its batches. The least and the most that these can "
         "show are bounds."
     )
+    starts = (
+        "\nBefore, after: validation losses before the first step and at the end, nats per token, "
+        "mean over seeds."
+    )
     return (
         "Gap: (loss - loss of the other) / loss of the other, the one under `against`, of runs "
         "with the same seed, mean over\nseeds. A loss at a point is the mean over the "
         f"{WINDOW:.0%} of training before it. Deviation (of the sample), lowest,\nhighest: of the "
         f"gap of the {TAIL} over seeds. Validation: gap at the end. Its seeds: whether the gap of "
         f"the\n{TAIL} is within the relative deviation of the losses of the other over its own "
-        f"seeds.{saved if study.longer else ''}\n\n"
+        f"seeds.{saved if study.longer else ''}"
+        f"{starts if _has_starts(found) else ''}\n\n"
         + "\n".join(_losses_of(name, found[name].comparison) for name in others)
         + (unpaired if alone else "")
     )
@@ -338,6 +360,7 @@ def _as_data(
             "losses": {key: _spread(loss) for key, loss in one.comparison.losses.items()},
             "validation_loss": _spread(one.comparison.validation_loss),
             "validation_gap": _spread(one.comparison.validation_gap),
+            "start_validation_loss": _spread(one.before),
             "paired": one.paired,
             "within_seeds_of_the_other": one.comparison.within_seeds,
             "tokens": one.seen,
@@ -383,7 +406,7 @@ def _markdown(
     """Write the table, what it means, and how to repeat it."""
     seconds = facts["seconds_of_steps_per_run"]
     parts = [f"# {study.title}", "", f"`{facts['command']}`, {facts['date']}.", ""]
-    parts += _table([*_heads(study), "published"], _published_rows(study, found))
+    parts += _table([*_heads(study, found), "published"], _published_rows(study, found))
     parts += ["", _legend(study, found), "", f"![gaps]({PLOT})", ""]
     if facts["missing"]:
         parts += [f"Missing, since they failed: {', '.join(facts['missing'])}.", ""]

@@ -18,16 +18,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hybrid_train.compression.choosing import child_of
 from hybrid_train.config import checks, compose, frozen
 from hybrid_train.config.commands import COMMANDS, quoted, root_of, setting
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.data import quickstart
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema import formats
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.limits import FILE
 from hybrid_train.schema.names import listed_paths, nearest
 from hybrid_train.schema.prepare import DataJob, MergeJob, SplitJob, TokenizeJob
 from hybrid_train.schema.problems import ConfigError, Problem
+from hybrid_train.schema.pruning import PruneJob
 from hybrid_train.schema.study import SEED, StudyJob, references
 from hybrid_train.schema.train import TrainJob
 
@@ -125,7 +128,8 @@ class Stages:
     """Plans the stages that are asked for, each once.
 
     What a stage will write is not there yet when those behind it are checked. In its place stands a
-    folder in `scratch`: of a training run it holds the config, from which others take the model.
+    folder in `scratch`: of a training run it holds the config, from which others take the model; of
+    a cut that of its child, unless scores that are not there yet say which layers stay.
 
     Attributes:
         planned: by hash, in the order in which they can run.
@@ -261,8 +265,9 @@ class Stages:
     def _stand_in(self, digest: str, job: checks.Job | None) -> None:
         folder = self._scratch / digest
         folder.mkdir(exist_ok=True)
-        if isinstance(job, TrainJob):
-            frozen.freeze(job, folder)
+        run = _child_of(job) if isinstance(job, PruneJob) else job
+        if isinstance(run, TrainJob):
+            frozen.freeze(run, folder)
 
     def _digest(self, root: str, config: checks.Job | DictConfig) -> str:
         """Hash the config of a job; it names the stages that it reads by their hashes."""
@@ -279,6 +284,23 @@ class Stages:
         }
         text = json.dumps(facts, sort_keys=True, default=str).replace(str(self._scratch), "stage")
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _child_of(job: PruneJob) -> TrainJob | None:
+    """Return a run with the model that a cut will write; None if that cannot be known yet.
+
+    Raises:
+        ConfigError: if no child of this parent can be as it is asked.
+    """
+    for parent in compose.runs_of(job.checkpoint):
+        model = parent.model
+        counts = job.share is not None or job.budget is not None
+        if counts and model.vocab_size is None:
+            return None
+        model.pattern = model.pattern.replace("|", "")  # cuts are of the layout, not of the model
+        child = child_of(model, job, padded_vocab_size(model.vocab_size or 0, model.vocab_multiple))
+        return None if child is None else dataclasses.replace(parent, model=child)
+    return None
 
 
 def _known(config: DictConfig) -> dict[str, Any]:

@@ -15,6 +15,14 @@ from hybrid_train.schema.runtime import Runtime
 _PUBLISHED_ROWS = 128  # of layers taken out: MiniPuzzle, arXiv:2504.03624
 
 
+class ScoreSource(enum.Enum):
+    """What scores are made of; the last two read no rows: the first is held against them."""
+
+    activations = "activations"  # what rows of text show
+    weights = "weights"  # L2 norms of the weights of an element, summed over its tensors
+    random = "random"  # by the seed
+
+
 class OverTokens(enum.Enum):
     """How what the tokens of a row show of an element becomes one number."""
 
@@ -63,6 +71,7 @@ class ImportanceJob(Asking):
 
     checkpoint: FileName = MISSING  # a run folder, one checkpoint of it, or the URL of either
     output: FileName = MISSING  # new folder of the ranking
+    scores: ScoreSource = ScoreSource.activations
     rows: Count = 1024
     sequence_length: Length | None = None  # tokens of a row; null: as the run was trained
     microbatch: Batch = 1  # rows of one pass of one data-parallel rank
@@ -93,10 +102,18 @@ class ImportanceJob(Asking):
             yield Problem("tasks", self.task_names, rule, "[]")
         if self.layer_rows is not None and self.layer_rows > self.rows:
             yield Problem("layer_rows", self.layer_rows, "must be at most rows", self.rows)
+        if self.removals and not self.reads_rows:
+            rule = f"takes layers out, and scores={self.scores.value} runs no model"
+            yield Problem("layers", self.removals[0].value, rule, "[cosine]")
         if (self.blocks or self.iterative) and not self.removals:
             name, value = ("blocks", self.blocks) if self.blocks else ("iterative", self.iterative)
             rule = "needs one of `layers` that takes layers out: all but cosine do"
             yield Problem(name, value, rule, "[]" if self.blocks else 0)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the model runs over rows."""
+        return self.scores is ScoreSource.activations
 
     @property
     def rows_without(self) -> int:

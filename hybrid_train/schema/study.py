@@ -66,8 +66,9 @@ class ShortForm:
 class RateChoice:
     """Chooses schedule.peak_lr before the variants run, once for each kind of objective.
 
-    The first variant of a kind trains with every candidate; the lowest loss at the end wins. What
-    the overrides of a variant, or your own, say of schedule.peak_lr stays.
+    Runs that begin with trained weights (checkpoint.load) are a kind of their own. The first
+    variant of a kind trains with every candidate; the lowest loss at the end wins. What the
+    overrides of a variant, or your own, say of schedule.peak_lr stays.
     """
 
     candidates: list[Rate] = field(default_factory=list)  # empty: none is chosen

@@ -81,6 +81,7 @@ class Train:
         None  # steps; 0: at the end; null: 100, 1/8 if shorter
     )
     validation_batches: Count = 20  # global batches of one validation
+    validate_start: bool = False  # also before the first step: what the first weights are worth
 
 
 @dataclass(kw_only=True)

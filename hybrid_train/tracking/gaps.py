@@ -37,6 +37,7 @@ class Curve:
         tokens: seen after each step.
         losses: of each step, nats per token.
         validation: loss at the end; NaN if the run has none.
+        before: validation loss before the first step; NaN if it was not measured.
         seconds: that its steps took.
     """
 
@@ -44,6 +45,7 @@ class Curve:
     losses: Sequence[float]
     validation: float = math.nan
     seconds: float = math.nan
+    before: float = math.nan
 
     @property
     def seen(self) -> float:
@@ -112,6 +114,7 @@ def curve(lines: Sequence[Mapping[str, float]]) -> Curve:
         losses=[_cross_entropy(line) for line in lines],
         validation=validations[-1] if validations else math.nan,
         seconds=sum(line.get("step_time_s", 0.0) for line in lines),
+        before=lines[0].get("start_validation_loss", math.nan) if lines else math.nan,
     )
 
 

@@ -95,6 +95,12 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("validation_term/{}", "", "the same on the validation part", _loss),
         Metric("validation_loss/{}", _NATS, "cross-entropy on a source's validation part", _loss),
         Metric("validation_loss", _NATS, "cross-entropy on the validation part", _loss, "val"),
+        Metric(
+            "start_validation_loss",
+            _NATS,
+            "cross-entropy on the validation part before the first step",
+            _loss,
+        ),
         Metric("validation_mtp_loss_{}", _NATS, "the same at an MTP depth, from 1", _loss),
         Metric(
             "unigram_loss",

@@ -91,6 +91,38 @@ def test_the_rows_follow_from_the_seed_alone(importance: Importance, tmp_path: P
     assert np.abs(found["a"] - found["c"]).max() > 1e-3
 
 
+def test_weights_and_chance_score_what_rows_score_and_a_child_is_cut_by_them(
+    importance: Importance, parent: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("activations", "weights", "random"):
+        folder = tmp_path / name
+        assert importance(f"output={folder}", f"scores={name}") == 0
+        found[name] = ranking.read(folder)
+        assert found[name].header.scores == name
+        assert found[name].header.rows == (6 if name == "activations" else 0)
+    layers_by = {"activations": "cosine", "weights": "weights", "random": "random"}
+    shapes = {
+        name: {key: one.shape for key, one in made.scores.items() if not key.startswith("layers.")}
+        for name, made in found.items()
+    }
+    assert shapes["activations"] == shapes["weights"] == shapes["random"]
+    for name, metric in layers_by.items():
+        assert found[name].layers(metric).shape == (4,)
+    asked = (f"ranking={tmp_path / 'weights'}", f"output={tmp_path / 'child'}", "depth.layers=3")
+    assert cli.main(["prune", f"checkpoint={parent}", *asked, "model.hidden_size=32"]) == 0
+    kept = np.sort(np.argsort(-found["weights"].layers("weights"), kind="stable")[:3])
+    letters = np.array(list("ME*-"))
+    assert frozen.load(tmp_path / "child").model.pattern.startswith("".join(letters[kept]))
+
+
+def test_what_runs_no_model_takes_no_layers_out(
+    importance: Importance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert importance("scores=weights", "layers=[loss]") == 2
+    assert "loss: takes layers out, and scores=weights runs no model" in capsys.readouterr().err
+
+
 def test_layers_are_scored_on_a_task(importance: Importance, tmp_path: Path) -> None:
     asked = ("layers=[accuracy]", "tasks=[heldout]", "task.heldout.tokens=600", "limit=3")
     assert importance(*asked) == 0

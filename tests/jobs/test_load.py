@@ -33,7 +33,8 @@ def test_loaded_weights_begin_a_run_of_their_own(
 ) -> None:
     source, run_dir = long_run[0], tmp_path / "fresh"
     words = (f"checkpoint.load={source}", "checkpoint.load_only=weights")
-    finished = train(run_dir, *steady, "train.tokens=512", "schedule.peak_lr=0", *words)
+    still = ("train.tokens=512", "schedule.peak_lr=0", "train.validate_start=true")
+    finished = train(run_dir, *steady, *still, *words)
     assert finished.code == 0, finished.err
     assert f"starting from the weights of {source}/checkpoints/step_000000{STEPS}" in finished.said
     mine = metrics(run_dir)
@@ -41,6 +42,8 @@ def test_loaded_weights_begin_a_run_of_their_own(
     # At a rate of 0 only the expert biases move, by 1e-3 a step, which hardly changes routing.
     learned = metrics(source)[-1]["validation_loss"]
     assert mine[-1]["validation_loss"] == pytest.approx(learned, abs=5e-3)
+    assert mine[0]["start_validation_loss"] == pytest.approx(learned, abs=1e-6)
+    assert "start_validation_loss" not in mine[1]
     assert mine[0]["loss"] < metrics(source)[0]["loss"] - 0.5
     moments = [t for name, t in tensors(run_dir, 2).items() if ".exp_avg." in name]
     old = [t for name, t in tensors(source, STEPS).items() if ".exp_avg." in name]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_train.config import frozen
 from tests.jobs.command import TIMEOUT_S, Finished, contents, finish, last_step, start
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -315,3 +316,22 @@ def test_the_study_of_distillation_works_in_its_short_form(corpus: Path, tmp_pat
     assert data["variants"]["kd"]["paired"]
     log = (tmp_path / "study" / "short" / "hidden_mse" / "seed_1" / "metrics.jsonl").read_text()
     assert "hidden_loss" in log
+
+
+@pytest.mark.slow
+def test_the_study_of_pruning_works_in_its_short_form(corpus: Path, tmp_path: Path) -> None:
+    places = (f"run_dir={tmp_path / 'study'}", f"stages_dir={tmp_path / 'stages'}")
+    words = (*places, "short=true", f"overrides=data.folder={corpus}")
+    done = finish(start("study", "name=pruning", *words))
+    assert done.code == 0, done.said
+    found = json.loads((tmp_path / "study" / "short" / "study.json").read_text())
+    variants = found["variants"]
+    assert list(variants) == ["scratch", "width", "random"]
+    kept = {(stage["command"], stage["name"]): Path(stage["path"]) for stage in found["stages"]}
+    child = kept["prune", "cut_width"]
+    healed = tmp_path / "study" / "short" / "width" / "seed_1"
+    assert frozen.load(healed).model == frozen.load(child).model
+    # The loss before the first step is that of the child, and the same in another run of it.
+    before = {name: one["start_validation_loss"]["mean"] for name, one in variants.items()}
+    assert len(set(before.values())) == 3
+    assert "| before | after |" in (tmp_path / "study" / "short" / "study.md").read_text()

@@ -87,11 +87,28 @@ class LogMetrics(Hook):
 class Validate(Hook):
     """Measures losses on held-out text at an interval and at the end; the report gets them."""
 
-    def __init__(self, interval: int, baseline: Callable[[], float | None]) -> None:
-        self._interval = interval
-        self._baseline = baseline  # loss of the unigram distribution; known to the main process
+    def __init__(
+        self, interval: int, baseline: Callable[[], float | None], *, at_start: bool = False
+    ) -> None:
+        """Take the settings.
+
+        Args:
+            interval: in steps; 0: at the end alone.
+            baseline: returns the loss of the unigram distribution; known to the main process.
+            at_start: measure ahead of the next step, too; the report of that gets it.
+        """
+        self._interval, self._baseline, self._at_start = interval, baseline, at_start
+        self._of_start: dict[str, float] = {}
+
+    def fit_start(self, run: Run) -> None:
+        if self._at_start and run.validation is not None:
+            found = run.engine.evaluate(run.validation)
+            loss = found.get("cross_entropy", found["loss"])  # of a student, whose loss is another
+            self._of_start = {"start_validation_loss": loss}
 
     def step_end(self, run: Run, report: StepReport) -> None:
+        report.metrics.update(self._of_start)
+        self._of_start = {}
         due = self._interval and run.state.step % self._interval == 0
         if run.validation is None or not (due or run.is_complete):
             return

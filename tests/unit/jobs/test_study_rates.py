@@ -140,8 +140,20 @@ def test_a_trial_waits_for_the_parent_that_it_starts_from(tmp_path: Path) -> Non
     variants = {"plain": Variant(overrides=["checkpoint.load={parent}"])}
     planned = plan_study(study(tmp_path, stages={"parent": parent}, variants=variants))
     names = [one.name for one in planned.of_trials().stages]
-    assert names == ["parent seed 0", *(f"rate {rate} of next_token" for rate in RATES)]
+    kind = "next_token from trained weights"
+    assert names == ["parent seed 0", *(f"rate {rate} of {kind}" for rate in RATES)]
     assert {stage.name for stage in planned.stages} > {"parent seed 1", "parent seed 2"}
+
+
+def test_runs_that_begin_with_trained_weights_try_rates_of_their_own(tmp_path: Path) -> None:
+    load = ["checkpoint.load={parent}", "checkpoint.load_only=weights"]
+    variants = {"plain": Variant(), "healed": Variant(overrides=load)}
+    parent = Stage(overrides=["experiment=tiny_cpu"])
+    job = study(tmp_path, stages={"parent": parent}, variants=variants)
+    planned = chosen(job, [3.0, 2.0, 2.5, 2.0, 2.5, 3.0])
+    assert {kind: one.chosen for kind, one in planned.rates.items()} == {
+        "next_token": RATES[1], "next_token from trained weights": RATES[0],
+    }  # fmt: skip
 
 
 def test_a_rate_given_for_all_is_not_chosen(tmp_path: Path) -> None:

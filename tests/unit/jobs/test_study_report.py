@@ -29,8 +29,14 @@ def outside_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def written(folder: Path, **more: Any) -> dict[str, Any]:
-    """Finish every run of a study with made losses, report, and return its figures."""
+def written(folder: Path, start: float | None = None, **more: Any) -> dict[str, Any]:
+    """Finish every run of a study with made losses, report, and return its figures.
+
+    Args:
+        folder: of the study.
+        start: loss of `taught` and `harsh` before the first step; None: nobody measured it.
+        more: settings of the study.
+    """
     job = StudyJob(
         title="Made",
         run_dir=str(folder),
@@ -53,7 +59,10 @@ def written(folder: Path, **more: Any) -> dict[str, Any]:
         log, loss = JsonLines(run.folder / "metrics.jsonl"), LOSSES[run.variant][run.seed - 1]
         steps = int(run.job.train.tokens) // TOKENS
         for step in range(1, steps + 1):
-            log.log(step, {"tokens": step * TOKENS, "loss": loss, "validation_loss": loss})
+            line = {"tokens": step * TOKENS, "loss": loss, "validation_loss": loss}
+            if step == 1 and start is not None and run.variant in ("taught", "harsh"):
+                line["start_validation_loss"] = start + run.seed
+            log.log(step, line)
         log.close()
     report(job, planned)
     found: dict[str, Any] = json.loads((folder / JSON).read_text())["variants"]
@@ -72,6 +81,19 @@ def test_a_variant_is_compared_with_the_one_that_it_names(tmp_path: Path) -> Non
     text = (tmp_path / MARKDOWN).read_text()
     assert "| harsh | taught | 2 |" in text
     assert "taught: loss 25 % 3.7250" in text
+
+
+def test_losses_before_and_after_training_stand_side_by_side(tmp_path: Path) -> None:
+    found = written(tmp_path / "measured", start=5.0)
+    assert found["taught"]["start_validation_loss"]["mean"] == 6.5
+    assert found["wide"]["start_validation_loss"]["mean"] is None
+    text = (tmp_path / "measured" / MARKDOWN).read_text()
+    assert "| before | after | published |" in text
+    rows = {row.split(" | ")[0]: row.split(" | ")[-3:-1] for row in text.splitlines()}
+    assert rows["| taught"] == ["6.5000", "3.7250"]
+    assert rows["| wide"] == ["-", "3.2000"]
+    written(tmp_path / "not")
+    assert "before | after" not in (tmp_path / "not" / MARKDOWN).read_text()
 
 
 def test_tokens_saved_are_read_between_the_baseline_and_a_longer_one(tmp_path: Path) -> None:

@@ -173,6 +173,62 @@ def test_overrides_reach_targets_since_they_are_those_of_the_rows_of_a_training(
     assert all(stage.resumes for stage in planned.stages)
 
 
+def cut(*sizes: str) -> dict[str, Stage]:
+    """A parent, its ranking and a child."""
+    ranked = ["checkpoint={parent}", "rows=8"]
+    asked = ["checkpoint={parent}", "ranking={ranking}", *sizes]
+    return {
+        "parent": PARENT,
+        "ranking": Stage(command="importance", overrides=ranked),
+        "child": Stage(command="prune", overrides=asked),
+    }
+
+
+def test_a_variant_takes_the_model_of_a_child_that_is_not_cut_yet(tmp_path: Path) -> None:
+    planned = plan_study(study(tmp_path, cut("model.hidden_size=32", "mtp=drop")))
+    assert [stage.name for stage in planned.stages] == ["parent", "ranking", "child"]
+    models = {run.variant: run.job.model for run in planned.runs if run.job}
+    scratch, healed = models["scratch"], models["healed"]
+    assert (scratch.hidden_size, healed.hidden_size) == (64, 32)
+    assert scratch.pattern.startswith(healed.pattern + "/")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_child_whose_layers_scores_choose_is_known_once_it_is_cut(tmp_path: Path) -> None:
+    planned = plan_study(study(tmp_path, cut("depth.layers=2")))
+    assert {run.variant: run.job is not None for run in planned.runs} == {
+        "scratch": True, "healed": False,
+    }  # fmt: skip
+
+
+def test_a_child_that_cannot_be_is_refused_before_its_parent_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"child: model\.hidden_size = 128: must be at most 64"):
+        plan_study(study(tmp_path, cut("model.hidden_size=128")))
+
+
+def test_a_child_may_be_healed_ranked_and_cut_again(tmp_path: Path) -> None:
+    load = ["checkpoint.load={child}", "checkpoint.load_only=weights", "train.tokens=1024"]
+    again = ["checkpoint={healed}", "ranking={again}", "model.hidden_size=32"]
+    stages = {
+        **cut("model.hidden_size=48"),
+        "healed": Stage(overrides=[*TINY, *load]),
+        "again": Stage(command="importance", overrides=["checkpoint={healed}", "rows=8"]),
+        "smaller": Stage(command="prune", overrides=again),
+    }
+    variants = {
+        name: Variant(overrides=[f"checkpoint.load={{{name}}}", "checkpoint.load_only=weights"])
+        for name in ("child", "smaller")
+    }
+    # A stage has the name of no variant.
+    named = {f"{name}_healed": one for name, one in variants.items()}
+    job = study(tmp_path, stages, variants={"scratch": Variant(), **named}, seeds=[1])
+    planned = plan_study(job)
+    widths = {run.variant: run.job and run.job.model.hidden_size for run in planned.runs}
+    assert widths == {"scratch": 64, "child_healed": 48, "smaller_healed": 32}
+    (last,) = (run for run in planned.runs if run.variant == "smaller_healed")
+    assert [one.name for one in last.stages().values()] == list(stages)
+
+
 BAD = [
     ({"a": Stage(overrides=["export={nothing}"])}, "stages.a.overrides", "no stage nothing"),
     ({"a": Stage(overrides=["export={a}"])}, "stages.a.overrides", "cannot read itself"),
