@@ -35,6 +35,7 @@ RUNTIME = Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1)
 ROWS = 128
 TOLERANCE = 1e-5  # of the largest value; float32 sums of another order
 SHAPES = ("dense H", "Super, latent experts, MTP")
+DRAWS = 6
 
 
 def child_with_one_number_of_heads(parent: Model, random: np.random.Generator) -> Model:
@@ -49,8 +50,8 @@ def child_with_one_number_of_heads(parent: Model, random: np.random.Generator) -
 class Run:
     """A parent as a run folder, and a child of it in another."""
 
-    def __init__(self, folder: Path, shape: str) -> None:
-        self.folder, random = folder, np.random.default_rng(len(shape))
+    def __init__(self, folder: Path, shape: str, seed: int = 0) -> None:
+        self.folder, random = folder, np.random.default_rng([len(shape), seed])
         import_folder(folder_of(shape, folder / "hf"), folder / "parent", None)
         self.parent = open_checkpoint(folder / "parent")
         model = self.parent.model
@@ -91,6 +92,16 @@ def require_close(found: Tensor, expected: Tensor) -> None:
     assert apart <= TOLERANCE * expected.abs().max(), apart
 
 
+def require_close_states(found: Tensor, expected: Tensor) -> None:
+    """Compare states of an MTP depth by their norm: rounding is larger at single tokens.
+
+    Attention over random weights is sharp at some of them, where a difference of 1e-6 in what it
+    reads is one of 1.6e-5 behind it, with any eps of the norms.
+    """
+    apart = (found - expected).norm()
+    assert apart <= TOLERANCE * expected.norm(), apart
+
+
 @torch.no_grad()
 def by_cache(model: Any, tokens: Tensor, prompt: int) -> Tensor:
     """Logits of transformers that reads a prompt, then token by token."""
@@ -103,32 +114,45 @@ def by_cache(model: Any, tokens: Tensor, prompt: int) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_child_and_its_export_compute_what_the_masked_parent_does(
-    groups: Any, shape: str, tmp_path: Path
-) -> None:
-    run, tokens = Run(tmp_path, shape), tokens_of(33)
+def require_one_model(groups: Any, run: Run) -> None:
+    """Compare child, masked parent, export by transformers, and its import."""
+    folder, tokens = run.folder, tokens_of(33)
     run.prune()
-    child = open_checkpoint(tmp_path / "child")
+    child = open_checkpoint(folder / "child")
     logits, *depths = said(built(groups, child), tokens)
     expected, *states = said(built(groups, run.parent, run.chosen.selection), tokens)
     require_close(logits, expected)
     hidden = torch.from_numpy(run.chosen.selection.hidden)
     for ours, theirs in zip(depths, states, strict=True):
-        require_close(ours, theirs[..., hidden])
-    export_checkpoint(tmp_path / "child", tmp_path / "out", None, 2**40)
-    exported = load_theirs(tmp_path / "out", child.told)
+        require_close_states(ours, theirs[..., hidden])
+    export_checkpoint(folder / "child", folder / "out", None, 2**40)
+    exported = load_theirs(folder / "out", child.told)
     with torch.no_grad():
         require_close(exported(tokens, use_cache=False).logits, logits)
     require_close(by_cache(exported, tokens, prompt=5), logits)
-    import_folder(tmp_path / "out", tmp_path / "again", None)  # transformers ignores MTP
-    again = said(built(groups, open_checkpoint(tmp_path / "again")), tokens)
-    for ours, theirs in zip(again, (logits, *depths), strict=True):
-        require_close(ours, theirs)
-    with StoredTensors(child.found.path) as stored, Folder(tmp_path / "out") as folder:
-        found = differences(child, Weights(stored, best=False), folder)
+    import_folder(folder / "out", folder / "again", None)  # transformers ignores MTP
+    again = said(built(groups, open_checkpoint(folder / "again")), tokens)
+    require_close(again[0], logits)
+    for ours, theirs in zip(again[1:], depths, strict=True):
+        require_close_states(ours, theirs)
+    with StoredTensors(child.found.path) as stored, Folder(folder / "out") as theirs:
+        found = differences(child, Weights(stored, best=False), theirs)
     assert found.is_same_model, found.lines()
     assert found.tensors
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_child_and_its_export_compute_what_the_masked_parent_does(
+    groups: Any, shape: str, tmp_path: Path
+) -> None:
+    require_one_model(groups, Run(tmp_path, shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_so_do_children_of_other_sizes(groups: Any, shape: str, tmp_path: Path) -> None:
+    for seed in range(1, 1 + DRAWS):
+        require_one_model(groups, Run(tmp_path / str(seed), shape, seed))
 
 
 def test_a_child_is_a_run_of_its_own_with_what_its_parent_had(tmp_path: Path) -> None:
