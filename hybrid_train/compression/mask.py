@@ -109,18 +109,21 @@ class Mask:
                 self._transforms[linear].pairs = _pairs_of(linear, selection, kept, place)
 
 
-def mask_of_run(settings: schema.Mask, job: TrainJob, run_dir: Path) -> Mask:
+def mask_of_run(settings: schema.Mask, job: TrainJob, run_dir: Path, vocab_size: int) -> Mask:
     """Build the mask that a run lists among its edits."""
-    return Mask(selection_of_run(settings, job, run_dir))
+    return Mask(selection_of_run(settings, job, run_dir, vocab_size))
 
 
-def selection_of_run(settings: schema.Mask, job: TrainJob, run_dir: Path | None) -> Selection:
+def selection_of_run(
+    settings: schema.Mask, job: TrainJob, run_dir: Path | None, vocab_size: int
+) -> Selection:
     """Choose what a mask leaves of the model of a run.
 
     Args:
         settings: one of the edits of the job.
-        job: with the vocabulary of its model.
+        job: the run.
         run_dir: its folder, which has the ranking that the run began with; None: it begins.
+        vocab_size: of the model, without padding; embedding and head count.
 
     Raises:
         ConfigError: if no child of the model is as asked, or the objective trains what is masked.
@@ -133,8 +136,7 @@ def selection_of_run(settings: schema.Mask, job: TrainJob, run_dir: Path | None)
     if drops and job.objective.trains_mtp:
         rule = f"must be keep: objective {job.objective.kind} trains the MTP blocks"
         raise ConfigError([Problem(f"{place}.mtp", "drop", rule, "keep")])
-    assert job.model.vocab_size is not None, "the model has no vocabulary yet"
-    rows = padded_vocab_size(job.model.vocab_size, job.model.vocab_multiple)
+    rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     ranking = None
     if settings.ranking is not None:
         own = run_dir is not None and (run_dir / FOLDER / FILE_NAME).is_file()

@@ -131,7 +131,10 @@ def _legal_sizes(parent: Model, plan: Plan, cut: Cut, axis: Axis) -> tuple[int, 
                 if axis in CHOSEN[one.letter]]  # fmt: skip
         largest = max((sizes.along(axis) for _, sizes in here), default=0)
         step = math.lcm(*(_groups(one, sizes, axis) for one, sizes in here))
-        least = max((sizes.top_k for _, sizes in here), default=1) if axis is Axis.experts else 1
+        least = 1
+        if axis is Axis.experts:
+            least = max((sizes.top_k for _, sizes in here), default=1)
+            step = _shared_out(largest)
     if axis in CHANNELS:
         step = cut.multiple or _power_near(largest)
     low = max(math.ceil(cut.narrowest * largest - 1e-9), least)
@@ -142,6 +145,11 @@ def _legal_sizes(parent: Model, plan: Plan, cut: Cut, axis: Axis) -> tuple[int, 
 def _power_near(size: int) -> int:
     """Return the largest power of two up to a 32nd of a size: sizes that GEMMs are fast with."""
     return max(LEAST_MULTIPLE, 2 ** int(math.log2(max(size // 32, 1))))
+
+
+def _shared_out(experts: int) -> int:
+    """Return the largest power of two up to a 16th: so many ranks can share what stays."""
+    return 2 ** int(math.log2(max(experts // 16, 1)))
 
 
 def _groups(layer: Layer, sizes: Sizes, axis: Axis) -> int:

@@ -164,9 +164,12 @@ class SlicedTensors:
         wanted = np.arange(start, stop) if rows is None else rows[start:stop]
         made = torch.empty((stop - start, *one.shape[1:]), dtype=self.dtype(name))
         for places, values in self._spans(one.source, wanted, columns):
-            if len(places) == len(made) and (np.diff(places) == 1).all():
-                return values  # all of them, in their order
-            made[torch.from_numpy(places)] = values
+            if (np.diff(places) != 1).any():
+                made[torch.from_numpy(places)] = values
+            elif len(places) == len(made):
+                return values
+            else:
+                made[places[0] : places[0] + len(places)] = values
         return made
 
     def _expert(self, one: Slice, expert: int, number: int) -> Tensor:

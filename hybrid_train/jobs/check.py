@@ -216,8 +216,11 @@ def _teachers(plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _storable(plan: RunPlan, targets: StorableTargets) -> str:
     """Say what it takes to let the teacher say all once."""
+    by_labels = any(one.mtp_depths for one in targets.kinds)  # tokens say nothing of a depth
     sizes = " or ".join(
-        f"{show_bytes(one.bytes)} ({_stored_kind(one.dtype, one.top_k)})" for one in targets.kinds
+        f"{show_bytes(one.bytes)} ({_stored_kind(one.dtype, one.top_k)}"
+        f"{', MTP by labels' if one.top_k and by_labels else ''})"
+        for one in targets.kinds
     )
     most = max(one.flops for one in targets.kinds)
     words = (

@@ -126,7 +126,7 @@ def build_network(
     formatted = data_parallel.in_model_format(built.chunks, built.config)
     made = (make(job, built, groups) for make in EDITS.values())
     edits = [edit for edit in made if edit is not None]
-    edits += _listed_edits(job, Path(job.run_dir))
+    edits += _listed_edits(job, Path(job.run_dir), built)
     apply_edits(edits, built.chunks)
     quantized = next((one for one in edits if isinstance(one, QuantizedGemms)), None)
     left = _left_by(edits)
@@ -184,11 +184,11 @@ EDITS: dict[str, Callable[[TrainJob, BuiltModel, ProcessGroups], Edit | None]] =
 }
 
 
-def _listed_edits(job: TrainJob, run_dir: Path) -> list[Edit]:
+def _listed_edits(job: TrainJob, run_dir: Path, built: BuiltModel) -> list[Edit]:
     """Build the edits that a job lists: a user's own of their settings, ours of the run, too."""
+    given = job, run_dir, built.chunks[0].num_tokens
     return [
-        implementation_of(one)(*((one, job, run_dir) if one.kind in LISTED else (one,)))
-        for one in job.edits
+        implementation_of(one)(one, *(given if one.kind in LISTED else ())) for one in job.edits
     ]
 
 
@@ -286,7 +286,7 @@ def load_model(
     built = build_model(job, groups, job.model.vocab_size, on_gpu=torch.cuda.is_available())
     read_weights(found.path, built.chunks, groups, key)
     # What an edit makes of weights is not in them: without it this would be another model.
-    edits = _listed_edits(job, found.run_dir)
+    edits = _listed_edits(job, found.run_dir, built)
     apply_edits(edits, built.chunks)
     left = _left_by(edits)
     _log.info("loaded %s, trained for %s", found.path, counted(found.step, "step"))

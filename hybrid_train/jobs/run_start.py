@@ -104,4 +104,6 @@ def require_masks(job: TrainJob, start: Start) -> None:
                     rule = "must be the checkpoint that the ranking of the mask was made of"
                     raise ConfigError([Problem("checkpoint.load", "null", rule)])
                 ranking_of(Path(one.ranking), start.found)
-            selection_of_run(one, job, Path(job.run_dir) if start.is_own else None)
+            assert job.model.vocab_size is not None, "the data is open"
+            own = Path(job.run_dir) if start.is_own else None
+            selection_of_run(one, job, own, job.model.vocab_size)

@@ -54,12 +54,14 @@ class StoredKind:
     Attributes:
         dtype: of hidden states, or of logits.
         top_k: tokens that are told apart; None: hidden states.
+        mtp_depths: whose hidden states are stored, too.
         bytes: of all files, without the table of names that each begins with.
         flops: that the teacher takes for all rows.
     """
 
     dtype: str
     top_k: int | None
+    mtp_depths: int
     bytes: int
     flops: int
 
@@ -210,7 +212,7 @@ def _storable(one: ChosenTeacher, phases: Sequence[PhaseSpan], rows: int) -> Sto
             )
             for part in laid_out
         )
-        kinds.append(StoredKind(dtype, top_k, size, flops))
+        kinds.append(StoredKind(dtype, top_k, depths, size, flops))
     return StorableTargets(sum(part.rows for part in laid_out), tokens, kinds)
 
 

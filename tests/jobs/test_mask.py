@@ -51,7 +51,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Runs:
     return made
 
 
-def test_a_masked_run_is_the_run_of_the_child(runs: Runs) -> None:
+def test_a_masked_run_is_the_run_of_the_child(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = runs.masked("masked", "ranking", *runs.begins_with("parent"))
     assert done.code == 0, done.said
     model = frozen.load(runs.folder / "child").model
@@ -65,6 +67,15 @@ def test_a_masked_run_is_the_run_of_the_child(runs: Runs) -> None:
             assert (name in masked) == (name in cut), name
             if name in masked:
                 assert masked[name] == pytest.approx(cut[name], rel=2e-5), name
+    texts = []
+    for name in ("masked", "cut", "parent"):
+        words = [f"checkpoint={runs.folder / name}", "runtime=cpu", "runtime.threads=1"]
+        capsys.readouterr()
+        asked = ("prompt=import os", "max_new_tokens=24", "ignore_end=true")
+        assert cli.main(["generate", *words, *asked]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
 
 
 def test_it_goes_on_by_its_own_copy_of_the_ranking(runs: Runs) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.command import contents, finish, start
+from tests.jobs.command import contents, finish, metrics, start
 from tests.random_checkpoints import random_ranking
 from tests.tiny import MEGATRON_WARNINGS
 
@@ -71,6 +71,28 @@ def test_a_child_trains_generates_and_is_exported_and_each_says_where_it_comes_f
     assert small["bytes"]["in"] == small["bytes"]["out"] + small["bytes"]["cut"]
     assert small["ranking"]["folder"] == str(runs / "ranking")
     assert small["parameters"]["child"] <= 0.7 * small["parameters"]["parent"]
+
+
+@pytest.mark.slow
+def test_a_child_trains_under_tensor_parallelism_as_on_one_process(
+    runs: Path, corpus: Path
+) -> None:
+    code, _, err = pruned(runs, "even", "model.hidden_size=32", "model.moe.experts=2")
+    assert code == 0, err
+    words = [f"checkpoint.load={runs / 'even'}", "checkpoint.load_only=weights"]
+    words += ["experiment=tiny_cpu", "runtime.threads=1", f"data.folder={corpus}"]
+    losses = []
+    for processes in (1, 2):
+        run_dir = runs / f"on {processes}"
+        layout = f"parallel.tensor={processes}"
+        done = finish(
+            start("train", *words, layout, "train.tokens=512", f"run_dir={run_dir}",
+                  processes=processes)
+        )  # fmt: skip
+        assert done.code == 0, done.said
+        losses.append([line["loss"] for line in metrics(run_dir)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) > 1
 
 
 def test_a_trial_prints_the_sizes_and_writes_nothing(runs: Path) -> None:

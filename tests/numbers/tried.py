@@ -46,6 +46,7 @@ BASES = {
     "generate": ("checkpoint=tests", "prompt=a"),
     "evaluate": ("checkpoint=tests", "tasks=sums"),
     "importance": ("checkpoint=tests", "output=unused"),
+    "prune": ("checkpoint=tests", "output=unused", "share=0.5"),
     "count": ("model=tiny", "model.vocab_size=256"),
     "convert": ("import=tests", "output=unused"),
     "verify": ("checkpoint=tests", "hf=tests"),

@@ -13,6 +13,7 @@ from hybrid_train.config.describe import config_text, settings
 from hybrid_train.config.frozen import freeze, load
 from hybrid_train.schema.objective import NextToken
 from hybrid_train.schema.problems import ConfigError, Problem
+from hybrid_train.schema.pruning import Mask
 
 PARTS = """
 from collections.abc import Iterator
@@ -146,6 +147,18 @@ def test_a_list_of_parts_is_typed_entry_by_entry() -> None:
     assert [one.decay for one in compose("train", [TINY, line]).hooks] == [0.9, 0.1]
 
 
+def test_an_edit_of_ours_is_a_word_beside_one_of_ones_own(tmp_path: Path) -> None:
+    lines = (
+        "edits=[{kind: mask, share: 0.5, model: {hidden_size: 24}},tests.masking:FreezeEmbedding]"
+    )
+    job: Any = compose("train", [TINY, lines])
+    mask, own = job.edits
+    assert (type(mask), mask.share, mask.model.hidden_size) == (Mask, 0.5, 24)
+    assert type(own).__name__ == "FreezeEmbedding"
+    freeze(job, tmp_path / "run")
+    assert load(tmp_path / "run") == job
+
+
 def test_a_run_folder_gives_them_back(tmp_path: Path) -> None:
     job = compose("train", ["experiment=mine"])
     freeze(job, tmp_path / "run")
@@ -184,6 +197,11 @@ def test_help_lists_their_settings_with_the_comments_of_their_own() -> None:
         ("hooks=[{kind: 'owned.parts:Lost'}]", "hooks.0.kind", "there is no module owned.nowhere"),
         ("hooks=[{decay: 1}]", "hooks.0", "must have a kind"),
         ("hooks=[7]", "hooks.0", "must have a kind"),
+        ("hooks=[mask]", "hooks.0", "must have a kind"),
+        ("edits=[maske]", "edits.0", "must have a kind, mask, or package.module:Class"),
+        ("edits=[mask]", "edits.0.share", "must be set, or budget"),
+        ("edits=[{kind: mask, share: 7}]", "edits.0.share", "must be"),
+        ("edits=[{kind: mask, size: 7}]", "edits.0.size", "Mask has no such setting; it has model"),
         ("hooks=[{kind: 'owned.parts:Average',decy: 1}]", "hooks.0.decy", "it has decay"),
         ("hooks=[{kind: 'owned.parts:Average',decay: much}]", "hooks.0.decay", "Float"),
     ],

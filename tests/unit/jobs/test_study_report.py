@@ -52,7 +52,8 @@ def written(folder: Path, start: float | None = None, **more: Any) -> dict[str, 
         },
         **more,
     )
-    for run in plan_study(job).runs:
+    planned = plan_study(job)
+    for run in planned.runs:
         assert run.job is not None
         frozen.freeze(run.job, run.folder)
         log, loss = JsonLines(run.folder / "metrics.jsonl"), LOSSES[run.variant][run.seed - 1]
@@ -63,7 +64,7 @@ def written(folder: Path, start: float | None = None, **more: Any) -> dict[str, 
                 line["start_validation_loss"] = start + run.seed
             log.log(step, line)
         log.close()
-    report(job, plan_study(job))
+    report(job, planned)
     found: dict[str, Any] = json.loads((folder / JSON).read_text())["variants"]
     return found
 

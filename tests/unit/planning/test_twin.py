@@ -10,7 +10,9 @@ from hybrid_train.planning.twin import MOST_PROCESSES, in_words, twin_of
 from hybrid_train.schema.objective import Distill, NextToken
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.pruning import Depth, Mask
 from hybrid_train.schema.train import TrainJob
+from tests.masking import FreezeEmbedding
 from tests.tiny import EVERY_KIND, tiny_job
 
 PUBLISHED = {
@@ -63,3 +65,9 @@ def test_a_student_has_no_teacher_in_its_twin() -> None:
     job = tiny_job(objective=Distill(teacher="runs/parent", moe_aux_loss_scale=0.3))
     twin, _ = twin_of(job, 1)
     assert twin.objective == NextToken(moe_aux_loss_scale=0.3)
+
+
+def test_a_mask_which_is_of_the_sizes_of_the_run_is_not_in_its_twin() -> None:
+    own = FreezeEmbedding()
+    twin, _ = twin_of(tiny_job(edits=[Mask(depth=Depth(drop=["2"])), own]), 1)
+    assert twin.edits == [own]
