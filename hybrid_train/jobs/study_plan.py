@@ -343,8 +343,9 @@ def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[s
         ConfigError: if the lines say neither, with all that is wrong with them.
     """
     filled = stages.filled(lines, seed, ahead=True)
-    stages.checked("train", filled)
-    config = compose.draft("train", filled).config
+    known = stages.checked("train", filled)
+    assert known is None or isinstance(known, TrainJob)
+    config = known or compose.draft("train", filled).config
     begins = "" if config.checkpoint.load is None else " from trained weights"
     return f"{config.objective.kind}{begins}", tokens(str(config.train.tokens))
 

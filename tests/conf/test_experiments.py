@@ -23,6 +23,7 @@ OWN_DATA = (
     "parent_hybrid",
     "parent_sums",
     "student_hybrid",
+    "child_hybrid",
 )  # experiments that bring their data
 RECIPES = [name for name in FILES if name not in OWN_DATA]
 MODELS = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}

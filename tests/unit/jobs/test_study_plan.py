@@ -206,6 +206,7 @@ def test_a_study_is_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.M
     assert "without torchrun" in refusal(study(tmp_path))
 
 
+@pytest.mark.slow
 def test_every_study_that_is_ready_can_run(tmp_path: Path) -> None:
     files = sorted((compose.conf_dir() / "study").glob("*.yaml"))
     assert files
