@@ -204,7 +204,7 @@ def _sentences(study: StudyJob, found: Mapping[str, _Found]) -> Iterator[str]:
 def _when(study: StudyJob, one: _Found, other: _Found) -> str:
     """Say when the baseline, or what a variant is compared with, is as low."""
     if one.saved is not None:
-        return f"; of the tokens of {study.baseline} {_share(one.saved)} % are saved"
+        return f"; saved are {_share(one.saved)} % of the tokens that {study.baseline} needs"
     if study.longer:
         return ""
     needed = one.tokens_of(other)
