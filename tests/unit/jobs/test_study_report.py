@@ -46,7 +46,8 @@ def written(folder: Path, **more: Any) -> dict[str, Any]:
         },
         **more,
     )
-    for run in plan_study(job).runs:
+    planned = plan_study(job)
+    for run in planned.runs:
         assert run.job is not None
         frozen.freeze(run.job, run.folder)
         log, loss = JsonLines(run.folder / "metrics.jsonl"), LOSSES[run.variant][run.seed - 1]
@@ -54,7 +55,7 @@ def written(folder: Path, **more: Any) -> dict[str, Any]:
         for step in range(1, steps + 1):
             log.log(step, {"tokens": step * TOKENS, "loss": loss, "validation_loss": loss})
         log.close()
-    report(job, plan_study(job))
+    report(job, planned)
     found: dict[str, Any] = json.loads((folder / JSON).read_text())["variants"]
     return found
 
