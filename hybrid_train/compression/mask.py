@@ -35,7 +35,7 @@ from hybrid_train.anatomy.selection import (
     tensor_positions,
 )
 from hybrid_train.compression.choosing import choose
-from hybrid_train.compression.ranking import FILE_NAME, FOLDER, read, write
+from hybrid_train.compression.ranking import FILE_NAME, read, write
 from hybrid_train.megatron import hybrid, plain
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.mamba import MambaMixer
@@ -139,8 +139,8 @@ def selection_of_run(
     rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     ranking = None
     if settings.ranking is not None:
-        own = run_dir is not None and (run_dir / FOLDER / FILE_NAME).is_file()
-        ranking = read(run_dir / FOLDER if run_dir and own else Path(settings.ranking))
+        own = run_dir is not None and (run_dir / schema.MASK_RANKING / FILE_NAME).is_file()
+        ranking = read(run_dir / schema.MASK_RANKING if run_dir and own else Path(settings.ranking))
     try:
         return choose(job.model, ranking, settings, rows).selection
     except ConfigError as error:
@@ -152,11 +152,11 @@ def keep_ranking(job: TrainJob, run_dir: Path) -> None:
 
     So the mask is the same in every later attempt, and wherever the run is loaded.
     """
-    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    shutil.rmtree(run_dir / schema.MASK_RANKING, ignore_errors=True)
     for one in job.edits:
         if isinstance(one, schema.Mask) and one.ranking is not None:
-            (run_dir / FOLDER).mkdir()
-            write(read(Path(one.ranking)), run_dir / FOLDER)
+            (run_dir / schema.MASK_RANKING).mkdir()
+            write(read(Path(one.ranking)), run_dir / schema.MASK_RANKING)
 
 
 @dataclass(frozen=True)

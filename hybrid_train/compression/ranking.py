@@ -24,7 +24,6 @@ from hybrid_train.schema.formats import RANKING, require_readable_folder, write_
 from hybrid_train.schema.problems import UserError
 
 FILE_NAME, SCORES = "ranking.json", "scores.safetensors"
-FOLDER = "ranking"  # of a masked run: what its mask was chosen by
 HIDDEN = "hidden"  # [hidden]; the others begin with the prefix of their layer
 LAYERS = "layers."  # + name of a metric: [main layers]
 BLOCKS = "blocks."  # + name of a metric: [main layers, main layers], first and last of a block

@@ -13,7 +13,6 @@ from typing import Any
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.layout import TOKENIZER
 from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
-from hybrid_train.compression.ranking import FOLDER as RANKING
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import setting, typed
 from hybrid_train.config.secrets import masked, masked_data
@@ -26,6 +25,7 @@ from hybrid_train.schema import formats
 from hybrid_train.schema.model import SECTIONS, Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, UserError
+from hybrid_train.schema.pruning import MASK_RANKING
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import show_tokens
 from hybrid_train.tracking import exit_reports, history
@@ -63,7 +63,7 @@ _BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weigh
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
     *_SIGNS, formats.FILE_NAME, exit_reports.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
-    METRICS, RECORD, TEACHERS, LINEAGE, RANKING, "precision.json", "tensorboard", "wandb",
+    METRICS, RECORD, TEACHERS, LINEAGE, MASK_RANKING, "precision.json", "tensorboard", "wandb",
     "wandb_run_id",
 }  # fmt: skip
 _HALVES = {

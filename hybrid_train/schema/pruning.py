@@ -32,6 +32,7 @@ from hybrid_train.schema.names import nearest_key
 from hybrid_train.schema.problems import Problem
 
 DEPTH = "depth"  # in Cut.shrink
+MASK_RANKING = "ranking"  # folder in that of a masked run: what its mask was chosen by
 # What `share` and `budget` can make smaller, by its name in the model.
 WIDTHS = (
     "hidden_size",

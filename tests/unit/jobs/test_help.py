@@ -75,12 +75,12 @@ def test_help_shows_what_a_value_will_be(capsys: pytest.CaptureFixture[str]) -> 
     assert re.search(r"train\.tokens +must be set +The run ends", text)
     assert re.search(r"schedule\.warmup_tokens +0\.02 of train\.tokens +The learning rate", text)
     assert re.search(r"^  schedule +wsd +constant, cosine, ", text, re.MULTILINE)
-    assert re.search(r"^  model +\(none\) +ladder_10m, ", text, re.MULTILINE)
+    assert re.search(r"^  model +\(none\) +child_hybrid, ladder_10m, ", text, re.MULTILINE)
     text = output(capsys, "train", QUICKSTART, "--help")
     assert re.search(r"train\.tokens +1\.15M +The run ends", text)
     assert re.search(r"schedule\.warmup_tokens +23000 +The learning rate", text)
     assert re.search(r"^  schedule +cosine +constant, wsd", text, re.MULTILINE)
-    assert re.search(r"^  model +quickstart +ladder_10m, ", text, re.MULTILINE)
+    assert re.search(r"^  model +quickstart +child_hybrid, ladder_10m, ", text, re.MULTILINE)
 
 
 def test_an_unknown_form_of_help_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

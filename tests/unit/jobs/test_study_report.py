@@ -89,7 +89,9 @@ def test_losses_before_and_after_training_stand_side_by_side(tmp_path: Path) -> 
     assert found["wide"]["start_validation_loss"]["mean"] is None
     text = (tmp_path / "measured" / MARKDOWN).read_text()
     assert "| before | after | published |" in text
-    rows = {row.split(" | ")[0]: row.split(" | ")[-3:-1] for row in text.splitlines()}
+    # From the end, since settings stand in a table behind that of losses.
+    lines = [row.split(" | ") for row in reversed(text.splitlines())]
+    rows = {line[0]: line[-3:-1] for line in lines}
     assert rows["| taught"] == ["6.5000", "3.7250"]
     assert rows["| wide"] == ["-", "3.2000"]
     written(tmp_path / "not")
