@@ -17,7 +17,6 @@ from hybrid_train.checkpoint.layout import POSITION, TOKENIZER
 from hybrid_train.checkpoint.lineage import FILE_NAME as LINEAGE
 from hybrid_train.checkpoint.mirror import Mirror
 from hybrid_train.checkpoint.writing import InThread
-from hybrid_train.compression.ranking import FOLDER as RANKING
 from hybrid_train.config import frozen
 from hybrid_train.config.secrets import masked
 from hybrid_train.data.record import FILE_NAME as RECORD
@@ -27,6 +26,7 @@ from hybrid_train.jobs import attempts, run_folder
 from hybrid_train.runtime import ranks
 from hybrid_train.schema import formats
 from hybrid_train.schema.checkpoint import Checkpoint
+from hybrid_train.schema.pruning import MASK_RANKING
 from hybrid_train.schema.train import TrainJob
 from hybrid_train.tracking import history
 from hybrid_train.tracking.jsonl import FILE_NAME as METRICS
@@ -35,7 +35,7 @@ from hybrid_train.training.hooks.checkpointing import copied
 _CONFIG = (frozen.FROZEN_NAME, formats.FILE_NAME)
 # The metrics are needed, too: the losses before decide which one is a spike.
 _BESIDE = (
-    *_CONFIG, TOKENIZER, RECORD, TEACHERS, LINEAGE, RANKING, origin.FOLDER, METRICS,
+    *_CONFIG, TOKENIZER, RECORD, TEACHERS, LINEAGE, MASK_RANKING, origin.FOLDER, METRICS,
     history.FILE_NAME,
 )  # fmt: skip
 _log = logging.getLogger(__name__)
