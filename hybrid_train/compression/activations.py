@@ -31,6 +31,7 @@ from hybrid_train.compression.passes import counted_tokens
 from hybrid_train.compression.ranking import HIDDEN, LAYERS, name_of
 from hybrid_train.compression.scores import Ledger, Part, RowScores, Spec
 from hybrid_train.data.batch import Batch
+from hybrid_train.megatron.plain import layer_modules
 from hybrid_train.model.edits import watch_input
 from hybrid_train.ops.norm import rms_norm
 from hybrid_train.schema import model as sections
@@ -45,12 +46,8 @@ _COSINE = LAYERS + LayerMetric.cosine.value
 def modules_of_layers(chunk: Any, model: Model) -> Iterator[tuple[Layer, Module]]:
     """Yield the layers that a chunk holds, those of MTP blocks behind the main ones."""
     known = {(one.depth, one.number): one for one in layers(model)}
-    for module in chunk.decoder.layers:
-        yield known[0, int(module.layer_number)], module
-    block = getattr(chunk, "mtp", None)
-    for depth, one in enumerate(block.layers if block is not None else (), start=1):
-        for number, module in enumerate(one.mtp_model_layer.layers, start=1):
-            yield known[depth, number], module
+    for depth, number, module in layer_modules(chunk):
+        yield known[depth, number], module
 
 
 def _is_norm(one: Parameter) -> bool:

@@ -12,7 +12,7 @@ that can be others in every step: nothing waits for the device, or asks it.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Mask:
             place = _place_of(chunk)
             _mask_hidden(chunk, selection, place)
             chunk.runs_mtp = any(depth for depth, _ in kept)
-            for depth, number, layer in _layers_of(chunk):
+            for depth, number, layer in plain.layer_modules(chunk):
                 if depth == 0:
                     hybrid.skip(layer, skipped=(depth, number) not in kept)
                 if (depth, number) in kept:
@@ -211,16 +211,6 @@ def _place_of(chunk: Hybrid) -> _Place:
         (group.rank(), group.size()) for group in (groups.tp, groups.expt_tp, groups.ep)
     )
     return _Place(tensor, of_experts, expert, weight.device, chunk.config.params_dtype)
-
-
-def _layers_of(chunk: Any) -> Iterator[tuple[int, int, Module]]:
-    """Yield depth, number and module of every layer of a chunk."""
-    for layer in chunk.decoder.layers:
-        yield 0, int(layer.layer_number), layer
-    block = getattr(chunk, "mtp", None)
-    for depth, one in enumerate(block.layers if block is not None else (), start=1):
-        for number, layer in enumerate(one.mtp_model_layer.layers, start=1):
-            yield depth, number, layer
 
 
 def _require_plain_norms(chunk: Module) -> None:

@@ -20,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.anatomy.selection import Indices
+from hybrid_train.checkpoint import layout
+from hybrid_train.config.commands import command, setting
 from hybrid_train.schema.formats import RANKING, require_readable_folder, write_stamp
 from hybrid_train.schema.problems import UserError
 
@@ -156,3 +158,21 @@ def read(folder: Path) -> Ranking:
         if not np.isfinite(one).all():
             raise UserError(f"{folder / SCORES}: scores of {name} are not finite")
     return Ranking(header, scores)
+
+
+def read_for(folder: Path, found: layout.Found) -> Ranking:
+    """Read the ranking of a checkpoint.
+
+    Raises:
+        UserError: if it is damaged, or was made of another checkpoint.
+    """
+    ranking = read(folder)
+    made_of, own = ranking.header, layout.digest_of(found.path)
+    if made_of.checksum != own:
+        anew = command("importance", setting("checkpoint", found.path), "output=NEW_FOLDER")
+        raise UserError(
+            f"ranking = {folder}: it was made of {made_of.run}, step {made_of.step} (checksum "
+            f"{made_of.checksum[:12]}), and {found.path} is another checkpoint (checksum "
+            f"{own[:12]}); name that one, or rank this one: {anew}"
+        )
+    return ranking

@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -28,7 +27,7 @@ from torch import distributed as dist
 from hybrid_train.anatomy.layers import main_layers
 from hybrid_train.compression.activations import modules_of_layers
 from hybrid_train.compression.passes import Passes, counted_tokens
-from hybrid_train.compression.ranking import BLOCKS, LAYERS
+from hybrid_train.compression.ranking import BLOCKS, LAYERS, NOT_MEASURED
 from hybrid_train.data.batch import Batch
 from hybrid_train.megatron import hybrid
 from hybrid_train.megatron.hybrid import Head, Outputs
@@ -42,7 +41,6 @@ Without = frozenset[int]  # main layers, from 1, that are taken out
 # Sums over tokens of what a pass makes: (h - h')^2, (W (h - h'))^2, nats; tokens that count, and
 # those with a label. Of the whole model h' is 0.
 _HIDDEN, _LOGITS, _NATS, _TOKENS, _LABELS = range(5)
-_NOT_MEASURED = np.finfo(np.float32).max  # of blocks: nobody takes them for those that matter least
 
 
 @contextlib.contextmanager
@@ -103,7 +101,7 @@ class LayerRemoval:
             by_layer = values[metric]
             found[LAYERS + metric.value] = torch.tensor(by_layer[:number])
             if spans:
-                table = torch.full((number, number), float(_NOT_MEASURED))
+                table = torch.full((number, number), NOT_MEASURED)
                 for (first, last), value in zip(spans, by_layer[number:], strict=True):
                     table[first - 1, last - 1] = value
                 found[BLOCKS + metric.value] = table
@@ -121,10 +119,10 @@ class LayerRemoval:
                 sets = [frozenset([*gone, one]) for one in left]
                 found = self._values(sets, [metric])[metric]
                 values = dict(zip(left, found, strict=True))
-            worst = min(left, key=lambda one: (values[one], one))
+            worst = min(left, key=lambda one: (values[one], -one))  # of equal ones the first stays
             left.remove(worst)
             gone.append(worst)
-        order = [*gone, *sorted(left, key=lambda one: (values[one], one))]
+        order = [*gone, *sorted(left, key=lambda one: (values[one], -one))]
         places = torch.empty(len(order))
         places[torch.tensor(order) - 1] = torch.arange(float(len(order)))
         return places

@@ -17,10 +17,9 @@ from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import slicing
 from hybrid_train.compression.choosing import Chosen, choose
 from hybrid_train.compression.cut_rules import remarks
-from hybrid_train.compression.ranking import Ranking, read
+from hybrid_train.compression.ranking import Ranking, read_for
 from hybrid_train.compression.slicing import Accounted, Slice
 from hybrid_train.config import frozen
-from hybrid_train.config.commands import command, setting
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.secrets import masked
 from hybrid_train.data.any_tokenizer import copy_tokenizer, has_vocabulary
@@ -92,7 +91,7 @@ def run(job: PruneJob) -> None:
     source, output = folder_of(job.checkpoint, "checkpoint"), Path(job.output).absolute()
     with refusals_named(checkpoint=source, output=output):
         parent = open_checkpoint(source)
-        ranking = None if job.ranking is None else ranking_of(Path(job.ranking), parent.found)
+        ranking = None if job.ranking is None else read_for(Path(job.ranking), parent.found)
         rows = padded_vocab_size(parent.vocab_size, parent.model.vocab_multiple)
         chosen = choose(parent.model, ranking, job, rows)
         if job.dry_run:
@@ -104,24 +103,6 @@ def run(job: PruneJob) -> None:
     _show(pruned)
     done = "dry_run=true: nothing was written" if job.dry_run else f"{output} is the child"
     print(f"\n{done}")  # noqa: T201  the result of the command
-
-
-def ranking_of(folder: Path, found: layout.Found) -> Ranking:
-    """Read the ranking of a checkpoint.
-
-    Raises:
-        UserError: if it is damaged, or was made of another checkpoint.
-    """
-    ranking = read(folder)
-    made_of, own = ranking.header, layout.digest_of(found.path)
-    if made_of.checksum != own:
-        anew = command("importance", setting("checkpoint", found.path), "output=NEW_FOLDER")
-        raise UserError(
-            f"ranking = {folder}: it was made of {made_of.run}, step {made_of.step} (checksum "
-            f"{made_of.checksum[:12]}), and {found.path} is another checkpoint (checksum "
-            f"{own[:12]}); name that one, or rank this one: {anew}"
-        )
-    return ranking
 
 
 def prune(

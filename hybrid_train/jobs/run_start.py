@@ -8,9 +8,9 @@ from hybrid_train.anatomy import counts
 from hybrid_train.checkpoint import layout, store
 from hybrid_train.checkpoint.layout import drop_partial
 from hybrid_train.compression.mask import selection_of_run
+from hybrid_train.compression.ranking import read_for
 from hybrid_train.data.run_data import check_data
 from hybrid_train.jobs import attempts, fetched_checkpoint, mirrored_run, run_folder
-from hybrid_train.jobs.prune import ranking_of
 from hybrid_train.runtime import ranks
 from hybrid_train.schema.data import Quickstart
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -103,7 +103,7 @@ def require_masks(job: TrainJob, start: Start) -> None:
                 if start.found is None:
                     rule = "must be the checkpoint that the ranking of the mask was made of"
                     raise ConfigError([Problem("checkpoint.load", "null", rule)])
-                ranking_of(Path(one.ranking), start.found)
+                read_for(Path(one.ranking), start.found)
             assert job.model.vocab_size is not None, "the data is open"
             own = Path(job.run_dir) if start.is_own else None
             selection_of_run(one, job, own, job.model.vocab_size)

@@ -431,15 +431,22 @@ def bare_experts(module: Module) -> tuple[list[Tensor], list[Tensor]] | None:
     return None if is_edited else (up(), down())
 
 
-def linear_modules(chunk: Module) -> Iterator[tuple[Linear, Module]]:
-    """Yield what `anatomy.gemm_formats.linears` lists, as far as this chunk holds it."""
-    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-        yield from _of_layer(layer, 0, int(layer.layer_number), "")
+def layer_modules(chunk: Any) -> Iterator[tuple[int, int, Module]]:
+    """Yield depth, number and module of every layer that a chunk holds, main layers first."""
+    for layer in chunk.decoder.layers:
+        yield 0, int(layer.layer_number), layer
     block = getattr(chunk, "mtp", None)
     for depth, one in enumerate(block.layers if block is not None else (), start=1):
-        yield Linear(depth, 0, MTP_PROJECTION), one.eh_proj
         for number, layer in enumerate(one.mtp_model_layer.layers, start=1):
-            yield from _of_layer(layer, depth, number, f"{MTP}.")
+            yield depth, number, layer
+
+
+def linear_modules(chunk: Any) -> Iterator[tuple[Linear, Module]]:
+    """Yield what `anatomy.gemm_formats.linears` lists, as far as this chunk holds it."""
+    for depth, number, layer in layer_modules(chunk):
+        if depth and number == 1:
+            yield Linear(depth, 0, MTP_PROJECTION), chunk.mtp.layers[depth - 1].eh_proj
+        yield from _of_layer(layer, depth, number, f"{MTP}." if depth else "")
 
 
 def _of_layer(

@@ -19,10 +19,10 @@ from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.selection import KeptLayer, chosen
 from hybrid_train.checkpoint.lineage import WEIGHTS, parent_of
 from hybrid_train.compression.choosing import Chosen, choose, top
-from hybrid_train.compression.ranking import Ranking
+from hybrid_train.compression.ranking import Ranking, read_for
 from hybrid_train.config.compose import compose
 from hybrid_train.hf.write import open_checkpoint
-from hybrid_train.jobs.prune import prune, ranking_of
+from hybrid_train.jobs.prune import prune
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema.pruning import PruneJob
 
@@ -58,7 +58,7 @@ def main() -> None:
     assert isinstance(job, PruneJob)
     parent = open_checkpoint(Path(job.checkpoint))
     assert job.ranking is not None, "heads are chosen by a ranking"
-    ranking = ranking_of(Path(job.ranking), parent.found)
+    ranking = read_for(Path(job.ranking), parent.found)
     rows = padded_vocab_size(parent.vocab_size, parent.model.vocab_multiple)
     child = ungrouped(choose(parent.model, ranking, job, rows), ranking)
     came_from = parent_of(WEIGHTS, job.checkpoint, parent.found)

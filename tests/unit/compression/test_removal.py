@@ -134,3 +134,14 @@ def test_a_model_that_is_no_number_is_refused_by_the_metric() -> None:
         with pytest.raises(UserError, match="hidden_mse without layer 1 is not finite") as caught:
             removal.scores([LayerMetric.hidden_mse], iterative=0, blocks=[])
     assert caught.value.on_all_ranks
+
+
+def test_of_layers_that_cost_the_same_the_first_stay() -> None:
+    from hybrid_train.compression.removal import LayerRemoval
+
+    with alone() as groups:
+        tiny = tiny_job("M-*")
+        passes = passes_of(frozen_network(tiny, groups), whole_rows(2))
+        removal = LayerRemoval(passes, tiny.model, 2, accuracy=lambda: 0.5)
+        found = removal.scores([LayerMetric.accuracy], iterative=1, blocks=[])
+    assert found[f"{LAYERS}accuracy_iterative"].tolist() == [2, 1, 0]

@@ -16,13 +16,13 @@ from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.lineage import WEIGHTS, parent_of, read
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression.choosing import Chosen
-from hybrid_train.compression.ranking import Header, Ranking
+from hybrid_train.compression.ranking import Header, Ranking, read_for
 from hybrid_train.compression.ranking import write as write_ranking
 from hybrid_train.hf.read import Folder, import_folder
 from hybrid_train.hf.verify import load_theirs
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
 from hybrid_train.jobs.convert import differences
-from hybrid_train.jobs.prune import Pruned, prune, ranking_of
+from hybrid_train.jobs.prune import Pruned, prune
 from hybrid_train.schema.model import AttentionSizes, MambaSizes, Model
 from hybrid_train.schema.problems import UserError
 from hybrid_train.schema.runtime import Device, Kernels, Runtime
@@ -210,8 +210,8 @@ def test_a_ranking_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ranking").mkdir()
     write_ranking(Ranking(header, {"hidden": np.ones(32, np.float32)}), tmp_path / "ranking")
     with pytest.raises(UserError, match=r"made of runs/other, step 7 .* hybrid-train importance"):
-        ranking_of(tmp_path / "ranking", found)
+        read_for(tmp_path / "ranking", found)
     own = dataclasses.replace(header, checksum=layout.digest_of(found.path))
     (tmp_path / "own").mkdir()
     write_ranking(Ranking(own, {"hidden": np.ones(32, np.float32)}), tmp_path / "own")
-    assert ranking_of(tmp_path / "own", found).header == own
+    assert read_for(tmp_path / "own", found).header == own
