@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, Sizes
-from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.kinds import (
+    EMBEDDING,
+    HEAD,
+    Parameter,
+    final_norm,
+    mtp_block,
+)
 from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers
 from hybrid_train.anatomy.selection import (
     CHOSEN,
@@ -31,6 +37,10 @@ from hybrid_train.schema.model import (
 )
 from hybrid_train.schema.pattern import parse
 from tests.tiny import VOCAB
+
+_NO_PARTS = Sizes(**dict.fromkeys(Sizes._fields, 0))  # RMSNorm, no biases
+(FINAL_NORM,) = final_norm(_NO_PARTS)
+MTP_BLOCK = mtp_block(_NO_PARTS)
 
 SIZES = {  # axis -> what a child of `roomy` may have of it; its MTP blocks have the first
     Axis.hidden: (12, 20, 28),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
-from hybrid_train.schema.model import Model
+from hybrid_train.schema.model import Model, NormKind
 
 
 class Axis(enum.Enum):
@@ -53,6 +53,11 @@ class Sizes(NamedTuple):
     latent: int
     top_k: int = 0  # experts that a token meets
     moves_bias: int = 0  # 1 if the biases of the experts ever change
+    # 1 where a model has them: gates of MLP layers, biases and norms of attention, biases of norms.
+    gated: int = 0
+    qkv_bias: int = 0
+    qk_norm: int = 0
+    norm_bias: int = 0
 
     def along(self, axis: Axis) -> int:
         """Return how many there are along an axis."""
@@ -70,8 +75,10 @@ def sizes_of(model: Model, vocab_rows: int = 0) -> Sizes:
         vocab_rows: rows of embedding and head as they are stored.
     """
     _, *others = (value or 0 for value in _read_axes(model))
-    moe = model.moe
-    return Sizes._make((vocab_rows, *others, moe.top_k, int(moe.bias_update_rate > 0)))
+    moe, attention = model.moe, model.attention
+    has = (model.mlp.gated, attention.qkv_bias, attention.qk_norm, model.norm is NormKind.layer_1p)
+    moves_bias = moe.bias_update_rate > 0
+    return Sizes._make((vocab_rows, *others, moe.top_k, int(moves_bias), *map(int, has)))
 
 
 @dataclass(frozen=True)
@@ -97,12 +104,14 @@ class Dim:
             of all parts come first. The rows of queries, keys and values alternate by `kv_groups`.
         free: the axis whose setting changes the size and breaks no other rule.
         words: what it is, where the axes do not say it.
+        apart: whether a checkpoint has a tensor of its own for each part.
     """
 
     parts: tuple[Part, ...]
     by: Axis | None = None
     free: Axis | None = None
     words: str = ""
+    apart: bool = False
 
     def size(self, sizes: Sizes) -> int:
         """Count the elements along the dimension."""

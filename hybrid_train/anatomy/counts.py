@@ -15,11 +15,11 @@ from functools import lru_cache
 from hybrid_train.anatomy.axes import Sizes, sizes_of
 from hybrid_train.anatomy.kinds import (
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
     KINDS,
-    MTP_BLOCK,
     Parameter,
+    final_norm,
+    mtp_block,
     parameters_of,
 )
 from hybrid_train.anatomy.layers import Layer, grouped, mtp_blocks
@@ -103,7 +103,7 @@ def parameters(model: Model, vocab_size: int) -> ParameterCount:
     """Count the weights, by kind of layer.
 
     A repeated MTP block is stored once and met once per depth; as weights it counts once in both
-    figures. Every layer has one RMSNorm in front, which counts with it.
+    figures. Every layer has one norm in front, which counts with it.
 
     Args:
         model: sizes and pattern.
@@ -114,7 +114,7 @@ def parameters(model: Model, vocab_size: int) -> ParameterCount:
     sizes = sizes_of(model, vocab_size)
     table = {"embedding": EMBEDDING.elements(sizes)}
     table["head"] = 0 if model.tie_embeddings else HEAD.elements(sizes)
-    table["final_norm"] = FINAL_NORM.elements(sizes)
+    table["final_norm"] = sum(one.elements(sizes) for one in final_norm(sizes))
     active = dict(table)
     if model.tie_embeddings:  # one matrix that a token meets twice: as row and as head
         active["embedding"], active["head"] = 0, table["embedding"]
@@ -122,7 +122,7 @@ def parameters(model: Model, vocab_size: int) -> ParameterCount:
     for counted, of_layer in ((table, layer_parameters), (active, active_layer_parameters)):
         counted.update(_by_kind(main, of_layer))
         if block:
-            one = sum(parameter.elements(sizes) for parameter in MTP_BLOCK)
+            one = sum(parameter.elements(sizes) for parameter in mtp_block(sizes))
             counted["mtp"] = mtp_blocks(model) * (one + _sum(block, of_layer))
     return ParameterCount(by_kind=table, active_by_kind=active)
 
@@ -133,10 +133,12 @@ def tensors(model: Model) -> TensorCount:
     Source: names of the published checkpoints, `backbone.layers.L.mixer.*`; the totals agree with
     their files to the unit.
     """
-    table = {"embedding": 1, "head": 0 if model.tie_embeddings else 1, "final_norm": 1}
+    sizes = sizes_of(model)
+    table = {"embedding": 1, "head": 0 if model.tie_embeddings else 1}
+    table["final_norm"] = len(final_norm(sizes))
     table.update(_by_kind(grouped(model, depth=0), layer_tensors))
     if block := grouped(model, depth=1):
-        table["mtp"] = mtp_blocks(model) * (len(MTP_BLOCK) + _sum(block, layer_tensors))
+        table["mtp"] = mtp_blocks(model) * (len(mtp_block(sizes)) + _sum(block, layer_tensors))
     return TensorCount(by_kind=table)
 
 
@@ -175,7 +177,7 @@ def flops_per_token(model: Model, vocab_size: int, sequence_length: int) -> Flop
     table = _by_kind(grouped(model, depth=0), of_layer)
     table["head"] = head
     if block := grouped(model, depth=1):
-        one = head + 2 * sum(_multiplied(parameter, sizes) for parameter in MTP_BLOCK)
+        one = head + 2 * sum(_multiplied(parameter, sizes) for parameter in mtp_block(sizes))
         one += _sum(block, of_layer)
         # A repeated block saves memory, not work.
         table["mtp"] = one * parse(model.pattern).mtp_depths

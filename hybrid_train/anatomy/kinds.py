@@ -77,15 +77,19 @@ class Parameter:
         return math.prod(self.shape(sizes)) * (sizes.experts if self.of_experts else 1)
 
     def tensors(self, sizes: Sizes) -> int:
-        """Count the tensors of the published layout: parts that alternate are apart there."""
-        alternating = len(self.dims[0].parts) if self.dims[0].by else 1
-        return alternating * (sizes.experts if self.of_experts else 1)
+        """Count the tensors of the published layout, where parts stand apart that are one here."""
+        parts = 1 if self.dims[0].apart else len(self.dims[0].parts)
+        return parts * (sizes.experts if self.of_experts else 1)
 
 
-def norm(name: str) -> Parameter:
-    """Return the weight of an RMSNorm of hidden states."""
-    dims = (dim(Axis.hidden),)
-    return Parameter(name, dims, kind=ParameterKind.norms, draw=Draw.ones)
+def norm(name: str, sizes: Sizes) -> tuple[Parameter, ...]:
+    """Return the tensors of a norm of hidden states; LayerNorm's weight is stored minus 1."""
+    dims, draw = (dim(Axis.hidden),), Draw.zeros if sizes.norm_bias else Draw.ones
+    weight = Parameter(name, dims, kind=ParameterKind.norms, draw=draw)
+    if not sizes.norm_bias:
+        return (weight,)
+    bias = name.removesuffix("weight") + "bias"
+    return weight, Parameter(bias, dims, kind=ParameterKind.biases, draw=Draw.zeros)
 
 
 class LayerKind:
@@ -134,21 +138,20 @@ class MambaKind(LayerKind):
     context = (Axis.ssm_heads, Axis.ssm_groups)
     inner: ClassVar = (Axis.ssm_heads, Axis.ssm_head_dim)
     state: ClassVar = (Axis.ssm_groups, Axis.ssm_state)
-    channels: ClassVar = Dim((Part(inner, "x"), Part(state, "B"), Part(state, "C")))
+    channels: ClassVar = Dim((Part(inner, "x"), Part(state, "B"), Part(state, "C")), apart=True)
     packed: ClassVar = Dim(
         (Part(inner, "z"), *channels.parts, Part((Axis.ssm_heads,), "dt")),
         words="the rows of mamba.in_proj",
+        apart=True,
     )
 
     def parameters(self, sizes: Sizes) -> tuple[Parameter, ...]:
-        del sizes
-
         def of_heads(name: str, kind: ParameterKind, draw: Draw) -> Parameter:
             dims = (dim(Axis.ssm_heads),)
             return Parameter(f"mixer.{name}", dims, split=0, kind=kind, draw=draw, float32=True)
 
         return (
-            norm("mixer.in_proj.layer_norm_weight"),
+            *norm("mixer.in_proj.layer_norm_weight", sizes),
             Parameter(
                 "mixer.in_proj.weight", (self.packed, dim(Axis.hidden)), split=0,
                 linear="mamba.in_proj",
@@ -217,13 +220,25 @@ class AttentionKind(LayerKind):
     inner: ClassVar = dim(Axis.heads, Axis.head_dim, free=Axis.head_dim)
 
     def parameters(self, sizes: Sizes) -> tuple[Parameter, ...]:
-        del sizes
+        bias = Parameter(
+            "self_attention.linear_qkv.bias", (self.packed,), split=0, kind=ParameterKind.biases,
+            draw=Draw.zeros,
+        )  # fmt: skip
+        of_heads = tuple(
+            Parameter(
+                f"self_attention.{name}_layernorm.weight", (dim(Axis.head_dim),),
+                kind=ParameterKind.norms, draw=Draw.ones,
+            )
+            for name in "qk"
+        )  # fmt: skip
         return (
-            norm("self_attention.linear_qkv.layer_norm_weight"),
+            *norm("self_attention.linear_qkv.layer_norm_weight", sizes),
             Parameter(
                 "self_attention.linear_qkv.weight", (self.packed, dim(Axis.hidden)), split=0,
                 linear="attention.qkv",
             ),
+            *((bias,) if sizes.qkv_bias else ()),
+            *(of_heads if sizes.qk_norm else ()),
             Parameter(
                 "self_attention.linear_proj.weight", (dim(Axis.hidden), self.inner), split=1,
                 linear="attention.proj", draw=Draw.residual,
@@ -246,16 +261,22 @@ class AttentionKind(LayerKind):
         return sum(part.size(sizes) for part in self.packed.parts if part.name != "q")
 
 
-def _up_and_down(module: str, kind: str, outer: Axis, inner: Axis) -> tuple[Parameter, ...]:
-    """Return the weights of down(relu(up(x))^2)."""
+def _up_and_down(
+    module: str, kind: str, outer: Axis, inner: Axis, *, gated: int = 0
+) -> tuple[Parameter, ...]:
+    """Return the weights of down(act(up(x))), or of down(act(gate(x)) * up(x)).
+
+    Gates and neurons are one matrix, the gates first; core's checkpoints have it whole.
+    """
     experts = kind == "moe.experts"
+    neurons = (Part((inner,), "gate"), Part((inner,), "up")) if gated else (Part((inner,)),)
 
     def key(number: int) -> str:  # Transformer Engine's name of the tensor that has all experts
         return f"{module}.experts.linear_fc{number}.weight" if experts else ""
 
     return (
         Parameter(
-            f"{module}.linear_fc1.weight", (dim(inner), dim(outer)), key(1), split=0,
+            f"{module}.linear_fc1.weight", (Dim(neurons), dim(outer)), key(1), split=0,
             of_experts=experts, linear=f"{kind}.fc1",
         ),
         Parameter(
@@ -266,15 +287,14 @@ def _up_and_down(module: str, kind: str, outer: Axis, inner: Axis) -> tuple[Para
 
 
 class MlpKind(LayerKind):
-    """-: up and down projection, no gate."""
+    """-: up and down projection, with a gate where the model has gates."""
 
     letter = sections.Mlp.letter
 
     def parameters(self, sizes: Sizes) -> tuple[Parameter, ...]:
-        del sizes
         return (
-            norm("mlp.linear_fc1.layer_norm_weight"),
-            *_up_and_down("mlp", "mlp", Axis.hidden, Axis.ffn),
+            *norm("mlp.linear_fc1.layer_norm_weight", sizes),
+            *_up_and_down("mlp", "mlp", Axis.hidden, Axis.ffn, gated=sizes.gated),
         )
 
     def recomputed(self, sizes: Sizes) -> tuple[RecomputeModule, ...]:
@@ -298,7 +318,7 @@ class ExpertsKind(LayerKind):
             draw=Draw.residual,
         )  # fmt: skip
         return (
-            norm("pre_mlp_layernorm.weight"),
+            *norm("pre_mlp_layernorm.weight", sizes),
             Parameter(
                 "mlp.router.weight", (dim(Axis.experts), dim(hidden)), kind=ParameterKind.routers
             ),
@@ -326,18 +346,27 @@ EMBEDDING = Parameter(
     "embedding.word_embeddings.weight", _VOCABULARY, split=0, kind=ParameterKind.embeddings
 )
 HEAD = Parameter("output_layer.weight", _VOCABULARY, split=0, kind=ParameterKind.heads)
-FINAL_NORM = norm("decoder.final_norm.weight")
 MTP_PROJECTION = "mtp.eh_proj"  # joins the token and the hidden state of a depth
-MTP_BLOCK = (  # beside its layers
-    norm("enorm.weight"),
-    norm("hnorm.weight"),
-    Parameter(
-        "eh_proj.weight", (dim(Axis.hidden), dim(Axis.hidden, times=2)), split=0,
-        linear=MTP_PROJECTION,
-    ),
-    norm("final_layernorm.weight"),
-)  # fmt: skip
 _EVERY_PART = Sizes(**dict.fromkeys(Sizes._fields, 1))
+
+
+def final_norm(sizes: Sizes) -> tuple[Parameter, ...]:
+    """Return the tensors of the norm behind the last layer."""
+    return norm("decoder.final_norm.weight", sizes)
+
+
+@lru_cache(maxsize=1024)
+def mtp_block(sizes: Sizes) -> tuple[Parameter, ...]:
+    """Return the tensors that an MTP block has beside its layers; its last norm comes last."""
+    return (
+        *norm("enorm.weight", sizes),
+        *norm("hnorm.weight", sizes),
+        Parameter(
+            "eh_proj.weight", (dim(Axis.hidden), dim(Axis.hidden, times=2)), split=0,
+            linear=MTP_PROJECTION,
+        ),
+        *norm("final_layernorm.weight", sizes),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -349,7 +378,7 @@ def parameters_of(letter: str, sizes: Sizes) -> tuple[Parameter, ...]:
 @lru_cache(maxsize=1024)
 def weight_of(linear: str, sizes: Sizes) -> Parameter:
     """Return the weight of a kind of linear layer, "mamba.in_proj"."""
-    found = (*MTP_BLOCK, *(one for letter in KINDS for one in parameters_of(letter, sizes)))
+    found = (*mtp_block(sizes), *(one for letter in KINDS for one in parameters_of(letter, sizes)))
     return next(one for one in found if one.linear == linear)
 
 
@@ -360,4 +389,4 @@ def possible_parameters() -> list[Parameter]:
 
 def outer_parameters() -> tuple[Parameter, ...]:
     """List the tensors that are in no layer."""
-    return EMBEDDING, FINAL_NORM, HEAD, *MTP_BLOCK
+    return EMBEDDING, *final_norm(_EVERY_PART), HEAD, *mtp_block(_EVERY_PART)

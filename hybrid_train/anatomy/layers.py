@@ -9,12 +9,12 @@ from typing import NamedTuple
 from hybrid_train.anatomy.axes import Axis, Sizes, sizes_of
 from hybrid_train.anatomy.kinds import (
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
     KINDS,
-    MTP_BLOCK,
     LayerKind,
     Parameter,
+    final_norm,
+    mtp_block,
     parameters_of,
 )
 from hybrid_train.schema.layer_ranges import layers_of
@@ -187,9 +187,10 @@ def stored_tensors(model: Model, vocab_rows: int) -> Iterator[StoredTensor]:
         for one in layer.parameters:
             yield from _parts(layer.prefix, one, layer.sizes)
     for depth in range(1, mtp_blocks(model) + 1):
-        for one in MTP_BLOCK:
+        for one in mtp_block(usual):
             yield from _parts(block_prefix(depth), one, usual)
-    yield from _parts("", FINAL_NORM, usual)
+    for one in final_norm(usual):
+        yield from _parts("", one, usual)
     if not model.tie_embeddings:
         yield from _parts("", HEAD, usual)
 
@@ -199,7 +200,7 @@ def _parts(prefix: str, one: Parameter, sizes: Sizes) -> Iterator[StoredTensor]:
     packed = one.dims[0]
     if one.of_experts:
         yield StoredTensor(key, (sizes.experts, *shape), one)
-    elif packed.by or len(packed.parts) == 1:
+    elif not packed.apart:
         yield StoredTensor(key, shape, one)
     else:
         for part in packed.parts:
@@ -211,8 +212,9 @@ def stored(model: Model) -> Iterator[tuple[str, Parameter]]:
     for layer in layers(model):
         for one in layer.parameters:
             yield layer.prefix + one.stored, one
-    for one in (EMBEDDING, FINAL_NORM, HEAD):
+    sizes = sizes_of(model)
+    for one in (EMBEDDING, *final_norm(sizes), HEAD):
         yield one.stored, one
     for depth in range(1, mtp_blocks(model) + 1):
-        for one in MTP_BLOCK:
+        for one in mtp_block(sizes):
             yield block_prefix(depth) + one.stored, one

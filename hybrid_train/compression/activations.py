@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from hybrid_train.anatomy.axes import Axis, dim
-from hybrid_train.anatomy.kinds import FINAL_NORM, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.axes import Axis, dim, sizes_of
+from hybrid_train.anatomy.kinds import Parameter, final_norm, mtp_block
 from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers, mtp_blocks
 from hybrid_train.compression.expert_scores import ExpertScores, Undo, expert_specs
 from hybrid_train.compression.passes import counted_tokens
@@ -37,6 +37,7 @@ from hybrid_train.ops.norm import rms_norm
 from hybrid_train.schema import model as sections
 from hybrid_train.schema.importance import ImportanceJob, LayerMetric, OverRows, OverTokens
 from hybrid_train.schema.model import Model
+from hybrid_train.schema.optimizer import ParameterKind
 from hybrid_train.training.network import Network
 
 _FUSED = "layer_norm_weight"  # of a norm that is part of the linear behind it
@@ -51,7 +52,7 @@ def modules_of_layers(chunk: Any, model: Model) -> Iterator[tuple[Layer, Module]
 
 
 def _is_norm(one: Parameter) -> bool:
-    return one.dims == (dim(Axis.hidden),)
+    return one.dims == (dim(Axis.hidden),) and one.kind is ParameterKind.norms
 
 
 def _inner_axes(layer: Layer) -> Iterator[tuple[Axis, tuple[int, ...]]]:
@@ -98,10 +99,12 @@ class Activations:
         for layer in layers(self._model):
             if layer.depth == 0 or self._settings.mtp_norms:
                 yield from (layer.prefix + one.name for one in layer.parameters if _is_norm(one))
-        yield FINAL_NORM.name
+        sizes = sizes_of(self._model)
+        yield from (one.name for one in final_norm(sizes) if _is_norm(one))
         blocks = mtp_blocks(self._model) if self._settings.mtp_norms else 0
         for depth in range(1, blocks + 1):
-            yield from (block_prefix(depth) + one.name for one in MTP_BLOCK if _is_norm(one))
+            found = (one for one in mtp_block(sizes) if _is_norm(one))
+            yield from (block_prefix(depth) + one.name for one in found)
 
     def _specs(self) -> Iterator[tuple[str, Spec]]:
         rows = self._settings.over_rows

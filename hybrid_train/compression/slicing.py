@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, Part, Sizes, sizes_of
-from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.kinds import EMBEDDING, HEAD, Parameter, final_norm, mtp_block
 from hybrid_train.anatomy.layers import block_prefix, stored_tensors
 from hybrid_train.anatomy.selection import (
     Indices,
@@ -103,7 +103,8 @@ def _sources(
 ) -> Iterator[tuple[str, Slice]]:
     """Yield the tensors of the child by their keys, without their shapes."""
     usual, shared = sizes_of(parent, rows), selection.shared
-    for one in (EMBEDDING, FINAL_NORM, *(() if child.tie_embeddings else (HEAD,))):
+    head = () if child.tie_embeddings else (HEAD,)
+    for one in (EMBEDDING, *final_norm(usual), *head):
         yield from _stored("", "", one, usual, shared)
     depths = {}
     for layer in selection.layers:
@@ -112,7 +113,7 @@ def _sources(
         for one in theirs.parameters:
             yield from _stored(ours.prefix, theirs.prefix, one, theirs.sizes, selection.of(layer))
     for depth, origin in depths.items():
-        for one in MTP_BLOCK if depth else ():
+        for one in mtp_block(usual) if depth else ():
             yield from _stored(block_prefix(depth), block_prefix(origin), one, usual, shared)
 
 
@@ -121,7 +122,7 @@ def _stored(
 ) -> Iterator[tuple[str, Slice]]:
     """Yield a tensor as it is stored, the parts of a packed one apart."""
     packed, key, place = one.dims[0], prefix + one.stored, source + one.stored
-    if one.of_experts or packed.by or len(packed.parts) == 1:
+    if one.of_experts or not packed.apart:
         yield key, Slice(place, (), one, sizes, kept)
         return
     for part in packed.parts:

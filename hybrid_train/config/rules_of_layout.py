@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hybrid_train.anatomy.axes import Axis, Sizes, sizes_of
-from hybrid_train.anatomy.kinds import MTP_BLOCK, Parameter
+from hybrid_train.anatomy.kinds import Parameter, mtp_block
 from hybrid_train.anatomy.layers import distinct, layers, mtp_blocks
 from hybrid_train.config import rules_of_cluster
 from hybrid_train.planning import degrees
@@ -103,7 +103,8 @@ def _tensor_splits_every_layer(job: TrainJob, _: int) -> Iterator[Problem]:
                 name += f" of layer {layer.number}"
             sizes[name], settings[name] = one.size, setting
     if mtp_blocks(job.model):
-        for one in _split_sizes(MTP_BLOCK, sizes_of(job.model)):
+        sizes_of_model = sizes_of(job.model)
+        for one in _split_sizes(mtp_block(sizes_of_model), sizes_of_model):
             sizes[one.axis.setting] = one.size
     yield from _divides("parallel.tensor", job.parallel.tensor, sizes, settings)
 

@@ -103,7 +103,8 @@ def table(model: Model, vocab_size: int) -> Iterator[Stored]:
     yield _vocabulary(anatomy.EMBEDDING, EMBEDDING, model, vocab_size)
     for layer in main_layers(model):
         yield from _layer(layer, Names(layer.prefix, f"backbone.layers.{layer.number - 1}."))
-    yield from _tensor(root, anatomy.FINAL_NORM, sizes)
+    for one in anatomy.final_norm(sizes):
+        yield from _tensor(root, one, sizes)
     if not model.tie_embeddings:
         yield _vocabulary(anatomy.HEAD, HEAD, model, vocab_size)
     of_blocks = layers(model)[len(main_layers(model)) :]
@@ -163,7 +164,7 @@ def _mtp_block(block: Sequence[Layer], sizes: Sizes) -> Iterator[Stored]:
     """Our blocks nest their layers; theirs are flat, what joins and ends a block on its edges."""
     depth, first = block[0].depth, (block[0].depth - 1) * len(block)
     ours, last = block_prefix(depth), first + len(block) - 1
-    *opening, closing = anatomy.MTP_BLOCK
+    *opening, closing = anatomy.mtp_block(sizes)
     for one in opening:
         yield from _tensor(Names(ours, f"mtp.layers.{first}."), one, sizes)
     for inner, layer in enumerate(block):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from hybrid_train.anatomy.axes import Sizes, sizes_of
-from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.kinds import EMBEDDING, HEAD, Parameter, final_norm, mtp_block
 from hybrid_train.anatomy.layers import block_layers, layers, main_layers, mtp_blocks
 from hybrid_train.planning import stages
 from hybrid_train.planning.degrees import data_parallel, expert_data_parallel, expert_tensor
@@ -229,7 +229,7 @@ def stored_bytes(job: TrainJob, vocab_rows: int) -> int:
         for layer in layers(model)
         for one in layer.parameters
     )
-    outer = [EMBEDDING, FINAL_NORM, *_head(model), *MTP_BLOCK * mtp_blocks(model)]
+    outer = [EMBEDDING, *final_norm(sizes), *_head(model), *mtp_block(sizes) * mtp_blocks(model)]
     return found + sum(one.elements(sizes) * _bytes(one, full=full) for one in outer)
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from hybrid_train.anatomy.axes import Sizes, sizes_of
 from hybrid_train.anatomy.gemm_formats import fp8_primary_weights
-from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, MTP_BLOCK, Parameter, parameters_of
+from hybrid_train.anatomy.kinds import EMBEDDING, Parameter, final_norm, mtp_block, parameters_of
 from hybrid_train.anatomy.layers import Layer, block_layers, main_layers, mtp_blocks
 from hybrid_train.planning.degrees import data_parallel, expert_data_parallel, expert_tensor
 from hybrid_train.planning.gemm_sizes import weight_sizes
@@ -22,7 +22,7 @@ from hybrid_train.schema.train import TrainJob
 _FP32, _HALF, _FP8 = 4, 2, 1  # bytes
 _HOSTED = 4 * _FP32  # of an offloaded parameter: its copy, gradient and moments
 _MATRIX, _NORM, _BLOCK = "embedding or head", "final norm", "MTP block"
-_OUTER = {_MATRIX: (EMBEDDING,), _NORM: (FINAL_NORM,), _BLOCK: MTP_BLOCK}  # in no layer
+_OUTER = {_MATRIX: lambda _: (EMBEDDING,), _NORM: final_norm, _BLOCK: mtp_block}  # in no layer
 _MOMENT = {
     MomentFormat.float32: _FP32,
     MomentFormat.bfloat16: _HALF,
@@ -128,7 +128,7 @@ def parts_of_stage(
 
 def tensors_of_part(name: str, sizes: Sizes) -> Iterator[Parameter]:
     """Yield the tensors of a part of a stage that have gradients."""
-    found = _OUTER[name] if name in _OUTER else parameters_of(name, sizes)
+    found = _OUTER[name](sizes) if name in _OUTER else parameters_of(name, sizes)
     yield from (one for one in found if not one.buffer)
 
 

@@ -1,5 +1,6 @@
 """The model: layer pattern and the sizes of each kind of layer."""
 
+import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar
@@ -11,15 +12,81 @@ from hybrid_train.schema.limits import Factor, Range, Share, Size, Vocabulary
 from hybrid_train.schema.problems import Problem
 
 
+class NormKind(enum.Enum):
+    """How hidden states are normalised in front of a layer, and behind the last one."""
+
+    rms = "rms"  # RMSNorm: by the root mean square, no bias
+    layer_1p = "layer_1p"  # LayerNorm with a bias; its weight is stored minus 1
+
+
+class Activation(enum.Enum):
+    """What MLP layers do between their linears."""
+
+    squared_relu = "squared_relu"
+    silu = "silu"
+
+
+class RopeScaling(enum.Enum):
+    """How the angles of a rotary embedding are changed for texts longer than it began with."""
+
+    none = "none"
+    llama3 = "llama3"  # slow channels turn slower by a factor, fast ones as before
+    longrope = (
+        "longrope"  # a factor for each pair of channels, one list for short rows, one for long
+    )
+
+
+@dataclass(kw_only=True)
+class Rope:
+    """Rotary position embedding of queries and keys; there is one where theta is given."""
+
+    theta: Annotated[float, Range(1, 1e12)] | None = None  # base of the angles; None: no positions
+    fraction: Annotated[float, Range(1e-3, 1)] = 1.0  # of the channels of a head that are turned
+    scaling: RopeScaling = RopeScaling.none
+    original_length: Size = 8192  # tokens of a row before it was scaled
+    # Of llama3 (arXiv:2407.21783; the formula is in ops/rope.py).
+    factor: Annotated[float, Range(1, 1e6)] = 8.0
+    low_frequency_factor: Annotated[float, Range(1e-3, 1e6)] = 1.0
+    high_frequency_factor: Annotated[float, Range(1e-3, 1e6)] = 4.0
+    # Of longrope (arXiv:2402.13753): a factor for each pair of channels that is turned.
+    maximum_length: Size = 131072
+    short_factors: list[Annotated[float, Range(1e-3, 1e6)]] = field(default_factory=list)
+    long_factors: list[Annotated[float, Range(1e-3, 1e6)]] = field(default_factory=list)
+
+    def turned(self, head_dim: int) -> int:
+        """Return how many channels of a head are turned."""
+        return int(self.fraction * head_dim)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if self.scaling is RopeScaling.llama3 and low >= high:
+            yield Problem(
+                "low_frequency_factor", low, f"must be below high_frequency_factor ({high})"
+            )
+        if self.scaling is RopeScaling.longrope and self.maximum_length < self.original_length:
+            yield Problem(
+                "maximum_length", self.maximum_length,
+                f"must be at least original_length ({self.original_length})", self.original_length,
+            )  # fmt: skip
+        if self.scaling is not RopeScaling.none and self.theta is None:
+            yield Problem(
+                "scaling", self.scaling.value, "has nothing to scale without theta", "none"
+            )
+
+
 @dataclass(kw_only=True)
 class Attention:
-    """Sizes of the attention layers (*). Grouped queries, no positional embedding, no bias."""
+    """Sizes of the attention layers (*). Grouped queries; positions and biases where asked for."""
 
     letter: ClassVar[str] = "*"  # in the pattern
     words: ClassVar[str] = "attention"
     heads: Size = 32  # query heads
     kv_heads: Size = 8  # key and value heads; each serves heads / kv_heads query heads
     head_dim: Size = 128
+    rope: Rope = field(default_factory=Rope)
+    qkv_bias: bool = False  # of queries, keys and values
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys, before they are turned
 
 
 @dataclass(kw_only=True)
@@ -37,11 +104,13 @@ class Mamba:
 
 @dataclass(kw_only=True)
 class Mlp:
-    """Sizes of the MLP layers (-): down(relu(up(x))^2)."""
+    """Sizes of the MLP layers (-): down(act(up(x))), gated down(act(gate(x)) * up(x))."""
 
     letter: ClassVar[str] = "-"
     words: ClassVar[str] = "MLP"
     intermediate_size: Size = 21504
+    activation: Activation = Activation.squared_relu
+    gated: bool = False
 
 
 @dataclass(kw_only=True)
@@ -138,12 +207,13 @@ class LayerRule:
 
 @dataclass(kw_only=True)
 class Model:
-    """A hybrid language model. The pattern has one letter per layer: M * - E."""
+    """A language model. The pattern has one letter per layer: M * - E; a Transformer is *-*-*-."""
 
     pattern: str = MISSING  # "MEM*M-/*E": three layer kinds, then one MTP depth of two layers
     hidden_size: Size = MISSING
     vocab_size: Vocabulary | None = None  # None: that of the tokenizer
     vocab_multiple: Size = 128  # embedding and head are padded to a multiple of this
+    norm: NormKind = NormKind.rms
     norm_eps: Annotated[float, Range(1e-12, 1)] = 1e-5
     init_std: Annotated[float, Range(1e-6, 10)] | None = None  # None: 0.9 / sqrt(hidden_size)
     tie_embeddings: bool = False

@@ -7,9 +7,7 @@ import pytest
 from hybrid_train.anatomy.axes import sizes_of
 from hybrid_train.anatomy.kinds import (
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
-    MTP_BLOCK,
     AttentionKind,
     MambaKind,
     Parameter,
@@ -18,6 +16,7 @@ from hybrid_train.anatomy.layers import block_prefix, layers, mtp_blocks
 from hybrid_train.planning.degrees import expert_tensor
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.train import TrainJob
+from tests.pruned import FINAL_NORM, MTP_BLOCK
 from tests.tiny import EVERY_KIND, MEGATRON_WARNINGS, tiny_job
 from tests.unit.config.test_core_accepts import first_chunk
 

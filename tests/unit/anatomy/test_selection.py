@@ -7,7 +7,6 @@ import pytest
 
 from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.kinds import (
-    MTP_BLOCK,
     AttentionKind,
     MambaKind,
     Parameter,
@@ -22,6 +21,7 @@ from hybrid_train.anatomy.selection import (
     positions,
     tensor_positions,
 )
+from tests.pruned import MTP_BLOCK
 
 PARENT = Sizes(
     vocab=32, hidden=6, heads=6, kv_groups=3, head_dim=4, ssm_heads=8, ssm_head_dim=3,

@@ -8,7 +8,11 @@ import pytest
 
 from hybrid_train.anatomy.axes import Axis, sizes_of
 from hybrid_train.anatomy.counts import parameters
-from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.kinds import (
+    EMBEDDING,
+    HEAD,
+    Parameter,
+)
 from hybrid_train.anatomy.layers import layers, mtp_blocks
 from hybrid_train.anatomy.selection import Selection, of_expert, tensor_positions
 from hybrid_train.compression.choosing import Chosen, choose
@@ -23,6 +27,7 @@ from hybrid_train.schema.model import (
 )
 from hybrid_train.schema.problems import ConfigError, UserError
 from hybrid_train.schema.pruning import Cut, CutMoe, CutSizes, Depth, MtpBlocks
+from tests.pruned import FINAL_NORM, MTP_BLOCK
 from tests.rankings import METRIC, equal_ranking, random_ranking, with_scores
 from tests.tiny import tiny_job
 

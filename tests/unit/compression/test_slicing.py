@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, sizes_of
-from hybrid_train.anatomy.kinds import EMBEDDING, FINAL_NORM, HEAD, MTP_BLOCK, Parameter
+from hybrid_train.anatomy.kinds import (
+    EMBEDDING,
+    HEAD,
+    Parameter,
+)
 from hybrid_train.anatomy.layers import block_prefix, mtp_blocks, stored_tensors
 from hybrid_train.anatomy.selection import (
     Indices,
@@ -25,7 +29,7 @@ from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import slicing
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
-from tests.pruned import SIZES, child_of, roomy, selection_of
+from tests.pruned import FINAL_NORM, MTP_BLOCK, SIZES, child_of, roomy, selection_of
 from tests.random_checkpoints import random_tensors, write_checkpoint
 from tests.tiny import tiny_job
 
