@@ -3,7 +3,7 @@
 Plain integers and no torch. Not counted: activations, and buffers such as the expert biases.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +22,11 @@ from hybrid_train.schema.train import TrainJob
 _FP32, _HALF, _FP8 = 4, 2, 1  # bytes
 _HOSTED = 4 * _FP32  # of an offloaded parameter: its copy, gradient and moments
 _MATRIX, _NORM, _BLOCK = "embedding or head", "final norm", "MTP block"
-_OUTER = {_MATRIX: lambda _: (EMBEDDING,), _NORM: final_norm, _BLOCK: mtp_block}  # in no layer
+_OUTER: dict[str, Callable[[Sizes], tuple[Parameter, ...]]] = {  # in no layer
+    _MATRIX: lambda _: (EMBEDDING,),
+    _NORM: final_norm,
+    _BLOCK: mtp_block,
+}
 _MOMENT = {
     MomentFormat.float32: _FP32,
     MomentFormat.bfloat16: _HALF,
