@@ -31,9 +31,9 @@ from hybrid_train.compression.passes import counted_tokens
 from hybrid_train.compression.ranking import HIDDEN, LAYERS, name_of
 from hybrid_train.compression.scores import Ledger, Part, RowScores, Spec
 from hybrid_train.data.batch import Batch
+from hybrid_train.megatron.norms import norm_within
 from hybrid_train.megatron.plain import layer_modules
 from hybrid_train.model.edits import watch_input
-from hybrid_train.ops.norm import rms_norm
 from hybrid_train.schema import model as sections
 from hybrid_train.schema.importance import ImportanceJob, LayerMetric, OverRows, OverTokens
 from hybrid_train.schema.model import Model
@@ -225,9 +225,7 @@ class Activations:
 
     def _see_fused_norm(self, part: Part) -> Callable[..., None]:
         def see(linear: Any, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0].float()
-            eps = linear.config.layernorm_epsilon
-            self._rows.see(part, rms_norm(x, linear.layer_norm_weight, eps), self._now())
+            self._rows.see(part, norm_within(linear, arguments[0].float()), self._now())
 
         return see
 

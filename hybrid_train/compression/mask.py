@@ -36,7 +36,7 @@ from hybrid_train.anatomy.selection import (
 )
 from hybrid_train.compression.choosing import choose
 from hybrid_train.compression.ranking import FILE_NAME, read, write
-from hybrid_train.megatron import hybrid, plain
+from hybrid_train.megatron import hybrid, norms, plain
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.megatron.router import TopKRouter
@@ -215,7 +215,7 @@ def _place_of(chunk: Hybrid) -> _Place:
 
 def _require_plain_norms(chunk: Module) -> None:
     for name, module in chunk.named_modules():
-        is_ours = isinstance(module, plain.Norm | plain.GatedNorm)
+        is_ours = isinstance(module, norms.Norm | norms.GatedNorm)
         if hasattr(module, "eps") and not is_ours:
             raise UserError(
                 f"{name} is a {type(module).__name__}, whose mean is over all channels, masked or "
@@ -232,7 +232,11 @@ def _mask_hidden(chunk: Hybrid, selection: Selection, place: _Place) -> None:
         chunk.channels = place.send(stays)
         channels = place.send(len(selection.hidden), torch.float32)
     for module in chunk.modules():
-        if isinstance(module, plain.Norm | plain.NormColumnLinear):
+        if isinstance(module, norms.LayerNorm | plain.LayerNormColumnLinear):
+            module.channels = chunk.channels  # what is masked would differ from 0 behind it
+        elif isinstance(module, norms.HeadNorm):
+            continue  # whose channels are those of a head
+        elif isinstance(module, norms.Norm | plain.NormColumnLinear):
             module.channels = channels
 
 

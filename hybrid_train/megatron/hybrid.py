@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -21,6 +22,7 @@ from hybrid_train.megatron import mamba
 from hybrid_train.megatron.mamba import PackedRows
 from hybrid_train.megatron.plain import ColumnParallelLinear
 from hybrid_train.megatron.router import routers
+from hybrid_train.ops.context import own_chunks
 from hybrid_train.ops.logits import (
     HeadPart,
     Reading,
@@ -28,6 +30,8 @@ from hybrid_train.ops.logits import (
     read,
     weighted_sum,
 )
+from hybrid_train.ops.rope import angles, frequencies, magnitude
+from hybrid_train.schema.model import Rope
 
 # Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
 # last is core's own count, which no checkpoint holds.
@@ -155,6 +159,7 @@ class Hybrid(HybridModel):
     the denominator of the whole step from the objective.
 
     Attributes:
+        rope: how queries and keys are turned; None: they are not.
         channels: of embeddings that are not masked, [H] of 0 and 1; None: all; set by edits.
         runs_mtp: whether MTP blocks are run where they are there; set by edits.
     """
@@ -162,15 +167,21 @@ class Hybrid(HybridModel):
     channels: Tensor | None = None
     runs_mtp: bool = True
 
-    def __init__(self, *, num_tokens: int, **settings: Any) -> None:
+    def __init__(self, *, num_tokens: int, rope: Rope | None = None, **settings: Any) -> None:
         """Build the chunk.
 
         Args:
             num_tokens: of the vocabulary without its padding, which has no probability.
+            rope: position embedding; without a theta there is none.
             **settings: core's; its vocab_size counts the padded rows.
         """
         super().__init__(**settings)
         self.num_tokens = num_tokens
+        self.rope = rope if rope is not None and rope.theta is not None else None
+        if self.rope is not None:
+            for module in self.modules():
+                if isinstance(module, SelfAttention):  # by which core multiplies cosine and sine
+                    module._yarn_concentration_factor = magnitude(self.rope)
         for router in routers([self.mtp] if self.mtp_process else []):
             # Core's stack does not tell them (hybrid_block.py 191): the balance loss of a block
             # that serves several depths would count once for each.
@@ -221,9 +232,9 @@ class Hybrid(HybridModel):
             # Layers that are computed again get no gradient where their input has none, as that of
             # a frozen embedding (core 0.19.2, tensor_parallel/random.py, CheckpointFunction).
             hidden.requires_grad_()
-        packing: dict[str, Any] = {}
+        packing: dict[str, Any] = {"rotary_pos_emb": self.angles(input_ids)}
         if sequence_index is not None:
-            packing = mamba.packed_arguments(
+            packing |= mamba.packed_arguments(
                 sequence_index, padding, self.pg_collection, self.config
             )
         hidden = self.decoder(
@@ -246,6 +257,27 @@ class Hybrid(HybridModel):
             hidden, *depths = states.chunk(1 + self.mtp_num_depths, dim=0)
         outputs = Outputs(hidden, tuple(depths), self.head())
         return outputs if read is None else read(outputs)
+
+    def angles(self, input_ids: Tensor) -> Tensor | None:
+        """Return the angles of the positions of this context rank, as core takes them.
+
+        Positions run on over the documents of a row: only distances matter, and a document sees
+        itself alone.
+
+        Args:
+            input_ids: of this rank, [B, S].
+
+        Returns:
+            [S, 1, 1, turned channels]; None without position embedding.
+        """
+        if self.rope is None:
+            return None
+        groups = self.pg_collection.cp
+        length = input_ids.shape[1] * groups.size()
+        turning = frequencies(self.rope, self.config.kv_channels, length).to(input_ids.device)
+        whole = torch.arange(length, device=input_ids.device)
+        own = own_chunks(whole, groups.rank(), groups.size(), dim=0)
+        return angles(turning, own)[:, None, None]
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return embeddings of tokens [B, S], as the layout holds them, [S / tp or S, B, H]."""

@@ -16,7 +16,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from hybrid_train.megatron import plain, written_for
+from hybrid_train.megatron import norms, plain, written_for
 from hybrid_train.megatron.offloaded_optimizer import OffloadedAdamW
 from hybrid_train.ops import mixer
 from hybrid_train.ops.linear import add_gemm
@@ -64,7 +64,7 @@ def for_plain_mamba() -> None:
     """Let core's Mamba mixer run our scan, convolution and gated norm."""
     written_for.MAMBA_KERNELS.put(
         HAVE_MAMBA_SSM=True,
-        ExtendedRMSNorm=plain.GatedNorm,
+        ExtendedRMSNorm=norms.GatedNorm,
         mamba_split_conv1d_scan_combined=mixer.mamba_split_conv1d_scan_combined,
         MAMBA_HAS_STATE_DTYPE=False,
         _check_mamba_sequence_packing_support=lambda **_: (True, None),

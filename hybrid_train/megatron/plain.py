@@ -29,80 +29,17 @@ from torch.nn import Module, Parameter, functional
 
 from hybrid_train.anatomy.gemm_formats import MTP, Linear
 from hybrid_train.anatomy.kinds import MTP_PROJECTION, possible_parameters
+from hybrid_train.megatron.norms import norm_weight, norm_within
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
 from hybrid_train.ops.context import in_order
 from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
 from hybrid_train.ops.linear import linear
-from hybrid_train.ops.norm import gated_rms_norm, rms_norm
 from hybrid_train.precision.emulated import EditedLinear
 
 # Path of a linear layer within a layer of Megatron's -> kind, as `anatomy` calls it.
 PLACES = {
     one.name.removesuffix(".weight"): one.linear for one in possible_parameters() if one.linear
 }
-
-
-class Norm(torch.nn.Module):
-    """RMSNorm over the hidden axis; stands for TENorm."""
-
-    channels: Tensor | None = None  # how many are not masked, []; set by edits
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        has_residual: bool = False,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _norm_weight(hidden_size, config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.channels)
-
-
-def _norm_weight(size: int, config: TransformerConfig) -> Parameter:
-    """Make the weight of a norm over the hidden axis, whole on every tensor-parallel rank."""
-    weight = Parameter(
-        torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device())
-    )
-    # Under sequence parallelism each rank sees a part of the tokens: Megatron sums the parts.
-    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return weight
-
-
-class GatedNorm(torch.nn.Module):
-    """Grouped RMSNorm of the Mamba mixer, split over tensor ranks; stands for ExtendedRMSNorm."""
-
-    channels: Tensor | None = None  # how many of a group are not masked, []; set by edits
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        group_size: int | None = None,
-        norm_before_gate: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        assert not norm_before_gate, "the family gates before the norm"
-        self.eps = eps
-        self.group_size = group_size or hidden_size
-        self.weight = Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.tp_group: Any = None  # set by the mixer
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.channels)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        return _sharded(self, prefix, {"weight": 0}, sharded_offsets, self.tp_group, metadata)
 
 
 class _SplitLinear:
@@ -120,7 +57,7 @@ class _SplitLinear:
             return _edited(self.edited, input, weight, **kwargs)
         bias = kwargs["bias"]
         meets_others = kwargs["allreduce_dgrad"] or kwargs["sequence_parallel"]
-        if input.is_cuda or bias is not None or meets_others or not weight.requires_grad:
+        if input.is_cuda or meets_others or not weight.requires_grad:
             return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
         # A weight that the embedding shares gets gradients elsewhere too: they meet in an ordinary
         # one. So do those of a weight whose buffer lives from one reduction to the next.
@@ -128,7 +65,8 @@ class _SplitLinear:
         buffer = None if shared else getattr(weight, "main_grad", None)
         if buffer is not None:
             weight.grad_added_to_main_grad = True
-        return linear(input, weight, buffer)
+        product = linear(input, weight, buffer)
+        return product if bias is None else product + bias
 
 
 def _edited(  # noqa: PLR0913 - the arguments of core's
@@ -147,7 +85,6 @@ def _edited(  # noqa: PLR0913 - the arguments of core's
 
     A gathered tensor is quantized as a whole, as Transformer Engine does.
     """
-    assert bias is None, "the family has no linear bias"
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(
             input, tensor_parallel_output_grad=True, group=tp_group
@@ -155,7 +92,8 @@ def _edited(  # noqa: PLR0913 - the arguments of core's
     elif allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
     buffer = getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
-    return edited.multiply(input, weight, buffer)
+    product = edited.multiply(input, weight, buffer)
+    return product if bias is None else product + bias
 
 
 class ColumnParallelLinear(_SplitLinear, layers.ColumnParallelLinear):
@@ -176,12 +114,19 @@ class NormColumnLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self.layer_norm_weight = _norm_weight(input_size, self.config)
+        self.layer_norm_weight = norm_weight(input_size, self.config)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        eps = self.config.layernorm_epsilon
-        normed = rms_norm(input_, self.layer_norm_weight, eps, self.channels)
-        return super().forward(normed, *args, **kwargs)
+        return super().forward(norm_within(self, input_), *args, **kwargs)
+
+
+class LayerNormColumnLinear(NormColumnLinear):
+    """LayerNorm, then a linear split by columns; for the same class of Transformer Engine."""
+
+    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        self.layer_norm_weight.data.zero_()
+        self.layer_norm_bias = norm_weight(input_size, self.config, value=0.0)
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -202,7 +147,7 @@ class DuplicatedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert parallel_mode == "duplicated"
-        assert not bias, "the family has no linear bias"
+        assert not bias, "no family has a bias here"
         self.weight = Parameter(
             torch.empty(
                 output_size,
@@ -382,24 +327,6 @@ class Attention(MegatronModule):
         return split_causal_attention(
             query, key, value, group.rank(), group.size(), sequence_index=index
         )
-
-
-def _sharded(
-    module: torch.nn.Module,
-    prefix: str,
-    axes: dict[str, int],
-    offsets: tuple[Any, ...],
-    tp_group: Any,
-    metadata: dict[str, Any] | None,
-) -> dict[str, Any]:
-    return make_sharded_tensors_for_checkpoint(
-        module.state_dict(prefix="", keep_vars=True),
-        prefix,
-        axes,
-        offsets,
-        tp_group=tp_group,
-        dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-    )
 
 
 def bare_weight(module: Module, tied: Tensor | None = None) -> Tensor | None:

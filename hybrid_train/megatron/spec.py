@@ -34,11 +34,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.megatron import mamba, plain
+from hybrid_train.megatron import mamba, norms, plain
 from hybrid_train.megatron.hybrid import MtpLayer
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.megatron.router import TopKRouter
 from hybrid_train.megatron.transformer_config import layer_config
+from hybrid_train.schema.model import NormKind
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Parts:
     """The classes one flavour is made of."""
 
     norm: Any
+    head_norm: Any  # of queries and keys
     norm_column_linear: Any  # a norm and the linear behind it, in one module
     column_linear: Any
     row_linear: Any
@@ -54,7 +56,8 @@ class Parts:
 
 
 PLAIN = Parts(
-    norm=plain.Norm,
+    norm=norms.Norm,
+    head_norm=norms.HeadNorm,
     norm_column_linear=plain.NormColumnLinear,
     column_linear=plain.ColumnParallelLinear,
     row_linear=plain.RowParallelLinear,
@@ -63,10 +66,19 @@ PLAIN = Parts(
 )
 
 
+def plain_parts(norm: NormKind) -> Parts:
+    """Return the plain classes with a kind of norm; those of Transformer Engine ask the config."""
+    if norm is NormKind.rms:
+        return PLAIN
+    linear = plain.LayerNormColumnLinear
+    return replace(PLAIN, norm=norms.LayerNorm, norm_column_linear=linear)
+
+
 def fused_parts() -> Parts:
     """Return the classes of Transformer Engine; it must be installed."""
     return Parts(
         norm=te.TENorm,
+        head_norm=te.TENorm,
         norm_column_linear=te.TELayerNormColumnParallelLinear,
         column_linear=te.TEColumnParallelLinear,
         row_linear=te.TERowParallelLinear,
@@ -81,9 +93,10 @@ def fused_parts() -> Parts:
     )
 
 
-def with_plain_linears(parts: Parts) -> Parts:
+def with_plain_linears(parts: Parts, norm: NormKind) -> Parts:
     """Return the parts with linear layers whose GEMMs can be emulated."""
-    return replace(PLAIN, norm=parts.norm, attention=parts.attention)
+    kept = {"norm": parts.norm, "head_norm": parts.head_norm, "attention": parts.attention}
+    return replace(plain_parts(norm), **kept)
 
 
 def hybrid_spec(
@@ -92,6 +105,7 @@ def hybrid_spec(
     mamba_chunk_size: int,
     mamba_layer: type[MambaLayer] = MambaLayer,
     layers: Sequence[Layer] = (),
+    qk_norm: bool = False,
 ) -> ModuleSpec:
     """Return the spec of a stack of M, *, - and E layers with MTP, made of `parts`.
 
@@ -100,13 +114,14 @@ def hybrid_spec(
         mamba_chunk_size: of the scan.
         mamba_layer: the class of M layers.
         layers: of the model; those with sizes of their own are built so.
+        qk_norm: whether heads of queries and keys are normalised.
     """
     return ModuleSpec(
         module=Stack,
         params={"norm": parts.norm},
         submodules=HybridStackSubmodules(
             mamba_layer=_sized(_mamba_layer(parts, mamba_layer, mamba_chunk_size), layers),
-            attention_layer=_sized(_attention_layer(parts), layers),
+            attention_layer=_sized(_attention_layer(parts, qk_norm=qk_norm), layers),
             mlp_layer=_sized(_mlp_layer(parts), layers),
             moe_layer=_sized(_moe_layer(parts), layers),
             mtp_block_spec=_mtp_block(parts),
@@ -162,7 +177,8 @@ def _mamba_layer(parts: Parts, layer: type[MambaLayer], chunk_size: int) -> Modu
     )
 
 
-def _attention_layer(parts: Parts) -> ModuleSpec:
+def _attention_layer(parts: Parts, *, qk_norm: bool) -> ModuleSpec:
+    head_norm = parts.head_norm if qk_norm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -170,6 +186,8 @@ def _attention_layer(parts: Parts) -> ModuleSpec:
             linear_qkv=parts.norm_column_linear,
             core_attention=parts.attention,
             linear_proj=parts.row_linear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     return ModuleSpec(

@@ -16,17 +16,19 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional
 
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import gpu_switches, native_recipes
 from hybrid_train.ops.experts import squared_relu
-from hybrid_train.schema.model import Model
+from hybrid_train.schema.model import Activation, Model, NormKind
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.train import TrainJob
 
+_ACTIVATIONS = {Activation.squared_relu: squared_relu, Activation.silu: functional.silu}
 DTYPES = {NumberFormat.fp32: torch.float32, NumberFormat.bf16: torch.bfloat16}
 _FIELDS_OF_AXES = {  # sizes that may differ from layer to layer -> fields of TransformerConfig
     Axis.heads: "num_attention_heads",
@@ -61,11 +63,8 @@ def transformer_config(
         **_layout(job, dtype),
         **_recompute(job.parallel),
         **(native_recipes.config_fields(job) if native else {}),
-        # what all models of the family share
+        # what all models share
         is_hybrid_model=True,
-        normalization="RMSNorm",
-        activation_func=squared_relu,
-        gated_linear_unit=False,
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -89,7 +88,12 @@ def transformer_config(
 
 
 def _shape(model: Model) -> dict[str, object]:
+    is_layer_norm = model.norm is NormKind.layer_1p
     return {
+        "normalization": "LayerNorm" if is_layer_norm else "RMSNorm",
+        "layernorm_zero_centered_gamma": is_layer_norm,
+        "activation_func": _ACTIVATIONS[model.mlp.activation],
+        "gated_linear_unit": model.mlp.gated,
         "num_layers": len(parse(model.pattern).main),
         "hidden_size": model.hidden_size,
         "layernorm_epsilon": model.norm_eps,
@@ -110,6 +114,8 @@ def _attention(job: TrainJob, pattern: Pattern) -> dict[str, object]:
         "num_attention_heads": unused or sizes.heads,
         "num_query_groups": unused or sizes.kv_heads,
         "kv_channels": sizes.head_dim,
+        "add_qkv_bias": sizes.qkv_bias,
+        "qk_layernorm": sizes.qk_norm,
     }
 
 

@@ -26,9 +26,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.nn import Module, functional
 
-from hybrid_train.megatron import plain
+from hybrid_train.megatron import norms, plain
 from hybrid_train.megatron.hybrid import Hybrid, is_skipped
 from hybrid_train.megatron.mamba import MambaMixer
+from hybrid_train.megatron.norms import norm_within
 from hybrid_train.megatron.row_cache import AttentionPast, MambaPast, RowCache, Window
 from hybrid_train.ops.experts import chosen_experts
 from hybrid_train.ops.norm import rms_norm
@@ -251,16 +252,18 @@ def _linear(module: Module) -> Map:
     if weight is None:
         return lambda x: module(x[:, None])[0].squeeze(1)
     matrix = weight.t()
-    if isinstance(module, plain.NormColumnLinear):
+    if type(module) is plain.NormColumnLinear:
         scale, eps = module.layer_norm_weight, module.config.layernorm_epsilon
         channels = module.channels
         return lambda x: torch.mm(rms_norm(x, scale, eps, channels), matrix)
+    if isinstance(module, plain.NormColumnLinear):
+        return lambda x: torch.mm(norm_within(module, x), matrix)
     return lambda x: torch.mm(x, matrix)
 
 
 def _norm(module: Module) -> Map:
     if isinstance(module, IdentityOp):
         return lambda x: x
-    if type(module) is plain.Norm:
+    if type(module) is norms.Norm:
         return partial(rms_norm, weight=module.weight, eps=module.eps, channels=module.channels)
     return lambda x: module(x[:, None]).squeeze(1)

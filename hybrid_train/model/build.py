@@ -37,10 +37,10 @@ from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.megatron.router import BalanceLosses, share_record
 from hybrid_train.megatron.spec import (
-    PLAIN,
     Parts,
     fused_parts,
     hybrid_spec,
+    plain_parts,
     with_plain_linears,
 )
 from hybrid_train.megatron.transformer_config import (
@@ -87,7 +87,7 @@ def build_model(
     require_versions()
     quantized = quantizes(job.model, job.precision)
     emulated = quantized and (not on_gpu or job.precision.backend is Backend.emulated)
-    parts, kernels = _choose_kernels(job.runtime.kernels, on_gpu=on_gpu, emulated=emulated)
+    parts, kernels = _choose_kernels(job, on_gpu=on_gpu, emulated=emulated)
     backend = _choose_backend(job, parts, quantized=quantized, on_gpu=on_gpu)
     if quantized:
         kernels["quantized GEMMs"] = _gemms_in_words(job, backend, on_gpu=on_gpu)
@@ -107,6 +107,7 @@ def build_model(
         mamba_chunk_size=job.model.mamba.chunk_size,
         mamba_layer=mamba_layer_class(job.parallel),
         layers=layers(job.model),
+        qk_norm=job.model.attention.qk_norm,
     )
     rows = padded_vocab_size(vocab_size, job.model.vocab_multiple)
     pattern = stages.cut(job, rows)
@@ -120,6 +121,7 @@ def build_model(
         hybrid_layer_pattern=str(pattern),
         share_embeddings_and_output_weights=job.model.tie_embeddings,
         pg_collection=groups,
+        rope=job.model.attention.rope,
     )
     chunks = []
     for chunk in range(job.parallel.virtual_pipeline):
@@ -157,10 +159,9 @@ def _say_untried(name: str, found: str, fault: str) -> None:
     _log.warning("%s %s: %s", name, found, fault)
 
 
-def _choose_kernels(
-    wanted: Kernels, *, on_gpu: bool, emulated: bool
-) -> tuple[Parts, dict[str, str]]:
+def _choose_kernels(job: TrainJob, *, on_gpu: bool, emulated: bool) -> tuple[Parts, dict[str, str]]:
     """Take the libraries where they can run; say of each part what was taken, and why."""
+    wanted, norm = job.runtime.kernels, job.model.norm
     fused = _usable(("transformer_engine",), wanted, on_gpu=on_gpu)
     mamba = _usable(("mamba_ssm", "causal_conv1d"), wanted, on_gpu=on_gpu)
     if fused is not None:
@@ -175,11 +176,11 @@ def _choose_kernels(
         "cross-entropy": "plain PyTorch (ours on every device)",
     }
     if fused is not None:
-        return PLAIN, parts
+        return plain_parts(norm), parts
     if emulated:
         patches.for_plain_latent_linears()
         parts["linear layers, norms, experts"] = "plain PyTorch (emulated GEMMs), norms fused"
-        return with_plain_linears(fused_parts()), parts
+        return with_plain_linears(fused_parts(), norm), parts
     return fused_parts(), parts
 
 
@@ -327,8 +328,8 @@ def fill_by_rule(
         low, high = math.log(DT_MIN), math.log(DT_MAX)
         dt = whole.uniform_(low, high, generator=generator).exp_().clamp_(min=DT_FLOOR)
         whole.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-    elif rule is Draw.ones:
-        whole.fill_(1.0)
+    elif rule in (Draw.ones, Draw.zeros):
+        whole.fill_(float(rule is Draw.ones))
     else:
         assert rule in (Draw.normal, Draw.residual), f"no parameter begins as {rule}"
         scale = std / math.sqrt(num_layers) if rule is Draw.residual else std

@@ -1,4 +1,4 @@
-"""RMSNorm, and RMSNorm over groups of channels behind a gate (Mamba-2)."""
+"""RMSNorm, RMSNorm over groups of channels behind a gate (Mamba-2), and LayerNorm."""
 
 from typing import Any
 
@@ -24,6 +24,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, channels: Tensor | None = No
     """
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     return _normed(x.to(kind), weight.to(kind), eps, channels).to(x.dtype)
+
+
+def layer_norm_1p(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, kept: Tensor | None = None
+) -> Tensor:
+    """Bring each vector to mean 0 and variance 1, then scale it by 1 + weight and add the bias.
+
+    Args:
+        x: [..., C].
+        weight: minus 1, [C].
+        bias: [C].
+        eps: added to the variance.
+        kept: 1 for each channel that is not masked; the others are 0 in `x`, and stay 0; [C].
+
+    Returns:
+        [..., C] in the type of `x`; the arithmetic is float32, or float64 if `x` is.
+
+    Source: Ba et al., arXiv:1607.06450, equation 4; the weight is stored minus 1 in Nemotron-4,
+    arXiv:2402.16819.
+    """
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale, shift, y = weight.to(kind) + 1, bias.to(kind), x.to(kind)
+    if kept is None:
+        return F.layer_norm(y, weight.shape, scale, shift, eps).to(x.dtype)
+    kept = kept.to(kind)
+    number = kept.sum()
+    centred = (y - y.sum(dim=-1, keepdim=True) / number) * kept
+    inverse = (centred.square().sum(dim=-1, keepdim=True) / number + eps).rsqrt()
+    return (centred * inverse * scale + shift * kept).to(x.dtype)
 
 
 def gated_rms_norm(
