@@ -188,7 +188,8 @@ class _Loop:
                         f"{self._vocab_size - 1}"
                     )
                 self._rows.append(_Row(number, request))
-                self._model.clear(len(self._rows) - 1)
+                longest = len(request.prompt) + request.max_new_tokens
+                self._model.clear(len(self._rows) - 1, longest)
         except Exception as error:
             return error
         return None

@@ -185,11 +185,11 @@ class CachedModel:
                 state[rows] = before
         return torch.cat(drafts, dim=1)
 
-    def clear(self, row: int) -> None:
-        """Empty a row."""
+    def clear(self, row: int, longest: int = 0) -> None:
+        """Empty a row, and say how many tokens it may come to have."""
         with torch.inference_mode():
             for cache in self._all_caches():
-                cache.clear(row)
+                cache.clear(row, longest)
 
     def move(self, source: int, target: int) -> None:
         """Give a row the past of another one."""

@@ -53,6 +53,11 @@ class _Context:
     texts: dict[tuple[int, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return len(self.tokens) + max(map(len, self.texts), default=0)
+
+    @property
     def is_worth_sharing(self) -> bool:
         """Whether reading it once saves much of reading each text."""
         apart = sum(len(self.tokens) + len(window) for window in self.texts)
@@ -187,8 +192,8 @@ class _Shared:
     def _read_contexts(self, by_rank: Sequence[Sequence[_Context]]) -> None:
         """Let each row read its context, in pieces; those of the first rank are the longest."""
         own = by_rank[self._network.groups.dp.rank()]
-        for row in range(len(own)):
-            self._model.clear(row)
+        for row, one in enumerate(own):
+            self._model.clear(row, one.longest)
         longest = len(by_rank[0][0].tokens)
         for start in range(0, longest, _PIECE):
             pieces = [one.tokens[start : start + _PIECE] for one in own]

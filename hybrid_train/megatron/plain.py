@@ -337,13 +337,14 @@ def bare_weight(module: Module, tied: Tensor | None = None) -> Tensor | None:
         tied: the weight that it is given in each call, where it has none of its own.
 
     Returns:
-        None of one that is edited, split over ranks, has a bias, or is no class of this file.
+        None of one that is edited, split over ranks, or is no class of this file. A bias is added
+        by who asks.
     """
     if not isinstance(module, (_SplitLinear, DuplicatedLinear)) or module.edited is not None:
         return None
     if isinstance(module, _SplitLinear):
         held: Any = module
-        if held.tp_group.size() > 1 or held.bias is not None:
+        if held.tp_group.size() > 1:
             return None
     weight: Tensor | None = module.weight if tied is None else tied
     return weight

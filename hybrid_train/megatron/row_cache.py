@@ -23,7 +23,9 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.ops.attention import cached_attention
 from hybrid_train.ops.conv import window_conv
+from hybrid_train.ops.rope import angles, frequencies, magnitude
 from hybrid_train.ops.scan import advance, chunked_scan, step, window_scan
+from hybrid_train.schema.model import Rope
 
 FEW = 16  # tokens up to which the outputs of a window cost less in one product than in chunks
 _BLOCK = 256  # by which the room for keys and values grows
@@ -38,6 +40,8 @@ class Window:
         starts: tokens that each has had before.
         width: W.
         counts: how many of the W tokens each row keeps; None: it is said after the pass.
+        turning: cosine and sine of the angles of each token, [B * W, 1, 1, channels]; None: no
+            positions.
     """
 
     rows: slice
@@ -45,6 +49,7 @@ class Window:
     width: int
     counts: tuple[int, ...] | None
     device: torch.device
+    turning: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def kept(self) -> Tensor | None:
@@ -89,11 +94,23 @@ class Window:
 
 
 class RowCache:
-    """The past of R rows in the layers of a module."""
+    """The past of R rows in the layers of a module.
 
-    def __init__(self, module: torch.nn.Module, rows: int) -> None:
-        """Make room for R rows, all empty, in the mixers and attention layers of a module."""
-        self.lengths = [0] * rows
+    Attributes:
+        lengths: tokens that each row has read.
+        longest: tokens that each may come to have; they choose its list of longrope.
+    """
+
+    def __init__(self, module: torch.nn.Module, rows: int, rope: Rope | None = None) -> None:
+        """Make room for R rows, all empty, in the mixers and attention layers of a module.
+
+        Args:
+            module: a stack, or a block of layers.
+            rows: R.
+            rope: position embedding of its attention layers.
+        """
+        self.lengths, self.longest = [0] * rows, [0] * rows
+        self._rope = rope
         self._room = 0
         self._pasts: dict[Any, MambaPast | AttentionPast] = {}
         for one in module.modules():
@@ -112,11 +129,27 @@ class RowCache:
         starts = tuple(self.lengths[rows])
         device = next(iter(self._pasts.values())).device if self._pasts else torch.device("cpu")
         kept = None if counts is None else tuple(counts)
-        self.window = Window(rows, starts, width, kept, device)
+        turning = self._turning(rows, starts, width, device)
+        self.window = Window(rows, starts, width, kept, device, turning)
         if self.window.seen_keys > self._room:
             self._room = -(-max(self.window.seen_keys, 2 * self._room) // _BLOCK) * _BLOCK
             for past in self._pasts.values():
                 past.make_room(self._room)
+
+    def _turning(
+        self, rows: slice, starts: tuple[int, ...], width: int, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return cosine and sine of the new tokens, as `Window` has them."""
+        layers = [one for one in self._pasts.values() if isinstance(one, AttentionPast)]
+        if self._rope is None or not layers:
+            return None
+        head_dim, kind = layers[0].keys.shape[3], layers[0].keys.dtype
+        by_row = [frequencies(self._rope, head_dim, one) for one in self.longest[rows]]
+        positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        of_pairs = angles(torch.stack(by_row)[:, None], positions).flatten(0, 1)[:, None, None]
+        grown = magnitude(self._rope)
+        cosine, sine = ((f(of_pairs) * grown).to(kind) for f in (torch.cos, torch.sin))
+        return cosine.to(device), sine.to(device)
 
     def close(self, counts: Sequence[int]) -> None:
         """End a pass: the rows keep the first tokens of its window, as many as `counts` says."""
@@ -130,21 +163,23 @@ class RowCache:
             self.lengths[place] += count
         self.window = None
 
-    def clear(self, row: int) -> None:
-        """Forget what a row has read."""
-        self.lengths[row] = 0
+    def clear(self, row: int, longest: int = 0) -> None:
+        """Forget what a row has read, and say how many tokens it may come to have."""
+        self.lengths[row], self.longest[row] = 0, longest
         for past in self._pasts.values():
             past.clear(row)
 
     def move(self, source: int, target: int) -> None:
         """Give a row the past of another one."""
         length = self.lengths[target] = self.lengths[source]
+        self.longest[target] = self.longest[source]
         for past in self._pasts.values():
             past.move(source, target, length)
 
     def swap(self, one: int, other: int) -> None:
         """Let two rows change places."""
-        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+        for numbers in (self.lengths, self.longest):
+            numbers[one], numbers[other] = numbers[other], numbers[one]
         for past in self._pasts.values():
             past.swap(one, other)
 

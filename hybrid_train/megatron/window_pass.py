@@ -33,6 +33,7 @@ from hybrid_train.megatron.norms import norm_within
 from hybrid_train.megatron.row_cache import AttentionPast, MambaPast, RowCache, Window
 from hybrid_train.ops.experts import chosen_experts
 from hybrid_train.ops.norm import rms_norm
+from hybrid_train.ops.rope import turn
 from hybrid_train.schema.problems import UserError
 
 Map = Callable[[Tensor], Tensor]
@@ -49,7 +50,7 @@ class ChunkPass:
             chunk: in eval mode.
             rows: R, all empty.
         """
-        self.cache = RowCache(chunk.decoder, rows)
+        self.cache = RowCache(chunk.decoder, rows, chunk.rope)
         self._embed = _embedding(chunk) if chunk.pre_process else None
         self._stack = _stack(chunk.decoder, self.cache)
 
@@ -73,7 +74,7 @@ class DraftPass:
     def __init__(self, chunk: Hybrid, rows: int) -> None:
         """Bind the weights, see `ChunkPass`; the chunk is one of the last stage."""
         block: Any = chunk.mtp.layers[0]
-        self.cache = RowCache(block, rows)
+        self.cache = RowCache(block, rows, chunk.rope)
         self._embed = _embedding(chunk)
         self._join = _join(block)
         self._stack = _stack(block.mtp_model_layer, self.cache)
@@ -164,14 +165,19 @@ def _attention(attention: SelfAttention, past: AttentionPast) -> Part:
     groups, width = past.keys.shape[1], past.keys.shape[3]
     into, out = _linear(attention.linear_qkv), _linear(attention.linear_proj)
     is_cut = plain.bare_weight(attention.linear_qkv) is not None
-    is_cut &= attention.q_layernorm is None and attention.k_layernorm is None
+    has_norms = attention.q_layernorm is not None
+    of_query, of_key = attention.q_layernorm, attention.k_layernorm
 
     def part(x: Tensor, window: Window) -> Tensor:
         if is_cut:
             by_group = into(x).view(len(x), groups, -1, width)
             query, key, value = by_group.split((by_group.shape[2] - 2, 1, 1), dim=2)
+            if has_norms:
+                query, key = of_query(query), of_key(key)
         else:
             query, key, value = attention.get_query_key_value_tensors(x[:, None], None)
+        if window.turning is not None:
+            query, key = turn(query, *window.turning), turn(key, *window.turning)
         return out(past.attend(query, key, value, window))
 
     return part
@@ -191,7 +197,14 @@ def _of_tokens(module: Module) -> Map:
 
 def _mlp(mlp: MLP) -> Map:
     up, down, activation = _linear(mlp.linear_fc1), _linear(mlp.linear_fc2), mlp.activation_func
-    return lambda x: down(activation(up(x)))
+    if not mlp.config.gated_linear_unit:
+        return lambda x: down(activation(up(x)))
+
+    def gated(x: Tensor) -> Tensor:
+        gate, neurons = up(x).chunk(2, dim=-1)
+        return down(activation(gate).mul_(neurons))
+
+    return gated
 
 
 def _experts(layer: MoELayer) -> Map:
@@ -251,7 +264,10 @@ def _linear(module: Module) -> Map:
     weight = plain.bare_weight(module)
     if weight is None:
         return lambda x: module(x[:, None])[0].squeeze(1)
-    matrix = weight.t()
+    matrix, bias = weight.t(), getattr(module, "bias", None)
+    if bias is not None:
+        into = partial(norm_within, module) if isinstance(module, plain.NormColumnLinear) else None
+        return lambda x: torch.addmm(bias, x if into is None else into(x), matrix)
     if type(module) is plain.NormColumnLinear:
         scale, eps = module.layer_norm_weight, module.config.layernorm_epsilon
         channels = module.channels

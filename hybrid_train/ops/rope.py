@@ -74,20 +74,19 @@ def angles(frequencies: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((of_pairs, of_pairs), dim=-1)
 
 
-def turn(x: Tensor, angles: Tensor, magnitude: float = 1.0) -> Tensor:
+def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn the first channels of heads.
 
     Args:
         x: [..., D].
-        angles: of the first 2 P channels, [..., 2 P], broadcast.
-        magnitude: s.
+        cosine: of the angles of the first 2 P channels, times s, [..., 2 P], broadcast.
+        sine: likewise.
 
     Returns:
-        [..., D] in the type of `x`, in which cosine and sine are rounded before they multiply.
+        [..., D] in the type of `x`, in which cosine and sine are, too, as in the released code.
     """
-    width = angles.shape[-1]
-    first, rest = x[..., :width], x[..., width:]
-    cosine, sine = ((f(angles) * magnitude).to(x.dtype) for f in (torch.cos, torch.sin))
-    half = width // 2
+    width = cosine.shape[-1]
+    first, half = x[..., :width], width // 2
     rotated = torch.cat((-first[..., half:], first[..., :half]), dim=-1)
-    return torch.cat((first * cosine + rotated * sine, rest), dim=-1)
+    turned = torch.addcmul(first * cosine, rotated, sine)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)

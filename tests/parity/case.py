@@ -10,6 +10,7 @@ import torch
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.schema.model import (
+    Activation,
     Attention,
     AttentionSizes,
     LayerRule,
@@ -20,6 +21,9 @@ from hybrid_train.schema.model import (
     Model,
     Moe,
     MoeSizes,
+    NormKind,
+    Rope,
+    RopeScaling,
 )
 from hybrid_train.schema.objective import Distill, HiddenStates, WeighedTeacher
 from hybrid_train.schema.parallel import Parallel
@@ -149,6 +153,34 @@ def unequal(parallel: Parallel, pattern: str, data: int = 1) -> Case:
         LayerRule(layers="8", moe=MoeSizes(experts=4, shared_intermediate_size=64)),
         LayerRule(moe=MoeSizes(intermediate_size=24)),
     ]
+    return case
+
+
+def dense(family: str, parallel: Parallel, stages: int = 1, data: int = 1) -> Case:
+    """Return a Transformer of a family under a layout.
+
+    Args:
+        family: "llama", "qwen" with all that both have beside it, "nemotron"; "hybrid": all kinds
+            of layers and MTP, with positions.
+        parallel: the layout.
+        stages: chunks of layers, all pipeline stages and virtual ones.
+        data: data-parallel ranks.
+    """
+    letters = "MEM*M-E*" if family == "hybrid" else "*-" * 4
+    cut = len(letters) // stages
+    main = "|".join(letters[start : start + cut] for start in range(0, len(letters), cut))
+    case = case_of(parallel, main + "/*E/*E" * (family == "hybrid"), data)
+    model = case.job.model
+    attention, mlp = model.attention, model.mlp
+    attention.rope = Rope(theta=100.0, fraction=1.0 if family == "llama" else 0.5)
+    if family == "llama":
+        attention.rope.scaling, attention.rope.original_length = RopeScaling.llama3, LENGTH
+    if family in ("llama", "qwen"):
+        mlp.activation, mlp.gated = Activation.silu, True
+    attention.qkv_bias = family in ("qwen", "hybrid")
+    attention.qk_norm = family in ("qwen", "hybrid")
+    model.tie_embeddings = family == "qwen"
+    model.norm = NormKind.layer_1p if family == "nemotron" else NormKind.rms
     return case
 
 

@@ -1,8 +1,8 @@
 """The layouts of the parity table."""
 
-from hybrid_train.schema.parallel import Dispatcher, Parallel
+from hybrid_train.schema.parallel import Dispatcher, Parallel, Recompute
 from hybrid_train.schema.precision import GemmFormat
-from tests.parity.case import Case, case_of, full_width, packed, quantized, taught, unequal
+from tests.parity.case import Case, case_of, dense, full_width, packed, quantized, taught, unequal
 
 _TWO_STAGES = "MEM*M|-E*/*E/*E"
 _DENSE = "MM*M-*/*-/*-"  # experts need the sequence split along with the tensors
@@ -115,4 +115,37 @@ UNEQUAL = {
         unequal(Parallel(), _UNEQUAL, data=2), GemmFormat.nvfp4
     ),
 }
-CASES = LAYOUTS | PACKED | QUANTIZED | TAUGHT | UNEQUAL
+_SPLITS = {  # of Transformers: layout, chunks of layers, data-parallel ranks
+    "TP2": (Parallel(tensor=2), 1, 1),
+    "TP2, whole sequences": (Parallel(tensor=2, sequence=False), 1, 1),
+    "PP2": (Parallel(pipeline=2), 2, 1),
+    "VPP2 x PP2": (Parallel(pipeline=2, virtual_pipeline=2), 4, 1),
+    "CP2": (Parallel(context=2), 1, 1),
+    "DP2": (Parallel(), 1, 2),
+    "DP2, FSDP": (Parallel(fsdp=True), 1, 2),
+    "TP2 x CP2 x PP2": (Parallel(tensor=2, context=2, pipeline=2), 2, 1),
+    "TP2, all recomputed": (Parallel(tensor=2, recompute=Recompute.full), 1, 1),
+}
+DENSE = {
+    f"{family}, {name}": dense(family, *split)
+    for family in ("llama", "qwen", "nemotron")
+    for name, split in _SPLITS.items()
+}
+DENSE |= {
+    f"hybrid with positions, {name}": dense("hybrid", *_SPLITS[name])
+    for name in ("TP2", "PP2", "CP2", "DP2, FSDP", "TP2 x CP2 x PP2")
+}
+DENSE |= {
+    f"packed, {name}": packed(DENSE[name])
+    for name in ("llama, CP2", "qwen, TP2 x CP2 x PP2", "hybrid with positions, TP2 x CP2 x PP2")
+}
+DENSE |= {
+    f"{format.value}, {name}": quantized(DENSE[name], format)
+    for format, name in (
+        (GemmFormat.fp8_tensorwise, "llama, TP2 x CP2 x PP2"),
+        (GemmFormat.fp8_tensorwise, "qwen, TP2"),
+        (GemmFormat.nvfp4, "llama, DP2"),
+        (GemmFormat.nvfp4, "nemotron, PP2"),
+    )
+}
+CASES = LAYOUTS | PACKED | QUANTIZED | TAUGHT | UNEQUAL | DENSE

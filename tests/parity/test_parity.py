@@ -7,7 +7,7 @@ import pytest
 
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED, TAUGHT, UNEQUAL
+from tests.parity.layouts import CASES, DENSE, LAYOUTS, PACKED, QUANTIZED, TAUGHT, UNEQUAL
 from tests.parity.suite import Suite
 from tests.sampled import sampled
 from tests.tiny import MEGATRON_WARNINGS
@@ -72,6 +72,14 @@ def test_a_student_learns_under_a_layout_as_in_one_process(suite: Suite, name: s
 )
 def test_a_layout_splits_layers_of_unequal_sizes(suite: Suite, name: str) -> None:
     assert suite.compare(UNEQUAL[name]).problems == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    sampled(DENSE, "llama, TP2 x CP2 x PP2", "qwen, TP2, whole sequences", "nemotron, DP2, FSDP"),
+)
+def test_a_layout_splits_a_transformer(suite: Suite, name: str) -> None:
+    assert suite.compare(DENSE[name]).problems == []
 
 
 @pytest.mark.parametrize("seed", sampled(SEEDS))

@@ -45,14 +45,14 @@ def by_windows(chunk: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def test_windows_give_the_logits_of_a_whole_pass_of_core(
     groups: Any, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hybrid_train.megatron import plain
+    from hybrid_train.megatron import norms, plain
 
     chunk, tokens = chunk_of(groups), some_rows()[:2, :9]
     positions = torch.arange(9).expand_as(tokens)
     if asked:  # as of tensor ranks, of quantized GEMMs, of Transformer Engine
         monkeypatch.setattr(plain, "bare_weight", lambda *_: None)
         monkeypatch.setattr(plain, "bare_experts", lambda _: None)
-        monkeypatch.setattr(plain, "Norm", type("NoNorm", (), {}))
+        monkeypatch.setattr(norms, "Norm", type("NoNorm", (), {}))
     with torch.no_grad():
         outputs = chunk(tokens, positions)
         expected = outputs.logits(), outputs.head.logits(outputs.mtp_hidden[0])[:, :-1]
