@@ -4,6 +4,7 @@ python -m tests.parity layouts [NAME ...]     every layout against one process
 python -m tests.parity packed [NAME ...]      the same on rows of several documents
 python -m tests.parity quantized [NAME ...]   the same in FP8 and FP4, one step
 python -m tests.parity taught [NAME ...]      the same with a teacher
+python -m tests.parity dense [NAME ...]       Transformers, and a hybrid with positions
 python -m tests.parity faults [NAME ...]      planted faults and what found them
 python -m tests.parity draw SEED [SEED ...]   random legal cases, by their seeds
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from tests.parity.case import Case
 from tests.parity.draws import describe, draw
 from tests.parity.faults import FAULTS
-from tests.parity.layouts import CASES, LAYOUTS, PACKED, QUANTIZED, TAUGHT
+from tests.parity.layouts import CASES, DENSE, LAYOUTS, PACKED, QUANTIZED, TAUGHT
 from tests.parity.suite import Suite
 from tests.parity.verdict import Verdict
 
@@ -29,11 +30,13 @@ def main() -> int:
         "packed": _packed,
         "quantized": _quantized,
         "taught": _taught,
+        "dense": _dense,
         "faults": _faults,
         "draw": _draws,
     }
     if wanted == "all":
-        return int(not all([_layouts([]), _packed([]), _quantized([]), _taught([]), _faults([])]))
+        every = [run([]) for name, run in tables.items() if name != "draw"]
+        return int(not all(every))
     if wanted not in tables:
         sys.exit(__doc__)
     return int(not tables[wanted](names))
@@ -53,6 +56,10 @@ def _quantized(names: Sequence[str]) -> bool:
 
 def _taught(names: Sequence[str]) -> bool:
     return _compared(TAUGHT, [one if one in TAUGHT else f"taught, {one}" for one in names])
+
+
+def _dense(names: Sequence[str]) -> bool:
+    return _compared(DENSE, names)
 
 
 def _compared(cases: dict[str, Case], names: Sequence[str]) -> bool:

@@ -142,7 +142,10 @@ DENSE |= {
 DENSE |= {
     f"{format.value}, {name}": quantized(DENSE[name], format)
     for format, name in (
-        (GemmFormat.fp8_tensorwise, "llama, TP2 x CP2 x PP2"),
+        # Not under CP: attention in pieces has other last bits, and in two of five seeds one of
+        # its values then lies on the other side of a boundary of FP8.
+        (GemmFormat.fp8_tensorwise, "llama, TP2, whole sequences"),
+        (GemmFormat.fp8_tensorwise, "llama, PP2"),
         (GemmFormat.fp8_tensorwise, "qwen, TP2"),
         (GemmFormat.nvfp4, "llama, DP2"),
         (GemmFormat.nvfp4, "nemotron, PP2"),
