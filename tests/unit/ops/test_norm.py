@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hybrid_train.ops.norm import gated_rms_norm, rms_norm
+from hybrid_train.ops.norm import gated_rms_norm, layer_norm_1p, rms_norm
 
 
 def test_rms_norm_equals_torch_and_passes_gradcheck() -> None:
@@ -69,3 +69,28 @@ def test_the_mean_is_over_the_channels_that_are_not_masked(grouped: bool) -> Non
     assert found.count_nonzero() == small.numel()
     assert torch.autograd.gradcheck(norm, (x.requires_grad_(), weight.requires_grad_()))
     torch.testing.assert_close(found, norm(x, weight))  # recorded or not
+
+
+def test_layer_norm_with_a_weight_of_0_is_the_plain_norm() -> None:
+    x = torch.randn(5, 12, dtype=torch.float64)
+    y = layer_norm_1p(x, torch.zeros(12), torch.zeros(12), 1e-5)
+    assert torch.allclose(y, torch.nn.functional.layer_norm(x, (12,), eps=1e-5))
+    assert torch.allclose(y.mean(-1), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+
+
+def test_masked_layer_norm_is_that_of_the_channels_that_are_left_and_so_are_its_gradients() -> None:
+    kept = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1, 0, 1], dtype=torch.float64)
+    left = kept.bool()
+    x = (torch.randn(6, 10, dtype=torch.float64) * kept).requires_grad_()
+    weight, bias = (torch.randn(10, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    small = [one.detach()[..., left].requires_grad_() for one in (x, weight, bias)]
+    whole = layer_norm_1p(x, weight, bias, 1e-5, kept)
+    alone = layer_norm_1p(*small, 1e-5)
+    assert torch.allclose(whole[:, left], alone, atol=1e-12)
+    assert not whole[:, ~left].any()
+    grad = torch.randn(6, 10, dtype=torch.float64)
+    whole.backward(grad)
+    alone.backward(grad[:, left])
+    for one, other in zip((x, weight, bias), small, strict=True):
+        assert torch.allclose(one.grad[..., left], other.grad, atol=1e-12)
+    assert not weight.grad[~left].any()
