@@ -156,9 +156,9 @@ def sliced(weights: Mapping[str, Tensor], selection: Selection) -> dict[str, Ten
     for layer in selection.layers:
         for old, new, one, kept in _tensors_of(layer, selection.of(layer)):
             found[new] = _cut(weights[old], one, layer.parent.sizes, kept)
-    outer = {one.name: one for one in (EMBEDDING, FINAL_NORM, HEAD) if one.name in weights}
+    outer = {one.name: one for one in (EMBEDDING, *final_norm(usual), HEAD) if one.name in weights}
     for depth in {layer.child.depth for layer in selection.layers} - {0}:
-        outer |= {block_prefix(depth) + one.name: one for one in MTP_BLOCK}
+        outer |= {block_prefix(depth) + one.name: one for one in mtp_block(usual)}
     return found | {name: _cut(weights[name], one, usual, shared) for name, one in outer.items()}
 
 

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.runtime.start import process
-from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe
+from hybrid_train.schema.model import (
+    Activation,
+    Attention,
+    Mamba,
+    Mlp,
+    Model,
+    Moe,
+    NormKind,
+    Rope,
+    RopeScaling,
+)
 from hybrid_train.schema.optimizer import Schedule
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import GemmFormat, Precision
@@ -33,6 +43,25 @@ VOCAB = 61  # padded to 64 rows
 LENGTH = 16
 BATCH = 4  # sequences of one step
 RUNTIME = Runtime(device=Device.cpu, kernels=Kernels.plain, threads=1)
+
+
+def as_family(model: Model, family: str) -> None:
+    """Give a model what the layers of a family of Transformers have, and the hybrids have not.
+
+    Args:
+        model: is changed.
+        family: "llama", "qwen" (2 and 3 at once) or "nemotron"; "hybrid": a model of all kinds of
+            layers with positions, biases and norms of heads.
+    """
+    attention, mlp = model.attention, model.mlp
+    attention.rope = Rope(theta=100.0, fraction=1.0 if family == "llama" else 0.5)
+    if family == "llama":
+        attention.rope.scaling, attention.rope.original_length = RopeScaling.llama3, LENGTH
+    if family in ("llama", "qwen"):
+        mlp.activation, mlp.gated = Activation.silu, True
+    attention.qkv_bias = attention.qk_norm = family in ("qwen", "hybrid")
+    model.tie_embeddings = family == "qwen"
+    model.norm = NormKind.layer_1p if family == "nemotron" else NormKind.rms
 
 
 def tiny_job(pattern: str = EVERY_KIND, **sections: Any) -> TrainJob:

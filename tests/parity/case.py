@@ -10,7 +10,6 @@ import torch
 
 from hybrid_train.data.batch import Batch
 from hybrid_train.schema.model import (
-    Activation,
     Attention,
     AttentionSizes,
     LayerRule,
@@ -21,16 +20,13 @@ from hybrid_train.schema.model import (
     Model,
     Moe,
     MoeSizes,
-    NormKind,
-    Rope,
-    RopeScaling,
 )
 from hybrid_train.schema.objective import Distill, HiddenStates, WeighedTeacher
 from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import GemmFormat, NumberFormat, Precision
 from hybrid_train.schema.train import TrainJob
 from tests.packed import packed_batch
-from tests.tiny import VOCAB, batch_of, tiny_job
+from tests.tiny import VOCAB, as_family, batch_of, tiny_job
 
 STEPS, RATE = 3, 1e-3
 PATTERN = "MEM*M-E*/*E/*E"
@@ -170,17 +166,7 @@ def dense(family: str, parallel: Parallel, stages: int = 1, data: int = 1) -> Ca
     cut = len(letters) // stages
     main = "|".join(letters[start : start + cut] for start in range(0, len(letters), cut))
     case = case_of(parallel, main + "/*E/*E" * (family == "hybrid"), data)
-    model = case.job.model
-    attention, mlp = model.attention, model.mlp
-    attention.rope = Rope(theta=100.0, fraction=1.0 if family == "llama" else 0.5)
-    if family == "llama":
-        attention.rope.scaling, attention.rope.original_length = RopeScaling.llama3, LENGTH
-    if family in ("llama", "qwen"):
-        mlp.activation, mlp.gated = Activation.silu, True
-    attention.qkv_bias = family in ("qwen", "hybrid")
-    attention.qk_norm = family in ("qwen", "hybrid")
-    model.tie_embeddings = family == "qwen"
-    model.norm = NormKind.layer_1p if family == "nemotron" else NormKind.rms
+    as_family(case.job.model, family)
     return case
 
 

@@ -24,6 +24,7 @@ from tests.pruned import SIZES, child_of, disturb, roomy, selection_of, sliced
 from tests.tiny import (
     LENGTH,
     MEGATRON_WARNINGS,
+    as_family,
     batch_of,
     losses_of,
     some_rows,
@@ -111,6 +112,22 @@ def require_equal(parent: Any, small: Any, selection: Selection, batch: Any) -> 
 def close(found: Tensor, expected: Tensor) -> None:
     apart = (found - expected).abs().max() / expected.abs().max()
     assert apart <= TOLERANCE, float(apart)
+
+
+def dense_job(family: str) -> Any:
+    """A job with a Transformer of a family, or with a hybrid that has all of theirs."""
+    job = tiny_job("ME-*ME-/*E/*E" if family == "hybrid" else "*-*-*-")
+    job.model = roomy(job.model)
+    as_family(job.model, family)
+    return job
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "nemotron", "hybrid"])
+def test_the_axes_of_a_transformer_at_once_and_a_block_less(groups: Any, family: str) -> None:
+    axes = (Axis.hidden, Axis.kv_groups, Axis.heads, Axis.ffn)
+    dropped = () if family == "hybrid" else (3, 4)
+    parent, small, selection = both(groups, axes, 5, dropped, dense_job(family))
+    require_equal(parent, small, selection, batch_of(some_rows()))
 
 
 @pytest.mark.parametrize("axis", SIZES, ids=lambda axis: axis.name)
