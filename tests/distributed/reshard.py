@@ -47,7 +47,7 @@ from hybrid_train.schema.parallel import Parallel
 from hybrid_train.schema.precision import GemmFormat, Precision
 from hybrid_train.schema.train import TrainJob
 from tests.distributed.launch import run_distributed
-from tests.tiny import microbatches, some_rows, tiny_engine, tiny_job
+from tests.tiny import as_family, microbatches, some_rows, tiny_engine, tiny_job
 
 BEFORE, AFTER = 2, 3  # steps before the save, and after it
 CUTS = {
@@ -67,6 +67,7 @@ class Layout:
     reduced_state: bool = False  # moments in bfloat16
     offload_share: float = 0  # of the optimizer, in host memory
     unequal: bool = False  # some layers have sizes of their own
+    dense: bool = False  # a Transformer with gates, biases, and norms of heads
 
 
 ONE = "one process"
@@ -96,6 +97,9 @@ LAYOUTS = {
     ),
     "TP2, unequal": Layout(2, Parallel(tensor=2), unequal=True),
     "PP2 x EP2, unequal": Layout(4, Parallel(pipeline=2, expert=2), unequal=True),
+    "TP2, dense": Layout(2, Parallel(tensor=2), dense=True),
+    "PP2 x VPP2, dense": Layout(2, Parallel(pipeline=2, virtual_pipeline=2), dense=True),
+    "DP2, FSDP, dense": Layout(2, Parallel(fsdp=True), dense=True),
     "DP2, lowered": Layout(2, Parallel(), bf16=True, reduced_state=True),
     "TP2, lowered": Layout(2, Parallel(tensor=2), bf16=True, reduced_state=True),
     "DP2, offloaded": Layout(
@@ -132,6 +136,9 @@ PAIRS = (
     ("TP2 x EP2, bfloat16", "DP2, bfloat16"),
     ("TP2, unequal", "PP2 x EP2, unequal"),
     ("PP2 x EP2, unequal", "TP2, unequal"),
+    ("TP2, dense", "DP2, FSDP, dense"),
+    ("DP2, FSDP, dense", "PP2 x VPP2, dense"),
+    ("PP2 x VPP2, dense", "TP2, dense"),
     ("TP2, lowered", "DP2, lowered"),
     ("DP2, lowered", "TP2, lowered"),
     ("DP2, offloaded", "EP2, offloaded"),
@@ -154,6 +161,8 @@ TESTED = (
     ("DP2, bfloat16", "DP2, FSDP, bfloat16"),
     ("DP2, FSDP, bfloat16", "TP2 x EP2, bfloat16"),
     ("TP2, unequal", "PP2 x EP2, unequal"),
+    ("TP2, dense", "DP2, FSDP, dense"),
+    ("DP2, FSDP, dense", "PP2 x VPP2, dense"),
     ("TP2, lowered", "DP2, lowered"),
     ("DP2, offloaded", "EP2, offloaded"),
 )
@@ -239,6 +248,9 @@ def job_of(layout: Layout) -> TrainJob:
     job.model.attention = Attention(heads=4, kv_heads=4, head_dim=8)  # split four ways too
     job.model.mamba = Mamba(heads=4, head_dim=16, state_size=8, groups=4, chunk_size=8)
     job.train.microbatch = 1
+    if layout.dense:
+        job.model.pattern = "|".join(["*-" * (4 // stages)] * stages)
+        as_family(job.model, "qwen")
     if layout.unequal:
         job.model.layers = [
             LayerRule(layers="3", mamba=MambaSizes(heads=8)),

@@ -17,7 +17,7 @@ from hybrid_train.schema.precision import GemmFormat, Precision
 from tests.distributed.launch import run_distributed
 from tests.distributed.reshard import stored_tensors
 from tests.sampled import sampled
-from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
+from tests.tiny import MEGATRON_WARNINGS, as_family, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
 STEPS = 3
@@ -36,9 +36,13 @@ CASES = {
 }
 
 
-def engine_of(parallel: Parallel, groups: Any, format: GemmFormat, gathered: bool) -> Any:
+def engine_of(
+    parallel: Parallel, groups: Any, format: GemmFormat, gathered: bool, family: str = ""
+) -> Any:
     pattern = "MEM*|M-/*E/*E" if parallel.pipeline > 1 else "MEM*M-/*E/*E"
-    job = tiny_job(pattern, parallel=parallel)
+    job = tiny_job("*-*-*-" if family else pattern, parallel=parallel)
+    if family:
+        as_family(job.model, family)
     job.precision = Precision(format=format, fp8_param_gather=gathered)
     job.optimizer.clip_grad_norm = 1e9
     job.train.microbatch = 1
@@ -75,6 +79,7 @@ def train(
     gathered: bool,
     folder: Path,
     start: Path | None,
+    family: str = "",
 ) -> Outcome:
     """Take steps from new weights or a checkpoint, and save."""
     from hybrid_train.checkpoint import layout, store
@@ -82,7 +87,7 @@ def train(
     from hybrid_train.megatron.data_parallel import complete_parameters
     from hybrid_train.training.hooks.checkpointing import content_of
 
-    engine = engine_of(parallel, groups, format, gathered)
+    engine = engine_of(parallel, groups, format, gathered, family)
     content = content_of(engine)
     if start is not None:
         found = layout.latest(start)
@@ -102,13 +107,18 @@ def train(
 
 
 def train_both(
-    parallel: Parallel, format: GemmFormat, folder: Path, start: Path | None = None
+    parallel: Parallel,
+    format: GemmFormat,
+    folder: Path,
+    start: Path | None = None,
+    family: str = "",
 ) -> tuple[Outcome, Outcome]:
     """Run with bfloat16 weights and with weights in FP8; save to "plain" and "kept"."""
 
     def work(groups: Any) -> tuple[Outcome, Outcome]:
-        plain = train(groups, parallel, format, False, folder / "plain", start)
-        return plain, train(groups, parallel, format, True, folder / "kept", start)
+        both = (False, folder / "plain", start, family), (True, folder / "kept", start, family)
+        plain, kept = (train(groups, parallel, format, *one) for one in both)
+        return plain, kept
 
     return in_groups(parallel, work)
 
@@ -129,6 +139,15 @@ def test_losses_and_checkpoints_are_those_of_bfloat16_weights(name: str, tmp_pat
         assert kept.in_fp8 > 10_000
         # a byte less for each; buffers are padded
         assert kept.buffers < plain.buffers - 0.95 * kept.in_fp8
+    require_equal(*(stored_tensors(tmp_path / name) for name in ("kept", "plain")))
+
+
+def test_gates_and_biases_of_a_transformer_are_kept_and_saved_as_they_are(tmp_path: Path) -> None:
+    """A matrix of gates and neurons is one weight in FP8, and two runs of rows in a checkpoint."""
+    work = (Parallel(tensor=2), TENSORWISE, tmp_path, None, "qwen")
+    for plain, kept in run_distributed(train_both, 2, *work):
+        assert kept.losses == plain.losses
+        assert kept.in_fp8 > 10_000
     require_equal(*(stored_tensors(tmp_path / name) for name in ("kept", "plain")))
 
 
