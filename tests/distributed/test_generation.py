@@ -30,6 +30,7 @@ from tests.tiny import (
     RUNTIME,
     VOCAB,
     alone,
+    as_family,
     microbatches,
     tiny_engine,
     tiny_job,
@@ -148,6 +149,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     run_dir = tmp_path_factory.mktemp("generation") / "run"
     job = tiny_job(EVERY_KIND, run_dir=str(run_dir))
+    as_family(job.model, "hybrid")  # positions, biases, norms of heads
     job.model.vocab_size = VOCAB
     job.train.global_batch = job.train.microbatch = 16
     job.schedule.peak_lr = 1e-2

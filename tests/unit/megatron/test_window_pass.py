@@ -7,24 +7,31 @@ import torch
 from torch import Tensor
 
 from hybrid_train.schema.problems import UserError
-from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, some_rows, tiny_job
+from tests.pruned import disturb
+from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, as_family, some_rows, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
 PATTERN = "ME*-/*E"
 
 
-def chunk_of(groups: Any) -> Any:
+def chunk_of(groups: Any, family: str = "") -> Any:
     from hybrid_train.model.build import build_model
 
-    return build_model(tiny_job(PATTERN), groups, VOCAB, on_gpu=False).chunks[0].eval()
+    job = tiny_job(PATTERN if family in ("", "hybrid") else "*-*-")
+    if family:
+        as_family(job.model, family)
+    chunk = build_model(job, groups, VOCAB, on_gpu=False).chunks[0].eval()
+    if family:
+        disturb(chunk)  # biases too
+    return chunk
 
 
-def by_windows(chunk: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def by_windows(chunk: Any, tokens: Tensor) -> tuple[Tensor, ...]:
     """Logits behind each token [B, L, V], and the drafts' behind all but the last, [B, L-1, V]."""
     from hybrid_train.megatron.window_pass import ChunkPass, DraftPass, bound_head
 
     with torch.inference_mode():
-        read, draft, head = ChunkPass(chunk, 2), DraftPass(chunk, 2), bound_head(chunk)
+        read, head = ChunkPass(chunk, 2), bound_head(chunk)
 
         def run(one: Any, *given: Tensor) -> Tensor:
             width = given[-1].shape[1]
@@ -34,6 +41,9 @@ def by_windows(chunk: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
             return made
 
         hidden = torch.cat([run(read, window) for window in tokens.split([3, 1, 5], dim=1)], dim=1)
+        if not chunk.mtp_process:
+            return (head(hidden),)
+        draft = DraftPass(chunk, 2)
         parts = zip(
             hidden[:, :-1].split([2, 1, 5], 1), tokens[:, 1:].split([2, 1, 5], 1), strict=True
         )
@@ -41,13 +51,14 @@ def by_windows(chunk: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return head(hidden), head(drafted)
 
 
+@pytest.mark.parametrize("family", ["", "hybrid", "llama", "qwen", "nemotron"])
 @pytest.mark.parametrize("asked", [False, True], ids=["bound", "asked"])
 def test_windows_give_the_logits_of_a_whole_pass_of_core(
-    groups: Any, asked: bool, monkeypatch: pytest.MonkeyPatch
+    groups: Any, asked: bool, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hybrid_train.megatron import norms, plain
 
-    chunk, tokens = chunk_of(groups), some_rows()[:2, :9]
+    chunk, tokens = chunk_of(groups, family), some_rows()[:2, :9]
     positions = torch.arange(9).expand_as(tokens)
     if asked:  # as of tensor ranks, of quantized GEMMs, of Transformer Engine
         monkeypatch.setattr(plain, "bare_weight", lambda *_: None)
@@ -55,7 +66,8 @@ def test_windows_give_the_logits_of_a_whole_pass_of_core(
         monkeypatch.setattr(norms, "Norm", type("NoNorm", (), {}))
     with torch.no_grad():
         outputs = chunk(tokens, positions)
-        expected = outputs.logits(), outputs.head.logits(outputs.mtp_hidden[0])[:, :-1]
+        drafted = [outputs.head.logits(one)[:, :-1] for one in outputs.mtp_hidden]
+        expected = (outputs.logits(), *drafted)
     torch.testing.assert_close(by_windows(chunk, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
