@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
@@ -32,8 +33,9 @@ from hybrid_train.anatomy.kinds import MTP_PROJECTION, possible_parameters
 from hybrid_train.megatron.norms import norm_weight, norm_within
 from hybrid_train.ops.attention import causal_attention, split_causal_attention
 from hybrid_train.ops.context import in_order
-from hybrid_train.ops.experts import expert_mlp, grouped_linear, squared_relu
+from hybrid_train.ops.experts import expert_mlp, grouped_linear
 from hybrid_train.ops.linear import linear
+from hybrid_train.ops.nonlinearity import squared_relu, swiglu
 from hybrid_train.precision.emulated import EditedLinear
 
 # Path of a linear layer within a layer of Megatron's -> kind, as `anatomy` calls it.
@@ -288,6 +290,18 @@ def _grouped(
     if edited is None:
         return grouped_linear(x, weights, counts)
     return edited.multiply_grouped(x, weights, counts)
+
+
+class Mlp(MLP):
+    """Core's MLP, whose gates are SiLU in one operation where it has any."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Map hidden states [S, B, H] -> [S, B, H] and no bias."""
+        gates = self.config.gated_linear_unit and self.activation_func is functional.silu
+        if not gates or hidden_states.is_cuda:
+            return super().forward(hidden_states, *args, **kwargs)
+        both, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(both))
 
 
 class Attention(MegatronModule):

@@ -16,7 +16,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -203,7 +203,8 @@ def _mlp_layer(parts: Parts) -> ModuleSpec:
     return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
-            mlp=partial(MLP.as_mlp_submodule, submodules=linears), mlp_bda=get_bias_dropout_add
+            mlp=partial(plain.Mlp.as_mlp_submodule, submodules=linears),
+            mlp_bda=get_bias_dropout_add,
         ),
     )
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.megatron import gpu_switches, native_recipes
-from hybrid_train.ops.experts import squared_relu
+from hybrid_train.ops.nonlinearity import squared_relu
 from hybrid_train.schema.model import Activation, Model, NormKind
 from hybrid_train.schema.parallel import Parallel, Recompute, RecomputeModule
 from hybrid_train.schema.pattern import Pattern, parse
@@ -78,6 +78,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and job.model.mlp.gated,
         # Megatron-FSDP has no buffer to add to until gradients are there (layers.py 659).
         gradient_accumulation_fusion=not on_gpu and not job.parallel.fsdp,
         cuda_graph_impl="none",

@@ -1,4 +1,4 @@
-"""Feed-forward experts on tokens sorted by expert, and squared ReLU.
+"""Feed-forward experts on tokens sorted by expert.
 
 Dimensions: T tokens (sorted by expert), I input width, F inner width, O output width, E experts.
 """
@@ -9,34 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """Return max(x, 0)^2, element by element.
-
-    Source: So et al., arXiv:2109.08668, section 3 (Primer).
-    """
-    if not torch.is_grad_enabled():
-        positive = torch.relu(x)
-        return positive.mul_(positive)
-    y: Tensor = _SquaredRelu.apply(x)  # type: ignore[no-untyped-call]
-    return y
-
-
-class _SquaredRelu(torch.autograd.Function):
-    """Keeps max(x, 0) and nothing else: its sign and its value are all that the backward needs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = torch.relu(x)
-        ctx.save_for_backward(positive)
-        return positive.square()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        positive: Tensor = ctx.saved_tensors[0]
-        return (grad * positive).mul_(2)
 
 
 def grouped_linear(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_train.ops.conv import causal_conv
-from hybrid_train.ops.experts import expert_mlp, squared_relu
+from hybrid_train.ops.experts import expert_mlp
 from hybrid_train.ops.logits import CrossEntropy, HeadPart, weighted_sum
 from hybrid_train.ops.mixer import mixer_forward
+from hybrid_train.ops.nonlinearity import squared_relu
 from hybrid_train.ops.norm import gated_rms_norm, rms_norm
 from hybrid_train.ops.scan import chunked_scan
 
