@@ -1,5 +1,6 @@
 """Every linear layer of a model multiplies in the format that the plan has for it."""
 
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,14 @@ from hybrid_train.schema.precision import (
 )
 from hybrid_train.schema.train import TrainJob
 from tests.sampled import sampled
-from tests.tiny import MEGATRON_WARNINGS, microbatches, some_rows, tiny_engine, tiny_job
+from tests.tiny import (
+    MEGATRON_WARNINGS,
+    as_family,
+    microbatches,
+    some_rows,
+    tiny_engine,
+    tiny_job,
+)
 
 pytestmark = MEGATRON_WARNINGS
 MIXED = [
@@ -172,3 +180,18 @@ def test_a_second_network_in_the_process_changes_nothing_of_the_first(groups: An
     assert audits[1].stop() == asked(mixed)
     assert statistics[0].stop()
     assert statistics[1].stop() == {}
+
+
+@pytest.mark.parametrize("format", [GemmFormat.fp8_blockwise, GemmFormat.nvfp4])
+@pytest.mark.parametrize("family", ["llama", "qwen", "nemotron"])
+def test_a_transformer_learns_in_few_bits_as_asked(
+    family: str, format: GemmFormat, groups: Any
+) -> None:
+    job = tiny_job("*-*-", precision=Precision(format=format))
+    job.schedule.peak_lr = 1e-2
+    as_family(job.model, family)
+    engine = tiny_engine(job, groups)
+    losses = [step(engine) for _ in range(20)]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 0.5
+    assert heard(engine) == asked(job)
