@@ -151,6 +151,11 @@ def _layers_can_be_captured(job: TrainJob, _: int) -> Iterator[Problem]:
         yield Problem(
             "gpu.cuda_graph_parts", _shown(captured), rule, _left(captured, GraphPart.mlp)
         )
+    if GraphPart.attn in captured and job.model.attention.rope.theta is not None:
+        # Core asks its own embedding for the angles (transformer/cuda_graphs.py 2306).
+        rule = "with attn does not go with positions (model.attention.rope.theta)"
+        near = _left(captured, GraphPart.attn)
+        yield Problem("gpu.cuda_graph_parts", _shown(captured), rule, near)
     for module, parts in (
         (RecomputeModule.mamba, {GraphPart.mamba}),
         (RecomputeModule.moe, {GraphPart.moe_router, GraphPart.moe_preprocess}),

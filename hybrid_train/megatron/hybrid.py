@@ -178,6 +178,7 @@ class Hybrid(HybridModel):
         super().__init__(**settings)
         self.num_tokens = num_tokens
         self.rope = rope if rope is not None and rope.theta is not None else None
+        self._angles: dict[int, Tensor] = {}  # by the length of a row on this rank
         if self.rope is not None:
             for module in self.modules():
                 if isinstance(module, SelfAttention):  # by which core multiplies cosine and sine
@@ -272,12 +273,14 @@ class Hybrid(HybridModel):
         """
         if self.rope is None:
             return None
-        groups = self.pg_collection.cp
-        length = input_ids.shape[1] * groups.size()
-        turning = frequencies(self.rope, self.config.kv_channels, length).to(input_ids.device)
-        whole = torch.arange(length, device=input_ids.device)
-        own = own_chunks(whole, groups.rank(), groups.size(), dim=0)
-        return angles(turning, own)[:, None, None]
+        length = input_ids.shape[1]
+        if length not in self._angles:  # of a run there are few
+            ranks = self.pg_collection.cp
+            turning = frequencies(self.rope, self.config.kv_channels, length * ranks.size())
+            own = own_chunks(torch.arange(length * ranks.size()), ranks.rank(), ranks.size(), dim=0)
+            found = angles(turning, own)[:, None, None]
+            self._angles[length] = found.to(input_ids.device)
+        return self._angles[length]
 
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return embeddings of tokens [B, S], as the layout holds them, [S / tp or S, B, H]."""

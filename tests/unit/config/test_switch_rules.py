@@ -57,6 +57,8 @@ REFUSED: list[tuple[tuple[str, ...], str, str, object]] = [
     ((GRAPHS, SELECTIVE, "parallel.recompute_modules=[moe]",
       "gpu.cuda_graph_parts=[attn,moe_router]"), "gpu.cuda_graph_parts", "(moe)", "[attn]"),
     ((GRAPHS, "gpu.cuda_graph_parts=[mamba,mlp]"), "gpu.cuda_graph_parts", "beside", "[mamba]"),
+    ((GRAPHS, "gpu.cuda_graph_parts=[mamba,attn]", "model.attention.rope.theta=10000"),
+      "gpu.cuda_graph_parts", "positions", "[mamba]"),
     ((GRAPHS, "gpu.cuda_graph_parts=[mamba,moe_preprocess]"), "gpu.cuda_graph_parts",
      "must name moe_router", "[mamba,moe_preprocess,moe_router]"),
     ((GRAPHS, "gpu.cuda_graph_parts=[]"), "gpu.cuda_graph_parts", "must name a part", "null"),
