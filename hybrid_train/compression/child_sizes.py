@@ -15,7 +15,7 @@ from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.layers import Layer, layers
 from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.schema.layer_ranges import layers_of, layers_of_groups
-from hybrid_train.schema.model import SECTIONS, LayerRule, Model
+from hybrid_train.schema.model import SECTIONS, Attention, LayerRule, Model, Rope
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.pruning import Cut, Depth, MtpBlocks
 
@@ -145,6 +145,8 @@ def child_model(parent: Model, plan: Plan) -> Model:
     model.pattern = str(Pattern((main,), *mtp))
     model.hidden_size = plan.sizes.get(Axis.hidden, parent.hidden_size)
     model.layers = []
+    if Attention.letter not in model.pattern:
+        model.attention.rope = Rope()
     for letter in SECTIONS:
         of_kind = [(layer, sizes) for layer, sizes in found if layer.letter == letter]
         if not of_kind:
