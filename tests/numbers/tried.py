@@ -81,7 +81,8 @@ BESIDE = {
     "model.attention.rope.maximum_length": (
         *(f"model.attention.rope.{one}" for one in ("theta=100", "scaling=longrope")),
         *(f"model.attention.rope.{one}=[1,1,1,1]" for one in ("short_factors", "long_factors")),
-        *("model.attention.rope.original_length=16", "model.attention.rope.maximum_length=64"),
+        *("model.attention.rope.original_length=2", "model.attention.rope.maximum_length=64"),
+        "data.packing=none",
     ),
     "model.attention.rope": (
         *(f"model.attention.rope.{one}" for one in ("theta=100", "scaling=llama3")),
