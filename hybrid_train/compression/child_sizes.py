@@ -14,8 +14,8 @@ from typing import Any
 from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.layers import Layer, layers
 from hybrid_train.anatomy.selection import CHOSEN
-from hybrid_train.schema.layer_ranges import layers_of
-from hybrid_train.schema.model import SECTIONS, LayerRule, Model
+from hybrid_train.schema.layer_ranges import layers_of, layers_of_groups
+from hybrid_train.schema.model import SECTIONS, Attention, LayerRule, Model, Rope
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.pruning import Cut, Depth, MtpBlocks
 
@@ -53,10 +53,11 @@ class Asked:
 
 
 def listed_layers(depth: Depth, number: int) -> list[int]:
-    """Return the layers that a list leaves of so many, from 1."""
-    texts = depth.keep or depth.drop
-    named = {one for text in texts for one in layers_of(text, number)}
-    return [one for one in range(1, number + 1) if (one in named) is bool(depth.keep)]
+    """Return the layers that a list leaves of so many, from 1; it may count groups of them."""
+    texts, groups = depth.keep or depth.drop, number // depth.together
+    named = {one for text in texts for one in layers_of(text, groups)}
+    left = [one for one in range(1, groups + 1) if (one in named) is bool(depth.keep)]
+    return layers_of_groups(left, depth.together)
 
 
 def plan_of(parent: Model, cut: Cut, main: Sequence[int]) -> Plan:
@@ -144,6 +145,8 @@ def child_model(parent: Model, plan: Plan) -> Model:
     model.pattern = str(Pattern((main,), *mtp))
     model.hidden_size = plan.sizes.get(Axis.hidden, parent.hidden_size)
     model.layers = []
+    if Attention.letter not in model.pattern:
+        model.attention.rope = Rope()
     for letter in SECTIONS:
         of_kind = [(layer, sizes) for layer, sizes in found if layer.letter == letter]
         if not of_kind:

@@ -25,6 +25,7 @@ from hybrid_train.compression.cut_rules import depth_problems, multiple_of, size
 from hybrid_train.compression.ranking import NOT_MEASURED, Ranking, order
 from hybrid_train.compression.size_search import Target, searched
 from hybrid_train.schema import model as sections
+from hybrid_train.schema.layer_ranges import layers_of_groups
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
@@ -146,20 +147,24 @@ class _Scores:
         """Return those of the hidden channels, float64."""
         return self._sound(self.ranking.hidden, (number,), "hidden")
 
-    def of_layers(self, metric: str | None, number: int) -> Values:
-        """Return those of the main layers, [layers]."""
-        name = self._metric("layers.", metric)
-        return self._sound(self.ranking.layers(name), (number,), f"layers.{name}")
+    def of_layers(self, depth: Depth, number: int) -> Values:
+        """Return those of the main layers, or the sums of those that go together, [groups]."""
+        name = self._metric("layers.", depth.metric)
+        found = self._sound(self.ranking.layers(name), (number,), f"layers.{name}")
+        return found.reshape(-1, depth.together).sum(axis=1)
 
-    def of_blocks(self, metric: str | None, number: int, length: int) -> Values:
-        """Return those of so many neighbours, by the first of them."""
-        name = self._metric("blocks.", metric)
+    def of_blocks(self, depth: Depth, number: int) -> Values:
+        """Return those of so many neighbours, by the first of them, or their first group."""
+        assert depth.block is not None
+        name = self._metric("blocks.", depth.metric)
         table = self._sound(self.ranking.blocks(name), (number, number), f"blocks.{name}")
-        found = np.diagonal(table, offset=length - 1)
+        length = depth.block * depth.together
+        found = np.diagonal(table, offset=length - 1)[:: depth.together]
         if found.min() >= NOT_MEASURED:
+            together = f" together={depth.together}" if depth.together > 1 else ""
             raise UserError(
                 f"the ranking of {self.ranking.header.run} has no scores of blocks of {length} "
-                f"layers; make one with blocks=[{length}]"
+                f"layers; make one with blocks=[{depth.block}]{together}"
             )
         return found
 
@@ -199,19 +204,19 @@ def kept_main(parent: Model, scores: _Scores, depth: Depth) -> list[int]:
         scores: of its layers, or blocks of them.
         depth: what is asked.
     """
-    letters = parse(parent.pattern).main
-    number = len(letters)
+    letters, together = parse(parent.pattern).main, depth.together
+    number, groups = len(letters), range(1, len(letters) // together + 1)
     if depth.drop or depth.keep:
         return listed_layers(depth, number)
     if depth.block is not None:
-        of_blocks = scores.of_blocks(depth.metric, number, depth.block)
-        first = int(order(-of_blocks)[0])
-        return [one + 1 for one in range(number) if not first <= one < first + depth.block]
+        first = int(order(-scores.of_blocks(depth, number))[0]) + 1
+        gone = range(first, first + depth.block)
+        return layers_of_groups([one for one in groups if one not in gone], together)
     goes = any(letters.count(letter) > left for letter, left in depth.of_kinds.items())
     if depth.layers is None and not goes:
         return list(range(1, number + 1))
-    of_layers = scores.of_layers(depth.metric, number)
-    kinds = np.array(list(letters))
+    of_layers = scores.of_layers(depth, number)
+    kinds = np.array(list(letters[::together]))
     others = ~np.isin(kinds, list(depth.of_kinds))
     of_others = int(others.sum())
     if depth.layers is not None:
@@ -220,7 +225,7 @@ def kept_main(parent: Model, scores: _Scores, depth: Depth) -> list[int]:
     for letter, count in depth.of_kinds.items():
         here = np.flatnonzero(kinds == letter)
         kept.append(here[top(of_layers[here], count)])
-    return [int(one) + 1 for one in np.sort(np.concatenate(kept))]
+    return layers_of_groups((int(one) + 1 for one in np.sort(np.concatenate(kept))), together)
 
 
 def _selection(

@@ -23,7 +23,7 @@ from hybrid_train.config.checks import split_problems
 from hybrid_train.config.rules_of_precision import MULTIPLES
 from hybrid_train.schema.layer_ranges import layers_of
 from hybrid_train.schema.model import LAYER_KINDS, SECTIONS, Model, Moe
-from hybrid_train.schema.pattern import parse
+from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import GemmFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.pruning import Cut, Depth, MtpBlocks
@@ -139,32 +139,51 @@ def depth_problems(parent: Model, cut: Cut) -> Iterator[Problem]:
     written = parse(parent.pattern)
     if cut.mtp is MtpBlocks.drop and not written.mtp:
         yield Problem("mtp", "drop", "drops what the parent does not have: MTP blocks", "keep")
-    number, depth = len(written.main), cut.depth
-    found = [*_listed_problems(depth, number), *_counted_problems(depth, written.main)]
+    depth = cut.depth
+    found = list(together_problems(written, depth.together))
+    found = found or [*_listed_problems(depth, written.main), *_counted_problems(depth, written)]
     yield from (replace(one, path=f"depth.{one.path}") for one in found)
     if not found and (depth.drop or depth.keep):
-        kept = listed_layers(depth, number)
+        kept = listed_layers(depth, len(written.main))
         way = "keep" if depth.keep else "drop"
         if not kept:
             yield Problem(f"depth.{way}", getattr(depth, way), "leaves no layer")
 
 
-def _listed_problems(depth: Depth, number: int) -> Iterator[Problem]:
+def together_problems(pattern: Pattern, together: int) -> Iterator[Problem]:
+    """Yield what keeps so many neighbours of a model from going together."""
+    if together > 1 and not pattern.repeats(together):
+        legal = [1, *(one for one in range(2, len(pattern.main)) if pattern.repeats(one))]
+        rule = "must be so many layers that the pattern repeats them; 2 of *-*-*-"
+        yield Problem("together", together, rule, min(legal, key=lambda one: abs(one - together)))
+
+
+def _all_of(depth: Depth, main: str) -> tuple[int, str]:
+    """Return how many there are that stay or go as one, and that in words: "6 main layers"."""
+    number = len(main) // depth.together
+    if depth.together == 1:
+        return number, counted(number, "main layer")
+    return number, f"{counted(number, 'group')} of {depth.together} main layers"
+
+
+def _listed_problems(depth: Depth, main: str) -> Iterator[Problem]:
+    number, words = _all_of(depth, main)
     for way in ("drop", "keep"):
         for place, text in enumerate(getattr(depth, way)):
             last = text.strip().rpartition("-")[2]
             beyond = last.isdigit() and int(last) > number
             if beyond or not layers_of(text, number):
-                rule = f"the parent has {counted(number, 'main layer')}"
+                rule = f"the parent has {words}"
                 nearest = str(number) if text.strip().isdigit() else None
                 yield Problem(f"{way}.{place}", text, rule, nearest)
 
 
-def _counted_problems(depth: Depth, main: str) -> Iterator[Problem]:
-    number = len(main)
+def _counted_problems(depth: Depth, pattern: Pattern) -> Iterator[Problem]:
+    main = pattern.main
+    number, words = _all_of(depth, main)
     for name, value in (("layers", depth.layers), ("block", depth.block)):
         if value is not None and value >= number:
-            rule = f"must be less than {number}, the main layers of the parent"
+            rule = f"must be less than {number}: the parent has {words}"
             yield Problem(name, value, rule, max(number - 1, 1))
     of_kinds = depth.of_kinds
     for letter, value in of_kinds.items():
@@ -173,7 +192,7 @@ def _counted_problems(depth: Depth, main: str) -> Iterator[Problem]:
                 f"must be at most {main.count(letter)}, the {_WORDS[letter]} layers of the parent"
             )
             yield Problem(SECTIONS[letter], value, rule, main.count(letter))
-    others = sum(letter not in of_kinds for letter in main)
+    others = sum(letter not in of_kinds for letter in main[:: depth.together])
     if depth.layers is not None and depth.layers - sum(of_kinds.values()) > others:
         most = sum(of_kinds.values()) + others
         rule = f"must be at most {most}: {counted(others, 'layer')} of other kinds, and the counts"

@@ -17,7 +17,7 @@ Dimensions: S tokens of a row on this rank, B rows of a microbatch, H hidden, V 
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ from hybrid_train.megatron import hybrid
 from hybrid_train.megatron.hybrid import Head, Outputs
 from hybrid_train.ops.logits import LabelScores
 from hybrid_train.schema.importance import LayerMetric
+from hybrid_train.schema.layer_ranges import layers_of_groups
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
@@ -65,12 +66,14 @@ class LayerRemoval:
         model: of the network.
         rows: how many are read.
         accuracy: of the network as it is when this is called, on all processes; None: no task.
+        together: neighbours that are taken out as one; each of them has the score of all.
     """
 
     passes: Passes
     model: Model
     rows: int
     accuracy: Callable[[], float] | None = None
+    together: int = 1
 
     def scores(
         self, metrics: Sequence[LayerMetric], *, iterative: int, blocks: Sequence[int]
@@ -79,36 +82,44 @@ class LayerRemoval:
 
         Args:
             metrics: that take layers out.
-            iterative: how many layers are taken out one after the other, by each metric.
-            blocks: lengths of blocks that are taken out as one.
+            iterative: how many layers, or groups of them that go together, are taken out one after
+                the other, by each metric.
+            blocks: lengths of blocks that are taken out as one, in layers or groups.
 
         Raises:
             UserError: on all processes, if a score is not finite.
         """
         if not metrics:
             return {}
-        number = len(main_layers(self.model))
+        number = len(main_layers(self.model)) // self.together
         spans = [
             (first, first + length - 1)
             for length in sorted(set(blocks))
             for first in range(1, number - length + 2)
         ]
-        single: list[Without] = [frozenset([one]) for one in range(1, number + 1)]
-        of_blocks: list[Without] = [frozenset(range(a, b + 1)) for a, b in spans]
+        single = [self._layers([one]) for one in range(1, number + 1)]
+        of_blocks = [self._layers(range(first, last + 1)) for first, last in spans]
         values = self._values([*single, *of_blocks], metrics)
         found = {}
         for metric in metrics:
             by_layer = values[metric]
-            found[LAYERS + metric.value] = torch.tensor(by_layer[:number])
+            found[LAYERS + metric.value] = self._of_each(torch.tensor(by_layer[:number]))
             if spans:
-                table = torch.full((number, number), NOT_MEASURED)
-                for (first, last), value in zip(spans, by_layer[number:], strict=True):
-                    table[first - 1, last - 1] = value
+                table = torch.full((number * self.together,) * 2, NOT_MEASURED)
+                for numbers, value in zip(of_blocks, by_layer[number:], strict=True):
+                    table[min(numbers) - 1, max(numbers) - 1] = value
                 found[BLOCKS + metric.value] = table
             if iterative:
-                name = f"{LAYERS}{metric.value}_iterative"
-                found[name] = self._iterative(metric, iterative, by_layer[:number])
+                places = self._iterative(metric, iterative, by_layer[:number])
+                found[f"{LAYERS}{metric.value}_iterative"] = self._of_each(places)
         return {name: scores.float() for name, scores in found.items()}
+
+    def _layers(self, groups: Iterable[int]) -> Without:
+        return frozenset(layers_of_groups(groups, self.together))
+
+    def _of_each(self, scores: Tensor) -> Tensor:
+        """Return scores of groups as scores of layers."""
+        return scores.repeat_interleave(self.together)
 
     def _iterative(self, metric: LayerMetric, rounds: int, first: Sequence[float]) -> Tensor:
         """Return places in the order of removal, from 0; the layers that stay come behind."""
@@ -116,7 +127,7 @@ class LayerRemoval:
         values = dict(zip(left, first, strict=True))
         for _ in range(min(rounds, len(left) - 1)):
             if gone:
-                sets = [frozenset([*gone, one]) for one in left]
+                sets = [self._layers([*gone, one]) for one in left]
                 found = self._values(sets, [metric])[metric]
                 values = dict(zip(left, found, strict=True))
             worst = min(left, key=lambda one: (values[one], -one))  # of equal ones the first stays

@@ -26,13 +26,14 @@ from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.compression.child_sizes import Plan, child_layers, child_model
 from hybrid_train.compression.cut_rules import CHANNELS, LEAST_MULTIPLE
 from hybrid_train.compression.ranking import order
+from hybrid_train.schema.layer_ranges import layers_of_groups
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, Problem
-from hybrid_train.schema.pruning import DEPTH, Cut
+from hybrid_train.schema.pruning import DEPTH, Cut, Depth
 from hybrid_train.schema.units import counted
 
-OfLayers = Callable[[str | None, int], npt.NDArray[np.float64]]  # metric, layers -> scores
+OfLayers = Callable[[Depth, int], npt.NDArray[np.float64]]  # layers -> scores of groups
 _Steps = tuple[int, ...]  # place of each width among the sizes that it may have
 
 
@@ -94,7 +95,7 @@ def searched(parent: Model, plan: Plan, cut: Cut, target: Target, of_layers: OfL
         plan: sizes and layers that are fixed.
         cut: which sizes may be searched, and within what.
         target: what is looked for.
-        of_layers: scores of the main layers.
+        of_layers: scores of the main layers, those that go together as one.
 
     Raises:
         ConfigError: if no sizes are small enough; with the smallest number that some are.
@@ -160,7 +161,7 @@ def _groups(layer: Layer, sizes: Sizes, axis: Axis) -> int:
 
 def _removable(parent: Model, plan: Plan, cut: Cut) -> bool:
     """Tell whether the search may take layers: it does not where a cut says which."""
-    return DEPTH in cut.shrink and not cut.depth.ways and len(plan.main) > 1
+    return DEPTH in cut.shrink and not cut.depth.ways and len(plan.main) > cut.depth.together
 
 
 def _shortened(
@@ -175,12 +176,13 @@ def _shortened(
     Raises:
         ConfigError: if the narrowest widths of one layer are too many still.
     """
-    number = len(parse(parent.pattern).main)
-    ranked = order(of_layers(cut.depth.metric, number)) if of_layers else np.arange(number)
-    fewest = 1 if of_layers else number
-    for left in range(number, fewest - 1, -1):
-        main = tuple(int(one) + 1 for one in np.sort(ranked[:left]))
-        shorter = replace(plan, main=main) if of_layers else plan
+    number, together = len(parse(parent.pattern).main), cut.depth.together
+    groups = number // together
+    ranked = order(of_layers(cut.depth, number)) if of_layers else np.arange(groups)
+    fewest = 1 if of_layers else groups
+    for left in range(groups, fewest - 1, -1):
+        main = layers_of_groups((int(one) + 1 for one in np.sort(ranked[:left])), together)
+        shorter = replace(plan, main=tuple(main)) if of_layers else plan
         space = _space(parent, shorter, cut, target.vocab_rows)
         if space.count(space.narrowest) <= target.most:
             return shorter, space
@@ -195,7 +197,7 @@ def _unmet(cut: Cut, target: Target, space: _Space, plan: Plan) -> Problem:
     if DEPTH not in cut.shrink or cut.depth.ways:
         rule += f", {counted(len(plan.main), 'layer')} that nothing lets go"
     else:
-        rule += ", one layer"
+        rule += f", {counted(cut.depth.together, 'layer')}"
     if cut.budget is not None:
         return Problem("budget", cut.budget, rule, least)
     return Problem("share", cut.share, rule, math.ceil(least / target.parent * 1e4) / 1e4)

@@ -30,9 +30,8 @@ from hybrid_train.config.rules_of_layout import (
     MEMORY_RULES,
     SPLIT_RULES,
     fsdp_runs,
-    layer_rules_decide,
-    pattern_is_legal,
 )
+from hybrid_train.config.rules_of_model import MODEL_RULES, pattern_is_legal, rows_take_one_list
 from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
 from hybrid_train.config.rules_of_switches import SWITCH_RULES
 from hybrid_train.config.rules_of_teachers import TEACHER_RULES, teachers_exist
@@ -70,7 +69,7 @@ def check(job: Job, started: int) -> Iterator[Problem]:
     else:
         found = list(_of_sections(job))
         if isinstance(job, CountJob) and not found:
-            found += layer_rules_decide(job, 1)
+            found += [problem for rule in MODEL_RULES for problem in rule(job, 1)]
         yield from found
     known = {problem.path for problem in found}
     yield from (problem for problem in _of_files(job) if problem.path not in known)
@@ -177,11 +176,13 @@ def _of_files(job: Job) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     phases_are_in_order,
+    *MODEL_RULES,
     *LAYOUT_RULES,
     *MEMORY_RULES,
     fsdp_runs,
     *BATCH_RULES,
     packed_rows_run,
+    rows_take_one_list,
     *PRECISION_RULES,
     *NATIVE_RULES,
     *SWITCH_RULES,

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 
 from hybrid_train.anatomy.axes import Axis, Sizes, sizes_of
 from hybrid_train.anatomy.kinds import Parameter, mtp_block
-from hybrid_train.anatomy.layers import distinct, layers, mtp_blocks
+from hybrid_train.anatomy.layers import distinct, mtp_blocks
 from hybrid_train.config import rules_of_cluster
 from hybrid_train.planning import degrees
 from hybrid_train.schema.cluster import processes_per_node
 from hybrid_train.schema.data import Quickstart
-from hybrid_train.schema.job_roots import CheckJob, CountJob, SubmitJob
-from hybrid_train.schema.layer_ranges import layers_of
-from hybrid_train.schema.model import SECTIONS
+from hybrid_train.schema.job_roots import CheckJob, SubmitJob
 from hybrid_train.schema.objective import Distill
 from hybrid_train.schema.optimizer import GradientFormat, MasterFormat, MomentFormat
 from hybrid_train.schema.parallel import Recompute, RecomputeMethod, RecomputeModule
-from hybrid_train.schema.pattern import Pattern, parse, repair
+from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.precision import NumberFormat
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.runtime import Device, Kernels
@@ -34,37 +32,6 @@ _DEGREES = tuple(
 )
 # Of the formats beside float32 that a moment may be kept in.
 _FRACTION_BITS = {MomentFormat.bfloat16: 7, MomentFormat.float16: 10, MomentFormat.float8: 3}
-
-
-def pattern_is_legal(job: TrainJob, _: int) -> Iterator[Problem]:
-    """The pattern can be read."""
-    try:
-        parse(job.model.pattern)
-    except ValueError as error:
-        yield Problem("model.pattern", job.model.pattern, str(error), repair(job.model.pattern))
-
-
-def layer_rules_decide(job: TrainJob | CountJob, _: int) -> Iterator[Problem]:
-    """Every rule of `model.layers` gives sizes to layers that no earlier one has sizes for."""
-    rules, found = job.model.layers, layers(job.model)
-    for number, rule in enumerate(rules):
-        path = f"model.layers.{number}"
-        if not rule.given:
-            yield Problem(path, str(rule), "gives no size")
-        elif not any(layer.rule == number for layer in found):
-            kinds = {name.partition(".")[0] for name in rule.given}
-            within = layers_of(rule.layers, len(parse(job.model.pattern).main))
-            there = any(
-                layer.number in within and SECTIONS[layer.letter] in kinds
-                for layer in found
-                if layer.depth == 0
-            )
-            words = "decides nothing: earlier rules cover all of it" if there else ""
-            yield Problem(path, str(rule), words or "matches no layer with such sizes")
-    for layer in distinct(job.model):
-        if layer.rule is not None and layer.sizes.top_k > layer.sizes.experts > 0:
-            path = f"model.layers.{layer.rule}.{Axis.experts.value}"
-            yield Problem(path, layer.sizes.experts, "must not be below model.moe.top_k")
 
 
 def _stages_match_the_pattern(job: TrainJob, _: int) -> Iterator[Problem]:
@@ -302,7 +269,6 @@ def _profiled_processes_exist(job: TrainJob, processes: int) -> Iterator[Problem
 
 
 LAYOUT_RULES = (
-    layer_rules_decide,
     _stages_match_the_pattern,
     _tensor_splits_every_layer,
     _tensor_fits_alternating_parts,

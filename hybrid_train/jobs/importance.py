@@ -11,6 +11,7 @@ from hybrid_train.anatomy.layers import layers, main_layers
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression import ranking
+from hybrid_train.compression.cut_rules import together_problems
 from hybrid_train.compression.plain_scores import random_scores, weight_scores
 from hybrid_train.compression.ranking import Header, Ranking
 from hybrid_train.config import frozen
@@ -29,6 +30,7 @@ from hybrid_train.schema.extension import built_from
 from hybrid_train.schema.importance import ExpertMetric, ImportanceJob, ScoreSource
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import ConfigError, Problem, UserError
 from hybrid_train.schema.train import BatchRamp, TrainJob
 from hybrid_train.schema.units import counted
@@ -156,7 +158,7 @@ def _require_runnable(job: ImportanceJob, reads: TrainJob, model: Model) -> None
     Raises:
         ConfigError: on all processes.
     """
-    problems, plan = [], job.parallel
+    problems, plan = [*together_problems(parse(model.pattern), job.together)], job.parallel
     unit = (2 * plan.context if plan.context > 1 else 1) * plan.tensor
     length = reads.train.sequence_length
     if length % unit:
@@ -203,7 +205,8 @@ def _scores(
             if now - said > _LINE_S and done < job.rows:
                 said, left = now, (now - started) / done * (job.rows - done)
                 _log.info("%d of %d rows, about %.0f s left", done, job.rows, left)
-    removal = LayerRemoval(passes, model, job.rows_without, _accuracy(job, found, network))
+    accuracy = _accuracy(job, found, network)
+    removal = LayerRemoval(passes, model, job.rows_without, accuracy, job.together)
     without = removal.scores(job.removals, iterative=job.iterative, blocks=job.blocks)
     return {name: one.numpy() for name, one in (heard.collect() | without).items()}
 

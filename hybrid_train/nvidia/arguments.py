@@ -4,8 +4,9 @@ Megatron-LM keeps its arguments in a checkpoint; Megatron-Bridge and NeMo 2 keep
 Megatron-Core's TransformerConfig and of a class of their own that derives from it. An argument has
 the name of its field, but for a few, and arguments were renamed; so both names are read.
 
-What our models lack (biases, rotary embeddings, other activations, groups of experts, ...) is
-demanded to be absent: a model that has it is another model, and is refused by its name.
+What our models lack (learned positions, biases of all linears, other activations, groups of
+experts, ...) is demanded to be absent: a model that has it is another model, and is refused by its
+name. So is what of ours theirs cannot say: rotary embeddings that are scaled for long texts.
 
 Sources: Megatron-LM d98e8a6, training/arguments.py and `load_args_from_checkpoint` in
 training/checkpointing.py; Megatron-Bridge 067f987, models/hybrid/hybrid_provider.py; NeMo 8cfedd7,
@@ -19,8 +20,10 @@ from typing import Any
 
 from hybrid_train.anatomy.axes import sizes_of
 from hybrid_train.anatomy.layers import layers
+from hybrid_train.config.rules_of_model import MODEL_RULES
 from hybrid_train.planning.degrees import padded_vocab_size
-from hybrid_train.schema.model import SECTIONS, Model
+from hybrid_train.schema.job_roots import CountJob
+from hybrid_train.schema.model import SECTIONS, Activation, Model, NormKind, RopeScaling
 from hybrid_train.schema.pattern import Pattern, parse
 from hybrid_train.schema.problems import UserError, collect
 
@@ -57,12 +60,15 @@ _ROWS = (
     _Row("attention.heads", "num_attention_heads"),
     _Row("attention.kv_heads", "num_query_groups", None),
     _Row("attention.head_dim", "kv_channels", None),
+    _Row("attention.qkv_bias", "add_qkv_bias", False),
+    _Row("attention.qk_norm", "qk_layernorm", False),
     _Row("mamba.heads", "mamba_num_heads", None),
     _Row("mamba.head_dim", "mamba_head_dim", 64),
     _Row("mamba.state_size", "mamba_state_dim", 128),
     _Row("mamba.groups", "mamba_num_groups", 8),
     _Row("mamba.chunk_size", "mamba_chunk_size", CHUNK),
     _Row("mlp.intermediate_size", "ffn_hidden_size", None),
+    _Row("mlp.gated", "gated_linear_unit", False, "swiglu"),
     _Row("moe.experts", "num_moe_experts", None, "num_experts"),
     _Row("moe.top_k", "moe_router_topk", 2),
     _Row("moe.intermediate_size", "moe_ffn_hidden_size", None),
@@ -94,16 +100,12 @@ class _Demand:
 
 
 _DEMANDS = (
-    _Demand("normalization", "RMSNorm", "LayerNorm"),
-    _Demand("layernorm_zero_centered_gamma", False, False, "apply_layernorm_1p"),
-    _Demand("position_embedding_type", "none", "learned_absolute"),
     _Demand("add_bias_linear", False, True),
-    _Demand("add_qkv_bias", False, False),
-    _Demand("gated_linear_unit", False, False, "swiglu", "-E"),
+    _Demand("glu_linear_offset", 0.0, 0.0, letters="-E"),
+    _Demand("activation_func_clamp_value", None, None, letters="-E"),
     _Demand("fp32_residual_connection", False, False),
     _Demand("apply_residual_connection_post_layernorm", False, False),
     _Demand("use_mup", False, False),
-    _Demand("qk_layernorm", False, False, letters="*"),
     _Demand("softmax_scale", None, None, letters="*"),
     _Demand("softmax_type", "vanilla", "vanilla", letters="*"),
     _Demand("window_size", None, None, letters="*"),
@@ -117,12 +119,29 @@ _DEMANDS = (
     _Demand("moe_apply_probs_on_input", False, False, letters="E"),
     _Demand("moe_shared_expert_gate", False, False, letters="E"),
 )
-# How each of them spells the square of ReLU: a switch of Megatron-LM; functions by import path.
-_SQUARED_RELU = (
-    "megatron.core.activations.squared_relu",
-    "megatron.core.fusions.fused_bias_geglu.squared_relu",
-    "nemo.collections.llm.gpt.model.ssm.NemotronHConfigBase.<lambda>",
+_NO_GATES = _Demand("gated_linear_unit", False, False, "swiglu", "E")  # of experts, by one flag
+# Of a model whose queries and keys are turned; in others the values of these are dead.
+_ROTARY_DEMANDS = (
+    _Demand("rotary_interleaved", False, False, letters="*"),
+    _Demand("no_rope_freq", None, None, letters="*"),
+    _Demand("rope_scaling", False, False, "use_rope_scaling", "*"),
+    _Demand("seq_len_interpolation_factor", None, None, "rotary_seq_len_interpolation_factor", "*"),
 )
+_NORMS = {  # their normalization, and whether weights are stored minus 1
+    NormKind.rms: ("RMSNorm", False),
+    NormKind.layer_1p: ("LayerNorm", True),
+}
+# How each of them spells what MLPs do: switches of Megatron-LM; functions by import path, the first
+# of which is written.
+FUNCTIONS = {
+    Activation.squared_relu: (
+        "megatron.core.activations.squared_relu",
+        "megatron.core.fusions.fused_bias_geglu.squared_relu",
+        "nemo.collections.llm.gpt.model.ssm.NemotronHConfigBase.<lambda>",
+    ),
+    Activation.silu: ("torch.nn.functional.silu",),
+}
+_ROTARY = (("rotary_base", 10000), ("rotary_percent", 1.0))  # and what is meant without
 _UNUSED = ("hidden_dropout", "attention_dropout")  # by our models, which learn without
 
 
@@ -150,8 +169,14 @@ def to_model(settings: Settings, place: object) -> Model:
         _put(model, row.ours, value)
     if not faults:
         model.tie_embeddings = _is_tied(settings)
+        model.norm = _norm(settings) or model.norm
+        model.mlp.activation = _activation(settings) or model.mlp.activation
         _derive(model, settings)
-        faults += [f"{problem}" for problem in collect(model)] or [*_computed_otherwise(model)]
+        counted = CountJob(model=model)
+        faults += [f"{problem}" for problem in collect(model)] or [
+            *(f"{problem}" for rule in MODEL_RULES for problem in rule(counted, 1)),
+            *_computed_otherwise(model),
+        ]
     if faults:
         raise UserError(f"{place} is no model that is known here:\n  " + "\n  ".join(faults))
     return model
@@ -170,14 +195,16 @@ def _senseless(row: _Row, value: Any) -> Iterator[str]:
         if not isinstance(value, bool):
             yield f"{name} is {value!r}; it must be true or false"
     elif isinstance(row.missing, float):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 <= value < _LARGEST
-        ):
+        if not _is_number(value):
             yield f"{name} is {value!r}; it must be a number"
     elif value is not None and not (type(value) is int and 0 < value <= _LARGEST):
         yield f"{name} is {value!r}; it must be a whole number from 1 to {_LARGEST}"
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < _LARGEST
 
 
 def _pattern(settings: Settings) -> Pattern:
@@ -213,7 +240,9 @@ def _pattern(settings: Settings) -> Pattern:
 
 
 def _foreign(settings: Settings, pattern: Pattern) -> Iterator[str]:
-    for demand in _DEMANDS:
+    yield from _of_positions(settings)
+    rotary = _ROTARY_DEMANDS if settings.get("position_embedding_type") == "rope" else ()
+    for demand in (*_DEMANDS, _NO_GATES, *rotary):
         names = [demand.argument, demand.field]
         name = next((one for one in names if one and one in settings), demand.field)
         value = settings.get(name, demand.missing)
@@ -221,12 +250,54 @@ def _foreign(settings: Settings, pattern: Pattern) -> Iterator[str]:
             continue
         if value != demand.wanted:
             yield f"{name} is {value!r}; models here have {demand.wanted!r}"
-    if {"-", "E"} & set(pattern.layers):
+    if _norm(settings) is None:
+        name, centered = _norm_settings(settings)
+        yield (
+            f"normalization is {name!r} and apply_layernorm_1p is {centered!r}; models here have "
+            "RMSNorm without it, or LayerNorm with it"
+        )
+    if {"-", "E"} & set(pattern.layers) and _activation(settings) is None:
         function = settings.get("activation_func")
-        named = str(function.get("_target_")) if isinstance(function, dict) else str(function)
-        if not (settings.get("squared_relu") or named in _SQUARED_RELU):
-            said = f"activation_func is {named}" if function else "squared_relu is not set"
-            yield f"{said}; models here have the square of ReLU"
+        said = f"activation_func is {_named(function)}" if function else "squared_relu is not set"
+        yield f"{said}; models here have the square of ReLU, or SiLU (swiglu)"
+
+
+def _norm_settings(settings: Settings) -> tuple[object, object]:
+    centered = settings.get("layernorm_zero_centered_gamma", False)
+    return (
+        settings.get("normalization", "LayerNorm"),
+        settings.get("apply_layernorm_1p", centered),
+    )
+
+
+def _norm(settings: Settings) -> NormKind | None:
+    """Return the kind of norms; None for one that is not known here."""
+    said = _norm_settings(settings)
+    return next((kind for kind, theirs in _NORMS.items() if theirs == said), None)
+
+
+def _named(function: object) -> str:
+    return str(function.get("_target_")) if isinstance(function, dict) else str(function)
+
+
+def _activation(settings: Settings) -> Activation | None:
+    """Return what MLPs do; None for what is not known here."""
+    if settings.get("squared_relu"):
+        return Activation.squared_relu
+    if settings.get("swiglu"):
+        return Activation.silu
+    named = _named(settings.get("activation_func"))
+    return next((kind for kind, theirs in FUNCTIONS.items() if named in theirs), None)
+
+
+def _of_positions(settings: Settings) -> Iterator[str]:
+    kind = settings.get("position_embedding_type", "learned_absolute")
+    if kind not in ("none", "rope"):
+        yield f"position_embedding_type is {kind!r}; models here have 'none' or 'rope'"
+    elif kind == "rope":
+        for name, _ in _ROTARY:
+            if not _is_number(value := settings.get(name, 1)):
+                yield f"{name} is {value!r}; it must be a number"
 
 
 def _computed_otherwise(model: Model) -> Iterator[str]:
@@ -258,6 +329,9 @@ def _derive(model: Model, settings: Settings) -> None:
     model.attention.head_dim = (
         model.attention.head_dim or model.hidden_size // model.attention.heads
     )
+    if settings.get("position_embedding_type") == "rope":
+        rope = model.attention.rope
+        rope.theta, rope.fraction = (settings.get(name, usual) for name, usual in _ROTARY)
     model.mamba.heads = model.mamba.heads or 2 * model.hidden_size // model.mamba.head_dim
     model.mlp.intermediate_size = model.mlp.intermediate_size or 4 * model.hidden_size
     model.moe.intermediate_size = model.moe.intermediate_size or model.mlp.intermediate_size
@@ -315,6 +389,8 @@ def to_fields(model: Model) -> dict[str, Any]:
     if model.init_std is None:
         fields["init_method_std"] = 0.9 / model.hidden_size**0.5
     fields |= {demand.field: demand.wanted for demand in _DEMANDS}
+    fields["normalization"], fields["layernorm_zero_centered_gamma"] = _NORMS[model.norm]
+    fields |= _positions(model)
     if "E" not in pattern.layers:
         for name in [name for name in fields if "moe" in name]:
             del fields[name]
@@ -331,8 +407,49 @@ def to_fields(model: Model) -> dict[str, Any]:
     }
 
 
+def _positions(model: Model) -> dict[str, Any]:
+    """Return what their fields say of positions.
+
+    Raises:
+        UserError: if they are scaled, which their hybrids do not do, whatever is set.
+    """
+    rope = model.attention.rope
+    if rope.theta is None:
+        return {"position_embedding_type": "none"}
+    if rope.scaling is not RopeScaling.none:
+        raise UserError(
+            f"model.attention.rope.scaling is {rope.scaling.value}, and NVIDIA's hybrids turn "
+            "queries and keys without any (HybridModel of Megatron-Core 0.19.2), so this model "
+            "cannot be exported"
+        )
+    theta = int(rope.theta) if rope.theta.is_integer() else rope.theta
+    values = (theta, rope.fraction)
+    said = {name: value for (name, _), value in zip(_ROTARY, values, strict=True)}
+    return {"position_embedding_type": "rope", "rotary_interleaved": False, **said}
+
+
+def _switches(model: Model) -> dict[str, bool]:
+    """Return the arguments of Megatron-LM that say what MLPs do.
+
+    Raises:
+        UserError: if none does: SiLU is there with a gate alone, and the gate with SiLU alone.
+    """
+    mlp = model.mlp
+    if "-" in model.pattern and mlp.gated is not (mlp.activation is Activation.silu):
+        raise UserError(
+            f"model.mlp.activation is {mlp.activation.value} and model.mlp.gated "
+            f"{str(mlp.gated).lower()}, and Megatron-LM has gates with SiLU alone (--swiglu), so "
+            "this model cannot be exported for it; format=bridge can say it"
+        )
+    return {"squared_relu": mlp.activation is Activation.squared_relu}
+
+
 def to_arguments(model: Model) -> dict[str, Any]:
-    """Translate a model section into arguments of Megatron-LM, under former names too."""
+    """Translate a model section into arguments of Megatron-LM, under former names too.
+
+    Raises:
+        UserError: if these cannot say it.
+    """
     fields = to_fields(model)
     renamed = [(row.field, row.argument) for row in _ROWS]
     renamed += [(demand.field, demand.argument) for demand in _DEMANDS]
@@ -341,9 +458,11 @@ def to_arguments(model: Model) -> dict[str, Any]:
         fields
         | arguments
         | {
-            "squared_relu": True,
+            **_switches(model),
+            "apply_layernorm_1p": fields["layernorm_zero_centered_gamma"],
             "group_query_attention": True,
             "add_position_embedding": False,
+            "use_rotary_position_embeddings": model.attention.rope.theta is not None,
             "untie_embeddings_and_output_weights": not model.tie_embeddings,
         }
     )

@@ -47,7 +47,6 @@ _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 _ONE_RANK = dict.fromkeys(
     ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"), 1
 )
-_SQUARED_RELU = {TARGET: "megatron.core.activations.squared_relu", CALLED: False}
 _PROVIDER = "megatron.bridge.models.hybrid.hybrid_provider.HybridModelProvider"
 _NEMO_MODEL = "nemo.collections.llm.gpt.model.ssm.MambaModel"
 _NEMO_DATA = "PreTrainingDataModule"  # whose state NeMo keeps under the name of its class
@@ -241,7 +240,10 @@ def _fields(run: _Run) -> dict[str, Any]:
     return {
         **run.fields,
         **run.sizes,
-        "activation_func": _SQUARED_RELU,
+        "activation_func": {
+            TARGET: arguments.FUNCTIONS[run.model.mlp.activation][0],
+            CALLED: False,
+        },
         "bf16": half,
         "fp16": False,
         "params_dtype": dtype,

@@ -84,6 +84,7 @@ class ImportanceJob(Asking):
     layer_rows: Count | None = None  # rows read without a layer; null: 128, or all that there are
     iterative: CountOrNone = 0  # layers taken out one after the other, by each of `layers`
     blocks: list[Count] = field(default_factory=list)  # lengths of blocks taken out as one
+    together: Count = 1  # neighbours taken out as one, and counted as one by these two: 2 of *-*-*-
     parallel: Layout = field(default_factory=Layout)
     runtime: Runtime = field(default_factory=Runtime)
 
@@ -105,10 +106,19 @@ class ImportanceJob(Asking):
         if self.removals and not self.reads_rows:
             rule = f"takes layers out, and scores={self.scores.value} runs no model"
             yield Problem("layers", self.removals[0].value, rule, "[cosine]")
-        if (self.blocks or self.iterative) and not self.removals:
-            name, value = ("blocks", self.blocks) if self.blocks else ("iterative", self.iterative)
+        yield from self._without_removals()
+
+    def _without_removals(self) -> Iterator[Problem]:
+        """Say which setting of layers that are taken out has none."""
+        without: list[tuple[str, object, object]] = [
+            ("blocks", self.blocks, []), ("iterative", self.iterative, 0),
+            ("together", self.together, 1),
+        ]  # fmt: skip
+        asked = [one for one in without if one[1] != one[2]]
+        if asked and not self.removals:
+            (name, value, none), *_ = asked
             rule = "needs one of `layers` that takes layers out: all but cosine do"
-            yield Problem(name, value, rule, "[]" if self.blocks else 0)
+            yield Problem(name, value, rule, none)
 
     @property
     def reads_rows(self) -> bool:

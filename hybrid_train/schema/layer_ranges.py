@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 RULE = 'must read "all", "first 2", "last 15%", "7" or "3-9"; layers count from 1'
 # Nine digits are more layers than any model has; of hundreds Python makes infinity, or nothing.
@@ -40,3 +41,8 @@ def layers_of(text: str, num_layers: int) -> range:
     spans = _RANGE.fullmatch(words)
     assert spans is not None
     return range(int(spans[1]), min(int(spans[2] or spans[1]), num_layers) + 1)
+
+
+def layers_of_groups(groups: Iterable[int], together: int) -> list[int]:
+    """Return the layers of groups of so many neighbours; layers and groups count from 1."""
+    return [(group - 1) * together + place for group in groups for place in range(1, together + 1)]

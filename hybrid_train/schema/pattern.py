@@ -48,6 +48,10 @@ class Pattern:
         """Count the layers of one kind, those of each MTP depth included."""
         return self.layers.count(letter)
 
+    def repeats(self, length: int) -> bool:
+        """Tell whether the main layers are the first so many again and again: the two of *-*-."""
+        return self.main == self.main[:length] * (len(self.main) // length)
+
     def cut(self, lengths: Sequence[int]) -> "Pattern":
         """Return the pattern cut into stages of so many main layers each; of one: without cuts.
 

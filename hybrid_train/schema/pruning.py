@@ -80,6 +80,7 @@ class Depth:
     Layers count from 1. What is not named by a list is chosen by the scores of the ranking.
     """
 
+    together: Count = 1  # neighbours that stay or go as one, and count as one below: 2 of *-*-*-
     drop: list[str] = field(default_factory=list)  # depth.drop=[3,17-32]: all others stay
     keep: list[str] = field(default_factory=list)  # the other way round
     layers: Count | None = None  # so many stay, those that matter most
@@ -116,6 +117,9 @@ class Depth:
         if self.layers is not None and sum(self.of_kinds.values()) > self.layers:
             rule = f"must be at least {sum(self.of_kinds.values())}, the layers of single kinds"
             yield Problem("layers", self.layers, rule, sum(self.of_kinds.values()))
+        if self.together > 1 and self.of_kinds:
+            rule = "must be 1 beside a number of layers of one kind: those do not go together"
+            yield Problem("together", self.together, rule, 1)
 
 
 class MtpBlocks(enum.Enum):

@@ -29,7 +29,9 @@ RECIPES = [name for name in FILES if name not in OWN_DATA]
 MODELS = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
 GPU_BYTES = 80e9
 TAUGHT = [name for name in FILES if "_distilled" in name]  # they need a teacher
+CORRECTED = [name for name in FILES if name.endswith("_corrected")]  # teachers that train on
 BLENDED = ("nemotron3_nano", "nemotron3_super", "nemotron3_ultra")  # with published weights
+LENGTHS = {"ladder": 2048} | dict.fromkeys(("nemotron4", "minitron", "qwen", "phi4"), 4096)
 PROCESSES = re.compile(r"^# processes: (\d+)", re.MULTILINE)
 LONG = {  # published tokens and sequence length of the last phases
     "nemotron_nano_v2_12b": {"long": (18.9e9, 524288)},
@@ -147,7 +149,7 @@ def test_a_source_that_a_blend_names_and_the_run_lacks_is_a_problem(data: list[s
 
 
 def test_every_named_model_has_a_recipe_of_the_same_name() -> None:
-    assert MODELS - {"tiny"} == set(FILES) - {"tiny_cpu", *TAUGHT}
+    assert MODELS - {"tiny"} == set(FILES) - {"tiny_cpu", *TAUGHT, *CORRECTED}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -208,7 +210,7 @@ def test_only_the_long_phases_change_the_length_of_a_sequence(
     name: str, data: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     phase_spans = lay_out(composed(name, data, monkeypatch))
-    base = 2048 if name.startswith("ladder") else 8192
+    base = next((length for start, length in LENGTHS.items() if name.startswith(start)), 8192)
     lengths = {phase: length for phase, (_, length) in LONG.get(name, {}).items()}
     assert [one.job.train.sequence_length for one in phase_spans] == [
         lengths.get(one.name, base) for one in phase_spans

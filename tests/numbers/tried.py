@@ -63,11 +63,30 @@ BASES = {
         "objective.teachers=[{checkpoint: tests}]",
     ),
 }
+ONE_FACTOR = (
+    *(f"model.attention.rope.{one}" for one in ("theta=100", "fraction=0.25", "scaling=longrope")),
+    *(f"model.attention.rope.{one}=[1]" for one in ("short_factors", "long_factors")),
+)
 # What a setting needs beside it to have something to do.
 BESIDE = {
     "train.phases": (
         "train.phases=[{name: a},{name: b,start: 50%}]", "train.global_batch=2", "train.tokens=128",
         "data.packing=none",
+    ),
+    # Of a head of 8 channels two turn, with one factor, or all, whose waves are 6 to 199 tokens.
+    "model.attention.rope.short_factors": ONE_FACTOR,
+    "model.attention.rope.long_factors": (
+        *ONE_FACTOR, "model.attention.rope.original_length=8", "data.packing=none",
+    ),
+    "model.attention.rope.maximum_length": (
+        *(f"model.attention.rope.{one}" for one in ("theta=100", "scaling=longrope")),
+        *(f"model.attention.rope.{one}=[1,1,1,1]" for one in ("short_factors", "long_factors")),
+        *("model.attention.rope.original_length=2", "model.attention.rope.maximum_length=64"),
+        "data.packing=none",
+    ),
+    "model.attention.rope": (
+        *(f"model.attention.rope.{one}" for one in ("theta=100", "scaling=llama3")),
+        "model.attention.rope.original_length=32",
     ),
     "model.layers": ("model.layers=[{layers: all,mlp: {intermediate_size: 8}}]",),
     # In packed rows of few tokens MTP may find no label.

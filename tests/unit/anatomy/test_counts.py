@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from hybrid_train.anatomy.counts import cache_size, flops_per_token, parameters
 from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe, Mtp
@@ -175,6 +175,35 @@ def test_flops_equal_those_profiled_on_transformers() -> None:
     profiled = profile.get_total_flops() // (2 * length)
     unseen = 2 * 2 * (4 * 16) * (length - 1)  # two layers: 2 * width * (2 L - (L + 1))
     assert flops_per_token(small(pattern), 64, length).forward + unseen == profiled
+
+
+def test_flops_of_a_gated_transformer_equal_those_profiled_on_llama() -> None:
+    length, model = 24, small("*-*-", mlp=Mlp(intermediate_size=96, gated=True))
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attn_implementation="eager",
+        pad_token_id=None,
+    )  # fmt: skip
+    reference = LlamaForCausalLM(config)
+    with FlopCounterMode(display=False) as profile, torch.no_grad():
+        reference(torch.randint(64, (2, length)), use_cache=False)
+    profiled = profile.get_total_flops() // (2 * length)
+    unseen = 2 * 2 * (4 * 16) * (length - 1)  # two layers: 2 * width * (2 L - (L + 1))
+    assert flops_per_token(model, 64, length).forward + unseen == profiled
+
+
+def test_flops_of_llama_3_1_8b_are_six_times_its_weights_and_its_scores() -> None:
+    """6 N of the weights that are multiplied, and 6 L d a layer for scores of half the square."""
+    model = Model(
+        pattern="*-" * 32, hidden_size=4096, attention=Attention(heads=32, kv_heads=8),
+        mlp=Mlp(intermediate_size=14336, gated=True),
+    )  # fmt: skip
+    vocab, length = 128_256, 8192
+    total = parameters(model, vocab).total
+    assert total == 8_030_261_248
+    multiplied = total - vocab * 4096 - 65 * 4096  # neither the embedding nor norms
+    scores = 6 * 32 * 4096 * (length + 1)
+    assert flops_per_token(model, vocab, length).training == 6 * multiplied + scores
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What stays of a parent: by hand, planted, and counted to the unit."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,39 @@ def test_layers_stay_by_list_by_count_or_all_but_a_block(depth: Depth, left: lis
     assert [one.parent.number for one in found.selection.layers] == left
     assert found.model.pattern == "".join("MEM*M-"[number - 1] for number in left)
     assert [one.child.number for one in found.selection.layers] == list(range(1, len(left) + 1))
+
+
+DENSE = replace(PARENT, pattern="*-*-*-*-")
+OF_LETTERS = [1, 1, 5, 1, 2, 2, 0, 9]  # groups of two matter 2, 6, 4, 9
+
+
+@pytest.mark.parametrize(
+    ("depth", "left"),
+    [
+        (Depth(together=2, drop=["2-3"]), [1, 2, 7, 8]),
+        (Depth(together=2, keep=["first 1", "4"]), [1, 2, 7, 8]),
+        (Depth(together=2, layers=2), [3, 4, 7, 8]),
+        (Depth(together=4, layers=1), [5, 6, 7, 8]),
+        (Depth(together=2, block=2), [1, 2, 7, 8]),
+        (Depth(block=4), [1, 2, 3, 8]),
+    ],
+    ids=str,
+)
+def test_layers_that_go_together_are_counted_and_stay_as_one(depth: Depth, left: list[int]) -> None:
+    blocks = np.full((8, 8), NOT_MEASURED)
+    for first, score in enumerate((3, 9, 1, 0, 2)):  # the least begins inside a group
+        blocks[first, first + 3] = score
+    changed = {f"layers.{METRIC}": OF_LETTERS, f"blocks.{METRIC}": blocks}
+    ranking = with_scores(random_ranking(DENSE), changed)
+    found = chosen(Cut(depth=depth), ranking, DENSE)
+    assert [one.parent.number for one in found.selection.layers] == left
+
+
+def test_a_block_of_groups_that_was_not_measured_is_named_as_it_is_asked_for() -> None:
+    unmeasured = {f"blocks.{METRIC}": np.full((8, 8), NOT_MEASURED)}
+    ranking = with_scores(random_ranking(DENSE), unmeasured)
+    with pytest.raises(UserError, match=r"blocks of 4 layers; .*blocks=\[2\] together=2"):
+        chosen(Cut(depth=Depth(together=2, block=2)), ranking, DENSE)
 
 
 def elements(selection: Selection, child: Model) -> int:

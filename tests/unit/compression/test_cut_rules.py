@@ -1,6 +1,7 @@
 """What no child can be, each with the nearest legal value; and what a child rules out for later."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ("depth.drop=[7]", "depth.drop.0", "6", "6 main layers"),
     ("depth.drop=[all]", "depth.drop", None, "leaves no layer"),
     ("depth.keep=[2,4-9]", "depth.keep.1", None, "6 main layers"),
+    ("depth.together=2", "depth.together", 1, "the pattern repeats them"),
 ]  # fmt: skip
 
 
@@ -78,6 +80,27 @@ def test_what_no_child_can_be_is_refused_with_the_nearest_that_one_can(
 def test_heads_of_a_group_that_stays_are_at_most_those_that_it_has() -> None:
     (found,) = problems(cut_of("model.attention.kv_heads=1", "model.attention.heads=4"))
     assert (found.path, found.nearest) == ("model.attention.heads", 2)
+
+
+DENSE = replace(PARENT, pattern="*-" * 4)
+
+
+@pytest.mark.parametrize(
+    ("lines", "path", "nearest", "word"),
+    [
+        (["depth.drop=[5]"], "depth.drop.0", "4", "4 groups of 2 main layers"),
+        (["depth.layers=4"], "depth.layers", 3, "4 groups of 2 main layers"),
+        (["depth.block=7"], "depth.block", 3, "4 groups of 2 main layers"),
+        (["depth.together=3", "depth.layers=2"], "depth.together", 2, "2 of *-*-*-"),
+        (["depth.together=5", "depth.layers=2"], "depth.together", 4, "2 of *-*-*-"),
+    ],
+)
+def test_groups_of_layers_are_counted_as_groups(
+    lines: list[str], path: str, nearest: object, word: str
+) -> None:
+    (found,) = problems(cut_of("depth.together=2", *lines), DENSE)
+    assert (found.path, found.nearest) == (path, nearest)
+    assert word in found.rule
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -123,6 +123,29 @@ def test_accuracy_is_that_of_the_network_as_it_is_then() -> None:
     torch.testing.assert_close(found[LAYERS + "accuracy"], torch.tensor([0.1, 0.2, 0.4]))
 
 
+def test_neighbours_that_go_together_are_taken_out_and_counted_as_one() -> None:
+    from hybrid_train.compression.removal import LayerRemoval
+    from hybrid_train.megatron.hybrid import is_skipped
+
+    with alone() as groups:
+        tiny = tiny_job("*-*-*-")
+        network = frozen_network(tiny, groups)
+        layers = network.chunks[0].decoder.layers
+
+        def accuracy() -> float:  # that says which layers are there
+            return sum(0.01 * 2**n for n, one in enumerate(layers) if not is_skipped(one))
+
+        passes = passes_of(network, whole_rows(2))
+        removal = LayerRemoval(passes, tiny.model, 2, accuracy, together=2)
+        found = removal.scores([LayerMetric.accuracy], iterative=1, blocks=[2])
+    of_groups = torch.tensor([0.03, 0.03, 0.12, 0.12, 0.48, 0.48])
+    torch.testing.assert_close(found[LAYERS + "accuracy"], of_groups)
+    assert found[f"{LAYERS}accuracy_iterative"].tolist() == [0, 0, 1, 1, 2, 2]
+    table = found[BLOCKS + "accuracy"]
+    torch.testing.assert_close(table[[0, 2], [3, 5]], torch.tensor([0.15, 0.60]))
+    assert int((table < torch.finfo(torch.float32).max).sum()) == 2, "none begins inside a group"
+
+
 def test_a_model_that_is_no_number_is_refused_by_the_metric() -> None:
     from hybrid_train.compression.removal import LayerRemoval
 

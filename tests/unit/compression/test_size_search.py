@@ -115,6 +115,14 @@ def test_layers_go_only_where_the_narrowest_widths_are_too_many() -> None:
     assert shorter.parameters < fewest
 
 
+def test_layers_that_go_together_go_together_in_the_search() -> None:
+    parent = replace(PARENT, pattern="*-*-*-")
+    scores = with_scores(random_ranking(parent), {f"layers.{METRIC}": [9, 0, 3, 3, 8, 0]})
+    cut = Cut(share=0.85, shrink=["depth"], depth=Depth(together=2))
+    child = choose(parent, scores, cut, ROWS)
+    assert [one.parent.number for one in child.selection.layers] == [1, 2, 5, 6]
+
+
 def fewest_of(cut: Cut) -> int:
     """The number that a refusal of a cut names."""
     with pytest.raises(ConfigError) as refused:

@@ -8,6 +8,7 @@ from hybrid_train.config import overrides
 from hybrid_train.config.checks import RULES, check
 from hybrid_train.config.compose import compose
 from hybrid_train.config.rules_of_hardware import HARDWARE_RULES
+from hybrid_train.config.rules_of_model import MODEL_RULES, rows_take_one_list
 from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
 from hybrid_train.config.rules_of_switches import SWITCH_RULES
 from hybrid_train.config.rules_of_teachers import TEACHER_RULES
@@ -267,10 +268,11 @@ def test_the_tiny_run_breaks_no_rule() -> None:
 
 def test_every_rule_has_a_case_that_breaks_it() -> None:
     # The number of processes is no setting; it has its own test below. So have number formats,
-    # cards, switches and teachers, in test_gemm_formats.py, test_native_rules.py,
-    # test_hardware_rules.py, test_switch_rules.py and test_teacher_rules.py.
+    # cards, switches, teachers and parts of a model, in test_gemm_formats.py,
+    # test_native_rules.py, test_hardware_rules.py, test_switch_rules.py, test_teacher_rules.py and
+    # test_model_rules.py.
     elsewhere = {"_processes_fit_the_degrees", "phases_are_in_order", "cluster_fits_the_run"}
-    elsewhere.add("layer_rules_decide")  # rules of a list; test_layout_rules.py breaks it
+    elsewhere |= {rule.__name__ for rule in (*MODEL_RULES, rows_take_one_list)}
     elsewhere |= {rule.__name__ for rule in (*PRECISION_RULES, *NATIVE_RULES)}
     elsewhere |= {rule.__name__ for rule in (*HARDWARE_RULES, *SWITCH_RULES, *TEACHER_RULES)}
     unbroken = {rule.__name__ for rule in RULES} - elsewhere

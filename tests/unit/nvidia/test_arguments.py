@@ -1,12 +1,24 @@
 """Our model section and their settings: each setting both ways, and what is refused, by name."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hybrid_train.nvidia import arguments
-from hybrid_train.nvidia.arguments import to_arguments, to_fields, to_model
-from hybrid_train.schema.model import Attention, Mamba, Mlp, Model, Moe, Mtp
+from hybrid_train.nvidia.arguments import FUNCTIONS, to_arguments, to_fields, to_model
+from hybrid_train.schema.model import (
+    Activation,
+    Attention,
+    Mamba,
+    Mlp,
+    Model,
+    Moe,
+    Mtp,
+    NormKind,
+    Rope,
+    RopeScaling,
+)
 from hybrid_train.schema.problems import UserError
 from tests.core_save import ARGUMENTS
 from tests.tiny import EVERY_KIND, tiny_job
@@ -29,11 +41,56 @@ UNUSUAL = Model(
 )  # fmt: skip
 
 
+# Transformers with all that the hybrids have not, in two kinds that exclude each other.
+QWEN = replace(
+    UNUSUAL, pattern="*-*-*", mamba=Mamba(), moe=Moe(), mtp=Mtp(),
+    attention=Attention(
+        heads=6, kv_heads=3, head_dim=24, qkv_bias=True, qk_norm=True,
+        rope=Rope(theta=123_456.0, fraction=0.75),
+    ),
+    mlp=Mlp(intermediate_size=80, activation=Activation.silu, gated=True),
+)  # fmt: skip
+NEMOTRON = replace(
+    QWEN, norm=NormKind.layer_1p, mlp=Mlp(intermediate_size=80),
+    attention=Attention(heads=6, kv_heads=3, head_dim=24, rope=Rope(theta=0.5 + 10_000)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [UNUSUAL, QWEN, NEMOTRON], ids=["hybrid", "Qwen", "Nemotron"])
 @pytest.mark.parametrize("write", [to_arguments, to_fields], ids=["arguments", "fields"])
-def test_every_setting_comes_back(write: Any) -> None:
-    settings = write(UNUSUAL)
-    settings.setdefault("activation_func", "megatron.core.activations.squared_relu")
-    assert to_model(settings, "here") == UNUSUAL
+def test_every_setting_comes_back(write: Any, model: Model) -> None:
+    settings = write(model)
+    if write is to_fields:  # which an export writes with the class of their config
+        settings["activation_func"] = {"_target_": FUNCTIONS[model.mlp.activation][0]}
+    assert to_model(settings, "here") == model
+
+
+def test_arguments_of_a_llama_are_those_that_megatron_lm_is_started_with() -> None:
+    llama = replace(QWEN, attention=Attention(rope=Rope(theta=1e6)))
+    said = to_arguments(llama)
+    wanted = {
+        "position_embedding_type": "rope", "use_rotary_position_embeddings": True,
+        "rotary_base": 1_000_000, "rotary_percent": 1.0, "swiglu": True, "squared_relu": False,
+        "normalization": "RMSNorm", "apply_layernorm_1p": False, "add_qkv_bias": False,
+    }  # fmt: skip
+    assert {name: said[name] for name in wanted} == wanted
+    assert type(said["rotary_base"]) is int, "which their parser asks for"
+
+
+SCALED = Rope(theta=5e5, scaling=RopeScaling.llama3)
+
+
+@pytest.mark.parametrize(
+    ("write", "model", "said"),
+    [
+        (to_fields, replace(QWEN, attention=Attention(rope=SCALED)), "rope.scaling is llama3"),
+        (to_arguments, replace(QWEN, mlp=Mlp(gated=True)), "squared_relu and model.mlp.gated true"),
+        (to_arguments, replace(QWEN, mlp=Mlp(activation=Activation.silu)), "gated false"),
+    ],
+)
+def test_what_theirs_cannot_say_is_refused_by_our_name(write: Any, model: Model, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        write(model)
 
 
 @pytest.mark.parametrize("pattern", ["M", "M-", "*-M", "ME*E", "M/*E", "M/*/*/*", "M-/M"])
@@ -77,17 +134,28 @@ def test_layers_of_mtp_are_read_in_each_way_they_were_said(
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "position_embedding_type is 'rope'": {"position_embedding_type": "rope"},
+    "position_embedding_type is 'yarn'": {"position_embedding_type": "yarn"},
+    "use_rope_scaling is True": {"position_embedding_type": "rope", "use_rope_scaling": True},
+    "rotary_interleaved is True": {"position_embedding_type": "rope", "rotary_interleaved": True},
+    "no_rope_freq is 4": {"position_embedding_type": "rope", "no_rope_freq": 4},
+    "rotary_seq_len_interpolation_factor is 2": {
+        "position_embedding_type": "rope", "rotary_seq_len_interpolation_factor": 2,
+    },
+    "rotary_base is '1e4'": {"position_embedding_type": "rope", "rotary_base": "1e4"},
+    "rope.fraction = 0.4: turns 3 of the 8": {
+        "position_embedding_type": "rope", "rotary_percent": 0.4,
+    },
     "normalization is 'LayerNorm'": {"normalization": "LayerNorm"},
     "apply_layernorm_1p is True": {"apply_layernorm_1p": True},
     "add_bias_linear is True": {"add_bias_linear": True},
-    "add_qkv_bias is True": {"add_qkv_bias": True},
+    "qk_norm = True: needs model.norm=rms": {
+        "qk_layernorm": True, "normalization": "LayerNorm", "apply_layernorm_1p": True,
+    },
     "swiglu is True": {"swiglu": True},
     "squared_relu is not set": {"squared_relu": False},
     "activation_func is torch.nn.functional.gelu": {
         "squared_relu": None, "activation_func": {"_target_": "torch.nn.functional.gelu"},
     },
-    "qk_layernorm is True": {"qk_layernorm": True},
     "window_size is": {"window_size": [128, 0]},
     "moe_router_score_function is 'softmax'": {"moe_router_score_function": "softmax"},
     "moe_router_num_groups is 4": {"moe_router_num_groups": 4},

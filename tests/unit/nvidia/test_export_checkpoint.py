@@ -1,6 +1,8 @@
 """What is exported has their names and comes back; tests/distributed lets Megatron-Core load it."""
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,21 @@ from hybrid_train.nvidia.checkpoint_folders import Trainer, look
 from hybrid_train.nvidia.export_checkpoint import export_as
 from hybrid_train.nvidia.import_checkpoint import import_checkpoint
 from hybrid_train.nvidia.nemo_context import io_json
-from hybrid_train.schema.model import LayerRule, MlpSizes
+from hybrid_train.schema.model import (
+    Activation,
+    Attention,
+    LayerRule,
+    Mlp,
+    MlpSizes,
+    NormKind,
+    Rope,
+)
 from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.train import TrainJob
 from hybrid_train.schema.units import tokens
 from tests.core_save import ARGUMENTS
-from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, tiny_job
-from tests.unit.checkpoint.content import content_of, engine_of, weights_of
+from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, tiny_engine, tiny_job
+from tests.unit.checkpoint.content import content_of, engine_of, take, weights_of
 
 pytestmark = MEGATRON_WARNINGS
 POSITION = {"step": 7, "tokens": 7 * 4 * LENGTH}
@@ -42,6 +53,45 @@ def run(groups: Any, tmp_path: Path) -> tuple[Path, Any]:
 def test_what_was_exported_comes_back(
     run: tuple[Path, Any], groups: Any, tmp_path: Path, trainer: Trainer
 ) -> None:
+    _require_same(run, engine_of(groups, seed=2), groups, tmp_path, trainer)
+
+
+def qwen_and_nemotron() -> Iterator[TrainJob]:
+    """Tiny Transformers with gates, biases, norms of heads and positions; with other norms."""
+    for norm in NormKind:
+        job, is_qwen = tiny_job("*-*-"), norm is NormKind.rms
+        job.model.norm = norm
+        job.model.mlp = Mlp(intermediate_size=64, gated=is_qwen)
+        if is_qwen:
+            job.model.mlp.activation = Activation.silu
+        job.model.attention = Attention(
+            heads=4, kv_heads=2, head_dim=8, qkv_bias=is_qwen, qk_norm=is_qwen,
+            rope=Rope(theta=1e4, fraction=0.5),
+        )  # fmt: skip
+        yield job
+
+
+@pytest.mark.parametrize("job", qwen_and_nemotron(), ids=["Qwen", "Nemotron"])
+@pytest.mark.parametrize("trainer", Trainer, ids=lambda one: one.name)
+def test_a_transformer_that_was_exported_comes_back(
+    groups: Any, tmp_path: Path, job: TrainJob, trainer: Trainer
+) -> None:
+    from hybrid_train.checkpoint import store
+
+    job = copy.deepcopy(job)
+    engine = tiny_engine(job, groups)
+    take(engine, 1)
+    store.save(tmp_path / "run", content_of(engine, groups), POSITION, keep=1)
+    job.model.vocab_size, job.run_dir = VOCAB, str(tmp_path / "run")
+    frozen.freeze(job, tmp_path / "run")
+    job.train.seed += 1
+    _require_same((tmp_path / "run", engine), tiny_engine(job, groups), groups, tmp_path, trainer)
+
+
+def _require_same(
+    run: tuple[Path, Any], other: Any, groups: Any, tmp_path: Path, trainer: Trainer
+) -> None:
+    """Export a run, import what came of it, and see that it is the same model."""
     from hybrid_train.checkpoint import layout
     from hybrid_train.checkpoint.save_load import read_weights
 
@@ -52,7 +102,6 @@ def test_what_was_exported_comes_back(
     assert after == before
     found = layout.locate(tmp_path / "back")
     assert found.position() == POSITION
-    other = engine_of(groups, seed=2)
     read_weights(found.path, other.network.chunks, groups)
     expected = weights_of(run[1])
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(other).items())

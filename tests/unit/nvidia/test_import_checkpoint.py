@@ -204,9 +204,9 @@ def test_a_model_that_is_not_ours_is_refused_before_anything_is_written(
 ) -> None:
     engine = engine_of(groups, seed=1)
     save_as_megatron_lm(
-        engine, groups, tmp_path / "theirs", squared_relu=False, position_embedding_type="rope"
+        engine, groups, tmp_path / "theirs", squared_relu=False, position_embedding_type="yarn"
     )
-    with pytest.raises(UserError, match="position_embedding_type is 'rope'") as error:
+    with pytest.raises(UserError, match="position_embedding_type is 'yarn'") as error:
         import_checkpoint(tmp_path / "theirs", tmp_path / "run", None, None)
     assert "squared_relu is not set" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]

@@ -41,6 +41,9 @@ def test_a_size_is_given_by_the_name_that_it_has_in_the_model() -> None:
         (Cut(depth=Depth(block=2, mamba=3)), ["depth.layers"]),
         (Cut(depth=Depth(layers=3, mamba=3, moe=2)), ["depth.layers"]),
         (Cut(depth=Depth(drop=["odd ones"])), ["depth.drop.0"]),
+        (Cut(depth=Depth(together=2, layers=3)), []),
+        (Cut(depth=Depth(together=2, mlp=3)), ["depth.together"]),
+        (Cut(depth=Depth(together=2)), ["share"]),
     ],
 )
 def test_what_contradicts_itself_is_told_where_it_stands(cut: Cut, paths: list[str]) -> None:
