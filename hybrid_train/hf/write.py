@@ -21,10 +21,10 @@ from hybrid_train.hf import config_json
 from hybrid_train.hf.family import Family
 from hybrid_train.hf.files import new_folder, write_json
 from hybrid_train.hf.origin import FOLDER, Origin
-from hybrid_train.hf.padding import Padded, filled_up
+from hybrid_train.hf.padding import filled_up
 from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import Theirs, theirs_from_ours, turn_round
+from hybrid_train.hf.tensors import Padded, Theirs, theirs_from_ours, turn_round
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
