@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from hybrid_train.hf import config_json
-from hybrid_train.hf.names import table
+from hybrid_train.hf.families.nemotron_h import LAYER_TYPES, NEMOTRON_H
 from hybrid_train.hf.read import INDEX, SINGLE
 
 VOCAB = 61  # ours is padded to 128 rows
-_WORDS = config_json.LAYER_TYPES
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -58,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def model_of(shape: str) -> NemotronHForCausalLM:
     """A model of transformers with random weights, none of which is as trivial as at the start."""
     sizes = dict(SHAPES[shape])
-    words = [_WORDS[letter] for letter in sizes.pop("pattern")]
+    words = [LAYER_TYPES[letter] for letter in sizes.pop("pattern")]
     config = NemotronHConfig(**_COMMON | sizes, layers_block_type=words)
     config._attn_implementation = config._experts_implementation = "eager"
     with torch.random.fork_rng():
@@ -98,7 +97,7 @@ def mtp_tensors(folder: Path) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
     return {
         part.name: torch.randn(part.shape, generator=generator)
-        for stored in table(model, model.vocab_size)
+        for stored in NEMOTRON_H.table(model, model.vocab_size)
         for part in stored.parts
         if part.name.startswith("mtp.")
     }

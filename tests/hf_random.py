@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerFast
 
 from hybrid_train.hf import config_json
+from hybrid_train.hf.families.nemotron_h import LAYER_TYPES
 from hybrid_train.hf.read import SINGLE
 from tests.hf_folders import mtp_tensors, scatter, write_files
 
@@ -77,16 +78,15 @@ def _model(draw: random.Random, seed: int, vocab_size: int) -> NemotronHForCausa
 def _sizes(draw: random.Random) -> dict[str, Any]:
     heads, mamba_heads, experts = (draw.choice((1, 2, 3, 4, 6)) for _ in range(3))
     experts = max(experts, 2)  # transformers 5.23 cannot run one
-    words = config_json.LAYER_TYPES
     letters = [draw.choice("M*-E") for _ in range(draw.randint(1, 6))]
     inner = draw.choice((["*", "E"], ["*"], ["E"], ["-", "*"], ["*", "E", "-"]))
     mtp = {
         "num_nextn_predict_layers": 1,
-        "mtp_layers_block_type": [words[letter] for letter in inner],
+        "mtp_layers_block_type": [LAYER_TYPES[letter] for letter in inner],
     }
     return {
         "hidden_size": draw.choice((16, 24, 32, 40)),
-        "layers_block_type": [words[letter] for letter in letters],
+        "layers_block_type": [LAYER_TYPES[letter] for letter in letters],
         "num_attention_heads": heads,
         "num_key_value_heads": draw.choice(_divisors(heads)),
         "head_dim": draw.choice((4, 8, 12)),
@@ -147,7 +147,7 @@ def _write_settings(draw: random.Random, folder: Path) -> None:
     config |= {"time_step_limit": values[limit]} if limit in values else {}
     if draw.random() < 0.5:  # as the released files have it
         words = config.pop("layers_block_type")
-        letters = {word: letter for letter, word in config_json.LAYER_TYPES.items()}
+        letters = {word: letter for letter, word in LAYER_TYPES.items()}
         config["hybrid_override_pattern"] = "".join(letters[word] for word in words)
         config["num_hidden_layers"] = len(words)
         config["rms_norm_eps"] = config.pop("layer_norm_epsilon")

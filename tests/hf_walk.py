@@ -24,7 +24,7 @@ from torch import Tensor
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.token_files import write_documents
 from hybrid_train.hf import config_json
-from hybrid_train.hf.names import table
+from hybrid_train.hf.families.nemotron_h import NEMOTRON_H
 from hybrid_train.hf.verify import load_theirs
 from hybrid_train.hf.write import Checkpoint, open_checkpoint
 from hybrid_train.schema.optimizer import Schedule
@@ -225,7 +225,7 @@ def _gradient_errors(
     """Yield the error of each part of a gradient, under the released name."""
     # A router that always gives one expert all the weight has no gradient but rounding errors.
     least = NOISE * max(grad.square().mean().sqrt().item() for grad in theirs.values())
-    for stored in table(checkpoint.model, checkpoint.vocab_size):
+    for stored in NEMOTRON_H.table(checkpoint.model, checkpoint.vocab_size):
         if stored.key not in ours or stored.key.startswith("mtp."):
             continue
         for part in stored.parts:

@@ -1,11 +1,12 @@
-"""The one table of names: our stored tensors <-> those of the released Hugging Face checkpoints.
+"""Tables of names: our stored tensors <-> those of the released checkpoints of a family.
 
 Both sides hold the same rows; a row is an index of the first axis. Some of our tensors are rows of
 one of theirs (the parts of in_proj), others are made of rows of several (queries, keys and values;
-the experts of a layer). Our column is that of `anatomy.layers`.
+gates and neurons; the experts of a layer). Our column is that of `anatomy.layers`; theirs is a
+`Spelling`, one for each family (`hf/families/`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid_train.anatomy import kinds as anatomy
@@ -17,38 +18,6 @@ from hybrid_train.schema.model import Model
 
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
-EMBEDDING = "backbone.embeddings.weight"
-# Ours below a layer -> theirs; parts that alternate are tensors of their own on that side.
-_THEIRS = {
-    "mixer.in_proj.layer_norm_weight": "norm.weight",
-    **{
-        same: same
-        for same in (
-            "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.A_log",
-            "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "mixer.out_proj.weight",
-        )
-    },
-    "self_attention.linear_qkv.layer_norm_weight": "norm.weight",
-    "self_attention.linear_qkv.weight": "mixer.{part}_proj.weight",
-    "self_attention.linear_proj.weight": "mixer.o_proj.weight",
-    "mlp.linear_fc1.layer_norm_weight": "norm.weight",
-    "mlp.linear_fc1.weight": "mixer.up_proj.weight",
-    "mlp.linear_fc2.weight": "mixer.down_proj.weight",
-    "pre_mlp_layernorm.weight": "norm.weight",
-    "mlp.router.weight": "mixer.gate.weight",
-    "mlp.router.expert_bias": "mixer.gate.e_score_correction_bias",
-    "mlp.fc1_latent_proj.weight": "mixer.fc1_latent_proj.weight",
-    "mlp.fc2_latent_proj.weight": "mixer.fc2_latent_proj.weight",
-    "mlp.shared_experts.linear_fc1.weight": "mixer.shared_experts.up_proj.weight",
-    "mlp.shared_experts.linear_fc2.weight": "mixer.shared_experts.down_proj.weight",
-    "mlp.experts.experts.linear_fc1.weight": "mixer.experts.{expert}.up_proj.weight",
-    "mlp.experts.experts.linear_fc2.weight": "mixer.experts.{expert}.down_proj.weight",
-    "decoder.final_norm.weight": "backbone.norm_f.weight",
-    **{
-        same: same
-        for same in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,11 +43,33 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """What a family calls its tensors.
+
+    Attributes:
+        embedding: the whole name of the embedding.
+        layers: what stands before the number of a layer, or of a block of two.
+        tensors: ours below a layer -> theirs; parts that alternate, and the gates and neurons of an
+            MLP, are tensors of their own on that side if the name has a `{part}`, else the rows of
+            one tensor, one part behind the other.
+        final_norm: what stands before the last part of the names of the last norm.
+        head: the whole name of the head.
+    """
+
+    embedding: str
+    layers: str
+    tensors: Mapping[str, str]
+    final_norm: str
+    head: str = HEAD
+
+
+@dataclass(frozen=True)
 class Names:
     """A prefix on either side: of the model, a layer, or a layer inside MTP."""
 
     ours: str
     theirs: str
+    spelling: Spelling
 
     def rows_of(
         self, ours: str, theirs: str, shape: Shape, rows: slice | None = None,
@@ -92,24 +83,30 @@ class Names:
         )
 
 
-def table(model: Model, vocab_size: int) -> Iterator[Stored]:
-    """Yield every tensor of a model, with the names of the released layout (`backbone.`).
+def table(
+    model: Model, vocab_size: int, spelling: Spelling, numbers: Sequence[int]
+) -> Iterator[Stored]:
+    """Yield every tensor of a model, with the names of the released layout.
 
     Args:
         model: the model.
         vocab_size: rows of their embedding and head; ours are padded.
+        spelling: of the family.
+        numbers: of each main layer on their side, or of the block that it is half of.
     """
-    root, sizes = Names("", ""), sizes_of(model)
-    yield _vocabulary(anatomy.EMBEDDING, EMBEDDING, model, vocab_size)
-    for layer in main_layers(model):
-        yield from _layer(layer, Names(layer.prefix, f"backbone.layers.{layer.number - 1}."))
+    sizes, main = sizes_of(model), main_layers(model)
+    yield _vocabulary(anatomy.EMBEDDING, spelling.embedding, model, vocab_size)
+    for layer, number in zip(main, numbers, strict=True):
+        yield from _layer(layer, Names(layer.prefix, f"{spelling.layers}{number}.", spelling))
     for one in anatomy.final_norm(sizes):
-        yield from _tensor(root, one, sizes)
+        theirs = f"{spelling.final_norm}.{one.stored.rpartition('.')[2]}"
+        yield Names("", "", spelling).rows_of(one.stored, theirs, one.shape(sizes))
     if not model.tie_embeddings:
-        yield _vocabulary(anatomy.HEAD, HEAD, model, vocab_size)
-    of_blocks = layers(model)[len(main_layers(model)) :]
+        yield _vocabulary(anatomy.HEAD, spelling.head, model, vocab_size)
+    of_blocks = layers(model)[len(main) :]
     for depth in range(1, mtp_blocks(model) + 1):
-        yield from _mtp_block([layer for layer in of_blocks if layer.depth == depth], sizes)
+        block = [layer for layer in of_blocks if layer.depth == depth]
+        yield from _mtp_block(block, sizes, spelling)
 
 
 def _vocabulary(ours: Parameter, theirs: str, model: Model, vocab_size: int) -> Stored:
@@ -125,28 +122,35 @@ def _layer(layer: Layer, names: Names) -> Iterator[Stored]:
 
 
 def _tensor(names: Names, one: Parameter, sizes: Sizes) -> Iterator[Stored]:
-    theirs, shape = _THEIRS[one.stored], one.shape(sizes)
+    theirs, shape = names.spelling.tensors[one.stored], one.shape(sizes)
     if one.of_experts:
         yield _stacked(names, one.stored, theirs, sizes.experts, shape)
-    elif one.dims[0].by:
-        yield _alternating(names, one, sizes)
-    elif len(one.dims[0].parts) > 1:
+    elif one.dims[0].apart:
         start = 0
         for part, _, number in one.dims[0].runs(sizes):
             rows = slice(start, start + number)
             yield names.rows_of(f"{one.stored}.{part.name}", theirs, shape, rows)
             start += number
+    elif len(one.dims[0].parts) > 1:
+        yield _joined(names, one, sizes)
     else:
         yield names.rows_of(one.stored, theirs, shape, keeps_float32=one.buffer)
 
 
-def _alternating(names: Names, one: Parameter, sizes: Sizes) -> Stored:
-    """Cut several of their tensors into runs of ours, which alternate."""
+def _joined(names: Names, one: Parameter, sizes: Sizes) -> Stored:
+    """Cut the parts of a tensor, on their side one behind the other, into the runs of ours."""
     shape, parts, at = one.shape(sizes), [], 0
+    theirs = names.spelling.tensors[one.stored]
+    before, first = {}, 0  # the first row of each part in a tensor that holds all of them
+    for part in one.dims[0].parts:
+        before[part.name] = first
+        first += part.size(sizes)
     for part, run, number in one.dims[0].runs(sizes):
-        name = names.theirs + _THEIRS[one.stored].format(part=part.name)
-        whole = (part.size(sizes), *shape[1:])
-        parts.append(Part(name, whole, run * number, (run + 1) * number, at, number))
+        rows, start = part.size(sizes), run * number
+        if "{part}" not in theirs:
+            rows, start = shape[0], start + before[part.name]
+        name = names.theirs + theirs.format(part=part.name)
+        parts.append(Part(name, (rows, *shape[1:]), start, start + number, at, number))
         at += number
     return Stored(names.ours + one.stored, shape, tuple(parts))
 
@@ -160,13 +164,14 @@ def _stacked(names: Names, ours: str, theirs: str, experts: int, shape: Shape) -
     return Stored(names.ours + ours, (experts, *shape), parts)
 
 
-def _mtp_block(block: Sequence[Layer], sizes: Sizes) -> Iterator[Stored]:
+def _mtp_block(block: Sequence[Layer], sizes: Sizes, spelling: Spelling) -> Iterator[Stored]:
     """Our blocks nest their layers; theirs are flat, what joins and ends a block on its edges."""
     depth, first = block[0].depth, (block[0].depth - 1) * len(block)
     ours, last = block_prefix(depth), first + len(block) - 1
     *opening, closing = anatomy.mtp_block(sizes)
     for one in opening:
-        yield from _tensor(Names(ours, f"mtp.layers.{first}."), one, sizes)
+        yield from _tensor(Names(ours, f"mtp.layers.{first}.", spelling), one, sizes)
     for inner, layer in enumerate(block):
-        yield from _layer(layer, Names(layer.prefix, f"mtp.layers.{first + inner}."))
-    yield from _tensor(Names(ours, f"mtp.layers.{last}."), closing, sizes)
+        names = Names(layer.prefix, f"mtp.layers.{first + inner}.", spelling)
+        yield from _layer(layer, names)
+    yield from _tensor(Names(ours, f"mtp.layers.{last}.", spelling), closing, sizes)

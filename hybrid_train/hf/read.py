@@ -19,8 +19,9 @@ from hybrid_train.checkpoint.tensor_files import CheckpointWriter, OpenFiles
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary
 from hybrid_train.hf import config_json, origin
+from hybrid_train.hf.family import LENGTH, Family
 from hybrid_train.hf.files import new_folder
-from hybrid_train.hf.names import EMBEDDING, HEAD, Stored, table
+from hybrid_train.hf.names import Stored
 from hybrid_train.hf.safetensors import Entry, read_header
 from hybrid_train.hf.tensors import ours_from_theirs
 from hybrid_train.schema.data import Data
@@ -37,11 +38,17 @@ _log = logging.getLogger(__name__)
 
 
 class Folder:
-    """The tensors of a Hugging Face folder, under the names of the released layout."""
+    """The tensors of a Hugging Face folder, under the names of the released layout of its family.
+
+    Attributes:
+        path: the folder.
+        family: that of its config.json.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._entries = dict(_released(_entries(path)))
+        self.family = config_json.family_of(config_json.read_config(path))
+        self._entries = dict(_released(_entries(path), self.family))
         self._files = OpenFiles()
 
     @property
@@ -144,11 +151,15 @@ def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Entry]:
     return entries
 
 
-def _released(entries: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    """Give every tensor its released name: `backbone.`, experts one by one."""
+def _released(entries: dict[str, Entry], family: Family) -> Iterator[tuple[str, Entry]]:
+    """Give every tensor its released name, experts one by one; leave out what is no weight."""
     seen: dict[str, Entry] = {}
     for name, entry in entries.items():
-        for released, one in _one_by_one(name, entry):
+        known = family.released(name)
+        if known is None:
+            _log.info("left out, since it follows from the config: %s", entry)
+            continue
+        for released, one in _one_by_one(known, entry):
             if released in seen:
                 raise UserError(f"{entry} is {seen[released]} a second time")
             seen[released] = one
@@ -156,10 +167,6 @@ def _released(entries: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
 
 
 def _one_by_one(name: str, entry: Entry) -> Iterator[tuple[str, Entry]]:
-    if name.startswith("model."):
-        name = f"backbone.{name.removeprefix('model.')}"
-    if name == "backbone.embedding.weight":
-        name = EMBEDDING
     match = _STACKED.fullmatch(name)
     if match is None:
         yield name, entry
@@ -187,10 +194,11 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
         UserError: if the folder is damaged or no model of the family; nothing is left behind.
     """
     config = config_json.read_config(source)
-    model = config_json.to_model(config, source / config_json.FILE)
+    family = config_json.family_of(config)
+    model = family.to_model(config, source / config_json.FILE)
     assert model.vocab_size is not None
     with Folder(source) as folder:
-        tensors = list(table(model, model.vocab_size))
+        tensors = list(family.table(model, model.vocab_size))
         _require_model(folder, model, tensors)
         cast = Cast(dtype)
         with new_folder(output) as partial:
@@ -199,7 +207,7 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
             _write_tensors(weights, tensors, folder, cast)
             layout.write_position(weights, {"step": 0, "tokens": 0})
             origin.keep(source, partial)
-            length = int(config.get(config_json.LENGTH) or 4096)
+            length = int(config.get(LENGTH) or family.length)
             main = dtype or folder.main_dtype()
             frozen.freeze(imported_job(model, output, length, main), partial)
     if not has_vocabulary(source):
@@ -216,22 +224,23 @@ def import_folder(source: Path, output: Path, dtype: torch.dtype | None) -> str:
 def _require_model(folder: Folder, model: Model, tensors: list[Stored]) -> None:
     """Refuse a folder that does not hold exactly the tensors of the model."""
     shapes = {part.name: part.shape for stored in tensors for part in stored.parts}
-    present = folder.names
-    if model.tie_embeddings and HEAD in present:
+    present, head = folder.names, folder.family.spelling.head
+    if model.tie_embeddings and head in present:
         _require_tied(folder)
-        present.discard(HEAD)
+        present.discard(head)
     require_shapes(folder, shapes, present)
 
 
 def _require_tied(folder: Folder) -> None:
-    shape = folder.shape(EMBEDDING) if EMBEDDING in folder.names else None
-    same = shape == folder.shape(HEAD) and all(
-        torch.equal(folder.read(HEAD, row, row + 1), folder.read(EMBEDDING, row, row + 1))
+    embedding, head = folder.family.spelling.embedding, folder.family.spelling.head
+    shape = folder.shape(embedding) if embedding in folder.names else None
+    same = shape == folder.shape(head) and all(
+        torch.equal(folder.read(head, row, row + 1), folder.read(embedding, row, row + 1))
         for row in range(shape[0])
     )
     if not same:
         raise UserError(
-            f"{folder.where(HEAD)} differs from {EMBEDDING}, but config.json says that they are "
+            f"{folder.where(head)} differs from {embedding}, but config.json says that they are "
             "one (tie_word_embeddings)"
         )
 

@@ -1,17 +1,22 @@
 """Compares logits position by position: ours and those of transformers (its gateway).
 
 Our logits are computed by Megatron, which is imported here, so the process must have been started
-before (`runtime/start.py`); theirs by the class NemotronH of transformers.
+before (`runtime/start.py`); theirs by the class of transformers that the family names.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hybrid_train.hf import config_json
+from hybrid_train.hf.rope_keys import FRACTIONS
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
@@ -68,12 +73,12 @@ def our_logits(model: Hybrid, tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def their_logits(loaded: NemotronHForCausalLM, tokens: Tensor) -> Tensor:
+def their_logits(loaded: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Return the logits of tokens [B, S]: [B, S, V] in float32."""
     return loaded(tokens.to(loaded.device), use_cache=False).logits.float()
 
 
-def load_theirs(folder: Path, model: Model) -> NemotronHForCausalLM:
+def load_theirs(folder: Path, model: Model) -> PreTrainedModel:
     """Load a folder in float32, from its files alone and without any code of its own.
 
     Args:
@@ -88,18 +93,29 @@ def load_theirs(folder: Path, model: Model) -> NemotronHForCausalLM:
             "transformers 5.23 cannot run a single expert (n_routed_experts is 1; "
             "modeling_nemotron_h.py 777): verify with logits=false compares the tensors"
         )
-    config = NemotronHConfig.from_pretrained(folder, local_files_only=True)
-    _mend(config, model)
+    said = config_json.read_config(folder)
+    family = config_json.family_of(said)
+    if not family.has_class:
+        raise UserError(
+            f"transformers has no class for {family.model_type}: verify with logits=false compares "
+            "the tensors"
+        )
+    kind = getattr(transformers, family.architecture)
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    if family.model_type == config_json.NEMOTRON_H.model_type:
+        _mend(config, model)
+    else:
+        _mend_dense(config, model, said)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    loaded = NemotronHForCausalLM.from_pretrained(
+    loaded: PreTrainedModel = kind.from_pretrained(
         folder, config=config, dtype=torch.float32, local_files_only=True,
         trust_remote_code=False, use_safetensors=True, weights_only=True,
     )  # fmt: skip
     return loaded.eval()
 
 
-def _mend(config: NemotronHConfig, model: Model) -> None:
+def _mend(config: PreTrainedConfig, model: Model) -> None:
     """Set what transformers 5.23 takes from a config otherwise than the released models' code.
 
     It limits Mamba's steps from below by time_step_min, which is a value of the initialisation
@@ -113,3 +129,10 @@ def _mend(config: NemotronHConfig, model: Model) -> None:
         )
         config.time_step_min = _NO_LIMIT
     config.head_dim, config.layer_norm_epsilon = model.attention.head_dim, model.norm_eps
+
+
+def _mend_dense(config: PreTrainedConfig, model: Model, said: Mapping[str, Any]) -> None:
+    """Set what transformers 5.23 does not know under its older names: kv_channels, rope_percent."""
+    config.head_dim = model.attention.head_dim
+    if FRACTIONS[0] not in {*said, *(said.get("rope_parameters") or ())}:
+        config.rope_parameters[FRACTIONS[0]] = model.attention.rope.fraction

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_train.anatomy.layers import stored_tensors
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.block_moves import Cast, Move, Rows, move_all, require_shapes
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import has_vocabulary, open_tokenizer
 from hybrid_train.hf import config_json
+from hybrid_train.hf.family import Family
 from hybrid_train.hf.files import new_folder, write_json
-from hybrid_train.hf.names import EMBEDDING, HEAD, table
-from hybrid_train.hf.origin import Origin
-from hybrid_train.hf.padding import Padded, filled_up, one_width
+from hybrid_train.hf.origin import FOLDER, Origin
+from hybrid_train.hf.padding import filled_up
 from hybrid_train.hf.read import INDEX
 from hybrid_train.hf.safetensors import Writer
-from hybrid_train.hf.tensors import Theirs, theirs_from_ours, turn_round
+from hybrid_train.hf.tensors import Padded, Theirs, theirs_from_ours, turn_round
+from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.train import TrainJob
@@ -79,29 +81,45 @@ class Checkpoint:
         return self.job.model
 
     @functools.cached_property
-    def told(self) -> Model:
-        """The model as a config.json says it.
+    def began(self) -> dict[str, Any] | None:
+        """The config.json of the folder that the run began with, if it began with one."""
+        folder = self.found.run_dir / FOLDER
+        return config_json.read_config(folder) if (folder / config_json.FILE).is_file() else None
+
+    @functools.cached_property
+    def family(self) -> Family:
+        """The family that the model is exported as.
 
         Raises:
-            UserError: if it cannot be said there.
+            UserError: if no family can say it.
         """
-        return one_width(self.model)
+        return config_json.family_for(self.model, self.began)
+
+    @functools.cached_property
+    def told(self) -> Model:
+        """The model as a config.json of its family says it.
+
+        Raises:
+            UserError: if no family can say it.
+        """
+        return self.family.told(self.model)
 
     def padded(self, weights: Rows) -> Padded:
         """Return weights as wide as the model that is told."""
-        return Padded(weights, {one.key: one.shape for one in table(self.told, self.vocab_size)})
+        return Padded(weights, self.told, self.vocab_size)
 
     def theirs(self) -> dict[str, Theirs]:
         """Return what the tensors of the other side are made of."""
-        made = turn_round(table(self.told, self.vocab_size))
-        if self.model.tie_embeddings:  # transformers 5.23 ties nothing: it reads a head of its own
-            one = made[EMBEDDING]
-            made[HEAD] = Theirs(HEAD, one.shape, one.keeps_float32, one.pieces)
+        made = turn_round(self.family.table(self.told, self.vocab_size))
+        if self.model.tie_embeddings and self.family.stores_tied_head:
+            one, head = made[self.family.spelling.embedding], self.family.spelling.head
+            made[head] = Theirs(head, one.shape, one.keeps_float32, one.pieces)
         return made
 
     def require_model(self, weights: Weights) -> None:
         """Refuse a checkpoint whose weights are not those of its config."""
-        shapes = {stored.key: stored.shape for stored in table(self.model, self.vocab_size)}
+        rows = padded_vocab_size(self.vocab_size, self.model.vocab_multiple)
+        shapes = {one.key: one.shape for one in stored_tensors(self.model, rows)}
         require_shapes(weights, shapes, weights.names)
 
 
@@ -182,22 +200,27 @@ def _main(theirs: dict[str, Theirs], formats: dict[str, torch.dtype]) -> str:
 
 def _config(checkpoint: Checkpoint, origin: Origin, dtype: str) -> dict[str, Any]:
     """Return the config.json: that of the folder it began with, where there was one, else new."""
-    length = trained_length(checkpoint)
+    length, family, said = trained_length(checkpoint), checkpoint.family, checkpoint.began
     make = functools.partial(
-        config_json.to_config,
+        family.to_config,
         checkpoint.told,
         vocab_size=checkpoint.vocab_size,
         length=length,
         dtype=dtype,
     )
-    if origin.folder is None:
+    if origin.folder is None or said is None:
         return make(token_ids=origin.token_ids())
-    path = origin.folder / config_json.FILE
-    config = config_json.read_config(origin.folder)
-    if changes := config_json.changes(config_json.to_model(config, path), checkpoint.told):
+    path, config = origin.folder / config_json.FILE, said
+    if family.model_type != said["model_type"]:
+        _log.warning(
+            "the model began as %s, which cannot say it any more; it is exported as %s",
+            said["model_type"], family.model_type,
+        )  # fmt: skip
+        config = make(token_ids={key: said.get(key) for key in config_json.TOKEN_IDS})
+    elif changes := config_json.changes(family.to_model(said, path), checkpoint.told):
         _log.info("%s is written anew, since these changed: %s", path.name, ", ".join(changes))
-        config = config_json.renewed(config, make(token_ids={}))
-    config = config_json.as_trained(config, length=length, dtype=dtype)
+        config = config_json.renewed(said, make(token_ids={}), checkpoint.told)
+    config = family.as_trained(config, length=length, dtype=dtype)
     return config if origin.is_same_tokenizer else origin.with_own_ids(config, path)
 
 

@@ -148,8 +148,7 @@ def _compare_tensors(checkpoint: Checkpoint, folder: Path) -> Differences:
 
 def _logits_agree(job: VerifyJob, checkpoint: Checkpoint) -> bool:
     folder = Path(job.hf)
-    config = config_json.read_config(folder)
-    model = config_json.to_model(config, folder / config_json.FILE)
+    model = config_json.to_model(config_json.read_config(folder), folder / config_json.FILE)
     generator = torch.Generator().manual_seed(job.seed)
     size = (job.sequences, job.length)
     tokens = torch.randint(checkpoint.vocab_size, size, generator=generator)

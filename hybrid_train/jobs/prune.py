@@ -23,9 +23,8 @@ from hybrid_train.config import frozen
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.secrets import masked
 from hybrid_train.data.any_tokenizer import copy_tokenizer, has_vocabulary
-from hybrid_train.hf import origin
+from hybrid_train.hf import config_json, origin
 from hybrid_train.hf.files import new_folder, refusals_named
-from hybrid_train.hf.padding import one_width
 from hybrid_train.hf.read import imported_job
 from hybrid_train.hf.write import Checkpoint, open_checkpoint, trained_length
 from hybrid_train.jobs import provenance
@@ -197,15 +196,15 @@ def _show(pruned: Pruned) -> None:
         print(f"\nlayers of the parent that are not in the child: {numbers}")  # noqa: T201
     if left := sizes["beside_weights"]:
         print(f"{show_bytes(left)} beside weights stay behind: the optimizer's state")  # noqa: T201
-    for one in _notes(pruned.parent.model, chosen.model):
+    for one in _notes(pruned.parent, chosen.model):
         print(f"note: {one}")  # noqa: T201
 
 
-def _notes(parent: Model, child: Model) -> Iterator[str]:
+def _notes(parent: Checkpoint, child: Model) -> Iterator[str]:
     """Yield what takes the parent and not the child: layouts, number formats, an export."""
-    yield from remarks(parent, child)
+    yield from remarks(parent.model, child)
     try:
-        one_width(child)
+        config_json.family_for(child, parent.began)
     except UserError as error:
         yield str(error)
 

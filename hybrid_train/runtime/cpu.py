@@ -305,6 +305,7 @@ def install() -> None:
             "runtime.device=cpu, but a GPU is visible to this process; hide it "
             "(CUDA_VISIBLE_DEVICES=) or use runtime.device=cuda"
         )
+    _note_factories()
     _redirect_device_calls()
     _redirect_tensors()
     _redirect_collectives()
@@ -331,6 +332,16 @@ def _redirect_device_calls() -> None:
         manual_seed_all=_nothing,  # torch.manual_seed calls it
         nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing),
     )
+
+
+def _note_factories() -> None:
+    """Let torch list its factories, which it does once: `with torch.device(...)` knows those alone.
+
+    Without it a model of transformers, which is built on the meta device, keeps values of angles
+    that it takes for initialised, and drops them with the device.
+    """
+    with torch.device("cpu"):
+        torch.empty(0)
 
 
 def _redirect_tensors() -> None:

@@ -87,15 +87,15 @@ def make_source(source: Path) -> int:
 
     from hybrid_train.config.compose import compose
     from hybrid_train.hf import config_json
+    from hybrid_train.hf.families.nemotron_h import NEMOTRON_H
     from hybrid_train.hf.files import write_json
-    from hybrid_train.hf.names import table
     from hybrid_train.hf.read import INDEX
     from hybrid_train.hf.safetensors import Writer
     from hybrid_train.hf.tensors import turn_round
 
     model = compose("count", ["model=ladder_1b", f"model.vocab_size={VOCAB}"]).model
     source.mkdir()
-    tensors = list(turn_round(table(model, VOCAB)).values())
+    tensors = list(turn_round(NEMOTRON_H.table(model, VOCAB)).values())
     half = len(tensors) // 2
     pool = torch.randn(2**23)  # more than any tensor has; drawing them all would take minutes
     weight_map, total = {}, 0

@@ -7,7 +7,7 @@ import pytest
 from hybrid_train.anatomy import counts
 from hybrid_train.anatomy.axes import Axis
 from hybrid_train.anatomy.layers import Layer, layers, main_layers, stored_tensors
-from hybrid_train.hf.names import table
+from hybrid_train.hf.families.nemotron_h import NEMOTRON_H
 from hybrid_train.planning.stages import layer_costs
 from hybrid_train.schema.model import LayerRule, MambaSizes, MlpSizes, Model, MoeSizes
 from tests.tiny import tiny_job
@@ -84,7 +84,7 @@ def test_stages_are_cut_by_the_cost_of_each_layer() -> None:
 def test_stored_tensors_are_those_that_the_table_of_names_has(tied: bool) -> None:
     model = with_rules("MEM*M-/*E/*E", mlp("6", 96))
     model.tie_embeddings = tied
-    expected = {one.key: one.shape for one in table(model, 61)}
+    expected = {one.key: one.shape for one in NEMOTRON_H.table(model, 61)}
     assert {one.key: one.shape for one in stored_tensors(model, 64)} == expected
     assert "decoder.layers.0.mixer.in_proj.weight.dt" in expected
     assert expected["decoder.layers.5.mlp.linear_fc1.weight"] == (96, 32)

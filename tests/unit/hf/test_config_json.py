@@ -11,6 +11,7 @@ from transformers import NemotronHConfig
 
 from hybrid_train.config.compose import compose
 from hybrid_train.hf import config_json
+from hybrid_train.hf.families.nemotron_h import NEMOTRON_H
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
 
@@ -23,7 +24,7 @@ def model_named(name: str) -> Model:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    return config_json.to_config(
+    return NEMOTRON_H.to_config(
         model_named(name),
         vocab_size=4096,
         length=8192,
@@ -147,9 +148,14 @@ def test_a_new_config_is_strict_json_and_has_no_limit_of_steps(name: str, tmp_pa
 
 def test_a_config_that_is_renewed_keeps_what_describes_no_computation() -> None:
     older = {"attention_head_dim": 3, "layers_block_type": ["moe"], "mtp_num_layers": 7}
-    said = {"auth": {"by": "a lab"}, "eos_token_id": [2, 5], "torch_dtype": "float16"} | older
+    said = {
+        "model_type": "nemotron_h",
+        "auth": {"by": "a lab"},
+        "eos_token_id": [2, 5],
+        "torch_dtype": "float16",
+    } | older
     made = config_of("nemotron_h_8b")
-    renewed = config_json.renewed(said, made)
+    renewed = config_json.renewed(said, made, model_named("nemotron_h_8b"))
     assert {key: renewed[key] for key in ("auth", "eos_token_id", "torch_dtype")} == {
         "auth": {"by": "a lab"}, "eos_token_id": [2, 5], "torch_dtype": "float16",
     }  # fmt: skip
@@ -171,12 +177,12 @@ def test_a_model_without_a_shared_expert_is_not_exported() -> None:
     model = model_named("tiny")
     model.moe = dataclasses.replace(model.moe, shared_intermediate_size=None)
     with pytest.raises(UserError, match="always has a shared expert"):
-        config_json.to_config(model, vocab_size=8, length=8, dtype="float32", token_ids={})
+        config_json.family_for(model)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no JSON"), ("[1]", "model_type is None"), ('{"model_type": "llama"}', "'llama'")],
+    [("{", "is no JSON"), ("[1]", "model_type is None"), ('{"model_type": "gemma"}', "'gemma'")],
 )
 def test_a_file_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)

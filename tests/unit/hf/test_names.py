@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.config.compose import compose
-from hybrid_train.hf.names import table
+from hybrid_train.hf.families.nemotron_h import NEMOTRON_H
 from hybrid_train.hf.tensors import turn_round
 from tests.tiny import MEGATRON_WARNINGS, VOCAB, tiny_job, tiny_model
 
@@ -29,13 +29,13 @@ def test_the_table_names_as_many_tensors_as_the_released_files_hold(
     model: str, tensors: int, elements: int
 ) -> None:
     job = compose("count", [f"model={model}", "model.vocab_size=131072"])
-    theirs = turn_round(table(job.model, 131072))
+    theirs = turn_round(NEMOTRON_H.table(job.model, 131072))
     assert len(theirs) == tensors
     assert sum(math.prod(one.shape) for one in theirs.values()) == elements
 
 
 def test_the_rows_of_every_tensor_of_theirs_are_named_once() -> None:
-    for one in turn_round(table(tiny_job("ME*-/*E/*E").model, VOCAB)).values():
+    for one in turn_round(NEMOTRON_H.table(tiny_job("ME*-/*E/*E").model, VOCAB)).values():
         at = 0
         for start, piece in sorted(one.pieces.items()):
             assert start == at, one.name
@@ -54,4 +54,4 @@ def test_the_table_has_the_names_and_shapes_that_a_run_saves(groups: Any, repeat
         shard.weight.key: tuple(shard.weight.global_shape)
         for shard in shards_of([tiny_model(job, groups)], groups)
     }
-    assert {stored.key: stored.shape for stored in table(job.model, VOCAB)} == saved
+    assert {stored.key: stored.shape for stored in NEMOTRON_H.table(job.model, VOCAB)} == saved

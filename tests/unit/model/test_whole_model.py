@@ -10,8 +10,7 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 
 from hybrid_train.data.batch import Batch
-from hybrid_train.hf.config_json import LAYER_TYPES
-from hybrid_train.hf.names import table
+from hybrid_train.hf.families.nemotron_h import LAYER_TYPES, NEMOTRON_H
 from hybrid_train.hf.tensors import turn_round
 from hybrid_train.schema.model import Model
 from tests.tiny import (
@@ -68,7 +67,7 @@ def their_weights(ours: Any, groups: Any, model: Model) -> dict[str, Tensor]:
         numbered = weight.prepend_axis_num  # the place of an expert on the first axis
         whole[weight.global_offset[:numbered]] = weight.data.detach()
     theirs = {}
-    for one in turn_round(table(model, VOCAB)).values():
+    for one in turn_round(NEMOTRON_H.table(model, VOCAB)).values():
         pieces = [stored[piece.key][piece.start : piece.stop] for piece in one.pieces.values()]
         name = one.name.replace("backbone.", "model.")
         theirs[name] = torch.cat(pieces).view(one.shape)
