@@ -22,6 +22,7 @@ from hybrid_train.config.commands import setting
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.rules_of_data import what_forbids
 from hybrid_train.jobs.run_folder import differences, is_untrained
+from hybrid_train.jobs.study_evaluation import PlannedEvaluation
 from hybrid_train.jobs.study_stages import PlannedStage, Stages
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema import formats
@@ -199,6 +200,8 @@ class PlannedRun:
         inputs: stages that it reads.
         job: what the lines compose to; None as long as that depends on what a stage will write, or
             on a rate that is not chosen.
+        evaluation: what it is asked once it has ended; None: nothing.
+        processes: that it takes.
     """
 
     variant: str
@@ -207,6 +210,8 @@ class PlannedRun:
     folder: Path
     inputs: Sequence[PlannedStage]
     job: TrainJob | None
+    evaluation: PlannedEvaluation | None = None
+    processes: int = 1
 
     @property
     def name(self) -> str:
@@ -268,6 +273,10 @@ class StudyPlan:
                 wanted |= {stage.digest, *(one.digest for one in stage.ancestors())}
         return [one for one in self.stages if one.digest in wanted and not one.is_finished()], runs
 
+    def evaluations(self) -> list[PlannedEvaluation]:
+        """Return what all runs are asked."""
+        return [run.evaluation for run in self.runs if run.evaluation is not None]
+
 
 def plan_study(study: StudyJob) -> StudyPlan:
     """Compose every stage and run; seed after seed, so that a stopped study has whole seeds.
@@ -298,6 +307,9 @@ def plan_study(study: StudyJob) -> StudyPlan:
             raise ConfigError([*of_stages, *_by_variant(found, len(study.chosen())), *outside])
         runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants in their order
         _require_same_runs(runs, stages)
+        for run in runs:
+            if run.evaluation and run.is_finished() and not run.evaluation.is_finished():
+                run.evaluation.require_checkpoint()
     return StudyPlan(list(stages.planned.values()), runs, rates.trials, rates.choices)
 
 
@@ -313,23 +325,31 @@ def _of_variant(study: StudyJob, name: str, stages: Stages, rates: Rates) -> Ite
         # One that is not chosen yet stands for the others; each of them is checked by its trial.
         lines.append(f"{RATE_KEY}={study.rates.candidates[0] if rate is None else rate}")
     composed: dict[tuple[str, ...], TrainJob | None] = {}
+    asked, processes = study.asked_of(name), study.variants[name].processes
     for seed in study.seeds:
-        inputs = stages.inputs(lines, seed)
+        inputs = stages.inputs([*lines, *asked], seed)
         if inputs is None:
             return  # a stage cannot run, which is reported there
         are_there = all(one.is_finished() for one in inputs.values())
         filled = tuple(stages.filled(lines, seed, ahead=not are_there))
         if filled not in composed:
-            job = stages.checked("train", filled)
+            job = stages.checked("train", filled, processes)
             assert job is None or isinstance(job, TrainJob)
             composed[filled] = job
+            if asked:
+                stages.check_evaluation(asked, seed)
         job = copy.deepcopy(composed[filled]) if is_known else None
         folder = f"{study.run_dir}/{name}/seed_{seed}"
         if job is not None:
             job.train.seed, job.run_dir = seed, folder
         own = [f"train.seed={seed}", setting("run_dir", folder)]
         real = [*stages.filled(lines, seed, ahead=False), *own]
-        yield PlannedRun(name, seed, real, Path(folder), tuple(inputs.values()), job)
+        run = PlannedRun(
+            name, seed, real, Path(folder), tuple(inputs.values()), job, processes=processes
+        )
+        settings = stages.filled(asked, seed, ahead=False)
+        evaluation = PlannedEvaluation(run.name, run.folder, settings) if asked else None
+        yield replace(run, evaluation=evaluation)
 
 
 def _names_rate(lines: Sequence[str]) -> bool:

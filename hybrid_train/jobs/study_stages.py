@@ -23,6 +23,7 @@ from hybrid_train.config import checks, compose, frozen
 from hybrid_train.config.commands import COMMANDS, quoted, root_of, setting
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.data import quickstart
+from hybrid_train.jobs.study_evaluation import COMMAND, places
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema import formats
 from hybrid_train.schema.data import Quickstart
@@ -183,19 +184,40 @@ class Stages:
         }
         return [_filled(line, {**places, SEED: str(seed)}) for line in lines]
 
-    def checked(self, root: str, lines: Sequence[str]) -> checks.Job | None:
+    def checked(self, root: str, lines: Sequence[str], processes: int = 1) -> checks.Job | None:
         """Compose a job; None if what is wrong with it is only that an input is not there yet.
+
+        Args:
+            root: of the job.
+            lines: its overrides.
+            processes: that it will run on.
 
         Raises:
             ConfigError: with all other problems.
         """
         try:
-            return compose.compose(root, lines)
+            return compose.compose(root, lines, processes=processes)
         except ConfigError as error:
             found = [one for one in error.problems if str(self._scratch) not in repr(one)]
             if found:
                 raise ConfigError(found) from error
             return None
+
+    def check_evaluation(self, lines: Sequence[str], seed: int) -> None:
+        """Check what runs will be asked, which are not there yet.
+
+        Raises:
+            ConfigError: with all problems, by the setting of the study.
+        """
+        ahead = self.filled(lines, seed, ahead=True)
+        try:
+            self.checked(
+                COMMAND, [*ahead, *places(self._scratch / "run", self._scratch / "output")]
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                [dataclasses.replace(one, path=f"evaluate: {one.path}") for one in error.problems]
+            ) from error
 
     def as_it_will_be(self, text: object) -> object:
         """Return a value with the folders of stages in place of those that stand for them."""
