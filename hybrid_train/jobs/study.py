@@ -196,7 +196,7 @@ def _commands(tasks: Sequence[Task], threads: int, alone: int) -> list[Command]:
     at_depth = Counter(depths)
     commands = []
     for task, before, depth in zip(tasks, after, depths, strict=True):
-        processes = task.processes if isinstance(task, PlannedRun) else 1
+        processes = 1 if isinstance(task, PlannedEvaluation) else task.processes
         own = alone // processes if at_depth[depth] == 1 and len(tasks) > 1 else threads
         own, name = max(1, own), _command_of(task)
         lines = [*task.lines, *([f"runtime.threads={own}"] if name in _TAKE_THREADS else [])]

@@ -1,10 +1,10 @@
 """The plan of a study: its stages and runs, and the learning rate of each kind of run.
 
 A rate is chosen by trials, for each objective, and apart for runs that begin with trained weights,
-which want smaller steps. The first variant of a kind trains with every candidate, each on the same
-share of the tokens and with a seed that is not reported; the lowest loss wins. Trials are stages
-like others: equal ones run once for all studies. What was chosen is written into the folder of the
-study, which keeps to it.
+which want smaller steps; or for each variant. The first variant of a kind trains with every
+candidate, each on the same share of the tokens and with a seed that is not reported; the lowest
+loss wins. Trials are stages like others: equal ones run once for all studies. What was chosen is
+written into the folder of the study, which keeps to it.
 """
 
 import copy
@@ -110,20 +110,23 @@ class Rates:
         self._written = written_rates(Path(study.run_dir))
         self._asked: set[str] = set()
 
-    def of(self, kind: str, lines: Sequence[str], run_tokens: int) -> float | None:
+    def of(
+        self, kind: str, lines: Sequence[str], run_tokens: int, processes: int = 1
+    ) -> float | None:
         """Return the rate of a kind of run; None if it is not chosen yet.
 
         Args:
             kind: of the run.
             lines: overrides of a variant; the first that asks for a kind is tried.
             run_tokens: of a run of it.
+            processes: of such a run.
         """
         if kind not in self._asked:
             self._asked.add(kind)
-            self._ask(kind, lines, int(run_tokens * self._study.rates.share))
+            self._ask(kind, lines, int(run_tokens * self._study.rates.share), processes)
         return self.choices[kind].chosen if kind in self.choices else None
 
-    def _ask(self, kind: str, lines: Sequence[str], tokens: int) -> None:
+    def _ask(self, kind: str, lines: Sequence[str], tokens: int, processes: int) -> None:
         asked = self._study.rates
         own = [*lines, f"train.tokens={tokens}", f"train.seed={asked.seed}"]
         known = self._written.get(kind)
@@ -133,7 +136,8 @@ class Rates:
             return
         for rate in asked.candidates:
             name = f"rate {rate} of {kind}"
-            stage = self._stages.plan(name, "train", [*own, f"{RATE_KEY}={rate}"], asked.seed)
+            tried = [*own, f"{RATE_KEY}={rate}"]
+            stage = self._stages.plan(name, "train", tried, asked.seed, processes)
             if stage is not None:  # else one that it reads cannot run, which is reported there
                 self.trials.append(Trial(kind, rate, stage, tokens, own))
 
@@ -317,15 +321,16 @@ def _of_variant(study: StudyJob, name: str, stages: Stages, rates: Rates) -> Ite
     """Yield the runs of a variant; what is the same for all seeds is composed once."""
     lines = [*study.base, *study.variants[name].overrides, *study.overrides]
     own = [*study.variants[name].overrides, *study.overrides]
+    processes = study.variants[name].processes
     is_known = not study.rates.candidates or _names_rate(own)
     if not is_known and stages.inputs(lines, study.seeds[0]) is not None:
-        kind, length = _kind_and_tokens(lines, study.seeds[0], stages)
-        rate = rates.of(kind, lines, length)
+        kind, length = _kind_and_tokens(lines, study.seeds[0], stages, processes)
+        rate = rates.of(name if study.rates.each else kind, lines, length, processes)
         is_known = rate is not None
         # One that is not chosen yet stands for the others; each of them is checked by its trial.
         lines.append(f"{RATE_KEY}={study.rates.candidates[0] if rate is None else rate}")
     composed: dict[tuple[str, ...], TrainJob | None] = {}
-    asked, processes = study.asked_of(name), study.variants[name].processes
+    asked = study.asked_of(name)
     for seed in study.seeds:
         inputs = stages.inputs([*lines, *asked], seed)
         if inputs is None:
@@ -356,14 +361,16 @@ def _names_rate(lines: Sequence[str]) -> bool:
     return any(line.partition("=")[0].lstrip("+~") == RATE_KEY for line in lines)
 
 
-def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[str, int]:
+def _kind_and_tokens(
+    lines: Sequence[str], seed: int, stages: Stages, processes: int
+) -> tuple[str, int]:
     """Return of which kind a variant is, and the tokens of a run of it.
 
     Raises:
         ConfigError: if the lines say neither, with all that is wrong with them.
     """
     filled = stages.filled(lines, seed, ahead=True)
-    known = stages.checked("train", filled)
+    known = stages.checked("train", filled, processes)
     assert known is None or isinstance(known, TrainJob)
     config = known or compose.draft("train", filled).config
     begins = "" if config.checkpoint.load is None else " from trained weights"

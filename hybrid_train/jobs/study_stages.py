@@ -62,6 +62,7 @@ class PlannedStage:
         path: of its folder; it has none if it writes none. Its log and its mark lie beside.
         inputs: stages that it reads.
         job: what the lines compose to; None as long as that depends on what an input will write.
+        processes: that it takes.
     """
 
     name: str
@@ -71,6 +72,7 @@ class PlannedStage:
     path: Path
     inputs: Sequence["PlannedStage"]
     job: checks.Job | None
+    processes: int = 1
 
     @property
     def log(self) -> Path:
@@ -253,10 +255,16 @@ class Stages:
         command = self._study.stages[name].command
         _require_stage(command)
         shown = name if seed is None else f"{name} seed {seed}"
-        return self.plan(shown, command, self._lines(name), seed)
+        processes = self._study.stages[name].processes
+        return self.plan(shown, command, self._lines(name), seed, processes)
 
     def plan(
-        self, shown: str, command: str, lines: Sequence[str], seed: int | None
+        self,
+        shown: str,
+        command: str,
+        lines: Sequence[str],
+        seed: int | None,
+        processes: int = 1,
     ) -> PlannedStage | None:
         """Plan a job that writes a folder; None if a stage that it reads cannot run.
 
@@ -265,6 +273,7 @@ class Stages:
             command: word of the command line.
             lines: its overrides.
             seed: that `{seed}` stands for.
+            processes: that it takes.
 
         Raises:
             ConfigError: if it cannot run itself.
@@ -273,7 +282,8 @@ class Stages:
         if inputs is None:
             return None  # the reason is reported where it is
         root, ahead = root_of(command), self.filled(lines, seed, ahead=True)
-        job = self.checked(root, [*ahead, *_place(command, self._scratch / "output")])
+        there = _place(command, self._scratch / "output")
+        job = self.checked(root, [*ahead, *there], processes)
         digest = self._digest(root, job or compose.draft(root, ahead).config)
         if digest in self.planned:
             return self.planned[digest]
@@ -281,8 +291,9 @@ class Stages:
         self._stand_in(digest, job)
         real = [*self.filled(lines, seed, ahead=False), *_place(command, path)]
         values = tuple(inputs.values())
-        self.planned[digest] = PlannedStage(shown, command, real, digest, path, values, job)
-        return self.planned[digest]
+        stage = PlannedStage(shown, command, real, digest, path, values, job, processes)
+        self.planned[digest] = stage
+        return stage
 
     def _stand_in(self, digest: str, job: checks.Job | None) -> None:
         folder = self._scratch / digest

@@ -55,6 +55,7 @@ class Stage:
 
     command: Name = "train"  # a word of the command line: convert, "data tokenize", ...
     overrides: list[str] = field(default_factory=list)  # all of its settings but where it writes
+    processes: Processes = 1  # by torchrun on this machine, as of a variant
 
 
 @dataclass(kw_only=True)
@@ -72,11 +73,13 @@ class RateChoice:
     """Chooses schedule.peak_lr before the variants run, once for each kind of objective.
 
     Runs that begin with trained weights (checkpoint.load) are a kind of their own. The first
-    variant of a kind trains with every candidate; the lowest loss at the end wins. What the
-    overrides of a variant, or your own, say of schedule.peak_lr stays.
+    variant of a kind trains with every candidate; the lowest loss at the end wins. With `each` all
+    variants do, since their models want rates of their own. What the overrides of a variant, or
+    your own, say of schedule.peak_lr stays.
     """
 
     candidates: list[Rate] = field(default_factory=list)  # empty: none is chosen
+    each: bool = False  # each variant tries them, not the first one of a kind of objective
     share: Share = 0.25  # of the tokens of a run, for each of them
     seed: Seed = 0  # of these runs; no seed of the study, so that none is judged by what it chose
 
