@@ -9,11 +9,15 @@ an end; there the first token is not scored.
     perplexity     exp(loss)
     bits per byte  sum of nats / (bytes * ln 2), bytes of the text in UTF-8, none of special tokens
 
+Split by position, the groups are ranges of how many tokens of its window a token has before it. A
+document then has an item for each range, and one of its bytes, which belong to no range.
+
 The loss is one per token of a tokenizer, bits per byte are the same measure for all: for a model
 with another tokenizer the text is encoded anew.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +78,7 @@ class HeldOut:
             against: name of the model that `Subject.against` is; None: there is none.
 
         Raises:
-            UserError: if there are no documents.
+            UserError: if there are no documents, or positions are asked for that no window has.
         """
         if not any(len(one) for one in sources.values()):
             raise UserError(
@@ -88,9 +92,17 @@ class HeldOut:
         self.documents = [
             Document(name, number, ids, _text(tokenizer, ids))
             for name, source in sources.items()
-            for number, ids in _drawn(name, source, seed, budget, limit)
+            for number, ids in drawn(name, source, seed, budget, limit)
         ]
+        if settings.positions and settings.positions[-1] >= length:
+            raise UserError(
+                f"task.heldout.positions = {settings.positions}: must lie below the tokens of a "
+                f"window, {length}; set task.heldout.length to read more at once"
+            )
+        self._positions = settings.positions
         self.settings: dict[str, Any] = {"tokens": budget, "length": length, "against": against}
+        if settings.positions:  # results of before there were any keep their hash
+            self.settings["positions"] = list(settings.positions)
         texts = [(one.source, one.number, _sha(one.text)) for one in self.documents]
         self.items_hash = digest(texts)
 
@@ -105,8 +117,9 @@ class HeldOut:
         texts = [text for of_document in windows for text in of_document]
         scores = iter(score(subject.network, texts, rows=rows, against=subject.against))
         return [
-            self._result(subject, document, [next(scores) for _ in of_document])
+            item
             for document, of_document in zip(self.documents, windows, strict=True)
+            for item in self._results(subject, document, [next(scores) for _ in of_document])
         ]
 
     def _windows(self, reader: Reader, document: Document) -> list[Text]:
@@ -123,19 +136,23 @@ class HeldOut:
         end = [reader.tokenizer.end_of_document] if is_whole else []
         return [*reader.tokenizer.encode(document.text), *end]
 
-    def _result(self, subject: Subject, document: Document, scores: Sequence[Scores]) -> ItemResult:
-        count = float(sum(len(one.log_probs) for one in scores))
-        nats = -_total(one.log_probs for one in scores)
-        values = {
-            "loss": (nats, count),
-            "bits_per_byte": (nats / math.log(2), float(self._bytes(subject.reader, document))),
-            "accuracy": (_total(one.greedy for one in scores), count),
-        }
-        if subject.against is not None:
-            values["agreement"] = (_total(one.agrees for one in scores), count)
-            values["divergence"] = (_total(one.divergence for one in scores), count)
-        group = document.source if self._has_groups else ""
-        return ItemResult(f"{document.source}/{document.number}", values, group)
+    def _results(
+        self, subject: Subject, document: Document, scores: Sequence[Scores]
+    ) -> Iterator[ItemResult]:
+        name = f"{document.source}/{document.number}"
+        nats, _ = _sum_of((one.log_probs for one in scores), slice(None))
+        of_bytes = (-nats / math.log(2), float(self._bytes(subject.reader, document)))
+        if not self._positions:
+            values = _values(scores, slice(None))
+            values = {"loss": values.pop("loss"), "bits_per_byte": of_bytes, **values}
+            yield ItemResult(name, values, document.source if self._has_groups else "")
+            return
+        yield ItemResult(name, {"bits_per_byte": of_bytes}, document=name)
+        for first, end in itertools.pairwise([0, *self._positions, self._length]):
+            values = _values(scores, slice(first, end))
+            if values["loss"][1]:
+                group = f"position={first}-{end - 1}"
+                yield ItemResult(f"{name}/{first}", values, group, document=name)
 
     def _bytes(self, reader: Reader, document: Document) -> int:
         """Count the bytes of the text that the scored tokens stand for."""
@@ -145,7 +162,7 @@ class HeldOut:
         return whole - len(_text(reader.tokenizer, self._encoded(reader, document)[:1]).encode())
 
 
-def _drawn(
+def drawn(
     name: str, source: Joined, seed: int, budget: int, limit: int | None
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield numbers and tokens of documents in a random order; the last is cut at the budget."""
@@ -161,9 +178,22 @@ def _drawn(
             taken, given = taken + length, given + 1
 
 
-def _total(parts: Iterable[Tensor | None]) -> float:
-    """Add up the values of the windows of a document, in float64."""
-    return math.fsum(float(one.double().sum()) for one in parts if one is not None)
+def _values(scores: Sequence[Scores], positions: slice) -> dict[str, tuple[float, float]]:
+    """Return the metrics of a document, per token, over some positions of its windows."""
+    nats, count = _sum_of((one.log_probs for one in scores), positions)
+    found = {
+        "accuracy": _sum_of((one.greedy for one in scores), positions),
+        "agreement": _sum_of((one.agrees for one in scores), positions),
+        "divergence": _sum_of((one.divergence for one in scores), positions),
+    }
+    known = {metric: value for metric, value in found.items() if value[1]}
+    return {"loss": (-nats, count), **known}
+
+
+def _sum_of(windows: Iterable[Tensor | None], positions: slice) -> tuple[float, float]:
+    """Add up the values of the windows of a document, in float64; return their number, too."""
+    parts = [one[positions] for one in windows if one is not None]
+    return math.fsum(float(one.double().sum()) for one in parts), float(sum(map(len, parts)))
 
 
 def _text(tokenizer: AnyTokenizer, ids: Sequence[int]) -> str:

@@ -150,6 +150,7 @@ class _Loop:
         self._idle = settings.rows  # the row of a rank that has nothing to do while others have
         self._model = CachedModel(network, settings.rows + (dp.size() > 1))
         self._vocab_size = min(settings.vocab_size, network.vocab_size)
+        self._record = record
         self._drafting = Drafting(network, settings.drafts, record)
         self._waiting = itertools.islice(enumerate(requests), dp.rank(), None, dp.size())
         self._rows: list[_Row] = []
@@ -348,6 +349,8 @@ class _Loop:
         for place in reversed(range(len(self._rows))):
             if self._rows[place].finish is None:
                 continue
+            kept = self._model.bytes_of(place)
+            self._record.cache_bytes = max(self._record.cache_bytes, kept)
             free = place
             if place < self._answering:
                 self._answering -= 1

@@ -185,6 +185,10 @@ class CachedModel:
                 state[rows] = before
         return torch.cat(drafts, dim=1)
 
+    def bytes_of(self, row: int) -> int:
+        """Count the bytes that the layers of this process keep of a row."""
+        return sum(cache.bytes_of(row) for cache in self._all_caches())
+
     def clear(self, row: int, longest: int = 0) -> None:
         """Empty a row, and say how many tokens it may come to have."""
         with torch.inference_mode():

@@ -37,6 +37,7 @@ class Record:
         drafted: drafts that were right or wrong, by their place ahead, from 0.
         accepted: of these.
         lengths: how many steps had drafts of each length.
+        cache_bytes: that the layers of this process kept of the longest text so far.
     """
 
     row_steps: int = 0
@@ -44,6 +45,7 @@ class Record:
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)
+    cache_bytes: int = 0
 
     @property
     def acceptance_length(self) -> float:

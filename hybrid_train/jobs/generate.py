@@ -230,16 +230,16 @@ class PromptReader:
         """Refuse tokens that the model does not know; say what it has not learned to go on from.
 
         Raises:
-            UserError: if the embedding has no row for a token.
+            UserError: if a token is no row of the embedding, or a row that stands for none.
         """
-        rows, length = self.job.model.vocab_size, self.job.train.sequence_length
-        rows = self.tokenizer.vocab_size if rows is None else rows
-        if (last := max(ids)) >= rows:
+        known, length = self.known_tokens, self.job.train.sequence_length
+        if (last := max(ids)) >= known:
             is_known = last < self.tokenizer.vocab_size
             text = f" ({self.tokenizer.decode([last])!r})" if is_known else ""
+            whose = "model" if is_known else "tokenizer"
             raise UserError(
-                f"{where}: token {last}{text} is beyond the vocabulary of the model, which has "
-                f"{rows}"
+                f"{where}: token {last}{text} is beyond the vocabulary of the {whose}, which has "
+                f"{known}"
             )
         if len(ids) > length:
             _log.warning(

@@ -16,7 +16,7 @@ from hybrid_train.config import frozen
 from hybrid_train.data.any_tokenizer import AnyTokenizer, has_vocabulary
 from hybrid_train.data.documents import Joined
 from hybrid_train.data.run_data import RunData, open_held_out
-from hybrid_train.evaluation import heldout
+from hybrid_train.evaluation import decoding, heldout
 from hybrid_train.evaluation.reader import Reader
 from hybrid_train.evaluation.results import (
     Checkpoint,
@@ -176,15 +176,19 @@ def measures(
     Raises:
         UserError: on all processes, if what a task is made from is missing.
     """
-    own = [name for name in asking.task_names if name != heldout.NAME]
+    of_text = [name for name in asking.task_names if name in (heldout.NAME, decoding.NAME)]
+    own = [name for name in asking.task_names if name not in of_text]
 
     def made() -> Iterator[Measure]:
-        if heldout.NAME in asking.task_names:
+        opened = text() if of_text else {}
+        if heldout.NAME in of_text:
             settings = asking.task.heldout
             yield heldout.HeldOut(
-                text(), tokenizer, settings, length=settings.length or length, seed=asking.seed,
+                opened, tokenizer, settings, length=settings.length or length, seed=asking.seed,
                 limit=asking.limit, against=against,
             )  # fmt: skip
+        if decoding.NAME in of_text:
+            yield decoding.Decoding(opened, asking.task.decoding, seed=asking.seed)
         for task in build_tasks(own, asking.task):
             yield Questions(task, frozen.to_dict(getattr(asking.task, task.name)), asking)
 
@@ -371,7 +375,7 @@ def in_training(
         length=job.train.sequence_length,
     )  # fmt: skip
     for one in made:
-        if isinstance(one, Questions) and one.has_written:
+        if isinstance(one, decoding.Decoding) or (isinstance(one, Questions) and one.has_written):
             _require_writing(one.name, phases)
 
     def ask(run: Run) -> dict[str, float]:

@@ -105,9 +105,11 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
     }
 
 
-def command(name: str, lines: Sequence[str]) -> list[str]:
-    """Return the command that starts a job in a process of its own."""
-    return [sys.executable, "-m", "hybrid_train", *name.split(), *lines]
+def command(name: str, lines: Sequence[str], processes: int = 1) -> list[str]:
+    """Return the command that starts a job in a process of its own, or in several by torchrun."""
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    launcher = several if processes > 1 else []
+    return [sys.executable, "-m", *launcher, "hybrid_train", *name.split(), *lines]
 
 
 def combinations(lines: Sequence[str]) -> list[list[str]]:

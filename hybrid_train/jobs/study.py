@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from hybrid_train.checkpoint.layout import FOLDER as CHECKPOINTS
 from hybrid_train.config.rules_of_data import what_forbids
 from hybrid_train.data.quickstart import prepare
 from hybrid_train.jobs import multirun
+from hybrid_train.jobs.study_evaluation import COMMAND, PlannedEvaluation
 from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, choose_rates, plan_study
 from hybrid_train.jobs.study_report import report
 from hybrid_train.jobs.study_stages import PlannedStage
@@ -46,8 +47,8 @@ from hybrid_train.tracking.metrics import show, show_duration
 _POLL_S = 0.2
 Running = dict[int, tuple["subprocess.Popen[bytes]", float]]  # by number: process, start
 _LAST_LINES = 15  # of the log of a run that failed
-_TAKE_THREADS = ("train", "distill_targets", "importance", "generate", "verify")
-Task = PlannedStage | PlannedRun
+_TAKE_THREADS = ("train", "distill_targets", "importance", "generate", "verify", "evaluate")
+Task = PlannedStage | PlannedRun | PlannedEvaluation
 _log = logging.getLogger(__name__)
 
 
@@ -60,12 +61,14 @@ class Command:
         log: file that takes what it says.
         after: numbers of the commands that must have ended well before it starts.
         threads: of it alone, where nothing can run beside it; None: those of the queue.
+        processes: that it is; one of several waits until so many can run.
     """
 
     words: Sequence[str]
     log: Path
     after: Sequence[int] = ()
     threads: int | None = None
+    processes: int = 1
 
 
 def run(job: StudyJob) -> int:
@@ -117,15 +120,26 @@ def _run_tasks(
     at_once = _at_once(study, [*runs, *stages])
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // at_once)
+    tasks = [*stages, *_with_evaluations(planned, runs)]
     with _locked(stages):
         _log.info("%d at once, %s each", at_once, counted(threads, "thread"))
-        _prepare_data([*stages, *runs])
-        progress = _Progress(study, planned, [*stages, *runs], at_once)
-        commands = _commands(stages, runs, threads, cores if study.parallel is None else threads)
+        _prepare_data(tasks)
+        progress = _Progress(study, planned, tasks, at_once)
+        commands = _commands(tasks, threads, cores if study.parallel is None else threads)
         received = run_queue(commands, at_once, threads, progress.ended)
     if received is not None:
         _log.info("stopped by %s; the same command goes on", received.name)
     return received, progress.codes
+
+
+def _with_evaluations(planned: StudyPlan, runs: Sequence[PlannedRun]) -> list[Task]:
+    """Return runs, each with what it is asked behind it, and what is left of finished ones."""
+    left = {run.name for run in runs}
+    of_finished = [run.evaluation for run in planned.runs if run.name not in left]
+    tasks: list[Task] = [one for one in of_finished if one and not one.is_finished()]
+    for run in runs:
+        tasks += [run, run.evaluation] if run.evaluation else [run]
+    return tasks
 
 
 def _at_once(study: StudyJob, tasks: Sequence[Task]) -> int:
@@ -172,27 +186,40 @@ def _prepare_data(tasks: Sequence[Task]) -> None:
                 prepare(data, report=shown.update)  # at once where it is there
 
 
-def _commands(
-    stages: Sequence[PlannedStage], runs: Sequence[PlannedRun], threads: int, alone: int
-) -> list[Command]:
+def _commands(tasks: Sequence[Task], threads: int, alone: int) -> list[Command]:
     """Return the commands of what is to do; one that nothing can run beside gets all cores."""
-    tasks: list[Task] = [*stages, *runs]
-    numbers = {stage.digest: number for number, stage in enumerate(stages)}
-    after = [
-        [numbers[one.digest] for one in task.inputs if one.digest in numbers] for task in tasks
-    ]
+    numbers = {_key(task): number for number, task in enumerate(tasks)}
+    after = [[numbers[key] for key in _read_by(task) if key in numbers] for task in tasks]
     depths: list[int] = []
     for before in after:
         depths.append(1 + max((depths[number] for number in before), default=-1))
     at_depth = Counter(depths)
     commands = []
     for task, before, depth in zip(tasks, after, depths, strict=True):
-        own = alone if at_depth[depth] == 1 and len(tasks) > 1 else threads
-        name = "train" if isinstance(task, PlannedRun) else task.command
-        takes = name in _TAKE_THREADS
-        lines = [*task.lines, *([f"runtime.threads={own}"] if takes else [])]
-        commands.append(Command(multirun.command(name, lines), task.log, before, own))
+        processes = 1 if isinstance(task, PlannedEvaluation) else task.processes
+        own = alone // processes if at_depth[depth] == 1 and len(tasks) > 1 else threads
+        own, name = max(1, own), _command_of(task)
+        lines = [*task.lines, *([f"runtime.threads={own}"] if name in _TAKE_THREADS else [])]
+        words = multirun.command(name, lines, processes)
+        commands.append(Command(words, task.log, before, own, processes))
     return commands
+
+
+def _key(task: Task) -> str:
+    return task.digest if isinstance(task, PlannedStage) else task.name
+
+
+def _read_by(task: Task) -> list[str]:
+    """Return the keys of what must have ended before a command can begin."""
+    if isinstance(task, PlannedEvaluation):
+        return [task.run]
+    return [one.digest for one in task.inputs]
+
+
+def _command_of(task: Task) -> str:
+    if isinstance(task, PlannedStage):
+        return task.command
+    return "train" if isinstance(task, PlannedRun) else COMMAND
 
 
 class _Progress:
@@ -215,7 +242,7 @@ class _Progress:
         task = self._todo[number]
         self._left.remove(task)
         self._seconds.setdefault(_kind(task), []).append(seconds)
-        if isinstance(task, PlannedStage) and code == 0:
+        if not isinstance(task, PlannedRun) and code == 0:
             task.finish(seconds)
         place = self._place(task)
         if code or not (task.is_finished() or task.job is None):
@@ -225,11 +252,13 @@ class _Progress:
             )
             return
         took = f"in {show_duration(seconds)}  left {show_duration(self._seconds_left())}"
-        if isinstance(task, PlannedStage):
+        if isinstance(task, PlannedEvaluation) or (
+            isinstance(task, PlannedRun) and task.evaluation is None
+        ):
+            self._tidy(task)
+        if not isinstance(task, PlannedRun):
             _log.info("%s  %s", place, took)
             return
-        if not self._study.keep_checkpoints:
-            shutil.rmtree(task.folder / CHECKPOINTS, ignore_errors=True)
         losses = curve(task.metrics())
         _log.info(
             "%s  loss %s  val %s  %s",
@@ -239,12 +268,23 @@ class _Progress:
             took,
         )
 
+    def _tidy(self, task: PlannedRun | PlannedEvaluation) -> None:
+        """Remove the checkpoints of a run that nothing reads any more."""
+        if not self._study.keep_checkpoints:
+            folder = task.folder if isinstance(task, PlannedRun) else task.of_run
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
     def _place(self, task: Task) -> str:
         """Name a command and say how many of its sort have ended."""
-        word = "stage" if isinstance(task, PlannedStage) else "run"
-        every = self._planned.stages if isinstance(task, PlannedStage) else self._planned.runs
+        words = {PlannedStage: "stage", PlannedRun: "run", PlannedEvaluation: "evaluation"}
+        word = words[type(task)]
+        every: Mapping[str, Sequence[Task]] = {
+            "stage": self._planned.stages, "run": self._planned.runs,
+            "evaluation": self._planned.evaluations(),
+        }  # fmt: skip
         left = sum(isinstance(one, type(task)) for one in self._left)
-        return f"{word} {len(every) - left} of {len(every)}  {task.name}"
+        number = len(every[word])
+        return f"{word} {number - left} of {number}  {task.name}"
 
     def _seconds_left(self) -> float:
         """Estimate from what was of the same kind, else from all; what runs now counts whole."""
@@ -254,7 +294,9 @@ class _Progress:
 
 
 def _kind(task: Task) -> str:
-    return task.variant if isinstance(task, PlannedRun) else task.name
+    if isinstance(task, PlannedRun):
+        return task.variant
+    return COMMAND if isinstance(task, PlannedEvaluation) else task.name
 
 
 def _log_end(task: Task) -> str:
@@ -273,7 +315,7 @@ def run_queue(
 
     Args:
         commands: what to run.
-        at_once: processes at a time.
+        at_once: processes at a time; a command of more of them runs alone.
         threads: of each process, by OMP_NUM_THREADS.
         ended: called with the number of a command, its exit code and its seconds as it ends,
             unless a signal has stopped the queue.
@@ -288,7 +330,8 @@ def run_queue(
     try:
         while running or (waiting and stop.received is None):
             ready = [n for n in waiting if well.issuperset(commands[n].after)]
-            for number in ready[: at_once - len(running)] if stop.received is None else ():
+            has_room = _with_room(commands, ready, running, at_once)
+            for number in has_room if stop.received is None else ():
                 waiting.remove(number)
                 running[number] = (_start_process(commands[number], threads), time.monotonic())
             if not running:
@@ -309,6 +352,23 @@ def run_queue(
             process.wait()
         stop.restore()
     return stop.received
+
+
+def _with_room(
+    commands: Sequence[Command], ready: Sequence[int], running: Running, at_once: int
+) -> list[int]:
+    """Return which commands can begin now, in their order.
+
+    None overtakes another: what takes several processes would wait for ever.
+    """
+    found: list[int] = []
+    busy = sum(commands[number].processes for number in running)
+    for number in ready:
+        busy += commands[number].processes
+        if busy > at_once and (found or running):
+            break
+        found.append(number)
+    return found
 
 
 def _taken_ended(running: Running) -> list[tuple[int, int, float]]:

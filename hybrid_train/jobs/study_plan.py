@@ -1,10 +1,10 @@
 """The plan of a study: its stages and runs, and the learning rate of each kind of run.
 
 A rate is chosen by trials, for each objective, and apart for runs that begin with trained weights,
-which want smaller steps. The first variant of a kind trains with every candidate, each on the same
-share of the tokens and with a seed that is not reported; the lowest loss wins. Trials are stages
-like others: equal ones run once for all studies. What was chosen is written into the folder of the
-study, which keeps to it.
+which want smaller steps; or for each variant. The first variant of a kind trains with every
+candidate, each on the same share of the tokens and with a seed that is not reported; the lowest
+loss wins. Trials are stages like others: equal ones run once for all studies. What was chosen is
+written into the folder of the study, which keeps to it.
 """
 
 import copy
@@ -22,6 +22,7 @@ from hybrid_train.config.commands import setting
 from hybrid_train.config.launcher import require_alone
 from hybrid_train.config.rules_of_data import what_forbids
 from hybrid_train.jobs.run_folder import differences, is_untrained
+from hybrid_train.jobs.study_evaluation import PlannedEvaluation
 from hybrid_train.jobs.study_stages import PlannedStage, Stages
 from hybrid_train.planning.phases import lay_out
 from hybrid_train.schema import formats
@@ -109,20 +110,23 @@ class Rates:
         self._written = written_rates(Path(study.run_dir))
         self._asked: set[str] = set()
 
-    def of(self, kind: str, lines: Sequence[str], run_tokens: int) -> float | None:
+    def of(
+        self, kind: str, lines: Sequence[str], run_tokens: int, processes: int = 1
+    ) -> float | None:
         """Return the rate of a kind of run; None if it is not chosen yet.
 
         Args:
             kind: of the run.
             lines: overrides of a variant; the first that asks for a kind is tried.
             run_tokens: of a run of it.
+            processes: of such a run.
         """
         if kind not in self._asked:
             self._asked.add(kind)
-            self._ask(kind, lines, int(run_tokens * self._study.rates.share))
+            self._ask(kind, lines, int(run_tokens * self._study.rates.share), processes)
         return self.choices[kind].chosen if kind in self.choices else None
 
-    def _ask(self, kind: str, lines: Sequence[str], tokens: int) -> None:
+    def _ask(self, kind: str, lines: Sequence[str], tokens: int, processes: int) -> None:
         asked = self._study.rates
         own = [*lines, f"train.tokens={tokens}", f"train.seed={asked.seed}"]
         known = self._written.get(kind)
@@ -132,7 +136,8 @@ class Rates:
             return
         for rate in asked.candidates:
             name = f"rate {rate} of {kind}"
-            stage = self._stages.plan(name, "train", [*own, f"{RATE_KEY}={rate}"], asked.seed)
+            tried = [*own, f"{RATE_KEY}={rate}"]
+            stage = self._stages.plan(name, "train", tried, asked.seed, processes)
             if stage is not None:  # else one that it reads cannot run, which is reported there
                 self.trials.append(Trial(kind, rate, stage, tokens, own))
 
@@ -199,6 +204,8 @@ class PlannedRun:
         inputs: stages that it reads.
         job: what the lines compose to; None as long as that depends on what a stage will write, or
             on a rate that is not chosen.
+        evaluation: what it is asked once it has ended; None: nothing.
+        processes: that it takes.
     """
 
     variant: str
@@ -207,6 +214,8 @@ class PlannedRun:
     folder: Path
     inputs: Sequence[PlannedStage]
     job: TrainJob | None
+    evaluation: PlannedEvaluation | None = None
+    processes: int = 1
 
     @property
     def name(self) -> str:
@@ -268,6 +277,10 @@ class StudyPlan:
                 wanted |= {stage.digest, *(one.digest for one in stage.ancestors())}
         return [one for one in self.stages if one.digest in wanted and not one.is_finished()], runs
 
+    def evaluations(self) -> list[PlannedEvaluation]:
+        """Return what all runs are asked."""
+        return [run.evaluation for run in self.runs if run.evaluation is not None]
+
 
 def plan_study(study: StudyJob) -> StudyPlan:
     """Compose every stage and run; seed after seed, so that a stopped study has whole seeds.
@@ -298,6 +311,9 @@ def plan_study(study: StudyJob) -> StudyPlan:
             raise ConfigError([*of_stages, *_by_variant(found, len(study.chosen())), *outside])
         runs.sort(key=lambda run: study.seeds.index(run.seed))  # stable: variants in their order
         _require_same_runs(runs, stages)
+        for run in runs:
+            if run.evaluation and run.is_finished() and not run.evaluation.is_finished():
+                run.evaluation.require_checkpoint()
     return StudyPlan(list(stages.planned.values()), runs, rates.trials, rates.choices)
 
 
@@ -305,45 +321,56 @@ def _of_variant(study: StudyJob, name: str, stages: Stages, rates: Rates) -> Ite
     """Yield the runs of a variant; what is the same for all seeds is composed once."""
     lines = [*study.base, *study.variants[name].overrides, *study.overrides]
     own = [*study.variants[name].overrides, *study.overrides]
+    processes = study.variants[name].processes
     is_known = not study.rates.candidates or _names_rate(own)
     if not is_known and stages.inputs(lines, study.seeds[0]) is not None:
-        kind, length = _kind_and_tokens(lines, study.seeds[0], stages)
-        rate = rates.of(kind, lines, length)
+        kind, length = _kind_and_tokens(lines, study.seeds[0], stages, processes)
+        rate = rates.of(name if study.rates.each else kind, lines, length, processes)
         is_known = rate is not None
         # One that is not chosen yet stands for the others; each of them is checked by its trial.
         lines.append(f"{RATE_KEY}={study.rates.candidates[0] if rate is None else rate}")
     composed: dict[tuple[str, ...], TrainJob | None] = {}
+    asked = study.asked_of(name)
     for seed in study.seeds:
-        inputs = stages.inputs(lines, seed)
+        inputs = stages.inputs([*lines, *asked], seed)
         if inputs is None:
             return  # a stage cannot run, which is reported there
         are_there = all(one.is_finished() for one in inputs.values())
         filled = tuple(stages.filled(lines, seed, ahead=not are_there))
         if filled not in composed:
-            job = stages.checked("train", filled)
+            job = stages.checked("train", filled, processes)
             assert job is None or isinstance(job, TrainJob)
             composed[filled] = job
+            if asked:
+                stages.check_evaluation(asked, seed)
         job = copy.deepcopy(composed[filled]) if is_known else None
         folder = f"{study.run_dir}/{name}/seed_{seed}"
         if job is not None:
             job.train.seed, job.run_dir = seed, folder
         own = [f"train.seed={seed}", setting("run_dir", folder)]
         real = [*stages.filled(lines, seed, ahead=False), *own]
-        yield PlannedRun(name, seed, real, Path(folder), tuple(inputs.values()), job)
+        run = PlannedRun(
+            name, seed, real, Path(folder), tuple(inputs.values()), job, processes=processes
+        )
+        settings = stages.filled(asked, seed, ahead=False)
+        evaluation = PlannedEvaluation(run.name, run.folder, settings) if asked else None
+        yield replace(run, evaluation=evaluation)
 
 
 def _names_rate(lines: Sequence[str]) -> bool:
     return any(line.partition("=")[0].lstrip("+~") == RATE_KEY for line in lines)
 
 
-def _kind_and_tokens(lines: Sequence[str], seed: int, stages: Stages) -> tuple[str, int]:
+def _kind_and_tokens(
+    lines: Sequence[str], seed: int, stages: Stages, processes: int
+) -> tuple[str, int]:
     """Return of which kind a variant is, and the tokens of a run of it.
 
     Raises:
         ConfigError: if the lines say neither, with all that is wrong with them.
     """
     filled = stages.filled(lines, seed, ahead=True)
-    known = stages.checked("train", filled)
+    known = stages.checked("train", filled, processes)
     assert known is None or isinstance(known, TrainJob)
     config = known or compose.draft("train", filled).config
     begins = "" if config.checkpoint.load is None else " from trained weights"

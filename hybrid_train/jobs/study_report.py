@@ -21,8 +21,10 @@ import torch
 from hybrid_train import __version__
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import command, typed
+from hybrid_train.jobs import study_evaluation
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.provenance import command_line, libraries
+from hybrid_train.jobs.study_evaluation import Figures
 from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, are_paired
 from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.runtime import hardware
@@ -49,6 +51,7 @@ MARKDOWN, JSON, PLOT = "study.md", "study.json", "plots/gap.png"
 _SEEDS_OF_A_CLAIM = 3
 _STAGE_HEADS = ("stage", "command", "tokens", "time")
 _VERSIONS = ("python", "torch", "megatron-core")
+_FIGURES = "What `evaluate` says of the finished runs: mean over seeds, and their deviation."
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class _Found:
     comparison: Comparison
     paired: bool  # with those of `against`, so that the same seed means the same batches
     saved: Spread | None
+    figures: Figures  # of what its runs were asked
 
     @property
     def seen(self) -> float:
@@ -112,6 +116,9 @@ def report(study: StudyJob, plan: StudyPlan) -> None:
     page.print(f"\n{study.title}\n", soft_wrap=True)
     show_numbers(page, list(_rows(study, found)), _heads(study, found))
     page.print(f"\n{_legend(study, found)}", soft_wrap=True)
+    if figures := _figures(study, found):
+        page.print(f"\n{_FIGURES}\n", soft_wrap=True)
+        show_numbers(page, figures, ["figure", "of", *found], words=2)
     for kind, one in plan.rates.items():
         page.print(f"\n{one.sentence(kind)}", soft_wrap=True)
     if plan.stages:
@@ -163,8 +170,16 @@ def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
             compare(curves[name], curves[against]),
             are_paired(first[name], first[against]),
             _saved(curves[name], lengths) if like_baseline and len(lengths) > 1 else None,
+            study_evaluation.over_seeds(
+                [run.evaluation for run in finished[name].values() if run.evaluation]
+            ),
         )
     return found
+
+
+def _figures(study: StudyJob, found: Mapping[str, _Found]) -> list[tuple[str, ...]]:
+    """Return the rows of what runs were asked: a column for each variant."""
+    return study_evaluation.rows({name: one.figures for name, one in found.items()}, study.figures)
 
 
 def _saved(curves: Mapping[int, Curve], lengths: Sequence[Mapping[int, Curve]]) -> Spread:
@@ -361,6 +376,7 @@ def _as_data(
             "validation_loss": _spread(one.comparison.validation_loss),
             "validation_gap": _spread(one.comparison.validation_gap),
             "start_validation_loss": _spread(one.before),
+            "figures": study_evaluation.as_data(one.figures),
             "paired": one.paired,
             "within_seeds_of_the_other": one.comparison.within_seeds,
             "tokens": one.seen,
@@ -408,6 +424,10 @@ def _markdown(
     parts = [f"# {study.title}", "", f"`{facts['command']}`, {facts['date']}.", ""]
     parts += _table([*_heads(study, found), "published"], _published_rows(study, found))
     parts += ["", _legend(study, found), "", f"![gaps]({PLOT})", ""]
+    if figures := _figures(study, found):
+        asked = f"`{typed(*study.evaluate)}`"
+        parts += ["## Figures", "", f"{_FIGURES} Asked was {asked}.", ""]
+        parts += [*_table(["figure", "of", *found], figures), ""]
     if facts["missing"]:
         parts += [f"Missing, since they failed: {', '.join(facts['missing'])}.", ""]
     if plan.stages:

@@ -23,6 +23,7 @@ from hybrid_train.config import checks, compose, frozen
 from hybrid_train.config.commands import COMMANDS, quoted, root_of, setting
 from hybrid_train.config.registry import SCHEMAS
 from hybrid_train.data import quickstart
+from hybrid_train.jobs.study_evaluation import COMMAND, places
 from hybrid_train.planning.degrees import padded_vocab_size
 from hybrid_train.schema import formats
 from hybrid_train.schema.data import Quickstart
@@ -61,6 +62,7 @@ class PlannedStage:
         path: of its folder; it has none if it writes none. Its log and its mark lie beside.
         inputs: stages that it reads.
         job: what the lines compose to; None as long as that depends on what an input will write.
+        processes: that it takes.
     """
 
     name: str
@@ -70,6 +72,7 @@ class PlannedStage:
     path: Path
     inputs: Sequence["PlannedStage"]
     job: checks.Job | None
+    processes: int = 1
 
     @property
     def log(self) -> Path:
@@ -183,19 +186,40 @@ class Stages:
         }
         return [_filled(line, {**places, SEED: str(seed)}) for line in lines]
 
-    def checked(self, root: str, lines: Sequence[str]) -> checks.Job | None:
+    def checked(self, root: str, lines: Sequence[str], processes: int = 1) -> checks.Job | None:
         """Compose a job; None if what is wrong with it is only that an input is not there yet.
+
+        Args:
+            root: of the job.
+            lines: its overrides.
+            processes: that it will run on.
 
         Raises:
             ConfigError: with all other problems.
         """
         try:
-            return compose.compose(root, lines)
+            return compose.compose(root, lines, processes=processes)
         except ConfigError as error:
             found = [one for one in error.problems if str(self._scratch) not in repr(one)]
             if found:
                 raise ConfigError(found) from error
             return None
+
+    def check_evaluation(self, lines: Sequence[str], seed: int) -> None:
+        """Check what runs will be asked, which are not there yet.
+
+        Raises:
+            ConfigError: with all problems, by the setting of the study.
+        """
+        ahead = self.filled(lines, seed, ahead=True)
+        try:
+            self.checked(
+                COMMAND, [*ahead, *places(self._scratch / "run", self._scratch / "output")]
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                [dataclasses.replace(one, path=f"evaluate: {one.path}") for one in error.problems]
+            ) from error
 
     def as_it_will_be(self, text: object) -> object:
         """Return a value with the folders of stages in place of those that stand for them."""
@@ -231,10 +255,16 @@ class Stages:
         command = self._study.stages[name].command
         _require_stage(command)
         shown = name if seed is None else f"{name} seed {seed}"
-        return self.plan(shown, command, self._lines(name), seed)
+        processes = self._study.stages[name].processes
+        return self.plan(shown, command, self._lines(name), seed, processes)
 
     def plan(
-        self, shown: str, command: str, lines: Sequence[str], seed: int | None
+        self,
+        shown: str,
+        command: str,
+        lines: Sequence[str],
+        seed: int | None,
+        processes: int = 1,
     ) -> PlannedStage | None:
         """Plan a job that writes a folder; None if a stage that it reads cannot run.
 
@@ -243,6 +273,7 @@ class Stages:
             command: word of the command line.
             lines: its overrides.
             seed: that `{seed}` stands for.
+            processes: that it takes.
 
         Raises:
             ConfigError: if it cannot run itself.
@@ -251,7 +282,8 @@ class Stages:
         if inputs is None:
             return None  # the reason is reported where it is
         root, ahead = root_of(command), self.filled(lines, seed, ahead=True)
-        job = self.checked(root, [*ahead, *_place(command, self._scratch / "output")])
+        there = _place(command, self._scratch / "output")
+        job = self.checked(root, [*ahead, *there], processes)
         digest = self._digest(root, job or compose.draft(root, ahead).config)
         if digest in self.planned:
             return self.planned[digest]
@@ -259,8 +291,9 @@ class Stages:
         self._stand_in(digest, job)
         real = [*self.filled(lines, seed, ahead=False), *_place(command, path)]
         values = tuple(inputs.values())
-        self.planned[digest] = PlannedStage(shown, command, real, digest, path, values, job)
-        return self.planned[digest]
+        stage = PlannedStage(shown, command, real, digest, path, values, job, processes)
+        self.planned[digest] = stage
+        return stage
 
     def _stand_in(self, digest: str, job: checks.Job | None) -> None:
         folder = self._scratch / digest

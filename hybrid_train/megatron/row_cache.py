@@ -163,6 +163,12 @@ class RowCache:
             self.lengths[place] += count
         self.window = None
 
+    def bytes_of(self, row: int) -> int:
+        """Count the bytes of what a row has read, without the room that was made for more."""
+        if not self.lengths[row]:
+            return 0
+        return sum(past.bytes_of(self.lengths[row]) for past in self._pasts.values())
+
     def clear(self, row: int, longest: int = 0) -> None:
         """Forget what a row has read, and say how many tokens it may come to have."""
         self.lengths[row], self.longest[row] = 0, longest
@@ -294,6 +300,10 @@ class MambaPast:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.inputs, self.state
 
+    def bytes_of(self, length: int) -> int:
+        """Count the bytes of a row; its length changes nothing."""
+        return sum(tensor[0].nbytes for tensor in self.tensors())
+
     def make_room(self, length: int) -> None:
         """Nothing: a state is as large as ever."""
 
@@ -358,6 +368,10 @@ class AttentionPast:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.keys, self.values
+
+    def bytes_of(self, length: int) -> int:
+        """Count the bytes of the keys and values of a row of so many tokens."""
+        return sum(tensor[0, :, :1].nbytes * length for tensor in self.tensors())
 
     def make_room(self, length: int) -> None:
         """Grow to as many tokens a row."""

@@ -1,6 +1,7 @@
 """Settings of evaluation: of each task, of lm-eval, and which tasks a model is asked.
 
-Each field of `Tasks` is a task; `hybrid_train/evaluation/tasks.py` has the class behind it. Names
+Each field of `Tasks` is a task; `hybrid_train/evaluation/tasks.py` has the class behind it, or that
+of held-out text and decoding, which ask no questions, in a file of its name. Names
 of settings say their unit: words are what stands between white space, whatever the tokenizer.
 """
 
@@ -36,6 +37,7 @@ Symbols = Annotated[int, Range(CHOICES, 2**20)]  # so many that there are others
 BracketTypes = Annotated[int, Range(2, 64)]  # all of them are choices
 Words = Annotated[int, Range(64, 2**22)]
 Digits = Annotated[int, Range(1, 100)]
+Drafts = Annotated[int, Range(0, 64)]  # tokens that an MTP block drafts ahead
 
 
 @dataclass(kw_only=True)
@@ -176,6 +178,39 @@ class HeldOut:
     files: list[FileName] = field(default_factory=list)  # prefixes; empty: validation of the run
     tokens: TokenCount = "200k"  # of each source, in documents that the seed draws
     length: Length | None = None  # tokens that are read at once; null: as the run was trained
+    # Split results by how many tokens of its document a token has before it, in one window: the
+    # first of each range of positions but the one from 0, [256,1024]; empty: not split.
+    positions: list[Length] = field(default_factory=list)
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        if sorted(set(self.positions)) != self.positions:
+            rule = "must rise: each is where a range begins"
+            yield Problem("positions", self.positions, rule, sorted(set(self.positions)))
+        if self.length is not None and self.positions and self.positions[-1] >= self.length:
+            rule = f"must lie below length ({self.length}): no token has so many before it"
+            yield Problem("positions", self.positions, rule)
+
+
+@dataclass(kw_only=True)
+class Decoding:
+    """Speed and cache of generation by length of the prompt, and how many drafts are right.
+
+    One text at a time goes on behind held-out text, by the most likely token each time.
+    """
+
+    lengths: list[Length] = field(default_factory=lambda: [256, 1024])  # tokens of a prompt
+    drafts: list[Drafts] = field(default_factory=lambda: [0])  # tokens that an MTP block drafts
+    new_tokens: Annotated[int, Range(2, 2**20)] = 64  # behind each prompt
+    prompts: Annotated[int, Range(1, 10**4)] = 4  # of each length
+
+    def problems(self) -> Iterator[Problem]:
+        """Check the limits of this section."""
+        for name in ("lengths", "drafts"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                rule = "must name one or more, none of them twice"
+                yield Problem(name, given, rule, list(dict.fromkeys(given)) or None)
 
 
 @dataclass(kw_only=True)
@@ -183,6 +218,7 @@ class Tasks:
     """Settings of every task, under its name."""
 
     heldout: HeldOut = field(default_factory=HeldOut)
+    decoding: Decoding = field(default_factory=Decoding)
     next_line: NextLine = field(default_factory=NextLine)
     fill_in: FillIn = field(default_factory=FillIn)
     copying: Copying = field(default_factory=Copying)

@@ -11,7 +11,7 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from hybrid_train.schema.cluster import Cluster
-from hybrid_train.schema.evaluation import Asking, Harness
+from hybrid_train.schema.evaluation import Asking, Drafts, Harness
 from hybrid_train.schema.limits import (
     COLDEST,
     FILE,
@@ -36,7 +36,6 @@ from hybrid_train.schema.runtime import Runtime
 from hybrid_train.schema.train import TrainJob
 
 Bandwidth = Annotated[float, Range(1e-6, 1e6)]  # in 1e9 bytes a second
-Drafts = Annotated[int, Range(0, 64)]
 
 
 @dataclass(kw_only=True)

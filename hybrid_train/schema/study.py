@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
-from hybrid_train.schema.limits import FileName, Name, Rate, Seed, Share, Workers
+from hybrid_train.schema.limits import FileName, Name, Processes, Rate, Seed, Share, Workers
 from hybrid_train.schema.names import nearest
 from hybrid_train.schema.problems import Problem
 
@@ -21,6 +21,7 @@ _FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")
 RATES_FILE = "rates.json"  # which learning rates were chosen
 _OUTPUTS = ("study.md", "study.json", RATES_FILE, "plots", SHORT)  # beside those of the variants
 _OWN_KEYS = ("run_dir", "train.seed", "runtime.threads")  # what the study itself sets
+_OWN_OF_EVALUATE = ("checkpoint", "output", "runtime.threads")  # and of `evaluate`
 
 
 @dataclass(kw_only=True)
@@ -30,10 +31,13 @@ class Variant:
     overrides: list[str] = field(default_factory=list)  # after those of the base; empty: as base
     against: Name | None = None  # variant that it is compared with; null: the baseline
     published: str = ""  # figure of a paper with its source, shown beside ours
+    evaluate: list[str] = field(default_factory=list)  # after those of the study
+    processes: Processes = 1  # of each run, by torchrun on this machine: for a layout of several
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
         yield from _own_keys("overrides", self.overrides)
+        yield from _own_keys("evaluate", self.evaluate, _OWN_OF_EVALUATE)
 
 
 def references(lines: Sequence[str]) -> list[str]:
@@ -51,6 +55,7 @@ class Stage:
 
     command: Name = "train"  # a word of the command line: convert, "data tokenize", ...
     overrides: list[str] = field(default_factory=list)  # all of its settings but where it writes
+    processes: Processes = 1  # by torchrun on this machine, as of a variant
 
 
 @dataclass(kw_only=True)
@@ -58,6 +63,7 @@ class ShortForm:
     """What short=true changes, to see within a minute that a study works."""
 
     overrides: list[str] = field(default_factory=list)  # of every training, after all others
+    evaluate: list[str] = field(default_factory=list)  # after those of the study and of variants
     only: list[Name] = field(default_factory=list)  # variants beside the baseline; empty: as asked
     seeds: list[Seed] = field(default_factory=list)  # empty: the first of the study
 
@@ -67,11 +73,13 @@ class RateChoice:
     """Chooses schedule.peak_lr before the variants run, once for each kind of objective.
 
     Runs that begin with trained weights (checkpoint.load) are a kind of their own. The first
-    variant of a kind trains with every candidate; the lowest loss at the end wins. What the
-    overrides of a variant, or your own, say of schedule.peak_lr stays.
+    variant of a kind trains with every candidate; the lowest loss at the end wins. With `each` all
+    variants do, since their models want rates of their own. What the overrides of a variant, or
+    your own, say of schedule.peak_lr stays.
     """
 
     candidates: list[Rate] = field(default_factory=list)  # empty: none is chosen
+    each: bool = False  # each variant tries them, not the first one of a kind of objective
     share: Share = 0.25  # of the tokens of a run, for each of them
     seed: Seed = 0  # of these runs; no seed of the study, so that none is judged by what it chose
 
@@ -94,6 +102,9 @@ class StudyJob:
     stages: dict[Name, Stage] = field(default_factory=dict)  # jobs before the variants
     base: list[str] = field(default_factory=list)  # of every variant, as of `hybrid-train train`
     overrides: list[str] = field(default_factory=list)  # your own, of every training, after others
+    # Settings of `evaluate`, which measures every finished run: [tasks=heldout]; empty: none does.
+    evaluate: list[str] = field(default_factory=list)
+    figures: list[Name] = field(default_factory=list)  # TASK.METRIC that tables show; empty: all
     rates: RateChoice = field(default_factory=RateChoice)
     seeds: list[Seed] = MISSING
     baseline: Name = MISSING  # name of the variant that the others are compared with
@@ -120,6 +131,10 @@ class StudyJob:
             only=asked.only or form.only,
             seeds=form.seeds or self.seeds[:1],
             overrides=[*form.overrides, *self.overrides],
+            variants={
+                name: replace(one, evaluate=[*one.evaluate, *form.evaluate])
+                for name, one in self.variants.items()
+            },
         )
 
     def chosen(self) -> dict[str, Variant]:
@@ -137,8 +152,16 @@ class StudyJob:
         """Return the variant that this one is compared with."""
         return self.variants[name].against or self.baseline
 
+    def asked_of(self, name: str) -> list[str]:
+        """Return the settings of `evaluate` for the runs of a variant; none: they are not asked."""
+        return [*self.evaluate, *self.variants[name].evaluate] if self.evaluate else []
+
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""
+        yield from _own_keys("evaluate", self.evaluate, _OWN_OF_EVALUATE)
+        if self.figures and not self.evaluate:
+            rule = "are those of `evaluate`, of which the study says nothing: evaluate=[tasks=...]"
+            yield Problem("figures", self.figures, rule, [])
         yield from _own_keys("base", self.base)
         yield from _own_keys("overrides", self.overrides)
         yield from _own_keys("short_form.overrides", self.short_form.overrides)
@@ -187,10 +210,12 @@ class StudyJob:
                 yield Problem(f"{path}.overrides", "[]", "is empty; the base is of variants alone")
             yield from self._references(f"{path}.overrides", stage.overrides, above)
             above.append(name)
-        of_variants = {"base": self.base, "overrides": self.overrides}
-        of_variants |= {
-            f"variants.{name}.overrides": v.overrides for name, v in self.variants.items()
-        }
+        of_variants = {
+            "base": self.base, "overrides": self.overrides, "evaluate": self.evaluate,
+        }  # fmt: skip
+        for name, one in self.variants.items():
+            of_variants[f"variants.{name}.overrides"] = one.overrides
+            of_variants[f"variants.{name}.evaluate"] = one.evaluate
         for path, lines in of_variants.items():
             yield from self._references(path, lines, above)
 
@@ -253,8 +278,8 @@ class StudyJob:
             yield Problem(path, name, "stands there twice")
 
 
-def _own_keys(path: str, lines: list[str]) -> Iterator[Problem]:
+def _own_keys(path: str, lines: list[str], own: Sequence[str] = _OWN_KEYS) -> Iterator[Problem]:
     """Refuse settings that the study gives each run itself."""
     for line in lines:
-        if line.partition("=")[0].lstrip("+~") in _OWN_KEYS:
+        if line.partition("=")[0].lstrip("+~") in own:
             yield Problem(path, line, "the study sets this of each run; leave it out")

@@ -335,3 +335,36 @@ def test_the_study_of_pruning_works_in_its_short_form(corpus: Path, tmp_path: Pa
     before = {name: one["start_validation_loss"]["mean"] for name, one in variants.items()}
     assert len(set(before.values())) == 3
     assert "| before | after |" in (tmp_path / "study" / "short" / "study.md").read_text()
+
+
+ARCHITECTURES = {  # the study, a variant beside the baseline, and figures that its table must have
+    "hybrid_against_transformer": ("hybrid", {"heldout.loss", "decoding.cache_bytes"}),
+    "latent_moe": ("latent", {"heldout.loss", "heldout.bits_per_byte"}),
+    "mtp": ("on", {"heldout.loss", "decoding.acceptance_length"}),
+    "long_context": ("hybrid_long", {"heldout.loss", "needle.accuracy"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_studies_of_architecture_work_in_their_short_forms(
+    name: str, corpus: Path, tmp_path: Path
+) -> None:
+    places = (f"run_dir={tmp_path / 'study'}", f"stages_dir={tmp_path / 'stages'}")
+    words = (*places, "short=true", f"overrides=data.folder={corpus}")
+    done = finish(start("study", f"name={name}", *words))
+    assert done.code == 0, done.said
+    variant, wanted = ARCHITECTURES[name]
+    found = json.loads((tmp_path / "study" / "short" / "study.json").read_text())
+    assert list(found["variants"])[1:] == [variant]
+    figures = found["variants"][variant]["figures"]
+    assert wanted <= figures.keys()
+    for metric in wanted:
+        assert f"| {metric} | " in (tmp_path / "study" / "short" / "study.md").read_text()
+        assert all(one["number"] == 1 for one in figures[metric].values())
+    run = tmp_path / "study" / "short" / variant / "seed_1"
+    assert not (run / "checkpoints").exists()
+    if name == "long_context":
+        assert frozen.load(run).parallel.context == 2
+        groups = figures["heldout.loss"].keys()
+        assert groups == {"", "position=0-63", "position=64-255", "position=256-511"}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 
 from hybrid_train.data.any_tokenizer import open_tokenizer
 from hybrid_train.data.tokenizers import END_OF_DOCUMENT, Tokenizer, train_byte_level_bpe
@@ -157,3 +159,88 @@ def test_special_tokens_get_the_first_ids_and_the_first_ends_documents() -> None
     trained = train_byte_level_bpe(CORPUS, 300, special_tokens=["<end>", "<pad>"])
     assert trained.end_of_document == 0
     assert trained.decode([0, 1]) == "<end><pad>"
+
+
+# How words are cut by Qwen2.5 and Qwen3, and by Llama 3 (tiktoken's cl100k with digits by three).
+CUTS = {
+    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama_3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+NASTY = (
+    "caf\u00e9 \u4e2d\u6587\uff0c\u65e5\u672c\u8a9e \ud55c\uad6d 12345 1,234.5",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "\x00\x01\x1b[0m\x7f\u0085\u200b\ufeff\u2028",
+    "it's IT'S  two\t\ttabs\r\n\n\nlines  ",
+    "a<|begin|><|end|> <|eot_id|><|pad_7|>b",
+    "\ufffd\ue000",
+)
+SPECIAL = ("<|begin|>", "<|end|>", "<|eot_id|>")
+
+
+def family(name: str) -> Backend:
+    """A tokenizer.json as a family has it, with merges of a small text."""
+    backend = Backend(models.BPE(ignore_merges=name == "llama_3"))
+    if name == "qwen":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CUTS[name]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([*CORPUS, *NASTY[:4]], trainer)
+    backend.add_special_tokens(list(SPECIAL))
+    if name == "llama_3":
+        start = ("<|begin|>", backend.token_to_id("<|begin|>"))
+        backend.post_processor = processors.TemplateProcessing("<|begin|> $A", None, [start])
+    return backend
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_families_of_byte_level_tokenizers_are_read_as_transformers_reads_them(
+    name: str, tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    backend = family(name)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = open_tokenizer(tmp_path)
+    for text in NASTY:
+        spelt = theirs(text)["input_ids"]  # with its begin, and special tokens for what they are
+        assert ours.encode_prompt(text, begin=True, special=True) == spelt
+        ids = ours.encode(text)
+        assert not set(ids) & {backend.token_to_id(one) for one in SPECIAL}
+        assert ours.decode(ids) == text
+        assert ours.encode_batch([text]) == [ids]
+    assert ours.decode([*ids, ours.end_of_document]) == text + "<|end|>"
+    assert ours.decode([*ids, ours.end_of_document], skip_special=True) == text
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_no_half_character_of_a_family_is_given_out(name: str, tmp_path: Path) -> None:
+    from hybrid_train.generation.text import GrowingText
+
+    ours = Tokenizer(family(name), {"eos_token": "<|end|>"})
+    for text in NASTY[:5]:
+        growing, shown = GrowingText(ours, ours.encode("a")), ""
+        for token in ours.encode(text):
+            piece, rest = growing.add(token)
+            shown += piece
+            assert text.startswith(shown)  # a half character would be U+FFFD
+        assert shown + rest == text
+
+
+def test_ids_of_no_token_are_no_text() -> None:
+    """Rows that pad an embedding: Qwen2.5 has 151,665 tokens and up to 152,064 rows."""
+    ids = TOKENIZER.encode("the cat")
+    for skip in (False, True):
+        found = TOKENIZER.decode([*ids, TOKENIZER.vocab_size, 10**6], skip_special=skip)
+        assert found == "the cat"

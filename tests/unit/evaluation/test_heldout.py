@@ -1,6 +1,7 @@
 """Held-out text against ten lines that do the same by the definition, in float64."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from hybrid_train.data.documents import Joined
 from hybrid_train.schema.evaluation import HeldOut as Settings
-from hybrid_train.schema.problems import UserError
+from hybrid_train.schema.problems import UserError, collect
 from tests.asked import TEXTS, Texts, log_probs, sources, subject, tokenizer
 from tests.tiny import MEGATRON_WARNINGS, alone
 
@@ -30,7 +31,8 @@ def held_out(**settings: Any) -> Any:
     from hybrid_train.evaluation.heldout import HeldOut
 
     given = {"length": LENGTH, "seed": 1} | settings
-    return HeldOut(given.pop("sources", sources()), tokenizer(), Settings(), **given)
+    asked = Settings(positions=given.pop("positions", []))
+    return HeldOut(given.pop("sources", sources()), tokenizer(), asked, **given)
 
 
 def reference(subject: Any, text: str, other: Any = None) -> np.ndarray[Any, Any]:
@@ -132,3 +134,40 @@ def test_documents_end_when_there_are_tokens_enough() -> None:
 def test_without_held_out_text_the_setting_that_names_some_is_said() -> None:
     with pytest.raises(UserError, match=r"task.heldout.files=\[PREFIX\]"):
         held_out(sources={})
+
+
+def test_split_by_position_each_token_counts_once_at_its_place_in_its_window(groups: Any) -> None:
+    """Against the definition, window by window; all over all equals what is not split."""
+    from hybrid_train.evaluation.results import overall
+
+    asked, bounds = subject(groups), [0, 2, 7, LENGTH]
+    items = held_out(positions=bounds[1:-1]).run(asked)
+    wanted = {f"position={a}-{b - 1}": np.zeros(2) for a, b in itertools.pairwise(bounds)}
+    for text in TEXTS:
+        ids = [0, *tokenizer().encode(text), 0]
+        for start in range(0, len(ids) - 1, LENGTH):
+            window = ids[start : start + LENGTH + 1]
+            logs, labels = log_probs(asked, window)[:-1], torch.tensor(window[1:])
+            nats = -logs.gather(1, labels[:, None])[:, 0]
+            for first, end in itertools.pairwise(bounds):
+                part = nats[first:end]
+                wanted[f"position={first}-{end - 1}"] += float(part.sum()), len(part)
+    found = {group: np.zeros(2) for group in wanted}
+    for one in items:
+        if one.group:
+            found[one.group] += one.values["loss"]
+    for group, value in wanted.items():
+        assert found[group][1] == value[1]
+        assert found[group][0] == pytest.approx(value[0], abs=ROUNDING * value[1])
+    whole, split = overall(held_out().run(asked)), overall(items)
+    assert split == pytest.approx(whole, rel=1e-12)
+    assert {one.document for one in items} == {one.name for one in held_out().run(asked)}
+
+
+def test_a_position_that_no_window_has_is_refused() -> None:
+    with pytest.raises(UserError, match=r"positions = \[4, 16\]: must lie below .* window, 16"):
+        held_out(positions=[4, LENGTH])
+    (problem,) = collect(Settings(positions=[4, 2]))
+    assert (problem.path, problem.nearest) == ("positions", [2, 4])
+    (problem,) = collect(Settings(positions=[4], length=4))
+    assert problem.path == "positions"

@@ -47,6 +47,25 @@ def test_two_at_once_can_wait_for_each_other(tmp_path: Path) -> None:
     assert sorted(ended) == [(0, 0), (1, 0)]
 
 
+def test_a_command_of_two_processes_waits_for_both_places_and_none_overtakes_it(
+    tmp_path: Path,
+) -> None:
+    def noted(name: str) -> Command:
+        code = (
+            f"(folder / 'order').open('a').write('start {name} ')\n"
+            "time.sleep(0.3)\n"
+            f"(folder / 'order').open('a').write('end {name} ')"
+        )
+        return command(tmp_path, name, code)
+
+    commands = [noted("a"), dataclasses.replace(noted("b"), processes=2), noted("c")]
+    _, ended = run(commands, 2)
+    assert (tmp_path / "order").read_text() == "start a end a start b end b start c end c "
+    assert [number for number, _ in ended] == [0, 1, 2]
+    _, ended = run([dataclasses.replace(noted("d"), processes=9)], 2)  # more than there are places
+    assert ended == [(0, 0)]
+
+
 def test_a_command_that_fails_stops_no_other_and_its_words_are_in_its_log(tmp_path: Path) -> None:
     commands = [
         command(tmp_path, "bad", "sys.exit('it broke')"),

@@ -219,3 +219,12 @@ def test_every_study_that_is_ready_can_run(tmp_path: Path) -> None:
 def test_a_wrong_name_of_a_study_is_told_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"name = precison: .*nearest: precision"):
         compose.compose("study", ["name=precison"])
+
+
+def test_a_layout_of_several_processes_is_checked_for_as_many(tmp_path: Path) -> None:
+    split = ["parallel.context=2", "train.microbatch=1"]
+    variants = {"plain": Variant(), "split": Variant(overrides=split, processes=2)}
+    runs = runs_of(study(tmp_path, variants=variants, seeds=(3,)))
+    assert [run.processes for run in runs] == [1, 2]
+    variants["split"].processes = 1
+    assert "needs a multiple of 2 processes, not 1" in refusal(study(tmp_path, variants=variants))

@@ -204,3 +204,14 @@ def test_a_damaged_file_of_rates_is_named(tmp_path: Path) -> None:
     (tmp_path / "study" / "rates.json").write_text('{"next_token": {"chosen"')
     with pytest.raises(UserError, match=r"rates\.json: this is not what a study wrote there"):
         plan_study(study(tmp_path))
+
+
+def test_each_variant_tries_the_rates_where_their_models_want_their_own(tmp_path: Path) -> None:
+    job = study(tmp_path, rates=RateChoice(candidates=RATES, each=True))
+    tried = plan_study(job).trials
+    assert [(one.kind, one.rate) for one in tried] == [
+        (name, rate) for name in ("plain", "wide") for rate in RATES
+    ]
+    planned = chosen(job, [3.0, 2.0, 4.0, 2.0, 3.0, 4.0])
+    rates = {run.variant: run.job.schedule.peak_lr for run in planned.runs if run.job}
+    assert rates == {"plain": RATES[1], "wide": RATES[0], "fixed": 7e-3}
