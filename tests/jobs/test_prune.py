@@ -74,6 +74,40 @@ def test_a_child_trains_generates_and_is_exported_and_each_says_where_it_comes_f
 
 
 @pytest.mark.slow
+def test_a_llama_is_cut_taught_by_its_parent_generates_and_is_a_llama_to_transformers(
+    tmp_path: Path, corpus: Path
+) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    words = ["experiment=tiny_cpu", "runtime.threads=1", f"data.folder={corpus}"]
+    llama = [
+        "model.pattern=*-*-*-", "model.attention.rope.theta=10000", "model.mlp.gated=true",
+        "model.mlp.activation=silu", "train.tokens=4k",
+    ]  # fmt: skip
+    healing = [
+        f"checkpoint.load={child}", "checkpoint.load_only=weights", "objective=distill",
+        f"objective.teacher={parent}", "train.tokens=8k",
+    ]  # fmt: skip
+    ranking, healed, out = tmp_path / "ranking", tmp_path / "healed", tmp_path / "out"
+    for line in (
+        ["train", *words, *llama, f"run_dir={parent}"],
+        ["importance", f"checkpoint={parent}", f"output={ranking}", "rows=8", "layers=[loss]"],
+        ["prune", f"checkpoint={parent}", f"ranking={ranking}", f"output={child}",
+         "model.hidden_size=48", "model.mlp.intermediate_size=96", "depth.drop=[3-4]"],
+        ["train", *words, *healing, f"run_dir={healed}"],
+        ["generate", f"checkpoint={healed}", "prompt=import", "max_new_tokens=4", "drafts=0"],
+        ["convert", f"export={healed}", f"output={out}"],
+        ["verify", f"checkpoint={healed}", f"hf={out}"],
+    ):  # fmt: skip
+        code, _, err = call(*line)
+        assert code == 0, (line, err)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (48, 2)
+    taught = [one["loss"] for one in metrics(healed) if "loss" in one]
+    assert sum(taught[-3:]) < 0.9 * sum(taught[:3])
+
+
+@pytest.mark.slow
 def test_a_child_trains_under_tensor_parallelism_as_on_one_process(
     runs: Path, corpus: Path
 ) -> None:
