@@ -20,8 +20,10 @@ from hybrid_train.schema.model import (
     Activation,
     Attention,
     LayerRule,
+    Mamba,
     Mlp,
     MlpSizes,
+    Moe,
     NormKind,
     Rope,
 )
@@ -60,7 +62,7 @@ def qwen_and_nemotron() -> Iterator[TrainJob]:
     """Tiny Transformers with gates, biases, norms of heads and positions; with other norms."""
     for norm in NormKind:
         job, is_qwen = tiny_job("*-*-"), norm is NormKind.rms
-        job.model.norm = norm
+        job.model.norm, job.model.mamba, job.model.moe = norm, Mamba(), Moe()
         job.model.mlp = Mlp(intermediate_size=64, gated=is_qwen)
         if is_qwen:
             job.model.mlp.activation = Activation.silu
