@@ -22,6 +22,7 @@ OWN_DATA = (
     "tiny_cpu",
     "parent_hybrid",
     "parent_sums",
+    "parent_dense",
     "student_hybrid",
     "child_hybrid",
 )  # experiments that bring their data

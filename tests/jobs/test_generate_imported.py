@@ -9,8 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hybrid_train.config.compose import compose
+from hybrid_train.data.tokenizers import train_byte_level_bpe
+from hybrid_train.hf.origin import Origin
 from hybrid_train.hf.read import import_folder
 from hybrid_train.jobs import cli
+from hybrid_train.jobs.generate import PromptReader
+from hybrid_train.schema.problems import UserError
 from tests.hf_random import random_folder
 from tests.tiny import MEGATRON_WARNINGS
 
@@ -167,3 +172,13 @@ def test_a_token_that_the_model_lacks_is_refused(
     assert cli.main(["generate", f"checkpoint={run}", *words]) == 2
     message = "token 270 ('<new>') is beyond the vocabulary of the model, which has 270"
     assert message in capsys.readouterr().err
+
+
+def test_a_row_of_the_model_that_stands_for_no_token_is_refused() -> None:
+    """Embeddings are padded: Qwen2.5 has 151,936 or 152,064 rows for 151,665 tokens."""
+    tokenizer = train_byte_level_bpe(["a"], 257)
+    job = compose("train", ["experiment=tiny_cpu", "model.vocab_size=512"])
+    reader = PromptReader(job, tokenizer, Origin(Path(), None, is_same_tokenizer=False), "")
+    reader._check_tokens("prompt 1", [256])
+    with pytest.raises(UserError, match="token 257 is beyond the vocabulary of the tokenizer"):
+        reader._check_tokens("prompt 1", [5, 257])
