@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybrid_train.hf.fields import LARGEST, is_number
+from hybrid_train.ops.rope import magnitude
 from hybrid_train.schema.model import Rope, RopeScaling
 
 FRACTIONS = ("partial_rotary_factor", "rope_percent", "rope_percentage")
@@ -131,7 +132,7 @@ class RopeReader:
                     f"factor is {self._get('factor')!r}: times {ORIGINAL}, "
                     f"{rope.original_length}, it must be a whole number"
                 )
-        said, meant = self._get("attention_factor"), attention_factor(rope)
+        said, meant = self._get("attention_factor"), magnitude(rope)
         if said is not None and abs(self._number("attention_factor") - meant) > _TOLERANCE:
             self.faults.append(
                 f"attention_factor is {said!r}; of {rope.maximum_length} positions that were "
@@ -162,17 +163,6 @@ class RopeReader:
                 self.faults.append(
                     f"{name} has {len(factors)} numbers; {pairs} pairs of channels are turned"
                 )
-
-
-def attention_factor(rope: Rope) -> float:
-    """Return by what longrope multiplies cosines and sines.
-
-    Source: transformers 5.23, modeling_rope_utils.py 487 (arXiv:2402.13753).
-    """
-    factor = rope.maximum_length / rope.original_length
-    if factor <= 1 or rope.original_length <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(factor) / math.log(rope.original_length))
 
 
 def written(rope: Rope, *, partial: bool, short: bool) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def magnitude(rope: Rope) -> float:
 
     There it is sqrt(1 + ln(maximum / original) / ln(original)), at every length.
     """
-    if rope.scaling is not RopeScaling.longrope or rope.maximum_length <= rope.original_length:
+    longer = rope.maximum_length > rope.original_length > 1
+    if rope.scaling is not RopeScaling.longrope or not longer:
         return 1.0
     growth = math.log(rope.maximum_length / rope.original_length)
     return math.sqrt(1 + growth / math.log(rope.original_length))
