@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CHAPTERS = (
     "command_line",
+    "models",
     "layouts",
     "precision",
     "run_folder",
