@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from hybrid_train.anatomy.kinds import HEAD
 from hybrid_train.anatomy.layers import stored_tensors
 from hybrid_train.checkpoint.block_moves import Cast, Copied, move_all, moves
 from hybrid_train.checkpoint.tensor_files import CheckpointWriter, StoredTensors, torch_saved
@@ -176,6 +177,7 @@ def _modules(run: _Run) -> Iterator[str]:
         yield module.removesuffix(".weight")  # of a packed one: in_proj.weight.z
         if one.linear == "attention.qkv":
             yield f"{module.rpartition('.')[0]}.core_attention"
+    yield HEAD.stored.removesuffix(".weight")  # one that is tied has no weight, and asks, too
 
 
 def _common(run: _Run, trainer: Trainer) -> dict[str, Any]:

@@ -10,21 +10,33 @@ from torch import distributed as dist
 from hybrid_train.checkpoint import layout
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.config import frozen
+from hybrid_train.nvidia.arguments import to_arguments
 from hybrid_train.nvidia.checkpoint_folders import Trainer
 from hybrid_train.nvidia.export_checkpoint import export_as
 from hybrid_train.nvidia.import_checkpoint import import_checkpoint
 from hybrid_train.runtime import cpu
 from hybrid_train.schema.parallel import Parallel
+from hybrid_train.schema.train import TrainJob
 from tests.core_save import load_as_megatron_lm, save_as_megatron_lm
 from tests.distributed.launch import run_distributed
-from tests.tiny import LENGTH, MEGATRON_WARNINGS, VOCAB, tiny_engine, tiny_job
+from tests.tiny import (
+    EVERY_KIND,
+    LENGTH,
+    MEGATRON_WARNINGS,
+    VOCAB,
+    as_family,
+    tiny_engine,
+    tiny_job,
+)
 from tests.unit.checkpoint.content import content_of, take, weights_of
 
 pytestmark = [*MEGATRON_WARNINGS, pytest.mark.slow]
 LAYOUTS = {
-    "TP2": Parallel(tensor=2),
+    "TP2": (Parallel(tensor=2), ""),
     # Core's format of split state misplaces it here: the embedding has a bucket of its own.
-    "PP2": Parallel(pipeline=2, distributed_optimizer=False),
+    "PP2": (Parallel(pipeline=2, distributed_optimizer=False), ""),
+    # Each rank holds its gates, then its neurons, and core's files all gates first.
+    "TP2, Qwen": (Parallel(tensor=2), "qwen"),
 }
 FOLDERS = {
     Trainer.megatron_lm: ("iter_0000002", ""),
@@ -33,33 +45,42 @@ FOLDERS = {
 }
 
 
-def engine_under(parallel: Parallel, groups: Any, seed: int) -> Any:
-    job = tiny_job(parallel=parallel)
+def job_of(family: str = "", **sections: Any) -> TrainJob:
+    """A tiny hybrid, or a Transformer of a family."""
+    job = tiny_job("*-*-" if family else EVERY_KIND, **sections)
+    if family:
+        as_family(job.model, family)
+    return job
+
+
+def engine_under(parallel: Parallel, groups: Any, seed: int, family: str = "") -> Any:
+    job = job_of(family, parallel=parallel)
     job.train.seed = seed
     return tiny_engine(job, groups)
 
 
-def _save_a_run(root: Path, parallel: Parallel) -> None:
+def _save_a_run(root: Path, parallel: Parallel, family: str = "") -> None:
     """Save the same engine as ours, as it goes on, and by core for Megatron-LM."""
     cpu.install()
     from hybrid_train.checkpoint import store
     from hybrid_train.megatron.data_parallel import build_groups, destroy_groups
 
     groups = build_groups(parallel, timeout_s=60)
-    engine = engine_under(parallel, groups, seed=1)
+    engine = engine_under(parallel, groups, 1, family)
     take(engine, 2)
     position = {"step": 2, "tokens": 8 * LENGTH}
     store.save(root / "run", content_of(engine, groups), position, keep=1)
     sharding = "fully_reshardable" if parallel.distributed_optimizer else ""
-    save_as_megatron_lm(engine, groups, root / "theirs", sharding=sharding)
+    job = job_of(family, run_dir=str(root / "run"))
+    said = to_arguments(job.model) if family else {}
+    save_as_megatron_lm(engine, groups, root / "theirs", sharding=sharding, **said)
     if dist.get_rank() == 0:
-        job = tiny_job(run_dir=str(root / "run"))
         job.model.vocab_size = VOCAB
         frozen.freeze(job, root / "run")
     destroy_groups()
 
 
-def _loads_by_core(root: Path, parallel: Parallel) -> None:
+def _loads_by_core(root: Path, parallel: Parallel, family: str = "") -> None:
     """Load each export by core, then the run by ours, and compare what this process has."""
     cpu.install()
     from hybrid_train.checkpoint.save_load import read_weights
@@ -69,15 +90,16 @@ def _loads_by_core(root: Path, parallel: Parallel) -> None:
     groups = build_groups(parallel, timeout_s=60)
     found = {}
     for trainer, (folder, prefix) in FOLDERS.items():
-        engine = engine_under(parallel, groups, seed=2)
+        engine = engine_under(parallel, groups, 2, family)
         model = bare(engine.network.chunks[0])
         # First: a run of ours makes torch refuse what is beside their tensors, in this process.
         beside = load_as_megatron_lm(model, groups, root / trainer.name / folder, prefix)
         found[trainer] = weights_of(engine)
         assert beside.get("iteration", beside.get("global_step")) == 2, trainer
         if trainer is Trainer.megatron_lm:
-            assert beside["args"].hybrid_layer_pattern == "MEM*M-/*E/*E"
-    engine = engine_under(parallel, groups, seed=3)
+            wanted = "*-*-" if family else "MEM*M-/*E/*E"
+            assert beside["args"].hybrid_layer_pattern == wanted
+    engine = engine_under(parallel, groups, 3, family)
     read_weights(layout.locate(root / "run").path, engine.network.chunks, groups)
     expected = weights_of(engine)
     for weights in found.values():
@@ -85,7 +107,7 @@ def _loads_by_core(root: Path, parallel: Parallel) -> None:
     destroy_groups()
 
 
-def _goes_on(root: Path, parallel: Parallel) -> list[list[float]]:
+def _goes_on(root: Path, parallel: Parallel, family: str) -> list[list[float]]:
     """Go on from our checkpoint and from the imported one."""
     cpu.install()
     from hybrid_train.checkpoint import store
@@ -94,7 +116,7 @@ def _goes_on(root: Path, parallel: Parallel) -> list[list[float]]:
     groups = build_groups(parallel, timeout_s=60)
     losses = []
     for seed, run in enumerate(("run", "imported"), start=4):
-        engine = engine_under(parallel, groups, seed)
+        engine = engine_under(parallel, groups, seed, family)
         store.load(layout.locate(root / run), content_of(engine, groups))
         losses.append(take(engine, 3))
     destroy_groups()
@@ -105,13 +127,13 @@ def _goes_on(root: Path, parallel: Parallel) -> list[list[float]]:
 def test_core_loads_what_was_exported_and_goes_on_here_with_what_it_saved(
     name: str, tmp_path: Path
 ) -> None:
-    parallel = LAYOUTS[name]
-    run_distributed(_save_a_run, 2, tmp_path, parallel)
+    parallel, family = LAYOUTS[name]
+    run_distributed(_save_a_run, 2, tmp_path, parallel, family)
     for trainer in FOLDERS:
         export_as(tmp_path / "run", tmp_path / trainer.name, None, trainer)
-    run_distributed(_loads_by_core, 2, tmp_path, parallel)
+    run_distributed(_loads_by_core, 2, tmp_path, parallel, family)
     import_checkpoint(tmp_path / "theirs", tmp_path / "imported", None, None)
-    for ours, imported in run_distributed(_goes_on, 2, tmp_path, parallel):
+    for ours, imported in run_distributed(_goes_on, 2, tmp_path, parallel, family):
         assert imported == ours
 
 
