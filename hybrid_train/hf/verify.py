@@ -132,7 +132,8 @@ def _mend(config: PreTrainedConfig, model: Model) -> None:
 
 
 def _mend_dense(config: PreTrainedConfig, model: Model, said: Mapping[str, Any]) -> None:
-    """Set what transformers 5.23 does not know under its older names: kv_channels, rope_percent."""
+    """Set what transformers 5.23 does not know: kv_channels, rope_percent, null KV heads."""
     config.head_dim = model.attention.head_dim
+    config.num_key_value_heads = model.attention.kv_heads
     if FRACTIONS[0] not in {*said, *(said.get("rope_parameters") or ())}:
         config.rope_parameters[FRACTIONS[0]] = model.attention.rope.fraction

@@ -32,6 +32,7 @@ TENSORS: Mapping[str, str] = {
     "mlp.linear_fc1.weight": "mlp.{part}_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
+_ALWAYS = ("head_dim", "num_key_value_heads")  # in every export
 _ACTIVATIONS = {"silu": Activation.silu, "swish": Activation.silu, "relu2": Activation.squared_relu}
 _BIASES = ("attention_bias", "mlp_bias")
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
@@ -102,8 +103,9 @@ class Dense(Family):
             faults += self._read_layers(config, model)
             reader = RopeReader(*self._rope_keys(config))
             attention.rope = reader.read(attention.head_dim, config.get(LENGTH) or self.length)
-            faults += reader.faults or self.refusals(model)
-            faults += [f"{problem}" for problem in collect(model)]
+            faults += [*reader.faults, *(f"{problem}" for problem in collect(model))]
+        if not faults:
+            faults += self.refusals(model)
         if faults:
             raise UserError(
                 f"{path} does not describe a model of the family {self.model_type} that can be "
@@ -259,8 +261,9 @@ class Dense(Family):
         is_on = "use_sliding_window" not in self.defaults
         if is_on and window is not None and window < (config.get(LENGTH) or self.length):
             config["sliding_window"] = None  # there was none, as long as the model was
-        config[HEAD_DIM[0]] = model.attention.head_dim
-        return config
+        # transformers 5.23 fills neither in for every family.
+        made = written_fields(self.fields, model)
+        return config | {key: made[key] for key in _ALWAYS if key in made}
 
 
 def _word(flag: bool) -> str:

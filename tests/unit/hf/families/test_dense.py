@@ -47,6 +47,9 @@ def built(checkpoint: Checkpoint, groups: Any) -> "Hybrid":
     from hybrid_train.model.build import build_model
 
     model = build_model(checkpoint.job, groups, VOCAB, on_gpu=False).chunks[0]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(torch.nan)  # of what is not read
     read_weights(checkpoint.found.path, [model], groups)
     return model
 
@@ -72,7 +75,9 @@ def test_a_round_trip_keeps_every_bit_and_the_meaning_of_every_key(
             assert not differences(checkpoint, Weights(stored, best=False), after).lines()
     said = json.loads((tmp_path / "theirs" / "config.json").read_text())
     kept = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert kept == said | {"head_dim": checkpoint.model.attention.head_dim}
+    attention = checkpoint.model.attention
+    sizes = {"head_dim": attention.head_dim, "num_key_value_heads": attention.kv_heads}
+    assert kept == said | sizes
 
 
 @pytest.mark.parametrize(("family", "seed"), FOLDERS)
