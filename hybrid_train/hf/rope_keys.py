@@ -165,6 +165,15 @@ class RopeReader:
                 )
 
 
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without "su", which transformers 5.23 does not read as longrope in time."""
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return dict(config)
+    kinds = {key: "longrope" for key in ("type", "rope_type") if scaling.get(key) == "su"}
+    return {**config, "rope_scaling": scaling | kinds}
+
+
 def written(rope: Rope, *, partial: bool, short: bool) -> dict[str, Any]:
     """Return the keys of a section in both spellings.
 

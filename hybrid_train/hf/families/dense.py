@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from hybrid_train.hf.family import LENGTH, Family
 from hybrid_train.hf.fields import Field, read_fields, senseless, written_fields
 from hybrid_train.hf.names import Spelling, Stored, table
-from hybrid_train.hf.rope_keys import KEYS, ORIGINAL, RopeReader, written
+from hybrid_train.hf.rope_keys import KEYS, ORIGINAL, RopeReader, renamed, written
 from hybrid_train.schema.model import Activation, Model, NormKind, RopeScaling
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError, collect
@@ -249,7 +249,7 @@ class Dense(Family):
     def as_trained(self, said: Mapping[str, Any], *, length: int, dtype: str) -> dict[str, Any]:
         """Return a config trained for longer texts; the length of longrope is part of the model."""
         model = self.to_model(said, Path("config.json"))
-        config = super().as_trained(said, length=length, dtype=dtype)
+        config = super().as_trained(renamed(said), length=length, dtype=dtype)
         if model.attention.rope.scaling is RopeScaling.longrope:
             config[LENGTH] = said.get(LENGTH, config.get(LENGTH))
             if length > model.attention.rope.maximum_length:
