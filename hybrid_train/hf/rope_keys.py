@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybrid_train.hf.fields import LARGEST, is_number
-from hybrid_train.ops.rope import magnitude
 from hybrid_train.schema.model import Rope, RopeScaling
 
 FRACTIONS = ("partial_rotary_factor", "rope_percent", "rope_percentage")
@@ -132,7 +131,7 @@ class RopeReader:
                     f"factor is {self._get('factor')!r}: times {ORIGINAL}, "
                     f"{rope.original_length}, it must be a whole number"
                 )
-        said, meant = self._get("attention_factor"), magnitude(rope)
+        said, meant = self._get("attention_factor"), rope.magnitude
         if said is not None and abs(self._number("attention_factor") - meant) > _TOLERANCE:
             self.faults.append(
                 f"attention_factor is {said!r}; of {rope.maximum_length} positions that were "
