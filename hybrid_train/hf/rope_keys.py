@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybrid_train.hf.fields import LARGEST, is_number
-from hybrid_train.ops.rope import magnitude
 from hybrid_train.schema.model import Rope, RopeScaling
 
 FRACTIONS = ("partial_rotary_factor", "rope_percent", "rope_percentage")
@@ -132,7 +131,7 @@ class RopeReader:
                     f"factor is {self._get('factor')!r}: times {ORIGINAL}, "
                     f"{rope.original_length}, it must be a whole number"
                 )
-        said, meant = self._get("attention_factor"), magnitude(rope)
+        said, meant = self._get("attention_factor"), rope.magnitude
         if said is not None and abs(self._number("attention_factor") - meant) > _TOLERANCE:
             self.faults.append(
                 f"attention_factor is {said!r}; of {rope.maximum_length} positions that were "
@@ -163,6 +162,15 @@ class RopeReader:
                 self.faults.append(
                     f"{name} has {len(factors)} numbers; {pairs} pairs of channels are turned"
                 )
+
+
+def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without "su", which transformers 5.23 does not read as longrope in time."""
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return dict(config)
+    kinds = {key: "longrope" for key in ("type", "rope_type") if scaling.get(key) == "su"}
+    return {**config, "rope_scaling": scaling | kinds}
 
 
 def written(rope: Rope, *, partial: bool, short: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hybrid_train.hf import config_json
-from hybrid_train.hf.rope_keys import FRACTIONS
+from hybrid_train.hf.rope_keys import FRACTIONS, renamed
 from hybrid_train.megatron.hybrid import Hybrid
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.pattern import parse
@@ -101,11 +101,11 @@ def load_theirs(folder: Path, model: Model) -> PreTrainedModel:
             "the tensors"
         )
     kind = getattr(transformers, family.architecture)
-    config = kind.config_class.from_pretrained(folder, local_files_only=True)
     if family.model_type == config_json.NEMOTRON_H.model_type:
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
         _mend(config, model)
     else:
-        _mend_dense(config, model, said)
+        config = kind.config_class.from_dict(_known(said, model))
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     loaded: PreTrainedModel = kind.from_pretrained(
@@ -131,8 +131,12 @@ def _mend(config: PreTrainedConfig, model: Model) -> None:
     config.head_dim, config.layer_norm_epsilon = model.attention.head_dim, model.norm_eps
 
 
-def _mend_dense(config: PreTrainedConfig, model: Model, said: Mapping[str, Any]) -> None:
-    """Set what transformers 5.23 does not know under its older names: kv_channels, rope_percent."""
-    config.head_dim = model.attention.head_dim
-    if FRACTIONS[0] not in {*said, *(said.get("rope_parameters") or ())}:
-        config.rope_parameters[FRACTIONS[0]] = model.attention.rope.fraction
+def _known(said: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """Return a config of a dense family by keys that transformers 5.23 knows.
+
+    It does not know kv_channels and rope_percent, reads "su" too late, and NemotronConfig leaves
+    null KV heads as they are.
+    """
+    attention = model.attention
+    sizes = {"head_dim": attention.head_dim, "num_key_value_heads": attention.kv_heads}
+    return {FRACTIONS[0]: attention.rope.fraction, **renamed(said), **sizes}

@@ -172,7 +172,8 @@ def export_checkpoint(path: Path, output: Path, dtype: torch.dtype | None, shard
             origin.write_generation_config(partial, config)
             origin.copy_tokenizer(partial)
             has_tokenizer = has_vocabulary(partial)
-    for name, widths in filled_up(checkpoint.model).items():
+    filled = {} if checkpoint.told.layers else filled_up(checkpoint.model)
+    for name, widths in filled.items():
         _log.info(
             "%s is %d in the narrowest layer and %d in the widest: config.json has one width, and "
             "zeros fill up the others, which compute the same", name, *widths,

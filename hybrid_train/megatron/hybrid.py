@@ -30,7 +30,7 @@ from hybrid_train.ops.logits import (
     read,
     weighted_sum,
 )
-from hybrid_train.ops.rope import angles, frequencies, magnitude
+from hybrid_train.ops.rope import angles, frequencies
 from hybrid_train.schema.model import Rope
 
 # Parameters and buffers that stay in float32 in a bfloat16 model, by the ends of their names; the
@@ -182,7 +182,7 @@ class Hybrid(HybridModel):
         if self.rope is not None:
             for module in self.modules():
                 if isinstance(module, SelfAttention):  # by which core multiplies cosine and sine
-                    module._yarn_concentration_factor = magnitude(self.rope)
+                    module._yarn_concentration_factor = self.rope.magnitude
         for router in routers([self.mtp] if self.mtp_process else []):
             # Core's stack does not tell them (hybrid_block.py 191): the balance loss of a block
             # that serves several depths would count once for each.

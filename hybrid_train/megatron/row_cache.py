@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.ops.attention import cached_attention
 from hybrid_train.ops.conv import window_conv
-from hybrid_train.ops.rope import angles, frequencies, magnitude
+from hybrid_train.ops.rope import angles, frequencies
 from hybrid_train.ops.scan import advance, chunked_scan, step, window_scan
 from hybrid_train.schema.model import Rope
 
@@ -147,7 +147,7 @@ class RowCache:
         by_row = [frequencies(self._rope, head_dim, one) for one in self.longest[rows]]
         positions = torch.tensor(starts)[:, None] + torch.arange(width)
         of_pairs = angles(torch.stack(by_row)[:, None], positions).flatten(0, 1)[:, None, None]
-        grown = magnitude(self._rope)
+        grown = self._rope.magnitude
         cosine, sine = ((f(of_pairs) * grown).to(kind) for f in (torch.cos, torch.sin))
         return cosine.to(device), sine.to(device)
 

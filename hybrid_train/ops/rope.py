@@ -3,7 +3,7 @@
     y = x * cos(p f) * s + rotate(x) * sin(p f) * s,   rotate((a, b)) = (-b, a)
 
 The first `turned` channels of a head are halves a and b of as many pairs, each with a frequency f;
-the others stay as they are. Source: Su et al., arXiv:2104.09864, section 3.4.2, with pairs as in
+the others stay as they are; s is `Rope.magnitude`. Source: Su et al., arXiv:2104.09864, section 3.4.2, with pairs as in
 the released code of Llama. A product of a turned query and key depends on how far they are apart.
 
 Frequencies are float32, by the operations of the released models in their order: at position 8,000
@@ -55,18 +55,6 @@ def _llama3(plain: Tensor, rope: Rope) -> Tensor:
     between = (1 - smooth) * slowed / rope.factor + smooth * slowed
     is_between = (wavelength >= length / high) & (wavelength <= length / low)
     return torch.where(is_between, between, slowed)
-
-
-def magnitude(rope: Rope) -> float:
-    """Return s, by which turned channels grow; 1 but for longrope.
-
-    There it is sqrt(1 + ln(maximum / original) / ln(original)), at every length.
-    """
-    longer = rope.maximum_length > rope.original_length > 1
-    if rope.scaling is not RopeScaling.longrope or not longer:
-        return 1.0
-    growth = math.log(rope.maximum_length / rope.original_length)
-    return math.sqrt(1 + growth / math.log(rope.original_length))
 
 
 def angles(frequencies: Tensor, positions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The model: layer pattern and the sizes of each kind of layer."""
 
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar
@@ -56,6 +57,18 @@ class Rope:
     def turned(self, head_dim: int) -> int:
         """Return how many channels of a head are turned."""
         return int(self.fraction * head_dim)
+
+    @property
+    def magnitude(self) -> float:
+        """By what cosines and sines are multiplied: 1 but for longrope.
+
+        There it is sqrt(1 + ln(maximum / original) / ln(original)), at every length (Ding et al.,
+        arXiv:2402.13753, and the released code of Phi-4-mini).
+        """
+        factor = self.maximum_length / self.original_length
+        if self.scaling is not RopeScaling.longrope or factor <= 1 or self.original_length <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(self.original_length))
 
     def problems(self) -> Iterator[Problem]:
         """Check the limits of this section."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from hybrid_train.hf.family import LENGTH, Family
 from hybrid_train.hf.fields import Field, read_fields, senseless, written_fields
 from hybrid_train.hf.names import Spelling, Stored, table
-from hybrid_train.hf.rope_keys import KEYS, ORIGINAL, RopeReader, written
+from hybrid_train.hf.rope_keys import KEYS, ORIGINAL, RopeReader, renamed, written
 from hybrid_train.schema.model import Activation, Model, NormKind, RopeScaling
 from hybrid_train.schema.pattern import parse
 from hybrid_train.schema.problems import UserError, collect
@@ -32,6 +32,7 @@ TENSORS: Mapping[str, str] = {
     "mlp.linear_fc1.weight": "mlp.{part}_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
+_ALWAYS = ("head_dim", "num_key_value_heads")  # in every export
 _ACTIVATIONS = {"silu": Activation.silu, "swish": Activation.silu, "relu2": Activation.squared_relu}
 _BIASES = ("attention_bias", "mlp_bias")
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
@@ -102,8 +103,9 @@ class Dense(Family):
             faults += self._read_layers(config, model)
             reader = RopeReader(*self._rope_keys(config))
             attention.rope = reader.read(attention.head_dim, config.get(LENGTH) or self.length)
-            faults += reader.faults or self.refusals(model)
-            faults += [f"{problem}" for problem in collect(model)]
+            faults += [*reader.faults, *(f"{problem}" for problem in collect(model))]
+        if not faults:
+            faults += self.refusals(model)
         if faults:
             raise UserError(
                 f"{path} does not describe a model of the family {self.model_type} that can be "
@@ -247,7 +249,7 @@ class Dense(Family):
     def as_trained(self, said: Mapping[str, Any], *, length: int, dtype: str) -> dict[str, Any]:
         """Return a config trained for longer texts; the length of longrope is part of the model."""
         model = self.to_model(said, Path("config.json"))
-        config = super().as_trained(said, length=length, dtype=dtype)
+        config = super().as_trained(renamed(said), length=length, dtype=dtype)
         if model.attention.rope.scaling is RopeScaling.longrope:
             config[LENGTH] = said.get(LENGTH, config.get(LENGTH))
             if length > model.attention.rope.maximum_length:
@@ -259,8 +261,9 @@ class Dense(Family):
         is_on = "use_sliding_window" not in self.defaults
         if is_on and window is not None and window < (config.get(LENGTH) or self.length):
             config["sliding_window"] = None  # there was none, as long as the model was
-        config[HEAD_DIM[0]] = model.attention.head_dim
-        return config
+        # transformers 5.23 fills neither in for every family.
+        made = written_fields(self.fields, model)
+        return config | {key: made[key] for key in _ALWAYS if key in made}
 
 
 def _word(flag: bool) -> str:

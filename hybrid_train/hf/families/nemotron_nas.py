@@ -93,8 +93,8 @@ class NemotronNas(Llama):
     def refusals(self, model: Model) -> Iterator[str]:
         yield from super().refusals(model)
         for layer in main_layers(model):
-            width = layer.sizes.ffn
-            if layer.letter == "-" and _width(_multiple_of(width, model), model) != width:
+            width, hidden = layer.sizes.ffn, model.hidden_size
+            if layer.letter == "-" and _width(_multiple_of(width, hidden), hidden) != width:
                 yield (
                     f"the MLP of layer {layer.number} is {width} wide: it has multiples of "
                     f"{_MULTIPLE}"
@@ -102,7 +102,7 @@ class NemotronNas(Llama):
                 return
 
     def uneven(self, model: Model) -> Iterator[str]:
-        """Yield nothing: KV heads and widths may differ, and other sizes are in no rule of them."""
+        """Yield query heads that differ; KV heads and widths may."""
         for layer in main_layers(model):
             if layer.sizes.heads != model.attention.heads and layer.letter == "*":
                 yield f"model.attention.heads is {layer.sizes.heads} in layer {layer.number}"
@@ -128,7 +128,7 @@ class NemotronNas(Llama):
                 size = (
                     sizes.heads // sizes.kv_groups
                     if letter == "*"
-                    else _multiple_of(sizes.ffn, model)
+                    else _multiple_of(sizes.ffn, model.hidden_size)
                 )
                 halves[half] |= {"no_op": False, _SIZE_KEYS[half]: size}
             blocks.append(halves)
@@ -192,15 +192,14 @@ def _senseless(block: Mapping[str, Any], number: int, model: Model) -> Iterator[
             yield f"block_configs.{number}.ffn.{key} is {size!r}; it must be a number above 0"
 
 
-def _width(multiple: float, model: Model | int) -> int:
+def _width(multiple: float, hidden: int) -> int:
     """Return how wide an MLP is, from its multiple of the hidden size."""
-    hidden = model if isinstance(model, int) else model.hidden_size
     return math.ceil(int(2 * multiple * hidden / 3) / _MULTIPLE) * _MULTIPLE
 
 
-def _multiple_of(width: int, model: Model) -> float:
+def _multiple_of(width: int, hidden: int) -> float:
     """Return the multiple of the hidden size that gives a width, if it is one of 256."""
-    return 3 * width / (2 * model.hidden_size)
+    return 3 * width / (2 * hidden)
 
 
 def _most(sizes: Sequence[int]) -> int:

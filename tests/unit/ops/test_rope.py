@@ -8,7 +8,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from hybrid_train.ops.rope import angles, frequencies, magnitude, turn
+from hybrid_train.ops.rope import angles, frequencies, turn
 from hybrid_train.schema.model import Rope, RopeScaling
 
 HEAD, ORIGINAL, LONGEST = 16, 64, 512
@@ -30,7 +30,7 @@ def longrope() -> Rope:
 def cosines(rope: Rope, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of all positions of a row, [L, channels]."""
     found = angles(frequencies(rope, HEAD, length), torch.arange(length))
-    return found.cos() * magnitude(rope), found.sin() * magnitude(rope)
+    return found.cos() * rope.magnitude, found.sin() * rope.magnitude
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -74,7 +74,7 @@ def test_longrope_takes_the_list_and_the_magnitude_of_transformers(length: int) 
 
 def test_the_magnitude_of_phi_4_mini_is_as_published() -> None:
     rope = Rope(scaling=RopeScaling.longrope, original_length=4096, maximum_length=131_072)
-    assert math.isclose(magnitude(rope), 1.190238, abs_tol=5e-7)
+    assert math.isclose(rope.magnitude, 1.190238, abs_tol=5e-7)
 
 
 def test_a_turned_pair_is_a_complex_number_times_a_root_of_unity() -> None:

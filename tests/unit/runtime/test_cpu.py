@@ -53,6 +53,14 @@ def test_other_devices_stay_what_they_are() -> None:
 
 
 @pytest.mark.usefixtures("emulated")
+def test_what_is_made_on_the_meta_device_has_no_values_there() -> None:
+    """As a model of transformers is while it is loaded."""
+    with torch.device("meta"):
+        made = [torch.arange(3), torch.empty(2), torch.tensor([1.0])]
+    assert {tensor.device.type for tensor in made} == {"meta"}
+
+
+@pytest.mark.usefixtures("emulated")
 def test_a_module_that_is_sent_to_a_gpu_stays() -> None:
     device = torch.device(f"cuda:{torch.cuda.current_device()}")
     module = torch.nn.Linear(2, 2).to(device, torch.bfloat16)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.hf.read import Folder, import_folder
+from hybrid_train.hf.rope_keys import renamed
 from hybrid_train.hf.tensors import turn_round
+from hybrid_train.hf.verify import load_theirs
 from hybrid_train.hf.write import Checkpoint, Weights, export_checkpoint, open_checkpoint
 from hybrid_train.jobs.convert import differences
 from tests.dense_folders import FAMILIES, FAST_SEEDS, ORIGINAL, SEEDS, VOCAB, folder_of, model_of
@@ -47,6 +49,9 @@ def built(checkpoint: Checkpoint, groups: Any) -> "Hybrid":
     from hybrid_train.model.build import build_model
 
     model = build_model(checkpoint.job, groups, VOCAB, on_gpu=False).chunks[0]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(torch.nan)  # of what is not read
     read_weights(checkpoint.found.path, [model], groups)
     return model
 
@@ -70,9 +75,15 @@ def test_a_round_trip_keeps_every_bit_and_the_meaning_of_every_key(
             assert torch.equal(before.read(name, 0, rows), after.read(name, 0, rows)), name
         with StoredTensors(checkpoint.found.path) as stored:
             assert not differences(checkpoint, Weights(stored, best=False), after).lines()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model_of(family, seed)(tokens_of(LONGEST), use_cache=False).logits
+        assert_close(again(tokens_of(LONGEST), use_cache=False).logits, expected, "loaded")
     said = json.loads((tmp_path / "theirs" / "config.json").read_text())
     kept = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert kept == said | {"head_dim": checkpoint.model.attention.head_dim}
+    attention = checkpoint.model.attention
+    sizes = {"head_dim": attention.head_dim, "num_key_value_heads": attention.kv_heads}
+    assert kept == renamed(said) | sizes
 
 
 @pytest.mark.parametrize(("family", "seed"), FOLDERS)
@@ -81,11 +92,13 @@ def test_logits_and_gradients_are_those_of_transformers(
 ) -> None:
     theirs, checkpoint = model_of(family, seed), imported(family, seed, tmp_path)
     ours = built(checkpoint, groups).eval()
+    loaded = load_theirs(tmp_path / "theirs", checkpoint.model)
     for length in LENGTHS:
         tokens = tokens_of(length)
         with torch.no_grad():
             expected = theirs(tokens, use_cache=False).logits
             assert_close(ours(tokens).logits(), expected, f"length {length}")
+            assert_close(loaded(tokens, use_cache=False).logits, expected, f"loaded, {length}")
     for length in (17, LONGEST):
         errors = gradient_errors(checkpoint, ours, theirs, tokens_of(length + 1))
         assert max(errors.values()) < SHARE, (length, errors)
