@@ -16,6 +16,7 @@ from hybrid_train.config.commands import setting
 from hybrid_train.schema import formats
 from hybrid_train.schema.problems import UserError
 from hybrid_train.tracking.gaps import Spread, spread
+from hybrid_train.tracking.plots import Figures
 
 COMMAND = "evaluate"
 _SMALL, _LARGE = 100, 10_000  # values between which one digit behind the point is enough
@@ -114,9 +115,6 @@ class Figure:
     value: float
 
 
-Figures = dict[tuple[str, str], Spread]  # by metric and group
-
-
 def places(run_dir: Path, folder: Path) -> list[str]:
     """Return what `evaluate` is asked to read, and where it writes."""
     return [f"checkpoint=[{run_dir}]", setting("output", folder)]
@@ -131,19 +129,25 @@ def over_seeds(evaluations: Sequence[PlannedEvaluation]) -> Figures:
     return {key: spread(known) for key, known in values.items()}
 
 
-def rows(variants: Mapping[str, Figures], shown: Sequence[str]) -> list[tuple[str, ...]]:
+def of_metrics(found: Figures, metrics: Sequence[str]) -> Figures:
+    """Return the figures of some metrics; none named is all."""
+    return {key: one for key, one in found.items() if key[0] in (metrics or [key[0]])}
+
+
+def rows(variants: Mapping[str, Figures]) -> list[tuple[str, ...]]:
     """Return a row for each figure, with a cell for each variant.
+
+    A metric with groups is shown for each of them, not over all.
 
     Args:
         variants: figures by the name of the variant.
-        shown: metrics; empty: all. One with groups is shown for each of them.
     """
     keys = dict.fromkeys(key for found in variants.values() for key in found)
     grouped = {metric for metric, group in keys if group}
     return [
         (metric, group or "-", *(_cell(found.get((metric, group))) for found in variants.values()))
         for metric, group in keys
-        if metric in (shown or [metric]) and bool(group) == (metric in grouped)
+        if bool(group) == (metric in grouped)
     ]
 
 

@@ -24,7 +24,6 @@ from hybrid_train.config.commands import command, typed
 from hybrid_train.jobs import study_evaluation
 from hybrid_train.jobs.help import console, show_numbers
 from hybrid_train.jobs.provenance import command_line, libraries
-from hybrid_train.jobs.study_evaluation import Figures
 from hybrid_train.jobs.study_plan import PlannedRun, StudyPlan, are_paired
 from hybrid_train.jobs.study_stages import PlannedStage
 from hybrid_train.runtime import hardware
@@ -45,9 +44,10 @@ from hybrid_train.tracking.gaps import (
     tokens_needed,
 )
 from hybrid_train.tracking.metrics import show, show_duration
-from hybrid_train.tracking.plots import plot_gaps
+from hybrid_train.tracking.plots import Figures, plot_figures, plot_gaps
 
 MARKDOWN, JSON, PLOT = "study.md", "study.json", "plots/gap.png"
+PLOT_OF_FIGURES = "plots/figures.png"
 _SEEDS_OF_A_CLAIM = 3
 _STAGE_HEADS = ("stage", "command", "tokens", "time")
 _VERSIONS = ("python", "torch", "megatron-core")
@@ -110,13 +110,15 @@ def report(study: StudyJob, plan: StudyPlan) -> None:
     baseline = found[study.baseline].curves
     plots = {name: compare(one.curves, baseline) for name, one in found.items()}
     plot_gaps(plots, study.baseline, folder / PLOT, study.title)
+    (folder / PLOT_OF_FIGURES).unlink(missing_ok=True)
+    plot_figures(_figures(study, found), folder / PLOT_OF_FIGURES, study.title)
     (folder / JSON).write_text(json.dumps(_as_data(study, found, facts, plan), indent=2) + "\n")
     (folder / MARKDOWN).write_text(_markdown(study, found, facts, plan))
     page = console()
     page.print(f"\n{study.title}\n", soft_wrap=True)
     show_numbers(page, list(_rows(study, found)), _heads(study, found))
     page.print(f"\n{_legend(study, found)}", soft_wrap=True)
-    if figures := _figures(study, found):
+    if figures := study_evaluation.rows(_figures(study, found)):
         page.print(f"\n{_FIGURES}\n", soft_wrap=True)
         show_numbers(page, figures, ["figure", "of", *found], words=2)
     for kind, one in plan.rates.items():
@@ -131,8 +133,10 @@ def report(study: StudyJob, plan: StudyPlan) -> None:
         if text:
             page.print(f"  {name}: {text}", soft_wrap=True)
     page.print("\nWhere things lie:")
-    for name, place in {"table": MARKDOWN, "figures": JSON, "plot": PLOT}.items():
-        page.print(f"  {name:<9}{folder / place}", soft_wrap=True)
+    written = {"table": MARKDOWN, "figures": JSON, "plot": PLOT, "plot of figures": PLOT_OF_FIGURES}
+    for name, place in written.items():
+        if (folder / place).is_file():
+            page.print(f"  {name:<17}{folder / place}", soft_wrap=True)
 
 
 def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
@@ -177,9 +181,11 @@ def _found(study: StudyJob, runs: Sequence[PlannedRun]) -> dict[str, _Found]:
     return found
 
 
-def _figures(study: StudyJob, found: Mapping[str, _Found]) -> list[tuple[str, ...]]:
-    """Return the rows of what runs were asked: a column for each variant."""
-    return study_evaluation.rows({name: one.figures for name, one in found.items()}, study.figures)
+def _figures(study: StudyJob, found: Mapping[str, _Found]) -> dict[str, Figures]:
+    """Return what is shown of what runs were asked, by variant."""
+    return {
+        name: study_evaluation.of_metrics(one.figures, study.figures) for name, one in found.items()
+    }
 
 
 def _saved(curves: Mapping[int, Curve], lengths: Sequence[Mapping[int, Curve]]) -> Spread:
@@ -424,10 +430,12 @@ def _markdown(
     parts = [f"# {study.title}", "", f"`{facts['command']}`, {facts['date']}.", ""]
     parts += _table([*_heads(study, found), "published"], _published_rows(study, found))
     parts += ["", _legend(study, found), "", f"![gaps]({PLOT})", ""]
-    if figures := _figures(study, found):
+    if figures := study_evaluation.rows(_figures(study, found)):
         asked = f"`{typed(*study.evaluate)}`"
         parts += ["## Figures", "", f"{_FIGURES} Asked was {asked}.", ""]
         parts += [*_table(["figure", "of", *found], figures), ""]
+        if (Path(study.run_dir) / PLOT_OF_FIGURES).is_file():
+            parts += [f"![figures]({PLOT_OF_FIGURES})", ""]
     if facts["missing"]:
         parts += [f"Missing, since they failed: {', '.join(facts['missing'])}.", ""]
     if plan.stages:

@@ -1,13 +1,14 @@
-"""Pictures: the loss curve of a run, and the gaps of several runs to a baseline."""
+"""Pictures: the loss curve of a run, gaps of several runs to a baseline, figures by length."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_train.schema.units import show_tokens
-from hybrid_train.tracking.gaps import TAIL, Comparison
+from hybrid_train.tracking.gaps import TAIL, Comparison, Spread
 from hybrid_train.tracking.jsonl import read_metrics
 from hybrid_train.tracking.metrics import smoothed_curve
 
@@ -18,8 +19,11 @@ _TRAIN, _VALIDATION, _BASELINE = "#2f6fb5", "#d1495b", "#777777"
 _MTP = ("#8fb339", "#e09f3e", "#7b5ea7", "#4fb0ae")
 _SETTLED = 0.2  # share of training; gaps of losses that still fall fast do not set the scale
 _DASHES = ("-", "--", ":")  # for ten curves each, as there are ten colours
+_HEIGHT, _PANEL_HEIGHT = 5.2, 3.4  # inches, of a picture of one panel, and of each of several
+_NUMBERED = re.compile(r"\w+=[\d.]+(-\d+)?( \w+=[\d.]+(-\d+)?)*")  # groups: "position=64-255"
 
 Points = tuple[list[float], list[float]]  # tokens, values
+Figures = Mapping[tuple[str, str], Spread]  # by metric and group
 
 
 def plot_losses(metrics_jsonl: Path, path: Path, title: str) -> None:
@@ -71,18 +75,93 @@ def plot_gaps(comparisons: Mapping[str, Comparison], baseline: str, path: Path, 
         axes.legend(frameon=False, title=f"gap of the {TAIL}", **place)
 
 
+def plot_figures(variants: Mapping[str, Figures], path: Path, title: str) -> None:
+    """Draw figures with numbered groups, "length=256", into a PNG with a panel for each metric.
+
+    There is no picture where there are no such figures. Shown are the mean over seeds as a line,
+    lowest to highest as bars. Groups of two numbers, "words=64 depth=0.5", are drawn over the first
+    that differs, with a line for each other one.
+
+    Args:
+        variants: figures of each, by metric and group.
+        path: the picture; the folder is made.
+        title: of the picture.
+    """
+    panels = {metric: _series(variants, metric) for metric in _metrics(variants)}
+    panels = {metric: lines for metric, lines in panels.items() if lines}
+    if panels:
+        with _pictures(path, len(panels)) as all_axes:
+            for axes, (metric, lines) in zip(all_axes, panels.items(), strict=True):
+                _draw_series(axes, lines)
+                axes.set_title(metric)
+            all_axes[0].legend(frameon=False)
+            all_axes[0].figure.suptitle(title)
+
+
+def _metrics(variants: Mapping[str, Figures]) -> list[str]:
+    return list(dict.fromkeys(metric for found in variants.values() for metric, _ in found))
+
+
+def _series(variants: Mapping[str, Figures], metric: str) -> dict[str, list[tuple[float, Spread]]]:
+    """Return the lines of a panel by their labels; none where no number differs between groups."""
+    of_metric = {
+        (name, group): one
+        for name, found in variants.items()
+        for (known, group), one in found.items()
+        if known == metric and _NUMBERED.fullmatch(group)
+    }
+    keys: dict[str, set[str]] = {}
+    for _, group in of_metric:
+        for part in group.split():
+            keys.setdefault(part.partition("=")[0], set()).add(part)
+    along = next((key for key, parts in keys.items() if len(parts) > 1), None)
+    lines: dict[str, list[tuple[float, Spread]]] = {}
+    for (name, group), one in of_metric.items() if along else ():
+        here = next(part for part in group.split() if part.startswith(f"{along}="))
+        rest = [
+            part for part in group.split() if part != here and len(keys[part.split("=")[0]]) > 1
+        ]
+        place = float(here.partition("=")[2].split("-")[0])
+        lines.setdefault(" ".join([name, *rest]), []).append((place, one))
+    return lines
+
+
+def _draw_series(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, Spread]]]) -> None:
+    for number, (label, points) in enumerate(lines.items()):
+        ordered = sorted(points, key=lambda point: point[0])
+        places = [place for place, _ in ordered]
+        means = [one.mean for _, one in ordered]
+        below = [one.mean - one.lowest for _, one in ordered]
+        above = [one.highest - one.mean for _, one in ordered]
+        dashes = _DASHES[number // 10 % len(_DASHES)]
+        axes.errorbar(
+            places, means, yerr=(below, above), fmt=f"o{dashes}", color=f"C{number % 10}",
+            markersize=4, linewidth=1.4, capsize=2, label=label,
+        )  # fmt: skip
+    axes.set_xscale("symlog", base=2)
+    axes.grid(alpha=0.25)
+
+
 @contextmanager
 def _picture(path: Path, width: float = 9) -> Iterator["Axes"]:
     """Give axes to draw on, and save the picture at the end."""
+    with _pictures(path, 1, width) as (axes,):
+        yield axes
+
+
+@contextmanager
+def _pictures(path: Path, count: int, width: float = 9) -> Iterator[Sequence["Axes"]]:
+    """Give axes below each other to draw on, and save the picture at the end."""
     # Takes about a second to import, which a job pays at its end only.
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(width, 5.2), dpi=120, layout="constrained")
+        height = _HEIGHT if count == 1 else _PANEL_HEIGHT * count
+        figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)  # draws without a display
-        yield figure.add_subplot()
+        yield [figure.add_subplot(count, 1, number + 1) for number in range(count)]
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
