@@ -11,6 +11,7 @@ import pytest
 from hybrid_train.anatomy import counts
 from hybrid_train.config.compose import compose, conf_dir
 from hybrid_train.planning.phases import PhaseSpan, lay_out
+from hybrid_train.schema.objective import Distill
 from hybrid_train.schema.optimizer import Schedule, Wsd
 from hybrid_train.schema.problems import ConfigError
 from hybrid_train.schema.train import Phase, TrainJob
@@ -283,6 +284,30 @@ def test_the_rate_stays_and_decays_as_published(
     for phase_span in phase_spans[len(SHORT[name]) :]:
         assert type(phase_span.schedule) is Schedule
         assert phase_span.schedule.peak_lr == pytest.approx(final)
+
+
+@pytest.mark.parametrize(
+    ("name", "spent", "warmup_steps", "peak", "final"),
+    [
+        ("minitron_8b_distilled", (94e9, 1152), 32, 2e-4, 4.5e-7),
+        ("minitron_4b_distilled", (94e9, 1152), 32, 2e-4, 4.5e-7),
+        ("llama3_1_minitron_4b_width_distilled", (94e9, 1152), 40, 1e-4, 1e-5),
+        ("llama3_1_minitron_4b_depth_distilled", (94e9, 1152), 40, 1e-4, 1e-5),
+        ("mistral_nemo_minitron_8b_distilled", (380e9, 768), 60, 1e-4, 4.5e-7),
+        ("llama3_1_8b_corrected", (100e9, 512), 120, 3e-4 / 5, 3e-6),
+        ("mistral_nemo_12b_corrected", (100e9, 512), 120, 3e-4 / 5, 3e-6),
+    ],
+)
+def test_a_pruned_transformer_heals_and_its_teacher_is_corrected_as_published(
+    name: str, spent: tuple[float, int], warmup_steps: int, peak: float, final: float
+) -> None:
+    job = compose("check", [f"experiment={name}", *teacher(name), f"processes={processes(name)}"])
+    assert (tokens(job.train.tokens), job.train.global_batch) == spent
+    step = job.train.global_batch * job.train.sequence_length
+    assert tokens(job.schedule.warmup_tokens) == warmup_steps * step
+    assert job.schedule.peak_lr == pytest.approx(peak)
+    assert job.schedule.peak_lr * job.schedule.final_lr_ratio == pytest.approx(final)
+    assert isinstance(job.objective, Distill) is (name in TAUGHT)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("ladder")])
