@@ -3,8 +3,9 @@
     y = x * cos(p f) * s + rotate(x) * sin(p f) * s,   rotate((a, b)) = (-b, a)
 
 The first `turned` channels of a head are halves a and b of as many pairs, each with a frequency f;
-the others stay as they are; s is `Rope.magnitude`. Source: Su et al., arXiv:2104.09864, section 3.4.2, with pairs as in
-the released code of Llama. A product of a turned query and key depends on how far they are apart.
+the others stay as they are; s is `Rope.magnitude`. Source: Su et al., arXiv:2104.09864, section
+3.4.2, with pairs as in the released code of Llama. A product of a turned query and key depends on
+how far they are apart.
 
 Frequencies are float32, by the operations of the released models in their order: at position 8,000
 one bit of a frequency turns a channel by 5e-4, and a float64 that is rounded has another last bit.
