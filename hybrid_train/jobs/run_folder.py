@@ -59,7 +59,8 @@ _MAY_CHANGE = (
 _PHASES = "train.phases"
 _PATTERN = "model.pattern"
 _KINDS = {f"model.{section}.": letter for letter, section in SECTIONS.items()}
-_BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate")  # what weights do not show
+# What weights do not show; long phases turn rotary positions slower.
+_BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate", "model.attention.rope.")
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
     *_SIGNS, formats.FILE_NAME, exit_reports.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,

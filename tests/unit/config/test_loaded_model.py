@@ -171,3 +171,16 @@ def test_sizes_of_layers_that_a_model_lacks_are_no_difference(
     saved.model.pattern = pattern
     freeze(saved, tmp_path / "run")
     require_same_model(compose("train", [*load, f"model.{unused}"]), found_in(tmp_path / "run"))
+
+
+def test_weights_alone_may_go_on_with_other_rotary_positions(
+    saved: TrainJob, load: list[str], tmp_path: Path
+) -> None:
+    """As long phases of Transformers do: no weight says how fast its heads were turned."""
+    saved.model.attention.rope.theta = 10_000
+    freeze(saved, tmp_path / "run")
+    slower = "model.attention.rope.theta=160000"
+    require_same_model(compose("train", [*load, slower]), found_in(tmp_path / "run"))
+    whole = compose("train", [*load[:-1], slower])
+    with pytest.raises(UserError, match=r"rope.theta: 10000.0 there, 160000.0 here"):
+        require_same_model(whole, found_in(tmp_path / "run"))
