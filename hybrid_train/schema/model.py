@@ -37,6 +37,9 @@ class RopeScaling(enum.Enum):
     )
 
 
+_Factors = list[Annotated[float, Range(1e-3, 1e6)]]
+
+
 @dataclass(kw_only=True)
 class Rope:
     """Rotary position embedding of queries and keys; there is one where theta is given."""
@@ -46,13 +49,13 @@ class Rope:
     scaling: RopeScaling = RopeScaling.none
     original_length: Size = 8192  # tokens of a row before it was scaled
     # Of llama3 (arXiv:2407.21783; the formula is in ops/rope.py).
-    factor: Annotated[float, Range(1, 1e6)] = 8.0
-    low_frequency_factor: Annotated[float, Range(1e-3, 1e6)] = 1.0
-    high_frequency_factor: Annotated[float, Range(1e-3, 1e6)] = 4.0
+    factor: Annotated[float, Range(1, 1e6)] = 8.0  # llama3: by which slow channels turn slower
+    low_frequency_factor: Annotated[float, Range(1e-3, 1e6)] = 1.0  # slow: turns in that length
+    high_frequency_factor: Annotated[float, Range(1e-3, 1e6)] = 4.0  # fast: turns in that length
     # Of longrope (arXiv:2402.13753): a factor for each pair of channels that is turned.
-    maximum_length: Size = 131072
-    short_factors: list[Annotated[float, Range(1e-3, 1e6)]] = field(default_factory=list)
-    long_factors: list[Annotated[float, Range(1e-3, 1e6)]] = field(default_factory=list)
+    maximum_length: Size = 131072  # longrope: tokens of the longest row
+    short_factors: _Factors = field(default_factory=list)  # of rows up to original_length
+    long_factors: _Factors = field(default_factory=list)  # of longer rows
 
     def turned(self, head_dim: int) -> int:
         """Return how many channels of a head are turned."""
