@@ -102,7 +102,7 @@ def _result(output: Path, pattern: str) -> Any:
     ("overrides", "message"),
     [
         ([], "tasks = []: must name at least one task; nearest: heldout"),
-        (["tasks=heldot"], "tasks = heldot: is no task; there are heldout, next_line"),
+        (["tasks=heldot"], "tasks = heldot: is no task; there are heldout, decoding"),
         (["tasks=heldot"], "nearest: heldout"),
         (["tasks=sums,sums"], "tasks = sums: is there twice"),
         (["tasks=sums", "against=tests"], "against = tests: must be null without the task heldout"),
