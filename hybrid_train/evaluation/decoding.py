@@ -1,7 +1,8 @@
 """Decoding: speed and cache of generation by length of the prompt, and how many drafts are right.
 
-Prompts are held-out text; behind each the most likely tokens are written, one text at a time, as
-`generate` does with batch=1. What is timed are steps of the real loop, with all that is in them.
+Prompts are held-out text; behind each the most likely tokens are written, one text at a time (on
+each data-parallel rank), as `generate` does with batch=1. What is timed are steps of the real loop,
+with all that is in them.
 
     prompt_tokens_per_s  tokens of the prompt / seconds until the first new token
     tokens_per_s         new tokens behind the first / seconds between the first and the last
@@ -88,20 +89,22 @@ class Decoding:
     def _decoded(
         self, subject: Subject, prompts: Sequence[Sequence[int]], drafts: int
     ) -> list["_Timed"]:
-        """Go on with prompts of one length, one after the other."""
-        count = self._asked.new_tokens
-        # The first one twice: with it a pass makes what it finds there from then on.
-        requests = [Request(prompt=one, max_new_tokens=count) for one in (prompts[0], *prompts)]
+        """Go on with prompts of one length, one after the other on each data-parallel rank."""
+        count, ranks_of_data = self._asked.new_tokens, subject.network.groups.dp.size()
+        # First one more on each rank: with it a pass makes what it finds there from then on.
+        texts = [*[prompts[0]] * ranks_of_data, *prompts]
+        requests = [Request(prompt=one, max_new_tokens=count) for one in texts]
         settings = Batching(vocab_size=subject.vocab_size, rows=1, drafts=drafts)
         record, timed = Record(), [_Timed() for _ in requests]
-        before = time.perf_counter()
+        latest = [time.perf_counter()] * ranks_of_data  # when each rank was over with its last step
         for new in stream(subject.network, requests, settings, record):
             heartbeat.enter(heartbeat.last().part)  # still there
-            before = timed[new.request].take(new, before, drafts)
+            rank = new.request % ranks_of_data  # requests are dealt to ranks in turn
+            latest[rank] = timed[new.request].take(new, latest[rank], drafts)
         kept = _on_all_stages(record.cache_bytes, subject.network.groups)
         for one in timed:
             one.cache_bytes = kept
-        return timed[1:]
+        return timed[ranks_of_data:]
 
 
 @dataclass
@@ -120,7 +123,7 @@ class _Timed:
 
         Args:
             new: of the step.
-            before: when the step before it, of whatever answer, was over.
+            before: when the step before it, of this answer or the one before, was over.
             drafts: that a step has.
         """
         now = time.perf_counter()
