@@ -81,8 +81,7 @@ class Decoding:
 
     def _measured(self, subject: Subject) -> Iterator[ItemResult]:
         for length, drafts in itertools.product(self._asked.lengths, self._asked.drafts):
-            alone = f"length={length}"
-            group = alone if self._asked.drafts == [0] else f"{alone} drafts={drafts}"
+            group = f"length={length} drafts={drafts}"
             for number, one in enumerate(self._decoded(subject, self._prompts[length], drafts)):
                 yield ItemResult(f"{group}/{number}", one.values(length, drafts), group)
 

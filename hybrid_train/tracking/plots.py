@@ -117,7 +117,9 @@ def _series(variants: Mapping[str, Figures], metric: str) -> dict[str, list[tupl
     along = next((key for key, parts in keys.items() if len(parts) > 1), None)
     lines: dict[str, list[tuple[float, Spread]]] = {}
     for (name, group), one in of_metric.items() if along else ():
-        here = next(part for part in group.split() if part.startswith(f"{along}="))
+        here = next((part for part in group.split() if part.startswith(f"{along}=")), None)
+        if here is None:
+            continue
         rest = [
             part for part in group.split() if part != here and len(keys[part.split("=")[0]]) > 1
         ]

@@ -39,9 +39,12 @@ def by_group(items: Any) -> dict[str, list[Any]]:
 
 def test_each_length_has_its_prompts_and_their_tokens_are_counted(asked: Any) -> None:
     found = by_group(decoding().run(asked))
-    assert {group: len(items) for group, items in found.items()} == {"length=5": 3, "length=12": 3}
+    assert {group: len(items) for group, items in found.items()} == {
+        "length=5 drafts=0": 3,
+        "length=12 drafts=0": 3,
+    }
     for length in (5, 12):
-        for one in found[f"length={length}"]:
+        for one in found[f"length={length} drafts=0"]:
             assert one.values["tokens_per_s"][0] == 5  # behind the first of six
             assert one.values["prompt_tokens_per_s"][0] == length
             assert min(one.values["tokens_per_s"][1], one.values["prompt_tokens_per_s"][1]) > 0
@@ -52,7 +55,7 @@ def test_the_cache_has_the_bytes_that_the_sizes_of_the_model_say(asked: Any) -> 
     # The formula is of all four inputs that a convolution sees, one of which is the new token's.
     known = replace(known, conv_per_sequence=known.conv_per_sequence * 3 // 4)
     for one in decoding().run(asked):
-        length = int(one.group.removeprefix("length="))
+        length = int(one.group.split()[0].removeprefix("length="))
         # The last new token is chosen, not read.
         assert one.values["cache_bytes"] == (known.of_sequence(length + 5), 1)
 
@@ -79,7 +82,7 @@ def test_of_two_drafts_of_which_the_first_is_right_a_step_gains_two_tokens(
     assert one.values["tokens_per_s"][0] == 12
 
 
-def test_groups_name_drafts_where_there_are_any(asked: Any) -> None:
+def test_groups_name_length_and_drafts(asked: Any) -> None:
     found = decoding(lengths=[5], drafts=[0, 1], prompts=1).run(asked)
     assert [one.group for one in found] == ["length=5 drafts=0", "length=5 drafts=1"]
     assert "acceptance_length" not in found[0].values

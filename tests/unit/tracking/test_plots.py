@@ -84,6 +84,7 @@ def test_figures_without_numbers_are_no_picture(tmp_path: Path) -> None:
 
 def test_a_group_is_drawn_over_the_number_that_differs() -> None:
     found = {("d.a", f"length=256 drafts={n}"): spread([1.0 + n]) for n in (0, 1, 3)}
+    found[("d.a", "length=256")] = spread([9.0])  # of another variant, which has no drafts
     lines = plots._series({"on": found}, "d.a")
     assert {name: [place for place, _ in points] for name, points in lines.items()} == {
         "on": [0, 1, 3]
