@@ -42,7 +42,7 @@ BASES = {
     "rehearse": ("experiment=tiny_cpu",),
     "submit": ("experiment=tiny_cpu", "cluster=slurm_cpu"),
     "distill_targets": ("experiment=tiny_cpu", "objective.teacher=tests", "output=unused"),
-    "study": ("study=precision",),
+    "study": ("study=long_context",),
     "generate": ("checkpoint=tests", "prompt=a"),
     "evaluate": ("checkpoint=tests", "tasks=sums"),
     "importance": ("checkpoint=tests", "output=unused"),
