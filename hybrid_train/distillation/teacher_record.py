@@ -302,10 +302,13 @@ def _require_same_tokens(one: ChosenTeacher, job: TrainJob, tokenizer: AnyTokeni
             "teacher of this tokenizer, or data that the teacher's made"
         )
     model, own = frozen.load(Path(one.run_dir)).model, job.model
-    if model.vocab_size is not None and model.vocab_size != own.vocab_size:
+    assert own.vocab_size is not None, "a run has a vocabulary"
+    # Rows of a larger one are padding that its file has: with one tokenizer they are no tokens.
+    if model.vocab_size is not None and model.vocab_size < own.vocab_size:
         raise _refused(
             f"teacher {one.source} has a vocabulary of {model.vocab_size} tokens, the model of "
-            f"this run one of {own.vocab_size}; set model.vocab_size={model.vocab_size}"
+            f"this run one of {own.vocab_size}, of which it says nothing; set "
+            f"model.vocab_size={model.vocab_size}"
         )
     _require_depths(one, parse(model.pattern).mtp_depths, job)
     _require_layers(one, len(parse(model.pattern).main), job)

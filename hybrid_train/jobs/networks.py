@@ -21,7 +21,7 @@ from hybrid_train.distillation.hidden_states import AddProjections
 from hybrid_train.megatron import data_parallel
 from hybrid_train.megatron.data_parallel import ProcessGroups, build_groups
 from hybrid_train.megatron.forward_backward import Finalizer
-from hybrid_train.megatron.hybrid import Hybrid
+from hybrid_train.megatron.hybrid import Hybrid, limit_vocabulary
 from hybrid_train.megatron.optimizers import build_optimizer
 from hybrid_train.megatron.step_graphs import StepGraph, captures_steps
 from hybrid_train.megatron.transformer_config import DTYPES
@@ -216,9 +216,12 @@ def teacher_loader(
     parallel = dataclasses.replace(job.parallel, overlap_tensor=False)
 
     def load(checkpoint: str, format: GemmFormat | None) -> Network:
-        return load_model(
+        loaded = load_model(
             checkpoint, job.runtime, parallel=parallel, groups=groups, format=format
         ).network
+        if job.model.vocab_size is not None:
+            limit_vocabulary(loaded.chunks, job.model.vocab_size)
+        return loaded
 
     return load
 

@@ -369,6 +369,14 @@ class _HandedOn(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.weights)
 
 
+def limit_vocabulary(chunks: Sequence[Any], num_tokens: int) -> None:
+    """Let the rows of a vocabulary behind a number of tokens be padding, without probability."""
+    for chunk in chunks:
+        chunk.num_tokens = min(chunk.num_tokens, num_tokens)
+        if chunk.post_process or chunk.mtp_process:
+            chunk.output_layer.num_tokens = chunk.num_tokens
+
+
 def mtp_blocks(chunks: Sequence[Any]) -> tuple[int, bool]:
     """Return how many MTP depths a model has, and whether one block of weights serves them all."""
     config = get_model_config(chunks[0])
