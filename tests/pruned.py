@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.kinds import (
+    CHOSEN,
     EMBEDDING,
     HEAD,
     Parameter,
@@ -18,7 +19,6 @@ from hybrid_train.anatomy.kinds import (
 )
 from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers
 from hybrid_train.anatomy.selection import (
-    CHOSEN,
     Indices,
     Kept,
     KeptLayer,

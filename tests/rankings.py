@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from hybrid_train.anatomy.axes import Axis
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import Layer, layers, main_layers
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.compression.ranking import BLOCKS, HIDDEN, LAYERS, Header, Ranking, name_of
 from hybrid_train.schema.model import Model
 

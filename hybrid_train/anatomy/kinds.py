@@ -341,6 +341,15 @@ KINDS: dict[str, LayerKind] = {
     kind.letter: kind for kind in (AttentionKind(), MambaKind(), MlpKind(), ExpertsKind())
 }
 
+# What can be chosen from within a layer of each kind; of all layers together the hidden channels.
+# States and groups of the scan, the taps of its convolution and the size of an attention head stay.
+CHOSEN: dict[str, tuple[Axis, ...]] = {
+    sections.Mamba.letter: (Axis.ssm_head_dim, Axis.ssm_heads),
+    sections.Attention.letter: (Axis.kv_groups, Axis.heads),
+    sections.Mlp.letter: (Axis.ffn,),
+    sections.Moe.letter: (Axis.experts, Axis.expert_ffn, Axis.shared_ffn, Axis.latent),
+}
+
 _VOCABULARY = (dim(Axis.vocab), dim(Axis.hidden))
 EMBEDDING = Parameter(
     "embedding.word_embeddings.weight", _VOCABULARY, split=0, kind=ParameterKind.embeddings

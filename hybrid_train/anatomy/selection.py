@@ -15,24 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hybrid_train.anatomy.axes import Axis, Dim, Part, Sizes
-from hybrid_train.anatomy.kinds import Parameter
+from hybrid_train.anatomy.kinds import CHOSEN, Parameter
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.schema import model as sections
 
 Indices = npt.NDArray[np.int64]
 # Elements that are kept along an axis, as they are numbered in the parent, in the order that they
 # have in the child: [n]; of `expert_ffn` [experts of the child, n]. An axis that is not there is
 # kept whole.
 Kept = Mapping[Axis, Indices]
-
-# What can be chosen from within a layer of each kind; of all layers together the hidden channels.
-# States and groups of the scan, the taps of its convolution and the size of an attention head stay.
-CHOSEN: Mapping[str, tuple[Axis, ...]] = {
-    sections.Mamba.letter: (Axis.ssm_head_dim, Axis.ssm_heads),
-    sections.Attention.letter: (Axis.kv_groups, Axis.heads),
-    sections.Mlp.letter: (Axis.ffn,),
-    sections.Moe.letter: (Axis.experts, Axis.expert_ffn, Axis.shared_ffn, Axis.latent),
-}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from itertools import groupby
 from typing import Any
 
 from hybrid_train.anatomy.axes import Axis, Sizes
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import Layer, layers
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.schema.layer_ranges import layers_of, layers_of_groups
 from hybrid_train.schema.model import SECTIONS, Attention, LayerRule, Model, Rope
 from hybrid_train.schema.pattern import Pattern, parse

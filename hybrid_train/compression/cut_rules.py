@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hybrid_train.anatomy.axes import Axis, Sizes
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import Layer, distinct
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.compression.child_sizes import (
     Asked,
     Plan,

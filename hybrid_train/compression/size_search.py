@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.counts import parameters
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import Layer
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.compression.child_sizes import Plan, child_layers, child_model
 from hybrid_train.compression.cut_rules import CHANNELS, LEAST_MULTIPLE
 from hybrid_train.compression.ranking import order

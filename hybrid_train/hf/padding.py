@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from functools import reduce
 
 from hybrid_train.anatomy.axes import Axis
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import Layer, layers
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import UserError
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.anatomy.axes import Axis
-from hybrid_train.anatomy.kinds import EMBEDDING
+from hybrid_train.anatomy.kinds import (
+    CHOSEN,
+    EMBEDDING,
+)
 from hybrid_train.anatomy.layers import layers, mtp_blocks
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.checkpoint import layout, lineage
 from hybrid_train.checkpoint.lineage import WEIGHTS, Parent, parent_of
 from hybrid_train.checkpoint.tensor_files import StoredTensors

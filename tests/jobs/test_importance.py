@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hybrid_train.anatomy.axes import Axis
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import layers
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.checkpoint import layout
 from hybrid_train.compression import ranking
 from hybrid_train.config import frozen

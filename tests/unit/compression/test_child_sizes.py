@@ -1,8 +1,8 @@
 """The model section of a child says what its layers are, with as few rules as can be."""
 
 from hybrid_train.anatomy.axes import Axis
+from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import layers
-from hybrid_train.anatomy.selection import CHOSEN
 from hybrid_train.compression.child_sizes import Plan, child_layers, child_model
 from hybrid_train.schema.model import LayerRule, MambaSizes, MlpSizes, Model, MoeSizes
 from tests.tiny import tiny_job
