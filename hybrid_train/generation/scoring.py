@@ -289,7 +289,8 @@ def _reporter(slots: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[st
 
 def border_of(network: Network) -> int | None:
     """Return the length of the longest row that takes the short factors of longrope; None: all."""
-    rope = unwrapped(network.chunks[0]).rope
+    chunk: Any = unwrapped(network.chunks[0])
+    rope = chunk.rope
     is_long = rope is not None and rope.scaling is RopeScaling.longrope
     return rope.original_length if is_long else None
 
