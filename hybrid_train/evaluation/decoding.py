@@ -27,10 +27,10 @@ from hybrid_train.evaluation.runner import ItemResult, Subject, digest
 from hybrid_train.generation.batching import Batching, stream
 from hybrid_train.generation.drafting import Record
 from hybrid_train.generation.requests import NewTokens, Request
-from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.runtime import heartbeat, ranks
 from hybrid_train.schema.evaluation import Decoding as Settings
 from hybrid_train.schema.problems import UserError
+from hybrid_train.training.network import Network
 
 NAME = "decoding"
 
@@ -100,7 +100,7 @@ class Decoding:
             heartbeat.enter(heartbeat.last().part)  # still there
             rank = new.request % ranks_of_data  # requests are dealt to ranks in turn
             latest[rank] = timed[new.request].take(new, latest[rank], drafts)
-        kept = _on_all_stages(record.cache_bytes, subject.network.groups)
+        kept = _on_all_stages(record.cache_bytes, subject.network)
         for one in timed:
             one.cache_bytes = kept
         return timed[ranks_of_data:]
@@ -155,10 +155,10 @@ def _cut(text: Sequence[int], length: int, count: int) -> Iterator[list[int]]:
         yield list(text[start : start + length])
 
 
-def _on_all_stages(number: int, groups: ProcessGroups) -> int:
+def _on_all_stages(number: int, network: Network) -> int:
     """Add up what the processes of one model have."""
-    total = torch.tensor(number)
-    for group in (groups.tp, groups.pp):
+    total = torch.tensor(number, device=network.device)
+    for group in (network.groups.tp, network.groups.pp):
         if group.size() > 1:
             dist.all_reduce(total, group=group)
     return int(total)

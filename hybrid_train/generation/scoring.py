@@ -23,10 +23,12 @@ from hybrid_train.data.batch import Batch, Row, stack
 from hybrid_train.data.packing import best_fit, fill_row
 from hybrid_train.megatron.forward_backward import run_schedule
 from hybrid_train.megatron.hybrid import Outputs
+from hybrid_train.model.quantized import unwrapped
 from hybrid_train.ops.divergence import Comparison
 from hybrid_train.ops.logits import HeadPart, LabelScores
 from hybrid_train.ops.reference import Reference
 from hybrid_train.runtime import heartbeat
+from hybrid_train.schema.model import RopeScaling
 from hybrid_train.schema.problems import UserError
 from hybrid_train.training.network import Network
 
@@ -132,7 +134,7 @@ def score(
     found = torch.zeros(count, readers.num_values, device=network.device)
     if len(found):
         with readers.evaluating(network):
-            for batches in _microbatches(network, read, rows):
+            for batches in _microbatches(network, read, rows, _border(network, against)):
                 _write(network, found, readers.run(network, batches))
         dist.all_reduce(found)
     heartbeat.enter(before)
@@ -285,17 +287,44 @@ def _reporter(slots: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, dict[st
     return report
 
 
-def _microbatches(network: Network, texts: Sequence[Text], rows: Rows) -> Iterator[list[Batch]]:
+def border_of(network: Network) -> int | None:
+    """Return the length of the longest row that takes the short factors of longrope; None: all."""
+    chunk: Any = unwrapped(network.chunks[0])
+    rope = chunk.rope
+    is_long = rope is not None and rope.scaling is RopeScaling.longrope
+    return rope.original_length if is_long else None
+
+
+def _border(*networks: Network | None) -> int | None:
+    """Return the least of the borders of some networks."""
+    borders = [border_of(one) for one in networks if one is not None]
+    return min((one for one in borders if one is not None), default=None)
+
+
+def _microbatches(
+    network: Network, texts: Sequence[Text], rows: Rows, border: int | None
+) -> Iterator[list[Batch]]:
     """Yield the microbatches of this data-parallel rank, those of one shape together.
 
     All ranks get equally many, which they need to meet in collectives; rows without a text fill up.
+
+    Args:
+        network: that reads them.
+        texts: all.
+        rows: how they are packed.
+        border: places of a row that what it holds must not pass by packing or padding alone: a
+            longer one takes other factors of longrope than its texts alone.
     """
     rank, ranks = network.groups.dp.rank(), network.groups.dp.size()
     slots = np.cumsum([0, *(text.scored for text in texts)])
     by_length = defaultdict(list)
-    for row in _packed(texts, rows.length, ranks):
+    most_places = rows.length if border is None else min(rows.length, border)
+    for row in _packed(texts, most_places, ranks):
         used = sum(len(texts[number].tokens) - 1 for number in row)
-        by_length[_padded(used, _unit(network))].append(row)
+        length = _padded(used, unit := _unit(network))
+        if border is not None and used <= border < length:
+            length = used + -used % unit
+        by_length[length].append(row)
     for length, alike in sorted(by_length.items(), reverse=True):
         most = max(1, rows.tokens // length)
         passes = -(-len(alike) // (ranks * most))

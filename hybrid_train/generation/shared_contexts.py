@@ -21,6 +21,7 @@ from hybrid_train.generation.scoring import (
     Rows,
     Scores,
     Text,
+    border_of,
     require_finite,
     require_sound,
     score,
@@ -57,6 +58,11 @@ class _Context:
         """Tokens of the longest text."""
         return len(self.tokens) + max(map(len, self.texts), default=0)
 
+    def is_cut_by(self, border: int | None) -> bool:
+        """Tell whether some texts take other factors of longrope than others."""
+        shortest = len(self.tokens) + min(map(len, self.texts), default=0)
+        return border is not None and shortest <= border < self.longest
+
     @property
     def is_worth_sharing(self) -> bool:
         """Whether reading it once saves much of reading each text."""
@@ -87,6 +93,8 @@ def score_continuations(
     require_sound(texts, network.vocab_size)
     config = unwrapped(network.chunks[0]).config
     contexts = [] if why_not_cached(network, config) else _contexts(texts)
+    border = border_of(network)
+    contexts = [one for one in contexts if not one.is_cut_by(border)]
     found = _Shared(network, texts, rows).scores(contexts) if contexts else {}
     rest = [number for number in range(len(texts)) if number not in found]
     packed = score(network, [texts[number] for number in rest], rows=rows)

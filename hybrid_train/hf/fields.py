@@ -8,6 +8,7 @@ from typing import Any
 
 from hybrid_train.schema.model import Model
 
+_TOO_LARGE = 2**1023  # an int from here on may not become a float
 LARGEST = 2**24  # no size of a family is near; a larger one is a mistake, or meant to hurt
 
 
@@ -69,5 +70,7 @@ def senseless(key: str, value: Any, default: object) -> Iterator[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a number, which true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Tell whether a value is a number, which true and false are not, and which a float can be."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < _TOO_LARGE
+    return isinstance(value, float)

@@ -89,7 +89,7 @@ class RopeReader:
         """
         rope = Rope(theta=self._number("rope_theta", 1), fraction=self._number(FRACTIONS[0]))
         kind = self._get("rope_type") or "none"
-        if kind not in _OF_TYPE:
+        if not isinstance(kind, str) or kind not in _OF_TYPE:
             known = ", ".join(("default", *(name for name in _OF_TYPE if name != "none"), "su"))
             where = self._found["rope_type"][0]
             self.faults.append(f"{where} is {kind!r}; only {known} are known here")
@@ -124,7 +124,7 @@ class RopeReader:
         rope.long_factors = self._list("long_factor")
         rope.maximum_length = length
         if self._get("factor") is not None:
-            longest = self._number("factor") * rope.original_length
+            longest = min(self._number("factor") * rope.original_length, 2.0 * LARGEST)
             rope.maximum_length = round(longest)
             if abs(longest - rope.maximum_length) > _TOLERANCE * longest:
                 self.faults.append(

@@ -39,6 +39,7 @@ def run(job: DistillTargetsJob) -> None:
         from hybrid_train.jobs.pretraining import open_run_data
         from hybrid_train.jobs.run_start import Start
         from hybrid_train.megatron.data_parallel import destroy_groups
+        from hybrid_train.megatron.hybrid import limit_vocabulary
 
         try:
             phases, (chosen,) = lay_out(job), choose_teachers(job, goes_on=False)
@@ -48,6 +49,8 @@ def run(job: DistillTargetsJob) -> None:
             assert isinstance(job.objective, Distill), "the settings were checked"
             place, format = str(chosen.found.path), job.objective.teacher_format
             network = load_model(place, job.runtime, parallel=job.parallel, format=format).network
+            if (known := jobs[0].model.vocab_size) is not None:
+                limit_vocabulary(network.chunks, known)
             header, folder = _header(job, data, chosen, network), Path(job.output)
             parts = [
                 PartRows(

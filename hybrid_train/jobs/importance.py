@@ -16,6 +16,7 @@ from hybrid_train.compression.plain_scores import random_scores, weight_scores
 from hybrid_train.compression.ranking import Header, Ranking
 from hybrid_train.config import frozen
 from hybrid_train.config.commands import command, setting
+from hybrid_train.config.rules_of_model import rows_take_one_list
 from hybrid_train.data.record import record_of
 from hybrid_train.data.run_data import RunData, open_data
 from hybrid_train.hf.write import open_checkpoint
@@ -164,6 +165,7 @@ def _require_runnable(job: ImportanceJob, reads: TrainJob, model: Model) -> None
     if length % unit:
         rule = f"must be a multiple of {unit}, by which parallel.context and tensor cut a row"
         problems.append(Problem("sequence_length", length, rule, max(unit, length // unit * unit)))
+    problems += [replace(one, path="sequence_length") for one in rows_take_one_list(reads, 1)]
     few = [
         one for one in layers(model)
         if one.letter == sections.Moe.letter and one.sizes.experts <= one.sizes.top_k

@@ -85,6 +85,16 @@ def test_a_run_with_stored_hidden_states_is_that_with_the_teacher_to_the_bit(
     assert untimed(runs[0]) == untimed(runs[1])
 
 
+def test_rows_of_a_teacher_that_stand_for_no_token_are_in_no_targets(student: Student) -> None:
+    wide = f"run_dir={student.folder / 'wide teacher'}"
+    for done in (
+        finish(start("train", *RUN[:2], student.data, wide, "model.vocab_size=1500")),
+        student.write("of few rows", f"objective.teacher={student.folder / 'wide teacher'}"),
+        student.train("of few", student.targets("of few rows")),
+    ):
+        assert done.code == 0, done.said
+
+
 def _trained(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Weights and state of the optimizer; a teacher that is built draws first values."""
     found = tensors(run_dir, step)

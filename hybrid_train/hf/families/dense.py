@@ -116,7 +116,7 @@ class Dense(Family):
     def _foreign(self, config: Mapping[str, Any]) -> Iterator[str]:
         """Yield what no model of the family has, or what cannot be computed here."""
         said = config.get("hidden_act", self.defaults["hidden_act"])
-        if _ACTIVATIONS.get(said) is not self.activation:
+        if _ACTIVATIONS.get(str(said)) is not self.activation:
             yield f"hidden_act is {said!r}; it must be {self.defaults['hidden_act']!r}"
         for key in _BIASES:
             if config.get(key):
@@ -129,10 +129,15 @@ class Dense(Family):
     def _windows(self, config: Mapping[str, Any]) -> Iterator[str]:
         """Yield the sliding windows that are shorter than the positions of a model."""
         length, kinds = config.get(LENGTH) or self.length, config.get("layer_types")
+        if type(length) is not int:
+            return  # said elsewhere
         window = config.get("sliding_window", self.defaults.get("sliding_window"))
         if not config.get("use_sliding_window", self.defaults.get("use_sliding_window", True)):
             window = None
-        if kinds is not None and {*kinds} - {_FULL, "sliding_attention"}:
+        known = (_FULL, "sliding_attention")
+        if kinds is not None and not (
+            isinstance(kinds, list) and all(one in known for one in kinds)
+        ):
             yield f"layer_types has other words than {_FULL} and sliding_attention: {kinds!r}"
         elif window is not None and (type(window) is not int or window < length):
             yield (

@@ -17,7 +17,7 @@ from typing import Any
 
 from hybrid_train.anatomy.layers import main_layers
 from hybrid_train.hf.families.llama import Llama
-from hybrid_train.hf.fields import Field, is_number
+from hybrid_train.hf.fields import LARGEST, Field, is_number
 from hybrid_train.hf.names import Stored, table
 from hybrid_train.schema.model import AttentionSizes, LayerRule, MlpSizes, Model
 from hybrid_train.schema.pattern import parse
@@ -188,8 +188,9 @@ def _senseless(block: Mapping[str, Any], number: int, model: Model) -> Iterator[
                     f"block_configs.{number}.attention.{key} is {size!r}; it must divide the "
                     f"number of heads, {model.attention.heads}"
                 )
-        elif not is_number(size) or not 0 < size < math.inf:
-            yield f"block_configs.{number}.ffn.{key} is {size!r}; it must be a number above 0"
+        elif not is_number(size) or not 0 < size <= LARGEST:
+            rule = f"it must be a number above 0, up to {LARGEST}"
+            yield f"block_configs.{number}.ffn.{key} is {size!r}; {rule}"
 
 
 def _width(multiple: float, hidden: int) -> int:

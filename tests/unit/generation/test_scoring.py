@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_train.hf.read import import_folder
 from hybrid_train.hf.write import export_checkpoint
+from hybrid_train.schema.model import Rope, RopeScaling
 from hybrid_train.schema.problems import UserError
 from tests.hf_folders import SHAPES, folder_of
 from tests.sampled import sampled
@@ -120,6 +121,29 @@ def test_packed_texts_have_the_scores_of_each_alone_of_the_cache_and_of_whole_lo
     assert max(found.values()) < ROUNDING
     assert any(one.greedy.any() for one in packed)  # not the trivial answer
     assert [len(one.log_probs) for one in packed] == [text.scored for text in texts]
+
+
+def test_neighbours_and_padding_choose_no_factors_of_longrope(groups: Any) -> None:
+    from hybrid_train.generation.scoring import Text
+    from hybrid_train.generation.shared_contexts import score_continuations
+
+    job = tiny_job("*-*-")
+    job.model.attention.rope = Rope(
+        theta=100.0, scaling=RopeScaling.longrope, original_length=144, maximum_length=256,
+        short_factors=[1.0] * 4, long_factors=[1.0, 3.0, 8.0, 20.0],
+    )  # fmt: skip
+    engine = tiny_engine(job, groups)
+    let_every_layer_be_felt(engine.network.chunks[0])
+    generator = torch.Generator().manual_seed(5)
+    # 140 places would be filled up to 160.
+    long = torch.randint(VOCAB, (200,), generator=generator).tolist()
+    texts = [Text(long[first:last], 1) for first, last in ((0, 20), (9, 29), (0, 141), (0, 200))]
+    # Behind one context there are three short texts, and one that is not.
+    behind = [Text(long[:last], 101) for last in (104, 108, 112, 200)]
+    by_definition = [expected(engine.network.chunks[0], one)[0].float() for one in texts + behind]
+    found = score(engine, texts, length=512, tokens=512)
+    found += score_continuations(engine.network, behind)
+    assert largest(found, by_definition) < ROUNDING
 
 
 @pytest.mark.parametrize("shape", sampled(SHAPES, "dense H", "Super, latent experts, MTP"))

@@ -107,6 +107,17 @@ def test_windows_that_are_off_or_beyond_every_position_are_none() -> None:
         (config_of("phi3", sliding_window=2047), "sliding_window is 2047"),
         (config_of("qwen2", use_sliding_window=True), "sliding_window is 4096, fewer than"),
         (config_of("qwen2", layer_types=["linear_attention"]), "layer_types has other words"),
+        (config_of("qwen2", layer_types=3), "layer_types has other words"),
+        (config_of("qwen2", layer_types=[[]]), "layer_types has other words"),
+        (config_of("llama", hidden_act=["silu"]), "hidden_act is ['silu']"),
+        (config_of("mistral", max_position_embeddings="9"), "max_position_embeddings is '9'"),
+        (config_of("llama", rope_scaling={"type": ["llama3"]}), "rope_scaling.type is ['llama3']"),
+        (config_of("llama", rope_theta=10**400), "rope_theta is 1000"),
+        (
+            {"model_type": "nemotron-nas", "block_configs": [
+                {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1e308}}]},
+            "block_configs.0.ffn.ffn_mult is 1e+308",
+        ),
         (
             config_of("phi3", head_dim=64, original_max_position_embeddings=64,
                       partial_rotary_factor=0.5, max_position_embeddings=128,
