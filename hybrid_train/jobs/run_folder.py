@@ -59,8 +59,8 @@ _MAY_CHANGE = (
 _PHASES = "train.phases"
 _PATTERN = "model.pattern"
 _KINDS = {f"model.{section}.": letter for letter, section in SECTIONS.items()}
-# What weights do not show; long phases turn rotary positions slower.
-_BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate", "model.attention.rope.")
+_POSITIONS = "model.attention.rope."  # which long phases turn slower
+_BESIDE_WEIGHTS = ("model.init_std", "model.moe.bias_update_rate", _POSITIONS)  # not seen in them
 _SIGNS = {frozen.FROZEN_NAME, history.FILE_NAME}
 _WRITTEN = {
     *_SIGNS, formats.FILE_NAME, exit_reports.FOLDER, layout.FOLDER, TOKENIZER, origin.FOLDER,
@@ -285,17 +285,22 @@ def require_same_model(job: TrainJob, found: layout.Found) -> None:
         UserError: with every setting that differs.
     """
     saved = frozen.load(found.run_dir).model
+    different = list(differences(saved, job.model, "model."))
     unused = _unused_sections(saved, job.model)
     free = _MAY_CHANGE if job.checkpoint.load_only is None else (*_MAY_CHANGE, *_BESIDE_WEIGHTS)
     lines = [
         f"  {key}: {old} there, {new} here"
-        for key, old, new in differences(saved, job.model, "model.")
+        for key, old, new in different
         if not (key.startswith((*free, "model.mtp.")) or _is_other_mtp(key, old, new))
         and not key.startswith(unused)
     ]
     if lines:
         text = "\n".join(lines)
         raise UserError(f"checkpoint.load={found.path} is of another model:\n{text}")
+    turned = [one for one in different if one[0].startswith(_POSITIONS)]
+    if turned:
+        text = "; ".join(f"{key}: {old} there, {new} here" for key, old, new in turned)
+        _log.warning("positions are turned otherwise than in %s: %s", found.path, text)
 
 
 def _unused_sections(*models: Model) -> tuple[str, ...]:

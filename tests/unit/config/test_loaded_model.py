@@ -174,13 +174,14 @@ def test_sizes_of_layers_that_a_model_lacks_are_no_difference(
 
 
 def test_weights_alone_may_go_on_with_other_rotary_positions(
-    saved: TrainJob, load: list[str], tmp_path: Path
+    saved: TrainJob, load: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As long phases of Transformers do: no weight says how fast its heads were turned."""
     saved.model.attention.rope.theta = 10_000
     freeze(saved, tmp_path / "run")
     slower = "model.attention.rope.theta=160000"
     require_same_model(compose("train", [*load, slower]), found_in(tmp_path / "run"))
+    assert "rope.theta: 10000.0 there, 160000.0 here" in caplog.text
     whole = compose("train", [*load[:-1], slower])
     with pytest.raises(UserError, match=r"rope.theta: 10000.0 there, 160000.0 here"):
         require_same_model(whole, found_in(tmp_path / "run"))
