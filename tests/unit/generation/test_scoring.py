@@ -303,7 +303,7 @@ def test_rows_are_full_of_few_lengths_and_no_text_is_cut(engine: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 300, (200,), generator=generator).tolist()
     texts = [Text([1] * length, length - 4) for length in [*lengths, 3000]]
-    parts = list(_microbatches(engine.network, texts, Rows(512, 2048)))
+    parts = list(_microbatches(engine.network, texts, Rows(512, 2048), None))
     shapes = {batch.tokens.shape for part in parts for batch in part}
     batches = [batch for part in parts for batch in part]
     assert len({length for _, length in shapes}) <= 4
