@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from hybrid_train.megatron.hybrid import Hybrid
 
 pytestmark = MEGATRON_WARNINGS
-FOLDERS = sampled(
-    [(family, seed) for family in FAMILIES for seed in SEEDS],
-    *((family, seed) for family in FAMILIES for seed in FAST_SEEDS),
-)
+FAST = [(family, seed) for family in FAMILIES for seed in FAST_SEEDS]
+FOLDERS = sampled([(family, seed) for family in FAMILIES for seed in SEEDS], *FAST)
+# What a seed decides that logits do not notice is said by fewer of them.
+SOME = sampled([(family, seed) for family in FAMILIES for seed in SEEDS[:6]], *FAST)
 LONGEST = 300
 LENGTHS = (1, 17, *ORIGINAL, *(length + 1 for length in ORIGINAL), LONGEST)
 SHARE = 1e-4  # of the standard deviation of the logits
@@ -61,7 +61,7 @@ def assert_close(found: Tensor, expected: Tensor, what: object) -> None:
     assert largest <= SHARE * expected.std(), what
 
 
-@pytest.mark.parametrize(("family", "seed"), FOLDERS)
+@pytest.mark.parametrize(("family", "seed"), SOME)
 def test_a_round_trip_keeps_every_bit_and_the_meaning_of_every_key(
     family: str, seed: int, tmp_path: Path
 ) -> None:
@@ -143,7 +143,7 @@ def gradients_by_their_names(checkpoint: Checkpoint, ours: "Hybrid") -> dict[str
     return made
 
 
-@pytest.mark.parametrize(("family", "seed"), FOLDERS)
+@pytest.mark.parametrize(("family", "seed"), SOME)
 def test_tokens_that_are_read_one_by_one_have_the_logits_that_transformers_gives_them(
     groups: Any, family: str, seed: int, tmp_path: Path
 ) -> None:
