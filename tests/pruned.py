@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, Sizes
-from hybrid_train.anatomy.kinds import (
-    CHOSEN,
-    EMBEDDING,
-    HEAD,
-    Parameter,
-    final_norm,
-    mtp_block,
-)
+from hybrid_train.anatomy.kinds import CHOSEN, EMBEDDING, HEAD, Parameter, final_norm, mtp_block
 from hybrid_train.anatomy.layers import Layer, block_prefix, layers, main_layers
 from hybrid_train.anatomy.selection import (
     Indices,

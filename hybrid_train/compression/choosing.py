@@ -14,11 +14,7 @@ from hybrid_train.anatomy.axes import Axis, Sizes
 from hybrid_train.anatomy.counts import parameters
 from hybrid_train.anatomy.kinds import CHOSEN
 from hybrid_train.anatomy.layers import Layer, layers
-from hybrid_train.anatomy.selection import (
-    Indices,
-    KeptLayer,
-    Selection,
-)
+from hybrid_train.anatomy.selection import Indices, KeptLayer, Selection
 from hybrid_train.compression.child_sizes import (
     Plan,
     child_layers,

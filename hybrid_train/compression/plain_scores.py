@@ -14,14 +14,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, Dim, Part, Sizes, dim, sizes_of
-from hybrid_train.anatomy.kinds import (
-    CHOSEN,
-    Parameter,
-)
+from hybrid_train.anatomy.kinds import CHOSEN, Parameter
 from hybrid_train.anatomy.layers import Layer, layers, main_layers, stored_tensors
-from hybrid_train.anatomy.selection import (
-    Indices,
-)
+from hybrid_train.anatomy.selection import Indices
 from hybrid_train.checkpoint.tensor_files import StoredTensors
 from hybrid_train.compression.ranking import HIDDEN, LAYERS, Scores, name_of
 from hybrid_train.schema.importance import ScoreSource

@@ -25,12 +25,7 @@ from hybrid_train.config.rules_of_data import (
     vocabulary_is_known,
 )
 from hybrid_train.config.rules_of_hardware import HARDWARE_RULES
-from hybrid_train.config.rules_of_layout import (
-    LAYOUT_RULES,
-    MEMORY_RULES,
-    SPLIT_RULES,
-    fsdp_runs,
-)
+from hybrid_train.config.rules_of_layout import LAYOUT_RULES, MEMORY_RULES, SPLIT_RULES, fsdp_runs
 from hybrid_train.config.rules_of_model import MODEL_RULES, pattern_is_legal, rows_take_one_list
 from hybrid_train.config.rules_of_precision import NATIVE_RULES, PRECISION_RULES
 from hybrid_train.config.rules_of_switches import SWITCH_RULES

@@ -24,15 +24,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from hybrid_train.config import (
-    checks,
-    frozen,
-    launcher,
-    overrides,
-    own_conf,
-    registry,
-    yaml_files,
-)
+from hybrid_train.config import checks, frozen, launcher, overrides, own_conf, registry, yaml_files
 from hybrid_train.config.commands import ROOTS, setting
 from hybrid_train.config.own_conf import conf_dir, conf_folders
 from hybrid_train.config.rules_of_data import no_run

@@ -18,19 +18,8 @@ from hybrid_train.data.documents import Joined
 from hybrid_train.data.run_data import RunData, open_held_out
 from hybrid_train.evaluation import decoding, heldout
 from hybrid_train.evaluation.reader import Reader
-from hybrid_train.evaluation.results import (
-    Checkpoint,
-    Result,
-    ResultFolder,
-    overall,
-)
-from hybrid_train.evaluation.runner import (
-    ItemResult,
-    Measure,
-    Questions,
-    Subject,
-    digest,
-)
+from hybrid_train.evaluation.results import Checkpoint, Result, ResultFolder, overall
+from hybrid_train.evaluation.runner import ItemResult, Measure, Questions, Subject, digest
 from hybrid_train.evaluation.tasks import build_tasks
 from hybrid_train.hf.files import refusals_named
 from hybrid_train.jobs.fetched_checkpoint import folder_of

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_train.anatomy.axes import Axis
-from hybrid_train.anatomy.kinds import (
-    CHOSEN,
-    EMBEDDING,
-)
+from hybrid_train.anatomy.kinds import CHOSEN, EMBEDDING
 from hybrid_train.anatomy.layers import layers, mtp_blocks
 from hybrid_train.checkpoint import layout, lineage
 from hybrid_train.checkpoint.lineage import WEIGHTS, Parent, parent_of

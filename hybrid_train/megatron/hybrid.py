@@ -23,13 +23,7 @@ from hybrid_train.megatron.mamba import PackedRows
 from hybrid_train.megatron.plain import ColumnParallelLinear
 from hybrid_train.megatron.router import routers
 from hybrid_train.ops.context import own_chunks
-from hybrid_train.ops.logits import (
-    HeadPart,
-    Reading,
-    Term,
-    read,
-    weighted_sum,
-)
+from hybrid_train.ops.logits import HeadPart, Reading, Term, read, weighted_sum
 from hybrid_train.ops.rope import angles, frequencies
 from hybrid_train.schema.model import Rope
 

@@ -18,20 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_train.anatomy.gemm_formats import (
-    formats_of,
-    kept_in_words,
-    quantizes,
-)
+from hybrid_train.anatomy.gemm_formats import formats_of, kept_in_words, quantizes
 from hybrid_train.anatomy.kinds import Draw
 from hybrid_train.anatomy.layers import layers, main_layers, stored
 from hybrid_train.config.supported import LIBRARIES
-from hybrid_train.megatron import (
-    gpu_switches,
-    native_recipes,
-    patches,
-    plain,
-)
+from hybrid_train.megatron import gpu_switches, native_recipes, patches, plain
 from hybrid_train.megatron.checkpoints import ShardedTensor, plain_weights, sharded_tensors
 from hybrid_train.megatron.data_parallel import ProcessGroups
 from hybrid_train.megatron.hybrid import Hybrid

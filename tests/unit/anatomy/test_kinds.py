@@ -5,13 +5,7 @@ from typing import Any
 import pytest
 
 from hybrid_train.anatomy.axes import sizes_of
-from hybrid_train.anatomy.kinds import (
-    EMBEDDING,
-    HEAD,
-    AttentionKind,
-    MambaKind,
-    Parameter,
-)
+from hybrid_train.anatomy.kinds import EMBEDDING, HEAD, AttentionKind, MambaKind, Parameter
 from hybrid_train.anatomy.layers import block_prefix, layers, mtp_blocks
 from hybrid_train.planning.degrees import expert_tensor
 from hybrid_train.schema.parallel import Parallel

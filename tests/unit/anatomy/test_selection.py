@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_train.anatomy.axes import Axis, Sizes
-from hybrid_train.anatomy.kinds import (
-    AttentionKind,
-    MambaKind,
-    Parameter,
-    parameters_of,
-)
+from hybrid_train.anatomy.kinds import AttentionKind, MambaKind, Parameter, parameters_of
 from hybrid_train.anatomy.layers import Layer
 from hybrid_train.anatomy.selection import (
     Kept,

@@ -9,11 +9,7 @@ import pytest
 
 from hybrid_train.anatomy.axes import Axis, sizes_of
 from hybrid_train.anatomy.counts import parameters
-from hybrid_train.anatomy.kinds import (
-    EMBEDDING,
-    HEAD,
-    Parameter,
-)
+from hybrid_train.anatomy.kinds import EMBEDDING, HEAD, Parameter
 from hybrid_train.anatomy.layers import layers, mtp_blocks
 from hybrid_train.anatomy.selection import Selection, of_expert, tensor_positions
 from hybrid_train.compression.choosing import Chosen, choose

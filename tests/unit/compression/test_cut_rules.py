@@ -9,12 +9,7 @@ from omegaconf import OmegaConf
 
 from hybrid_train.anatomy.counts import parameters
 from hybrid_train.compression.child_sizes import child_model, plan_of
-from hybrid_train.compression.cut_rules import (
-    depth_problems,
-    multiple_of,
-    remarks,
-    size_problems,
-)
+from hybrid_train.compression.cut_rules import depth_problems, multiple_of, remarks, size_problems
 from hybrid_train.schema.model import Model
 from hybrid_train.schema.problems import Problem
 from hybrid_train.schema.pruning import Cut

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_train.anatomy.axes import Axis, sizes_of
-from hybrid_train.anatomy.kinds import (
-    EMBEDDING,
-    HEAD,
-    Parameter,
-)
+from hybrid_train.anatomy.kinds import EMBEDDING, HEAD, Parameter
 from hybrid_train.anatomy.layers import block_prefix, mtp_blocks, stored_tensors
 from hybrid_train.anatomy.selection import (
     Indices,

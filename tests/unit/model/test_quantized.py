@@ -9,23 +9,10 @@ from hybrid_train.anatomy.gemm_formats import formats_of, linears
 from hybrid_train.precision.audit import Audit, Seen
 from hybrid_train.precision.recipes import operands_as_asked
 from hybrid_train.schema.parallel import Parallel, Recompute
-from hybrid_train.schema.precision import (
-    Gemm,
-    GemmFormat,
-    NumberFormat,
-    Precision,
-    PrecisionRule,
-)
+from hybrid_train.schema.precision import Gemm, GemmFormat, NumberFormat, Precision, PrecisionRule
 from hybrid_train.schema.train import TrainJob
 from tests.sampled import sampled
-from tests.tiny import (
-    MEGATRON_WARNINGS,
-    as_family,
-    microbatches,
-    some_rows,
-    tiny_engine,
-    tiny_job,
-)
+from tests.tiny import MEGATRON_WARNINGS, as_family, microbatches, some_rows, tiny_engine, tiny_job
 
 pytestmark = MEGATRON_WARNINGS
 MIXED = [
