@@ -227,15 +227,13 @@ class Hybrid(HybridModel):
             # Layers that are computed again get no gradient where their input has none, as that of
             # a frozen embedding (core 0.19.2, tensor_parallel/random.py, CheckpointFunction).
             hidden.requires_grad_()
-        packing: dict[str, Any] = {"rotary_pos_emb": self.angles(input_ids)}
+        told: dict[str, Any] = {"rotary_pos_emb": self.angles(input_ids)}
         if sequence_index is not None:
-            packing |= mamba.packed_arguments(
-                sequence_index, padding, self.pg_collection, self.config
-            )
+            told |= mamba.packed_arguments(sequence_index, padding, self.pg_collection, self.config)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            **packing,
+            **told,
         )
         if not self.post_process:
             return hidden
@@ -247,7 +245,7 @@ class Hybrid(HybridModel):
                 hidden_states=hidden,
                 attention_mask=None,
                 embedding=self.embed,
-                **packing,
+                **told,
             )
             hidden, *depths = states.chunk(1 + self.mtp_num_depths, dim=0)
         outputs = Outputs(hidden, tuple(depths), self.head())

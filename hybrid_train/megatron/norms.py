@@ -51,14 +51,8 @@ class LayerNorm(Norm):
 
     channels: Tensor | None = None  # 1 for each that is not masked, [H]; set by edits
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        hidden_size: int,
-        eps: float = 1e-5,
-        has_residual: bool = False,
-    ) -> None:
-        super().__init__(config, hidden_size, eps)
+    def __init__(self, config: TransformerConfig, hidden_size: int, **settings: Any) -> None:
+        super().__init__(config, hidden_size, **settings)
         self.weight.data.zero_()
         self.bias = norm_weight(hidden_size, config, value=0.0)
 

@@ -23,9 +23,9 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from hybrid_train.megatron.mamba import MambaMixer
 from hybrid_train.ops.attention import cached_attention
 from hybrid_train.ops.conv import window_conv
-from hybrid_train.ops.rope import angles, frequencies
+from hybrid_train.ops.rope import angles, frequencies, uses_long
 from hybrid_train.ops.scan import advance, chunked_scan, step, window_scan
-from hybrid_train.schema.model import Rope
+from hybrid_train.schema.model import Rope, RopeScaling
 
 FEW = 16  # tokens up to which the outputs of a window cost less in one product than in chunks
 _BLOCK = 256  # by which the room for keys and values grows
@@ -110,7 +110,6 @@ class RowCache:
             rope: position embedding of its attention layers.
         """
         self.lengths, self.longest = [0] * rows, [0] * rows
-        self._rope = rope
         self._room = 0
         self._pasts: dict[Any, MambaPast | AttentionPast] = {}
         for one in module.modules():
@@ -118,7 +117,18 @@ class RowCache:
                 self._pasts[one] = MambaPast(one, rows)
             elif isinstance(one, SelfAttention):
                 self._pasts[one] = AttentionPast(one, rows)
+        self._rope = rope
+        self._frequencies = self._frequencies_of(rope)
         self.window: Window | None = None
+
+    def _frequencies_of(self, rope: Rope | None) -> Tensor | None:
+        """Return those of short rows and, with longrope, of long ones, [1 or 2, pairs]."""
+        layers = [one for one in self._pasts.values() if isinstance(one, AttentionPast)]
+        if rope is None or not layers:
+            return None
+        lengths = (0, rope.original_length + 1) if rope.scaling is RopeScaling.longrope else (0,)
+        self._dtype, head_dim = layers[0].keys.dtype, layers[0].keys.shape[3]
+        return torch.stack([frequencies(rope, head_dim, length) for length in lengths])
 
     def of(self, layer: Any) -> Any:
         """Return the past of a layer."""
@@ -140,16 +150,15 @@ class RowCache:
         self, rows: slice, starts: tuple[int, ...], width: int, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
         """Return cosine and sine of the new tokens, as `Window` has them."""
-        layers = [one for one in self._pasts.values() if isinstance(one, AttentionPast)]
-        if self._rope is None or not layers:
+        rope, by_length = self._rope, self._frequencies
+        if rope is None or by_length is None:
             return None
-        head_dim, kind = layers[0].keys.shape[3], layers[0].keys.dtype
-        by_row = [frequencies(self._rope, head_dim, one) for one in self.longest[rows]]
+        if len(by_length) > 1:
+            by_length = by_length[[int(uses_long(rope, one)) for one in self.longest[rows]]]
         positions = torch.tensor(starts)[:, None] + torch.arange(width)
-        of_pairs = angles(torch.stack(by_row)[:, None], positions).flatten(0, 1)[:, None, None]
-        grown = self._rope.magnitude
-        cosine, sine = ((f(of_pairs) * grown).to(kind) for f in (torch.cos, torch.sin))
-        return cosine.to(device), sine.to(device)
+        of_pairs = angles(by_length[:, None], positions).flatten(0, 1)[:, None, None]
+        cosine, sine = (f(of_pairs) * rope.magnitude for f in (torch.cos, torch.sin))
+        return cosine.to(device, self._dtype), sine.to(device, self._dtype)
 
     def close(self, counts: Sequence[int]) -> None:
         """End a pass: the rows keep the first tokens of its window, as many as `counts` says."""

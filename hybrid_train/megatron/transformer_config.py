@@ -78,7 +78,10 @@ def transformer_config(
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
         bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=on_gpu and job.model.mlp.gated,
+        # Core has a fused kernel of SiLU gates alone, and refuses others.
+        bias_activation_fusion=on_gpu
+        and job.model.mlp.gated
+        and job.model.mlp.activation is Activation.silu,
         # Megatron-FSDP has no buffer to add to until gradients are there (layers.py 659).
         gradient_accumulation_fusion=not on_gpu and not job.parallel.fsdp,
         cuda_graph_impl="none",

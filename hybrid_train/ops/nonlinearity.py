@@ -52,10 +52,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Keeps its input and nothing else; core's own keeps two halves more and adds an offset of 0.
-
-    On a CPU that is about a tenth of the layer.
-    """
+    """Keeps its input alone; core's own keeps two halves more, and adds an offset of 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

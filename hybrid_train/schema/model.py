@@ -32,9 +32,7 @@ class RopeScaling(enum.Enum):
 
     none = "none"
     llama3 = "llama3"  # slow channels turn slower by a factor, fast ones as before
-    longrope = (
-        "longrope"  # a factor for each pair of channels, one list for short rows, one for long
-    )
+    longrope = "longrope"  # each pair of channels by a factor of its own, others in long rows
 
 
 _Factors = list[Annotated[float, Range(1e-3, 1e6)]]
